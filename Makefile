@@ -1,0 +1,55 @@
+# Each target sets up what it needs in .venv by itself (scripts/environment.py); later runs skip that at once.
+#   make demo ARGS="--data cifar10"      make test PYTHON=python3.12      make test-full JOBS=8
+
+PYTHON ?= python3
+JOBS ?= 2
+ARGS ?=
+
+python := .venv/bin/python
+setup = command -v $(PYTHON) >/dev/null 2>&1 \
+	|| { echo "error: no $(PYTHON) here; kilotune needs Python 3.11 to 3.13" >&2; exit 1; }; \
+	$(PYTHON) scripts/environment.py $(if $(filter file,$(origin PYTHON)),,--explicit)
+# One thread a worker: JOBS workers with a thread pool each would only wait for one another.
+pytest = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(python) -m pytest -n $(JOBS) --dist worksteal
+
+.DEFAULT_GOAL := help
+# The parts of a target share one .venv and one terminal: in order, under `make -j` too.
+.NOTPARALLEL:
+.PHONY: help demo test test-full lint type format bench docs clean env-demo env-dev env-docs
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+demo: env-demo  ## fine-tune a small pretrained network with VeRA and LoRA on real images; a report in runs/
+	@.venv/bin/kilotune demo $(ARGS)
+
+test: lint type  ## lint, types, and the tests that CI runs (under 15 minutes on 2 cores)
+	$(pytest) $(ARGS)
+
+test-full: lint type  ## everything, the slow tests too
+	$(pytest) -m "" $(ARGS)
+
+lint: env-dev  ## ruff: rules and format
+	$(python) -m ruff check .
+	$(python) -m ruff format --check .
+
+type: env-dev  ## mypy --strict
+	$(python) -m mypy
+
+format: env-dev  ## let ruff mend what it can
+	$(python) -m ruff check --fix .
+	$(python) -m ruff format .
+
+bench: env-dev  ## the benchmarks of benchmarks/README.md
+	@for script in benchmarks/*.py; do echo "== $$script"; $(python) $$script || exit 1; done
+
+docs: env-docs  ## the documentation as a site in site/; a warning is an error
+	$(python) -m sphinx -E -W --keep-going -q -b html docs site
+	@echo "open site/index.html"
+
+clean:  ## remove what the tools made (.venv and runs/ stay)
+	rm -rf site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src tests benchmarks scripts -name __pycache__ -type d -prune -exec rm -rf {} +
+
+env-demo env-dev env-docs:
+	@$(setup) $(@:env-%=%)

@@ -1,0 +1,44 @@
+"""kilotune: fine-tunes measured in kilobytes, one per user, over one frozen base model."""
+
+from __future__ import annotations
+
+from .config import AdapterConfig, TaskType
+from .errors import (
+    AdapterError,
+    CheckpointError,
+    ConfigError,
+    KilotuneError,
+    MergeError,
+    MissingExtraError,
+    TargetError,
+    UnsupportedError,
+)
+from .methods import METHODS, LoraConfig, VeraConfig, get_config
+from .model import LoraModel, MergePrecisionWarning, PeftModel, VeraModel, get_peft_model
+from .report import ParameterReport, count_parameters
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "METHODS",
+    "AdapterConfig",
+    "AdapterError",
+    "CheckpointError",
+    "ConfigError",
+    "KilotuneError",
+    "LoraConfig",
+    "LoraModel",
+    "MergeError",
+    "MergePrecisionWarning",
+    "MissingExtraError",
+    "ParameterReport",
+    "PeftModel",
+    "TargetError",
+    "TaskType",
+    "UnsupportedError",
+    "VeraConfig",
+    "VeraModel",
+    "count_parameters",
+    "get_config",
+    "get_peft_model",
+]

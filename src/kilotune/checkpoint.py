@@ -1,0 +1,365 @@
+"""PEFT's layout out and in: adapter_config.json and adapter_model.safetensors.
+
+::
+
+    folder/                      adapter "default"; others in folder/<name>/
+      adapter_config.json        PEFT's keys; a section "kilotune" only where PEFT cannot read the adapter anyway
+      adapter_model.safetensors  PEFT's key names; checksums in the header's metadata
+
+Writing goes to a temporary folder beside the target and is then renamed. Reading checks the header before
+any library parses it, and reports all missing, unexpected and misshapen tensors at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import struct
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .config import FORMAT_VERSION, SECTION, AdapterConfig
+from .errors import AdapterError, CheckpointError, MissingExtraError, gather
+from .inject import Installed, Plan
+from .layer import BIAS
+from .methods import Method, method_by_name
+
+__all__ = ["AdapterFile", "check_adapter_name", "locate", "match_tensors", "read", "state_of", "write"]
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+EXTRA_PREFIX = "base_model."
+MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format
+MAX_CONFIG = 10_000_000
+REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+# PEFT with bias="all" also writes these copies of a bias that it saves under the module's own key.
+REDUNDANT = (".modules_to_save.", ".original_module.")
+
+
+@final
+@dataclass(frozen=True)
+class AdapterFile:
+    """An adapter as read from a folder, not yet held against a model.
+
+    tensors: PEFT's keys without prefix (``fc1.vera_lambda_b``); extra: those that belong to no layer.
+    section: our part of the config; metadata: the header's, checked.
+    """
+
+    folder: Path
+    config: AdapterConfig
+    method: Method[Any]
+    tensors: dict[str, Tensor]
+    extra: dict[str, Tensor]
+    section: dict[str, Any]
+    metadata: dict[str, str]
+
+
+def check_adapter_name(name: object) -> str:
+    """Return ``name`` if it can name an adapter and its folder, else raise AdapterError."""
+    if not isinstance(name, str) or not name:
+        raise AdapterError(f"adapter name: expected a non-empty string, got {name!r}")
+    if "/" in name or "\\" in name or name in (".", ".."):
+        raise AdapterError(f"adapter name {name!r}: must not be a path, because it names a folder; leave out / and \\")
+    if any(ord(c) < 32 for c in name) or len(name) > 200:
+        raise AdapterError(f"adapter name {name!r}: at most 200 characters, and no control characters")
+    return name
+
+
+# -- out -------------------------------------------------------------------------------------------
+
+
+def state_of(installed: Installed) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
+    """(adapter_config.json, tensors under PEFT's keys, header metadata) of an adapter in a model."""
+    sites = {name: layer.site(name) for name, layer in installed.layers.items()}
+    slots = installed.slots()
+    params = {name: slot.own() for name, slot in slots.items() if slot.method is not None}
+    export = installed.method.export(sites, params, installed.shared)
+    tensors = {_full_key(key, params): value for key, value in export.tensors.items()}
+    for name, slot in slots.items():
+        if slot.trained_bias is not None:
+            tensors[f"{PREFIX}{name}.{_bias_key(slot.method)}"] = slot.trained_bias
+    for name, saved in installed.saved.items():
+        twin = saved.copies[installed.key]
+        tensors.update({f"{PREFIX}{name}.{key}": value for key, value in twin.state_dict().items()})
+    # A clone each: views and tied tensors cannot be written, and what is written must not change meanwhile.
+    tensors = {key: value.detach().cpu().clone().contiguous() for key, value in sorted(tensors.items())}
+    config = {**installed.config.to_dict(), **export.config}
+    config["fan_in_fan_out"] = any(layer.kind.stores_in_out for layer in installed.layers.values())
+    if not export.loads_in_peft:
+        config[SECTION] = {"format": FORMAT_VERSION, "save_projection": False, **installed.config.ours()}
+    metadata = {
+        "format": "pt",
+        "kilotune_format": str(FORMAT_VERSION),
+        "kilotune_sha256": tensors_checksum(tensors),
+    }
+    if export.checksum is not None:
+        metadata["kilotune_projections_sha256"] = export.checksum
+    return config, tensors, metadata
+
+
+def _bias_key(method: Method[Any] | None) -> str:
+    return BIAS if method is None else f"base_layer.{BIAS}"
+
+
+def _full_key(key: str, params: Mapping[str, Any]) -> str:
+    return PREFIX + key if any(key.startswith(f"{name}.") for name in params) else EXTRA_PREFIX + key
+
+
+def tensors_checksum(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes, in the order of the names."""
+    digest = hashlib.sha256()
+    for key in sorted(tensors):
+        value = tensors[key].detach().cpu().contiguous()
+        digest.update(f"{key};{value.dtype};{tuple(value.shape)};".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write the two files of an adapter; on failure the folder is as it was."""
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"cannot write to {folder}: it is a file, expected a folder or nothing")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as name:
+            fresh = Path(name) / "new"
+            fresh.mkdir()
+            save_file(dict(tensors), fresh / WEIGHTS_NAME, metadata=dict(metadata))
+            (fresh / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            _flush(fresh)
+            _put(fresh, folder)
+    except OSError as error:
+        raise CheckpointError(f"cannot write the adapter to {folder}: {error}") from error
+
+
+def _flush(folder: Path) -> None:
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def _put(fresh: Path, folder: Path) -> None:
+    """Rename the new folder, or its files where the folder is there; the checksums find a pair torn apart."""
+    if not folder.exists():
+        shutil.copymode(fresh.parent.parent, fresh)
+        fresh.rename(folder)
+        return
+    for name in (WEIGHTS_NAME, CONFIG_NAME):
+        os.replace(fresh / name, folder / name)
+
+
+# -- in --------------------------------------------------------------------------------------------
+
+
+def locate(
+    source: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    token: str | None = None,
+    cache_dir: str | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """The local folder of an adapter: ``source`` itself, or a Hugging Face hub id that is downloaded.
+
+    Raises:
+        CheckpointError: no such folder, a subfolder outside of it, or a hub id without an adapter.
+        MissingExtraError: a hub id, and huggingface_hub is not installed.
+
+    """
+    path = Path(source)
+    if path.is_dir():
+        folder = path if subfolder is None else within(path, subfolder, "subfolder")
+        if not (folder / CONFIG_NAME).is_file():
+            near = sorted(str(p.parent.relative_to(path)) for p in path.glob(f"*/{CONFIG_NAME}"))
+            hint = f" Adapters are in its subfolders: {', '.join(near[:10])}" if near else ""
+            raise CheckpointError(f"{folder} holds no {CONFIG_NAME}.{hint}")
+        return folder
+    if path.exists() or not REPO_ID.fullmatch(str(source)):
+        what = "is a file, not a folder" if path.exists() else "is no folder here, and no hub id (owner/name)"
+        raise CheckpointError(f"{str(source)!r} {what}")
+    return _download(str(source), revision, subfolder, token, cache_dir, local_files_only)
+
+
+def _download(
+    repo: str,
+    revision: str | None,
+    subfolder: str | None,
+    token: str | None,
+    cache_dir: str | None,
+    local: bool,
+) -> Path:
+    try:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    except ImportError as error:
+        raise MissingExtraError(
+            "huggingface_hub", "hub", f"{repo!r} is no folder here; loading it from the hub"
+        ) from error
+    folder = Path()
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        try:
+            found = hf_hub_download(
+                repo,
+                name,
+                revision=revision,
+                subfolder=subfolder,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=local,
+            )
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise CheckpointError(
+                f"{repo!r} is no folder here, and {name} cannot be had from the hub: {first}"
+            ) from error
+        folder = Path(found).parent
+    return folder
+
+
+def within(folder: Path, relative: str, what: str) -> Path:
+    """``folder / relative``, refused when that lies outside of ``folder``."""
+    joined = folder / relative
+    if Path(relative).is_absolute() or ".." in Path(relative).parts or "\\" in relative:
+        raise CheckpointError(f"{what} {relative!r} names a path outside the adapter's folder {folder}")
+    return joined
+
+
+def read(folder: Path) -> AdapterFile:
+    """Read an adapter's files and check what can be checked without a model."""
+    values = _read_config(folder / CONFIG_NAME)
+    section = values.pop(SECTION, {})
+    if not isinstance(section, dict):
+        raise CheckpointError(f"{folder / CONFIG_NAME}: {SECTION!r}: expected an object, got {section!r}")
+    if (version := section.get("format", FORMAT_VERSION)) != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{folder / CONFIG_NAME}: format {version!r}, but this version reads format {FORMAT_VERSION}; "
+            "a newer kilotune is needed"
+        )
+    weights = within(folder, str(section.get("weights", WEIGHTS_NAME)), f"{CONFIG_NAME}: weights")
+    tensors, metadata = _read_weights(weights)
+    method_cls = method_by_name(str(values.get("peft_type")))
+    config = method_cls.config_cls.from_dict(_with_section(values, section))
+    layered = {k.removeprefix(PREFIX): v for k, v in tensors.items() if k.startswith(PREFIX)}
+    rest = {k: v for k, v in tensors.items() if not k.startswith(PREFIX)}
+    strange = sorted(k for k in rest if not k.startswith(EXTRA_PREFIX))
+    if strange:
+        raise CheckpointError(gather(f"{weights}: keys that do not begin with {EXTRA_PREFIX!r}:", strange))
+    extra = {k.removeprefix(EXTRA_PREFIX): v for k, v in rest.items()}
+    method = method_cls.from_checkpoint(config, extra, metadata.get("kilotune_projections_sha256"))
+    return AdapterFile(folder, method.config, method, layered, extra, section, metadata)
+
+
+def _with_section(values: dict[str, Any], section: Mapping[str, Any]) -> dict[str, Any]:
+    """PEFT's keys and ours as one config; which generator PEFT's own VeRA files mean."""
+    ours = {key: value for key, value in section.items() if key not in ("format", "weights")}
+    if not ours and values.get("peft_type") == "VERA":
+        ours = {"generator": "stored" if values.get("save_projection", True) else "peft"}
+    return {**values, **ours}
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > MAX_CONFIG:
+            raise CheckpointError(f"{path}: {path.stat().st_size} bytes; a configuration has a few thousand")
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from error
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is no JSON: {error}") from error
+    if not isinstance(values, dict) or "peft_type" not in values:
+        raise CheckpointError(f"{path}: expected an object with the key 'peft_type'")
+    return values
+
+
+def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    if not path.is_file():
+        pickled = path.parent / "adapter_model.bin"
+        if pickled.is_file():
+            raise CheckpointError(
+                f"{pickled} is a pickle, which can run any code when it is loaded, so it is never opened; let the "
+                "library that wrote it save it again with safe_serialization=True"
+            )
+        raise CheckpointError(f"{path} is not there")
+    metadata = _check_header(path)
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no dictionary
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is no valid safetensors file: {error}") from error
+    whole = [key for key, value in tensors.items() if not value.is_floating_point()]
+    if whole:
+        raise CheckpointError(gather(f"{path}: expected floating-point tensors:", whole))
+    expected = metadata.get("kilotune_sha256")
+    if expected is not None and (actual := tensors_checksum(tensors)) != expected:
+        raise CheckpointError(f"{path} is damaged: expected SHA-256 {expected} of its tensors, got {actual}")
+    return tensors, metadata
+
+
+def _check_header(path: Path) -> dict[str, str]:
+    """Hold the header's sizes against the file's before anything is parsed; returns the metadata."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        if len(start) < 8:
+            raise CheckpointError(f"{path} is truncated: {size} bytes, expected at least 8")
+        length = struct.unpack("<Q", start)[0]
+        if length > min(size - 8, MAX_HEADER):
+            raise CheckpointError(
+                f"{path}: the header claims {length} bytes, but the file has {size - 8} after its first 8 (and the "
+                f"format allows {MAX_HEADER}): truncated, or no safetensors file"
+            )
+        raw = file.read(length)
+    try:
+        header = json.loads(raw)
+        entries = {key: value for key, value in header.items() if key != "__metadata__"}
+        end = max((int(value["data_offsets"][1]) for value in entries.values()), default=0)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: the header is no valid safetensors header ({error})") from error
+    if end != size - 8 - length:
+        raise CheckpointError(
+            f"{path}: the header describes {end} bytes of tensors, the file holds {size - 8 - length}: truncated or damaged"
+        )
+    metadata = header.get("__metadata__") or {}
+    return {str(key): str(value) for key, value in metadata.items()} if isinstance(metadata, dict) else {}
+
+
+def match_tensors(file: AdapterFile, made: Plan, base_name: str) -> dict[str, Tensor]:
+    """The file's tensors as :func:`kilotune.inject.apply` wants them, or one error with all that does not fit."""
+    wanted: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for name, shapes in made.shapes.items():
+        for key, shape in shapes.items():
+            method = file.method if name in made.layers else None
+            own = _bias_key(method) if key == BIAS else file.method.keys[key]
+            wanted[f"{name}.{own}"] = (f"{name}.{key}", shape)
+    for name, module in made.saved.items():
+        wanted.update({f"{name}.{k}": (f"{name}.{k}", tuple(v.shape)) for k, v in module.state_dict().items()})
+    given = {k: v for k, v in file.tensors.items() if not _redundant(k, made)}
+    faults = [f"missing: {key} {shape}" for key, (_, shape) in wanted.items() if key not in given]
+    faults += [f"unexpected: {key} {tuple(value.shape)}" for key, value in given.items() if key not in wanted]
+    faults += [
+        f"shape of {key}: the model expects {wanted[key][1]}, the file has {tuple(value.shape)}"
+        for key, value in given.items()
+        if key in wanted and tuple(value.shape) != wanted[key][1]
+    ]
+    if faults:
+        base = file.config.base_model_name_or_path
+        trained = f"; it was trained on {base!r}" if base else ""
+        raise CheckpointError(gather(f"the adapter in {file.folder} does not fit this {base_name}{trained}:", faults))
+    return {target: given[key] for key, (target, _) in wanted.items()}
+
+
+def _redundant(key: str, made: Plan) -> bool:
+    return any(key.startswith(f"{name}{part}") for name in made.saved for part in REDUNDANT)

@@ -1,0 +1,279 @@
+"""AdapterConfig: frozen, checked when built, and adapter_config.json in and out.
+
+The keys are PEFT's. What PEFT has no key for (``generator``, ``sharing``) is marked ``ours`` in the
+field's metadata and travels in one nested section, ``"kilotune"``, which is written only where PEFT
+could not read the adapter anyway. The help text under each field is its only home: docs, command line
+and errors read it from here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum, StrEnum
+from typing import Any, ClassVar, TypeVar, final
+
+from .errors import ConfigError, did_you_mean, gather
+
+__all__ = ["FORMAT_VERSION", "AdapterConfig", "TaskType", "option"]
+
+FORMAT_VERSION = 1
+SECTION = "kilotune"
+C = TypeVar("C", bound="AdapterConfig")
+
+
+@final
+class TaskType(StrEnum):
+    """The task names of PEFT; SEQ_CLS, TOKEN_CLS and QUESTION_ANS also train the model's head."""
+
+    SEQ_CLS = "SEQ_CLS"
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
+    CAUSAL_LM = "CAUSAL_LM"
+    TOKEN_CLS = "TOKEN_CLS"
+    QUESTION_ANS = "QUESTION_ANS"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
+
+def option(default: Any, text: str, *, ours: bool = False) -> Any:
+    """A dataclass field with its help text; ``ours`` marks keys that PEFT does not have."""
+    metadata = {"help": text, "ours": ours}
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+Names = tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig(ABC):
+    """What every adapter's configuration has; each method adds its own keys.
+
+    Raises:
+        ConfigError: for unknown keys (with the nearest valid one) and for wrong values, all at once.
+
+    """
+
+    peft_type: ClassVar[str]
+    bias_modes: ClassVar[Names] = ("none", "all")
+
+    target_modules: Names | str | None = option(
+        None,
+        "Which modules to adapt: a list of names (whole, or the end of a dotted name), one regular expression "
+        "that the whole dotted name must match, 'all-linear', or None for a known architecture's defaults.",
+    )
+    fan_in_fan_out: bool = option(
+        False,
+        "Kept for PEFT: whether weights are stored as (in, out). Layers are recognised by themselves here.",
+    )
+    bias: str = option("none", "Which biases to train: 'none', 'all', or those of the adapted layers only.")
+    modules_to_save: Names | None = option(
+        None,
+        "Modules to train whole, as a copy of their own per adapter (a new head); saved with the adapter.",
+    )
+    exclude_modules: Names | str | None = option(
+        None, "Modules not to adapt: a list of names, or a regular expression.", ours=True
+    )
+    layers_to_transform: tuple[int, ...] | None = option(
+        None,
+        "Adapt only the blocks with these indices; one number or a list. Only with a list of target names.",
+    )
+    layers_pattern: Names | None = option(
+        None, "The name of the list of blocks that layers_to_transform counts in, such as 'layers' or 'h'."
+    )
+    task_type: str | None = option(None, "One of TaskType; for classification tasks the head is trained as well.")
+    base_model_name_or_path: str | None = option(None, "The base model's name; filled in from the model.")
+    revision: str | None = option(None, "The base model's revision.")
+    inference_mode: bool = option(False, "True: the adapter's parameters are frozen.")
+
+    def __new__(cls, *args: Any, **options: Any) -> AdapterConfig:
+        faults = ["options are given by name, not by position"] if args else []
+        faults += [cls._unknown(key) for key in options if key not in cls.option_names()]
+        if faults:
+            raise ConfigError(gather(f"{cls.__name__}:", faults))
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        for name in ("target_modules", "exclude_modules"):
+            self._set(name, _as_tuple(getattr(self, name), keep_string=True))
+        for name in ("modules_to_save", "layers_pattern", "layers_to_transform"):
+            self._set(name, _as_tuple(getattr(self, name), keep_string=False))
+        self._set("task_type", self.task_type.value if isinstance(self.task_type, TaskType) else self.task_type)
+        faults = [*self._common_faults(), *self.faults()]
+        if faults:
+            raise ConfigError(gather(f"{type(self).__name__}:", faults))
+
+    @abstractmethod
+    def faults(self) -> list[str]:
+        """What is wrong with the method's own values, a line each."""
+
+    @property
+    def dropout(self) -> float:
+        """The dropout on the adapter's input."""
+        return 0.0
+
+    @classmethod
+    def option_names(cls) -> list[str]:
+        """All valid keys."""
+        return [field.name for field in dataclasses.fields(cls)]
+
+    @classmethod
+    def help_of(cls, name: str) -> str:
+        """The help text of one key."""
+        return str({field.name: field for field in dataclasses.fields(cls)}[name].metadata["help"])
+
+    def replace(self: C, **changes: Any) -> C:
+        """A copy with some values changed, checked again."""
+        return dataclasses.replace(self, **changes)
+
+    # -- adapter_config.json ---------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """PEFT's keys, sorted, in plain JSON types; keys of ours are left out (see :meth:`ours`)."""
+        fields = [field for field in dataclasses.fields(self) if not field.metadata["ours"]]
+        plain = {field.name: _plain(getattr(self, field.name)) for field in fields}
+        return dict(sorted({**plain, "peft_type": self.peft_type, "auto_mapping": None}.items()))
+
+    def ours(self) -> dict[str, Any]:
+        """The keys that PEFT does not have, where they differ from their default."""
+        fields = [field for field in dataclasses.fields(self) if field.metadata["ours"]]
+        values = {field.name: _plain(getattr(self, field.name)) for field in fields}
+        return {field.name: values[field.name] for field in fields if values[field.name] != _plain(field.default)}
+
+    @classmethod
+    def from_dict(cls: type[C], values: Mapping[str, Any]) -> C:
+        """From the keys of an adapter_config.json (without the ``kilotune`` section's keys merged in).
+
+        Keys that only PEFT knows are accepted where they are switched off (None, False, empty) or listed as
+        harmless; switched on, they are refused by name, because ignoring them would change the results.
+        """
+        written_by_peft = "peft_version" in values
+        known, faults = {}, []
+        for key, value in values.items():
+            if key in cls.option_names():
+                known[key] = value
+            elif key in HARMLESS_KEYS or (written_by_peft and value in (None, False, "", [], {})):
+                continue
+            elif written_by_peft:
+                faults.append(f"{key}={value!r} asks for something of PEFT that is not there in kilotune")
+            else:
+                faults.append(cls._unknown(key))
+        if faults:
+            raise ConfigError(gather(f"{cls.__name__}:", faults))
+        return cls(**known)
+
+    # -- checks ----------------------------------------------------------------------------------
+
+    @classmethod
+    def _unknown(cls, key: str) -> str:
+        return f"unknown option {key!r}.{did_you_mean(key, cls.option_names())} All: {', '.join(cls.option_names())}"
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def _common_faults(self) -> list[str]:
+        faults = []
+        for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
+            faults += _name_faults(name, getattr(self, name))
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(value := getattr(self, name), str):
+                faults += _regex_faults(name, value)
+        if self.bias not in self.bias_modes:
+            hint = did_you_mean(str(self.bias), self.bias_modes)
+            faults.append(f"bias: expected one of {list(self.bias_modes)}, got {self.bias!r}.{hint}")
+        tasks = [task.value for task in TaskType]
+        if self.task_type is not None and self.task_type not in tasks:
+            hint = did_you_mean(str(self.task_type), tasks)
+            faults.append(f"task_type: expected one of {tasks} or None, got {self.task_type!r}.{hint}")
+        return faults + self._layer_faults() + _type_faults(self, bool, ("fan_in_fan_out", "inference_mode"))
+
+    def _layer_faults(self) -> list[str]:
+        indices = self.layers_to_transform
+        faults = []
+        if indices is not None:
+            if any(number_fault("", i, low=0, whole=True) for i in indices):
+                faults.append(f"layers_to_transform: expected block indices >= 0, got {list(indices)!r}")
+            if isinstance(self.target_modules, str):
+                faults.append(
+                    "layers_to_transform: needs target_modules to be a list of names; a regular expression or "
+                    f"'all-linear' ({self.target_modules!r}) selects by itself"
+                )
+        elif self.layers_pattern is not None:
+            faults.append("layers_pattern: has no effect without layers_to_transform")
+        return faults
+
+
+# Keys of PEFT's files that change no result here: bookkeeping, or defaults of features that are off.
+HARMLESS_KEYS = frozenset(
+    {
+        "auto_mapping",
+        "inference_mode",
+        "megatron_core",
+        "peft_type",
+        "peft_version",
+        "qalora_group_size",
+        "runtime_config",
+    }
+)
+
+
+def number_fault(name: str, value: Any, *, low: float, high: float = math.inf, whole: bool = False) -> list[str]:
+    """A line when ``value`` is no finite number (a whole one if ``whole``) in [low, high], else nothing."""
+    number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+    if number and math.isfinite(value) and low <= value <= high:
+        return []
+    span = f">= {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]"
+    return [f"{name}: expected {'a whole number' if whole else 'a number'} {span}, got {value!r}"]
+
+
+def rate_fault(name: str, value: Any) -> list[str]:
+    """A line when ``value`` is not a dropout probability in [0, 1)."""
+    return [f"{name}: expected a number in [0, 1), got 1.0"] if value == 1 else number_fault(name, value, low=0, high=1)
+
+
+def _type_faults(config: AdapterConfig, kind: type, names: Sequence[str]) -> list[str]:
+    wrong = [name for name in names if not isinstance(getattr(config, name), kind)]
+    return [f"{name}: expected {kind.__name__}, got {getattr(config, name)!r}" for name in wrong]
+
+
+def bool_faults(config: AdapterConfig, *names: str) -> list[str]:
+    """A line for each of ``names`` that is not True or False."""
+    return _type_faults(config, bool, names)
+
+
+def _as_tuple(value: Any, keep_string: bool) -> Any:
+    if value is None or (keep_string and isinstance(value, str)):
+        return value
+    if isinstance(value, (str, int)):
+        return (value,)
+    if isinstance(value, (set, frozenset)):
+        return tuple(sorted(value))
+    return tuple(value) if isinstance(value, (list, tuple)) else value
+
+
+def _name_faults(key: str, value: Any) -> list[str]:
+    if value is None or isinstance(value, str):
+        return [f"{key}: is an empty string"] if value == "" else []
+    if not isinstance(value, tuple) or not all(isinstance(name, str) and name for name in value):
+        return [f"{key}: expected a list of module names, got {value!r}"]
+    return [f"{key}: is an empty list"] if not value and key == "target_modules" else []
+
+
+def _regex_faults(key: str, pattern: str) -> list[str]:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        return [f"{key}: {pattern!r} is no regular expression: {error}"]
+    return []
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, Enum):
+        return value.value
+    return value

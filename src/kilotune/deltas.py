@@ -1,0 +1,152 @@
+"""The five deltas: what a method makes of a layer's canonical matrix W (out, in), as plain data.
+
+==============================================  =====================================================
+``LowRank(a, b, mid, out, scale)``              W + scale * diag(out) b diag(mid) a
+``Full(delta)``                                 W + delta
+``Rescale(inner, rows, cols, scale_bias)``      diag(rows) (W + inner) diag(cols)
+``Shift(bias)``                                 bias + delta
+``Residual(down, up, activation, source)``      y + up act(down s), s the layer's output or input
+==============================================  =====================================================
+
+Each is stated as a *change* relative to the base, so changes of several adapters sum. A delta says what
+it needs of a layer; a layer kind says what it offers (:class:`Need`); a pair whose needs are not offered
+is refused when the adapter is added.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import ClassVar, Literal, final
+
+import torch
+from torch import Tensor
+
+from .errors import MergeError
+from .kernels.lowrank import low_rank_matrix
+
+__all__ = ["Delta", "Full", "LowRank", "Need", "Rescale", "Residual", "Shift"]
+
+
+@final
+class Need(Enum):
+    """What a delta needs of a layer."""
+
+    LINEAR = "a linear map whose factors can be run"
+    BIAS = "a bias"
+    OUTPUT = "a floating-point output"
+
+
+class Delta(ABC):
+    """One layer's change, as plain data.
+
+    ``additive``: several such deltas can be active in one layer at once, and their changes sum.
+    """
+
+    needs: ClassVar[frozenset[Need]]
+    additive: ClassVar[bool] = True
+    mergeable: ClassVar[bool] = True
+
+    @abstractmethod
+    def weight_change(self, weight: Tensor) -> Tensor | None:
+        """The change of the canonical matrix ``weight`` (out, in), in its dtype; None for no change."""
+
+    def bias_change(self, bias: Tensor | None) -> Tensor | None:
+        """The change of the bias (out,); None for no change."""
+        return None
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class LowRank(Delta):
+    """``scale * diag(out) b diag(mid) a`` with a (r, in), b (out, r), mid (r,) and out (out,) or None."""
+
+    a: Tensor
+    b: Tensor
+    mid: Tensor | None = None
+    out: Tensor | None = None
+    scale: float = 1.0
+
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.LINEAR})
+
+    def weight_change(self, weight: Tensor) -> Tensor:
+        return low_rank_matrix(self.a, self.b, self.mid, self.out, self.scale, weight.dtype)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Full(Delta):
+    """A dense change (out, in)."""
+
+    delta: Tensor
+
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.LINEAR})
+
+    def weight_change(self, weight: Tensor) -> Tensor:
+        return self.delta.to(weight.dtype)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Rescale(Delta):
+    """``diag(rows) (W + inner) diag(cols)``; with ``scale_bias`` the rows scale the bias too.
+
+    rows (out,), cols (in,); each may be None for ones, and ``inner`` None for nothing.
+    """
+
+    inner: LowRank | Full | None = None
+    rows: Tensor | None = None
+    cols: Tensor | None = None
+    scale_bias: bool = False
+
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.LINEAR})
+    additive: ClassVar[bool] = False
+
+    def weight_change(self, weight: Tensor) -> Tensor:
+        changed = weight if self.inner is None else weight + self.inner.weight_change(weight)
+        if self.rows is not None:
+            changed = self.rows.to(weight.dtype).unsqueeze(-1) * changed
+        if self.cols is not None:
+            changed = changed * self.cols.to(weight.dtype)
+        return changed - weight
+
+    def bias_change(self, bias: Tensor | None) -> Tensor | None:
+        if bias is None or self.rows is None or not self.scale_bias:
+            return None
+        return (self.rows.to(bias.dtype) - 1) * bias
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Shift(Delta):
+    """A change of the bias (out,)."""
+
+    bias: Tensor
+
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.BIAS})
+
+    def weight_change(self, weight: Tensor) -> None:
+        return None
+
+    def bias_change(self, bias: Tensor | None) -> Tensor:
+        return self.bias
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Residual(Delta):
+    """``y + up act(down s)`` with down (width, features) and up (out, width); never mergeable."""
+
+    down: Tensor
+    up: Tensor
+    activation: Callable[[Tensor], Tensor] = torch.relu
+    source: Literal["output", "input"] = "output"
+
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.OUTPUT})
+    additive: ClassVar[bool] = False
+    mergeable: ClassVar[bool] = False
+
+    def weight_change(self, weight: Tensor) -> Tensor:
+        raise MergeError("a bottleneck adapter is not linear, so it cannot be merged into a weight")

@@ -1,0 +1,81 @@
+"""The error tree, and the helpers that make a message say what was expected and what to do next.
+
+Every error is a :class:`KilotuneError` and a ``ValueError``, so both ``except KilotuneError`` and code
+written against PEFT (which raises ``ValueError``) catch it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+__all__ = [
+    "AdapterError",
+    "CheckpointError",
+    "ConfigError",
+    "KilotuneError",
+    "MergeError",
+    "MissingExtraError",
+    "TargetError",
+    "UnsupportedError",
+    "did_you_mean",
+    "gather",
+    "nearest",
+]
+
+
+class KilotuneError(ValueError):
+    """Base of all errors that kilotune raises on purpose."""
+
+
+class ConfigError(KilotuneError):
+    """A configuration key or value is wrong."""
+
+
+class TargetError(KilotuneError):
+    """The targets match nothing, or something that cannot be adapted."""
+
+
+class UnsupportedError(KilotuneError):
+    """A method, layer kind and storage do not fit together, or a feature is not there."""
+
+
+class AdapterError(KilotuneError):
+    """An adapter name is invalid, taken, or unknown."""
+
+
+class MergeError(KilotuneError):
+    """Merging or unmerging is not possible in the model's present state."""
+
+
+class CheckpointError(KilotuneError):
+    """A file is damaged, unsafe, or does not fit the model."""
+
+
+class MissingExtraError(KilotuneError, ImportError):
+    """An optional package is needed for what was asked."""
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        super().__init__(f"{purpose} needs the package {package!r}: pip install 'kilotune[{extra}]'")
+
+
+def nearest(name: str, options: Iterable[str], count: int = 3) -> list[str]:
+    """The ``count`` names among ``options`` that look most like ``name``, best first; may be empty."""
+    unique = sorted(set(options))
+    lowered = {option.lower(): option for option in unique}
+    close = difflib.get_close_matches(name.lower(), list(lowered), n=count, cutoff=0.5)
+    return [lowered[c] for c in close]
+
+
+def did_you_mean(name: str, options: Iterable[str]) -> str:
+    """`` Did you mean 'x'?`` for the nearest name, or the empty string when nothing is near."""
+    close = nearest(name, options, 1)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def gather(headline: str, faults: Sequence[str], limit: int = 20) -> str:
+    """One message for several faults: the headline, then one indented line per fault (at most ``limit``)."""
+    shown = [f"  - {fault}" for fault in faults[:limit]]
+    if len(faults) > limit:
+        shown.append(f"  - ... and {len(faults) - limit} more")
+    return "\n".join([headline, *shown])

@@ -1,0 +1,444 @@
+"""Walk the model, match, refuse, and only then put adapters in.
+
+Everything that can go wrong is found in :func:`plan`, which changes nothing; :func:`apply` then cannot
+fail half-way.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast, final
+
+import torch
+from torch import Tensor, nn
+
+from .config import AdapterConfig
+from .deltas import Delta, Need
+from .errors import TargetError, UnsupportedError, did_you_mean, gather
+from .kinds import LayerKind, kind_of
+from .layer import BIAS, ActiveState, AdaptedLayer, Slot, sketch, slot_key
+from .methods import Method, Shared, Site, method_of
+from .projections import Projections
+from .storage import Storage, storage_of
+from .targets import HEADS, Candidate, candidates, inside, matches_names, resolve_targets, select
+
+__all__ = ["Plan", "SavedModule", "apply", "plan", "remove", "walk"]
+
+
+@final
+class SavedModule(nn.Module):
+    """A module of which each adapter has a whole trained copy of its own (``modules_to_save``).
+
+    With no live adapter that has a copy, the original runs.
+    """
+
+    def __init__(self, original: nn.Module, state: ActiveState) -> None:
+        super().__init__()
+        self.original_module = original
+        self.copies = nn.ModuleDict()
+        self._state = state
+        self.training = original.training
+
+    def current(self) -> nn.Module:
+        """The module that runs now."""
+        for name in reversed(self._state.live):
+            if (key := slot_key(name)) in self.copies:
+                return self.copies[key]
+        return self.original_module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.current()(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in ("original_module", "copies"):
+                raise
+            return getattr(self.current(), name)
+
+
+@final
+@dataclass
+class Plan:
+    """What adding one adapter will do; made by :func:`plan`, carried out by :func:`apply`."""
+
+    adapter: str
+    config: AdapterConfig
+    method: Method[Any]
+    layers: dict[str, Candidate]
+    bias_only: dict[str, Candidate]
+    saved: dict[str, nn.Module]
+    shapes: dict[str, dict[str, tuple[int, ...]]] = field(default_factory=dict)
+
+
+@final
+@dataclass
+class Installed:
+    """An adapter that is in the model."""
+
+    adapter: str
+    config: AdapterConfig
+    method: Method[Any]
+    shared: Shared
+    layers: dict[str, AdaptedLayer]
+    saved: dict[str, SavedModule]
+
+    @property
+    def key(self) -> str:
+        """The adapter's key in its layers and saved modules."""
+        return slot_key(self.adapter)
+
+    def slots(self) -> dict[str, Slot]:
+        """The adapter's slots by the name of the layer."""
+        found = {name: layer.slot(self.adapter) for name, layer in self.layers.items()}
+        return {name: slot for name, slot in found.items() if slot is not None}
+
+    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """All that the adapter trains, by ``<layer>.<parameter>``, modules saved whole included."""
+        for name, slot in self.slots().items():
+            for key, parameter in slot.named_parameters():
+                yield f"{name}.{key}", parameter
+        yield from self.shared.trained.items()
+        for name, saved in self.saved.items():
+            for key, parameter in saved.copies[self.key].named_parameters():
+                yield f"{name}.{key}", parameter
+
+
+def walk(root: nn.Module, aliases: bool = False) -> Iterator[tuple[str, nn.Module, type[nn.Module]]]:
+    """(dotted name in the base model, module or its wrapper, class of the parent), the root included.
+
+    Names are those of the base model: what wrappers hold inside is passed over. With ``aliases`` a module
+    that hangs at several places is given once for each of them.
+    """
+    seen: set[int] = set()
+
+    def visit(
+        name: str, module: nn.Module, parent: type[nn.Module]
+    ) -> Iterator[tuple[str, nn.Module, type[nn.Module]]]:
+        if id(module) in seen and not aliases:
+            return
+        seen.add(id(module))
+        yield name, module, parent
+        if isinstance(module, (AdaptedLayer, SavedModule)):
+            return
+        for child_name, child in module._modules.items():
+            if child is not None:
+                yield from visit(f"{name}.{child_name}" if name else child_name, child, type(module))
+
+    yield from visit("", root, nn.Module)
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The base model's own module behind a wrapper."""
+    if isinstance(module, AdaptedLayer):
+        return module.base_layer
+    return module.original_module if isinstance(module, SavedModule) else module
+
+
+# -- plan ------------------------------------------------------------------------------------------
+
+
+def plan(
+    root: nn.Module,
+    adapter: str,
+    config: AdapterConfig,
+    method: Method[Any] | None = None,
+    strict: bool = True,
+) -> Plan:
+    """Find what ``config`` adapts in ``root``, and everything that is wrong with it; changes nothing.
+
+    Args:
+        root: the base model, adapters in it or not.
+        adapter: the new adapter's name.
+        config: the configuration as the user gave it.
+        method: the method, when a checkpoint brought more than a config; made from ``config`` otherwise.
+        strict: names that match nothing are errors.
+
+    Raises:
+        TargetError, ConfigError, UnsupportedError: what cannot be done, and why.
+
+    """
+    method_cls = method_of(config) if method is None else type(method)
+    config = resolve_targets(config, _model_type(root), method_cls.default_targets)
+    config = _with_heads(root, config)
+    found = candidates((name, unwrapped(module), parent) for name, module, parent in walk(root) if name)
+    saved = _saved_modules(root, config, strict)
+    chosen = select(found, config, method_cls.makes.needs, _output_names(root), strict)
+    layers = {c.name: c for c in chosen}
+    bias_only = _bias_only(found, config, layers)
+    _check_saved_overlap(root, saved, {**layers, **bias_only})
+    _check_layout(config, chosen, strict)
+    if method is None:
+        method = method_cls(config)
+    else:
+        method.config = config
+    result = Plan(adapter, config, method, layers, bias_only, saved)
+    result.shapes = _expected_shapes(result)
+    _check_patterns(config, layers, strict)
+    return result
+
+
+def _model_type(root: nn.Module) -> str | None:
+    found = getattr(getattr(root, "config", None), "model_type", None)
+    return found if isinstance(found, str) else None
+
+
+def _with_heads(root: nn.Module, config: AdapterConfig) -> AdapterConfig:
+    """For classification tasks the model's head is trained whole, as in PEFT."""
+    heads = HEADS.get(config.task_type or "", ())
+    present = [name for name in heads if isinstance(getattr(root, name, None), nn.Module)]
+    names = tuple(dict.fromkeys([*(config.modules_to_save or ()), *present]))
+    return config.replace(modules_to_save=names) if names else config
+
+
+def _output_names(root: nn.Module) -> frozenset[str]:
+    """The names of the output embedding of a transformers model; 'all-linear' leaves them out."""
+    getter = getattr(root, "get_output_embeddings", None)
+    try:
+        output = getter() if callable(getter) else None
+    except (NotImplementedError, AttributeError):  # transformers raises where a model has none
+        output = None
+    return (
+        frozenset(name for name, module, _ in walk(root, aliases=True) if module is output) if output else frozenset()
+    )
+
+
+def _saved_modules(root: nn.Module, config: AdapterConfig, strict: bool) -> dict[str, nn.Module]:
+    names = config.modules_to_save or ()
+    modules = [(name, module) for name, module, _ in walk(root) if name]
+    saved = {name: module for name, module in modules if matches_names(names, name)}
+    missing = [n for n in names if not any(matches_names((n,), name) for name in saved)]
+    if missing and strict:
+        last = {name.rpartition(".")[2] for name, _ in modules}
+        faults = [f"modules_to_save: no module is called {n!r}.{did_you_mean(n, last)}" for n in missing]
+        raise TargetError(gather("some modules are not there:", faults))
+    inner = [a for a in saved for b in saved if a != b and a.startswith(f"{b}.")]
+    return {name: module for name, module in saved.items() if name not in inner}
+
+
+def _check_saved_overlap(root: nn.Module, saved: Mapping[str, nn.Module], adapted: Mapping[str, Candidate]) -> None:
+    """A module cannot be adapted by one adapter and replaced whole by another."""
+    wrapped = [name for name, module, _ in walk(root) if isinstance(module, AdaptedLayer)]
+    whole = [name for name, module, _ in walk(root) if isinstance(module, SavedModule)]
+    faults = [
+        f"modules_to_save: inside {s!r} the layer {w!r} has an adapter already"
+        for s in saved
+        for w in wrapped
+        if w == s or w.startswith(f"{s}.")
+    ]
+    faults += [f"{name!r} is replaced whole by another adapter's modules_to_save" for name in adapted if name in whole]
+    if faults:
+        raise UnsupportedError(gather("adapters that exclude each other:", faults))
+
+
+def _bias_only(
+    found: Sequence[Candidate], config: AdapterConfig, layers: Mapping[str, Candidate]
+) -> dict[str, Candidate]:
+    """With bias='all', the modules besides the adapted ones whose bias is trained."""
+    if config.bias != "all":
+        return {}
+    chosen, faults = {}, []
+    for c in found:
+        if c.name in layers or inside(config.modules_to_save, c.name) or c.module._parameters.get(BIAS) is None:
+            continue
+        if issubclass(c.parent, nn.MultiheadAttention):
+            faults.append(f"{c.name!r}: torch's MultiheadAttention reads this bias itself")
+        elif c.kind is None or Need.BIAS not in c.kind.offers or c.storage is None:
+            faults.append(f"{c.name!r}: a {type(c.module).__name__}'s bias cannot be trained")
+        else:
+            chosen[c.name] = c
+    if faults:
+        raise UnsupportedError(gather("bias='all' asks for biases that cannot be trained:", faults))
+    return chosen
+
+
+def _check_layout(config: AdapterConfig, chosen: Sequence[Candidate], strict: bool) -> None:
+    transposed = any(c.kind is not None and c.kind.stores_in_out for c in chosen)
+    if strict and config.fan_in_fan_out and not transposed:
+        raise UnsupportedError(
+            "fan_in_fan_out=True, but no targeted layer stores its weight as (in, out); layers are recognised by "
+            "themselves, so leave it False"
+        )
+
+
+def _check_patterns(config: AdapterConfig, layers: Mapping[str, Candidate], strict: bool) -> None:
+    """rank_pattern and alpha_pattern entries that fit no adapted layer have no effect: refuse them."""
+    values = config.to_dict()
+    faults = []
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in values.get(key, {}):
+            if not any(matches_names(rf"(.*\.)?({pattern})", name) for name in layers):
+                faults.append(f"{key}: {pattern!r} fits no adapted layer")
+    if faults and strict:
+        raise TargetError(gather("patterns that fit nothing:", faults))
+
+
+def _expected_shapes(made: Plan) -> dict[str, dict[str, tuple[int, ...]]]:
+    """The shapes of all trained tensors by layer, found on the meta device."""
+    sites = {name: sketch(_site(c)) for name, c in made.layers.items()}
+    shared = made.method.prepare(made.adapter, list(sites.values()), Projections())
+    shapes = {
+        name: {k: tuple(v.shape) for k, v in made.method.init(site, shared).items()} for name, site in sites.items()
+    }
+    for name in (n for n, c in {**made.layers, **made.bias_only}.items() if _trains_bias(made.config, c)):
+        shapes.setdefault(name, {})[BIAS] = tuple(_bias_of(made, name).shape)
+    return shapes
+
+
+def _bias_of(made: Plan, name: str) -> Tensor:
+    module = {**made.layers, **made.bias_only}[name].module
+    return module.get_parameter(BIAS)
+
+
+def _trains_bias(config: AdapterConfig, candidate: Candidate) -> bool:
+    return config.bias != "none" and candidate.module._parameters.get(BIAS) is not None
+
+
+def _site(c: Candidate) -> Site:
+    kind, storage = cast(LayerKind, c.kind), cast(Storage, c.storage)
+    return AdaptedLayer(c.module, kind, storage, ActiveState()).site(c.name)
+
+
+# -- apply -----------------------------------------------------------------------------------------
+
+
+def apply(
+    root: nn.Module,
+    made: Plan,
+    state: ActiveState,
+    projections: Projections,
+    tensors: Mapping[str, Tensor] | None = None,
+) -> Installed:
+    """Carry out ``made``: wrap layers, make or take over parameters. Parameters start frozen.
+
+    Args:
+        tensors: for a loaded adapter, the values by ``<layer>.<parameter>`` and, for modules saved whole,
+            by ``<module>.<name in it>``; already checked against the plan.
+
+    """
+    sites = {name: _site(c) for name, c in made.layers.items()}
+    shared = made.method.prepare(made.adapter, list(sites.values()), projections)
+    try:
+        made.method.verify(shared)
+        starts = {
+            name: _start(made, name, sites.get(name), shared, tensors) for name in {**made.layers, **made.bias_only}
+        }
+    except BaseException:
+        projections.release(made.adapter)
+        raise
+    layers = {}
+    for name, params in starts.items():
+        layer = _wrap(root, name, state)
+        method = made.method if name in made.layers else None
+        layer.add(made.adapter, Slot(layer.site(name), method, shared, params))
+        layers[name] = layer
+    saved = {name: _save_whole(root, name, made.adapter, state, tensors) for name in made.saved}
+    return Installed(made.adapter, made.config, made.method, shared, layers, saved)
+
+
+def _start(
+    made: Plan, name: str, site: Site | None, shared: Shared, tensors: Mapping[str, Tensor] | None
+) -> dict[str, nn.Parameter]:
+    """The frozen parameters of one layer: from the file, or as the method starts them."""
+    candidate = {**made.layers, **made.bias_only}[name]
+    device = cast(Storage, candidate.storage).device(candidate.module)
+    if tensors is not None:
+        values = {key: tensors[f"{name}.{key}"].to(device, copy=True) for key in made.shapes[name]}
+    else:
+        values = {} if site is None else made.method.init(site, shared)
+        if _trains_bias(made.config, candidate):
+            bias = candidate.module.get_parameter(BIAS).detach()
+            values[BIAS] = bias.to(torch.promote_types(bias.dtype, torch.float32), copy=True)
+    return {key: nn.Parameter(value.detach(), requires_grad=False) for key, value in values.items()}
+
+
+def _wrap(root: nn.Module, name: str, state: ActiveState) -> AdaptedLayer:
+    """The wrapper at ``name``, made if it is not there, put in at every place where the module hangs."""
+    module = root.get_submodule(name)
+    if isinstance(module, AdaptedLayer):
+        return module
+    # plan() found both
+    layer = AdaptedLayer(module, cast(LayerKind, kind_of(module)), cast(Storage, storage_of(module)), state)
+    _replace(root, module, layer)
+    return layer
+
+
+def _replace(root: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    for parent in [module for _, module, _ in walk(root)]:
+        if isinstance(parent, (AdaptedLayer, SavedModule)):
+            continue
+        for key, child in list(parent._modules.items()):
+            if child is old:
+                parent._modules[key] = new
+                _set_fast_path(parent, new)
+
+
+def _set_fast_path(parent: nn.Module, child: nn.Module) -> None:
+    """Torch's encoder layer reads the weights of its parts in eval and skips wrappers: turn that path off."""
+    if not isinstance(parent, nn.TransformerEncoderLayer):
+        return
+    if isinstance(child, (AdaptedLayer, SavedModule)):
+        parent.__dict__.setdefault("_kilotune_fast_path", parent.activation_relu_or_gelu)
+        parent.activation_relu_or_gelu = 0
+    elif not any(isinstance(m, (AdaptedLayer, SavedModule)) for m in parent._modules.values()):
+        parent.activation_relu_or_gelu = parent.__dict__.pop("_kilotune_fast_path", parent.activation_relu_or_gelu)
+
+
+def _save_whole(
+    root: nn.Module, name: str, adapter: str, state: ActiveState, tensors: Mapping[str, Tensor] | None
+) -> SavedModule:
+    module = root.get_submodule(name)
+    if not isinstance(module, SavedModule):
+        wrapper = SavedModule(module, state)
+        _replace(root, module, wrapper)
+        module = wrapper
+    twin = copy.deepcopy(module.original_module).requires_grad_(False)
+    if tensors is not None:
+        own = {key: tensors[f"{name}.{key}"] for key in twin.state_dict()}
+        twin.load_state_dict(own, assign=any(t.device.type == "meta" for t in twin.state_dict().values()))
+    module.copies[slot_key(adapter)] = twin
+    return module
+
+
+def remove(root: nn.Module, adapter: str, installed: Installed, projections: Projections) -> None:
+    """Take one adapter out; a layer without adapters becomes the base layer again."""
+    for layer in set(installed.layers.values()):
+        layer.remove(adapter)
+        if not layer.adapters:
+            _replace(root, layer, layer.base_layer)
+    for saved in set(installed.saved.values()):
+        del saved.copies[slot_key(adapter)]
+        if not saved.copies:
+            _replace(root, saved, saved.original_module)
+    projections.release(adapter)
+
+
+def strip(root: nn.Module, choose: Callable[[SavedModule], nn.Module]) -> None:
+    """Take every wrapper out; ``choose`` says what stays of a module that adapters replaced whole."""
+    for _, module, _ in list(walk(root)):
+        if isinstance(module, AdaptedLayer):
+            _replace(root, module, module.base_layer)
+        elif isinstance(module, SavedModule):
+            _replace(root, module, choose(module))
+
+
+def check_compatible(active: Mapping[str, Installed]) -> None:
+    """Refuse adapters that cannot be active together: two that are not additive, or that replace one module."""
+    faults: list[str] = []
+    owners: dict[str, str] = {}
+    rigid: dict[str, str] = {}
+    for name, installed in active.items():
+        makes: type[Delta] = installed.method.makes
+        for layer in installed.layers if not makes.additive else ():
+            if layer in rigid:
+                faults.append(f"layer {layer!r}: {rigid[layer]!r} and {name!r} are both not additive")
+            rigid[layer] = name
+        for module in installed.saved:
+            if module in owners:
+                faults.append(f"module {module!r}: {owners[module]!r} and {name!r} both replace it whole")
+            owners[module] = name
+    if faults:
+        raise UnsupportedError(gather("these adapters cannot be active together:", faults))

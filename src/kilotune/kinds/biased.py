@@ -1,0 +1,46 @@
+"""Any other module with a parameter named ``bias`` (a norm, a convolution): its bias can be trained."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, final
+
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ..deltas import Need
+from ..errors import UnsupportedError
+from ._base import LayerKind
+
+
+@final
+class Biased(LayerKind):
+    """Runs the module itself with a changed bias, so it is right whatever the module does with it."""
+
+    name: ClassVar[str] = "biased"
+    offers: ClassVar[frozenset[Need]] = frozenset({Need.BIAS})
+
+    def matches(self, module: nn.Module) -> bool:
+        return isinstance(module._parameters.get("bias"), nn.Parameter)
+
+    def features(self, module: nn.Module) -> tuple[int, int]:
+        return module.get_parameter("bias").numel(), 0
+
+    def canonical(self, module: nn.Module, weight: Tensor) -> Tensor:
+        raise UnsupportedError(f"{type(module).__name__} offers its bias only, not a matrix")
+
+    def native(self, module: nn.Module, matrix: Tensor) -> Tensor:
+        return self.canonical(module, matrix)
+
+    def project(self, module: nn.Module, x: Tensor, matrix: Tensor) -> Tensor:
+        return self.canonical(module, matrix)
+
+    def lift(self, module: nn.Module, h: Tensor, matrix: Tensor) -> Tensor:
+        return self.canonical(module, matrix)
+
+    def call(self, module: nn.Module, shift: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        if shift is None:
+            output: Tensor = module(*args, **kwargs)
+            return output
+        bias = module.get_parameter("bias")
+        changed: Tensor = functional_call(module, {"bias": (bias + shift).to(bias.dtype)}, args, kwargs)
+        return changed

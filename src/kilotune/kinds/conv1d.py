@@ -1,0 +1,41 @@
+"""transformers' ``Conv1D`` (GPT-2's linear layer): the weight is stored as (in, out)."""
+
+from __future__ import annotations
+
+from typing import ClassVar, final
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..deltas import Need
+from ._base import LayerKind
+
+
+@final
+class Conv1D(LayerKind):
+    """y = x W + bias, weight (in, out). Recognised by name, so that transformers is never imported."""
+
+    name: ClassVar[str] = "conv1d-transformers"
+    offers: ClassVar[frozenset[Need]] = frozenset({Need.LINEAR, Need.BIAS, Need.OUTPUT})
+    stores_in_out: ClassVar[bool] = True
+
+    def matches(self, module: nn.Module) -> bool:
+        return any(
+            cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils" for cls in type(module).__mro__
+        )
+
+    def features(self, module: nn.Module) -> tuple[int, int]:
+        inn, out = module.get_parameter("weight").shape
+        return out, inn
+
+    def canonical(self, module: nn.Module, weight: Tensor) -> Tensor:
+        return weight.T
+
+    def native(self, module: nn.Module, matrix: Tensor) -> Tensor:
+        return matrix.T
+
+    def project(self, module: nn.Module, x: Tensor, matrix: Tensor) -> Tensor:
+        return F.linear(x, matrix)
+
+    def lift(self, module: nn.Module, h: Tensor, matrix: Tensor) -> Tensor:
+        return F.linear(h, matrix)

@@ -1,0 +1,38 @@
+"""``torch.nn.Linear``: the weight is the canonical matrix."""
+
+from __future__ import annotations
+
+from typing import ClassVar, final
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..deltas import Need
+from ._base import LayerKind
+
+
+@final
+class Linear(LayerKind):
+    """y = x W^T + bias, weight (out, in)."""
+
+    name: ClassVar[str] = "linear"
+    offers: ClassVar[frozenset[Need]] = frozenset({Need.LINEAR, Need.BIAS, Need.OUTPUT})
+
+    def matches(self, module: nn.Module) -> bool:
+        return isinstance(module, nn.Linear)
+
+    def features(self, module: nn.Module) -> tuple[int, int]:
+        assert isinstance(module, nn.Linear)
+        return module.out_features, module.in_features
+
+    def canonical(self, module: nn.Module, weight: Tensor) -> Tensor:
+        return weight
+
+    def native(self, module: nn.Module, matrix: Tensor) -> Tensor:
+        return matrix
+
+    def project(self, module: nn.Module, x: Tensor, matrix: Tensor) -> Tensor:
+        return F.linear(x, matrix)
+
+    def lift(self, module: nn.Module, h: Tensor, matrix: Tensor) -> Tensor:
+        return F.linear(h, matrix)

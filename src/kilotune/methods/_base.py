@@ -1,0 +1,116 @@
+"""What a method answers: which parameters are trained, and what delta they make of a layer's matrix.
+Knows nothing of the kind of layer and of how weights are stored.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Generic, TypeVar, final
+
+import torch
+from torch import Tensor, nn
+
+from ..config import AdapterConfig
+from ..deltas import Delta
+from ..errors import CheckpointError
+from ..projections import Projections
+
+__all__ = ["Export", "Method", "Shared", "Site"]
+
+C = TypeVar("C", bound=AdapterConfig)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Site:
+    """All that a method may know of a layer.
+
+    name: its dotted name in the base model; out, inn: the canonical matrix's shape; read: the matrix
+    (out, in) as floats; dtype, device: where the layer computes, asked anew each time.
+    """
+
+    name: str
+    out: int
+    inn: int
+    read: Callable[[], Tensor] = field(repr=False)
+    dtype: Callable[[], torch.dtype] = field(repr=False)
+    device: Callable[[], torch.device] = field(repr=False)
+
+
+@dataclass(eq=False)
+class Shared:
+    """What one adapter has once for all its layers. ``trained``: model-wide trained parameters by name."""
+
+    trained: dict[str, nn.Parameter] = field(default_factory=dict)
+
+
+@final
+@dataclass(frozen=True)
+class Export:
+    """An adapter as it goes to a file: config values that change, keys -> tensors, and a checksum.
+
+    ``loads_in_peft`` is false where PEFT could not read the file as it is.
+    """
+
+    tensors: dict[str, Tensor]
+    config: dict[str, Any] = field(default_factory=dict)
+    checksum: str | None = None
+    loads_in_peft: bool = True
+
+
+class Method(ABC, Generic[C]):
+    """One adapter's method: its configuration and its mathematics.
+
+    name: as users pick it. makes: the delta class, whose needs decide which layers fit. keys: parameter
+    name -> the key PEFT uses for it below the module's name. default_targets: exceptions to the table of
+    known architectures.
+    """
+
+    name: ClassVar[str]
+    config_cls: ClassVar[type[AdapterConfig]]
+    makes: ClassVar[type[Delta]]
+    keys: ClassVar[dict[str, str]]
+    default_targets: ClassVar[Mapping[str, Sequence[str]]] = {}
+
+    def __init__(self, config: C) -> None:
+        self.config = config
+
+    def prepare(self, adapter: str, sites: Sequence[Site], projections: Projections) -> Shared:
+        """Once per adapter, before any layer: claim projections, make model-wide parameters."""
+        return Shared()
+
+    def verify(self, shared: Shared) -> None:
+        """Compare what :meth:`prepare` made with what a checkpoint promised; raises CheckpointError."""
+
+    @abstractmethod
+    def init(self, site: Site, shared: Shared) -> dict[str, Tensor]:
+        """The layer's trained tensors at their start, on the site's device (meta included)."""
+
+    @abstractmethod
+    def delta(self, site: Site, params: Mapping[str, Tensor], shared: Shared) -> Delta:
+        """What the parameters make of the layer's matrix: each forward, each merge."""
+
+    # -- files -----------------------------------------------------------------------------------
+
+    @classmethod
+    def from_checkpoint(cls, config: C, extra: Mapping[str, Tensor], checksum: str | None) -> Method[C]:
+        """The method of an adapter that is being loaded.
+
+        Args:
+            config: from adapter_config.json.
+            extra: the file's tensors that belong to no layer, keys without the ``base_model.`` prefix.
+            checksum: of the projections, where the file carries one.
+
+        """
+        if extra:
+            raise CheckpointError(f"{cls.name}: tensors that belong to no layer: {sorted(extra)}")
+        return cls(config)
+
+    def export(self, sites: Mapping[str, Site], params: Mapping[str, Mapping[str, Tensor]], shared: Shared) -> Export:
+        """The adapter's tensors under PEFT's keys (``<module>.<key>``), and what changes in its config."""
+        named = {
+            f"{module}.{self.keys[name]}": tensor for module, own in params.items() for name, tensor in own.items()
+        }
+        return Export({**named, **shared.trained})

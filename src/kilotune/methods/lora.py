@@ -1,0 +1,125 @@
+"""LoRA (Hu et al. 2021, arXiv 2106.09685): W + (alpha / r) B A, both factors trained.
+
+With ``use_rslora`` the scale is alpha / sqrt(r) (Kalajdzievski 2023, arXiv 2312.03732).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, final
+
+import torch
+from torch import Tensor, nn
+
+from ..config import AdapterConfig, Names, bool_faults, number_fault, option, rate_fault
+from ..deltas import LowRank
+from ._base import Method, Shared, Site
+
+__all__ = ["Lora", "LoraConfig"]
+
+INITS = (True, False, "gaussian")
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig(AdapterConfig):
+    """LoRA's options, under PEFT's names."""
+
+    peft_type: ClassVar[str] = "LORA"
+    bias_modes: ClassVar[Names] = ("none", "all", "lora_only")
+
+    r: int = option(8, "The rank.")
+    lora_alpha: float = option(8, "The scale is lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora.")
+    lora_dropout: float = option(0.0, "Dropout on the adapter's input, in [0, 1).")
+    use_rslora: bool = option(False, "Scale by lora_alpha / sqrt(r).")
+    init_lora_weights: bool | str = option(
+        True,
+        "True: A Kaiming uniform with a = sqrt(5), B zero. 'gaussian': A normal with deviation 1 / r, B zero. "
+        "False: both Kaiming uniform, so the adapter changes the output from the start.",
+    )
+    rank_pattern: dict[str, int] = option({}, "Other ranks: layer name or regular expression for its end -> r.")
+    alpha_pattern: dict[str, float] = option({}, "Other alphas: layer name or regular expression -> lora_alpha.")
+    exclude_modules: Names | str | None = option(None, AdapterConfig.help_of("exclude_modules"))
+    target_parameters: Names | None = option(
+        None, "Parameters (not modules) to adapt, as in expert layers; not there yet, so refused."
+    )
+
+    @property
+    def dropout(self) -> float:
+        return self.lora_dropout
+
+    def faults(self) -> list[str]:
+        faults = number_fault("r", self.r, low=1, whole=True)
+        faults += number_fault("lora_alpha", self.lora_alpha, low=0)
+        faults += rate_fault("lora_dropout", self.lora_dropout)
+        faults += bool_faults(self, "use_rslora")
+        if not any(self.init_lora_weights is valid or self.init_lora_weights == valid for valid in INITS):
+            faults.append(f"init_lora_weights: expected True, False or 'gaussian', got {self.init_lora_weights!r}")
+        if self.target_parameters:
+            faults.append(
+                f"target_parameters: expert parameters cannot be adapted yet, got {list(self.target_parameters)}; "
+                "name modules in target_modules instead"
+            )
+        return faults + self._pattern_faults()
+
+    def _pattern_faults(self) -> list[str]:
+        faults = []
+        for name, patterns, whole in (
+            ("rank_pattern", self.rank_pattern, True),
+            ("alpha_pattern", self.alpha_pattern, False),
+        ):
+            if not isinstance(patterns, dict):
+                faults.append(f"{name}: expected a dictionary, got {patterns!r}")
+                continue
+            for pattern, value in patterns.items():
+                faults += number_fault(f"{name}[{pattern!r}]", value, low=1 if whole else 0, whole=whole)
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    faults.append(f"{name}: {pattern!r} is no regular expression: {error}")
+        return faults
+
+
+@final
+class Lora(Method[LoraConfig]):
+    """Parameters per layer: lora_A (r, in) and lora_B (out, r)."""
+
+    name: ClassVar[str] = "lora"
+    config_cls: ClassVar[type[AdapterConfig]] = LoraConfig
+    makes: ClassVar[type[LowRank]] = LowRank
+    keys: ClassVar[dict[str, str]] = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
+    default_targets: ClassVar[Mapping[str, Sequence[str]]] = {"phi": ("q_proj", "v_proj", "fc1", "fc2")}
+
+    def rank(self, site: Site) -> int:
+        """The layer's rank: the first of rank_pattern that fits its name, else r."""
+        return int(_by_pattern(self.config.rank_pattern, site.name, self.config.r))
+
+    def scale(self, site: Site) -> float:
+        """Alpha / r, or alpha / sqrt(r) with use_rslora."""
+        rank = self.rank(site)
+        alpha = float(_by_pattern(self.config.alpha_pattern, site.name, self.config.lora_alpha))
+        return alpha / math.sqrt(rank) if self.config.use_rslora else alpha / rank
+
+    def init(self, site: Site, shared: Shared) -> dict[str, Tensor]:
+        rank, device, kind = self.rank(site), site.device(), self.config.init_lora_weights
+        a = torch.empty(rank, site.inn, device=device, dtype=torch.float32)
+        b = torch.zeros(site.out, rank, device=device, dtype=torch.float32)
+        if kind == "gaussian":
+            nn.init.normal_(a, std=1 / rank)
+        else:
+            nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        if kind is False:
+            nn.init.kaiming_uniform_(b, a=math.sqrt(5))
+        return {"lora_A": a, "lora_B": b}
+
+    def delta(self, site: Site, params: Mapping[str, Tensor], shared: Shared) -> LowRank:
+        dtype = site.dtype()  # a 16-bit base never runs float32 products
+        return LowRank(a=params["lora_A"].to(dtype), b=params["lora_B"].to(dtype), scale=self.scale(site))
+
+
+def _by_pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
+    """PEFT's rule: the first pattern that is the whole name, or its end after a dot."""
+    return next((v for p, v in patterns.items() if re.match(rf"(.*\.)?({p})$", name)), default)

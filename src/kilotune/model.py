@@ -1,0 +1,501 @@
+"""The models users hold: get_peft_model, PeftModel, VeraModel, LoraModel. The vocabulary is PEFT's."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from abc import ABC
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar, final
+
+import torch
+from torch import nn
+
+from . import checkpoint, inject
+from ._progress import track
+from .config import AdapterConfig
+from .errors import AdapterError, ConfigError, MergeError, UnsupportedError, did_you_mean, gather
+from .inject import Installed, SavedModule
+from .layer import ActiveState, AdaptedLayer, slot_key
+from .methods import LoraConfig, VeraConfig
+from .projections import Projections
+from .report import ParameterReport, count_parameters
+
+__all__ = ["AdapterModel", "LoraModel", "MergePrecisionWarning", "PeftModel", "VeraModel", "get_peft_model"]
+
+DEFAULT = "default"
+LOST_BOUND = 0.05
+
+
+class MergePrecisionWarning(UserWarning):
+    """Merging into 16-bit weights rounded a good part of the adapter away."""
+
+
+class AdapterModel(nn.Module, ABC):
+    """A base model with adapters in it. The base model is changed in place, and its weights are frozen.
+
+    Args:
+        model: any ``nn.Module``.
+        config: what to adapt and how.
+        adapter_name: the first adapter's name; it is active at once.
+
+    Every attribute of the base model is passed through. ``model`` is the base model itself.
+
+    """
+
+    configs: ClassVar[tuple[type[AdapterConfig], ...]] = (AdapterConfig,)
+
+    def __init__(self, model: nn.Module, config: AdapterConfig, adapter_name: str = DEFAULT) -> None:
+        super().__init__()
+        self._take(model)
+        self._add(adapter_name, config)
+        self._activate((adapter_name,))
+
+    def _take(self, model: nn.Module) -> None:
+        _check_base(model)
+        self.model = model
+        self.projections = Projections()
+        self.shared_parameters = nn.ModuleDict()
+        self._state = ActiveState()
+        self._installed: dict[str, Installed] = {}
+        self._was_trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+        self.training = model.training
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's forward, with the active adapters."""
+        return self.model(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in ("model", "_installed", "_state"):
+                raise
+            return getattr(self.model, name)
+
+    # -- looking ---------------------------------------------------------------------------------
+
+    @property
+    def base_model(self) -> AdapterModel:
+        """PEFT keeps a second object here; in kilotune one serves, so ``x.base_model.model`` is the base."""
+        return self
+
+    def get_base_model(self) -> nn.Module:
+        """The base model (with its adapted layers in it)."""
+        return self.model
+
+    @property
+    def peft_config(self) -> dict[str, AdapterConfig]:
+        """The configurations of all adapters, by name, with targets and heads filled in."""
+        return {name: installed.config for name, installed in self._installed.items()}
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The names of the active adapters."""
+        return list(self._state.active)
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The active adapter's name, or a list of names where it is not exactly one."""
+        return self._state.active[0] if len(self._state.active) == 1 else self.active_adapters
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        """The names of the adapters that are merged into the weights now."""
+        merged = {name for layer in self.adapted_layers().values() for name in layer.merged}
+        return [name for name in self._installed if name in merged]
+
+    def adapted_layers(self) -> dict[str, AdaptedLayer]:
+        """All adapted layers by their dotted name in the base model."""
+        return {name: m for name, m, _ in inject.walk(self.model) if isinstance(m, AdaptedLayer)}
+
+    def adapter_parameters(self, adapter_name: str | None = None) -> Iterator[tuple[str, nn.Parameter]]:
+        """(``<layer>.<parameter>``, parameter) of one adapter; of the active one when no name is given."""
+        for name in (self._known(adapter_name),) if adapter_name is not None else self._state.active:
+            yield from self._installed[name].parameters()
+
+    def report(self) -> ParameterReport:
+        """Counts and bytes by memory location."""
+        return count_parameters(self)
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(trainable, all) parameters, as PEFT counts: the shared projections are no parameters.
+
+        :meth:`report` counts them too.
+        """
+        report = self.report()
+        return report.trainable, report.total - report.frozen_shared
+
+    def print_trainable_parameters(self) -> None:
+        """Print PEFT's line, and the shared projections beside it."""
+        print(self.report().line())
+
+    # -- adapters --------------------------------------------------------------------------------
+
+    def add_adapter(self, adapter_name: str, peft_config: AdapterConfig) -> None:
+        """Add an adapter beside those there; it is not active until :meth:`set_adapter`.
+
+        Rank, seed, targets and method may differ from those of the others.
+
+        Raises:
+            AdapterError: the name is taken or invalid. TargetError, ConfigError, UnsupportedError: see ``inject.plan``.
+
+        """
+        self._add(adapter_name, peft_config)
+
+    def _add(self, name: str, config: AdapterConfig) -> None:
+        self._check_new_name(name)
+        if not isinstance(config, self.configs):
+            wanted = " or ".join(c.__name__ for c in self.configs)
+            raise ConfigError(f"{type(self).__name__}: expected a {wanted}, got {_describe(config)}")
+        self._install(inject.plan(self.model, name, self._completed(config)), None)
+
+    def _completed(self, config: AdapterConfig) -> AdapterConfig:
+        if config.base_model_name_or_path is not None:
+            return config
+        inner = getattr(self.model, "config", None)
+        name = getattr(inner, "_name_or_path", None) or getattr(self.model, "name_or_path", None)
+        return config.replace(base_model_name_or_path=name) if isinstance(name, str) and name else config
+
+    def _install(self, made: inject.Plan, tensors: dict[str, torch.Tensor] | None) -> None:
+        installed = inject.apply(self.model, made, self._state, self.projections, tensors)
+        self.model.requires_grad_(False)
+        self._installed[made.adapter] = installed
+        if installed.shared.trained:
+            self.shared_parameters[slot_key(made.adapter)] = nn.ParameterDict(installed.shared.trained)
+        self._settle_gradients()
+
+    def load_adapter(
+        self,
+        model_id: str | os.PathLike[str],
+        adapter_name: str,
+        is_trainable: bool = False,
+        *,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        token: str | None = None,
+        cache_dir: str | None = None,
+        local_files_only: bool = False,
+    ) -> None:
+        """Load an adapter that kilotune or PEFT wrote, from a folder or a hub id; not active until set.
+
+        Everything is checked before the model is touched.
+
+        Raises:
+            CheckpointError: the files are damaged or unsafe, or do not fit the model (all misfits listed).
+
+        """
+        self._check_new_name(adapter_name)
+        folder = checkpoint.locate(
+            model_id,
+            revision=revision,
+            subfolder=subfolder,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
+        file = checkpoint.read(folder)
+        if not isinstance(file.config, self.configs):
+            raise ConfigError(
+                f"{type(self).__name__} cannot load a {type(file.config).__name__} adapter; use PeftModel"
+            )
+        config = file.config.replace(inference_mode=not is_trainable)
+        made = inject.plan(self.model, adapter_name, config, file.method, strict=False)
+        tensors = checkpoint.match_tensors(file, made, type(self.model).__name__)
+        self._install(made, tensors)
+        if not is_trainable:
+            self.eval()
+
+    def set_adapter(self, adapter_name: str | Sequence[str]) -> None:
+        """Make one adapter, or several at once, the active ones; the others get no gradient at all.
+
+        Raises:
+            AdapterError: an unknown name. UnsupportedError: adapters that cannot be active together.
+
+        """
+        names = (adapter_name,) if isinstance(adapter_name, str) else tuple(dict.fromkeys(adapter_name))
+        self._activate(tuple(self._known(name) for name in names))
+
+    def _activate(self, names: tuple[str, ...]) -> None:
+        self._check_unmerged("change the active adapters")
+        inject.check_compatible({name: self._installed[name] for name in names})
+        self._state.active = names
+        self._settle_gradients()
+
+    def _settle_gradients(self) -> None:
+        for name, installed in self._installed.items():
+            wanted = name in self._state.active and not installed.config.inference_mode
+            for _, parameter in installed.parameters():
+                parameter.requires_grad_(wanted)
+                if not wanted:
+                    parameter.grad = None
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter. If it was the only active one, the adapter added first of those left becomes
+        active; with none left, the base model alone runs.
+
+        Raises:
+            AdapterError: no such adapter. MergeError: it is merged.
+
+        """
+        name = self._known(adapter_name)
+        if name in self.merged_adapters:
+            raise MergeError(f"adapter {name!r} is merged into the weights; call unmerge_adapter() before deleting it")
+        inject.remove(self.model, name, self._installed.pop(name), self.projections)
+        if (key := slot_key(name)) in self.shared_parameters:
+            del self.shared_parameters[key]
+        left = tuple(n for n in self._state.active if n != name)
+        self._state.active = left or tuple(self._installed)[:1]
+        self._settle_gradients()
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Inside this context the model is exactly the base model, merged adapters included."""
+        before, merged = (
+            self._state.disabled,
+            [layer for layer in self.adapted_layers().values() if layer.merged],
+        )
+        for layer in merged:
+            layer.suspend_merge()
+        self._state.disabled = True
+        try:
+            yield
+        finally:
+            self._state.disabled = before
+            for layer in merged:
+                layer.resume_merge()
+
+    # -- merge -----------------------------------------------------------------------------------
+
+    def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
+        """Put adapters (the active ones, or those named) into the base weights, until :meth:`unmerge_adapter`.
+
+        Args:
+            adapter_names: which ones.
+            safe_merge: first compute everything, and refuse, having changed nothing, if a value is not finite.
+
+        Raises:
+            MergeError: merged already, not linear, or (safe_merge) not finite.
+
+        """
+        names = self._to_merge(adapter_names)
+        again = [name for name in names if name in self.merged_adapters]
+        if again or not names:
+            what = f"adapters {again} are merged already" if again else "no adapter is active"
+            raise MergeError(f"merge_adapter: {what}; call unmerge_adapter() first, or name others")
+        self._merge(names, safe_merge, progressbar=False)
+
+    def _to_merge(self, adapter_names: Sequence[str] | None) -> list[str]:
+        if isinstance(adapter_names, str):
+            adapter_names = [adapter_names]
+        return [self._known(n) for n in adapter_names] if adapter_names is not None else self.active_adapters
+
+    def _merge(self, names: list[str], safe_merge: bool, progressbar: bool) -> None:
+        layers = self.adapted_layers()
+        inject.check_compatible({name: self._installed[name] for name in {*names, *self.merged_adapters}})
+        for where, layer in layers.items():
+            layer.check_mergeable(names, where)
+        if safe_merge:
+            self._check_finite(layers, names)
+        lost = {where: layers[where].merge(names) for where in track(list(layers), "merging", show=progressbar)}
+        _warn_of_loss(lost)
+
+    def _check_finite(self, layers: dict[str, AdaptedLayer], names: list[str]) -> None:
+        broken = []
+        for where, layer in layers.items():
+            result = layer.merged_with([*layer.merged, *names])
+            values = [v.to(layer.compute_dtype()) for v in (result.weight, result.bias) if v is not None]
+            if not all(bool(torch.isfinite(v).all()) for v in values if v.device.type != "meta"):
+                broken.append(f"{where}: the merged weight would hold values that are not finite")
+        if broken:
+            raise MergeError(gather(f"safe_merge refused adapters {names}; nothing was changed:", broken))
+
+    def unmerge_adapter(self) -> None:
+        """Take all merged adapters out; the base weights have their very bits again.
+
+        Raises:
+            MergeError: nothing is merged.
+
+        """
+        if not self.merged_adapters:
+            raise MergeError("unmerge_adapter: no adapter is merged")
+        for layer in self.adapted_layers().values():
+            layer.unmerge()
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
+    ) -> nn.Module:
+        """Merge for good, and return the plain base model: no wrapper is left, and this object is spent.
+
+        A weight that was tied to another module's gets a value of its own; the other module keeps the base's.
+        """
+        names = self._to_merge(adapter_names)
+        wanted = [name for name in names if name not in self.merged_adapters]
+        with _active_for_saved(self._state, names):
+            self._merge(wanted, safe_merge, progressbar)
+            inject.strip(self.model, lambda saved: saved.current())
+        return self._release()
+
+    def unload(self) -> nn.Module:
+        """Return the base model as it was before the first adapter; this object is spent."""
+        for layer in self.adapted_layers().values():
+            layer.unmerge()
+        inject.strip(self.model, lambda saved: saved.original_module)
+        return self._release()
+
+    def _release(self) -> nn.Module:
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name in self._was_trainable)
+        self._installed, self._state.active = {}, ()
+        self.shared_parameters = nn.ModuleDict()
+        for owner in list(self.projections.owners()):
+            self.projections.release(owner)
+        return self.model
+
+    # -- files -----------------------------------------------------------------------------------
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], selected_adapters: Sequence[str] | None = None
+    ) -> None:
+        """Write adapters in PEFT's layout: 'default' into the folder itself, others into subfolders.
+
+        Args:
+            save_directory: the folder; made where it is not there.
+            selected_adapters: which ones; all by default.
+
+        """
+        names = list(self._installed) if selected_adapters is None else [self._known(n) for n in selected_adapters]
+        if not names:
+            raise AdapterError("save_pretrained: there is no adapter to save")
+        root = Path(save_directory)
+        for name in names:
+            folder = root if name == DEFAULT else root / name
+            checkpoint.write(folder, *checkpoint.state_of(self._installed[name]))
+
+    # -- checks ----------------------------------------------------------------------------------
+
+    def _known(self, name: str) -> str:
+        if name not in self._installed:
+            have = ", ".join(map(repr, self._installed)) or "none"
+            raise AdapterError(f"there is no adapter {name!r}.{did_you_mean(str(name), self._installed)} There: {have}")
+        return name
+
+    def _check_new_name(self, name: str) -> None:
+        checkpoint.check_adapter_name(name)
+        if name in self._installed:
+            raise AdapterError(f"the adapter name {name!r} is taken; delete_adapter({name!r}) first, or take another")
+
+    def _check_unmerged(self, purpose: str) -> None:
+        if merged := self.merged_adapters:
+            raise MergeError(f"cannot {purpose} while {merged} are merged; call unmerge_adapter() first")
+
+
+@final
+class VeraModel(AdapterModel):
+    """A model with VeRA adapters (arXiv 2310.11454): ``VeraModel(model, config, adapter_name)``."""
+
+    configs: ClassVar[tuple[type[AdapterConfig], ...]] = (VeraConfig,)
+
+
+@final
+class LoraModel(AdapterModel):
+    """A model with LoRA adapters (arXiv 2106.09685): ``LoraModel(model, config, adapter_name)``."""
+
+    configs: ClassVar[tuple[type[AdapterConfig], ...]] = (LoraConfig,)
+
+
+@final
+class PeftModel(AdapterModel):
+    """A model with adapters of any method, mixed as one likes."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | os.PathLike[str],
+        adapter_name: str = DEFAULT,
+        is_trainable: bool = False,
+        *,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        token: str | None = None,
+        cache_dir: str | None = None,
+        local_files_only: bool = False,
+    ) -> PeftModel:
+        """Put a saved adapter (of kilotune or PEFT; a folder or a hub id) into a base model; it is active.
+
+        Raises:
+            CheckpointError: the files are damaged or unsafe, or do not fit; the model is then untouched.
+
+        """
+        wrapped = cls.__new__(cls)
+        nn.Module.__init__(wrapped)
+        wrapped._take(model)
+        wrapped.load_adapter(
+            model_id,
+            adapter_name,
+            is_trainable,
+            revision=revision,
+            subfolder=subfolder,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
+        wrapped._activate((adapter_name,))
+        return wrapped
+
+
+def get_peft_model(model: nn.Module, peft_config: AdapterConfig, adapter_name: str = DEFAULT) -> PeftModel:
+    """Put an adapter into ``model`` (in place, its weights frozen) and return the model to train.
+
+    Args:
+        model: any ``nn.Module``.
+        peft_config: for example ``VeraConfig(r=256, target_modules="all-linear")``.
+        adapter_name: the adapter's name.
+
+    """
+    return PeftModel(model, peft_config, adapter_name)
+
+
+def _check_base(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"expected a torch.nn.Module as the base model, got {_describe(model)}")
+    for name, module in model.named_modules():
+        if isinstance(module, (AdaptedLayer, SavedModule, AdapterModel)):
+            raise UnsupportedError(
+                f"the model has adapters of kilotune already (at {name or 'its root'!r}); use add_adapter() or "
+                "load_adapter() of the wrapped model, or unload() it first"
+            )
+        if type(module).__module__.partition(".")[0] == "peft":
+            raise UnsupportedError(
+                f"the model has adapters of PEFT already (at {name or 'its root'!r}); unload() them first"
+            )
+
+
+def _describe(value: object) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def _warn_of_loss(lost: dict[str, float]) -> None:
+    worst = max(lost, key=lambda name: lost[name], default=None)
+    if worst is not None and lost[worst] > LOST_BOUND:
+        warnings.warn(
+            f"merging rounded {lost[worst]:.0%} of the adapter's change in {worst!r} away, because the weights are "
+            "16-bit; merge into float32 weights, or leave the adapter unmerged",
+            MergePrecisionWarning,
+            stacklevel=4,
+        )
+
+
+@contextmanager
+def _active_for_saved(state: ActiveState, names: list[str]) -> Iterator[None]:
+    """While merging for good, the modules saved whole by ``names`` are the current ones."""
+    before = state.active
+    state.active = tuple(names)
+    try:
+        yield
+    except BaseException:
+        state.active = before
+        raise

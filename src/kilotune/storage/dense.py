@@ -1,0 +1,66 @@
+"""Plain floating-point parameters."""
+
+from __future__ import annotations
+
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UnsupportedError
+from ._base import Kept, Storage
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@final
+class Dense(Storage):
+    """float16, bfloat16, float32 or float64 parameters named ``weight`` and ``bias``.
+
+    Writing puts new Parameters in place and never changes the old ones, so a weight that is tied to
+    another module's (an embedding) stays as it is there.
+    """
+
+    name: ClassVar[str] = "dense"
+    lossless: ClassVar[bool] = True
+    differentiable: ClassVar[bool] = True
+
+    def matches(self, module: nn.Module) -> bool:
+        held = [module._parameters.get(name) for name in ("weight", "bias")]
+        present = [p for p in held if p is not None]
+        return bool(present) and all(p.dtype in FLOATS and type(p.data) is Tensor for p in present)
+
+    def read(self, module: nn.Module) -> Tensor:
+        weight = module.get_parameter("weight")
+        if type(weight.data) is not Tensor:
+            raise UnsupportedError(
+                f"the weight of {type(module).__name__} is a {type(weight.data).__name__}; it cannot be read here"
+            )
+        return weight
+
+    def write(self, module: nn.Module, weight: Tensor | None, bias: Tensor | None) -> None:
+        for name, value in (("weight", weight), ("bias", bias)):
+            if value is None:
+                continue
+            like = module._parameters.get(name)
+            dtype = self.dtype(module) if like is None else like.dtype
+            fresh = value.detach().to(dtype, memory_format=torch.contiguous_format, copy=True).contiguous()
+            module.register_parameter(name, nn.Parameter(fresh, requires_grad=False))
+
+    def keep(self, module: nn.Module) -> Kept:
+        return {name: module._parameters.get(name) for name in ("weight", "bias") if name in module._parameters}
+
+    def restore(self, module: nn.Module, kept: Kept) -> None:
+        for name, parameter in kept.items():
+            module.register_parameter(name, parameter)
+
+    def dtype(self, module: nn.Module) -> torch.dtype:
+        return self._main(module).dtype
+
+    def device(self, module: nn.Module) -> torch.device:
+        return self._main(module).device
+
+    @staticmethod
+    def _main(module: nn.Module) -> Tensor:
+        weight = module._parameters.get("weight")
+        return weight if weight is not None else module.get_parameter("bias")

@@ -1,0 +1,270 @@
+"""Which modules an adapter takes, and why each other one was left.
+
+:func:`explain` gives a verdict for every module; :func:`select` turns the verdicts into the list to
+adapt, or into one error that names the nearest modules and why they were not taken.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import final
+
+from torch import nn
+
+from .config import AdapterConfig
+from .deltas import Need
+from .errors import ConfigError, TargetError, did_you_mean, gather, nearest
+from .kinds import KINDS, LayerKind, kind_of
+from .storage import STORAGES, Storage, storage_of
+
+__all__ = ["DEFAULT_TARGETS", "Verdict", "explain", "resolve_targets", "select"]
+
+ALL_LINEAR = "all-linear"
+HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
+_QV = ("q_proj", "v_proj")
+_FUSED = ("query_key_value",)
+# transformers' model_type -> the modules that the papers and PEFT adapt by default (query and value).
+DEFAULT_TARGETS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(
+        ("bart", "opt", "gptj", "gpt_neo", "llama", "llama4", "mistral", "mixtral", "stablelm", "phi"), _QV
+    ),
+    **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "qwen2", "qwen3"), _QV),
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra", "layoutlm", "vit"), ("query", "value")),
+    **dict.fromkeys(("bloom", "gpt_neox", "falcon", "chatglm", "RefinedWeb", "RefinedWebModel"), _FUSED),
+    **dict.fromkeys(("t5", "mt5"), ("q", "v")),
+    **dict.fromkeys(("gpt2", "gpt_bigcode"), ("c_attn",)),
+    "deberta": ("in_proj",),
+    "deberta-v2": ("query_proj", "value_proj"),
+    "mpt": ("Wqkv",),
+    "codegen": ("qkv_proj",),
+    "nemotron_h": ("q_proj", "k_proj", "v_proj", "o_proj"),
+}
+
+
+@final
+@dataclass(frozen=True)
+class Candidate:
+    """A module of the base model by its dotted name; ``parent`` is the class that holds it."""
+
+    name: str
+    module: nn.Module
+    parent: type[nn.Module]
+    kind: LayerKind | None
+    storage: Storage | None
+
+
+@final
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a module is taken, and the reason; ``matched`` when its name fits the targets."""
+
+    name: str
+    taken: bool
+    matched: bool
+    reason: str
+
+
+def candidates(modules: Iterable[tuple[str, nn.Module, type[nn.Module]]]) -> list[Candidate]:
+    """Look up kind and storage of each (name, module, class of its parent)."""
+    return [Candidate(name, m, parent, kind_of(m), storage_of(m)) for name, m, parent in modules]
+
+
+def resolve_targets(
+    config: AdapterConfig, model_type: str | None, exceptions: Mapping[str, Sequence[str]]
+) -> AdapterConfig:
+    """The config with ``target_modules=None`` replaced by the defaults of the architecture.
+
+    Raises:
+        ConfigError: when there are no defaults for ``model_type``.
+
+    """
+    if config.target_modules is not None:
+        return config
+    table = {**DEFAULT_TARGETS, **exceptions}
+    if model_type not in table:
+        what = "the model has no config.model_type" if model_type is None else f"there are none for {model_type!r}"
+        hint = did_you_mean(model_type, table) if model_type else ""
+        raise ConfigError(
+            f"target_modules=None asks for an architecture's defaults, but {what}.{hint} "
+            "Give names, a regular expression, or 'all-linear'."
+        )
+    return config.replace(target_modules=tuple(table[model_type]))
+
+
+def explain(
+    found: Sequence[Candidate], config: AdapterConfig, needs: frozenset[Need], heads: frozenset[str]
+) -> list[Verdict]:
+    """A verdict for every module.
+
+    Args:
+        found: the base model's modules.
+        config: with resolved targets.
+        needs: what the method's delta needs of a layer.
+        heads: names of output layers, which 'all-linear' leaves out.
+
+    """
+    return [_verdict(candidate, config, needs, heads) for candidate in found]
+
+
+def select(
+    found: Sequence[Candidate],
+    config: AdapterConfig,
+    needs: frozenset[Need],
+    heads: frozenset[str],
+    strict: bool = True,
+) -> list[Candidate]:
+    """The modules to adapt, in the model's order.
+
+    ``strict``: a name in the list that matches nothing is an error too (off when a file is loaded, whose
+    tensors are checked one by one anyway).
+
+    Raises:
+        TargetError: nothing matches, or something matches that cannot be adapted; says why and what is near.
+
+    """
+    verdicts = explain(found, config, needs, heads)
+    refused = [v for v in verdicts if v.matched and not v.taken and v.reason.startswith("refused")]
+    if refused:
+        faults = [f"{v.name!r}: {v.reason.removeprefix('refused: ')}" for v in refused]
+        raise TargetError(gather("some targeted modules cannot be adapted:", faults))
+    taken = [candidate for candidate, verdict in zip(found, verdicts, strict=True) if verdict.taken]
+    faults = _unmatched(found, config, verdicts) if strict or not taken else []
+    if not taken or faults:
+        faults = faults or [_nothing(config, verdicts)]
+        raise TargetError(
+            gather("the target modules match nothing:" if not taken else "some targets match nothing:", faults)
+        )
+    return taken
+
+
+def matches_names(names: Sequence[str] | str | None, name: str) -> bool:
+    """PEFT's rule: a string is a regular expression for the whole name; a list holds names or their ends."""
+    if not names:
+        return False
+    if isinstance(names, str):
+        return re.fullmatch(names, name) is not None
+    return any(name == n or name.endswith(f".{n}") for n in names)
+
+
+def inside(names: Sequence[str] | None, name: str) -> bool:
+    """Whether ``name`` is one of the named modules or lies inside one."""
+    parts = name.split(".")
+    return any(matches_names(names, ".".join(parts[:i])) for i in range(1, len(parts) + 1))
+
+
+def _verdict(c: Candidate, config: AdapterConfig, needs: frozenset[Need], heads: frozenset[str]) -> Verdict:
+    if config.target_modules == ALL_LINEAR:
+        linear = c.kind is not None and Need.LINEAR in c.kind.offers and c.storage is not None
+        matched = linear and c.name not in heads and _refusal(c, needs) is None
+        reason = "is a linear layer" if matched else _why_not_linear(c, linear, heads, needs)
+    else:
+        matched = matches_names(config.target_modules, c.name)
+        reason = "its name matches" if matched else "its name does not match the targets"
+    if not matched:
+        return Verdict(c.name, False, False, reason)
+    if matches_names(config.exclude_modules, c.name):
+        return Verdict(c.name, False, True, "left out by exclude_modules")
+    if inside(config.modules_to_save, c.name):
+        return Verdict(c.name, False, True, "trained whole by modules_to_save")
+    if not _in_layers(c.name, config):
+        return Verdict(c.name, False, True, "its block is not in layers_to_transform")
+    refusal = _refusal(c, needs)
+    if refusal is None:
+        return Verdict(c.name, True, True, reason)
+    # A regular expression often matches the containers around the layers it means; they have nothing to adapt.
+    if isinstance(config.target_modules, str) and not c.module._parameters:
+        return Verdict(c.name, False, True, "is a container, not a layer")
+    return Verdict(c.name, False, True, f"refused: {refusal}")
+
+
+def _why_not_linear(c: Candidate, linear: bool, heads: frozenset[str], needs: frozenset[Need]) -> str:
+    if not linear:
+        return f"{type(c.module).__name__} is not a linear layer"
+    return "is the model's output layer" if c.name in heads else str(_refusal(c, needs))
+
+
+def _refusal(c: Candidate, needs: frozenset[Need]) -> str | None:
+    kind_name = type(c.module).__name__
+    if issubclass(c.parent, nn.MultiheadAttention):
+        return "torch's MultiheadAttention reads this layer's weight itself, so an adapter here would never run"
+    if c.kind is None or not needs <= c.kind.offers:
+        children = [name for name, _ in c.module.named_children()]
+        if children:
+            return f"is a container ({kind_name}), not a layer; inside it: {', '.join(children[:8])}"
+        fit = ", ".join(kind.name for kind in KINDS if needs <= kind.offers)
+        return f"{kind_name} is not a kind of layer that this method can adapt (kinds: {fit})"
+    if c.storage is None:
+        held = [f"{n} {p.dtype}" for n, p in c.module._parameters.items() if p is not None]
+        stores = ", ".join(storage.name for storage in STORAGES)
+        return f"its weight is no plain floating-point parameter ({', '.join(held) or 'none'}; storages: {stores})"
+    return None
+
+
+def _in_layers(name: str, config: AdapterConfig) -> bool:
+    """Whether the first block index in ``name`` (after layers_pattern, where given) is wanted."""
+    if config.layers_to_transform is None:
+        return True
+    if config.layers_pattern:
+        found: Iterator[re.Match[str] | None] = (
+            re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name) for pattern in config.layers_pattern
+        )
+    else:
+        found = iter((re.match(r".*?\.[^.]*\.(\d+)\.", name),))
+    match = next((m for m in found if m is not None), None)
+    return match is not None and int(match.group(1)) in config.layers_to_transform
+
+
+def _unmatched(found: Sequence[Candidate], config: AdapterConfig, verdicts: Sequence[Verdict]) -> list[str]:
+    """A line for each listed name, and each block index, that no module fits."""
+    if not isinstance(config.target_modules, tuple):
+        return []
+    names = [c.name for c in found]
+    faults = []
+    for target in config.target_modules:
+        if any(matches_names((target,), name) for name in names):
+            continue
+        faults.append(f"no module is called {target!r}, or ends with it.{_near(target, found)}")
+    if config.layers_to_transform is not None and not faults:
+        taken = [v.name for v in verdicts if v.taken]
+        for index in config.layers_to_transform:
+            if not any(_in_layers(name, config.replace(layers_to_transform=(index,))) for name in taken):
+                faults.append(f"layers_to_transform: no targeted module lies in a block {index}")
+    return faults
+
+
+def _near(target: str, found: Sequence[Candidate]) -> str:
+    last = Counter(c.name.rpartition(".")[2] for c in found if c.name)
+    close = nearest(target.rpartition(".")[2], last)
+    if not close:
+        linear = Counter(
+            c.name.rpartition(".")[2] for c in found if c.kind is not None and Need.LINEAR in c.kind.offers
+        )
+        usable = ", ".join(f"{name!r} ({count})" for name, count in linear.most_common(8))
+        return f" Linear layers of this model: {usable or 'none'}."
+    example = {c.name.rpartition(".")[2]: c for c in reversed(found)}
+    near = [f"{name!r} ({last[name]} x {type(example[name].module).__name__})" for name in close]
+    return f" Nearest: {', '.join(near)}."
+
+
+def _nothing(config: AdapterConfig, verdicts: Sequence[Verdict]) -> str:
+    close = [v for v in verdicts if v.matched]
+    if close:
+        shown = "; ".join(f"{v.name!r}: {v.reason}" for v in close[:5])
+        return f"{config.target_modules!r}: {len(close)} names match, but none is taken: {shown}"
+    if config.target_modules == ALL_LINEAR:
+        return "'all-linear': the model has no linear layer besides its output layer"
+    names = [v.name for v in verdicts if v.name]
+    pattern = str(config.target_modules)
+    near = nearest(pattern, names) or names[-3:]
+    return (
+        f"the regular expression {pattern!r} matches no whole module name (a name is matched from its start to its "
+        f"end; '.*' stands for any beginning). Names look like: {', '.join(map(repr, near))}"
+    )
