@@ -6,8 +6,11 @@ JOBS ?= 2
 ARGS ?=
 
 python := .venv/bin/python
+# The script itself reads from Python 3.7 on; this tells the users of older ones.
 setup = command -v $(PYTHON) >/dev/null 2>&1 \
 	|| { echo "error: no $(PYTHON) here; kilotune needs Python 3.11 to 3.13" >&2; exit 1; }; \
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 7))" \
+	|| { echo "error: $(PYTHON) is too old; kilotune needs Python 3.11 to 3.13" >&2; exit 1; }; \
 	$(PYTHON) scripts/environment.py $(if $(filter file,$(origin PYTHON)),,--explicit)
 # One thread a worker: JOBS workers with a thread pool each would only wait for one another.
 pytest = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(python) -m pytest -n $(JOBS) --dist worksteal
@@ -30,8 +33,8 @@ test-full: lint type  ## everything, the slow tests too
 	$(pytest) -m "" $(ARGS)
 
 lint: env-dev  ## ruff: rules and format
-	$(python) -m ruff check .
-	$(python) -m ruff format --check .
+	$(python) -m ruff check --no-cache .
+	$(python) -m ruff format --no-cache --check .
 
 type: env-dev  ## mypy --strict
 	$(python) -m mypy

@@ -12,6 +12,7 @@ any library parses it, and reports all missing, unexpected and misshapen tensors
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -30,7 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .config import FORMAT_VERSION, SECTION, AdapterConfig
-from .errors import AdapterError, CheckpointError, MissingExtraError, gather
+from .errors import AdapterError, CheckpointError, ConfigError, MissingExtraError, gather
 from .inject import Installed, Plan
 from .layer import BIAS
 from .methods import Method, method_by_name
@@ -97,8 +98,11 @@ def state_of(installed: Installed) -> tuple[dict[str, Any], dict[str, Tensor], d
     tensors = {key: value.detach().cpu().clone().contiguous() for key, value in sorted(tensors.items())}
     config = {**installed.config.to_dict(), **export.config}
     config["fan_in_fan_out"] = any(layer.kind.stores_in_out for layer in installed.layers.values())
-    if not export.loads_in_peft:
-        config[SECTION] = {"format": FORMAT_VERSION, "save_projection": False, **installed.config.ours()}
+    if export.section is not None:
+        config[SECTION] = {"format": FORMAT_VERSION, **export.section}
+    elif "exclude_modules" in installed.config.ours():  # a key that this method lacks in PEFT
+        exact = "|".join(re.escape(name) for name in params)  # a list would match the ends of other names too
+        config.update(target_modules=exact, layers_to_transform=None, layers_pattern=None)
     metadata = {
         "format": "pt",
         "kilotune_format": str(FORMAT_VERSION),
@@ -131,17 +135,37 @@ def write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
     """Write the two files of an adapter; on failure the folder is as it was."""
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"cannot write to {folder}: it is a file, expected a folder or nothing")
+    made = [parent for parent in folder.parents if not parent.exists()]  # the innermost first
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as name:
+        # On the same file system as the target, or renaming would not be possible.
+        place = folder if folder.is_dir() else folder.parent
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=place) as name:
             fresh = Path(name) / "new"
             fresh.mkdir()
             save_file(dict(tensors), fresh / WEIGHTS_NAME, metadata=dict(metadata))
+            _sort_metadata(fresh / WEIGHTS_NAME)
             (fresh / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            shutil.copymode(fresh / CONFIG_NAME, fresh / WEIGHTS_NAME)  # safetensors makes files that only we can read
             _flush(fresh)
             _put(fresh, folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
+        with contextlib.suppress(OSError):
+            for parent in made:
+                parent.rmdir()
         raise CheckpointError(f"cannot write the adapter to {folder}: {error}") from error
+
+
+def _sort_metadata(path: Path) -> None:
+    """Safetensors writes the metadata in random order; sorted, the same adapter gives the same bytes."""
+    with path.open("r+b") as file:
+        length = struct.unpack("<Q", file.read(8))[0]
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= length:  # the rest was padding
+            file.seek(8)
+            file.write(text.ljust(length))
 
 
 def _flush(folder: Path) -> None:
@@ -153,11 +177,25 @@ def _flush(folder: Path) -> None:
 def _put(fresh: Path, folder: Path) -> None:
     """Rename the new folder, or its files where the folder is there; the checksums find a pair torn apart."""
     if not folder.exists():
-        shutil.copymode(fresh.parent.parent, fresh)
         fresh.rename(folder)
         return
+    old = fresh.with_name("old")
+    old.mkdir()
     for name in (WEIGHTS_NAME, CONFIG_NAME):
-        os.replace(fresh / name, folder / name)
+        if (folder / name).exists():
+            shutil.copy2(folder / name, old / name)
+    done: list[str] = []
+    try:
+        for name in (WEIGHTS_NAME, CONFIG_NAME):
+            os.replace(fresh / name, folder / name)
+            done.append(name)
+    except BaseException:
+        for name in done:
+            if (old / name).exists():
+                os.replace(old / name, folder / name)
+            else:
+                (folder / name).unlink()
+        raise
 
 
 # -- in --------------------------------------------------------------------------------------------
@@ -250,24 +288,22 @@ def read(folder: Path) -> AdapterFile:
         )
     weights = within(folder, str(section.get("weights", WEIGHTS_NAME)), f"{CONFIG_NAME}: weights")
     tensors, metadata = _read_weights(weights)
-    method_cls = method_by_name(str(values.get("peft_type")))
-    config = method_cls.config_cls.from_dict(_with_section(values, section))
+    ours = {key: value for key, value in section.items() if key not in ("format", "weights")}
+    try:
+        method_cls = method_by_name(str(values.get("peft_type")))
+        config = method_cls.config_cls.from_file(values, ours)
+    except ConfigError as error:
+        raise ConfigError(f"{folder / CONFIG_NAME}: {error}") from error
     layered = {k.removeprefix(PREFIX): v for k, v in tensors.items() if k.startswith(PREFIX)}
     rest = {k: v for k, v in tensors.items() if not k.startswith(PREFIX)}
     strange = sorted(k for k in rest if not k.startswith(EXTRA_PREFIX))
     if strange:
         raise CheckpointError(gather(f"{weights}: keys that do not begin with {EXTRA_PREFIX!r}:", strange))
     extra = {k.removeprefix(EXTRA_PREFIX): v for k, v in rest.items()}
+    if whole := sorted(k for k, v in rest.items() if not v.is_floating_point()):
+        raise CheckpointError(gather(f"{weights}: expected floating-point tensors:", whole))
     method = method_cls.from_checkpoint(config, extra, metadata.get("kilotune_projections_sha256"))
     return AdapterFile(folder, method.config, method, layered, extra, section, metadata)
-
-
-def _with_section(values: dict[str, Any], section: Mapping[str, Any]) -> dict[str, Any]:
-    """PEFT's keys and ours as one config; which generator PEFT's own VeRA files mean."""
-    ours = {key: value for key, value in section.items() if key not in ("format", "weights")}
-    if not ours and values.get("peft_type") == "VERA":
-        ours = {"generator": "stored" if values.get("save_projection", True) else "peft"}
-    return {**values, **ours}
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -299,9 +335,6 @@ def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no dictionary
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is no valid safetensors file: {error}") from error
-    whole = [key for key, value in tensors.items() if not value.is_floating_point()]
-    if whole:
-        raise CheckpointError(gather(f"{path}: expected floating-point tensors:", whole))
     expected = metadata.get("kilotune_sha256")
     if expected is not None and (actual := tensors_checksum(tensors)) != expected:
         raise CheckpointError(f"{path} is damaged: expected SHA-256 {expected} of its tensors, got {actual}")
@@ -326,11 +359,12 @@ def _check_header(path: Path) -> dict[str, str]:
         header = json.loads(raw)
         entries = {key: value for key, value in header.items() if key != "__metadata__"}
         end = max((int(value["data_offsets"][1]) for value in entries.values()), default=0)
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{path}: the header is no valid safetensors header ({error})") from error
     if end != size - 8 - length:
         raise CheckpointError(
-            f"{path}: the header describes {end} bytes of tensors, the file holds {size - 8 - length}: truncated or damaged"
+            f"{path}: the header describes {end} bytes of tensors, the file holds {size - 8 - length}: "
+            "truncated or damaged"
         )
     metadata = header.get("__metadata__") or {}
     return {str(key): str(value) for key, value in metadata.items()} if isinstance(metadata, dict) else {}
@@ -346,13 +380,19 @@ def match_tensors(file: AdapterFile, made: Plan, base_name: str) -> dict[str, Te
             wanted[f"{name}.{own}"] = (f"{name}.{key}", shape)
     for name, module in made.saved.items():
         wanted.update({f"{name}.{k}": (f"{name}.{k}", tuple(v.shape)) for k, v in module.state_dict().items()})
-    given = {k: v for k, v in file.tensors.items() if not _redundant(k, made)}
+    given = {k: v for k, v in file.tensors.items() if not (_redundant(k, made) or _repeats(k, file, made))}
+    exact = _exact_buffers(made)
     faults = [f"missing: {key} {shape}" for key, (_, shape) in wanted.items() if key not in given]
     faults += [f"unexpected: {key} {tuple(value.shape)}" for key, value in given.items() if key not in wanted]
     faults += [
         f"shape of {key}: the model expects {wanted[key][1]}, the file has {tuple(value.shape)}"
         for key, value in given.items()
         if key in wanted and tuple(value.shape) != wanted[key][1]
+    ]
+    faults += [
+        f"type of {key}: expected a floating-point tensor, the file has {value.dtype}"
+        for key, value in given.items()
+        if key in wanted and key not in exact and not value.is_floating_point()
     ]
     if faults:
         base = file.config.base_model_name_or_path
@@ -361,5 +401,24 @@ def match_tensors(file: AdapterFile, made: Plan, base_name: str) -> dict[str, Te
     return {target: given[key] for key, (target, _) in wanted.items()}
 
 
+def _exact_buffers(made: Plan) -> set[str]:
+    """What modules saved whole keep in other than floats, such as the number of batches that a norm has seen."""
+    return {
+        f"{name}.{key}"
+        for name, module in made.saved.items()
+        for key, value in module.state_dict().items()
+        if not value.is_floating_point()
+    }
+
+
 def _redundant(key: str, made: Plan) -> bool:
     return any(key.startswith(f"{name}{part}") for name in made.saved for part in REDUNDANT)
+
+
+def _repeats(key: str, file: AdapterFile, made: Plan) -> bool:
+    """Whether ``key`` is a tied bias that the file holds under its layer's name as well, with equal values."""
+    module, _, last = key.rpartition(".")
+    if last != BIAS or module not in made.tied:
+        return False
+    others = [file.tensors.get(f"{made.tied[module]}.{end}") for end in (BIAS, f"base_layer.{BIAS}")]
+    return any(other is not None and torch.equal(other, file.tensors[key]) for other in others)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -73,7 +74,8 @@ class AdapterConfig(ABC):
     bias: str = option("none", "Which biases to train: 'none', 'all', or those of the adapted layers only.")
     modules_to_save: Names | None = option(
         None,
-        "Modules to train whole, as a copy of their own per adapter (a new head); saved with the adapter.",
+        "Modules to train whole, as a copy of their own per adapter (a new head): every module whose name ends with "
+        "one of these, as in PEFT ('norm' takes 'input_layernorm' too); saved with the adapter.",
     )
     exclude_modules: Names | str | None = option(
         None, "Modules not to adapt: a list of names, or a regular expression.", ours=True
@@ -101,7 +103,7 @@ class AdapterConfig(ABC):
         for name in ("target_modules", "exclude_modules"):
             self._set(name, _as_tuple(getattr(self, name), keep_string=True))
         for name in ("modules_to_save", "layers_pattern", "layers_to_transform"):
-            self._set(name, _as_tuple(getattr(self, name), keep_string=False))
+            self._set(name, _as_tuple(getattr(self, name), keep_string=False) or None)
         self._set("task_type", self.task_type.value if isinstance(self.task_type, TaskType) else self.task_type)
         faults = [*self._common_faults(), *self.faults()]
         if faults:
@@ -148,29 +150,30 @@ class AdapterConfig(ABC):
     def from_dict(cls: type[C], values: Mapping[str, Any]) -> C:
         """From the keys of an adapter_config.json (without the ``kilotune`` section's keys merged in).
 
-        Keys that only PEFT knows are accepted where they are switched off (None, False, empty) or listed as
-        harmless; switched on, they are refused by name, because ignoring them would change the results.
+        Unknown keys are accepted where they are switched off (None, False, empty; PEFT writes many) or listed
+        as harmless; switched on, they are refused by name, because ignoring them would change the results.
         """
-        written_by_peft = "peft_version" in values
         known, faults = {}, []
         for key, value in values.items():
             if key in cls.option_names():
                 known[key] = value
-            elif key in HARMLESS_KEYS or (written_by_peft and value in (None, False, "", [], {})):
-                continue
-            elif written_by_peft:
-                faults.append(f"{key}={value!r} asks for something of PEFT that is not there in kilotune")
-            else:
-                faults.append(cls._unknown(key))
+            elif key not in HARMLESS_KEYS and value not in (None, False, "", [], {}):
+                faults.append(f"{key}={value!r}: {cls._unknown(key)}. If it is an option of PEFT, kilotune lacks it.")
         if faults:
             raise ConfigError(gather(f"{cls.__name__}:", faults))
         return cls(**known)
+
+    @classmethod
+    def from_file(cls: type[C], values: Mapping[str, Any], section: Mapping[str, Any]) -> C:
+        """From an adapter_config.json's keys and its section of ours; for methods whose files mean more."""
+        return cls.from_dict({**values, **section})
 
     # -- checks ----------------------------------------------------------------------------------
 
     @classmethod
     def _unknown(cls, key: str) -> str:
-        return f"unknown option {key!r}.{did_you_mean(key, cls.option_names())} All: {', '.join(cls.option_names())}"
+        hint = did_you_mean(SYNONYMS.get(key, key), cls.option_names())
+        return f"unknown option {key!r}.{hint} All: {', '.join(cls.option_names())}"
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
@@ -182,6 +185,8 @@ class AdapterConfig(ABC):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(value := getattr(self, name), str):
                 faults += _regex_faults(name, value)
+        for pattern in self.layers_pattern if isinstance(self.layers_pattern, tuple) else ():
+            faults += _regex_faults("layers_pattern", pattern) if isinstance(pattern, str) else []
         if self.bias not in self.bias_modes:
             hint = did_you_mean(str(self.bias), self.bias_modes)
             faults.append(f"bias: expected one of {list(self.bias_modes)}, got {self.bias!r}.{hint}")
@@ -207,11 +212,13 @@ class AdapterConfig(ABC):
         return faults
 
 
+# What people write for an option whose name looks different.
+SYNONYMS = {"rank": "r", "seed": "projection_prng_key", "targets": "target_modules", "layers": "layers_to_transform"}
+
 # Keys of PEFT's files that change no result here: bookkeeping, or defaults of features that are off.
 HARMLESS_KEYS = frozenset(
     {
         "auto_mapping",
-        "inference_mode",
         "megatron_core",
         "peft_type",
         "peft_version",
@@ -224,9 +231,11 @@ HARMLESS_KEYS = frozenset(
 def number_fault(name: str, value: Any, *, low: float, high: float = math.inf, whole: bool = False) -> list[str]:
     """A line when ``value`` is no finite number (a whole one if ``whole``) in [low, high], else nothing."""
     number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-    if number and math.isfinite(value) and low <= value <= high:
+    if number and whole and value >= 2**31:  # no tensor has such a size, and no float may hold it
+        return [f"{name}: expected a whole number below 2**31, got {value!r}"]
+    if number and abs(value) <= sys.float_info.max and low <= value <= high:
         return []
-    span = f">= {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]"
+    span = "that is finite" if low == -math.inf else f">= {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]"
     return [f"{name}: expected {'a whole number' if whole else 'a number'} {span}, got {value!r}"]
 
 

@@ -22,7 +22,7 @@ from .layer import BIAS, ActiveState, AdaptedLayer, Slot, sketch, slot_key
 from .methods import Method, Shared, Site, method_of
 from .projections import Projections
 from .storage import Storage, storage_of
-from .targets import HEADS, Candidate, candidates, inside, matches_names, resolve_targets, select
+from .targets import HEADS, Candidate, candidates, inside, matches_names, resolve_targets, saved_whole, select
 
 __all__ = ["Plan", "SavedModule", "apply", "plan", "remove", "walk"]
 
@@ -37,7 +37,7 @@ class SavedModule(nn.Module):
     def __init__(self, original: nn.Module, state: ActiveState) -> None:
         super().__init__()
         self.original_module = original
-        self.copies = nn.ModuleDict()
+        self.copies = nn.ModuleDict().train(original.training)
         self._state = state
         self.training = original.training
 
@@ -55,7 +55,7 @@ class SavedModule(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name in ("original_module", "copies"):
+            if name in ("original_module", "copies", "_state"):
                 raise
             return getattr(self.current(), name)
 
@@ -72,6 +72,7 @@ class Plan:
     bias_only: dict[str, Candidate]
     saved: dict[str, nn.Module]
     shapes: dict[str, dict[str, tuple[int, ...]]] = field(default_factory=dict)
+    tied: dict[str, str] = field(default_factory=dict)  # module -> the one inside it that has the same bias
 
 
 @final
@@ -168,14 +169,15 @@ def plan(
     saved = _saved_modules(root, config, strict)
     chosen = select(found, config, method_cls.makes.needs, _output_names(root), strict)
     layers = {c.name: c for c in chosen}
-    bias_only = _bias_only(found, config, layers)
+    tied = _tied_biases(found)
+    bias_only = _bias_only(found, config, layers, tied)
     _check_saved_overlap(root, saved, {**layers, **bias_only})
     _check_layout(config, chosen, strict)
     if method is None:
         method = method_cls(config)
     else:
         method.config = config
-    result = Plan(adapter, config, method, layers, bias_only, saved)
+    result = Plan(adapter, config, method, layers, bias_only, saved, tied=tied)
     result.shapes = _expected_shapes(result)
     _check_patterns(config, layers, strict)
     return result
@@ -209,8 +211,8 @@ def _output_names(root: nn.Module) -> frozenset[str]:
 def _saved_modules(root: nn.Module, config: AdapterConfig, strict: bool) -> dict[str, nn.Module]:
     names = config.modules_to_save or ()
     modules = [(name, module) for name, module, _ in walk(root) if name]
-    saved = {name: module for name, module in modules if matches_names(names, name)}
-    missing = [n for n in names if not any(matches_names((n,), name) for name in saved)]
+    saved = {name: module for name, module in modules if saved_whole(names, name)}
+    missing = [n for n in names if not any(saved_whole((n,), name) for name in saved)]
     if missing and strict:
         last = {name.rpartition(".")[2] for name, _ in modules}
         faults = [f"modules_to_save: no module is called {n!r}.{did_you_mean(n, last)}" for n in missing]
@@ -234,8 +236,20 @@ def _check_saved_overlap(root: nn.Module, saved: Mapping[str, nn.Module], adapte
         raise UnsupportedError(gather("adapters that exclude each other:", faults))
 
 
+def _tied_biases(found: Sequence[Candidate]) -> dict[str, str]:
+    """Modules whose bias is that of a layer inside them, which uses it: {module: layer}, as in BERT's LM head."""
+    biased = [c for c in found if c.module._parameters.get(BIAS) is not None]
+    return {
+        c.name: leaf.name
+        for c in biased
+        if c.module._modules
+        for leaf in biased
+        if leaf.name.startswith(f"{c.name}.") and leaf.module._parameters[BIAS] is c.module._parameters[BIAS]
+    }
+
+
 def _bias_only(
-    found: Sequence[Candidate], config: AdapterConfig, layers: Mapping[str, Candidate]
+    found: Sequence[Candidate], config: AdapterConfig, layers: Mapping[str, Candidate], tied: Mapping[str, str]
 ) -> dict[str, Candidate]:
     """With bias='all', the modules besides the adapted ones whose bias is trained."""
     if config.bias != "all":
@@ -244,8 +258,12 @@ def _bias_only(
     for c in found:
         if c.name in layers or inside(config.modules_to_save, c.name) or c.module._parameters.get(BIAS) is None:
             continue
+        if c.name in tied:  # trained once, at the layer that uses it
+            continue
         if issubclass(c.parent, nn.MultiheadAttention):
             faults.append(f"{c.name!r}: torch's MultiheadAttention reads this bias itself")
+        elif c.module._modules:  # a wrapper around it would hide the layers inside
+            faults.append(f"{c.name!r}: a {type(c.module).__name__} has other modules inside; only a layer's bias fits")
         elif c.kind is None or Need.BIAS not in c.kind.offers or c.storage is None:
             faults.append(f"{c.name!r}: a {type(c.module).__name__}'s bias cannot be trained")
         else:
@@ -298,8 +316,12 @@ def _trains_bias(config: AdapterConfig, candidate: Candidate) -> bool:
 
 
 def _site(c: Candidate) -> Site:
-    kind, storage = cast(LayerKind, c.kind), cast(Storage, c.storage)
-    return AdaptedLayer(c.module, kind, storage, ActiveState()).site(c.name)
+    return _sketch_layer(c).site(c.name)
+
+
+def _sketch_layer(c: Candidate) -> AdaptedLayer:
+    """A wrapper that is not put into the model."""
+    return AdaptedLayer(c.module, cast(LayerKind, c.kind), cast(Storage, c.storage), ActiveState())
 
 
 # -- apply -----------------------------------------------------------------------------------------
@@ -319,13 +341,13 @@ def apply(
             by ``<module>.<name in it>``; already checked against the plan.
 
     """
-    sites = {name: _site(c) for name, c in made.layers.items()}
-    shared = made.method.prepare(made.adapter, list(sites.values()), projections)
+    bases = {name: _base(root, name, c) for name, c in {**made.layers, **made.bias_only}.items()}
+    sites = {name: bases[name].site(name) for name in made.layers}
     try:
+        shared = made.method.prepare(made.adapter, list(sites.values()), projections)
         made.method.verify(shared)
-        starts = {
-            name: _start(made, name, sites.get(name), shared, tensors) for name in {**made.layers, **made.bias_only}
-        }
+        starts = {name: _start(made, name, base, shared, tensors) for name, base in bases.items()}
+        twins = {name: _twin(root, name, tensors) for name in made.saved}
     except BaseException:
         projections.release(made.adapter)
         raise
@@ -335,23 +357,31 @@ def apply(
         method = made.method if name in made.layers else None
         layer.add(made.adapter, Slot(layer.site(name), method, shared, params))
         layers[name] = layer
-    saved = {name: _save_whole(root, name, made.adapter, state, tensors) for name in made.saved}
+    saved = {name: _save_whole(root, name, made.adapter, state, twin) for name, twin in twins.items()}
     return Installed(made.adapter, made.config, made.method, shared, layers, saved)
 
 
+def _base(root: nn.Module, name: str, c: Candidate) -> AdaptedLayer:
+    """The wrapper at ``name``, which knows the base's bits while adapters are merged; else one that is not kept."""
+    module = root.get_submodule(name)
+    return module if isinstance(module, AdaptedLayer) else _sketch_layer(c)
+
+
 def _start(
-    made: Plan, name: str, site: Site | None, shared: Shared, tensors: Mapping[str, Tensor] | None
+    made: Plan, name: str, base: AdaptedLayer, shared: Shared, tensors: Mapping[str, Tensor] | None
 ) -> dict[str, nn.Parameter]:
     """The frozen parameters of one layer: from the file, or as the method starts them."""
     candidate = {**made.layers, **made.bias_only}[name]
-    device = cast(Storage, candidate.storage).device(candidate.module)
     if tensors is not None:
-        values = {key: tensors[f"{name}.{key}"].to(device, copy=True) for key in made.shapes[name]}
+        device = base.compute_device()
+        # Trained tensors are float32 whatever the file's dtype is: bfloat16 would round small steps away.
+        given = {key: tensors[f"{name}.{key}"] for key in made.shapes[name]}
+        values = {k: t.to(device, torch.promote_types(t.dtype, torch.float32), copy=True) for k, t in given.items()}
     else:
-        values = {} if site is None else made.method.init(site, shared)
-        if _trains_bias(made.config, candidate):
-            bias = candidate.module.get_parameter(BIAS).detach()
-            values[BIAS] = bias.to(torch.promote_types(bias.dtype, torch.float32), copy=True)
+        values = made.method.init(base.site(name), shared) if name in made.layers else {}
+        bias = base.base_bias()
+        if bias is not None and _trains_bias(made.config, candidate):
+            values[BIAS] = bias.detach().to(torch.promote_types(bias.dtype, torch.float32), copy=True)
     return {key: nn.Parameter(value.detach(), requires_grad=False) for key, value in values.items()}
 
 
@@ -373,32 +403,45 @@ def _replace(root: nn.Module, old: nn.Module, new: nn.Module) -> None:
         for key, child in list(parent._modules.items()):
             if child is old:
                 parent._modules[key] = new
-                _set_fast_path(parent, new)
+    for _, module, _ in walk(root):
+        _set_fast_path(module)
 
 
-def _set_fast_path(parent: nn.Module, child: nn.Module) -> None:
-    """Torch's encoder layer reads the weights of its parts in eval and skips wrappers: turn that path off."""
-    if not isinstance(parent, nn.TransformerEncoderLayer):
-        return
-    if isinstance(child, (AdaptedLayer, SavedModule)):
-        parent.__dict__.setdefault("_kilotune_fast_path", parent.activation_relu_or_gelu)
-        parent.activation_relu_or_gelu = 0
-    elif not any(isinstance(m, (AdaptedLayer, SavedModule)) for m in parent._modules.values()):
-        parent.activation_relu_or_gelu = parent.__dict__.pop("_kilotune_fast_path", parent.activation_relu_or_gelu)
+# What turns torch's fast path off, by class. In eval an encoder layer reads the weights of its parts and skips
+# wrappers; the encoder around it then hands over nested tensors, which only that path takes.
+FAST_PATHS: tuple[tuple[type[nn.Module], str, Any], ...] = (
+    (nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0),
+    (nn.TransformerEncoder, "use_nested_tensor", False),
+)
 
 
-def _save_whole(
-    root: nn.Module, name: str, adapter: str, state: ActiveState, tensors: Mapping[str, Tensor] | None
-) -> SavedModule:
+def _set_fast_path(module: nn.Module) -> None:
+    for cls, switch, off in FAST_PATHS:
+        if not isinstance(module, cls):
+            continue
+        kept = f"_kilotune_{switch}"
+        if any(isinstance(inner, (AdaptedLayer, SavedModule)) for inner in module.modules()):
+            module.__dict__.setdefault(kept, getattr(module, switch))
+            setattr(module, switch, off)
+        elif kept in module.__dict__:
+            setattr(module, switch, module.__dict__.pop(kept))
+
+
+def _twin(root: nn.Module, name: str, tensors: Mapping[str, Tensor] | None) -> nn.Module:
+    """An adapter's own copy of a module that it trains whole."""
+    twin = copy.deepcopy(unwrapped(root.get_submodule(name))).requires_grad_(False)
+    if tensors is not None:
+        own = {key: tensors[f"{name}.{key}"] for key in twin.state_dict()}
+        twin.load_state_dict(own, assign=any(t.device.type == "meta" for t in twin.state_dict().values()))
+    return twin
+
+
+def _save_whole(root: nn.Module, name: str, adapter: str, state: ActiveState, twin: nn.Module) -> SavedModule:
     module = root.get_submodule(name)
     if not isinstance(module, SavedModule):
         wrapper = SavedModule(module, state)
         _replace(root, module, wrapper)
         module = wrapper
-    twin = copy.deepcopy(module.original_module).requires_grad_(False)
-    if tensors is not None:
-        own = {key: tensors[f"{name}.{key}"] for key in twin.state_dict()}
-        twin.load_state_dict(own, assign=any(t.device.type == "meta" for t in twin.state_dict().values()))
     module.copies[slot_key(adapter)] = twin
     return module
 

@@ -31,10 +31,13 @@ __all__ = ["ActiveState", "AdaptedLayer", "Slot", "slot_key"]
 BIAS = "bias"
 
 
+_TAKEN = frozenset(dir(nn.ModuleDict()))  # of an instance: those that __init__ sets as well
+
+
 def slot_key(name: str) -> str:
     """An adapter's name as a key of ModuleDict, which allows no dots and no names of its own attributes."""
     key = name.replace("%", "%25").replace(".", "%2E")
-    return f"{key}%" if key in dir(nn.ModuleDict) or key == "training" else key
+    return f"{key}%" if key in _TAKEN else key
 
 
 @final
@@ -104,7 +107,7 @@ class AdaptedLayer(nn.Module):
     def __init__(self, base_layer: nn.Module, kind: LayerKind, storage: Storage, state: ActiveState) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.adapters = nn.ModuleDict()
+        self.adapters = nn.ModuleDict().train(base_layer.training)
         self._kind, self._storage, self._state = kind, storage, state
         self._merged: tuple[str, ...] = ()
         self._kept: Kept = {}
@@ -309,7 +312,7 @@ class AdaptedLayer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptedLayer:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for parameter in self._kept.values():
+        for parameter in (*self._kept.values(), *self._suspended.values()):
             if parameter is not None:  # kept out of the module tree while merged, yet it must follow
                 parameter.data = fn(parameter.data)
         return self

@@ -60,7 +60,9 @@ class AdapterModel(nn.Module, ABC):
         self.shared_parameters = nn.ModuleDict()
         self._state = ActiveState()
         self._installed: dict[str, Installed] = {}
-        self._was_trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+        # With the names of tied weights, which merging for good takes apart.
+        everything = model.named_parameters(remove_duplicate=False)
+        self._was_trainable = {name for name, p in everything if p.requires_grad}
         self.training = model.training
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -161,7 +163,11 @@ class AdapterModel(nn.Module, ABC):
 
     def _install(self, made: inject.Plan, tensors: dict[str, torch.Tensor] | None) -> None:
         installed = inject.apply(self.model, made, self._state, self.projections, tensors)
-        self.model.requires_grad_(False)
+        if not self._installed:  # later adapters leave what a user has unfrozen since as it is
+            base_parameters = {id(p) for _, p in installed.parameters()}
+            for parameter in self.model.parameters():
+                if id(parameter) not in base_parameters:
+                    parameter.requires_grad_(False)
         self._installed[made.adapter] = installed
         if installed.shared.trained:
             self.shared_parameters[slot_key(made.adapter)] = nn.ParameterDict(installed.shared.trained)
@@ -253,10 +259,9 @@ class AdapterModel(nn.Module, ABC):
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Inside this context the model is exactly the base model, merged adapters included."""
-        before, merged = (
-            self._state.disabled,
-            [layer for layer in self.adapted_layers().values() if layer.merged],
-        )
+        before = self._state.disabled
+        # Inside another such context the base's weights are in place already.
+        merged = [] if before else [layer for layer in self.adapted_layers().values() if layer.merged]
         for layer in merged:
             layer.suspend_merge()
         self._state.disabled = True
@@ -290,9 +295,12 @@ class AdapterModel(nn.Module, ABC):
     def _to_merge(self, adapter_names: Sequence[str] | None) -> list[str]:
         if isinstance(adapter_names, str):
             adapter_names = [adapter_names]
-        return [self._known(n) for n in adapter_names] if adapter_names is not None else self.active_adapters
+        if adapter_names is None:
+            return self.active_adapters
+        return [self._known(n) for n in dict.fromkeys(adapter_names)]  # a name given twice counts once
 
     def _merge(self, names: list[str], safe_merge: bool, progressbar: bool) -> None:
+        self._check_enabled("merge")
         layers = self.adapted_layers()
         inject.check_compatible({name: self._installed[name] for name in {*names, *self.merged_adapters}})
         for where, layer in layers.items():
@@ -319,6 +327,7 @@ class AdapterModel(nn.Module, ABC):
             MergeError: nothing is merged.
 
         """
+        self._check_enabled("unmerge")
         if not self.merged_adapters:
             raise MergeError("unmerge_adapter: no adapter is merged")
         for layer in self.adapted_layers().values():
@@ -340,6 +349,7 @@ class AdapterModel(nn.Module, ABC):
 
     def unload(self) -> nn.Module:
         """Return the base model as it was before the first adapter; this object is spent."""
+        self._check_enabled("unload")
         for layer in self.adapted_layers().values():
             layer.unmerge()
         inject.strip(self.model, lambda saved: saved.original_module)
@@ -370,9 +380,9 @@ class AdapterModel(nn.Module, ABC):
         if not names:
             raise AdapterError("save_pretrained: there is no adapter to save")
         root = Path(save_directory)
-        for name in names:
-            folder = root if name == DEFAULT else root / name
-            checkpoint.write(folder, *checkpoint.state_of(self._installed[name]))
+        states = {name: checkpoint.state_of(self._installed[name]) for name in names}  # all, before any is written
+        for name, state in states.items():
+            checkpoint.write(root if name == DEFAULT else root / name, *state)
 
     # -- checks ----------------------------------------------------------------------------------
 
@@ -386,6 +396,10 @@ class AdapterModel(nn.Module, ABC):
         checkpoint.check_adapter_name(name)
         if name in self._installed:
             raise AdapterError(f"the adapter name {name!r} is taken; delete_adapter({name!r}) first, or take another")
+
+    def _check_enabled(self, purpose: str) -> None:
+        if self._state.disabled:
+            raise MergeError(f"cannot {purpose} inside disable_adapter(); leave its context first")
 
     def _check_unmerged(self, purpose: str) -> None:
         if merged := self.merged_adapters:

@@ -281,6 +281,7 @@ class Projections(nn.Module):
         for key in places:  # what was in use stays ready, so a compiled forward never builds it
             self.pair(*key)
 
+    @torch.inference_mode(False)  # tensors made in inference mode could never serve a training step
     def _derive(self, source: Source, device: torch.device, dtype: torch.dtype) -> Pair:
         extent = self._extents[source]
         if device.type == "meta":
@@ -306,9 +307,15 @@ class Projections(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        # Matrices that the definition gives back need not be written by torch.save; they are derived again
-        # at the first use, on whatever device the model was loaded to.
-        return {**self.__dict__, "_copies": {}}
+        # Matrices that the definition gives back need not be written by torch.save.
+        return {**self.__dict__, "_copies": {}, "_places": list(self._copies)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        places = state.pop("_places")
+        super().__setstate__(state)
+        for source, device, dtype in places:  # the rest is derived at its first use
+            if _available(device):
+                self.pair(source, device, dtype)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Projections:
         """A new holder that shares the frozen tensors: they never change, so a copy would only cost memory."""
@@ -318,3 +325,7 @@ class Projections(nn.Module):
         twin._extents = dict(self._extents)
         twin._copies = dict(self._copies)
         return twin
+
+
+def _available(device: torch.device) -> bool:
+    return device.type in ("cpu", "meta") or bool(torch.get_device_module(device.type).is_available())

@@ -22,7 +22,8 @@ class ParameterReport:
 
     trainable: what gets gradients. frozen_base: the base's parameters that do not. frozen_adapters:
     parameters of adapters that are not being trained. frozen_shared: the projection matrices, each copy
-    once. pairs: how many pairs of them. Buffers (running means, rotary tables) are not counted.
+    once. pairs: how many pairs of them. The bytes are of the tensors as they are held, in their dtypes;
+    base_bytes are those of frozen_base. Buffers (running means, rotary tables) are not counted.
     """
 
     trainable: int
@@ -31,6 +32,8 @@ class ParameterReport:
     frozen_shared: int
     pairs: int
     trainable_bytes: int
+    base_bytes: int
+    shared_bytes: int
     total_bytes: int
 
     @property
@@ -80,14 +83,17 @@ def count_parameters(model: nn.Module) -> ParameterReport:
     parameters = list(_unseen(model.parameters(), seen))
     trainable = [p for p in parameters if p.requires_grad]
     frozen = [p for p in parameters if not p.requires_grad]
+    base = [p for p in frozen if id(p) not in own]
     shared = list(_unseen((t for holder in holders for t in holder.tensors()), seen))
     return ParameterReport(
         trainable=_numbers(trainable),
-        frozen_base=_numbers(p for p in frozen if id(p) not in own),
+        frozen_base=_numbers(base),
         frozen_adapters=_numbers(p for p in frozen if id(p) in own),
         frozen_shared=_numbers(shared),
         pairs=sum(len(holder.extents()) for holder in holders),
         trainable_bytes=_bytes(trainable),
+        base_bytes=_bytes(base),
+        shared_bytes=_bytes(shared),
         total_bytes=_bytes([*parameters, *shared]),
     )
 
@@ -120,7 +126,8 @@ def _unseen(tensors: Iterable[Tensor], seen: set[tuple[object, ...]]) -> Iterato
 def _location(tensor: Tensor) -> tuple[object, ...]:
     if tensor.device.type == "meta" or tensor.numel() == 0:
         return (id(tensor),)
-    return (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
+    # Not the shape: a tied weight may be held transposed, or flattened.
+    return (tensor.device, tensor.data_ptr(), tensor.numel())
 
 
 def _numbers(tensors: Iterable[Tensor]) -> int:

@@ -36,8 +36,8 @@ DEFAULT_TARGETS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(
         ("bart", "opt", "gptj", "gpt_neo", "llama", "llama4", "mistral", "mixtral", "stablelm", "phi"), _QV
     ),
-    **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "qwen2", "qwen3"), _QV),
-    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra", "layoutlm", "vit"), ("query", "value")),
+    **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "qwen2", "qwen3", "vit"), _QV),
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra", "layoutlm"), ("query", "value")),
     **dict.fromkeys(("bloom", "gpt_neox", "falcon", "chatglm", "RefinedWeb", "RefinedWebModel"), _FUSED),
     **dict.fromkeys(("t5", "mt5"), ("q", "v")),
     **dict.fromkeys(("gpt2", "gpt_bigcode"), ("c_attn",)),
@@ -154,10 +154,15 @@ def matches_names(names: Sequence[str] | str | None, name: str) -> bool:
     return any(name == n or name.endswith(f".{n}") for n in names)
 
 
+def saved_whole(names: Sequence[str] | None, name: str) -> bool:
+    """PEFT's rule for modules_to_save: any name that ends so, with no dot before it ('norm': 'input_layernorm' too)."""
+    return any(name.endswith(n) for n in names or ())
+
+
 def inside(names: Sequence[str] | None, name: str) -> bool:
-    """Whether ``name`` is one of the named modules or lies inside one."""
+    """Whether modules_to_save takes ``name`` or a module that it lies in."""
     parts = name.split(".")
-    return any(matches_names(names, ".".join(parts[:i])) for i in range(1, len(parts) + 1))
+    return any(saved_whole(names, ".".join(parts[:i])) for i in range(1, len(parts) + 1))
 
 
 def _verdict(c: Candidate, config: AdapterConfig, needs: frozenset[Need], heads: frozenset[str]) -> Verdict:
@@ -217,7 +222,7 @@ def _in_layers(name: str, config: AdapterConfig) -> bool:
             re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name) for pattern in config.layers_pattern
         )
     else:
-        found = iter((re.match(r".*?\.[^.]*\.(\d+)\.", name),))
+        found = iter((re.match(r"(?:.*?\.)??[^.]*\.(\d+)\.", name),))
     match = next((m for m in found if m is not None), None)
     return match is not None and int(match.group(1)) in config.layers_to_transform
 
@@ -259,6 +264,8 @@ def _nothing(config: AdapterConfig, verdicts: Sequence[Verdict]) -> str:
     if close:
         shown = "; ".join(f"{v.name!r}: {v.reason}" for v in close[:5])
         return f"{config.target_modules!r}: {len(close)} names match, but none is taken: {shown}"
+    if not verdicts:
+        return "the model has no modules inside it; put a bare layer into torch.nn.Sequential(layer) first"
     if config.target_modules == ALL_LINEAR:
         return "'all-linear': the model has no linear layer besides its output layer"
     names = [v.name for v in verdicts if v.name]

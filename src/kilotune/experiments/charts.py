@@ -11,15 +11,14 @@ import numpy as np
 
 from ..errors import MissingExtraError
 from .results import Curve, DemoResult
-from .settings import METHODS
+from .settings import LABELS, METHODS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["COLOURS", "LABELS", "accuracy_chart", "loss_chart", "require_matplotlib", "sample_strip"]
+__all__ = ["COLOURS", "accuracy_chart", "loss_chart", "require_matplotlib", "sample_strip"]
 
-LABELS: Mapping[str, str] = MappingProxyType({"vera": "VeRA", "lora": "LoRA", "full": "full fine-tuning"})
 COLOURS: Mapping[str, str] = MappingProxyType({"vera": "#0072B2", "lora": "#D55E00", "full": "#009E73"})
 """Told apart by colour-blind readers too (Okabe and Ito's palette)."""
 BEFORE_COLOUR = "#B5BBC4"

@@ -7,6 +7,7 @@ unpickled (see :mod:`kilotune.experiments.pickled`).
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import http.client
 import os
@@ -42,6 +43,7 @@ BATCH_NAMES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
 VERSIONS = {"binary": ("cifar-10-batches-bin", ".bin"), "python": ("cifar-10-batches-py", "")}
 ARCHIVES = ("cifar-10-binary.tar.gz", "cifar-10-python.tar.gz")
 LARGEST_BATCH = 64 * 2**20
+LARGEST_ARCHIVE = 2**30
 CHUNK = 2**20
 TIMEOUT_SECONDS = 60.0
 
@@ -142,15 +144,17 @@ def _find_in_archive(archive: Path) -> tuple[str, Mapping[str, Opener]]:
     """Read the six batches of an archive into memory, in one pass: a .tar.gz cannot be read out of order."""
     contents: dict[tuple[str, str], bytes] = {}
     try:
-        with tarfile.open(archive, "r:gz") as tar:
+        with gzip.open(archive) as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
             for member in tar:
+                _check_extent(member.offset_data + member.size)
                 key = _batch_of(member.name)
                 if key is None or not member.isfile():
                     continue
                 if member.size > LARGEST_BATCH:
                     raise KilotuneError(f"{member.name} has {member.size:,} bytes, too many for a batch")
-                stream = tar.extractfile(member)
-                contents[key] = b"" if stream is None else stream.read()
+                file = tar.extractfile(member)
+                contents[key] = b"" if file is None else file.read()
+            _check_sum(stream)
     except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
         raise KilotuneError(f"{archive} is cut short, damaged or no .tar.gz archive: {error}") from error
     except KilotuneError as error:
@@ -160,6 +164,17 @@ def _find_in_archive(archive: Path) -> tuple[str, Mapping[str, Opener]]:
         if found:
             return version, {name: _archive_opener(archive, name, found) for name in BATCH_NAMES}
     raise KilotuneError(f"{archive} holds no CIFAR-10 batch such as cifar-10-batches-bin/data_batch_1.bin")
+
+
+def _check_sum(stream: gzip.GzipFile) -> None:
+    """Read on to the end: only there does gzip compare its checksum, and tarfile stops before."""
+    while stream.read(CHUNK):
+        _check_extent(stream.tell())
+
+
+def _check_extent(size: int) -> None:
+    if size > LARGEST_ARCHIVE:
+        raise KilotuneError(f"it unpacks to more than {LARGEST_ARCHIVE:,} bytes, many times CIFAR-10's")
 
 
 def _archive_opener(archive: Path, name: str, found: Mapping[str, bytes]) -> Opener:

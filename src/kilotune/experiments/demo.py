@@ -11,8 +11,10 @@ import copy
 import platform
 import tempfile
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import final
 
@@ -21,9 +23,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import kilotune
-
 from ..config import AdapterConfig
+from ..methods import LoraConfig, VeraConfig
+from ..model import MergePrecisionWarning, PeftModel, get_peft_model
 from ..report import count_parameters
 from .cifar import cifar10
 from .convnet import LORA_WIDTHS, VERA_WIDTHS, ConvNet, build
@@ -61,7 +63,11 @@ def run(settings: DemoSettings, progress: Progress | None = None) -> DemoResult:
         KilotuneError: the data cannot be had, or a training diverged.
     """
     started = time.perf_counter()
-    with one_thread(), tempfile.TemporaryDirectory(prefix="kilotune-demo-") as folder:
+    with (
+        one_thread(),
+        torch.random.fork_rng(devices=[]),
+        tempfile.TemporaryDirectory(prefix="kilotune-demo-") as folder,
+    ):
         data = digits() if settings.data == "digits" else cifar10(settings.data_dir, progress)
         stage = _Stage.of(settings, data, Path(folder), progress)
         seeds = [stage.run_seed(seed) for seed in settings.all_seeds]
@@ -88,14 +94,14 @@ def run(settings: DemoSettings, progress: Progress | None = None) -> DemoResult:
 def adapter_config(method: str, net: ConvNet, seed: int) -> AdapterConfig:
     """The tutorials' "vera" (r 32, a pair per shape) or "lora" (r 4), on every linear layer."""
     if method == "vera":
-        return kilotune.VeraConfig(
+        return VeraConfig(
             r=VERA_RANK,
             target_modules=net.linear_names,
             projection_prng_key=seed,
             d_initial=VERA_D_INITIAL,
             sharing="shape",
         )
-    return kilotune.LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA, target_modules=net.linear_names)
+    return LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA, target_modules=net.linear_names)
 
 
 def count(seed: int = 0) -> list[Counts]:
@@ -119,11 +125,11 @@ def _count(method: str, widths: tuple[int, ...], seed: int) -> Counts:
     )
 
 
-def adapted(method: str, net: ConvNet, seed: int) -> kilotune.PeftModel:
+def adapted(method: str, net: ConvNet, seed: int) -> PeftModel:
     """The network itself, with an adapter whose random start is drawn from ``seed``."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return kilotune.get_peft_model(net, adapter_config(method, net, seed))
+        return get_peft_model(net, adapter_config(method, net, seed))
 
 
 @final
@@ -200,7 +206,9 @@ class _Stage:
         logits = logits_of(net, self.test)
         folder.mkdir()
         save_file(net.state_dict(), folder / "model.safetensors")
-        again = ConvNet(VERA_WIDTHS)
+        again = copy.deepcopy(net)
+        for parameter in again.parameters():
+            torch.nn.init.zeros_(parameter)  # so that only loading can make it right
         again.load_state_dict(load_file(folder / "model.safetensors"))
         exact = torch.equal(logits_of(again, self.test), logits)
         return self._measured(trained, logits, folder, exact, None)
@@ -213,10 +221,12 @@ class _Stage:
         with model.disable_adapter():
             intact = torch.equal(logits_of(model, self.test), start)
         model.save_pretrained(folder)
-        again = kilotune.PeftModel.from_pretrained(copy.deepcopy(net), folder)
+        again = PeftModel.from_pretrained(copy.deepcopy(net), folder)
         exact = torch.equal(logits_of(again, self.test), logits)
         after = _norms(method, model)
-        model.merge_adapter()
+        with warnings.catch_warnings():  # a delta too small to merge well is measured below, and judged
+            warnings.simplefilter("ignore", MergePrecisionWarning)
+            model.merge_adapter()
         merged = logits_of(model, self.test)
         model.unmerge_adapter()
         facts = AdapterFacts(
@@ -244,7 +254,7 @@ class _Stage:
         )
 
 
-def _norms(method: str, model: kilotune.PeftModel) -> dict[str, float]:
+def _norms(method: str, model: PeftModel) -> dict[str, float]:
     """Per layer, the norm of what the method starts at zero."""
     ending = STARTS_AT_ZERO[method]
     parameters: Mapping[str, Tensor] = dict(model.adapter_parameters("default"))
@@ -262,8 +272,12 @@ def _samples(plain: ImageSet, turned: ImageSet) -> tuple[Tensor, Tensor]:
 
 
 def _versions() -> dict[str, str]:
+    try:
+        own = metadata.version("kilotune")
+    except metadata.PackageNotFoundError:  # run from a source tree that was not installed
+        own = "not installed"
     return {
-        "kilotune": kilotune.__version__,
+        "kilotune": own,
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "numpy": np.__version__,

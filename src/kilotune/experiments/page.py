@@ -13,11 +13,11 @@ from pathlib import Path
 from statistics import fmean
 
 from ..errors import KilotuneError
-from .charts import LABELS, accuracy_chart, loss_chart, sample_strip
+from .charts import accuracy_chart, loss_chart, sample_strip
 from .results import Counts, DemoResult, spread
-from .settings import LORA_RANK, METHODS, VERA_RANK
+from .settings import LABELS, LORA_RANK, METHODS, VERA_RANK
 
-__all__ = ["page", "publish", "write_report"]
+__all__ = ["check_folder", "page", "publish", "write_report"]
 
 STYLE = """
 :root { color-scheme: light; }
@@ -39,6 +39,8 @@ th { font-weight: 600; color: #4a525e; vertical-align: bottom; border-bottom: 2p
 th:first-child, td:first-child { text-align: left; }
 .text td, .text th { text-align: left; }
 td .tag { padding: 1px 9px; font-size: 13px; }
+.range { color: #5a626e; font-size: 12.5px; }
+.whole { white-space: nowrap; }
 .scroll { overflow-x: auto; }
 figure { margin: 18px 0; } figure img { width: 100%; height: auto; display: block; }
 figcaption { font-size: 14px; color: #5a626e; margin-top: 6px; max-width: 820px; }
@@ -54,10 +56,7 @@ def page(result: DemoResult) -> str:
     """The whole page, as HTML text."""
     sections = [
         _head(result),
-        _section(
-            "Result",
-            _main_table(result) + _figure(accuracy_chart(result), "svg+xml", *_accuracy_text(result)),
-        ),
+        _section("Result", _main_table(result) + _accuracy_figure(result)),
         _section("How the room was made", _room(result)),
         _section("Training", _loss_figure(result)),
         _section("Parameters, counted both ways", _counts(result)),
@@ -86,6 +85,19 @@ def write_report(result: DemoResult, folder: Path) -> list[Path]:
         "report.html": page(result).encode(),
     }
     return publish(folder, files)
+
+
+def check_folder(folder: Path) -> None:
+    """Fail before the training, rather than after it, when a report cannot be written into ``folder``.
+
+    Raises:
+        KilotuneError: it is a file, or neither it nor the folder above may be written to.
+    """
+    nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not nearest.is_dir():
+        raise KilotuneError(f"the report cannot be written into {folder}: {nearest} is a file")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise KilotuneError(f"the report cannot be written into {folder}: no permission to write to {nearest}")
 
 
 def publish(folder: Path, files: Mapping[str, bytes]) -> list[Path]:
@@ -157,8 +169,8 @@ def _head(result: DemoResult) -> str:
     good = not result.failures
     verdict = f"all {len(checks)} checks passed"
     outcome = (
-        "Those classes rose, the others, which no copy was shown again, fell, and the adapters were merged, saved"
-        " and loaded without moving an output."
+        "Those classes rose, and the others, which no copy was shown again, fell; merging the adapters moved no"
+        " output by more than rounding, and saving and loading them none at all."
     )
     if not good:
         verdict = f"{len(result.failures)} of {len(checks)} checks FAILED"
@@ -185,31 +197,39 @@ def _main_table(result: DemoResult) -> str:
     head = [
         "",
         "numbers<br>trained",
-        "weights on<br>disk, bytes",
+        "bytes<br>on disk",
         f"{escape(adapted)},<br>accuracy in %",
-        "the other classes,<br>accuracy in %",
-        "adapted classes<br>among themselves",
+        "other classes,<br>accuracy in %",
+        f"{escape(adapted)}<br>among themselves",
         "training,<br>seconds",
     ]
     rows = []
     for method in (None, *METHODS):
         rows.append(
             [
-                LABELS[method] if method else "before (the pretrained network)",
+                LABELS[method] if method else "before",
                 f"{trained[method]:,}" if method else "",
                 f"{result.seeds[0].runs[method].weight_bytes:,}" if method else "",
-                spread(result.levels(method, settings.classes)),
-                spread(result.levels(method, settings.other_classes)),
+                _mean_cell(result.levels(method, settings.classes)),
+                _mean_cell(result.levels(method, settings.other_classes)),
                 f"{100 * result.among(method):.1f}",
                 f"{fmean(seed.runs[method].seconds for seed in result.seeds):.1f}" if method else "",
             ]
         )
-    note = "" if settings.seeds == 1 else " Mean over the seeds, in brackets the lowest and the highest seed."
+    note = "" if settings.seeds == 1 else " Means over the seeds, and under them the lowest and the highest seed."
     return _table(head, rows) + (
         f'<p class="small">On {result.sizes["test"]:,} test pictures that were never trained on.{note} "Among'
         ' themselves" is the accuracy when no other class may be answered: what rises there was learnt, and is not'
         " just the habit of never answering the rest.</p>\n"
     )
+
+
+def _mean_cell(values: Sequence[float]) -> str:
+    """The mean in percent, and under it the range over the seeds."""
+    mean = f"{100 * fmean(values):.1f}"
+    if len(values) == 1:
+        return mean
+    return f'{mean}<br><span class="range">{100 * min(values):.1f} to {100 * max(values):.1f}</span>'
 
 
 def _accuracy_figure(result: DemoResult) -> str:
@@ -231,21 +251,19 @@ def _loss_figure(result: DemoResult) -> str:
 def _room(result: DemoResult) -> str:
     settings = result.settings
     pretrained = spread([fmean(seed.pretrained) for seed in result.seeds])
+    text = f"<p>Of the test pictures as they are, the pretrained network answers {pretrained} % right per class."
     if settings.rotation % 360 == 0:
-        text = (
-            f"<p>The pretrained network answers {pretrained} % of all test pictures right, which leaves the adapted"
-            " classes room to rise; nothing was done to the pictures.</p>\n"
-        )
+        text += " Nothing was done to the pictures: what is missing there is the room to rise.</p>\n"
     else:
         straight = spread([fmean(seed.pretrained[c] for c in settings.classes) for seed in result.seeds])
         turned = spread(result.levels(None, settings.classes))
-        text = (
-            f"<p>The pretrained network answers {pretrained} % of the test pictures right as they are: too much to"
-            f" show a gain. So the adapted classes, and only they, come turned by {settings.rotation:g} degrees"
-            " counter-clockwise from then on, in what the copies are trained on and in what all are tested on. On"
-            f" these classes the pretrained network falls from {straight} % to {turned} % by that, and this is the"
-            " room. The other classes' pictures stay as they were. Which classes and what angle was a choice made"
-            " beforehand, to leave clear room: a 0 or a 4 would have suffered little.</p>\n"
+        text += (
+            " Classes that are answered well leave no room for a gain. So the adapted classes, and only they, come"
+            f" turned by {settings.rotation:g} degrees counter-clockwise from then on, both in what the copies are"
+            " trained on and in what is tested, before and after. That takes the pretrained network from"
+            f" {straight} % to {turned} % on these classes, and this is the room. It is a chosen shift, of chosen"
+            " classes, to show a clear effect; some classes suffer little from turning. The other classes' pictures"
+            " stay as they were.</p>\n"
         )
     caption = "A test picture of each class. Framed: the adapted classes."
     return text + _figure(sample_strip(result), "png", "Pictures of the ten classes, before and after turning", caption)
@@ -275,13 +293,14 @@ def _counts(result: DemoResult) -> str:
 
 def _count_row(row: Counts) -> list[str]:
     return [
-        f"{LABELS[row.method]}, rank {row.rank}" + (" (as in its tutorial)" if row.tutorial else " (side by side)"),
-        "-".join(str(width) for width in row.widths),
+        f"{LABELS[row.method]}, rank {row.rank}"
+        + ("<br>(as in its tutorial)" if row.tutorial else "<br>(side by side)"),
+        f'<span class="whole">{"-".join(str(width) for width in row.widths)}</span>',
         f"{row.trainable:,}",
         f"{row.frozen:,}",
         f"{row.total:,}",
         f"{row.percent:.2f} %",
-        f"{row.pairs} pairs, {row.shared:,}" if row.pairs else "none",
+        f"{row.pairs} pairs,<br>{row.shared:,}" if row.pairs else "none",
         f"{row.total_by_location:,}",
         f"{row.percent_by_location:.2f} %",
     ]
@@ -336,7 +355,7 @@ def _settings(result: DemoResult) -> str:
 
 
 def _notes(result: DemoResult) -> str:
-    untuned = "" if result.settings.data == "digits" else " For CIFAR-10 the digits' rates were kept, untuned."
+    untuned = "" if result.settings.data == "digits" else " For CIFAR-10 no rate was tuned."
     notes = (
         (
             "Adapting to a few classes makes a network forget the rest; that is what the tutorials show, and without"

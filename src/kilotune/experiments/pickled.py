@@ -23,7 +23,7 @@ __all__ = ["read_batch"]
 ARRAY_MAKERS = {f"numpy.{core}.multiarray _reconstruct" for core in ("core", "_core")}
 ALLOWED_NAMES = ARRAY_MAKERS | {"numpy ndarray", "numpy dtype", "_codecs encode"}
 LITERALS = {
-    *("BININT", "BININT1", "BININT2", "INT", "LONG1", "NONE", "NEWTRUE", "NEWFALSE"),
+    *("BININT", "BININT1", "BININT2", "INT", "LONG1", "NONE"),
     *("BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINUNICODE", "SHORT_BINUNICODE"),
 }
 
@@ -51,6 +51,7 @@ class _Mark:
     """The place on the stack where a list's or a dictionary's items begin."""
 
 
+@final
 class _Reader:
     """The stack and memo of one file, and one method per instruction that is not a literal."""
 
@@ -58,6 +59,8 @@ class _Reader:
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
         self.steps: dict[str, Callable[[Any], None]] = {
+            "NEWTRUE": lambda _: self.stack.append(True),
+            "NEWFALSE": lambda _: self.stack.append(False),
             "MARK": lambda _: self.stack.append(_Mark()),
             "EMPTY_DICT": lambda _: self.stack.append({}),
             "EMPTY_LIST": lambda _: self.stack.append([]),
@@ -120,7 +123,13 @@ class _Reader:
         name, arguments = self.last(2)
         if not isinstance(name, _Name) or not isinstance(arguments, tuple):
             raise TypeError("a call of something that is not a name")
-        self.stack.append(_Call(name.text, arguments))
+        if name.text == "_codecs encode":  # how Python 3 writes bytes for Python 2 to read
+            text, code = arguments
+            if not isinstance(text, str) or code != "latin1":
+                raise TypeError("text in another code than latin1")
+            self.stack.append(text.encode("latin-1"))
+        else:
+            self.stack.append(_Call(name.text, arguments))
 
     def build(self) -> None:
         target, state = self.last(2)
@@ -144,9 +153,7 @@ def _interpret(content: bytes) -> Any:
 
 
 def _as_bytes(value: Any) -> bytes:
-    """Bytes in any of the forms that Python 2 and 3 pickle them in."""
-    if isinstance(value, _Call) and value.name == "_codecs encode":
-        value = value.arguments[0]
+    """Bytes, or the byte string of Python 2, which is text here."""
     if isinstance(value, str):
         return value.encode("latin-1")
     if not isinstance(value, bytes):

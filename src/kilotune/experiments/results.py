@@ -10,7 +10,7 @@ from typing import Any, final
 
 from torch import Tensor
 
-from .settings import METHODS, DemoSettings
+from .settings import LABELS, METHODS, DemoSettings
 
 __all__ = ["AdapterFacts", "Check", "Counts", "DemoResult", "MethodRun", "SeedRun", "checks_of", "spread"]
 
@@ -278,14 +278,14 @@ def _gains(method: str, settings: DemoSettings, seeds: Sequence[SeedRun]) -> Che
     single = {c: fmean(seed.change(method, [c]) for seed in seeds) for c in settings.classes}
     passed = fmean(gains) >= LEAST_GAIN and min(gains) > 0 and min(single.values()) > 0
     wanted = f"wanted: {100 * LEAST_GAIN:.0f} or more, every seed and every class up"
-    return Check(f"{method}: the adapted classes gain", passed, f"{_points(gains)}; {wanted}")
+    return Check(f"{LABELS[method]}: the adapted classes gain", passed, f"{_points(gains)}; {wanted}")
 
 
 def _pays(method: str, settings: DemoSettings, seeds: Sequence[SeedRun]) -> Check:
     changes = [seed.change(method, settings.other_classes) for seed in seeds]
     passed = fmean(changes) <= -LEAST_PRICE and max(changes) < 0
     wanted = f"wanted: {-100 * LEAST_PRICE:.0f} or less, every seed down"
-    return Check(f"{method}: the other classes pay", passed, f"{_points(changes)}; {wanted}")
+    return Check(f"{LABELS[method]}: the other classes pay", passed, f"{_points(changes)}; {wanted}")
 
 
 def _facts(method: str, seeds: Sequence[SeedRun]) -> list[AdapterFacts]:
@@ -300,7 +300,7 @@ def _left_zero(method: str, seeds: Sequence[SeedRun]) -> Check:
     if norms:
         detail = f"norms over all layers and seeds: {max(before):g} before,"
         detail += f" {min(after):.3g} to {max(after):.3g} after"
-    return Check(f"{method}: {'b' if method == 'vera' else 'B'} left zero in every layer", passed, detail)
+    return Check(f"{LABELS[method]}: {'b' if method == 'vera' else 'B'} left zero in every layer", passed, detail)
 
 
 def _invariants(method: str, seeds: Sequence[SeedRun]) -> Check:
@@ -316,11 +316,13 @@ def _invariants(method: str, seeds: Sequence[SeedRun]) -> Check:
         f" {sum(facts.merge_changes for facts in all_facts)} answers; unmerged, and with the adapter off,"
         " outputs are bit for bit what they were"
     )
-    return Check(f"{method}: merging moves nothing, the base is intact", not faults, "; ".join(faults) or detail)
+    return Check(
+        f"{LABELS[method]}: merging moves nothing, the base is intact", not faults, "; ".join(faults) or detail
+    )
 
 
 def _reloads(seeds: Sequence[SeedRun]) -> Check:
-    wrong = [f"{m} (seed {seed.seed})" for seed in seeds for m in METHODS if not seed.runs[m].reload_exact]
+    wrong = [f"{LABELS[m]} (seed {seed.seed})" for seed in seeds for m in METHODS if not seed.runs[m].reload_exact]
     detail = f"not equal: {', '.join(wrong)}" if wrong else "all outputs equal, bit for bit"
     return Check("saved and loaded again, every copy is the same", not wrong, detail)
 
@@ -339,4 +341,4 @@ def _counts(row: Counts) -> Check:
     detail = f"{row.trainable:,} trained of {row.total:,}, {row.percent:.2f} %"
     if counted != row.tutorial:
         detail += ", but the tutorial has {:,}, {:,} frozen and {:,} in all".format(*row.tutorial)
-    return Check(f"{row.method}: parameters as in the tutorial's table", counted == row.tutorial, detail)
+    return Check(f"{LABELS[row.method]}: parameters as in the tutorial's table", counted == row.tutorial, detail)

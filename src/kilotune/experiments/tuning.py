@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from statistics import fmean
 from types import MappingProxyType
 
@@ -47,8 +47,8 @@ def held_out_loss(method: str, net: ConvNet, recipe: Recipe, fit: ImageSet, held
     return nn.functional.cross_entropy(logits_of(model, held), held.labels).item()
 
 
-def main() -> None:
-    """Print the held-out loss of every method and rate: each seed's, and their mean."""
+def main(say: Callable[[str], object] = print) -> None:
+    """Say the held-out loss of every method and rate: each seed's, and their mean."""
     settings = DemoSettings()
     with one_thread():
         data = digits()
@@ -57,14 +57,14 @@ def main() -> None:
             train(net, data.train, settings.pretraining, seed)
         adapting = data.train.only(settings.classes).turned(settings.classes, settings.rotation)
         fit, held = adapting.split(HELD_OUT_SHARE, 10, seed=1)
-        print(f"{len(fit)} pictures to adapt to, {len(held)} held out, {settings.adapt_epochs} epochs")
+        say(f"{len(fit)} pictures to adapt to, {len(held)} held out, {settings.adapt_epochs} epochs")
         for method, rates in RATES.items():
             for rate in rates:
                 recipe = Recipe(rate, settings.adapt_epochs, settings.batch)
                 pairs = zip(nets, SEEDS, strict=True)
                 losses = [held_out_loss(method, net, recipe, fit, held, seed) for net, seed in pairs]
                 each = "  ".join(f"{loss:.4f}" for loss in losses)
-                print(f"{method:5} rate {rate:<7g} held-out loss {fmean(losses):.4f}   ({each})")
+                say(f"{method:5} rate {rate:<7g} held-out loss {fmean(losses):.4f}   ({each})")
 
 
 if __name__ == "__main__":

@@ -49,15 +49,16 @@ class Shared:
 @final
 @dataclass(frozen=True)
 class Export:
-    """An adapter as it goes to a file: config values that change, keys -> tensors, and a checksum.
+    """An adapter as it goes to a file.
 
-    ``loads_in_peft`` is false where PEFT could not read the file as it is.
+    tensors: key -> tensor. config: values that differ in the file. section: what PEFT has no key for; None
+    where PEFT can read the file as it is. checksum: of the projections, where they are not in the file.
     """
 
     tensors: dict[str, Tensor]
     config: dict[str, Any] = field(default_factory=dict)
+    section: dict[str, Any] | None = None
     checksum: str | None = None
-    loads_in_peft: bool = True
 
 
 class Method(ABC, Generic[C]):

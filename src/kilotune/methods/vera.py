@@ -71,6 +71,13 @@ class VeraConfig(AdapterConfig):
     def dropout(self) -> float:
         return self.vera_dropout
 
+    @classmethod
+    def from_file(cls, values: Mapping[str, Any], section: Mapping[str, Any]) -> VeraConfig:
+        """PEFT's files mean PEFT's matrices: those in the file, or those that its generator draws."""
+        if not section:
+            section = {"generator": "stored" if values.get("save_projection", True) else "peft"}
+        return cls.from_dict({**values, **section})
+
     def faults(self) -> list[str]:
         faults = number_fault("r", self.r, low=1, whole=True)
         faults += number_fault("d_initial", self.d_initial, low=-math.inf)
@@ -215,8 +222,10 @@ class Vera(Method[VeraConfig]):
         generator = self.config.generator
         if not self.config.save_projection and generator != "stored":
             # With save_projection true and no matrices PEFT raises, instead of drawing others for the seed.
-            config: dict[str, Any] = {"save_projection": generator != "peft"}
-            return Export(plain.tensors, config, shared.checksum(), loads_in_peft=generator == "peft")
+            if generator == "peft":
+                return Export(plain.tensors, {"save_projection": False}, checksum=shared.checksum())
+            section = {**self.config.ours(), "save_projection": False}
+            return Export(plain.tensors, {"save_projection": True}, section, shared.checksum())
         if generator == "portable":
             return _with_portable_projections(self, sites, params, shared)
         pair = shared.definition(next(iter(shared.needs)))

@@ -1,0 +1,103 @@
+"""The typer application: its verbs, and the one place where errors become a line and an exit code."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, final
+
+import typer
+from typer.core import TyperGroup
+
+from ..errors import KilotuneError
+from ._output import complain
+
+__all__ = ["app"]
+
+VERBS = ("demo", "plan", "inspect", "merge", "convert")
+ERROR, INTERRUPTED = 2, 130
+
+
+@final
+class Verbs(TyperGroup):
+    """Runs a verb; every foreseen error ends as ``error: ...`` on stderr and an exit code."""
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
+        run = super().main
+        if not standalone_mode:
+            return run(args, prog_name, complete_var, False, windows_expand_args, **extra)
+        sys.exit(_guarded(lambda: run(args, prog_name, complete_var, False, windows_expand_args, **extra)))
+
+
+def _guarded(run: Callable[[], Any]) -> int:
+    """The exit code of ``run``; what is no foreseen error keeps its traceback, for it is a defect."""
+    try:
+        result = run()
+        return result if isinstance(result, int) else 0
+    except KilotuneError as error:
+        complain(str(error))
+    except BrokenPipeError:  # the reader went away, as `head` does
+        sys.stdout = None
+        return ERROR
+    except OSError as error:
+        complain(str(error))
+    except KeyboardInterrupt:
+        complain("interrupted")
+        return INTERRUPTED
+    except Exception as error:
+        # typer's usage errors; their class moved between versions, their method did not
+        describe = getattr(error, "format_message", None)
+        if describe is None:
+            raise
+        complain(f"{describe()} Try --help.")
+    return ERROR
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from .. import __version__
+
+        print(f"kilotune {__version__}")
+        raise typer.Exit
+
+
+def _start(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """One frozen base model, very many fine-tunes: VeRA and LoRA, measured in kilobytes.
+
+    Every verb takes --json. Exit codes: 0 done; 1 the answer is no; 2 an error; 130 interrupted.
+    """
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+def _assemble() -> typer.Typer:
+    made = typer.Typer(
+        name="kilotune",
+        cls=Verbs,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="rich",
+    )
+    made.callback(invoke_without_command=True)(_start)
+    for verb in VERBS:
+        module = importlib.import_module(f".{verb}", __package__)
+        epilog = getattr(module, "EPILOG", None)
+        made.command(verb, epilog=epilog() if epilog is not None else None)(getattr(module, verb))
+    return made
+
+
+app = _assemble()

@@ -1,0 +1,184 @@
+"""``kilotune demo``: a pretrained network, adapted with VeRA, with LoRA and in full, on real images."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, final
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from ..experiments.data import Progress as Report
+    from ..experiments.results import DemoResult
+
+__all__ = ["demo"]
+
+RUNS = Path("runs")
+FAILED = 1
+INTERRUPTED = 130
+
+
+@final
+class DataSet(str, Enum):
+    """The data sets of the experiment."""
+
+    digits = "digits"
+    cifar10 = "cifar10"
+
+
+def demo(
+    data: Annotated[DataSet, typer.Option(help="The images: scikit-learn's digits, or CIFAR-10.")] = DataSet.digits,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(help="Folder or archive with CIFAR-10, binary or Python version. Default: download it."),
+    ] = None,
+    classes: Annotated[
+        str | None,
+        typer.Option(help="Classes to adapt to, by number or name. Default: 2,3,7; cifar10: bird,cat,deer."),
+    ] = None,
+    rotation: Annotated[
+        float | None,
+        typer.Option(help="Degrees by which the adapted classes' pictures turn. Default: 30; cifar10: 0."),
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(help="How many seeds to run. Default: 3.")] = None,
+    seed: Annotated[int, typer.Option(help="The first seed.")] = 0,
+    epochs: Annotated[
+        int | None, typer.Option(help="Epochs of pretraining on all classes. Default: 15; cifar10: 6.")
+    ] = None,
+    adapt_epochs: Annotated[int | None, typer.Option(help="Epochs of each adaptation. Default: 8; cifar10: 2.")] = None,
+    batch: Annotated[int, typer.Option(help="Pictures per step.")] = 4,
+    vera_rate: Annotated[float | None, typer.Option(help="VeRA's learning rate. Default: 0.03; cifar10: 0.01.")] = None,
+    lora_rate: Annotated[
+        float | None, typer.Option(help="LoRA's learning rate. Default: 0.003; cifar10: 0.001.")
+    ] = None,
+    full_rate: Annotated[
+        float | None, typer.Option(help="Full fine-tuning's learning rate. Default: 0.0003; cifar10: 0.001.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="One seed and fewer epochs, to see it work.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for report.html and results.json. Default: runs/demo-DATA.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as one JSON document.")] = False,
+) -> None:
+    """Pretrain a small network, adapt it with VeRA, LoRA and in full, and write an HTML report.
+
+    Exits with 1 when the adapted classes do not gain, the others do not pay, or any other check fails.
+    """
+    from ..experiments.charts import require_matplotlib
+    from ..experiments.demo import run
+    from ..experiments.page import check_folder, write_report
+    from ..experiments.settings import choose
+
+    chosen = {
+        "data_dir": data_dir,
+        "classes": classes,
+        "rotation": rotation,
+        "seeds": seeds,
+        "first_seed": seed,
+        "epochs": epochs,
+        "adapt_epochs": adapt_epochs,
+        "batch": batch,
+        "rates": {"vera": vera_rate, "lora": lora_rate, "full": full_rate},
+    }
+    folder = out or RUNS / f"demo-{data.value}"
+    settings = choose(data.value, quick=quick, chosen=chosen)
+    require_matplotlib()
+    check_folder(folder)
+    errors = Console(stderr=True)
+    try:
+        with _progress_bar(errors) as report:
+            result = run(settings, report)
+        files = write_report(result, folder)
+    except KeyboardInterrupt:
+        errors.print("interrupted: no report was written", highlight=False)
+        raise typer.Exit(INTERRUPTED) from None
+    if as_json:
+        print(json.dumps(result.to_dict(), indent=2))
+    else:
+        _show(result, files[-1])
+    if result.failures:
+        _complain(result, errors)
+        raise typer.Exit(FAILED)
+
+
+@contextmanager
+def _progress_bar(console: Console) -> Iterator[Report]:
+    """One bar on stderr; what the experiment does at the moment is its description."""
+    columns = (
+        TextColumn("{task.description:<24}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("reading the data", total=None)
+
+        def report(what: str, done: int, total: int) -> None:
+            bar.update(task, description=what, completed=done, total=total or None)
+
+        yield report
+        bar.update(task, description="done")
+
+
+def _show(result: DemoResult, report: Path) -> None:
+    console = Console()
+    console.print(_accuracy_table(result))
+    console.print(_count_table(result))
+    for check in result.checks:
+        mark = "[green]pass[/]" if check.passed else "[bold red]FAIL[/]"
+        console.print(f"{mark}  {check.name}", highlight=False)
+    console.print(f"\n{len(result.seeds)} seed(s) in {result.seconds:.0f} seconds. Report: ", end="", highlight=False)
+    console.print(str(report), style="bold", markup=False, highlight=False, soft_wrap=True)
+
+
+def _accuracy_table(result: DemoResult) -> Table:
+    from ..experiments.results import spread
+    from ..experiments.settings import LABELS, METHODS
+
+    settings = result.settings
+    adapted = ", ".join(result.class_names[c] for c in settings.classes)
+    many = ", mean of the seeds (lowest to highest)" if settings.seeds > 1 else ""
+    table = Table(title=f"Accuracy in %{many}", title_justify="left")
+    table.add_column("")
+    for name in ("trained", "bytes on disk", f"adapted classes ({adapted})", "the other classes"):
+        table.add_column(name, justify="right")
+    trained = {"vera": result.counts[0].trainable, "lora": result.counts[1].trainable, "full": result.counts[0].frozen}
+    for method in (None, *METHODS):
+        table.add_row(
+            LABELS[method] if method else "before",
+            f"{trained[method]:,}" if method else "",
+            f"{result.seeds[0].runs[method].weight_bytes:,}" if method else "",
+            spread(result.levels(method, settings.classes)),
+            spread(result.levels(method, settings.other_classes)),
+        )
+    return table
+
+
+def _count_table(result: DemoResult) -> Table:
+    from ..experiments.settings import LABELS
+
+    table = Table(title="Parameters: as the tutorials count | by memory location", title_justify="left")
+    table.add_column("")
+    names = ("trained", "frozen", "in all", "trained %", "shared pairs", "in them", "in all with them")
+    for name in names:
+        table.add_column(name, justify="right")
+    for row in result.counts:
+        table.add_row(
+            f"{LABELS[row.method]} r {row.rank}, {'-'.join(map(str, row.widths))}",
+            *(f"{row.trainable:,}", f"{row.frozen:,}", f"{row.total:,}", f"{row.percent:.2f}"),
+            *(str(row.pairs), f"{row.shared:,}", f"{row.total_by_location:,}"),
+        )
+    return table
+
+
+def _complain(result: DemoResult, console: Console) -> None:
+    failed = "; ".join(f"{check.name}: {check.detail}" for check in result.failures)
+    message = f"error: {len(result.failures)} of {len(result.checks)} checks failed: {failed}"
+    console.print(message, style="red", markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,247 @@
+"""``kilotune merge``: a base and an adapter into a plain model folder that needs no kilotune."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import nn
+
+from ..checkpoint import AdapterFile
+from ..errors import CheckpointError, ConfigError, did_you_mean, gather
+from ..model import MergePrecisionWarning, PeftModel
+from ..plan import DTYPES
+from ..report import count_parameters, readable_bytes
+from ..targets import HEADS, inside
+from ._adapter import base_of, check_out, fitting_base, head_labels, open_adapter
+from ._output import Json, console, print_json, quiet_transformers, warn
+
+__all__ = ["merge"]
+
+# What belongs to a model folder beside the model: tokenizers and the settings of processors. Never code.
+BESIDE = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
+
+
+def merge(
+    adapter: Annotated[str, typer.Argument(help="An adapter's folder, or a hub id.", metavar="ADAPTER")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],
+    base: Annotated[
+        str | None,
+        typer.Option(help="The base's folder or hub id. Default: the hub id that the adapter names."),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help=f"The dtype of the weights: {', '.join(DTYPES)}. Default: as they are stored.")
+    ] = None,
+    safe: Annotated[bool, typer.Option("--safe/--no-safe", help="Refuse where a merged weight is not finite.")] = True,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Load the new folder and compare every weight.")
+    ] = True,
+    revision: Annotated[str | None, typer.Option(help="The base's revision, where it is a hub id.")] = None,
+    adapter_revision: Annotated[str | None, typer.Option(help="The revision of ADAPTER, where it is a hub id.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT when it holds something.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Merge an adapter into its base's weights: a model folder that transformers loads as any other."""
+    quiet_transformers()
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"--dtype: expected one of {list(DTYPES)}, got {dtype!r}.{did_you_mean(dtype, DTYPES)}")
+    check_out(out, [adapter, *([base] if base else [])], force)
+    file = open_adapter(adapter, adapter_revision)
+    source, revision = base_of(file, base, revision)
+    if Path(source).is_file():
+        raise ConfigError(f"--base {source}: is a file; merging needs the folder with the weights")
+    model = _load(file, source, revision, dtype)
+    notes = _merge(model, file, safe)
+    untied = _untie(model)
+    with _fresh(out) as folder:
+        model.save_pretrained(folder)
+        copied = _copy_beside(file, source, revision, folder)
+        if verify:
+            _verify(model, folder)
+    document = {
+        "adapter": adapter,
+        "base": source,
+        "out": str(out),
+        "architecture": type(model).__name__,
+        "method": file.method.name,
+        "parameters": count_parameters(model).total,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "untied": untied,
+        "verified": verify,
+        "copied": copied,
+        "files": {path.name: path.stat().st_size for path in sorted(out.iterdir()) if path.is_file()},
+        "warnings": notes,
+    }
+    for note in notes:
+        warn(note)
+    if as_json:
+        print_json(document)
+    else:
+        _show(document)
+
+
+# -- the model -------------------------------------------------------------------------------------
+
+
+def _load(file: AdapterFile, source: str, revision: str | None, dtype: str | None) -> Any:
+    """The base with its weights, in the class that the adapter was trained with."""
+    cls: Any = type(fitting_base(file, source, revision, built_in={}).model)
+    labels = head_labels(file)
+    extra = {} if labels is None else {"num_labels": labels}
+    try:
+        model, found = cls.from_pretrained(
+            source,
+            revision=revision or "main",
+            dtype=DTYPES[dtype] if dtype else "auto",
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # of a head that the adapter replaces; anything else is refused below
+            output_loading_info=True,
+            **extra,
+        )
+    except Exception as error:  # transformers raises a dozen unrelated kinds for files that are not there or broken
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"cannot load the weights of the base {source!r} from safetensors: {reason}") from error
+    brought = file.config.modules_to_save or ()
+    brought = (*brought, *_heads(file))
+    lacking = [key for key in sorted(found["missing_keys"]) if not inside(brought, key)]
+    shapes = [entry for entry in found["mismatched_keys"] if not inside(brought, entry[0])]
+    faults = [f"{key}: not in the base's files" for key in lacking]
+    faults += [
+        f"{key}: {tuple(in_file)} in the file, {tuple(wanted)} in {cls.__name__}" for key, in_file, wanted in shapes
+    ]
+    if faults:
+        raise CheckpointError(gather(f"the base {source!r} lacks weights that the adapter does not bring:", faults))
+    return model
+
+
+def _heads(file: AdapterFile) -> list[str]:
+    """The heads that the adapter's task trains whole and that are in its file."""
+    heads = HEADS.get(file.config.task_type or "", ())
+    return [head for head in heads if any(key.startswith(f"{head}.") for key in file.tensors)]
+
+
+def _merge(model: nn.Module, file: AdapterFile, safe: bool) -> list[str]:
+    """Merge for good; returns what was warned of."""
+    adapted = PeftModel.from_pretrained(model, file.folder)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", MergePrecisionWarning)
+        adapted.merge_and_unload(progressbar=sys.stderr.isatty(), safe_merge=safe)
+    for other in (w for w in caught if not issubclass(w.category, MergePrecisionWarning)):
+        warnings.warn_explicit(other.message, other.category, other.filename, other.lineno)
+    return [str(w.message) for w in caught if issubclass(w.category, MergePrecisionWarning)]
+
+
+def _untie(model: Any) -> bool:
+    """Where merging took tied weights apart, save them apart: loading would tie them again otherwise.
+
+    The flag is one for all ties of a model, so those that still hold get values of their own too.
+    """
+    pairs = dict(getattr(model, "all_tied_weights_keys", None) or {})
+    named = dict(model.named_parameters(remove_duplicate=False))
+    pairs = {a: b for a, b in pairs.items() if a in named and b in named}
+    if all(named[a] is named[b] for a, b in pairs.items()):
+        return False
+    for name in (a for a, b in pairs.items() if named[a] is named[b]):
+        owner, _, key = name.rpartition(".")
+        twin = nn.Parameter(named[name].detach().clone(), requires_grad=named[name].requires_grad)
+        model.get_submodule(owner).register_parameter(key, twin)
+    for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+        config.tie_word_embeddings = False
+    return True
+
+
+def _verify(model: Any, folder: Path) -> None:
+    """Load the new folder and compare every tensor, bit for bit."""
+    again = type(model).from_pretrained(folder, dtype="auto", use_safetensors=True)
+    old, new = model.state_dict(), again.state_dict()
+    faults = [f"{key}: is not there after loading" for key in sorted(set(old) - set(new))]
+    faults += [
+        f"{key}: differs after loading"
+        for key in sorted(set(old) & set(new))
+        if old[key].dtype != new[key].dtype or not torch.equal(_bits(old[key]), _bits(new[key]))
+    ]
+    if faults:
+        raise CheckpointError(gather("the merged model did not come back from its files; nothing was kept:", faults))
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)  # so that NaN equals itself
+
+
+# -- files -----------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _fresh(out: Path) -> Iterator[Path]:
+    """A folder that becomes ``out`` when the block ends well, in one rename; else all is as it was."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as name:
+        fresh, old = Path(name) / "new", Path(name) / "old"
+        fresh.mkdir()
+        yield fresh
+        if out.exists():
+            out.rename(old)
+        try:
+            fresh.rename(out)
+        except BaseException:
+            if old.exists():
+                old.rename(out)
+            raise
+
+
+def _copy_beside(file: AdapterFile, source: str, revision: str | None, folder: Path) -> list[str]:
+    """Copy the tokenizer's files: those of the adapter's folder, if it has any, else the base's."""
+    found = _beside(file.folder)
+    if not found:
+        found = _beside(Path(source)) if Path(source).is_dir() else _beside_on_hub(source, revision)
+    for path in found:
+        shutil.copyfile(path, folder / path.name)
+    return [path.name for path in found]
+
+
+def _beside(folder: Path) -> list[Path]:
+    return sorted({path for pattern in BESIDE for path in folder.glob(pattern) if path.is_file()})
+
+
+def _beside_on_hub(source: str, revision: str | None) -> list[Path]:
+    try:
+        from huggingface_hub import snapshot_download
+
+        return _beside(Path(snapshot_download(source, revision=revision, allow_patterns=list(BESIDE))))
+    except Exception as error:  # the weights are there already; a tokenizer can be copied by hand
+        warn(f"the tokenizer of {source!r} was not copied: {str(error).splitlines()[0]}")
+        return []
+
+
+def _show(document: dict[str, Any]) -> None:
+    out = console()
+    size = readable_bytes(sum(document["files"].values()))
+    out.print(f"merged {document['method']} adapter {document['adapter']} into {document['base']}", markup=False)
+    out.print(
+        f"{document['architecture']}, {document['parameters']:,} parameters in {document['dtype']}"
+        + ("; the tied weights are apart now, because one was adapted" if document["untied"] else ""),
+        markup=False,
+    )
+    checked = "loaded again and compared, bit for bit" if document["verified"] else "not loaded again"
+    out.print(f"wrote {document['out']} ({size}), {checked}: {', '.join(document['files'])}", markup=False)

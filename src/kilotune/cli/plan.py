@@ -1,0 +1,203 @@
+"""``kilotune plan``: sizes and costs of fine-tunes before any of them runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import typer
+
+from ..config import AdapterConfig, TaskType
+from ..errors import ConfigError, gather
+from ..methods import METHODS, get_config, method_by_name
+from ..plan import BUILT_IN, DTYPES, AdapterCosts, Base, BuiltIn, Head, costs, load_base
+from ..report import readable_bytes
+from ._output import Json, console, print_json, quiet_transformers, rows_table
+
+__all__ = ["EPILOG", "models", "plan"]
+
+NO_EFFECT = ("base_model_name_or_path", "inference_mode", "revision")  # on what is counted
+
+
+def models() -> dict[str, BuiltIn]:
+    """The built-in models, and the convolutional networks of ``kilotune demo``."""
+    from ..experiments.convnet import LORA_WIDTHS, VERA_WIDTHS, ConvNet
+
+    nets = {"tutorial-vera": VERA_WIDTHS, "tutorial-lora": LORA_WIDTHS}
+    text = "the convolutional network of `kilotune demo`"
+
+    def built(widths: tuple[int, ...]) -> BuiltIn:
+        return BuiltIn(text, lambda head: ConvNet(widths))
+
+    return {**BUILT_IN, **{name: built(widths) for name, widths in nets.items()}}
+
+
+def EPILOG() -> str:
+    """The built-in models, and every option that --set takes, from the configs' own help texts."""
+    lines = ["Built-in models: " + ", ".join(models()) + "."]
+    common = set(AdapterConfig.option_names())
+    for name in (n for n in AdapterConfig.option_names() if n not in NO_EFFECT):
+        lines.append(f"[bold]--set {name}=[/] {_escape(AdapterConfig.help_of(name))}")
+    for method, cls in METHODS.items():
+        own = [name for name in cls.config_cls.option_names() if name not in common]
+        lines += [f"[bold]--set {name}=[/] ({method}) {_escape(cls.config_cls.help_of(name))}" for name in own]
+    return "\n\n".join(lines)
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+def plan(
+    model: Annotated[
+        str, typer.Argument(help="A config.json or its folder, a built-in name (below), or a hub id.", metavar="MODEL")
+    ],
+    method: Annotated[
+        list[str] | None, typer.Option("--method", "-m", help="A method; may be given again. Default: every one.")
+    ] = None,
+    rank: Annotated[
+        list[int] | None, typer.Option("--rank", "-r", help="The rank; may be given again. Default: the method's own.")
+    ] = None,
+    targets: Annotated[
+        str | None,
+        typer.Option(
+            "--targets",
+            "-t",
+            help="Names of modules, with commas between, or all-linear. Default: the architecture's own.",
+        ),
+    ] = None,
+    targets_regex: Annotated[
+        str | None, typer.Option(help="A regular expression for whole module names, in place of --targets.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help=f"The base's dtype: {', '.join(DTYPES)}. Default: as in its configuration.")
+    ] = None,
+    users: Annotated[int, typer.Option(help="How many adapters of this kind there will be.")] = 1,
+    options: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="KEY=VALUE: any other option of the method, VALUE in JSON or plain text."),
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="The revision of a hub id.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Count what a fine-tune costs before it runs: trained and shared numbers, bytes, files, many users."""
+    quiet_transformers()
+    values = _options(options or [], rank or [], targets, targets_regex)
+    methods = [method_by_name(name).name for name in method] if method else list(METHODS)
+    base = load_base(model, dtype=dtype, revision=revision, head=_head(values), built_in=models())
+    values = _with_default_targets(base, values)
+    ranks: list[int | None] = [*rank] if rank else [None]
+    configs = [_config(name, r, values) for name in dict.fromkeys(methods) for r in ranks]
+    results = [costs(base.model, config, users) for config in configs]
+    notes = [base.notes[m] for m in dict.fromkeys(methods) if m in base.notes]
+    if as_json:
+        print_json(_document(base, results, notes))
+    else:
+        _show(base, results, notes)
+
+
+def _options(given: list[str], ranks: list[int], targets: str | None, targets_regex: str | None) -> dict[str, Any]:
+    """The options of the config that were given; each fault is named, all at once."""
+    faults = [f"--set {item!r}: expected KEY=VALUE" for item in given if not item.partition("=")[0] or "=" not in item]
+    pairs = [(key, text) for key, sign, text in (item.partition("=") for item in given) if key and sign]
+    keys = [key for key, _ in pairs]
+    faults += [f"--set {key}: has no effect on a plan" for key in keys if key in NO_EFFECT]
+    faults += [f"--set {key}: is given {keys.count(key)} times" for key in dict.fromkeys(keys) if keys.count(key) > 1]
+    if "r" in keys and ranks:
+        faults.append("--set r: is given by --rank as well")
+    ways = [targets is not None, targets_regex is not None, "target_modules" in keys]
+    if sum(ways) > 1:
+        faults.append("--targets, --targets-regex and --set target_modules exclude each other")
+    if faults:
+        raise ConfigError(gather("the options do not fit together:", faults) if len(faults) > 1 else faults[0])
+    values = {key: _value(text) for key, text in pairs}
+    if targets is not None:
+        values["target_modules"] = targets if targets == "all-linear" else [t.strip() for t in targets.split(",")]
+    if targets_regex is not None:
+        values["target_modules"] = targets_regex
+    return values
+
+
+def _head(values: Mapping[str, Any]) -> Head:
+    """The head of the task that is planned; a task that does not exist is the config's to refuse."""
+    task = values.get("task_type")
+    return Head(task) if task in list(TaskType) else Head()
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return {"True": True, "False": False, "None": None}.get(text, text)
+
+
+def _with_default_targets(base: Base, values: Mapping[str, Any]) -> dict[str, Any]:
+    """A plain torch model has no architecture with targets of its own: all its linear layers."""
+    plain = getattr(getattr(base.model, "config", None), "model_type", None) is None
+    return {"target_modules": "all-linear", **values} if plain else dict(values)
+
+
+def _config(method: str, rank: int | None, values: Mapping[str, Any]) -> AdapterConfig:
+    try:
+        return get_config(method, **({**values} if rank is None else {**values, "r": rank}))
+    except ConfigError as error:
+        others = [name for name, cls in METHODS.items() if set(values) <= set(cls.config_cls.option_names())]
+        hint = f"\n  These options are of {' and '.join(others)}: add --method {others[0]}" if others else ""
+        raise ConfigError(f"{error}{hint if method not in others else ''}") from error
+
+
+def _document(base: Base, results: list[AdapterCosts], notes: list[str]) -> dict[str, Any]:
+    return {
+        "model": base.name,
+        "origin": base.origin,
+        "base": {
+            "parameters": base.parameters,
+            "bytes": base.report.total_bytes,
+            "bytes_by_dtype": base.bytes_by_dtype(),
+        },
+        "plans": [result.to_dict() for result in results],
+        "notes": notes,
+    }
+
+
+def _show(base: Base, results: list[AdapterCosts], notes: list[str]) -> None:
+    out = console()
+    sizes = ", ".join(f"{readable_bytes(size)} in {name}" for name, size in base.bytes_by_dtype().items())
+    out.print(f"{base.name} ({base.origin}): {base.parameters:,} parameters; {sizes}", markup=False)
+    columns = [f"{result.method} r {result.config.to_dict().get('r', '')}".strip() for result in results]
+    out.print(rows_table("", columns, _rows(results)))
+    for note in notes:
+        out.print(f"Note: {note}", markup=False)
+
+
+def _rows(results: list[AdapterCosts]) -> list[tuple[str, ...]]:
+    def row(name: str, values: list[str]) -> tuple[str, ...]:
+        return (name, *values)
+
+    reports = [result.parameters for result in results]
+    rows = [
+        row("targets", [_targets(result) for result in results]),
+        row("adapted layers", [f"{result.layers:,}" for result in results]),
+        row("trainable", [f"{report.trainable:,}" for report in reports]),
+        row("frozen base", [f"{report.frozen_base:,}" for report in reports]),
+        row("frozen shared projections", [f"{report.frozen_shared:,}" for report in reports]),
+        row("  in pairs", [str(report.pairs) for report in reports]),
+        row("total", [f"{report.total:,}" for report in reports]),
+        row("trainable % of total", [f"{report.percent:.4g}" for report in reports]),
+        row("base", [readable_bytes(report.base_bytes) for report in reports]),
+        row("shared projections", [readable_bytes(report.shared_bytes) for report in reports]),
+        row("one adapter in memory", [readable_bytes(result.adapter_bytes) for result in results]),
+        row("one adapter's file", [readable_bytes(result.file_bytes) for result in results]),
+        row("training, without activations", [readable_bytes(result.training_bytes) for result in results]),
+    ]
+    users = results[0].users
+    if users > 1:
+        rows.append(row(f"{users:,} users in memory", [readable_bytes(r.users_bytes) for r in results]))
+        rows.append(row(f"{users:,} users' files", [readable_bytes(r.users_file_bytes) for r in results]))
+    return rows
+
+
+def _targets(result: AdapterCosts) -> str:
+    targets = result.config.target_modules
+    return targets if isinstance(targets, str) else ", ".join(targets or ())

@@ -1,0 +1,329 @@
+"""Each cell through merging, disabling, saving, copying and deleting."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from conformance.cells import CELLS, COUNTS, KIND_CASES, Cell
+from conformance.checks import EPSILON, adapted, data, dense, every_cell, layer_of
+from kilotune import MergeError, MergePrecisionWarning, PeftModel, UnsupportedError, get_peft_model
+from kilotune.deltas import Shift
+from kilotune.layer import AdaptedLayer
+from models import Snapshot, bits, disk, places, randomize, value_bits
+
+MERGEABLE = [cell for cell in CELLS if cell.method.makes.mergeable]
+NOT_MERGEABLE = [cell for cell in CELLS if not cell.method.makes.mergeable]
+ADDITIVE = [cell for cell in CELLS if cell.method.makes.additive]
+NOT_ADDITIVE = [cell for cell in CELLS if not cell.method.makes.additive]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+# -- merge -----------------------------------------------------------------------------------------
+
+
+@every_cell("merge", MERGEABLE)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_merged_is_unmerged_to_rounding_and_unmerging_gives_the_bits_back(cell: Cell, dtype: torch.dtype) -> None:
+    model = adapted(cell, dtype)
+    base, layer, x = bits(cell.base(dtype)), layer_of(model), data(cell, 4, dtype=dtype)
+    y, where, reference = model(x), places(model), dense(cell, model, x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", MergePrecisionWarning)  # has its own test
+        model.merge_adapter(safe_merge=True)
+    assert layer.merged == ("default",)
+    assert layer.slot("default") is not None
+    merged = model(x)
+    torch.testing.assert_close(
+        merged.double(), y.double(), rtol=0, atol=EPSILON[dtype] * (1 + float(reference.abs().max()))
+    )
+    # The merged layer is the plain layer with the formula's weight: nothing of the adapter runs.
+    assert torch.equal(merged, layer.base_layer(x))
+    assert not torch.equal(merged, cell.base(dtype)(x))
+    with model.disable_adapter():
+        assert torch.equal(model(x), cell.base(dtype)(x))
+    assert torch.equal(model(x), merged)
+
+    model.unmerge_adapter()
+    assert bits(layer.base_layer) == {key.removeprefix("layer."): value for key, value in base.items()}
+    assert places(model) == where  # the very tensors, not copies
+    assert torch.equal(model(x), y)
+    assert layer.merged == ()
+
+
+@every_cell("merge refusals", MERGEABLE)
+def test_merging_twice_is_refused_and_changes_nothing(cell: Cell) -> None:
+    model = adapted(cell, torch.float32)
+    model.merge_adapter()
+    before = Snapshot.of(model)
+    with pytest.raises(MergeError, match=r"\['default'\] are merged already; call unmerge_adapter\(\) first"):
+        model.merge_adapter()
+    with pytest.raises(MergeError, match="cannot change the active adapters while"):
+        model.set_adapter("default")
+    with pytest.raises(MergeError, match="call unmerge_adapter\\(\\) before deleting it"):
+        model.delete_adapter("default")
+    assert Snapshot.of(model) == before
+    model.unmerge_adapter()
+    with pytest.raises(MergeError, match="no adapter is merged"):
+        model.unmerge_adapter()
+
+
+@every_cell("merge and unload", MERGEABLE)
+def test_merge_and_unload_gives_a_plain_module(cell: Cell) -> None:
+    model, x = adapted(cell), data(cell, 4, dtype=torch.float64)
+    y = model(x)
+    plain = model.merge_and_unload(safe_merge=True)
+    fresh = cell.base(torch.float64)
+    assert type(plain) is nn.Sequential
+    assert [type(m) for m in plain.modules()] == [type(m) for m in fresh.modules()]
+    gained = {"layer.bias"} if cell.method.makes is Shift else set()  # a layer without a bias gets one
+    assert set(plain.state_dict()) == set(fresh.state_dict()) | gained
+    torch.testing.assert_close(plain(x), y, rtol=0, atol=EPSILON[torch.float64])
+
+
+@every_cell("not mergeable", NOT_MERGEABLE)
+def test_what_is_not_linear_refuses_to_merge(cell: Cell) -> None:
+    model = adapted(cell)
+    before = Snapshot.of(model)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(MergeError, match="is not linear and cannot be merged"):
+            merge()
+        assert Snapshot.of(model) == before
+
+
+@every_cell("safe merge", MERGEABLE)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_safe_merge_refuses_values_that_are_not_finite(cell: Cell, value: float) -> None:
+    model = adapted(cell, torch.float32)
+    parameter = next(p for _, p in model.adapter_parameters())
+    with torch.no_grad():
+        parameter.view(-1)[0] = value
+    before = Snapshot.of(model)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(MergeError, match=r"safe_merge refused adapters .*nothing was changed") as caught:
+            merge(safe_merge=True)
+        assert "layer: the merged weight would hold values that are not finite" in str(caught.value)
+        assert Snapshot.of(model) == before
+
+
+# -- together --------------------------------------------------------------------------------------
+
+
+@every_cell("together", ADDITIVE)
+def test_two_of_a_kind_add_up_and_merge_in_any_order(cell: Cell) -> None:
+    model = adapted(cell)
+    model.add_adapter("other", cell.config())
+    model.double()
+    randomize(model, "other", seed=3)
+    x, base = data(cell, 4, dtype=torch.float64), cell.base(torch.float64)
+    one = model(x)
+    model.set_adapter("other")
+    two = model(x)
+    model.set_adapter(["default", "other"])
+    both = model(x)
+    torch.testing.assert_close(both, one + two - base(x), rtol=0, atol=EPSILON[torch.float64])
+    model.merge_adapter(["other"])
+    torch.testing.assert_close(model(x), both, rtol=0, atol=EPSILON[torch.float64])
+    model.merge_adapter(["default"])
+    merged = bits(model)
+    torch.testing.assert_close(model(x), both, rtol=0, atol=EPSILON[torch.float64])
+    model.unmerge_adapter()
+    model.merge_adapter(["other", "default"])
+    assert bits(model) == merged
+    model.unmerge_adapter()
+    assert torch.equal(model(x), both)
+
+
+@every_cell("not additive", NOT_ADDITIVE)
+def test_two_that_are_not_additive_are_refused_together(cell: Cell) -> None:
+    model = adapted(cell)
+    model.add_adapter("other", cell.config())
+    with pytest.raises(UnsupportedError, match="'default' and 'other' are both not additive"):
+        model.set_adapter(["default", "other"])
+    assert model.active_adapters == ["default"]
+
+
+# -- disable ---------------------------------------------------------------------------------------
+
+
+@every_cell("disable")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_disabled_is_the_base_to_the_bit(cell: Cell, dtype: torch.dtype) -> None:
+    model, base, x = adapted(cell, dtype), cell.base(dtype), data(cell, 4, dtype=dtype)
+    y = model(x)
+    with model.disable_adapter():
+        assert value_bits(model(x)) == value_bits(base(x))
+    assert torch.equal(model(x), y)
+    assert not torch.equal(y, base(x))
+
+
+# -- state, files, copies --------------------------------------------------------------------------
+
+
+@every_cell("state dict")
+def test_the_state_dict_holds_the_base_and_the_adapter_and_nothing_else(cell: Cell) -> None:
+    model = cell.model()
+    base = {f"model.{key.replace('layer.', 'layer.base_layer.')}" for key in cell.base().state_dict()}
+    own = {f"model.layer.adapters.default.{name.removeprefix('layer.')}" for name, _ in model.adapter_parameters()}
+    assert set(model.state_dict()) == base | own
+    assert not list(model.buffers())
+    config, (out, inn) = cell.config(), KIND_CASES[cell.kind.name].features
+    size = sum(v.numel() for key, v in model.state_dict().items() if key in own)
+    trains_bias = config.bias != "none" and layer_of(model).base_layer.bias is not None
+    assert size == COUNTS[cell.case.name](config, out, inn) + out * trains_bias
+    twin = cell.model()
+    randomize(model)
+    twin.load_state_dict(model.state_dict())
+    assert torch.equal(twin(data(cell, 3)), model(data(cell, 3)))
+
+
+@every_cell("files")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_saved_and_loaded_is_bit_identical(cell: Cell, dtype: torch.dtype, tmp_path: Path) -> None:
+    model, x = cell.model(dtype), data(cell, 4, dtype=dtype)
+    randomize(model)
+    model.save_pretrained(tmp_path / "one")
+    assert sorted(disk(tmp_path / "one")) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(disk(tmp_path)) == ["one", "one/adapter_config.json", "one/adapter_model.safetensors"]
+    again = PeftModel.from_pretrained(cell.base(dtype), tmp_path / "one", is_trainable=True)
+    assert torch.equal(again(x), model(x))
+    ours, theirs = dict(model.adapter_parameters()), dict(again.adapter_parameters())
+    assert set(ours) == set(theirs)
+    for name, value in ours.items():
+        assert value_bits(theirs[name]) == value_bits(value)
+        assert theirs[name].requires_grad
+    again.save_pretrained(tmp_path / "two")
+    assert disk(tmp_path / "two") == disk(tmp_path / "one")
+    frozen = PeftModel.from_pretrained(cell.base(dtype), tmp_path / "one")
+    assert not any(p.requires_grad for p in frozen.parameters())
+    assert not frozen.training
+
+
+@every_cell("copies")
+@pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
+def test_copies_run_alike_and_live_on_their_own(cell: Cell, way: str) -> None:
+    model, x = adapted(cell, torch.float32), data(cell, 4)
+    y = model(x)
+    if way == "deepcopy":
+        twin = copy.deepcopy(model)
+    elif way == "pickle":
+        twin = pickle.loads(pickle.dumps(model))  # noqa: S301 - what this test wrote a moment ago
+    else:
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        twin = torch.load(file, weights_only=False)
+    assert torch.equal(twin(x), y)
+    assert not set(places(twin).values()) & set(places(model).values())
+    randomize(twin, seed=8)
+    assert not torch.equal(twin(x), y)
+    assert torch.equal(model(x), y)
+    with twin.disable_adapter():
+        assert torch.equal(twin(x), cell.base()(x))
+        assert torch.equal(model(x), y)
+    twin.delete_adapter("default")
+    assert torch.equal(twin(x), cell.base()(x))
+    assert torch.equal(model(x), y)
+
+
+@every_cell("copies of merged", MERGEABLE)
+def test_a_copy_of_a_merged_model_unmerges_by_itself(cell: Cell) -> None:
+    model, x = adapted(cell, torch.float32), data(cell, 4)
+    model.merge_adapter()
+    y, twin = model(x), copy.deepcopy(model)
+    twin.unmerge_adapter()
+    assert bits(twin.unload()) == bits(cell.base())
+    assert torch.equal(model(x), y)
+    model.unmerge_adapter()
+    assert bits(model.unload()) == bits(cell.base())
+
+
+@every_cell("moves", MERGEABLE)
+def test_a_merged_model_follows_a_change_of_dtype(cell: Cell) -> None:
+    model, x = adapted(cell, torch.float32), data(cell, 4, dtype=torch.float64)
+    model.merge_adapter()
+    model.double()
+    assert model(x).dtype == torch.float64
+    with model.disable_adapter():
+        assert torch.equal(model(x), cell.base().double()(x))
+    model.unmerge_adapter()
+    assert bits(model.unload()) == bits(cell.base().double())
+
+
+@every_cell("meta")
+def test_on_meta_it_is_planned_wrapped_and_counted(cell: Cell) -> None:
+    with torch.device("meta"):
+        base = cell.base()
+    model, real = get_peft_model(base, cell.config()), cell.model()
+    assert all(p.device.type == "meta" for p in model.parameters())
+    shapes = {name: p.shape for name, p in model.adapter_parameters()}
+    assert shapes == {name: p.shape for name, p in real.adapter_parameters()}
+    assert model.get_nb_trainable_parameters() == real.get_nb_trainable_parameters()
+    assert model(data(cell, 4).to("meta")).shape == real(data(cell, 4)).shape
+
+
+@every_cell("memory")
+def test_no_weight_of_the_base_is_copied(cell: Cell, tmp_path: Path) -> None:
+    base = cell.base()
+    where = places(base)
+    model = get_peft_model(base, cell.config())
+    model(data(cell, 4)).sum().backward()
+    model.save_pretrained(tmp_path)
+    model.load_adapter(tmp_path, "again")
+    model.add_adapter("more", cell.config())
+    model.set_adapter("more")
+    model(data(cell, 4))
+    held = {f"layer.{name}": p.data_ptr() for name, p in layer_of(model).base_layer.named_parameters()}
+    assert held == where
+    for name in ("default", "again", "more"):
+        model.delete_adapter(name)
+    assert places(base) == where
+
+
+@every_cell("delete")
+def test_deleting_the_last_adapter_gives_the_very_module_back(cell: Cell) -> None:
+    base = cell.base()
+    layer = base.get_submodule("layer")
+    before = Snapshot.of(base)
+    model = get_peft_model(base, cell.config())
+    assert isinstance(base.get_submodule("layer"), AdaptedLayer)
+    model.delete_adapter("default")
+    assert base.get_submodule("layer") is layer
+    assert model.active_adapters == []
+    assert model.unload() is base
+    assert Snapshot.of(base) == before
+    assert Snapshot.of(cell.model().unload()).bits == before.bits
+
+
+@every_cell("training")
+def test_training_lowers_the_loss_and_leaves_the_base_alone(cell: Cell) -> None:
+    model = cell.model()
+    base = bits(layer_of(model).base_layer)
+    x = data(cell, 64)
+    target = adapted(cell, torch.float32)(x).detach()  # what some values of the parameters give exactly
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05, weight_decay=0.0)
+    losses = []
+    for _ in range(20):
+        loss = (model(x) - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    assert bits(layer_of(model).base_layer) == base
+
+
+@pytest.mark.full
+@every_cell("inductor", [cell for cell in CELLS if cell.kind.name == "linear" and cell.bias])
+def test_inductor_compiles_it(cell: Cell) -> None:
+    torch.compiler.reset()
+    model, x = adapted(cell, torch.float32), data(cell, 4)
+    compiled = torch.compile(model, fullgraph=True)
+    torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)

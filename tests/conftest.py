@@ -1,0 +1,25 @@
+"""What all tests share: fixed seeds, no network, and hypothesis that finds the same examples each time."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported; no test goes to the network
+
+import hypothesis
+import pytest
+import torch
+
+hypothesis.settings.register_profile(
+    "kilotune",
+    deadline=None,  # the first example pays for imports and caches
+    derandomize=True,
+    max_examples=25,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture],
+)
+hypothesis.settings.load_profile("kilotune")
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)

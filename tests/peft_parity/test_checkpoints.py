@@ -1,0 +1,330 @@
+"""Files in both directions with PEFT live: what it writes loads here, what we write loads there, outputs equal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import kilotune
+from peft_parity.oracle import METHODS, assert_close, assert_same, base, peft_parameters, quiet, run, scramble, twins
+
+TARGETS: dict[str, Any] = {
+    "llama": None,
+    "gpt2": ["c_attn", "c_proj"],
+    "bert": ["query", "dense"],
+    "bert-mlm": ["query", "dense"],
+    "mlp": "all-linear",
+}
+# What a file can hold beside the plain adapter.
+VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "vera with projections": ("mlp", "vera", {}),
+    "vera with projections, Conv1D": ("gpt2", "vera", {}),
+    "vera with projections, Llama": ("llama", "vera", {}),
+    "vera seed-only": ("mlp", "vera", {"save_projection": False, "projection_prng_key": 12}),
+    "vera seed-only, Conv1D": ("gpt2", "vera", {"save_projection": False, "projection_prng_key": 2**63 + 5}),
+    "vera all biases": ("bert", "vera", {"bias": "all"}),
+    "vera all biases, tied": ("bert-mlm", "vera", {"bias": "all"}),
+    "vera own biases, Conv1D": ("gpt2", "vera", {"bias": "vera_only"}),
+    "vera head, all biases": ("bert", "vera", {"task_type": "SEQ_CLS", "bias": "all"}),
+    "vera whole module": ("mlp", "vera", {"modules_to_save": ["blocks.0"]}),
+    "vera dropout": ("mlp", "vera", {"vera_dropout": 0.1, "d_initial": 1e-7}),
+    "lora": ("mlp", "lora", {}),
+    "lora, Conv1D": ("gpt2", "lora", {}),
+    "lora all biases": ("bert", "lora", {"bias": "all"}),
+    "lora all biases, tied": ("bert-mlm", "lora", {"bias": "all"}),
+    "lora own biases": ("mlp", "lora", {"bias": "lora_only"}),
+    "lora head": ("bert", "lora", {"task_type": "SEQ_CLS"}),
+    "lora whole module": ("llama", "lora", {"modules_to_save": ["lm_head", "norm"]}),
+    "lora ranks": ("llama", "lora", {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.1.*": 3}}),
+    "lora rslora": ("mlp", "lora", {"use_rslora": True, "lora_alpha": 5, "lora_dropout": 0.2}),
+    "lora one block": ("llama", "lora", {"layers_to_transform": [1], "layers_pattern": "layers"}),
+    "lora excluded": ("mlp", "lora", {"exclude_modules": [".*blocks.1.*", "head"]}),
+    "lora gaussian": ("mlp", "lora", {"init_lora_weights": "gaussian"}),
+}
+
+
+def peft_load(folder: Path, model: nn.Module) -> peft.PeftModel:
+    """Load into PEFT: any warning but the known ones fails, and so does a key that it misses or does not expect."""
+    with quiet():
+        loaded = peft.PeftModel.from_pretrained(model, folder)
+        again = loaded.load_adapter(folder, "default")
+    assert_same((again.missing_keys, again.unexpected_keys), ([], []), "keys that PEFT misses or does not expect")
+    return loaded.eval()
+
+
+def files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    config = json.loads((folder / "adapter_config.json").read_text())
+    return config, load_file(folder / "adapter_model.safetensors")
+
+
+def check_outputs(one: nn.Module, other: nn.Module, relative: float = 1e-5) -> None:
+    with torch.no_grad():
+        assert_close(run(one), run(other), "output", relative)
+
+
+def check_acts(model: kilotune.PeftModel) -> None:
+    with torch.no_grad():
+        changed = run(model)
+        with model.disable_adapter():
+            plain = run(model)
+    assert float((changed - plain).abs().max()) > 1e-3 * float(plain.abs().max()), "the loaded adapter does nothing"
+
+
+def scrambled(model: kilotune.PeftModel, adapter: str = "default") -> kilotune.PeftModel:
+    """Random values, the same for the same names, in every tensor of an adapter."""
+    generator = torch.Generator().manual_seed(11)
+    with torch.no_grad():
+        for _, parameter in sorted(model.adapter_parameters(adapter)):
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name, method, options", VARIANTS.values(), ids=VARIANTS)
+def test_peft_to_ours_and_back(
+    name: str, method: str, options: dict[str, Any], dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """PEFT writes, we load and write, PEFT loads: equal outputs, and every tensor the same bits."""
+    both = twins(name, method, dtype=dtype, **{"r": 6, "target_modules": TARGETS[name], **options})
+    with quiet():
+        both.theirs.save_pretrained(tmp_path / "theirs")
+    loaded = kilotune.PeftModel.from_pretrained(base(name, dtype), tmp_path / "theirs")
+    rounding = 1e-5 if dtype == torch.float32 else 8 * 2.0**-8
+    check_acts(loaded)
+    check_outputs(loaded, both.theirs, rounding)
+    loaded.save_pretrained(tmp_path / "ours")
+    (old, before), (new, after) = files(tmp_path / "theirs"), files(tmp_path / "ours")
+    twice = {
+        k for k in before if ".original_module." in k or ".modules_to_save." in k or k.endswith("predictions.bias")
+    }
+    assert_same(sorted(after), sorted(set(before) - twice), "keys of the file")
+    for key, value in after.items():
+        assert torch.equal(value.float(), before[key].float()), key
+    bookkeeping = {"peft_version", "auto_mapping", "qalora_group_size", "megatron_core", "runtime_config"}
+    listed = {k: [v] if k == "layers_pattern" and isinstance(v, str) else v for k, v in old.items()}
+    differing = {k: (v, new.get(k)) for k, v in listed.items() if v not in (None, False, [], {}) and new.get(k) != v}
+    heads = {"modules_to_save"} if options.get("task_type") else set()  # PEFT lists heads that are not there too
+    names = {"target_modules"} if isinstance(old["target_modules"], list) else set()  # PEFT's are in no order
+    assert set(differing) <= bookkeeping | heads | names, differing
+    if names:
+        assert sorted(old["target_modules"]) == sorted(new["target_modules"])
+    check_outputs(peft_load(tmp_path / "ours", base(name, dtype)), both.theirs, rounding)
+
+
+OURS: dict[str, Callable[[], kilotune.AdapterConfig]] = {
+    "vera nested": lambda: kilotune.VeraConfig(r=5, save_projection=True),
+    "vera nested, biases": lambda: kilotune.VeraConfig(
+        r=5, save_projection=True, bias="all", projection_prng_key=2**64 - 1
+    ),
+    "vera shape": lambda: kilotune.VeraConfig(r=5, save_projection=True, sharing="shape"),
+    "vera shape, biases": lambda: kilotune.VeraConfig(r=5, save_projection=True, sharing="shape", bias="vera_only"),
+    "vera excluded": lambda: kilotune.VeraConfig(
+        r=5, save_projection=True, bias="all", exclude_modules=r".*\.[01]\..*"
+    ),
+    "vera peft seed-only": lambda: kilotune.VeraConfig(r=5, generator="peft", projection_prng_key=9),
+    "vera peft seed-only, excluded": lambda: kilotune.VeraConfig(
+        r=5, generator="peft", exclude_modules=["1.1", "first"]
+    ),
+    "vera peft with projections": lambda: kilotune.VeraConfig(r=5, generator="peft", save_projection=True),
+    "lora": lambda: kilotune.LoraConfig(r=5, lora_alpha=3),
+    "lora, all options": lambda: kilotune.LoraConfig(
+        r=5, use_rslora=True, bias="all", rank_pattern={"c_proj|3": 2}, exclude_modules=["head"]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ["mlp", "gpt2", "opt"])
+@pytest.mark.parametrize("config", OURS.values(), ids=OURS)
+def test_ours_to_peft_and_back(name: str, config: Callable[[], kilotune.AdapterConfig], tmp_path: Path) -> None:
+    """We write, PEFT loads and writes, we load: equal outputs at each step, no key missed or unexpected."""
+    made = config()
+    if name != "mlp" and (made.exclude_modules is not None or made.to_dict().get("rank_pattern")):
+        pytest.skip("its names are those of the MLP")
+    model = scrambled(kilotune.get_peft_model(base(name), made.replace(target_modules="all-linear")))
+    model.save_pretrained(tmp_path / "ours")
+    theirs = peft_load(tmp_path / "ours", base(name))
+    check_outputs(theirs, model)
+    again = kilotune.PeftModel.from_pretrained(base(name), tmp_path / "ours")
+    check_outputs(again, model)
+    with quiet():
+        theirs.save_pretrained(tmp_path / "theirs")
+    back = kilotune.PeftModel.from_pretrained(base(name), tmp_path / "theirs")
+    check_acts(back)
+    check_outputs(back, model)
+    (_, one), (_, other) = files(tmp_path / "ours"), files(tmp_path / "theirs")
+    assert_same(sorted(one), sorted(other), "keys")
+    for key, value in one.items():
+        assert torch.equal(value, other[key]), key
+
+
+def test_stacked_ranks() -> None:
+    """sharing='shape' in PEFT's form: a block of ranks per shape, and zeros in the other blocks of d."""
+    config = kilotune.VeraConfig(r=3, target_modules="all-linear", save_projection=True, sharing="shape")
+    model = scrambled(kilotune.get_peft_model(base("mlp"), config))
+    shapes = {
+        (layer.base_layer.out_features, layer.base_layer.in_features) for layer in model.adapted_layers().values()
+    }
+    values, tensors = kilotune.checkpoint.state_of(model._installed["default"])[:2]
+    assert_same(len(shapes), 4, "shapes of the MLP's layers")
+    assert_same(values["r"], 3 * 4, "stacked rank")
+    for key, d in tensors.items():
+        if key.endswith("vera_lambda_d"):
+            blocks = [bool(block.any()) for block in d.reshape(4, 3)]
+            assert_same(sum(blocks), 1, f"blocks of {key} in use")
+
+
+@pytest.mark.parametrize("sharing", ["nested", "shape"])
+@pytest.mark.parametrize("name", ["mlp", "gpt2"])
+def test_a_seed_only_portable_file_makes_peft_raise(name: str, sharing: str, tmp_path: Path) -> None:
+    """PEFT would draw other matrices for the seed, so it must not load the file at all; we must."""
+    config = kilotune.VeraConfig(r=5, target_modules="all-linear", sharing=sharing)
+    model = scrambled(kilotune.get_peft_model(base(name), config))
+    model.save_pretrained(tmp_path)
+    told = pytest.warns(UserWarning, match="'kilotune'")  # PEFT names the section that it does not know
+    with told, pytest.raises(ValueError, match="Specified to load vera_A"), quiet():
+        peft.PeftModel.from_pretrained(base(name), tmp_path)
+    loaded = kilotune.PeftModel.from_pretrained(base(name), tmp_path)
+    with torch.no_grad():
+        assert torch.equal(run(loaded), run(model))
+
+
+def test_several_adapters_in_subfolders(tmp_path: Path) -> None:
+    """PEFT writes 'default' to the folder and others below it; so do we, and each side loads all of the other's."""
+    ours_cls, theirs_cls = METHODS["lora"]
+    with quiet():
+        theirs = peft.get_peft_model(base("mlp"), theirs_cls(r=3, target_modules=["0.1"]))
+        theirs.add_adapter("second", theirs_cls(r=5, lora_alpha=2, target_modules=["first", "2.3"]))
+        theirs.add_adapter("default-2", theirs_cls(r=2, target_modules=["first"], bias="none"))
+        theirs.save_pretrained(tmp_path / "theirs")
+    names = {"default": ".", "second": "second", "default-2": "default-2"}
+    for name in names:
+        generator = torch.Generator().manual_seed(len(name))
+        with torch.no_grad():
+            for _, p in sorted(peft_parameters(theirs, name).items()):
+                p.add_(0.2 * torch.randn(p.shape, generator=generator))
+    with quiet():
+        theirs.save_pretrained(tmp_path / "theirs")
+    ours = kilotune.PeftModel.from_pretrained(base("mlp"), tmp_path / "theirs")
+    for name in list(names)[1:]:
+        ours.load_adapter(tmp_path / "theirs" / name, name)
+    ours.save_pretrained(tmp_path / "ours")
+    back = peft_load(tmp_path / "ours", base("mlp"))
+    for name in list(names)[1:]:
+        back.load_adapter(tmp_path / "ours" / name, name)
+    outputs = []
+    for name in names:
+        for model in (theirs, ours, back):
+            model.eval()
+            model.set_adapter(name)
+        check_outputs(ours, theirs)
+        check_outputs(back, theirs)
+        outputs.append(run(ours).detach())
+    assert not torch.allclose(outputs[0], outputs[1], atol=1e-3)
+    assert not torch.allclose(outputs[1], outputs[2], atol=1e-3)
+    assert isinstance(ours.peft_config["second"], ours_cls)
+
+
+def test_vera_adapters_that_peft_cannot_hold_together(tmp_path: Path) -> None:
+    """Two keys, ranks and target sets: written by two PEFT models, here they live in one."""
+    singles = {}
+    for name, options in {
+        "one": {"r": 6, "projection_prng_key": 1, "target_modules": ["0.1"]},
+        "two": {"r": 3, "projection_prng_key": 2, "target_modules": "all-linear", "save_projection": False},
+    }.items():
+        both = twins("mlp", "vera", **options)
+        scramble(both)
+        with quiet():
+            both.theirs.save_pretrained(tmp_path / name)
+        singles[name] = both.theirs
+    model = kilotune.PeftModel.from_pretrained(base("mlp"), tmp_path / "one", "one")
+    model.load_adapter(tmp_path / "two", "two")
+    for name, single in singles.items():
+        model.set_adapter(name)
+        check_outputs(model, single)
+    assert_same(len(model.projections.extents()), 2, "pairs held")
+
+
+def test_trained_tensors_are_float32_whatever_the_file_has(tmp_path: Path) -> None:
+    """PEFT raises 16-bit adapters to float32 when it loads them; so do we, or small steps would be rounded away."""
+    with quiet():
+        theirs = peft.get_peft_model(
+            base("mlp", torch.bfloat16),
+            peft.LoraConfig(target_modules="all-linear", bias="all"),
+            autocast_adapter_dtype=False,
+        )
+        theirs.save_pretrained(tmp_path)
+    assert {t.dtype for t in files(tmp_path)[1].values()} == {torch.bfloat16}
+    loaded = kilotune.PeftModel.from_pretrained(base("mlp", torch.bfloat16), tmp_path, is_trainable=True)
+    assert {p.dtype for _, p in loaded.adapter_parameters()} == {torch.float32}
+
+
+def test_an_option_of_peft_that_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
+    with quiet():
+        theirs = peft.get_peft_model(base("mlp"), peft.LoraConfig(target_modules=["0.1"], use_dora=True))
+        theirs.save_pretrained(tmp_path)
+    with pytest.raises(kilotune.KilotuneError, match="use_dora=True"):
+        kilotune.PeftModel.from_pretrained(base("mlp"), tmp_path)
+
+
+@pytest.mark.parametrize("gone", ["peft_version", "auto_mapping", "bias", "layers_pattern", "inference_mode"])
+def test_files_of_older_peft_lack_keys(gone: str, tmp_path: Path) -> None:
+    both = twins("mlp", "lora", r=4, target_modules="all-linear")
+    with quiet():
+        both.theirs.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    values = json.loads(path.read_text())
+    del values[gone]
+    path.write_text(json.dumps(values))
+    check_outputs(kilotune.PeftModel.from_pretrained(base("mlp"), tmp_path), both.theirs)
+
+
+class Slices(nn.Module):
+    """PEFT's documented example: weights of shapes (100, 20) and (80, 50)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tall, self.wide = nn.Linear(20, 100), nn.Linear(50, 80)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.wide(torch.tanh(self.tall(x))[..., :50])
+
+
+def slices() -> Slices:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(4)
+        return Slices()
+
+
+@pytest.mark.parametrize("r", [1, 16, 128])
+def test_the_documented_slicing_example(r: int) -> None:
+    """A is (r, 50), B is (100, r); each layer takes the leading columns of A and the leading rows of B."""
+    options = {"r": r, "target_modules": ["tall", "wide"], "projection_prng_key": 3}
+    with quiet():
+        theirs = peft.get_peft_model(slices(), peft.VeraConfig(**options)).eval()
+    ours = kilotune.get_peft_model(slices(), kilotune.VeraConfig(generator="peft", **options)).eval()
+    a, b = theirs.base_model.vera_A["default"], theirs.base_model.vera_B["default"]
+    assert_same((tuple(a.shape), tuple(b.shape)), ((r, 50), (100, r)), "shapes of A and B")
+    mine, other = dict(ours.adapter_parameters()), peft_parameters(theirs)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for key in sorted(mine):
+            mine[key].copy_(torch.randn(mine[key].shape, generator=generator))
+            other[key].copy_(mine[key])
+    x = torch.sin(torch.arange(60.0)).reshape(3, 20)
+    plain = slices()
+    with torch.no_grad():
+        for name, layer in (("tall", plain.tall), ("wide", plain.wide)):
+            d, lam = mine[f"{name}.vera_lambda_d"], mine[f"{name}.vera_lambda_b"]
+            out, inn = layer.weight.shape
+            layer.weight += torch.diag(lam) @ b[:out] @ torch.diag(d) @ a[:, :inn]  # eq. 2 of the paper
+        assert_close(ours(x), theirs(x), "output")
+        assert_close(ours(x), plain(x), "output against the formula")
+        assert_close(ours.merge_and_unload()(x), plain(x), "merged output against the formula")
