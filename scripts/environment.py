@@ -98,10 +98,11 @@ def create(venv: Path) -> None:
 
 
 def fingerprint(root: Path, version: tuple[int, ...]) -> str:
-    """What a finished set-up depends on: the two files, the Python version, and where the tree lies."""
+    """What a finished set-up depends on: the requirements, the Python version, and where the tree lies."""
     digest = hashlib.sha256(f"{root} {version}".encode())
-    for name in ("pyproject.toml", "constraints.txt"):
-        digest.update((root / name).read_bytes())
+    project, _, _ = (root / "pyproject.toml").read_text(encoding="utf-8").partition("\n[tool.")
+    digest.update(project.encode())  # a linter's settings change no installation
+    digest.update((root / "constraints.txt").read_bytes())
     return digest.hexdigest()
 
 
@@ -118,8 +119,12 @@ def is_ready(root: Path, venv: Path, extra: str, wanted: str) -> bool:
 
 def install(root: Path, venv: Path, extra: str) -> None:
     """Install kilotune, editable, with ``extra`` from the tested set of versions."""
-    print(f"installing kilotune[{extra}]; the first time takes minutes, most of it PyTorch", flush=True)
     command = [str(venv_python(venv)), "-m", "pip", "install", "--disable-pip-version-check"]
+    if any(venv.glob("lib/*/site-packages/torch/version.py")):
+        print(f"bringing kilotune[{extra}] up to date", flush=True)
+        command.append("--quiet")  # nothing large is left to wait for
+    else:
+        print(f"installing kilotune[{extra}]; this takes minutes, most of it PyTorch", flush=True)
     command += ["--constraint", str(root / "constraints.txt"), "--editable", f"{root}[{extra}]"]
     done = subprocess.run(command, cwd=str(root))
     if done.returncode:

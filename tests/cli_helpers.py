@@ -46,8 +46,7 @@ BERT = {
 
 def kilotune(*words: object) -> Result:
     """Run ``kilotune`` with these words; a defect's traceback is raised, not swallowed."""
-    result = CliRunner().invoke(app, [str(word) for word in words], prog_name="kilotune", catch_exceptions=False)
-    return result
+    return CliRunner().invoke(app, [str(word) for word in words], prog_name="kilotune", catch_exceptions=False)
 
 
 def as_json(*words: object) -> Any:
@@ -76,7 +75,9 @@ def llama(**more: Any) -> LlamaForCausalLM:
 def gpt2(**more: Any) -> GPT2LMHeadModel:
     torch.manual_seed(0)
     ids = {"bos_token_id": 1, "eos_token_id": 2}
-    return GPT2LMHeadModel(GPT2Config(vocab_size=40, n_positions=32, n_embd=16, n_layer=2, n_head=2, **ids, **more)).eval()
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=40, n_positions=32, n_embd=16, n_layer=2, n_head=2, **ids, **more)
+    ).eval()
 
 
 def bert() -> BertForMaskedLM:

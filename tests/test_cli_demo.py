@@ -139,5 +139,5 @@ def test_help_names_every_default() -> None:
     done = call("--help")
     assert done.exit_code == 0
     text = re.sub(r"[│\s]+", " ", done.stdout)
-    for part in ("Default: 15; cifar10: 6", "Default: 0.03; cifar10: 0.01", "Default: 0.003; cifar10: 0.001"):
+    for part in ("Default: 10; cifar10: 6", "Default: 0.03; cifar10: 0.01", "Default: 0.003; cifar10: 0.001"):
         assert part in text

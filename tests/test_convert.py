@@ -9,10 +9,10 @@ from typing import Any
 import peft
 import pytest
 import torch
-from cli_helpers import distance, gpt2, llama, logits, shake, tokens
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from cli_helpers import distance, gpt2, llama, logits, shake, tokens
 from kilotune import AdapterError, ConfigError, LoraConfig, PeftModel, UnsupportedError, VeraConfig, get_peft_model
 from kilotune.checkpoint import WEIGHTS_NAME
 from kilotune.convert import hollow, to_kilotune, to_lora, to_peft, truncate
@@ -176,7 +176,11 @@ def test_shapes_of_a_7b_model_take_no_dense_matrix(monkeypatch: pytest.MonkeyPat
         return svd(matrix, **options)
 
     monkeypatch.setattr(torch.linalg, "svd", watched)
-    model = shake(get_peft_model(hollow(nn.Sequential(nn.Linear(4096, 11008, device="meta"))), VeraConfig(r=64, target_modules=["0"])))
+    model = shake(
+        get_peft_model(
+            hollow(nn.Sequential(nn.Linear(4096, 11008, device="meta"))), VeraConfig(r=64, target_modules=["0"])
+        )
+    )
     result = to_lora(model, rank=16)
     assert seen == [64]
     assert 0 < result.errors["0"] < 1

@@ -166,6 +166,9 @@ def test_changed_requirements_are_installed_again(
     environment.prepare(tree, fake_venv, "dev", explicit=False)
     environment.prepare(tree, fake_venv, "demo", explicit=False)
     assert installed == ["dev"], "dev contains demo"
+    (tree / "pyproject.toml").write_text("one\n[tool.ruff]\nline-length = 100")
+    environment.prepare(tree, fake_venv, "demo", explicit=False)
+    assert installed == ["dev"], "a linter's settings change no installation"
     (tree / name).write_text("changed")
     environment.prepare(tree, fake_venv, "demo", explicit=False)
     assert installed == ["dev", "demo"]

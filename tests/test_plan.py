@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from cli_helpers import BERT, LLAMA, llama
 from torch import nn
 
+from cli_helpers import BERT, LLAMA, llama
 from kilotune import ConfigError, LoraConfig, TargetError, VeraConfig, get_peft_model
 from kilotune.config import AdapterConfig
 from kilotune.plan import BUILT_IN, AdapterCosts, Base, Head, costs, load_base

@@ -251,15 +251,16 @@ def test_from_meta_to_memory() -> None:
     check_one_copy(model)
 
 
-def test_inference_mode_and_no_grad_share_the_copy() -> None:
-    """A pair made in inference mode must serve training later."""
+def test_a_copy_made_in_inference_mode_serves_training() -> None:
     model = adapted()
-    model.to(torch.float64)
+    model.get_base_model().double()  # behind the holder's back: the copy is derived at the first use
     with torch.inference_mode():
-        model.to(torch.float32)
-        model(X)
+        model(X.double())
+        model.add_adapter("larger", vera(8))
+    check_definition(model, torch.float64)
+    assert not any(t.is_inference() for t in model.projections.tensors())
     model.train()
-    model(X).sum().backward()
+    model(X.double()).sum().backward()
     assert all(p.grad is not None for _, p in model.adapter_parameters())
 
 

@@ -313,7 +313,9 @@ def _read_config(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error}") from error
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except CheckpointError:
+        raise
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, a number of too many digits
         raise CheckpointError(f"{path} is no JSON: {error}") from error
     if not isinstance(values, dict) or "peft_type" not in values:
         raise CheckpointError(f"{path}: expected an object with the key 'peft_type'")

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from .config import AdapterConfig
 from .deltas import Delta, Need
 from .errors import TargetError, UnsupportedError, did_you_mean, gather
-from .kinds import LayerKind, kind_of
+from .kinds import LayerKind
 from .layer import BIAS, ActiveState, AdaptedLayer, Slot, sketch, slot_key
 from .methods import Method, Shared, Site, method_of
 from .projections import Projections
-from .storage import Storage, storage_of
+from .storage import Storage
 from .targets import HEADS, Candidate, candidates, inside, matches_names, resolve_targets, saved_whole, select
 
 __all__ = ["Plan", "SavedModule", "apply", "plan", "remove", "walk"]
@@ -316,12 +316,12 @@ def _trains_bias(config: AdapterConfig, candidate: Candidate) -> bool:
 
 
 def _site(c: Candidate) -> Site:
-    return _sketch_layer(c).site(c.name)
+    return _wrapper(c, ActiveState()).site(c.name)
 
 
-def _sketch_layer(c: Candidate) -> AdaptedLayer:
-    """A wrapper that is not put into the model."""
-    return AdaptedLayer(c.module, cast(LayerKind, c.kind), cast(Storage, c.storage), ActiveState())
+def _wrapper(c: Candidate, state: ActiveState) -> AdaptedLayer:
+    """A wrapper around a candidate; it is not put into the model."""
+    return AdaptedLayer(c.module, cast(LayerKind, c.kind), cast(Storage, c.storage), state)
 
 
 # -- apply -----------------------------------------------------------------------------------------
@@ -341,30 +341,37 @@ def apply(
             by ``<module>.<name in it>``; already checked against the plan.
 
     """
-    bases = {name: _base(root, name, c) for name, c in {**made.layers, **made.bias_only}.items()}
-    sites = {name: bases[name].site(name) for name in made.layers}
+    layers = {name: _layer_at(root, c, state) for name, c in {**made.layers, **made.bias_only}.items()}
+    sites = {name: layers[name].site(name) for name in made.layers}
     try:
         shared = made.method.prepare(made.adapter, list(sites.values()), projections)
         made.method.verify(shared)
-        starts = {name: _start(made, name, base, shared, tensors) for name, base in bases.items()}
+        starts = {name: _start(made, name, layer, shared, tensors) for name, layer in layers.items()}
         twins = {name: _twin(root, name, tensors) for name in made.saved}
     except BaseException:
         projections.release(made.adapter)
         raise
-    layers = {}
-    for name, params in starts.items():
-        layer = _wrap(root, name, state)
+    for name, layer in layers.items():
         method = made.method if name in made.layers else None
-        layer.add(made.adapter, Slot(layer.site(name), method, shared, params))
-        layers[name] = layer
-    saved = {name: _save_whole(root, name, made.adapter, state, twin) for name, twin in twins.items()}
+        layer.add(made.adapter, Slot(layer.site(name), method, shared, starts[name]))
+    saved = {name: _saved_at(root, name, state) for name in made.saved}
+    for name, wrapper in saved.items():
+        wrapper.copies[slot_key(made.adapter)] = twins[name]
+    wrappers: list[AdaptedLayer | SavedModule] = [*layers.values(), *saved.values()]
+    _replace(root, {unwrapped(wrapper): wrapper for wrapper in wrappers})
     return Installed(made.adapter, made.config, made.method, shared, layers, saved)
 
 
-def _base(root: nn.Module, name: str, c: Candidate) -> AdaptedLayer:
-    """The wrapper at ``name``, which knows the base's bits while adapters are merged; else one that is not kept."""
+def _layer_at(root: nn.Module, c: Candidate, state: ActiveState) -> AdaptedLayer:
+    """The wrapper that stands at the candidate's name, which knows the base's bits while adapters are merged, or a
+    new one."""
+    module = root.get_submodule(c.name)
+    return module if isinstance(module, AdaptedLayer) else _wrapper(c, state)
+
+
+def _saved_at(root: nn.Module, name: str, state: ActiveState) -> SavedModule:
     module = root.get_submodule(name)
-    return module if isinstance(module, AdaptedLayer) else _sketch_layer(c)
+    return module if isinstance(module, SavedModule) else SavedModule(module, state)
 
 
 def _start(
@@ -385,24 +392,11 @@ def _start(
     return {key: nn.Parameter(value.detach(), requires_grad=False) for key, value in values.items()}
 
 
-def _wrap(root: nn.Module, name: str, state: ActiveState) -> AdaptedLayer:
-    """The wrapper at ``name``, made if it is not there, put in at every place where the module hangs."""
-    module = root.get_submodule(name)
-    if isinstance(module, AdaptedLayer):
-        return module
-    # plan() found both
-    layer = AdaptedLayer(module, cast(LayerKind, kind_of(module)), cast(Storage, storage_of(module)), state)
-    _replace(root, module, layer)
-    return layer
-
-
-def _replace(root: nn.Module, old: nn.Module, new: nn.Module) -> None:
+def _replace(root: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
+    """Put ``new[module]`` wherever ``module`` hangs, in one pass over the model."""
     for parent in [module for _, module, _ in walk(root)]:
-        if isinstance(parent, (AdaptedLayer, SavedModule)):
-            continue
-        for key, child in list(parent._modules.items()):
-            if child is old:
-                parent._modules[key] = new
+        if not isinstance(parent, (AdaptedLayer, SavedModule)):
+            parent._modules.update({key: new[m] for key, m in parent._modules.items() if m is not None and m in new})
     for _, module, _ in walk(root):
         _set_fast_path(module)
 
@@ -436,36 +430,30 @@ def _twin(root: nn.Module, name: str, tensors: Mapping[str, Tensor] | None) -> n
     return twin
 
 
-def _save_whole(root: nn.Module, name: str, adapter: str, state: ActiveState, twin: nn.Module) -> SavedModule:
-    module = root.get_submodule(name)
-    if not isinstance(module, SavedModule):
-        wrapper = SavedModule(module, state)
-        _replace(root, module, wrapper)
-        module = wrapper
-    module.copies[slot_key(adapter)] = twin
-    return module
-
-
 def remove(root: nn.Module, adapter: str, installed: Installed, projections: Projections) -> None:
     """Take one adapter out; a layer without adapters becomes the base layer again."""
+    bare: dict[nn.Module, nn.Module] = {}
     for layer in set(installed.layers.values()):
         layer.remove(adapter)
         if not layer.adapters:
-            _replace(root, layer, layer.base_layer)
+            bare[layer] = layer.base_layer
     for saved in set(installed.saved.values()):
         del saved.copies[slot_key(adapter)]
         if not saved.copies:
-            _replace(root, saved, saved.original_module)
+            bare[saved] = saved.original_module
+    _replace(root, bare)
     projections.release(adapter)
 
 
 def strip(root: nn.Module, choose: Callable[[SavedModule], nn.Module]) -> None:
     """Take every wrapper out; ``choose`` says what stays of a module that adapters replaced whole."""
-    for _, module, _ in list(walk(root)):
+    bare: dict[nn.Module, nn.Module] = {}
+    for _, module, _ in walk(root):
         if isinstance(module, AdaptedLayer):
-            _replace(root, module, module.base_layer)
+            bare[module] = module.base_layer
         elif isinstance(module, SavedModule):
-            _replace(root, module, choose(module))
+            bare[module] = choose(module)
+    _replace(root, bare)
 
 
 def check_compatible(active: Mapping[str, Installed]) -> None:

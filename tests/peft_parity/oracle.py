@@ -6,6 +6,7 @@ checks are run a second time on planted faults (``test_planted.py``).
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -50,6 +51,7 @@ PEFT_WARNINGS = {
     "Careful, disabling adapter layers with bias configured": UserWarning,
     # merging one tied layer in place changes the other too; ours does not, see docs/peft.md
     "Model with `tie_word_embeddings=True`": UserWarning,
+    "Model has `tie_word_embeddings=True`": UserWarning,
 }
 
 
@@ -58,12 +60,8 @@ def quiet() -> Iterator[None]:
     """Only the warnings of ``PEFT_WARNINGS`` are silenced, and only around calls of PEFT."""
     with warnings.catch_warnings():
         for message, category in PEFT_WARNINGS.items():
-            warnings.filterwarnings("ignore", message=f"(?s).*{_escaped(message)}", category=category)
+            warnings.filterwarnings("ignore", message=f"(?s).*{re.escape(message)}", category=category)
         yield
-
-
-def _escaped(message: str) -> str:
-    return message.replace("`", "\\`").replace("(", r"\(").replace(")", r"\)").replace(".", r"\.")
 
 
 # -- base models -----------------------------------------------------------------------------------

@@ -10,10 +10,17 @@ from typing import Any
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import kilotune
+from peft_parity.files import (
+    check_ours_to_peft,
+    check_outputs,
+    check_peft_to_ours,
+    files,
+    peft_load,
+    scrambled,
+)
 from peft_parity.oracle import METHODS, assert_close, assert_same, base, peft_parameters, quiet, run, scramble, twins
 
 TARGETS: dict[str, Any] = {
@@ -51,72 +58,12 @@ VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
-def peft_load(folder: Path, model: nn.Module) -> peft.PeftModel:
-    """Load into PEFT: any warning but the known ones fails, and so does a key that it misses or does not expect."""
-    with quiet():
-        loaded = peft.PeftModel.from_pretrained(model, folder)
-        again = loaded.load_adapter(folder, "default")
-    assert_same((again.missing_keys, again.unexpected_keys), ([], []), "keys that PEFT misses or does not expect")
-    return loaded.eval()
-
-
-def files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    config = json.loads((folder / "adapter_config.json").read_text())
-    return config, load_file(folder / "adapter_model.safetensors")
-
-
-def check_outputs(one: nn.Module, other: nn.Module, relative: float = 1e-5) -> None:
-    with torch.no_grad():
-        assert_close(run(one), run(other), "output", relative)
-
-
-def check_acts(model: kilotune.PeftModel) -> None:
-    with torch.no_grad():
-        changed = run(model)
-        with model.disable_adapter():
-            plain = run(model)
-    assert float((changed - plain).abs().max()) > 1e-3 * float(plain.abs().max()), "the loaded adapter does nothing"
-
-
-def scrambled(model: kilotune.PeftModel, adapter: str = "default") -> kilotune.PeftModel:
-    """Random values, the same for the same names, in every tensor of an adapter."""
-    generator = torch.Generator().manual_seed(11)
-    with torch.no_grad():
-        for _, parameter in sorted(model.adapter_parameters(adapter)):
-            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-    return model
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name, method, options", VARIANTS.values(), ids=VARIANTS)
 def test_peft_to_ours_and_back(
     name: str, method: str, options: dict[str, Any], dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    """PEFT writes, we load and write, PEFT loads: equal outputs, and every tensor the same bits."""
-    both = twins(name, method, dtype=dtype, **{"r": 6, "target_modules": TARGETS[name], **options})
-    with quiet():
-        both.theirs.save_pretrained(tmp_path / "theirs")
-    loaded = kilotune.PeftModel.from_pretrained(base(name, dtype), tmp_path / "theirs")
-    rounding = 1e-5 if dtype == torch.float32 else 8 * 2.0**-8
-    check_acts(loaded)
-    check_outputs(loaded, both.theirs, rounding)
-    loaded.save_pretrained(tmp_path / "ours")
-    (old, before), (new, after) = files(tmp_path / "theirs"), files(tmp_path / "ours")
-    twice = {
-        k for k in before if ".original_module." in k or ".modules_to_save." in k or k.endswith("predictions.bias")
-    }
-    assert_same(sorted(after), sorted(set(before) - twice), "keys of the file")
-    for key, value in after.items():
-        assert torch.equal(value.float(), before[key].float()), key
-    bookkeeping = {"peft_version", "auto_mapping", "qalora_group_size", "megatron_core", "runtime_config"}
-    listed = {k: [v] if k == "layers_pattern" and isinstance(v, str) else v for k, v in old.items()}
-    differing = {k: (v, new.get(k)) for k, v in listed.items() if v not in (None, False, [], {}) and new.get(k) != v}
-    heads = {"modules_to_save"} if options.get("task_type") else set()  # PEFT lists heads that are not there too
-    names = {"target_modules"} if isinstance(old["target_modules"], list) else set()  # PEFT's are in no order
-    assert set(differing) <= bookkeeping | heads | names, differing
-    if names:
-        assert sorted(old["target_modules"]) == sorted(new["target_modules"])
-    check_outputs(peft_load(tmp_path / "ours", base(name, dtype)), both.theirs, rounding)
+    check_peft_to_ours(name, method, dtype, {"r": 6, "target_modules": TARGETS[name], **options}, tmp_path)
 
 
 OURS: dict[str, Callable[[], kilotune.AdapterConfig]] = {
@@ -141,28 +88,14 @@ OURS: dict[str, Callable[[], kilotune.AdapterConfig]] = {
 }
 
 
-@pytest.mark.parametrize("name", ["mlp", "gpt2", "opt"])
-@pytest.mark.parametrize("config", OURS.values(), ids=OURS)
-def test_ours_to_peft_and_back(name: str, config: Callable[[], kilotune.AdapterConfig], tmp_path: Path) -> None:
-    """We write, PEFT loads and writes, we load: equal outputs at each step, no key missed or unexpected."""
-    made = config()
-    if name != "mlp" and (made.exclude_modules is not None or made.to_dict().get("rank_pattern")):
-        pytest.skip("its names are those of the MLP")
-    model = scrambled(kilotune.get_peft_model(base(name), made.replace(target_modules="all-linear")))
-    model.save_pretrained(tmp_path / "ours")
-    theirs = peft_load(tmp_path / "ours", base(name))
-    check_outputs(theirs, model)
-    again = kilotune.PeftModel.from_pretrained(base(name), tmp_path / "ours")
-    check_outputs(again, model)
-    with quiet():
-        theirs.save_pretrained(tmp_path / "theirs")
-    back = kilotune.PeftModel.from_pretrained(base(name), tmp_path / "theirs")
-    check_acts(back)
-    check_outputs(back, model)
-    (_, one), (_, other) = files(tmp_path / "ours"), files(tmp_path / "theirs")
-    assert_same(sorted(one), sorted(other), "keys")
-    for key, value in one.items():
-        assert torch.equal(value, other[key]), key
+# Those with names of the MLP in them run on the MLP only.
+MLP_ONLY = ("excluded", "options")
+PAIRS = [(n, key) for n in ("mlp", "gpt2", "opt") for key in OURS if n == "mlp" or not key.endswith(MLP_ONLY)]
+
+
+@pytest.mark.parametrize("name, key", PAIRS)
+def test_ours_to_peft_and_back(name: str, key: str, tmp_path: Path) -> None:
+    check_ours_to_peft(name, OURS[key](), tmp_path)
 
 
 def test_stacked_ranks() -> None:
@@ -274,6 +207,33 @@ def test_an_option_of_peft_that_is_not_there_is_refused_by_name(tmp_path: Path) 
         kilotune.PeftModel.from_pretrained(base("mlp"), tmp_path)
 
 
+def test_a_start_that_changed_the_base_is_refused(tmp_path: Path) -> None:
+    """PiSSA takes a part of the base's weights away, so its factors do not fit the base as it is."""
+    with quiet():
+        theirs = peft.get_peft_model(base("mlp"), peft.LoraConfig(target_modules=["first"], init_lora_weights="pissa"))
+        theirs.save_pretrained(tmp_path)
+    with pytest.raises(kilotune.ConfigError, match="init_lora_weights: .* got 'pissa'"):
+        kilotune.PeftModel.from_pretrained(base("mlp"), tmp_path)
+
+
+def test_starts_that_leave_the_base_alone_are_read(tmp_path: Path) -> None:
+    """Ours has no such start, but the file holds what came of it; EVA leaves its settings behind as well."""
+    with quiet():
+        theirs = peft.get_peft_model(
+            base("mlp"), peft.LoraConfig(target_modules="all-linear", init_lora_weights="orthogonal")
+        ).eval()
+        theirs.save_pretrained(tmp_path)
+    check_outputs(kilotune.PeftModel.from_pretrained(base("mlp"), tmp_path), theirs)
+    path = tmp_path / "adapter_config.json"
+    values = json.loads(path.read_text())
+    settings = {"rho": 2.0, "tau": 0.99, "use_label_mask": True, "label_mask_value": -100, "whiten": False}
+    path.write_text(json.dumps({**values, "init_lora_weights": "eva", "eva_config": settings}))
+    loaded = kilotune.PeftModel.from_pretrained(base("mlp"), tmp_path)
+    check_outputs(loaded, theirs)
+    loaded.save_pretrained(tmp_path / "ours")
+    check_outputs(peft_load(tmp_path / "ours", base("mlp")), theirs)
+
+
 @pytest.mark.parametrize("gone", ["peft_version", "auto_mapping", "bias", "layers_pattern", "inference_mode"])
 def test_files_of_older_peft_lack_keys(gone: str, tmp_path: Path) -> None:
     both = twins("mlp", "lora", r=4, target_modules="all-linear")
@@ -328,3 +288,16 @@ def test_the_documented_slicing_example(r: int) -> None:
         assert_close(ours(x), theirs(x), "output")
         assert_close(ours(x), plain(x), "output against the formula")
         assert_close(ours.merge_and_unload()(x), plain(x), "merged output against the formula")
+
+
+def test_adapters_named_like_layers(tmp_path: Path) -> None:
+    """PEFT 0.21 leaves a layer's tensors out of the file when another adapter has the layer's name; we do not."""
+    model = scrambled(kilotune.get_peft_model(base("mlp"), kilotune.LoraConfig(r=3, target_modules="all-linear")))
+    for name in ("first", "head", "blocks.0", "weight", "lora_A"):
+        model.add_adapter(name, kilotune.LoraConfig(r=2, target_modules="all-linear"))
+        scrambled(model, name)
+    model.save_pretrained(tmp_path)
+    for name in model.peft_config:
+        model.set_adapter(name)
+        folder = tmp_path if name == "default" else tmp_path / name
+        check_outputs(peft_load(folder, base("mlp")), model)

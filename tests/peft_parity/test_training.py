@@ -11,7 +11,10 @@ import torch
 import kilotune
 from peft_parity.oracle import (
     BASES,
+    IDS,
+    METHODS,
     Twins,
+    assert_all_close,
     assert_close,
     assert_same,
     base,
@@ -23,6 +26,7 @@ from peft_parity.oracle import (
     peft_parameters,
     quiet,
     run,
+    scramble,
     twins,
 )
 
@@ -78,6 +82,70 @@ def test_bfloat16_forward(name: str, method: str) -> None:
         exact = run(both.ours)
     errors = [float((side.float() - exact).norm() / exact.norm()) for side in (ours, theirs)]
     assert errors[0] <= 3 * errors[1] + 2.0**-8, f"error of ours {errors[0]:.3g}, of PEFT's {errors[1]:.3g}"
+
+
+@pytest.mark.parametrize("name", ["mlp", "gpt2", "bert"])
+@pytest.mark.parametrize("method", ["vera", "lora"])
+def test_float16_forward(name: str, method: str) -> None:
+    check_forward(pair(name, method, dtype=torch.float16), relative=8 * 2.0**-11)
+
+
+def test_float64() -> None:
+    """LoRA in float64 has nothing to round, so both agree to its last digits."""
+    both = pair("mlp", "lora")
+    both.ours.double()
+    both.theirs.double()
+    check_forward(both, relative=1e-13)
+    check_gradients(both, relative=1e-12)
+    check_training(both, "adamw", relative=1e-11)
+
+
+@pytest.mark.parametrize("method", ["vera", "lora"])
+def test_generation(method: str) -> None:
+    """Greedy decoding, with the cache of keys and values."""
+    both = pair("llama", method)
+    options = {"input_ids": IDS, "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    texts = [model.generate(**options) for model in (both.ours, both.theirs)]
+    assert torch.equal(*texts)
+    assert not torch.equal(texts[0], base("llama").generate(**options))
+
+
+@pytest.mark.parametrize("method", ["vera", "lora"])
+def test_two_adapters(method: str) -> None:
+    """One, the other, both at once, and one after the other is deleted."""
+    both = pair("mlp", method)
+    ours_cls, theirs_cls = METHODS[method]
+    # PEFT's second VeRA adapter must have the first one's targets and rank
+    options: dict[str, Any] = {"r": 6, "target_modules": "all-linear"}
+    if method == "lora":
+        options = {"r": 3, "target_modules": ["first", "0.1"], "lora_alpha": 5}
+    both.ours.add_adapter("other", ours_cls(**options, **({"generator": "peft"} if method == "vera" else {})))
+    both.theirs.add_adapter("other", theirs_cls(**options))
+    check_forward(both)
+    both.ours.set_adapter("other")
+    both.theirs.set_adapter("other")
+    scramble(both, "other")
+    check_forward(both)
+    check_gradients_of(both, "other")
+    both.ours.set_adapter(["default", "other"])
+    both.theirs.base_model.set_adapter(["default", "other"])
+    check_forward(both)
+    check_gradients_of(both, "default", "other")
+    both.ours.delete_adapter("default")
+    both.theirs.delete_adapter("default")
+    both.theirs.set_adapter("other")
+    assert_same(both.ours.active_adapters, ["other"], "active adapters")
+    check_forward(both)
+
+
+def check_gradients_of(both: Twins, *adapters: str) -> None:
+    for model in (both.ours, both.theirs):
+        model.zero_grad(set_to_none=True)
+        loss_of(model).backward()
+    for name in adapters:
+        sides = (dict(both.ours.adapter_parameters(name)), peft_parameters(both.theirs, name))
+        ours, theirs = ({key: p.grad for key, p in side.items()} for side in sides)
+        assert_all_close(ours, theirs, f"gradient in {name!r}", 1e-4)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("method", ["vera", "lora"])

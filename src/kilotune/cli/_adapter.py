@@ -52,7 +52,7 @@ def fitting_base(
     The task that the adapter names, the base's own architecture and the headless model are tried in turn.
 
     Raises:
-        CheckpointError, TargetError: the adapter fits none of them; everything that does not fit is listed.
+        CheckpointError: the adapter fits none of them; everything that does not fit is listed.
 
     """
     first: Exception | None = None
@@ -71,7 +71,7 @@ def fitting_base(
         else:
             return base
     assert first is not None
-    raise first
+    raise CheckpointError(f"base {source!r}: {first}") from first
 
 
 def head_labels(file: AdapterFile) -> int | None:

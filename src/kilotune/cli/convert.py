@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, final
@@ -92,7 +93,7 @@ def _with_base(file: AdapterFile, to: Form, rank: int | None, base: str | None, 
     found = fitting_base(file, *base_of(file, base, revision))
     model = PeftModel.from_pretrained(hollow(found.model), file.folder)
     if to is Form.lora:
-        return to_lora(model, rank=rank, progressbar=True)
+        return to_lora(model, rank=rank, progressbar=sys.stderr.isatty())
     return to_peft(model) if to is Form.peft else to_kilotune(model)
 
 

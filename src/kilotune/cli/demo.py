@@ -50,18 +50,23 @@ def demo(
     seeds: Annotated[int | None, typer.Option(help="How many seeds to run. Default: 3.")] = None,
     seed: Annotated[int, typer.Option(help="The first seed.")] = 0,
     epochs: Annotated[
-        int | None, typer.Option(help="Epochs of pretraining on all classes. Default: 15; cifar10: 6.")
+        int | None, typer.Option(help="Epochs of pretraining on all classes. Default: 10; cifar10: 6.")
     ] = None,
     adapt_epochs: Annotated[int | None, typer.Option(help="Epochs of each adaptation. Default: 8; cifar10: 2.")] = None,
     batch: Annotated[int, typer.Option(help="Pictures per step.")] = 4,
+    pretrain_rate: Annotated[
+        float | None, typer.Option(help="The pretraining's learning rate. Default: 0.002; cifar10: 0.001.")
+    ] = None,
     vera_rate: Annotated[float | None, typer.Option(help="VeRA's learning rate. Default: 0.03; cifar10: 0.01.")] = None,
     lora_rate: Annotated[
         float | None, typer.Option(help="LoRA's learning rate. Default: 0.003; cifar10: 0.001.")
     ] = None,
     full_rate: Annotated[
-        float | None, typer.Option(help="Full fine-tuning's learning rate. Default: 0.0003; cifar10: 0.001.")
+        float | None, typer.Option(help="Full fine-tuning's learning rate. Default: 0.001 for both.")
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="One seed and fewer epochs, to see it work.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="One seed, fewer epochs and a rougher pretraining, to see it work.")
+    ] = False,
     out: Annotated[
         Path | None, typer.Option(help="Folder for report.html and results.json. Default: runs/demo-DATA.")
     ] = None,
@@ -85,6 +90,7 @@ def demo(
         "epochs": epochs,
         "adapt_epochs": adapt_epochs,
         "batch": batch,
+        "pretrain_rate": pretrain_rate,
         "rates": {"vera": vera_rate, "lora": lora_rate, "full": full_rate},
     }
     folder = out or RUNS / f"demo-{data.value}"

@@ -26,7 +26,7 @@ __all__ = ["RATES", "held_out_loss", "main"]
 
 RATES: Mapping[str, tuple[float, ...]] = MappingProxyType(
     {
-        "vera": (3e-3, 1e-2, 2e-2, 3e-2, 5e-2),
+        "vera": (3e-3, 1e-2, 2e-2, 3e-2, 5e-2, 1e-1),
         "lora": (3e-4, 1e-3, 2e-3, 3e-3, 5e-3),
         "full": (1e-4, 3e-4, 1e-3, 3e-3),
     }

@@ -51,12 +51,20 @@ class LoraConfig(AdapterConfig):
     def dropout(self) -> float:
         return self.lora_dropout
 
+    @classmethod
+    def from_file(cls, values: Mapping[str, Any], section: Mapping[str, Any]) -> LoraConfig:
+        """PEFT's starts that leave the base's weights alone do not matter any more: the file has what came of them."""
+        if values.get("init_lora_weights") in ("eva", "orthogonal"):
+            values = {**{k: v for k, v in values.items() if k != "eva_config"}, "init_lora_weights": True}
+        return cls.from_dict({**values, **section})
+
     def faults(self) -> list[str]:
         faults = number_fault("r", self.r, low=1, whole=True)
         faults += number_fault("lora_alpha", self.lora_alpha, low=0)
         faults += rate_fault("lora_dropout", self.lora_dropout)
         faults += bool_faults(self, "use_rslora")
-        if not any(self.init_lora_weights is valid or self.init_lora_weights == valid for valid in INITS):
+        # By type too: 0 == False, but a 0 here is a mistake.
+        if not any(type(self.init_lora_weights) is type(v) and self.init_lora_weights == v for v in INITS):
             faults.append(f"init_lora_weights: expected True, False or 'gaussian', got {self.init_lora_weights!r}")
         if self.target_parameters:
             faults.append(
