@@ -36,8 +36,8 @@ def merging_is_equal(make: Make, config: AdapterConfig, x: Tensor) -> None:
     randomize(model)
     y = model(x)
     model.merge_adapter()
-    torch.testing.assert_close(model(x), y, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(model.merge_and_unload()(x), y, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(model(x), y, rtol=1e-4, atol=1e-4), "merged gives other outputs"
+    assert torch.allclose(model.merge_and_unload()(x), y, rtol=1e-4, atol=1e-4), "unloaded gives other outputs"
 
 
 def disabled_is_the_base(make: Make, config: AdapterConfig, x: Tensor) -> None:
@@ -51,17 +51,17 @@ def disabled_is_the_base(make: Make, config: AdapterConfig, x: Tensor) -> None:
         y = model(x)
         assert not torch.equal(y, expected)
         with model.disable_adapter():
-            assert torch.equal(model(x), expected)
+            assert torch.equal(model(x), expected), f"disabled is not the base (merged={merged})"
             with model.disable_adapter():
-                assert torch.equal(model(x), expected)
-            assert torch.equal(model(x), expected)
-        assert torch.equal(model(x), y)
+                assert torch.equal(model(x), expected), f"disabled twice is not the base (merged={merged})"
+            assert torch.equal(model(x), expected), f"the inner context ended the outer one (merged={merged})"
+        assert torch.equal(model(x), y), f"afterwards the adapter is not what it was (merged={merged})"
         try:
             with model.disable_adapter():
                 raise KeyError("inside")
         except KeyError:
             pass
-        assert torch.equal(model(x), y)
+        assert torch.equal(model(x), y), f"after an exception the adapter is not what it was (merged={merged})"
 
 
 def adapters_act(model: AdapterModel, run: Callable[[], Tensor]) -> None:
@@ -92,7 +92,7 @@ def no_base_weight_is_copied(make: Make, config: AdapterConfig, x: Tensor) -> No
         found = {n.replace(".base_layer", "").replace(".original_module", ""): p for n, p in places(base).items()}
         return {name: place for name, place in found.items() if name in where}
 
-    assert held() == where
+    assert held() == where, "wrapping moved a base weight"
     model(x).sum().backward()
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
@@ -100,11 +100,11 @@ def no_base_weight_is_copied(make: Make, config: AdapterConfig, x: Tensor) -> No
     model.add_adapter("more", config)
     model.set_adapter(["default", "loaded", "more"])
     model(x)
-    assert held() == where
+    assert held() == where, "adding or loading moved a base weight"
     model.merge_adapter()
     model.unmerge_adapter()
-    assert held() == where
-    assert places(model.unload()) == where
+    assert held() == where, "unmerging moved a base weight"
+    assert places(model.unload()) == where, "unloading moved a base weight"
 
 
 def frozen_matrices_are_one(model: AdapterModel, run: Callable[[AdapterModel], Tensor]) -> None:
@@ -158,7 +158,8 @@ def saved_is_loaded(make: Make, config: AdapterConfig, x: Tensor) -> None:
         again = PeftModel.from_pretrained(make(), folder / "one")
         assert torch.equal(again(x), model(x)), "the loaded adapter gives other outputs"
         again.save_pretrained(folder / "two")
-        assert disk(folder / "one")["adapter_model.safetensors"] == disk(folder / "two")["adapter_model.safetensors"]
+        one, two = (disk(folder / part)["adapter_model.safetensors"] for part in ("one", "two"))
+        assert one == two, "saved again, the file differs"
 
 
 def refusal_leaves_the_disk(folder: Path, save: Callable[[], object]) -> Exception:

@@ -48,14 +48,12 @@ def test_a_quick_run_shows_a_table_and_writes_a_report(tmp_path: Path) -> None:
     ]
 
 
-def test_json_is_one_document_and_repeats_itself() -> None:
-    documents = []
-    for _ in range(2):
-        done = call(*TINY, "--json", "--out", "here")
-        documents.append(json.loads(done.stdout))
-        assert documents[-1] == json.loads(Path("here/results.json").read_text())
-        assert documents[-1].pop("timings")["total_seconds"] > 0
-    assert documents[0] == documents[1]
+def test_json_is_one_document_and_what_is_written() -> None:
+    done = call(*TINY, "--json", "--out", "here")
+    document = json.loads(done.stdout)
+    assert document == json.loads(Path("here/results.json").read_text())
+    assert document["timings"]["total_seconds"] > 0
+    assert document["passed"] is (done.exit_code == 0)
 
 
 def test_a_run_without_gains_fails_and_still_reports() -> None:
@@ -63,7 +61,9 @@ def test_a_run_without_gains_fails_and_still_reports() -> None:
     assert done.exit_code == 1
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert re.match(r"error: \d+ of 14 checks failed: VeRA: the adapted classes gain: \+0.0 points on average", line)
-    assert "FAIL  VeRA: the adapted classes gain" in done.stdout
+    for label in ("VeRA", "LoRA", "full fine-tuning"):
+        assert f"FAIL  {label}: the adapted classes gain" in done.stdout
+        assert f"FAIL  {label}: the other classes pay" in done.stdout
     assert "checks FAILED" in Path("runs/demo-digits/report.html").read_text()
 
 
@@ -141,3 +141,13 @@ def test_help_names_every_default() -> None:
     text = re.sub(r"[│\s]+", " ", done.stdout)
     for part in ("Default: 10; cifar10: 6", "Default: 0.03; cifar10: 0.01", "Default: 0.003; cifar10: 0.001"):
         assert part in text
+
+
+def test_the_command_turns_errors_into_one_line_and_an_exit_code(tmp_path: Path) -> None:
+    from kilotune.cli.main import app
+
+    done = CliRunner().invoke(app, ["demo", "--classes", "cat,2", "--json"])
+    assert done.exit_code == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: classes are numbers or names")
+    assert list(tmp_path.iterdir()) == []

@@ -82,6 +82,8 @@ def test_targets_options_and_dtype(tmp_path: Path) -> None:
     by_regex = as_json(*words, "--targets-regex", r".*\.(q_proj|down_proj)")["plans"][0]
     by_set = as_json(*words, "--set", 'target_modules=["q_proj", "down_proj"]')["plans"][0]
     assert named["parameters"] == by_regex["parameters"] == by_set["parameters"]
+    shown = kilotune(*words, "--targets-regex", r".*\.[qk]_proj").stdout
+    assert r".*\.[qk]_proj" in shown  # brackets are no markup
     saving = as_json(*words, "--targets", "q_proj", "--set", "save_projection=true", "--set", "projection_prng_key=3")
     plain = as_json(*words, "--targets", "q_proj")
     assert saving["plans"][0]["file_bytes"] - plain["plans"][0]["file_bytes"] >= 4 * 4 * (16 + 16)

@@ -176,11 +176,8 @@ def test_shapes_of_a_7b_model_take_no_dense_matrix(monkeypatch: pytest.MonkeyPat
         return svd(matrix, **options)
 
     monkeypatch.setattr(torch.linalg, "svd", watched)
-    model = shake(
-        get_peft_model(
-            hollow(nn.Sequential(nn.Linear(4096, 11008, device="meta"))), VeraConfig(r=64, target_modules=["0"])
-        )
-    )
+    base = hollow(nn.Sequential(nn.Linear(4096, 11008, device="meta")))
+    model = shake(get_peft_model(base, VeraConfig(r=64, target_modules=["0"])))
     result = to_lora(model, rank=16)
     assert seen == [64]
     assert 0 < result.errors["0"] < 1
@@ -309,7 +306,7 @@ def test_matrices_of_no_seed_stay_in_the_file(tmp_path: Path) -> None:
     model = adapted("nested")
     to_peft(model).save(tmp_path / "peft")
     loaded = PeftModel.from_pretrained(MLP(), tmp_path / "peft").eval()
-    stored = loaded._installed["default"].method.stored
+    stored = loaded.installed("default").method.stored
     stored.pair.a[2, 3] += 1e-3  # one number of one matrix
     result = to_kilotune(loaded)
     assert "they stay in the file" in result.what

@@ -415,3 +415,41 @@ def test_names_that_escape_to_one_key_do_not_clash() -> None:
 def test_there_is_one_holder_of_frozen_matrices() -> None:
     model = zoo()
     assert [m for m in model.modules() if isinstance(m, Projections)] == [model.projections]
+
+
+class Heads(nn.Module):
+    """Goes through a list of modules and a sequence by itself, as many models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Linear(6, 4)
+        self.heads = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 2)])
+        self.tail = nn.Sequential(nn.Linear(2, 2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.body(x)
+        for head in self.heads:
+            x = head(x)
+        return self.tail[len(self.heads) - 2](x) if self.tail else x
+
+
+def test_a_list_of_modules_can_be_trained_whole() -> None:
+    config = VeraConfig(r=2, target_modules=["body"], modules_to_save=["heads", "tail"])
+    model = get_peft_model(Heads(), config)
+    assert torch.equal(model(X), Heads()(X))
+    with torch.no_grad():
+        for name, parameter in model.adapter_parameters():
+            if name.startswith(("heads", "tail")):
+                parameter.add_(0.5)
+    assert not torch.allclose(model(X), Heads()(X))
+    with model.disable_adapter():
+        assert torch.equal(model(X), Heads()(X))
+
+
+@pytest.mark.parametrize("names", [None, 5, [["a"]], [None], {"a"}], ids=repr)
+def test_what_is_no_name_is_refused_by_set_adapter(names: Any) -> None:
+    model = zoo(("lora",))
+    with pytest.raises(AdapterError, match="expected a name or a list of names|there is no adapter"):
+        model.set_adapter(names)
+    assert model.active_adapters == ["lora"]

@@ -385,3 +385,44 @@ def test_the_printed_line_is_pefts(config: AdapterConfig, capsys: pytest.Capture
     printed = capsys.readouterr().out.strip()
     shared = " || shared frozen projections: 44" if isinstance(config, VeraConfig) else ""  # 4 x (6 + 5)
     assert printed == line + shared
+
+
+# -- weights that are not what they seem -----------------------------------------------------------
+
+
+def weight_norm(layer: nn.Module) -> None:
+    torch.nn.utils.parametrizations.weight_norm(layer)
+
+
+def pruned(layer: nn.Module) -> None:
+    from torch.nn.utils import prune
+
+    prune.l1_unstructured(layer, "weight", amount=0.5)
+
+
+def pruned_bias(layer: nn.Module) -> None:
+    from torch.nn.utils import prune
+
+    prune.l1_unstructured(layer, "bias", amount=0.5)
+
+
+@pytest.mark.parametrize("change", [weight_norm, pruned, pruned_bias])
+def test_a_weight_computed_from_others_is_refused_when_the_adapter_is_added(change: Any) -> None:
+    """It could be run, but neither merged nor saved whole: said at once, not at the first merge."""
+    base = Nested()
+    change(base.stem)
+    before = Snapshot.of(base)
+    with pytest.raises(TargetError, match=r"'stem': its weight is no plain floating-point parameter \("):
+        get_peft_model(base, VeraConfig(r=2, target_modules=["stem"]))
+    assert Snapshot.of(base) == before
+    assert "stem" not in get_peft_model(base, BOTH[0]).adapted_layers()
+
+
+def test_a_lazy_layer_anywhere_is_refused_until_it_has_a_shape() -> None:
+    base = nn.Sequential(nn.Linear(6, 5), nn.LazyLinear(3))
+    with pytest.raises(UnsupportedError, match="'1' has no shape yet; run the base model once, then add adapters"):
+        get_peft_model(base, VeraConfig(r=2, target_modules=["0"]))
+    assert type(base[0]) is nn.Linear
+    assert base[0].weight.requires_grad
+    base(X)
+    assert list(get_peft_model(base, BOTH[0]).adapted_layers()) == ["0", "1"]

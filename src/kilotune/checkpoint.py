@@ -20,7 +20,7 @@ import re
 import shutil
 import struct
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -87,10 +87,10 @@ def state_of(installed: Installed) -> tuple[dict[str, Any], dict[str, Tensor], d
     slots = installed.slots()
     params = {name: slot.own() for name, slot in slots.items() if slot.method is not None}
     export = installed.method.export(sites, params, installed.shared)
-    tensors = {_full_key(key, params): value for key, value in export.tensors.items()}
+    tensors = {full_key(key, params): value for key, value in export.tensors.items()}
     for name, slot in slots.items():
         if slot.trained_bias is not None:
-            tensors[f"{PREFIX}{name}.{_bias_key(slot.method)}"] = slot.trained_bias
+            tensors[f"{PREFIX}{name}.{bias_key(slot.method)}"] = slot.trained_bias
     for name, saved in installed.saved.items():
         twin = saved.copies[installed.key]
         tensors.update({f"{PREFIX}{name}.{key}": value for key, value in twin.state_dict().items()})
@@ -100,7 +100,8 @@ def state_of(installed: Installed) -> tuple[dict[str, Any], dict[str, Tensor], d
     config["fan_in_fan_out"] = any(layer.kind.stores_in_out for layer in installed.layers.values())
     if export.section is not None:
         config[SECTION] = {"format": FORMAT_VERSION, **export.section}
-    elif "exclude_modules" in installed.config.ours():  # a key that this method lacks in PEFT
+    elif "exclude_modules" in installed.config.ours() or _blocks_differ(installed.config, list(params)):
+        # PEFT lacks the key for this method, or would take other blocks: name the layers themselves.
         exact = "|".join(re.escape(name) for name in params)  # a list would match the ends of other names too
         config.update(target_modules=exact, layers_to_transform=None, layers_pattern=None)
     metadata = {
@@ -113,11 +114,21 @@ def state_of(installed: Installed) -> tuple[dict[str, Any], dict[str, Tensor], d
     return config, tensors, metadata
 
 
-def _bias_key(method: Method[Any] | None) -> str:
+def _blocks_differ(config: AdapterConfig, layers: Sequence[str]) -> bool:
+    """Whether PEFT reads layers_to_transform otherwise: not for whole names in the list, nor for blocks at the root."""
+    blocks = config.block_indices
+    if blocks is None:
+        return False
+    seen = [re.match(r".*?\.[^.]*\.(\d+)\.", name) for name in layers]
+    at_root = config.layers_pattern is None and any(m is None or int(m.group(1)) not in blocks for m in seen)
+    return at_root or any(re.search(r"(^|\.)\d+\.", target) for target in config.target_modules or ())
+
+
+def bias_key(method: Method[Any] | None) -> str:
     return BIAS if method is None else f"base_layer.{BIAS}"
 
 
-def _full_key(key: str, params: Mapping[str, Any]) -> str:
+def full_key(key: str, params: Mapping[str, Any]) -> str:
     return PREFIX + key if any(key.startswith(f"{name}.") for name in params) else EXTRA_PREFIX + key
 
 
@@ -217,6 +228,8 @@ def locate(
         MissingExtraError: a hub id, and huggingface_hub is not installed.
 
     """
+    if not isinstance(source, (str, os.PathLike)) or not str(source):
+        raise CheckpointError(f"expected a folder or a hub id (owner/name), got {source!r}")
     path = Path(source)
     if path.is_dir():
         folder = path if subfolder is None else within(path, subfolder, "subfolder")
@@ -378,7 +391,7 @@ def match_tensors(file: AdapterFile, made: Plan, base_name: str) -> dict[str, Te
     for name, shapes in made.shapes.items():
         for key, shape in shapes.items():
             method = file.method if name in made.layers else None
-            own = _bias_key(method) if key == BIAS else file.method.keys[key]
+            own = bias_key(method) if key == BIAS else file.method.keys[key]
             wanted[f"{name}.{own}"] = (f"{name}.{key}", shape)
     for name, module in made.saved.items():
         wanted.update({f"{name}.{k}": (f"{name}.{k}", tuple(v.shape)) for k, v in module.state_dict().items()})

@@ -9,6 +9,7 @@ and errors read it from here.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 import re
 import sys
@@ -16,7 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, StrEnum
-from typing import Any, ClassVar, TypeVar, final
+from typing import Any, ClassVar, TypeVar, cast, final
 
 from .errors import ConfigError, did_you_mean, gather
 
@@ -50,6 +51,15 @@ def option(default: Any, text: str, *, ours: bool = False) -> Any:
 Names = tuple[str, ...]
 
 
+@final
+class _Signature:
+    """The options as ``help()`` and completion show them; ``__new__`` takes any, so that it can name the nearest."""
+
+    def __get__(self, instance: object, owner: type) -> inspect.Signature:
+        whole = inspect.signature(owner.__init__)  # type: ignore[misc]
+        return whole.replace(parameters=list(whole.parameters.values())[1:])
+
+
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig(ABC):
     """What every adapter's configuration has; each method adds its own keys.
@@ -59,10 +69,11 @@ class AdapterConfig(ABC):
 
     """
 
+    __signature__: ClassVar[_Signature] = _Signature()
     peft_type: ClassVar[str]
     bias_modes: ClassVar[Names] = ("none", "all")
 
-    target_modules: Names | str | None = option(
+    target_modules: Sequence[str] | str | None = option(
         None,
         "Which modules to adapt: a list of names (whole, or the end of a dotted name), one regular expression "
         "that the whole dotted name must match, 'all-linear', or None for a known architecture's defaults.",
@@ -72,19 +83,19 @@ class AdapterConfig(ABC):
         "Kept for PEFT: whether weights are stored as (in, out). Layers are recognised by themselves here.",
     )
     bias: str = option("none", "Which biases to train: 'none', 'all', or those of the adapted layers only.")
-    modules_to_save: Names | None = option(
+    modules_to_save: Sequence[str] | str | None = option(
         None,
         "Modules to train whole, as a copy of their own per adapter (a new head): every module whose name ends with "
         "one of these, as in PEFT ('norm' takes 'input_layernorm' too); saved with the adapter.",
     )
-    exclude_modules: Names | str | None = option(
+    exclude_modules: Sequence[str] | str | None = option(
         None, "Modules not to adapt: a list of names, or a regular expression.", ours=True
     )
-    layers_to_transform: tuple[int, ...] | None = option(
+    layers_to_transform: Sequence[int] | int | None = option(
         None,
         "Adapt only the blocks with these indices; one number or a list. Only with a list of target names.",
     )
-    layers_pattern: Names | None = option(
+    layers_pattern: Sequence[str] | str | None = option(
         None, "The name of the list of blocks that layers_to_transform counts in, such as 'layers' or 'h'."
     )
     task_type: str | None = option(None, "One of TaskType; for classification tasks the head is trained as well.")
@@ -117,6 +128,11 @@ class AdapterConfig(ABC):
     def dropout(self) -> float:
         """The dropout on the adapter's input."""
         return 0.0
+
+    @property
+    def block_indices(self) -> tuple[int, ...] | None:
+        """``layers_to_transform``, as the tuple that it is once the configuration is built."""
+        return cast("tuple[int, ...] | None", self.layers_to_transform)
 
     @classmethod
     def option_names(cls) -> list[str]:
@@ -197,7 +213,7 @@ class AdapterConfig(ABC):
         return faults + self._layer_faults() + _type_faults(self, bool, ("fan_in_fan_out", "inference_mode"))
 
     def _layer_faults(self) -> list[str]:
-        indices = self.layers_to_transform
+        indices = self.block_indices
         faults = []
         if indices is not None:
             if any(number_fault("", i, low=0, whole=True) for i in indices):

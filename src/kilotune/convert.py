@@ -81,10 +81,6 @@ def _nothing(like: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros((), dtype=dtype, device="cpu").expand(like.shape)
 
 
-def _installed(model: PeftModel, adapter_name: str) -> Installed:
-    return model._installed[model._known(adapter_name)]
-
-
 def _sites(installed: Installed) -> dict[str, Site]:
     """The layers that the method itself adapts (not those of which only the bias is trained)."""
     return {name: slot.site for name, slot in installed.slots().items() if slot.method is not None}
@@ -101,7 +97,7 @@ def _beside(model: PeftModel, config: AdapterConfig, old: Installed) -> Iterator
         name += "'"
     model._install(inject.plan(model.model, name, config, strict=False), None)
     try:
-        new = _installed(model, name)
+        new = model.installed(name)
         if set(new.layers) != set(old.layers) or set(new.saved) != set(old.saved):
             raise UnsupportedError(f"converting would change the layers: {sorted(set(new.layers) ^ set(old.layers))}")
         before = old.slots()
@@ -136,7 +132,7 @@ def to_lora(
         UnsupportedError: the adapter is a LoRA already (and no rank is given), or not of low rank.
 
     """
-    installed = _installed(model, adapter_name)
+    installed = model.installed(adapter_name)
     exact = _factors(installed)
     full = max(a.shape[0] for a, _ in exact.values())
     _check_rank(rank, full, installed)
@@ -267,7 +263,7 @@ def _lora_state(
 
 def to_peft(model: PeftModel, adapter_name: str = "default") -> Conversion:
     """The adapter in a form that PEFT loads: VeRA with its matrices in the file; LoRA is the same in both."""
-    installed = _installed(model, adapter_name)
+    installed = model.installed(adapter_name)
     config = installed.config
     if not isinstance(config, VeraConfig):
         return _same(installed)
@@ -286,7 +282,7 @@ def to_kilotune(model: PeftModel, adapter_name: str = "default") -> Conversion:
     (the file is then one of ours, written for PEFT, and d changes by rounding); where neither fits, they
     stay in the file.
     """
-    installed = _installed(model, adapter_name)
+    installed = model.installed(adapter_name)
     config = installed.config
     if not isinstance(config, VeraConfig) or not isinstance(installed.method, Vera):
         return _same(installed)

@@ -18,46 +18,13 @@ from .config import AdapterConfig
 from .deltas import Delta, Need
 from .errors import TargetError, UnsupportedError, did_you_mean, gather
 from .kinds import LayerKind
-from .layer import BIAS, ActiveState, AdaptedLayer, Slot, sketch, slot_key
+from .layer import BIAS, ActiveState, AdaptedLayer, SavedModule, Slot, sketch, slot_key
 from .methods import Method, Shared, Site, method_of
 from .projections import Projections
 from .storage import Storage
 from .targets import HEADS, Candidate, candidates, inside, matches_names, resolve_targets, saved_whole, select
 
 __all__ = ["Plan", "SavedModule", "apply", "plan", "remove", "walk"]
-
-
-@final
-class SavedModule(nn.Module):
-    """A module of which each adapter has a whole trained copy of its own (``modules_to_save``).
-
-    With no live adapter that has a copy, the original runs.
-    """
-
-    def __init__(self, original: nn.Module, state: ActiveState) -> None:
-        super().__init__()
-        self.original_module = original
-        self.copies = nn.ModuleDict().train(original.training)
-        self._state = state
-        self.training = original.training
-
-    def current(self) -> nn.Module:
-        """The module that runs now."""
-        for name in reversed(self._state.live):
-            if (key := slot_key(name)) in self.copies:
-                return self.copies[key]
-        return self.original_module
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.current()(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name in ("original_module", "copies", "_state"):
-                raise
-            return getattr(self.current(), name)
 
 
 @final
@@ -137,6 +104,22 @@ def unwrapped(module: nn.Module) -> nn.Module:
     if isinstance(module, AdaptedLayer):
         return module.base_layer
     return module.original_module if isinstance(module, SavedModule) else module
+
+
+def check_base(model: nn.Module) -> None:
+    """Refuse a base model that has adapters already, of kilotune or of PEFT, or layers without a shape."""
+    for name, module in model.named_modules():
+        if isinstance(module, (AdaptedLayer, SavedModule, Projections)):
+            raise UnsupportedError(
+                f"the model has adapters of kilotune already (at {name or 'its root'!r}); use add_adapter() or "
+                "load_adapter() of the wrapped model, or unload() it first"
+            )
+        if type(module).__module__.partition(".")[0] == "peft":
+            raise UnsupportedError(
+                f"the model has adapters of PEFT already (at {name or 'its root'!r}); unload() them first"
+            )
+        if any(nn.parameter.is_lazy(p) for p in module.parameters(recurse=False)):
+            raise UnsupportedError(f"{name!r} has no shape yet; run the base model once, then add adapters")
 
 
 # -- plan ------------------------------------------------------------------------------------------

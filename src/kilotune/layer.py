@@ -1,4 +1,4 @@
-"""AdaptedLayer: the one wrapper class. Forward, merge, unmerge, disable, dtype and dropout live here.
+"""AdaptedLayer: the one class around a layer with deltas. Forward, merge, disable, dtype and dropout live here.
 
 ::
 
@@ -11,7 +11,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from typing import Any, cast, final
 
@@ -26,9 +27,14 @@ from .kinds import LayerKind
 from .methods import Method, Shared, Site
 from .storage import Kept, Storage
 
-__all__ = ["ActiveState", "AdaptedLayer", "Slot", "slot_key"]
+__all__ = ["ActiveState", "AdaptedLayer", "MergePrecisionWarning", "SavedModule", "Slot", "slot_key", "warn_of_loss"]
 
 BIAS = "bias"
+LOST_BOUND = 0.05
+
+
+class MergePrecisionWarning(UserWarning):
+    """Merging rounded a good part of the adapter away, because the weights' dtype is narrow (16-bit) for it."""
 
 
 _TAKEN = frozenset(dir(nn.ModuleDict()))  # of an instance: those that __init__ sets as well
@@ -145,11 +151,7 @@ class AdaptedLayer(nn.Module):
 
     def base_matrix(self) -> Tensor:
         """The base weight as the canonical matrix (out, in), whether adapters are merged or not."""
-        if self._kept:
-            kept = self._kept.get("weight")
-            if kept is not None:
-                return self._kind.canonical(self.base_layer, kept)
-        return self._kind.canonical(self.base_layer, self._storage.read(self.base_layer))
+        return self._kind.canonical(self.base_layer, self._storage.read(self.base_layer, self._kept or None))
 
     def base_bias(self) -> Tensor | None:
         """The base bias (out,), whether adapters are merged or not."""
@@ -339,6 +341,64 @@ _RUN: dict[type[Delta], Callable[[AdaptedLayer, Delta, Tensor, Tensor, Tensor], 
     Shift: AdaptedLayer._run_shift,
     Residual: AdaptedLayer._run_residual,
 }
+
+
+@final
+class SavedModule(nn.Module):
+    """A module of which each adapter has a whole trained copy of its own (``modules_to_save``).
+
+    With no live adapter that has a copy, the original runs.
+    """
+
+    def __init__(self, original: nn.Module, state: ActiveState) -> None:
+        super().__init__()
+        self.original_module = original
+        self.copies = nn.ModuleDict().train(original.training)
+        self._state = state
+        self.training = original.training
+
+    def current(self) -> nn.Module:
+        """The module that runs now."""
+        for name in reversed(self._state.live):
+            if (key := slot_key(name)) in self.copies:
+                return self.copies[key]
+        return self.original_module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.current()(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in ("original_module", "copies", "_state"):
+                raise
+            return getattr(self.current(), name)
+
+    # A base model may go through a list of modules by itself; truth is not length, as for any module.
+    def __bool__(self) -> bool:
+        return True
+
+    def __len__(self) -> int:
+        return len(cast(Sized, self.current()))
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter(cast(Iterable[nn.Module], self.current()))
+
+    def __getitem__(self, index: Any) -> Any:
+        return cast(nn.ModuleList, self.current())[index]
+
+
+def warn_of_loss(lost: Mapping[str, float]) -> None:
+    """Warn when merging lost more than a twentieth of a change; ``lost``: by layer, see :class:`Merged`."""
+    worst = max(lost, key=lambda name: lost[name], default=None)
+    if worst is not None and lost[worst] > LOST_BOUND:
+        warnings.warn(
+            f"merging rounded {lost[worst]:.0%} of the adapter's change in {worst!r} away: it is too small for the "
+            "dtype of the weights; merge into wider weights, or leave the adapter unmerged",
+            MergePrecisionWarning,
+            stacklevel=4,
+        )
 
 
 def sketch(site: Site) -> Site:

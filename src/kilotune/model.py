@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from abc import ABC
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,9 +15,9 @@ from torch import nn
 from . import checkpoint, inject
 from ._progress import track
 from .config import AdapterConfig
-from .errors import AdapterError, ConfigError, MergeError, UnsupportedError, did_you_mean, gather
-from .inject import Installed, SavedModule
-from .layer import ActiveState, AdaptedLayer, slot_key
+from .errors import AdapterError, ConfigError, MergeError, did_you_mean, gather
+from .inject import Installed
+from .layer import ActiveState, AdaptedLayer, MergePrecisionWarning, slot_key, warn_of_loss
 from .methods import LoraConfig, VeraConfig
 from .projections import Projections
 from .report import ParameterReport, count_parameters
@@ -26,11 +25,6 @@ from .report import ParameterReport, count_parameters
 __all__ = ["AdapterModel", "LoraModel", "MergePrecisionWarning", "PeftModel", "VeraModel", "get_peft_model"]
 
 DEFAULT = "default"
-LOST_BOUND = 0.05
-
-
-class MergePrecisionWarning(UserWarning):
-    """Merging into 16-bit weights rounded a good part of the adapter away."""
 
 
 class AdapterModel(nn.Module, ABC):
@@ -54,7 +48,9 @@ class AdapterModel(nn.Module, ABC):
         self._activate((adapter_name,))
 
     def _take(self, model: nn.Module) -> None:
-        _check_base(model)
+        if not isinstance(model, nn.Module):
+            raise ConfigError(f"expected a torch.nn.Module as the base model, got {_describe(model)}")
+        inject.check_base(model)
         self.model = model
         self.projections = Projections()
         self.shared_parameters = nn.ModuleDict()
@@ -108,6 +104,15 @@ class AdapterModel(nn.Module, ABC):
         """The names of the adapters that are merged into the weights now."""
         merged = {name for layer in self.adapted_layers().values() for name in layer.merged}
         return [name for name in self._installed if name in merged]
+
+    def installed(self, adapter_name: str) -> Installed:
+        """One adapter's parts: its config, method, layers and modules saved whole.
+
+        Raises:
+            AdapterError: no such adapter.
+
+        """
+        return self._installed[self._known(adapter_name)]
 
     def adapted_layers(self) -> dict[str, AdaptedLayer]:
         """All adapted layers by their dotted name in the base model."""
@@ -221,8 +226,10 @@ class AdapterModel(nn.Module, ABC):
             AdapterError: an unknown name. UnsupportedError: adapters that cannot be active together.
 
         """
-        names = (adapter_name,) if isinstance(adapter_name, str) else tuple(dict.fromkeys(adapter_name))
-        self._activate(tuple(self._known(name) for name in names))
+        if not isinstance(adapter_name, (str, Sequence)):
+            raise AdapterError(f"set_adapter: expected a name or a list of names, got {adapter_name!r}")
+        names = (adapter_name,) if isinstance(adapter_name, str) else adapter_name
+        self._activate(tuple(dict.fromkeys(self._known(name) for name in names)))
 
     def _activate(self, names: tuple[str, ...]) -> None:
         self._check_unmerged("change the active adapters")
@@ -308,7 +315,7 @@ class AdapterModel(nn.Module, ABC):
         if safe_merge:
             self._check_finite(layers, names)
         lost = {where: layers[where].merge(names) for where in track(list(layers), "merging", show=progressbar)}
-        _warn_of_loss(lost)
+        warn_of_loss(lost)
 
     def _check_finite(self, layers: dict[str, AdaptedLayer], names: list[str]) -> None:
         broken = []
@@ -387,7 +394,7 @@ class AdapterModel(nn.Module, ABC):
     # -- checks ----------------------------------------------------------------------------------
 
     def _known(self, name: str) -> str:
-        if name not in self._installed:
+        if not isinstance(name, str) or name not in self._installed:
             have = ", ".join(map(repr, self._installed)) or "none"
             raise AdapterError(f"there is no adapter {name!r}.{did_you_mean(str(name), self._installed)} There: {have}")
         return name
@@ -473,34 +480,8 @@ def get_peft_model(model: nn.Module, peft_config: AdapterConfig, adapter_name: s
     return PeftModel(model, peft_config, adapter_name)
 
 
-def _check_base(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"expected a torch.nn.Module as the base model, got {_describe(model)}")
-    for name, module in model.named_modules():
-        if isinstance(module, (AdaptedLayer, SavedModule, AdapterModel)):
-            raise UnsupportedError(
-                f"the model has adapters of kilotune already (at {name or 'its root'!r}); use add_adapter() or "
-                "load_adapter() of the wrapped model, or unload() it first"
-            )
-        if type(module).__module__.partition(".")[0] == "peft":
-            raise UnsupportedError(
-                f"the model has adapters of PEFT already (at {name or 'its root'!r}); unload() them first"
-            )
-
-
 def _describe(value: object) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}"
-
-
-def _warn_of_loss(lost: dict[str, float]) -> None:
-    worst = max(lost, key=lambda name: lost[name], default=None)
-    if worst is not None and lost[worst] > LOST_BOUND:
-        warnings.warn(
-            f"merging rounded {lost[worst]:.0%} of the adapter's change in {worst!r} away, because the weights are "
-            "16-bit; merge into float32 weights, or leave the adapter unmerged",
-            MergePrecisionWarning,
-            stacklevel=4,
-        )
 
 
 @contextmanager

@@ -253,8 +253,8 @@ def _from_hub(source: str, revision: str | None, head: Head, built_in: Mapping[s
         config = transformers.AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
     except Exception as error:  # transformers and the hub raise a dozen unrelated kinds
         raise ConfigError(
-            f"{source!r} is no file or folder here and not built in, and the hub does not give its configuration:"
-            f"{hint} {_first_line(error)}"
+            f"{source!r} is no file, folder or built-in model here.{hint} Taken as a hub id, its configuration cannot "
+            f"be had: {_first_line(error)}"
         ) from error
     return Base(source, f"hub: {source}", _on_meta(lambda: _instance(config, source, head)))
 
@@ -430,10 +430,10 @@ def _file_bytes(adapted: PeftModel) -> int:
     export = some.method.export({name: slot.site for name, slot in own.items()}, params, some.shared)
     tensors: dict[str, Tensor] = {}
     for key, value in export.tensors.items():
-        tensors[checkpoint._full_key(key, params)] = value
+        tensors[checkpoint.full_key(key, params)] = value
     for name, slot in slots.items():
         if slot.trained_bias is not None:
-            tensors[f"{checkpoint.PREFIX}{name}.{checkpoint._bias_key(slot.method)}"] = slot.trained_bias
+            tensors[f"{checkpoint.PREFIX}{name}.{checkpoint.bias_key(slot.method)}"] = slot.trained_bias
     for name, module, _ in walk(adapted.model):
         if isinstance(module, SavedModule):
             twin = next(iter(module.copies.values()))

@@ -312,7 +312,7 @@ class Projections(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         places = state.pop("_places")
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         for source, device, dtype in places:  # the rest is derived at its first use
             if _available(device):
                 self.pair(source, device, dtype)

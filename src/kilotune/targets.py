@@ -215,7 +215,7 @@ def _refusal(c: Candidate, needs: frozenset[Need]) -> str | None:
 
 def _in_layers(name: str, config: AdapterConfig) -> bool:
     """Whether the first block index in ``name`` (after layers_pattern, where given) is wanted."""
-    if config.layers_to_transform is None:
+    if config.block_indices is None:
         return True
     if config.layers_pattern:
         found: Iterator[re.Match[str] | None] = (
@@ -224,7 +224,7 @@ def _in_layers(name: str, config: AdapterConfig) -> bool:
     else:
         found = iter((re.match(r"(?:.*?\.)??[^.]*\.(\d+)\.", name),))
     match = next((m for m in found if m is not None), None)
-    return match is not None and int(match.group(1)) in config.layers_to_transform
+    return match is not None and int(match.group(1)) in config.block_indices
 
 
 def _unmatched(found: Sequence[Candidate], config: AdapterConfig, verdicts: Sequence[Verdict]) -> list[str]:
@@ -237,9 +237,9 @@ def _unmatched(found: Sequence[Candidate], config: AdapterConfig, verdicts: Sequ
         if any(matches_names((target,), name) for name in names):
             continue
         faults.append(f"no module is called {target!r}, or ends with it.{_near(target, found)}")
-    if config.layers_to_transform is not None and not faults:
+    if config.block_indices is not None and not faults:
         taken = [v.name for v in verdicts if v.taken]
-        for index in config.layers_to_transform:
+        for index in config.block_indices:
             if not any(_in_layers(name, config.replace(layers_to_transform=(index,))) for name in taken):
                 faults.append(f"layers_to_transform: no targeted module lies in a block {index}")
     return faults

@@ -321,6 +321,7 @@ def test_training_lowers_the_loss_and_leaves_the_base_alone(cell: Cell) -> None:
 
 
 @pytest.mark.full
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # inductor's own imports use torch.jit
 @every_cell("inductor", [cell for cell in CELLS if cell.kind.name == "linear" and cell.bias])
 def test_inductor_compiles_it(cell: Cell) -> None:
     torch.compiler.reset()

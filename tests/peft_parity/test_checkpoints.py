@@ -21,7 +21,18 @@ from peft_parity.files import (
     peft_load,
     scrambled,
 )
-from peft_parity.oracle import METHODS, assert_close, assert_same, base, peft_parameters, quiet, run, scramble, twins
+from peft_parity.oracle import (
+    IDS,
+    METHODS,
+    assert_close,
+    assert_same,
+    base,
+    peft_parameters,
+    quiet,
+    run,
+    scramble,
+    twins,
+)
 
 TARGETS: dict[str, Any] = {
     "llama": None,
@@ -105,7 +116,7 @@ def test_stacked_ranks() -> None:
     shapes = {
         (layer.base_layer.out_features, layer.base_layer.in_features) for layer in model.adapted_layers().values()
     }
-    values, tensors = kilotune.checkpoint.state_of(model._installed["default"])[:2]
+    values, tensors = kilotune.checkpoint.state_of(model.installed("default"))[:2]
     assert_same(len(shapes), 4, "shapes of the MLP's layers")
     assert_same(values["r"], 3 * 4, "stacked rank")
     for key, d in tensors.items():
@@ -301,3 +312,37 @@ def test_adapters_named_like_layers(tmp_path: Path) -> None:
         model.set_adapter(name)
         folder = tmp_path if name == "default" else tmp_path / name
         check_outputs(peft_load(folder, base("mlp")), model)
+
+
+LLAMA_NAMES = [f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)]
+BLOCKS: dict[str, tuple[bool, dict[str, Any]]] = {
+    "as in PEFT": (False, {"target_modules": ["q_proj"]}),
+    "with a pattern": (False, {"target_modules": ["q_proj"], "layers_pattern": "layers"}),
+    "whole names": (False, {"target_modules": LLAMA_NAMES}),
+    "a whole name of another block": (False, {"target_modules": [LLAMA_NAMES[0], "v_proj"]}),
+    "blocks at the root": (True, {"target_modules": ["q_proj"]}),
+}
+
+
+@pytest.mark.parametrize("method", ["vera", "lora"])
+@pytest.mark.parametrize("at_root, options", BLOCKS.values(), ids=BLOCKS)
+def test_blocks_that_peft_would_take_otherwise(
+    at_root: bool, options: dict[str, Any], method: str, tmp_path: Path
+) -> None:
+    """Where PEFT reads layers_to_transform differently, our file names the layers one by one."""
+
+    def plain() -> nn.Module:
+        return base("llama").model if at_root else base("llama")
+
+    more = {"save_projection": True} if method == "vera" else {}
+    config = METHODS[method][0](r=3, layers_to_transform=[1], **options, **more)
+    model = scrambled(kilotune.get_peft_model(plain(), config))
+    model.save_pretrained(tmp_path)
+    theirs = peft_load(tmp_path, plain())
+    taken = {name.rpartition(".")[0] for name in peft_parameters(theirs)}
+    assert_same(taken, set(model.adapted_layers()), "layers that PEFT takes")
+    again = kilotune.PeftModel.from_pretrained(plain(), tmp_path)
+    with torch.no_grad():
+        outputs = [(m(IDS).last_hidden_state if at_root else m(IDS).logits) for m in (model, theirs, again)]
+    for output in outputs[1:]:
+        assert_close(output, outputs[0], "output")

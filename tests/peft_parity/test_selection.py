@@ -7,7 +7,9 @@ from typing import Any
 import peft
 import pytest
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.constants import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING,
@@ -16,7 +18,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 import kilotune
-from kilotune.inject import SavedModule, walk
+from kilotune.inject import SavedModule, plan, walk
 from kilotune.methods import Lora, Vera
 from kilotune.targets import DEFAULT_TARGETS
 from peft_parity.oracle import BASES, HEADED, METHODS, assert_same, base, check_forward, quiet, twins
@@ -124,6 +126,41 @@ def test_exclude_modules(targets: Any, excluded: Any) -> None:
     taken = check_same_modules("llama", "lora", target_modules=targets, exclude_modules=excluded)
     config = kilotune.VeraConfig(r=4, target_modules=targets, exclude_modules=excluded)
     assert_same(taken_by_us(kilotune.get_peft_model(base("llama"), config)), taken, "modules that VeRA takes")
+
+
+LLAMA = base("llama")
+LINEAR = [name for name, module in LLAMA.named_modules() if isinstance(module, nn.Linear)]
+ENDS = sorted({".".join(name.split(".")[i:]) for name in LINEAR for i in range(1, name.count(".") + 1)})
+PATTERNS = [
+    r".*_proj",
+    r".*\.(q|v)_proj",
+    r".*layers\.1\..*proj",
+    r"model\..*mlp\.\w+",
+    "lm_head",
+    r".*self_attn\.[kv].*",
+]
+
+
+@settings(max_examples=150)
+@given(
+    targets=st.lists(st.sampled_from(ENDS), min_size=1, max_size=4) | st.sampled_from(PATTERNS),
+    excluded=st.none() | st.lists(st.sampled_from([*ENDS, *LINEAR]), max_size=3) | st.sampled_from(PATTERNS),
+    saved=st.none() | st.lists(st.sampled_from(["lm_head", "mlp", "layers.0.self_attn", "v_proj"]), max_size=2),
+    blocks=st.none() | st.lists(st.integers(0, 2), min_size=1, max_size=2),
+    pattern=st.none() | st.sampled_from(["layers", ["h", "layers"], "blocks"]),
+)
+def test_any_selection(targets: Any, excluded: Any, saved: Any, blocks: Any, pattern: Any) -> None:
+    """Module by module, PEFT's own matching function and ours say the same."""
+    options: dict[str, Any] = {"target_modules": targets, "exclude_modules": excluded, "modules_to_save": saved}
+    if isinstance(targets, list) and blocks is not None:
+        options |= {"layers_to_transform": blocks, "layers_pattern": pattern}
+    config = peft.LoraConfig(**options)
+    expected = [name for name in LINEAR if check_target_module_exists(config, name)]
+    try:
+        taken = list(plan(LLAMA, "default", kilotune.LoraConfig(**options), strict=False).layers)
+    except kilotune.TargetError:
+        taken = []
+    assert_same(taken, expected, "modules taken")
 
 
 TABLES = {

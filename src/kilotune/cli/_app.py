@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import sys
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, final
@@ -64,9 +65,7 @@ def _guarded(run: Callable[[], Any]) -> int:
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from .. import __version__
-
-        print(f"kilotune {__version__}")
+        print(f"kilotune {importlib.metadata.version('kilotune')}")
         raise typer.Exit
 
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 __all__ = ["Json", "complain", "console", "print_json", "quiet_transformers", "rows_table", "warn"]
 
@@ -41,21 +42,25 @@ def rows_table(
     title: str, columns: Sequence[str], rows: Sequence[tuple[str, ...]], justify: Literal["left", "right"] = "right"
 ) -> Table:
     """A table whose first column names the rows."""
-    table = Table(title=title or None, title_justify="left", title_style="bold", show_header=any(columns))
+    # Text, not str: regular expressions and paths hold brackets, which rich would take for its markup.
+    heading = Text(title, style="bold") if title else None
+    table = Table(title=heading, title_justify="left", show_header=any(columns))
     table.add_column("")
     for name in columns:
-        table.add_column(name, justify=justify, overflow="fold")
+        table.add_column(Text(name), justify=justify, overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     return table
 
 
 def quiet_transformers() -> None:
-    """No log lines of transformers between ours; its progress bars only where somebody looks."""
+    """No log lines of transformers and the hub between ours; their progress bars only where somebody looks."""
     try:
-        from transformers.utils import logging
+        from huggingface_hub.utils import logging as hub_logging
+        from transformers.utils import logging as transformers_logging
     except ImportError:
         return
-    logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.set_verbosity_error()
     if not sys.stderr.isatty():
-        logging.disable_progress_bar()
+        transformers_logging.disable_progress_bar()

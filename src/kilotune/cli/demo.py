@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
@@ -13,6 +12,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+from ._output import Json, complain, console, print_json, rows_table
 
 if TYPE_CHECKING:
     from ..experiments.data import Progress as Report
@@ -70,7 +71,7 @@ def demo(
     out: Annotated[
         Path | None, typer.Option(help="Folder for report.html and results.json. Default: runs/demo-DATA.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the results as one JSON document.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Pretrain a small network, adapt it with VeRA, LoRA and in full, and write an HTML report.
 
@@ -106,11 +107,12 @@ def demo(
         errors.print("interrupted: no report was written", highlight=False)
         raise typer.Exit(INTERRUPTED) from None
     if as_json:
-        print(json.dumps(result.to_dict(), indent=2))
+        print_json(result.to_dict())
     else:
         _show(result, files[-1])
     if result.failures:
-        _complain(result, errors)
+        failed = "; ".join(f"{check.name}: {check.detail}" for check in result.failures)
+        complain(f"{len(result.failures)} of {len(result.checks)} checks failed: {failed}")
         raise typer.Exit(FAILED)
 
 
@@ -134,14 +136,15 @@ def _progress_bar(console: Console) -> Iterator[Report]:
 
 
 def _show(result: DemoResult, report: Path) -> None:
-    console = Console()
-    console.print(_accuracy_table(result))
-    console.print(_count_table(result))
+    screen = console()
+    screen.print(_accuracy_table(result))
+    screen.print(_count_table(result))
     for check in result.checks:
         mark = "[green]pass[/]" if check.passed else "[bold red]FAIL[/]"
-        console.print(f"{mark}  {check.name}", highlight=False)
-    console.print(f"\n{len(result.seeds)} seed(s) in {result.seconds:.0f} seconds. Report: ", end="", highlight=False)
-    console.print(str(report), style="bold", markup=False, highlight=False, soft_wrap=True)
+        screen.print(f"{mark}  {check.name}")
+    seeds = "1 seed" if len(result.seeds) == 1 else f"{len(result.seeds)} seeds"
+    screen.print(f"\n{seeds} in {result.seconds:.0f} seconds. Report:")
+    screen.print(str(report), style="bold", markup=False, soft_wrap=True)
 
 
 def _accuracy_table(result: DemoResult) -> Table:
@@ -151,40 +154,32 @@ def _accuracy_table(result: DemoResult) -> Table:
     settings = result.settings
     adapted = ", ".join(result.class_names[c] for c in settings.classes)
     many = ", mean of the seeds (lowest to highest)" if settings.seeds > 1 else ""
-    table = Table(title=f"Accuracy in %{many}", title_justify="left")
-    table.add_column("")
-    for name in ("trained", "bytes on disk", f"adapted classes ({adapted})", "the other classes"):
-        table.add_column(name, justify="right")
-    trained = {"vera": result.counts[0].trainable, "lora": result.counts[1].trainable, "full": result.counts[0].frozen}
-    for method in (None, *METHODS):
-        table.add_row(
+    vera, lora = result.counts[0], result.counts[1]
+    trained = {"vera": vera.trainable, "lora": lora.trainable, "full": vera.frozen}
+    rows = [
+        (
             LABELS[method] if method else "before",
             f"{trained[method]:,}" if method else "",
             f"{result.seeds[0].runs[method].weight_bytes:,}" if method else "",
             spread(result.levels(method, settings.classes)),
             spread(result.levels(method, settings.other_classes)),
         )
-    return table
+        for method in (None, *METHODS)
+    ]
+    columns = ("trained", "bytes on disk", f"adapted classes ({adapted})", "the other classes")
+    return rows_table(f"Accuracy in %{many}", columns, rows)
 
 
 def _count_table(result: DemoResult) -> Table:
     from ..experiments.settings import LABELS
 
-    table = Table(title="Parameters: as the tutorials count | by memory location", title_justify="left")
-    table.add_column("")
-    names = ("trained", "frozen", "in all", "trained %", "shared pairs", "in them", "in all with them")
-    for name in names:
-        table.add_column(name, justify="right")
-    for row in result.counts:
-        table.add_row(
+    rows = [
+        (
             f"{LABELS[row.method]} r {row.rank}, {'-'.join(map(str, row.widths))}",
             *(f"{row.trainable:,}", f"{row.frozen:,}", f"{row.total:,}", f"{row.percent:.2f}"),
             *(str(row.pairs), f"{row.shared:,}", f"{row.total_by_location:,}"),
         )
-    return table
-
-
-def _complain(result: DemoResult, console: Console) -> None:
-    failed = "; ".join(f"{check.name}: {check.detail}" for check in result.failures)
-    message = f"error: {len(result.failures)} of {len(result.checks)} checks failed: {failed}"
-    console.print(message, style="red", markup=False, highlight=False, soft_wrap=True)
+        for row in result.counts
+    ]
+    columns = ("trained", "frozen", "in all", "trained %", "shared pairs", "in them", "in all with them")
+    return rows_table("Parameters: as the tutorials count, then by memory location", columns, rows)

@@ -158,15 +158,10 @@ def _show(document: dict[str, Any], every: bool) -> None:
         ("checksum of the projections", checks["projections"]),
         ("not finite", ", ".join(document["non_finite"]) or "nothing"),
     ]
-    out.print(rows_table(document["folder"], ("",), [(name, _plain(value)) for name, value in rows], justify="left"))
+    out.print(rows_table(document["folder"], ("",), rows, justify="left"))
     tensors = list(document["tensors"].items())
     shown = tensors if every else tensors[:SHOWN]
-    listed = [(_plain(key), str(tuple(value["shape"])), value["dtype"]) for key, value in shown]
+    listed = [(key, str(tuple(value["shape"])), value["dtype"]) for key, value in shown]
     out.print(rows_table("Tensors", ("shape", "dtype"), listed))
     if len(shown) < len(tensors):
         out.print(f"... and {len(tensors) - len(shown):,} more (--all lists them)")
-
-
-def _plain(text: str) -> str:
-    """Without rich's markup: file names and regular expressions hold brackets."""
-    return text.replace("[", r"\[")

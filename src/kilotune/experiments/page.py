@@ -272,12 +272,12 @@ def _room(result: DemoResult) -> str:
 def _counts(result: DemoResult) -> str:
     head = [
         "",
-        "fully connected part",
+        "fully connected<br>part",
         "trained",
         "frozen",
         "<b>as the tutorials:</b><br>in all",
         "trained",
-        "random pairs,<br>numbers in them",
+        "random pairs,<br>numbers in all",
         "<b>by memory location:</b><br>in all",
         "trained",
     ]
@@ -292,9 +292,9 @@ def _counts(result: DemoResult) -> str:
 
 
 def _count_row(row: Counts) -> list[str]:
+    note = "as in its tutorial" if row.tutorial else "side by side"
     return [
-        f"{LABELS[row.method]}, rank {row.rank}"
-        + ("<br>(as in its tutorial)" if row.tutorial else "<br>(side by side)"),
+        f'<span class="whole">{LABELS[row.method]}, rank {row.rank},<br>{note}</span>',
         f'<span class="whole">{"-".join(str(width) for width in row.widths)}</span>',
         f"{row.trainable:,}",
         f"{row.frozen:,}",

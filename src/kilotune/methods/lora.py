@@ -42,8 +42,8 @@ class LoraConfig(AdapterConfig):
     )
     rank_pattern: dict[str, int] = option({}, "Other ranks: layer name or regular expression for its end -> r.")
     alpha_pattern: dict[str, float] = option({}, "Other alphas: layer name or regular expression -> lora_alpha.")
-    exclude_modules: Names | str | None = option(None, AdapterConfig.help_of("exclude_modules"))
-    target_parameters: Names | None = option(
+    exclude_modules: Sequence[str] | str | None = option(None, AdapterConfig.help_of("exclude_modules"))
+    target_parameters: Sequence[str] | None = option(
         None, "Parameters (not modules) to adapt, as in expert layers; not there yet, so refused."
     )
 

@@ -29,8 +29,8 @@ class Storage(ABC):
         """Whether ``module`` keeps its weight this way; imports nothing."""
 
     @abstractmethod
-    def read(self, module: nn.Module) -> Tensor:
-        """The weight as floats, in the layout of the layer kind."""
+    def read(self, module: nn.Module, kept: Kept | None = None) -> Tensor:
+        """The weight as floats, in the layout of the layer kind; that of ``kept`` where it is given."""
 
     @abstractmethod
     def write(self, module: nn.Module, weight: Tensor | None, bias: Tensor | None) -> None:

@@ -26,12 +26,16 @@ class Dense(Storage):
     differentiable: ClassVar[bool] = True
 
     def matches(self, module: nn.Module) -> bool:
-        held = [module._parameters.get(name) for name in ("weight", "bias")]
+        names = ("weight", "bias")
+        if any(name not in module._parameters and isinstance(getattr(module, name, None), Tensor) for name in names):
+            return False  # computed from other parameters (weight norm, pruning): nothing here to write to
+        held = [module._parameters.get(name) for name in names]
         present = [p for p in held if p is not None]
         return bool(present) and all(p.dtype in FLOATS and type(p.data) is Tensor for p in present)
 
-    def read(self, module: nn.Module) -> Tensor:
-        weight = module.get_parameter("weight")
+    def read(self, module: nn.Module, kept: Kept | None = None) -> Tensor:
+        held = None if kept is None else kept.get("weight")
+        weight = module.get_parameter("weight") if held is None else held
         if type(weight.data) is not Tensor:
             raise UnsupportedError(
                 f"the weight of {type(module).__name__} is a {type(weight.data).__name__}; it cannot be read here"
