@@ -376,3 +376,11 @@ def test_an_adapter_that_cannot_be_written_out_stops_before_the_first_file(
 
     monkeypatch.setattr(checkpoint, "state_of", broken)
     refusal_leaves_the_disk(tmp_path, lambda: model.save_pretrained(tmp_path / "x"))
+
+
+def test_pickles_are_never_written(tmp_path: Path) -> None:
+    model = get_peft_model(mlp(), LoraConfig(r=2, target_modules=["0"]))
+    model.save_pretrained(tmp_path / "safe", safe_serialization=True)
+    with pytest.raises(ConfigError, match="safe_serialization: expected True, got False"):
+        model.save_pretrained(tmp_path / "pickle", safe_serialization=False)
+    assert not (tmp_path / "pickle").exists()

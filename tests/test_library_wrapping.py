@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -161,6 +162,15 @@ def test_one_module_under_two_names_is_adapted_once_and_acts_at_both() -> None:
     assert Snapshot.of(model.unload()).bits == Snapshot.of(Twice()).bits
     assert type(base.first) is nn.Linear
     assert base.first is base.rest["second"]
+
+
+@pytest.mark.parametrize("target", ["first", "second", "rest.second"])
+def test_one_module_under_two_names_can_be_targeted_by_either(target: str, tmp_path: Path) -> None:
+    model = get_peft_model(Twice(), LoraConfig(r=2, target_modules=[target, "last"]))
+    assert [name.rpartition(".")[2] for name, _ in model.adapter_parameters()] == ["lora_A", "lora_B"] * 2
+    randomize(model)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(PeftModel.from_pretrained(Twice(), tmp_path)(X), model(X))
 
 
 def test_two_layers_that_share_one_weight_stay_tied_unless_merged() -> None:

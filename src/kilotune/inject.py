@@ -148,9 +148,10 @@ def plan(
     method_cls = method_of(config) if method is None else type(method)
     config = resolve_targets(config, _model_type(root), method_cls.default_targets)
     config = _with_heads(root, config)
-    found = candidates((name, unwrapped(module), parent) for name, module, parent in walk(root) if name)
+    found = _candidates(root, aliases=False)
     saved = _saved_modules(root, config, strict)
-    chosen = select(found, config, method_cls.makes.needs, _output_names(root), strict)
+    needs = method_cls.makes.needs
+    chosen = select(_candidates(root, aliases=True), config, needs, _output_names(root), strict)
     layers = {c.name: c for c in chosen}
     tied = _tied_biases(found)
     bias_only = _bias_only(found, config, layers, tied)
@@ -164,6 +165,10 @@ def plan(
     result.shapes = _expected_shapes(result)
     _check_patterns(config, layers, strict)
     return result
+
+
+def _candidates(root: nn.Module, aliases: bool) -> list[Candidate]:
+    return candidates((name, unwrapped(module), parent) for name, module, parent in walk(root, aliases) if name)
 
 
 def _model_type(root: nn.Module) -> str | None:
@@ -310,6 +315,7 @@ def _wrapper(c: Candidate, state: ActiveState) -> AdaptedLayer:
 # -- apply -----------------------------------------------------------------------------------------
 
 
+@torch.inference_mode(False)  # parameters made in inference mode could never be trained
 def apply(
     root: nn.Module,
     made: Plan,

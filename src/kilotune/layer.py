@@ -175,13 +175,15 @@ class AdaptedLayer(nn.Module):
             delta = slot.delta()
             if delta is not None:
                 deltas.append((slot, delta))
-        y = base = self._kind.call(self.base_layer, self._total_shift(slots, deltas), args, kwargs)
+        shift = self._total_shift(slots, deltas)
+        y = self._kind.call(self.base_layer, shift, args, kwargs)
+        base = None if shift is not None or self._merged else y
         if deltas:
             x = args[0] if args else next(iter(kwargs.values()))
             for last in (False, True):  # what is not linear comes after what is
                 for slot, delta in deltas:
                     if isinstance(delta, Residual) is last:
-                        y = _RUN[type(delta)](self, delta, slot.drop(x), base, y)
+                        y = _RUN[type(delta)](self, slot, delta, x, base, y)
         return y
 
     def _live(self) -> list[Slot]:
@@ -213,22 +215,24 @@ class AdaptedLayer(nn.Module):
         h = kind.lift(module, scale_features(h, mid, delta.scale), delta.b)  # (..., out)
         return h if delta.out is None else scale_features(h, kind.spread(delta.out, h), 1.0)
 
-    def _run_linear(self, delta: Delta, x: Tensor, base: Tensor, y: Tensor) -> Tensor:
+    def _run_linear(self, slot: Slot, delta: Delta, x: Tensor, base: Tensor | None, y: Tensor) -> Tensor:
         assert isinstance(delta, (LowRank, Full))
-        return y + self._through(delta, x).to(y.dtype)
+        return y + self._through(delta, slot.drop(x)).to(y.dtype)
 
-    def _run_shift(self, delta: Delta, x: Tensor, base: Tensor, y: Tensor) -> Tensor:
+    def _run_shift(self, slot: Slot, delta: Delta, x: Tensor, base: Tensor | None, y: Tensor) -> Tensor:
         return y  # the base layer ran with the shifted bias
 
-    def _run_rescale(self, delta: Delta, x: Tensor, base: Tensor, y: Tensor) -> Tensor:
-        """Y + [rows (W + inner)(cols x) - W x] + change of the bias."""
+    def _run_rescale(self, slot: Slot, delta: Delta, x: Tensor, base: Tensor | None, y: Tensor) -> Tensor:
+        """Y + [rows (W + inner)(cols x) - W x] + change of the bias; ``base`` is W x + bias, where it is at hand."""
         assert isinstance(delta, Rescale)
         kind, bias = self._kind, self.base_bias()
-        linear = self._without_bias(base, bias)
+        linear = (
+            kind.project(self.base_layer, x, self.base_matrix()) if base is None else self._without_bias(base, bias)
+        )
         scaled = x if delta.cols is None else scale_features(x, kind.spread(delta.cols, x), 1.0)
         new = linear if delta.cols is None else kind.project(self.base_layer, scaled, self.base_matrix())
         if delta.inner is not None:
-            new = new + self._through(delta.inner, scaled).to(new.dtype)
+            new = new + self._through(delta.inner, slot.drop(scaled)).to(new.dtype)
         if delta.rows is not None:
             new = scale_features(new, kind.spread(delta.rows, new), 1.0)
         y = y + (new - linear)
@@ -238,9 +242,9 @@ class AdaptedLayer(nn.Module):
     def _without_bias(self, base: Tensor, bias: Tensor | None) -> Tensor:
         return base if bias is None else base - self._kind.spread(bias, base).to(base.dtype)
 
-    def _run_residual(self, delta: Delta, x: Tensor, base: Tensor, y: Tensor) -> Tensor:
+    def _run_residual(self, slot: Slot, delta: Delta, x: Tensor, base: Tensor | None, y: Tensor) -> Tensor:
         assert isinstance(delta, Residual)
-        source = y if delta.source == "output" else x
+        source = slot.drop(y if delta.source == "output" else x)
         h = F.linear(source, delta.down.to(source.dtype))
         return y + F.linear(delta.activation(h), delta.up.to(source.dtype)).to(y.dtype)
 
@@ -275,6 +279,7 @@ class AdaptedLayer(nn.Module):
         lost = float((rounded - base - change).norm()) / norm if norm > 0 else 0.0
         return self._kind.native(self.base_layer, total), lost
 
+    @torch.inference_mode(False)  # weights made in inference mode could never be trained against
     def merge(self, names: Sequence[str]) -> float:
         """Put the deltas of ``names`` into the weight, beside those merged already; returns the part lost."""
         own = [name for name in names if self.slot(name) is not None]
@@ -334,7 +339,7 @@ class AdaptedLayer(nn.Module):
             super().__setattr__(name, value)
 
 
-_RUN: dict[type[Delta], Callable[[AdaptedLayer, Delta, Tensor, Tensor, Tensor], Tensor]] = {
+_RUN: dict[type[Delta], Callable[[AdaptedLayer, Slot, Delta, Tensor, Tensor | None, Tensor], Tensor]] = {
     LowRank: AdaptedLayer._run_linear,
     Full: AdaptedLayer._run_linear,
     Rescale: AdaptedLayer._run_rescale,

@@ -309,7 +309,8 @@ class AdapterModel(nn.Module, ABC):
     def _merge(self, names: list[str], safe_merge: bool, progressbar: bool) -> None:
         self._check_enabled("merge")
         layers = self.adapted_layers()
-        inject.check_compatible({name: self._installed[name] for name in {*names, *self.merged_adapters}})
+        together = {*names, *self.merged_adapters, *self._state.active}
+        inject.check_compatible({name: self._installed[name] for name in together})
         for where, layer in layers.items():
             layer.check_mergeable(names, where)
         if safe_merge:
@@ -349,9 +350,9 @@ class AdapterModel(nn.Module, ABC):
         """
         names = self._to_merge(adapter_names)
         wanted = [name for name in names if name not in self.merged_adapters]
-        with _active_for_saved(self._state, names):
-            self._merge(wanted, safe_merge, progressbar)
-            inject.strip(self.model, lambda saved: saved.current())
+        self._merge(wanted, safe_merge, progressbar)
+        self._state.active = tuple(names)  # so that the modules that these adapters trained whole are the current ones
+        inject.strip(self.model, lambda saved: saved.current())
         return self._release()
 
     def unload(self) -> nn.Module:
@@ -374,15 +375,23 @@ class AdapterModel(nn.Module, ABC):
     # -- files -----------------------------------------------------------------------------------
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike[str], selected_adapters: Sequence[str] | None = None
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        selected_adapters: Sequence[str] | None = None,
     ) -> None:
         """Write adapters in PEFT's layout: 'default' into the folder itself, others into subfolders.
 
         Args:
             save_directory: the folder; made where it is not there.
+            safe_serialization: as in PEFT; only True, because kilotune writes no pickles.
             selected_adapters: which ones; all by default.
 
         """
+        if safe_serialization is not True:
+            raise ConfigError(
+                f"safe_serialization: expected True, got {safe_serialization!r}; weights are safetensors only"
+            )
         names = list(self._installed) if selected_adapters is None else [self._known(n) for n in selected_adapters]
         if not names:
             raise AdapterError("save_pretrained: there is no adapter to save")
@@ -482,15 +491,3 @@ def get_peft_model(model: nn.Module, peft_config: AdapterConfig, adapter_name: s
 
 def _describe(value: object) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}"
-
-
-@contextmanager
-def _active_for_saved(state: ActiveState, names: list[str]) -> Iterator[None]:
-    """While merging for good, the modules saved whole by ``names`` are the current ones."""
-    before = state.active
-    state.active = tuple(names)
-    try:
-        yield
-    except BaseException:
-        state.active = before
-        raise

@@ -121,7 +121,7 @@ def select(
     heads: frozenset[str],
     strict: bool = True,
 ) -> list[Candidate]:
-    """The modules to adapt, in the model's order.
+    """The modules to adapt, in the model's order; one that stands in ``found`` under several names only once.
 
     ``strict``: a name in the list that matches nothing is an error too (off when a file is loaded, whose
     tensors are checked one by one anyway).
@@ -142,7 +142,10 @@ def select(
         raise TargetError(
             gather("the target modules match nothing:" if not taken else "some targets match nothing:", faults)
         )
-    return taken
+    once: dict[int, Candidate] = {}
+    for candidate in taken:
+        once.setdefault(id(candidate.module), candidate)
+    return list(once.values())
 
 
 def matches_names(names: Sequence[str] | str | None, name: str) -> bool:
