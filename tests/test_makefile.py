@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -46,7 +47,7 @@ def fake_venv(environment: ModuleType, monkeypatch: pytest.MonkeyPatch, tree: Pa
 
 def run_make(*words: str, **more: str) -> subprocess.CompletedProcess[str]:
     clean = {key: value for key, value in os.environ.items() if key not in {"MAKEFLAGS", "MFLAGS", "PYTHON"}}
-    return subprocess.run(["make", *words], cwd=ROOT, capture_output=True, text=True, env={**clean, **more}, timeout=60)
+    return subprocess.run(["make", *words], cwd=ROOT, capture_output=True, text=True, env={**clean, **more}, timeout=240)
 
 
 def test_plain_make_lists_every_target() -> None:
@@ -67,6 +68,18 @@ def test_each_target_sets_up_first(target: str) -> None:
     position = next(i for i, line in enumerate(lines) if "scripts/environment.py" in line)
     assert lines[position].endswith(f" {extra}")
     assert not any("-m pytest" in line or "-m ruff" in line or "kilotune demo" in line for line in lines[:position])
+
+
+def test_make_demo_runs_to_its_report(tmp_path: Path) -> None:
+    """The whole of `make demo`, on one seed and fewer epochs; `make test` has set up what it needs."""
+    out = tmp_path / "run"
+    done = run_make("demo", f"ARGS=--quick --out {out}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "fail" not in re.findall(r"^(pass|fail) ", done.stdout, re.MULTILINE)
+    assert {path.name for path in out.iterdir()} == {"report.html", "results.json", "adapters"}
+    results = json.loads((out / "results.json").read_text())
+    assert results["checks"]
+    assert all(check["passed"] for check in results["checks"])
 
 
 def test_a_python_that_is_not_there_is_one_clear_line() -> None:
