@@ -164,10 +164,14 @@ def test_one_module_under_two_names_is_adapted_once_and_acts_at_both() -> None:
     assert base.first is base.rest["second"]
 
 
+@pytest.mark.parametrize("bias", ["none", "all"])
 @pytest.mark.parametrize("target", ["first", "second", "rest.second"])
-def test_one_module_under_two_names_can_be_targeted_by_either(target: str, tmp_path: Path) -> None:
-    model = get_peft_model(Twice(), LoraConfig(r=2, target_modules=[target, "last"]))
-    assert [name.rpartition(".")[2] for name, _ in model.adapter_parameters()] == ["lora_A", "lora_B"] * 2
+def test_one_module_under_two_names_can_be_targeted_by_either(target: str, bias: str, tmp_path: Path) -> None:
+    model = get_peft_model(Twice(), LoraConfig(r=2, target_modules=[target, "last"], bias=bias))
+    if bias == "all":
+        assert sum(name.endswith(".bias") for name, _ in model.adapter_parameters()) == 2
+    else:
+        assert [name.rpartition(".")[2] for name, _ in model.adapter_parameters()] == ["lora_A", "lora_B"] * 2
     randomize(model)
     model.save_pretrained(tmp_path)
     assert torch.equal(PeftModel.from_pretrained(Twice(), tmp_path)(X), model(X))

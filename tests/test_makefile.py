@@ -47,7 +47,9 @@ def fake_venv(environment: ModuleType, monkeypatch: pytest.MonkeyPatch, tree: Pa
 
 def run_make(*words: str, **more: str) -> subprocess.CompletedProcess[str]:
     clean = {key: value for key, value in os.environ.items() if key not in {"MAKEFLAGS", "MFLAGS", "PYTHON"}}
-    return subprocess.run(["make", *words], cwd=ROOT, capture_output=True, text=True, env={**clean, **more}, timeout=240)
+    return subprocess.run(
+        ["make", *words], cwd=ROOT, capture_output=True, text=True, env={**clean, **more}, timeout=240
+    )
 
 
 def test_plain_make_lists_every_target() -> None:

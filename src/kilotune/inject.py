@@ -226,7 +226,7 @@ def _check_saved_overlap(root: nn.Module, saved: Mapping[str, nn.Module], adapte
 
 def _tied_biases(found: Sequence[Candidate]) -> dict[str, str]:
     """Modules whose bias is that of a layer inside them, which uses it: {module: layer}, as in BERT's LM head."""
-    biased = [c for c in found if c.module._parameters.get(BIAS) is not None]
+    biased = [c for c in found if _has_bias(c)]
     return {
         c.name: leaf.name
         for c in biased
@@ -243,8 +243,9 @@ def _bias_only(
     if config.bias != "all":
         return {}
     chosen, faults = {}, []
+    adapted = {id(c.module) for c in layers.values()}  # by object: a layer may be targeted under another of its names
     for c in found:
-        if c.name in layers or inside(config.modules_to_save, c.name) or c.module._parameters.get(BIAS) is None:
+        if id(c.module) in adapted or inside(config.modules_to_save, c.name) or not _has_bias(c):
             continue
         if c.name in tied:  # trained once, at the layer that uses it
             continue
@@ -289,18 +290,14 @@ def _expected_shapes(made: Plan) -> dict[str, dict[str, tuple[int, ...]]]:
     shapes = {
         name: {k: tuple(v.shape) for k, v in made.method.init(site, shared).items()} for name, site in sites.items()
     }
-    for name in (n for n, c in {**made.layers, **made.bias_only}.items() if _trains_bias(made.config, c)):
-        shapes.setdefault(name, {})[BIAS] = tuple(_bias_of(made, name).shape)
+    for name, c in {**made.layers, **made.bias_only}.items():
+        if made.config.bias != "none" and _has_bias(c):
+            shapes.setdefault(name, {})[BIAS] = tuple(c.module.get_parameter(BIAS).shape)
     return shapes
 
 
-def _bias_of(made: Plan, name: str) -> Tensor:
-    module = {**made.layers, **made.bias_only}[name].module
-    return module.get_parameter(BIAS)
-
-
-def _trains_bias(config: AdapterConfig, candidate: Candidate) -> bool:
-    return config.bias != "none" and candidate.module._parameters.get(BIAS) is not None
+def _has_bias(candidate: Candidate) -> bool:
+    return candidate.module._parameters.get(BIAS) is not None
 
 
 def _site(c: Candidate) -> Site:
@@ -367,7 +364,6 @@ def _start(
     made: Plan, name: str, base: AdaptedLayer, shared: Shared, tensors: Mapping[str, Tensor] | None
 ) -> dict[str, nn.Parameter]:
     """The frozen parameters of one layer: from the file, or as the method starts them."""
-    candidate = {**made.layers, **made.bias_only}[name]
     if tensors is not None:
         device = base.compute_device()
         # Trained tensors are float32 whatever the file's dtype is: bfloat16 would round small steps away.
@@ -376,7 +372,7 @@ def _start(
     else:
         values = made.method.init(base.site(name), shared) if name in made.layers else {}
         bias = base.base_bias()
-        if bias is not None and _trains_bias(made.config, candidate):
+        if bias is not None and BIAS in made.shapes[name]:
             values[BIAS] = bias.detach().to(torch.promote_types(bias.dtype, torch.float32), copy=True)
     return {key: nn.Parameter(value.detach(), requires_grad=False) for key, value in values.items()}
 
