@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kilotune.model import AdapterModel
@@ -169,3 +171,14 @@ def disk(folder: Path) -> dict[str, bytes | None]:
 def trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """(name, parameter) of what gets gradients."""
     return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+
+
+def untie(folder: Path) -> None:
+    """Take the config's checksum out of an adapter's weights: as others write them, any config may stand beside."""
+    path = folder / "adapter_model.safetensors"
+    if not path.exists():
+        return
+    with safe_open(path, "pt") as file:
+        metadata = dict(file.metadata())
+    metadata.pop("kilotune_config_sha256", None)
+    save_file(load_file(path), path, metadata=metadata)

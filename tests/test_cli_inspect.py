@@ -16,6 +16,7 @@ from cli_helpers import as_json, error, kilotune, llama, saved, shake
 from kilotune import LoraConfig, VeraConfig, get_peft_model
 from kilotune.checkpoint import CONFIG_NAME, WEIGHTS_NAME
 from kilotune.cli import _adapter
+from models import untie
 
 VERA = VeraConfig(r=6, target_modules=["q_proj", "down_proj"], projection_prng_key=3)
 
@@ -109,6 +110,8 @@ def test_matrices_of_another_seed_are_a_mismatch(tmp_path: Path, base: Path) -> 
     folder = written(tmp_path / "adapter")
     values = json.loads((folder / CONFIG_NAME).read_text())
     (folder / CONFIG_NAME).write_text(json.dumps({**values, "projection_prng_key": 4}))
+    assert "do not belong together" in error("inspect", folder)
+    untie(folder)  # as in a file that others wrote
     assert kilotune("inspect", folder).exit_code == 0  # without the base nobody can know
     result = kilotune("inspect", folder, "--base", base, "--json")
     assert result.exit_code == 1
@@ -162,7 +165,7 @@ def test_the_text(tmp_path: Path) -> None:
 def test_bad_input(tmp_path: Path) -> None:
     folder = written(tmp_path / "adapter")
     assert "holds no adapter_config.json. Adapters are in its subfolders: adapter" in error("inspect", tmp_path)
-    assert "is no folder here" in error("inspect", tmp_path / "none")
+    assert "is no folder in" in error("inspect", tmp_path / "none")
     assert "has no revisions" in error("inspect", folder, "--adapter-revision", "x")
     assert "--revision is of --base" in error("inspect", folder, "--revision", "x")
     assert "holds no config.json" in error("inspect", folder, "--base", folder)

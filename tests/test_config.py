@@ -222,7 +222,8 @@ def test_the_defaults() -> None:
 
 
 def test_one_configs_dictionaries_are_not_anothers() -> None:
-    LoraConfig().rank_pattern["x"] = 3
+    with pytest.raises(TypeError, match="a configuration is frozen"):
+        LoraConfig().rank_pattern["x"] = 3
     assert LoraConfig().rank_pattern == {}
 
 

@@ -188,9 +188,7 @@ def test_an_interrupted_merge_can_be_undone(monkeypatch: pytest.MonkeyPatch) -> 
         calls.clear()
         with pytest.raises(KeyboardInterrupt):
             merge()
-        assert model.merged_adapters == ["a"]
-        torch.testing.assert_close(model(X), y, rtol=1e-4, atol=1e-4)  # half merged, and still right
-        model.unmerge_adapter()
+        assert model.merged_adapters == []  # not some layers merged and others not
         assert torch.equal(model(X), y)
 
 

@@ -200,6 +200,7 @@ def two(monkeypatch: Patch, settle: Callable[[AdapterModel], None]) -> AdapterMo
     monkeypatch.setattr(AdapterModel, "_settle_gradients", settle)
     model = get_peft_model(mlp(), LoraConfig(r=2, target_modules=["0"]), "a")
     model.add_adapter("b", LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+    model.set_adapter("a")
     return model
 
 

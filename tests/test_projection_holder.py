@@ -64,11 +64,11 @@ def check_definition(model: kilotune.PeftModel, dtype: torch.dtype) -> None:
     """Every copy holds the bits of the definition, rounded once to ``dtype``."""
     for source, extent in model.projections.extents().items():
         assert isinstance(source, PortableSource)
-        a, b = model.projections.pair(source, CPU, dtype)
+        a, b, exponent = model.projections.pair(source, CPU, dtype)
         assert a.dtype == b.dtype == dtype
-        for matrix, number, columns in ((a, 0, extent.inn), (b, 1, extent.out)):
+        for matrix, number, columns, power in ((a, 0, extent.inn, exponent), (b, 1, extent.out, 0)):
             defined = torch.from_numpy(unit_rows(source.seed, number, extent.rank, columns, shape=source.shape))
-            assert torch.equal(matrix, defined.to(dtype))
+            assert torch.equal(matrix, (defined * 2.0**-power).to(dtype))
 
 
 def test_one_copy_for_all_layers() -> None:
@@ -269,7 +269,8 @@ def test_a_copy_made_in_inference_mode_serves_training() -> None:
 
 def test_planted_a_copy_for_each_asking_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     def pair(self: Projections, source: Any, device: torch.device, dtype: torch.dtype) -> Pair:
-        return Pair(*(t.to(dtype) for t in source.build(self.extents()[source])))
+        built = source.build(self.extents()[source])
+        return Pair(built.a.to(dtype), built.b.to(dtype))
 
     model = adapted()
     monkeypatch.setattr(Projections, "pair", pair)
@@ -281,7 +282,7 @@ def test_planted_casting_the_copy_itself_is_found(monkeypatch: pytest.MonkeyPatc
     """As a buffer would behave: half and back loses bits."""
 
     def _apply(self: Projections, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Projections:
-        moved = {key: Pair(*(fn(t) for t in pair)) for key, pair in self._copies.items()}
+        moved = {key: Pair(fn(pair.a), fn(pair.b), pair.exponent) for key, pair in self._copies.items()}
         self._copies = {(key[0], pair.a.device, pair.a.dtype): pair for key, pair in moved.items()}
         return self
 

@@ -16,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kilotune.errors import ConfigError
+from kilotune.errors import CheckpointError, ConfigError
 from kilotune.projections import (
     Extent,
     Pair,
@@ -246,7 +246,7 @@ def test_seeds_out_of_range(seed: Any) -> None:
 def test_different_definitions_give_different_matrices() -> None:
     sources = [PortableSource(0), PortableSource(1), PortableSource(0, (8, 8)), PortableSource(0, (8, 9))]
     pairs = [source.build(Extent(4, 8, 8)) for source in sources]
-    assert len({tensor.numpy().tobytes() for pair in pairs for tensor in pair}) == 8
+    assert len({tensor.numpy().tobytes() for pair in pairs for tensor in (pair.a, pair.b)}) == 8
 
 
 def test_checksum_by_its_definition() -> None:
@@ -254,7 +254,7 @@ def test_checksum_by_its_definition() -> None:
     pairs = [PortableSource(3).build(Extent(2, 5, 3)), PortableSource(3, (3, 5)).build(Extent(2, 5, 3))]
     digest = hashlib.sha256()
     for pair in pairs:
-        for tensor in pair:
+        for tensor in (pair.a, pair.b):
             rows = tensor.tolist()
             digest.update(f"({len(rows)}, {len(rows[0])});".encode())
             digest.update(b"".join(struct.pack("<f", value) for row in rows for value in row))
@@ -272,10 +272,11 @@ def test_stored_matrices_are_known_by_their_values() -> None:
     assert hash(one) == hash(same)
     assert one != other
     assert one.extent == Extent(3, 5, 7)
-    assert torch.equal(one.build(Extent(3, 2, 2)).b, b.T)
+    assert torch.equal(one.build(Extent(3, 5, 7)).b, b.T)
     assert one.gain(3, 5) == 1.0
-    with pytest.raises(ConfigError, match="do not cover"):
-        one.build(Extent(3, 6, 7))
+    for other_base in (Extent(3, 6, 7), Extent(3, 5, 6), Extent(2, 5, 7)):
+        with pytest.raises(CheckpointError, match=r"rank 3, in 5, out 7, but .* another base"):
+            one.build(other_base)
 
 
 # -- PEFT's matrices ------------------------------------------------------------------------------------

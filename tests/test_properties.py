@@ -21,6 +21,7 @@ from kilotune import (
     checkpoint,
     get_peft_model,
 )
+from kilotune.projections import Extent
 from models import Nested, bits, mlp, randomize
 
 sizes = st.integers(1, 40)
@@ -140,6 +141,10 @@ def test_matrices_of_other_ranks_and_shapes_are_prefixes(
         VeraConfig(r=large, projection_prng_key=seed, target_modules=["0"]),
     )
     (a, b), (big_a, big_b) = ([t.numpy() for t in m.projections.tensors()] for m in (lone, wide))
+    powers = [
+        next(iter(m.projections.extents())).exponent(Extent(0, n, 0)) for m, n in ((lone, inn), (wide, inn + more))
+    ]
+    a, big_a = a * 2.0 ** powers[0], big_a * 2.0 ** powers[1]  # exact
     assert np.array_equal(a, big_a[:small, :inn])
     assert np.array_equal(b, big_b[:small, :out])
     assert (np.abs(big_a) <= 1).all()

@@ -23,15 +23,15 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import Any, BinaryIO, final
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from .config import FORMAT_VERSION, SECTION, AdapterConfig
-from .errors import AdapterError, CheckpointError, ConfigError, MissingExtraError, gather
+from .errors import AdapterError, CheckpointError, ConfigError, MissingExtraError, first_line, gather
 from .inject import Installed, Plan
 from .layer import BIAS
 from .methods import Method, method_by_name
@@ -45,6 +45,8 @@ EXTRA_PREFIX = "base_model."
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format
 MAX_CONFIG = 10_000_000
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+# Options that may be edited in a file, for they change no result.
+BOOKKEEPING = frozenset({"base_model_name_or_path", "inference_mode", "revision", "task_type"})
 # PEFT with bias="all" also writes these copies of a bias that it saves under the module's own key.
 REDUNDANT = (".modules_to_save.", ".original_module.")
 
@@ -73,8 +75,13 @@ def check_adapter_name(name: object) -> str:
         raise AdapterError(f"adapter name: expected a non-empty string, got {name!r}")
     if "/" in name or "\\" in name or name in (".", ".."):
         raise AdapterError(f"adapter name {name!r}: must not be a path, because it names a folder; leave out / and \\")
-    if any(ord(c) < 32 for c in name) or len(name) > 200:
-        raise AdapterError(f"adapter name {name!r}: at most 200 characters, and no control characters")
+    if name in (CONFIG_NAME, WEIGHTS_NAME):
+        raise AdapterError(f"adapter name {name!r}: an adapter's files are called so; take another name")
+    size = len(name.encode(errors="replace"))
+    if size > 200 or any(ord(c) < 32 or 0xD800 <= ord(c) < 0xE000 for c in name):
+        raise AdapterError(
+            f"adapter name {name!r}: at most 200 bytes in UTF-8 (got {size}), no control characters and no surrogates"
+        )
     return name
 
 
@@ -104,14 +111,27 @@ def state_of(installed: Installed) -> tuple[dict[str, Any], dict[str, Tensor], d
         # PEFT lacks the key for this method, or would take other blocks: name the layers themselves.
         exact = "|".join(re.escape(name) for name in params)  # a list would match the ends of other names too
         config.update(target_modules=exact, layers_to_transform=None, layers_pattern=None)
+    checksums = tensors_checksum(tensors), config_checksum(config, installed.config.option_names())
+    return config, tensors, header_metadata(*checksums, export.checksum)
+
+
+def header_metadata(tensors: str, config: str, projections: str | None) -> dict[str, str]:
+    """What the header of adapter_model.safetensors says of ours: up to three checksums (SHA-256, hexadecimal)."""
     metadata = {
         "format": "pt",
         "kilotune_format": str(FORMAT_VERSION),
-        "kilotune_sha256": tensors_checksum(tensors),
+        "kilotune_config_sha256": config,
+        "kilotune_sha256": tensors,
     }
-    if export.checksum is not None:
-        metadata["kilotune_projections_sha256"] = export.checksum
-    return config, tensors, metadata
+    return metadata if projections is None else {**metadata, "kilotune_projections_sha256": projections}
+
+
+def config_checksum(config: Mapping[str, Any], options: Sequence[str]) -> str:
+    """SHA-256 of the values in an adapter_config.json that change results; it ties the config to its weights."""
+    decisive = {key: config[key] for key in options if key in config and key not in BOOKKEEPING}
+    section = {key: value for key, value in config.get(SECTION, {}).items() if key != "weights"}
+    text = json.dumps([decisive, section], sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _blocks_differ(config: AdapterConfig, layers: Sequence[str]) -> bool:
@@ -186,10 +206,18 @@ def _flush(folder: Path) -> None:
 
 
 def _put(fresh: Path, folder: Path) -> None:
-    """Rename the new folder, or its files where the folder is there; the checksums find a pair torn apart."""
+    """Rename the new folder, or its two files where the folder is there.
+
+    Two renames are not one: what is killed between them leaves two files that do not belong together, which the
+    config's checksum in the weights' header tells when they are read.
+    """
     if not folder.exists():
-        fresh.rename(folder)
-        return
+        try:
+            fresh.rename(folder)
+            return
+        except OSError:
+            if not folder.is_dir():  # else another process has written it meanwhile
+                raise
     old = fresh.with_name("old")
     old.mkdir()
     for name in (WEIGHTS_NAME, CONFIG_NAME):
@@ -238,8 +266,10 @@ def locate(
             hint = f" Adapters are in its subfolders: {', '.join(near[:10])}" if near else ""
             raise CheckpointError(f"{folder} holds no {CONFIG_NAME}.{hint}")
         return folder
-    if path.exists() or not REPO_ID.fullmatch(str(source)):
+    beside = path.parent != Path() and path.parent.is_dir()  # a mistyped folder need not be asked for on the hub
+    if path.exists() or beside or not REPO_ID.fullmatch(str(source)):
         what = "is a file, not a folder" if path.exists() else "is no folder here, and no hub id (owner/name)"
+        what = f"is no folder in {path.parent}" if beside and not path.exists() else what
         raise CheckpointError(f"{str(source)!r} {what}")
     return _download(str(source), revision, subfolder, token, cache_dir, local_files_only)
 
@@ -272,9 +302,8 @@ def _download(
                 local_files_only=local,
             )
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise CheckpointError(
-                f"{repo!r} is no folder here, and {name} cannot be had from the hub: {first}"
+                f"{repo!r} is no folder here, and {name} cannot be had from the hub: {first_line(error)}"
             ) from error
         folder = Path(found).parent
     return folder
@@ -290,7 +319,8 @@ def within(folder: Path, relative: str, what: str) -> Path:
 
 def read(folder: Path) -> AdapterFile:
     """Read an adapter's files and check what can be checked without a model."""
-    values = _read_config(folder / CONFIG_NAME)
+    whole = _read_config(folder / CONFIG_NAME)
+    values = dict(whole)
     section = values.pop(SECTION, {})
     if not isinstance(section, dict):
         raise CheckpointError(f"{folder / CONFIG_NAME}: {SECTION!r}: expected an object, got {section!r}")
@@ -307,14 +337,20 @@ def read(folder: Path) -> AdapterFile:
         config = method_cls.config_cls.from_file(values, ours)
     except ConfigError as error:
         raise ConfigError(f"{folder / CONFIG_NAME}: {error}") from error
+    expected = metadata.get("kilotune_config_sha256")
+    if expected not in (None, config_checksum(whole, config.option_names())):
+        raise CheckpointError(
+            f"{folder}: {CONFIG_NAME} and {weights.name} do not belong together: one of them was changed, or writing "
+            "them was cut off between the two; save the adapter again"
+        )
     layered = {k.removeprefix(PREFIX): v for k, v in tensors.items() if k.startswith(PREFIX)}
     rest = {k: v for k, v in tensors.items() if not k.startswith(PREFIX)}
     strange = sorted(k for k in rest if not k.startswith(EXTRA_PREFIX))
     if strange:
         raise CheckpointError(gather(f"{weights}: keys that do not begin with {EXTRA_PREFIX!r}:", strange))
     extra = {k.removeprefix(EXTRA_PREFIX): v for k, v in rest.items()}
-    if whole := sorted(k for k, v in rest.items() if not v.is_floating_point()):
-        raise CheckpointError(gather(f"{weights}: expected floating-point tensors:", whole))
+    if exact := sorted(k for k, v in rest.items() if not v.is_floating_point()):
+        raise CheckpointError(gather(f"{weights}: expected floating-point tensors:", exact))
     method = method_cls.from_checkpoint(config, extra, metadata.get("kilotune_projections_sha256"))
     return AdapterFile(folder, method.config, method, layered, extra, section, metadata)
 
@@ -336,7 +372,11 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    if not path.is_file():
+    try:
+        there = path.is_file()
+    except OSError as error:  # a name that no file system takes
+        raise CheckpointError(f"cannot read {path}: {error}") from error
+    if not there:
         pickled = path.parent / "adapter_model.bin"
         if pickled.is_file():
             raise CheckpointError(
@@ -344,10 +384,11 @@ def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
                 "library that wrote it save it again with safe_serialization=True"
             )
         raise CheckpointError(f"{path} is not there")
-    metadata = _check_header(path)
     try:
-        with safe_open(path, "pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no dictionary
+        with path.open("rb") as file:  # opened once: another process may put a new file in its place meanwhile
+            metadata = _check_header(path, file)
+            file.seek(0)
+            tensors = dict(sorted(load(file.read()).items()))
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is no valid safetensors file: {error}") from error
     expected = metadata.get("kilotune_sha256")
@@ -356,20 +397,19 @@ def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, metadata
 
 
-def _check_header(path: Path) -> dict[str, str]:
+def _check_header(path: Path, file: BinaryIO) -> dict[str, str]:
     """Hold the header's sizes against the file's before anything is parsed; returns the metadata."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        if len(start) < 8:
-            raise CheckpointError(f"{path} is truncated: {size} bytes, expected at least 8")
-        length = struct.unpack("<Q", start)[0]
-        if length > min(size - 8, MAX_HEADER):
-            raise CheckpointError(
-                f"{path}: the header claims {length} bytes, but the file has {size - 8} after its first 8 (and the "
-                f"format allows {MAX_HEADER}): truncated, or no safetensors file"
-            )
-        raw = file.read(length)
+    size = os.fstat(file.fileno()).st_size
+    start = file.read(8)
+    if len(start) < 8:
+        raise CheckpointError(f"{path} is truncated: {size} bytes, expected at least 8")
+    length = struct.unpack("<Q", start)[0]
+    if length > min(size - 8, MAX_HEADER):
+        raise CheckpointError(
+            f"{path}: the header claims {length} bytes, but the file has {size - 8} after its first 8 (and the "
+            f"format allows {MAX_HEADER}): truncated, or no safetensors file"
+        )
+    raw = file.read(length)
     try:
         header = json.loads(raw)
         entries = {key: value for key, value in header.items() if key != "__metadata__"}
@@ -412,7 +452,9 @@ def match_tensors(file: AdapterFile, made: Plan, base_name: str) -> dict[str, Te
     if faults:
         base = file.config.base_model_name_or_path
         trained = f"; it was trained on {base!r}" if base else ""
-        raise CheckpointError(gather(f"the adapter in {file.folder} does not fit this {base_name}{trained}:", faults))
+        raise CheckpointError(
+            gather(f"the adapter in {file.folder} does not fit this {base_name}{trained}:", faults, len(faults))
+        )
     return {target: given[key] for key, (target, _) in wanted.items()}
 
 

@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, StrEnum
-from typing import Any, ClassVar, TypeVar, cast, final
+from typing import Any, ClassVar, NoReturn, TypeVar, cast, final
 
 from .errors import ConfigError, did_you_mean, gather
 
@@ -25,6 +25,7 @@ __all__ = ["FORMAT_VERSION", "AdapterConfig", "TaskType", "option"]
 
 FORMAT_VERSION = 1
 SECTION = "kilotune"
+ALL_LINEAR = "all-linear"
 C = TypeVar("C", bound="AdapterConfig")
 
 
@@ -49,6 +50,22 @@ def option(default: Any, text: str, *, ours: bool = False) -> Any:
 
 
 Names = tuple[str, ...]
+
+
+@final
+class FrozenDict(dict[str, Any]):
+    """A dictionary that cannot be changed, so that a checked configuration stays valid; hashable by its items."""
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise TypeError("a configuration is frozen; use replace() to get one with other values")
+
+    __setitem__ = __delitem__ = clear = pop = popitem = setdefault = update = __ior__ = _refuse
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
+
+    def __reduce__(self) -> tuple[type[FrozenDict], tuple[dict[str, Any]]]:
+        return FrozenDict, (dict(self),)
 
 
 @final
@@ -115,6 +132,11 @@ class AdapterConfig(ABC):
             self._set(name, _as_tuple(getattr(self, name), keep_string=True))
         for name in ("modules_to_save", "layers_pattern", "layers_to_transform"):
             self._set(name, _as_tuple(getattr(self, name), keep_string=False) or None)
+        for name in self.option_names():
+            if isinstance(value := getattr(self, name), dict):
+                self._set(name, FrozenDict(value))
+        if isinstance(self.target_modules, str) and self.target_modules.lower() == ALL_LINEAR:
+            self._set("target_modules", ALL_LINEAR)
         self._set("task_type", self.task_type.value if isinstance(self.task_type, TaskType) else self.task_type)
         faults = [*self._common_faults(), *self.faults()]
         if faults:
@@ -216,8 +238,8 @@ class AdapterConfig(ABC):
         indices = self.block_indices
         faults = []
         if indices is not None:
-            if any(number_fault("", i, low=0, whole=True) for i in indices):
-                faults.append(f"layers_to_transform: expected block indices >= 0, got {list(indices)!r}")
+            if not isinstance(indices, tuple) or any(number_fault("", i, low=0, whole=True) for i in indices):
+                faults.append(f"layers_to_transform: expected block indices >= 0, got {self.layers_to_transform!r}")
             if isinstance(self.target_modules, str):
                 faults.append(
                     "layers_to_transform: needs target_modules to be a list of names; a regular expression or "
@@ -276,7 +298,7 @@ def _as_tuple(value: Any, keep_string: bool) -> Any:
     if isinstance(value, (str, int)):
         return (value,)
     if isinstance(value, (set, frozenset)):
-        return tuple(sorted(value))
+        return tuple(sorted(value, key=repr))
     return tuple(value) if isinstance(value, (list, tuple)) else value
 
 
@@ -299,6 +321,8 @@ def _regex_faults(key: str, pattern: str) -> list[str]:
 def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return dict(value)
     if isinstance(value, Enum):
         return value.value
     return value

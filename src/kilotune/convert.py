@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from . import checkpoint, inject
 from ._progress import track
-from .config import FORMAT_VERSION, AdapterConfig
+from .config import AdapterConfig
 from .deltas import LowRank
 from .errors import ConfigError, UnsupportedError
 from .inject import Installed
@@ -312,12 +312,9 @@ def rewrite(file: checkpoint.AdapterFile) -> Conversion:
     if isinstance(file.config, VeraConfig) or file.section:
         raise UnsupportedError(f"{file.method.name}: needs the base's shapes; load it, and use to_peft or to_kilotune")
     tensors = {f"{checkpoint.PREFIX}{key}": value for key, value in file.tensors.items()}
-    metadata = {
-        "format": "pt",
-        "kilotune_format": str(FORMAT_VERSION),
-        "kilotune_sha256": checkpoint.tensors_checksum(tensors),
-    }
-    return Conversion((file.config.to_dict(), tensors, metadata), _same_text(file.method.name), {})
+    config = file.config.to_dict()
+    checksums = checkpoint.tensors_checksum(tensors), checkpoint.config_checksum(config, file.config.option_names())
+    return Conversion((config, tensors, checkpoint.header_metadata(*checksums, None)), _same_text(file.method.name), {})
 
 
 def _same_text(method: str) -> str:

@@ -19,6 +19,7 @@ __all__ = [
     "TargetError",
     "UnsupportedError",
     "did_you_mean",
+    "first_line",
     "gather",
     "nearest",
 ]
@@ -71,6 +72,11 @@ def did_you_mean(name: str, options: Iterable[str]) -> str:
     """`` Did you mean 'x'?`` for the nearest name, or the empty string when nothing is near."""
     close = nearest(name, options, 1)
     return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of another library's message, or the error's type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def gather(headline: str, faults: Sequence[str], limit: int = 20) -> str:

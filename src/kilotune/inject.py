@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast, final
 
 import torch
@@ -18,7 +18,7 @@ from .config import AdapterConfig
 from .deltas import Delta, Need
 from .errors import TargetError, UnsupportedError, did_you_mean, gather
 from .kinds import LayerKind
-from .layer import BIAS, ActiveState, AdaptedLayer, SavedModule, Slot, sketch, slot_key
+from .layer import BIAS, ActiveState, AdaptedLayer, SavedModule, Slot, slot_key
 from .methods import Method, Shared, Site, method_of
 from .projections import Projections
 from .storage import Storage
@@ -90,7 +90,7 @@ def walk(root: nn.Module, aliases: bool = False) -> Iterator[tuple[str, nn.Modul
             return
         seen.add(id(module))
         yield name, module, parent
-        if isinstance(module, (AdaptedLayer, SavedModule)):
+        if isinstance(module, (AdaptedLayer, SavedModule, torch.jit.ScriptModule)):
             return
         for child_name, child in module._modules.items():
             if child is not None:
@@ -108,6 +108,8 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 def check_base(model: nn.Module) -> None:
     """Refuse a base model that has adapters already, of kilotune or of PEFT, or layers without a shape."""
+    if type(model).__name__ == "OptimizedModule":  # by name: importing torch._dynamo takes a second
+        raise UnsupportedError("the model is compiled already; add adapters first, then torch.compile the whole")
     for name, module in model.named_modules():
         if isinstance(module, (AdaptedLayer, SavedModule, Projections)):
             raise UnsupportedError(
@@ -168,7 +170,8 @@ def plan(
 
 
 def _candidates(root: nn.Module, aliases: bool) -> list[Candidate]:
-    return candidates((name, unwrapped(module), parent) for name, module, parent in walk(root, aliases) if name)
+    found = ((name, unwrapped(module), parent) for name, module, parent in walk(root, aliases) if name)
+    return candidates(item for item in found if not isinstance(item[1], torch.jit.ScriptModule))
 
 
 def _model_type(root: nn.Module) -> str | None:
@@ -189,7 +192,7 @@ def _output_names(root: nn.Module) -> frozenset[str]:
     getter = getattr(root, "get_output_embeddings", None)
     try:
         output = getter() if callable(getter) else None
-    except (NotImplementedError, AttributeError):  # transformers raises where a model has none
+    except (NotImplementedError, AttributeError, TypeError):  # transformers raises where a model has none
         output = None
     return (
         frozenset(name for name, module, _ in walk(root, aliases=True) if module is output) if output else frozenset()
@@ -198,7 +201,7 @@ def _output_names(root: nn.Module) -> frozenset[str]:
 
 def _saved_modules(root: nn.Module, config: AdapterConfig, strict: bool) -> dict[str, nn.Module]:
     names = config.modules_to_save or ()
-    modules = [(name, module) for name, module, _ in walk(root) if name]
+    modules = [(name, module) for name, module, _ in walk(root, aliases=True) if name]
     saved = {name: module for name, module in modules if saved_whole(names, name)}
     missing = [n for n in names if not any(saved_whole((n,), name) for name in saved)]
     if missing and strict:
@@ -206,7 +209,9 @@ def _saved_modules(root: nn.Module, config: AdapterConfig, strict: bool) -> dict
         faults = [f"modules_to_save: no module is called {n!r}.{did_you_mean(n, last)}" for n in missing]
         raise TargetError(gather("some modules are not there:", faults))
     inner = [a for a in saved for b in saved if a != b and a.startswith(f"{b}.")]
-    return {name: module for name, module in saved.items() if name not in inner}
+    once = {id(module): name for name, module in reversed(saved.items())}  # one that has several names, by the first
+    outer = {name: module for name, module in saved.items() if name not in inner and once[id(module)] == name}
+    return {name: unwrapped(module) for name, module in outer.items()}
 
 
 def _check_saved_overlap(root: nn.Module, saved: Mapping[str, nn.Module], adapted: Mapping[str, Candidate]) -> None:
@@ -220,6 +225,12 @@ def _check_saved_overlap(root: nn.Module, saved: Mapping[str, nn.Module], adapte
         if w == s or w.startswith(f"{s}.")
     ]
     faults += [f"{name!r} is replaced whole by another adapter's modules_to_save" for name in adapted if name in whole]
+    owners = {id(inner): name for name, module in saved.items() for inner in module.modules()}
+    faults += [
+        f"{name!r} is to be adapted, and to be trained whole as {owners[id(c.module)]!r}, which is the same object"
+        for name, c in adapted.items()
+        if id(c.module) in owners
+    ]
     if faults:
         raise UnsupportedError(gather("adapters that exclude each other:", faults))
 
@@ -285,7 +296,7 @@ def _check_patterns(config: AdapterConfig, layers: Mapping[str, Candidate], stri
 
 def _expected_shapes(made: Plan) -> dict[str, dict[str, tuple[int, ...]]]:
     """The shapes of all trained tensors by layer, found on the meta device."""
-    sites = {name: sketch(_site(c)) for name, c in made.layers.items()}
+    sites = {name: _sketch(_site(c)) for name, c in made.layers.items()}
     shared = made.method.prepare(made.adapter, list(sites.values()), Projections())
     shapes = {
         name: {k: tuple(v.shape) for k, v in made.method.init(site, shared).items()} for name, site in sites.items()
@@ -307,6 +318,19 @@ def _site(c: Candidate) -> Site:
 def _wrapper(c: Candidate, state: ActiveState) -> AdaptedLayer:
     """A wrapper around a candidate; it is not put into the model."""
     return AdaptedLayer(c.module, cast(LayerKind, c.kind), cast(Storage, c.storage), state)
+
+
+def _sketch(site: Site) -> Site:
+    """The same site on the meta device: shapes without memory, for checks before anything is changed."""
+    return replace(site, device=_meta_device, read=_no_read)
+
+
+def _meta_device() -> torch.device:
+    return torch.device("meta")
+
+
+def _no_read() -> Tensor:
+    raise UnsupportedError("a sketched site has no weight to read")
 
 
 # -- apply -----------------------------------------------------------------------------------------
@@ -380,7 +404,7 @@ def _start(
 def _replace(root: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
     """Put ``new[module]`` wherever ``module`` hangs, in one pass over the model."""
     for parent in [module for _, module, _ in walk(root)]:
-        if not isinstance(parent, (AdaptedLayer, SavedModule)):
+        if not isinstance(parent, (AdaptedLayer, SavedModule, torch.jit.ScriptModule)):
             parent._modules.update({key: new[m] for key, m in parent._modules.items() if m is not None and m in new})
     for _, module, _ in walk(root):
         _set_fast_path(module)

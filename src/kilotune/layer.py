@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast, final
 
 import torch
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .deltas import Delta, Full, LowRank, Rescale, Residual, Shift
-from .errors import MergeError
+from .errors import MergeError, gather
 from .kernels.lowrank import accumulate_dtype, scale_features
 from .kinds import LayerKind
 from .methods import Method, Shared, Site
@@ -52,11 +52,17 @@ class ActiveState:
 
     def __init__(self) -> None:
         self.active: tuple[str, ...] = ()
+        self.merged: tuple[str, ...] = ()
         self.disabled = False
 
     @property
     def live(self) -> tuple[str, ...]:
         return () if self.disabled else self.active
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.disabled:  # the copy would be disabled for good, its weights those of the moment
+            raise MergeError("cannot copy or save a model inside disable_adapter(); leave its context first")
+        return self.__dict__
 
 
 @final
@@ -179,7 +185,7 @@ class AdaptedLayer(nn.Module):
         y = self._kind.call(self.base_layer, shift, args, kwargs)
         base = None if shift is not None or self._merged else y
         if deltas:
-            x = args[0] if args else next(iter(kwargs.values()))
+            x = args[0] if args else _input_of(kwargs)
             for last in (False, True):  # what is not linear comes after what is
                 for slot, delta in deltas:
                     if isinstance(delta, Residual) is last:
@@ -279,6 +285,10 @@ class AdaptedLayer(nn.Module):
         lost = float((rounded - base - change).norm()) / norm if norm > 0 else 0.0
         return self._kind.native(self.base_layer, total), lost
 
+    def kept_parameters(self) -> Iterator[nn.Parameter]:
+        """The base's own parameters that are put aside while adapters are merged."""
+        return (p for p in self._kept.values() if p is not None)
+
     @torch.inference_mode(False)  # weights made in inference mode could never be trained against
     def merge(self, names: Sequence[str]) -> float:
         """Put the deltas of ``names`` into the weight, beside those merged already; returns the part lost."""
@@ -333,10 +343,14 @@ class AdaptedLayer(nn.Module):
             return getattr(self.base_layer, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("weight", BIAS):
-            setattr(self.base_layer, name, value)
-        else:
+        if name not in ("weight", BIAS):
             super().__setattr__(name, value)
+        elif self._kept:
+            raise MergeError(
+                f"cannot set {name!r} of a layer while {list(self._merged)} are merged into it; unmerge first"
+            )
+        else:
+            setattr(self.base_layer, name, value)
 
 
 _RUN: dict[type[Delta], Callable[[AdaptedLayer, Slot, Delta, Tensor, Tensor | None, Tensor], Tensor]] = {
@@ -364,7 +378,8 @@ class SavedModule(nn.Module):
 
     def current(self) -> nn.Module:
         """The module that runs now."""
-        for name in reversed(self._state.live):
+        merged = () if self._state.disabled else self._state.merged
+        for name in reversed((*merged, *self._state.live)):
             if (key := slot_key(name)) in self.copies:
                 return self.copies[key]
         return self.original_module
@@ -380,6 +395,12 @@ class SavedModule(nn.Module):
                 raise
             return getattr(self.current(), name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("weight", BIAS):  # as transformers does when it ties weights
+            setattr(self.original_module, name, value)
+        else:
+            super().__setattr__(name, value)
+
     # A base model may go through a list of modules by itself; truth is not length, as for any module.
     def __bool__(self) -> bool:
         return True
@@ -394,6 +415,24 @@ class SavedModule(nn.Module):
         return cast(nn.ModuleList, self.current())[index]
 
 
+def _input_of(kwargs: Mapping[str, Any]) -> Tensor:
+    """The layer's input among keywords: ``input``, as torch calls it, or else the first tensor."""
+    tensors = [value for value in kwargs.values() if isinstance(value, Tensor)]
+    return cast(Tensor, kwargs.get("input", tensors[0]))
+
+
+def check_finite(layers: Mapping[str, AdaptedLayer], names: Sequence[str]) -> None:
+    """Raise MergeError if merging ``names`` would give a value that is not finite; changes nothing."""
+    broken = []
+    for where, layer in layers.items():
+        result = layer.merged_with([*layer.merged, *names])
+        values = [v.to(layer.compute_dtype()) for v in (result.weight, result.bias) if v is not None]
+        if not all(bool(torch.isfinite(v).all()) for v in values if v.device.type != "meta"):
+            broken.append(f"{where}: the merged weight would hold values that are not finite")
+    if broken:
+        raise MergeError(gather(f"safe_merge refused adapters {list(names)}; nothing was changed:", broken))
+
+
 def warn_of_loss(lost: Mapping[str, float]) -> None:
     """Warn when merging lost more than a twentieth of a change; ``lost``: by layer, see :class:`Merged`."""
     worst = max(lost, key=lambda name: lost[name], default=None)
@@ -404,16 +443,3 @@ def warn_of_loss(lost: Mapping[str, float]) -> None:
             MergePrecisionWarning,
             stacklevel=4,
         )
-
-
-def sketch(site: Site) -> Site:
-    """The same site on the meta device: shapes without memory, for checks before anything is changed."""
-    return replace(site, device=_meta_device, read=_no_read)
-
-
-def _meta_device() -> torch.device:
-    return torch.device("meta")
-
-
-def _no_read() -> Tensor:
-    raise MergeError("a sketched site has no weight to read")

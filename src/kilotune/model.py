@@ -15,9 +15,9 @@ from torch import nn
 from . import checkpoint, inject
 from ._progress import track
 from .config import AdapterConfig
-from .errors import AdapterError, ConfigError, MergeError, did_you_mean, gather
+from .errors import AdapterError, ConfigError, MergeError, UnsupportedError, did_you_mean
 from .inject import Installed
-from .layer import ActiveState, AdaptedLayer, MergePrecisionWarning, slot_key, warn_of_loss
+from .layer import ActiveState, AdaptedLayer, MergePrecisionWarning, check_finite, slot_key, warn_of_loss
 from .methods import LoraConfig, VeraConfig
 from .projections import Projections
 from .report import ParameterReport, count_parameters
@@ -44,7 +44,7 @@ class AdapterModel(nn.Module, ABC):
     def __init__(self, model: nn.Module, config: AdapterConfig, adapter_name: str = DEFAULT) -> None:
         super().__init__()
         self._take(model)
-        self._add(adapter_name, config)
+        self.add_adapter(adapter_name, config)
         self._activate((adapter_name,))
 
     def _take(self, model: nn.Module) -> None:
@@ -62,7 +62,14 @@ class AdapterModel(nn.Module, ABC):
         self.training = model.training
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's forward, with the active adapters."""
+        """The base model's forward, with the active adapters.
+
+        Raises:
+            UnsupportedError: for PEFT's ``adapter_names``, which many models would swallow without a word.
+
+        """
+        if "adapter_names" in kwargs:
+            raise UnsupportedError("adapter_names: rows of one batch with different adapters are not there yet")
         return self.model(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -102,16 +109,10 @@ class AdapterModel(nn.Module, ABC):
     @property
     def merged_adapters(self) -> list[str]:
         """The names of the adapters that are merged into the weights now."""
-        merged = {name for layer in self.adapted_layers().values() for name in layer.merged}
-        return [name for name in self._installed if name in merged]
+        return [name for name in self._installed if name in self._state.merged]
 
     def installed(self, adapter_name: str) -> Installed:
-        """One adapter's parts: its config, method, layers and modules saved whole.
-
-        Raises:
-            AdapterError: no such adapter.
-
-        """
+        """One adapter's parts: its config, method, layers and modules saved whole; AdapterError if it is not there."""
         return self._installed[self._known(adapter_name)]
 
     def adapted_layers(self) -> dict[str, AdaptedLayer]:
@@ -128,10 +129,7 @@ class AdapterModel(nn.Module, ABC):
         return count_parameters(self)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """(trainable, all) parameters, as PEFT counts: the shared projections are no parameters.
-
-        :meth:`report` counts them too.
-        """
+        """(trainable, all) parameters, as PEFT counts: without the shared projections, which :meth:`report` has."""
         report = self.report()
         return report.trainable, report.total - report.frozen_shared
 
@@ -150,14 +148,11 @@ class AdapterModel(nn.Module, ABC):
             AdapterError: the name is taken or invalid. TargetError, ConfigError, UnsupportedError: see ``inject.plan``.
 
         """
-        self._add(adapter_name, peft_config)
-
-    def _add(self, name: str, config: AdapterConfig) -> None:
-        self._check_new_name(name)
-        if not isinstance(config, self.configs):
+        self._check_new_name(adapter_name)
+        if not isinstance(peft_config, self.configs):
             wanted = " or ".join(c.__name__ for c in self.configs)
-            raise ConfigError(f"{type(self).__name__}: expected a {wanted}, got {_describe(config)}")
-        self._install(inject.plan(self.model, name, self._completed(config)), None)
+            raise ConfigError(f"{type(self).__name__}: expected a {wanted}, got {_describe(peft_config)}")
+        self._install(inject.plan(self.model, adapter_name, self._completed(peft_config)), None)
 
     def _completed(self, config: AdapterConfig) -> AdapterConfig:
         if config.base_model_name_or_path is not None:
@@ -176,7 +171,6 @@ class AdapterModel(nn.Module, ABC):
         self._installed[made.adapter] = installed
         if installed.shared.trained:
             self.shared_parameters[slot_key(made.adapter)] = nn.ParameterDict(installed.shared.trained)
-        self._settle_gradients()
 
     def load_adapter(
         self,
@@ -232,7 +226,10 @@ class AdapterModel(nn.Module, ABC):
         self._activate(tuple(dict.fromkeys(self._known(name) for name in names)))
 
     def _activate(self, names: tuple[str, ...]) -> None:
-        self._check_unmerged("change the active adapters")
+        if merged := self.merged_adapters:
+            raise MergeError(
+                f"cannot change the active adapters while {merged} are merged; call unmerge_adapter() first"
+            )
         inject.check_compatible({name: self._installed[name] for name in names})
         self._state.active = names
         self._settle_gradients()
@@ -314,19 +311,14 @@ class AdapterModel(nn.Module, ABC):
         for where, layer in layers.items():
             layer.check_mergeable(names, where)
         if safe_merge:
-            self._check_finite(layers, names)
-        lost = {where: layers[where].merge(names) for where in track(list(layers), "merging", show=progressbar)}
+            check_finite(layers, names)
+        try:
+            lost = {where: layers[where].merge(names) for where in track(list(layers), "merging", show=progressbar)}
+        except BaseException:  # out of memory, or Ctrl-C: not some layers merged and others not
+            self._remerge(self._state.merged)
+            raise
+        self._state.merged = (*self._state.merged, *names)
         warn_of_loss(lost)
-
-    def _check_finite(self, layers: dict[str, AdaptedLayer], names: list[str]) -> None:
-        broken = []
-        for where, layer in layers.items():
-            result = layer.merged_with([*layer.merged, *names])
-            values = [v.to(layer.compute_dtype()) for v in (result.weight, result.bias) if v is not None]
-            if not all(bool(torch.isfinite(v).all()) for v in values if v.device.type != "meta"):
-                broken.append(f"{where}: the merged weight would hold values that are not finite")
-        if broken:
-            raise MergeError(gather(f"safe_merge refused adapters {names}; nothing was changed:", broken))
 
     def unmerge_adapter(self) -> None:
         """Take all merged adapters out; the base weights have their very bits again.
@@ -338,8 +330,17 @@ class AdapterModel(nn.Module, ABC):
         self._check_enabled("unmerge")
         if not self.merged_adapters:
             raise MergeError("unmerge_adapter: no adapter is merged")
-        for layer in self.adapted_layers().values():
+        self._remerge(())
+
+    def _remerge(self, names: tuple[str, ...]) -> None:
+        """Bring all layers to where exactly ``names`` are merged."""
+        layers = self.adapted_layers().values()
+        for layer in layers:
             layer.unmerge()
+        self._state.merged = ()
+        for layer in layers if names else ():
+            layer.merge(names)
+        self._state.merged = names
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
@@ -349,24 +350,31 @@ class AdapterModel(nn.Module, ABC):
         A weight that was tied to another module's gets a value of its own; the other module keeps the base's.
         """
         names = self._to_merge(adapter_names)
-        wanted = [name for name in names if name not in self.merged_adapters]
-        self._merge(wanted, safe_merge, progressbar)
-        self._state.active = tuple(names)  # so that the modules that these adapters trained whole are the current ones
+        self._check_enabled("merge")
+        active, merged = self._state.active, self._state.merged
+        self._state.active = tuple(names)
+        if set(names) != set(merged):  # exactly these, whatever is merged now
+            self._remerge(())
+            try:
+                self._merge(names, safe_merge, progressbar)
+            except BaseException:
+                self._state.active = active
+                self._remerge(merged)
+                raise
         inject.strip(self.model, lambda saved: saved.current())
         return self._release()
 
     def unload(self) -> nn.Module:
         """Return the base model as it was before the first adapter; this object is spent."""
         self._check_enabled("unload")
-        for layer in self.adapted_layers().values():
-            layer.unmerge()
+        self._remerge(())
         inject.strip(self.model, lambda saved: saved.original_module)
         return self._release()
 
     def _release(self) -> nn.Module:
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name in self._was_trainable)
-        self._installed, self._state.active = {}, ()
+        self._installed, self._state.active, self._state.merged = {}, (), ()
         self.shared_parameters = nn.ModuleDict()
         for owner in list(self.projections.owners()):
             self.projections.release(owner)
@@ -392,6 +400,8 @@ class AdapterModel(nn.Module, ABC):
             raise ConfigError(
                 f"safe_serialization: expected True, got {safe_serialization!r}; weights are safetensors only"
             )
+        if isinstance(selected_adapters, str):
+            selected_adapters = [selected_adapters]
         names = list(self._installed) if selected_adapters is None else [self._known(n) for n in selected_adapters]
         if not names:
             raise AdapterError("save_pretrained: there is no adapter to save")
@@ -416,10 +426,6 @@ class AdapterModel(nn.Module, ABC):
     def _check_enabled(self, purpose: str) -> None:
         if self._state.disabled:
             raise MergeError(f"cannot {purpose} inside disable_adapter(); leave its context first")
-
-    def _check_unmerged(self, purpose: str) -> None:
-        if merged := self.merged_adapters:
-            raise MergeError(f"cannot {purpose} while {merged} are merged; call unmerge_adapter() first")
 
 
 @final

@@ -8,7 +8,6 @@ what a run does.
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -20,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from . import checkpoint
-from .config import FORMAT_VERSION, AdapterConfig
-from .errors import ConfigError, KilotuneError, MissingExtraError, did_you_mean
+from .config import AdapterConfig
+from .errors import ConfigError, KilotuneError, MissingExtraError, did_you_mean, first_line
 from .inject import SavedModule, walk
 from .layer import AdaptedLayer
 from .methods import method_of
@@ -46,7 +45,6 @@ TASK_CLASSES = {
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
     "FEATURE_EXTRACTION": "AutoModel",
 }
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 CHECKSUM = "0" * 64
 
 
@@ -238,7 +236,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         where = f"{path.parent} holds no {path.name}" if path.parent.is_dir() else f"{path} is not there"
         raise ConfigError(where) from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ConfigError(f"cannot read {path}: {_first_line(error)}") from error
+        raise ConfigError(f"cannot read {path}: {first_line(error)}") from error
     if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
         raise ConfigError(f"{path}: expected the configuration of a transformers model, with a 'model_type'")
     return values
@@ -246,7 +244,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _from_hub(source: str, revision: str | None, head: Head, built_in: Mapping[str, BuiltIn]) -> Base:
     hint = did_you_mean(source, built_in)
-    if not HUB_ID.fullmatch(source):
+    if not checkpoint.REPO_ID.fullmatch(source):
         raise ConfigError(f"{source!r} is no file, folder, built-in model or hub id (owner/name).{hint}")
     transformers = _need_transformers(f"{source!r} is not built in; reading it from the hub")
     try:
@@ -254,7 +252,7 @@ def _from_hub(source: str, revision: str | None, head: Head, built_in: Mapping[s
     except Exception as error:  # transformers and the hub raise a dozen unrelated kinds
         raise ConfigError(
             f"{source!r} is no file, folder or built-in model here.{hint} Taken as a hub id, its configuration cannot "
-            f"be had: {_first_line(error)}"
+            f"be had: {first_line(error)}"
         ) from error
     return Base(source, f"hub: {source}", _on_meta(lambda: _instance(config, source, head)))
 
@@ -316,10 +314,6 @@ def _class_of(config: Any, task: str | None) -> Callable[[Any], nn.Module]:
             return cls
     auto: Callable[[Any], nn.Module] = getattr(transformers, TASK_CLASSES[task or "FEATURE_EXTRACTION"]).from_config
     return auto
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _all_lines(error: Exception) -> str:
@@ -438,9 +432,7 @@ def _file_bytes(adapted: PeftModel) -> int:
         if isinstance(module, SavedModule):
             twin = next(iter(module.copies.values()))
             tensors.update({f"{checkpoint.PREFIX}{name}.{key}": value for key, value in twin.state_dict().items()})
-    metadata = {"format": "pt", "kilotune_format": str(FORMAT_VERSION), "kilotune_sha256": CHECKSUM}
-    if export.checksum is not None:
-        metadata["kilotune_projections_sha256"] = CHECKSUM
+    metadata = checkpoint.header_metadata(CHECKSUM, CHECKSUM, None if export.checksum is None else CHECKSUM)
     return _safetensors_bytes(tensors, metadata)
 
 

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .errors import ConfigError
+from .errors import CheckpointError, ConfigError
 
 __all__ = [
     "Extent",
@@ -110,10 +110,15 @@ class Extent(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """A projection pair, both stored with the rank first: a (rank, in), b (rank, out)."""
+    """A projection pair, both stored with the rank first: a (rank, in), b (rank, out).
+
+    ``a`` is the matrix divided by 2^exponent: exact, and what a float16 product needs, for which the sum over
+    thousands of inputs without the gain would be too large.
+    """
 
     a: Tensor
     b: Tensor
+    exponent: int = 0
 
 
 class Source(ABC):
@@ -126,6 +131,10 @@ class Source(ABC):
     @abstractmethod
     def gain(self, rank: int, inn: int) -> float:
         """The scalar that a layer with ``inn`` inputs multiplies into B diag(d) A."""
+
+    def exponent(self, extent: Extent) -> int:
+        """The power of two by which A is held smaller; 0 where the matrices have their gains in them."""
+        return 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Source:
         return self  # frozen, and a stored one holds its matrices
@@ -148,7 +157,10 @@ class PortableSource(Source):
         return Pair(torch.from_numpy(a), torch.from_numpy(b))
 
     def gain(self, rank: int, inn: int) -> float:
-        return math.sqrt(6.0 / inn) * math.sqrt(6.0 / rank)
+        return math.sqrt(6.0 / max(inn, 1)) * math.sqrt(6.0 / rank)
+
+    def exponent(self, extent: Extent) -> int:
+        return max(0, math.ceil(math.log2(max(extent.inn, 1) / 6.0) / 2.0))
 
 
 @final
@@ -173,8 +185,9 @@ class PeftSource(Source):
         # The bound in the order of operations that fixes its last bit: sqrt(3) * (sqrt(2) / sqrt(fan_in)).
         bound_a = math.sqrt(3.0) * (math.sqrt(2.0) / math.sqrt(inn))
         bound_b = math.sqrt(3.0) * (math.sqrt(2.0) / math.sqrt(rank))
-        a = torch.empty(rank, inn, dtype=torch.float32).uniform_(-bound_a, bound_a, generator=generator)
-        b = torch.empty(out, rank, dtype=torch.float32).uniform_(-bound_b, bound_b, generator=generator)
+        # On the CPU whatever the default device is: its stream is the definition.
+        a = torch.empty(rank, inn, dtype=torch.float32, device="cpu").uniform_(-bound_a, bound_a, generator=generator)
+        b = torch.empty(out, rank, dtype=torch.float32, device="cpu").uniform_(-bound_b, bound_b, generator=generator)
         return Pair(a, b.T.contiguous())
 
     def gain(self, rank: int, inn: int) -> float:
@@ -200,8 +213,13 @@ class StoredSource(Source):
         return Extent(self.pair.a.shape[0], self.pair.a.shape[1], self.pair.b.shape[1])
 
     def build(self, extent: Extent) -> Pair:
-        if self.extent.union(extent) != self.extent:
-            raise ConfigError(f"stored projections of extent {self.extent} do not cover {extent}")
+        if extent != self.extent:  # PEFT makes them in the largest shape of the targets: another size, another base
+            have = self.extent
+            raise CheckpointError(
+                f"the stored projections are of rank {have.rank}, in {have.inn}, out {have.out}, but the targeted "
+                f"layers of this model need rank {extent.rank}, in {extent.inn}, out {extent.out}: the adapter was "
+                "trained on another base"
+            )
         return self.pair
 
     def gain(self, rank: int, inn: int) -> float:
@@ -212,7 +230,7 @@ def pair_checksum(pairs: Iterable[Pair]) -> str:
     """SHA-256 (hex) over the float32 little-endian bytes of the pairs' a and b, in order."""
     digest = hashlib.sha256()
     for pair in pairs:
-        for tensor in pair:
+        for tensor in (pair.a, pair.b):
             digest.update(f"{tuple(tensor.shape)};".encode())
             digest.update(np.ascontiguousarray(tensor.detach().cpu().float().numpy(), dtype="<f4").tobytes())
     return digest.hexdigest()
@@ -245,13 +263,12 @@ class Projections(nn.Module):
         self._settle()
 
     def pair(self, source: Source, device: torch.device, dtype: torch.dtype) -> Pair:
-        """The pair of ``source`` on ``device`` in ``dtype``: a (R, IN), b (R, OUT), R, IN, OUT as needed."""
+        """The pair of ``source`` on ``device`` in ``dtype``: a (R, IN), b (R, OUT), R, IN, OUT as needed.
+
+        ``a`` is the matrix divided by 2^exponent; the caller multiplies that into its scale.
+        """
         pair = self._copies.get((source, device, dtype))
         return pair if pair is not None else self._derive(source, device, dtype)
-
-    def holds(self, source: Source, device: torch.device, dtype: torch.dtype) -> bool:
-        """Whether the pair is there already, in that place and dtype."""
-        return (source, device, dtype) in self._copies
 
     def owners(self) -> list[str]:
         """The adapters that need something."""
@@ -263,7 +280,7 @@ class Projections(nn.Module):
 
     def tensors(self) -> list[Tensor]:
         """All tensors held now (for memory reports)."""
-        return [tensor for pair in self._copies.values() for tensor in pair]
+        return [tensor for pair in self._copies.values() for tensor in (pair.a, pair.b)]
 
     def extra_repr(self) -> str:
         return ", ".join(f"{source}: {tuple(extent)}" for source, extent in self._extents.items())
@@ -290,8 +307,10 @@ class Projections(nn.Module):
                 torch.empty(extent.rank, extent.out, device=device, dtype=dtype),
             )
         else:
-            a, b = source.build(extent)
-            pair = Pair(a.to(device=device, dtype=dtype), b.to(device=device, dtype=dtype))
+            a, b, _ = source.build(extent)
+            exponent = source.exponent(extent)
+            a = a if exponent == 0 else a * 2.0**-exponent
+            pair = Pair(a.to(device=device, dtype=dtype), b.to(device=device, dtype=dtype), exponent)
         self._copies[(source, device, dtype)] = pair
         return pair
 

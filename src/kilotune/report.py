@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Any, final
 
 from torch import Tensor, nn
@@ -80,7 +81,8 @@ def count_parameters(model: nn.Module) -> ParameterReport:
     holders = [module for module in model.modules() if isinstance(module, Projections)]
     seen: set[tuple[object, ...]] = set()
     own = {id(p) for p in _adapter_parameters(model)}
-    parameters = list(_unseen(model.parameters(), seen))
+    kept = (p for m in model.modules() if isinstance(m, AdaptedLayer) for p in m.kept_parameters())
+    parameters = list(_unseen(chain(model.parameters(), kept), seen))
     trainable = [p for p in parameters if p.requires_grad]
     frozen = [p for p in parameters if not p.requires_grad]
     base = [p for p in frozen if id(p) not in own]

@@ -14,7 +14,7 @@ from typing import final
 
 from torch import nn
 
-from .config import AdapterConfig
+from .config import ALL_LINEAR, AdapterConfig
 from .deltas import Need
 from .errors import ConfigError, TargetError, did_you_mean, gather, nearest
 from .kinds import KINDS, LayerKind, kind_of
@@ -22,12 +22,15 @@ from .storage import STORAGES, Storage, storage_of
 
 __all__ = ["DEFAULT_TARGETS", "Verdict", "explain", "resolve_targets", "select"]
 
-ALL_LINEAR = "all-linear"
 HEADS = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
+
+# Parents (a part of the class name) that read the weight of some of their layers themselves: transformers' Mamba
+# mixers hand these to fused kernels, so a wrapper around them would never run.
+READ_BY_PARENT = {"Mamba": ("out_proj", "conv1d"), "Bamba": ("out_proj", "conv1d")}
 
 _QV = ("q_proj", "v_proj")
 _FUSED = ("query_key_value",)
@@ -136,7 +139,7 @@ def select(
         faults = [f"{v.name!r}: {v.reason.removeprefix('refused: ')}" for v in refused]
         raise TargetError(gather("some targeted modules cannot be adapted:", faults))
     taken = [candidate for candidate, verdict in zip(found, verdicts, strict=True) if verdict.taken]
-    faults = _unmatched(found, config, verdicts) if strict or not taken else []
+    faults = _unmatched(found, config, verdicts, needs) if strict or not taken else []
     if not taken or faults:
         faults = faults or [_nothing(config, verdicts)]
         raise TargetError(
@@ -203,6 +206,9 @@ def _refusal(c: Candidate, needs: frozenset[Need]) -> str | None:
     kind_name = type(c.module).__name__
     if issubclass(c.parent, nn.MultiheadAttention):
         return "torch's MultiheadAttention reads this layer's weight itself, so an adapter here would never run"
+    for part, names in READ_BY_PARENT.items():
+        if part in c.parent.__name__ and c.name.rpartition(".")[2] in names:
+            return f"{c.parent.__name__} hands this layer's weight to a fused kernel, so an adapter here would not run"
     if c.kind is None or not needs <= c.kind.offers:
         children = [name for name, _ in c.module.named_children()]
         if children:
@@ -230,7 +236,9 @@ def _in_layers(name: str, config: AdapterConfig) -> bool:
     return match is not None and int(match.group(1)) in config.block_indices
 
 
-def _unmatched(found: Sequence[Candidate], config: AdapterConfig, verdicts: Sequence[Verdict]) -> list[str]:
+def _unmatched(
+    found: Sequence[Candidate], config: AdapterConfig, verdicts: Sequence[Verdict], needs: frozenset[Need]
+) -> list[str]:
     """A line for each listed name, and each block index, that no module fits."""
     if not isinstance(config.target_modules, tuple):
         return []
@@ -239,7 +247,7 @@ def _unmatched(found: Sequence[Candidate], config: AdapterConfig, verdicts: Sequ
     for target in config.target_modules:
         if any(matches_names((target,), name) for name in names):
             continue
-        faults.append(f"no module is called {target!r}, or ends with it.{_near(target, found)}")
+        faults.append(f"no module is called {target!r}, or ends with it.{_near(target, found, needs)}")
     if config.block_indices is not None and not faults:
         taken = [v.name for v in verdicts if v.taken]
         for index in config.block_indices:
@@ -248,7 +256,7 @@ def _unmatched(found: Sequence[Candidate], config: AdapterConfig, verdicts: Sequ
     return faults
 
 
-def _near(target: str, found: Sequence[Candidate]) -> str:
+def _near(target: str, found: Sequence[Candidate], needs: frozenset[Need]) -> str:
     last = Counter(c.name.rpartition(".")[2] for c in found if c.name)
     close = nearest(target.rpartition(".")[2], last)
     if not close:
@@ -258,7 +266,11 @@ def _near(target: str, found: Sequence[Candidate]) -> str:
         usable = ", ".join(f"{name!r} ({count})" for name, count in linear.most_common(8))
         return f" Linear layers of this model: {usable or 'none'}."
     example = {c.name.rpartition(".")[2]: c for c in reversed(found)}
-    near = [f"{name!r} ({last[name]} x {type(example[name].module).__name__})" for name in close]
+    near = []
+    for name in close:
+        why = _refusal(example[name], needs)
+        text = f"{last[name]} x {type(example[name].module).__name__}"
+        near.append(f"{name!r} ({text})" if why is None else f"{name!r} ({text}; cannot be taken: {why})")
     return f" Nearest: {', '.join(near)}."
 
 
@@ -273,6 +285,8 @@ def _nothing(config: AdapterConfig, verdicts: Sequence[Verdict]) -> str:
         return "'all-linear': the model has no linear layer besides its output layer"
     names = [v.name for v in verdicts if v.name]
     pattern = str(config.target_modules)
+    if nearest(pattern, [ALL_LINEAR]):
+        return f"no module is called {pattern!r}. Did you mean {ALL_LINEAR!r}?"
     near = nearest(pattern, names) or names[-3:]
     return (
         f"the regular expression {pattern!r} matches no whole module name (a name is matched from its start to its "

@@ -6,10 +6,10 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..checkpoint import AdapterFile, locate, match_tensors, read
+from ..checkpoint import REPO_ID, AdapterFile, locate, match_tensors, read
 from ..errors import CheckpointError, ConfigError, TargetError
 from ..inject import plan as plan_adapter
-from ..plan import HUB_ID, Base, BuiltIn, Head, load_base
+from ..plan import Base, BuiltIn, Head, load_base
 from ..targets import HEADS
 from .plan import models
 
@@ -35,7 +35,7 @@ def base_of(file: AdapterFile, given: str | None, revision: str | None) -> tuple
     named = file.config.base_model_name_or_path
     if not named:
         raise ConfigError(f"the adapter in {file.folder} does not say what its base is; give it with --base")
-    if not HUB_ID.fullmatch(named) or WINDOWS_DRIVE.match(named) or Path(named).exists():
+    if not REPO_ID.fullmatch(named) or WINDOWS_DRIVE.match(named) or Path(named).exists():
         raise ConfigError(
             f"the adapter in {file.folder} names a local path as its base ({named!r}); if you trust it, give it "
             f"yourself: --base {named}"

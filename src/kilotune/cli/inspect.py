@@ -116,7 +116,7 @@ def _document(file: AdapterFile, projections: str, base: str | None) -> dict[str
         "base": config.base_model_name_or_path,
         "written_for": "kilotune" if file.section else "PEFT and kilotune",
         "config": values,
-        "layers": len({key.rsplit(".", 1)[0] for key in file.tensors if _of_method(file, key)}),
+        "layers": len({layer for key in file.tensors if (layer := _layer_of(file, key))}),
         "trained": sum(value.numel() for value in file.tensors.values()),
         "stored_projections": sum(value.numel() for value in file.extra.values()),
         "tensor_bytes": sum(value.numel() * value.element_size() for value in tensors.values()),
@@ -135,8 +135,10 @@ def _document(file: AdapterFile, projections: str, base: str | None) -> dict[str
     }
 
 
-def _of_method(file: AdapterFile, key: str) -> bool:
-    return any(key.endswith(f".{own}") for own in file.method.keys.values())
+def _layer_of(file: AdapterFile, key: str) -> str | None:
+    """The layer that a tensor of the method belongs to; None for biases and modules saved whole."""
+    ends = (f".{own}" for own in file.method.keys.values())
+    return next((key.removesuffix(end) for end in ends if key.endswith(end)), None)
 
 
 def _show(document: dict[str, Any], every: bool) -> None:

@@ -68,7 +68,7 @@ class LoraConfig(AdapterConfig):
             faults.append(f"init_lora_weights: expected True, False or 'gaussian', got {self.init_lora_weights!r}")
         if self.target_parameters:
             faults.append(
-                f"target_parameters: expert parameters cannot be adapted yet, got {list(self.target_parameters)}; "
+                f"target_parameters: expert parameters cannot be adapted yet, got {self.target_parameters!r}; "
                 "name modules in target_modules instead"
             )
         return faults + self._pattern_faults()

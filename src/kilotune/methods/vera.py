@@ -34,7 +34,6 @@ __all__ = ["Vera", "VeraConfig"]
 GENERATORS = ("portable", "peft", "stored")
 SHARINGS = ("nested", "shape")
 KEY_A, KEY_B = "vera_A", "vera_B"
-CPU = torch.device("cpu")
 
 
 @final
@@ -106,18 +105,14 @@ class _VeraShared(Shared):
         return self.by_shape[(site.out, site.inn)]
 
     def definition(self, source: Source) -> Pair:
-        """The float32 matrices, cut to what this adapter alone needs."""
+        """The float32 matrices as they are defined, cut to what this adapter alone needs."""
         extent = self.needs[source]
-        a, b = self.projections.pair(source, CPU, torch.float32) if _held(self, source) else source.build(extent)
+        a, b, _ = source.build(extent)
         return Pair(a[: extent.rank, : extent.inn], b[: extent.rank, : extent.out])
 
     def checksum(self) -> str:
         ordered = sorted(self.needs, key=lambda source: self.needs[source])
         return pair_checksum(self.definition(source) for source in ordered)
-
-
-def _held(shared: _VeraShared, source: Source) -> bool:
-    return shared.projections.holds(source, CPU, torch.float32)
 
 
 @final
@@ -147,6 +142,8 @@ class Vera(Method[VeraConfig]):
 
     def verify(self, shared: Shared) -> None:
         assert isinstance(shared, _VeraShared)
+        if self.stored is not None:
+            self.stored.build(shared.needs[self.stored])
         if self.expected_checksum is None or (actual := shared.checksum()) == self.expected_checksum:
             return
         raise CheckpointError(
@@ -156,23 +153,14 @@ class Vera(Method[VeraConfig]):
 
     def _source(self, site: Site, sites: Sequence[Site]) -> Source:
         seed = self.config.projection_prng_key
+        largest = Extent(self.config.r, max(s.inn for s in sites), max(s.out for s in sites))
         if self.config.generator == "stored":
-            return self._stored(site)
+            if self.stored is None:
+                raise ConfigError("generator='stored' is for adapters loaded from a file; use 'portable' or 'peft'")
+            return self.stored
         if self.config.generator == "peft":
-            largest = Extent(self.config.r, max(s.inn for s in sites), max(s.out for s in sites))
             return PeftSource(seed, largest)
         return PortableSource(seed, (site.out, site.inn) if self.config.sharing == "shape" else None)
-
-    def _stored(self, site: Site) -> StoredSource:
-        if self.stored is None:
-            raise ConfigError("generator='stored' is for adapters loaded from a file; use 'portable' or 'peft'")
-        have = self.stored.extent
-        if have.rank != self.config.r or have.inn < site.inn or have.out < site.out:
-            raise CheckpointError(
-                f"the stored projections (rank {have.rank}, in {have.inn}, out {have.out}) do not cover layer "
-                f"{site.name!r} (rank {self.config.r}, in {site.inn}, out {site.out})"
-            )
-        return self.stored
 
     def init(self, site: Site, shared: Shared) -> dict[str, Tensor]:
         b = torch.zeros(site.out, device=site.device(), dtype=torch.float32)
@@ -185,13 +173,13 @@ class Vera(Method[VeraConfig]):
     def delta(self, site: Site, params: Mapping[str, Tensor], shared: Shared) -> LowRank:
         assert isinstance(shared, _VeraShared)
         source, rank = shared.source(site), self.config.r
-        a, b = shared.projections.pair(source, site.device(), site.dtype())
+        a, b, exponent = shared.projections.pair(source, site.device(), site.dtype())
         return LowRank(
             a=a[:rank, : site.inn],
             b=b[:rank, : site.out].T,
             mid=params["vera_lambda_d"],
             out=params["vera_lambda_b"],
-            scale=source.gain(rank, site.inn),
+            scale=source.gain(rank, site.inn) * 2.0**exponent,
         )
 
     # -- files -----------------------------------------------------------------------------------
@@ -202,6 +190,11 @@ class Vera(Method[VeraConfig]):
         if unknown:
             raise CheckpointError(f"vera: tensors that belong to no layer: {unknown}")
         if config.generator != "stored":
+            if extra:
+                raise CheckpointError(
+                    f"vera: the file holds {sorted(extra)}, but its config says save_projection=False; which matrices "
+                    "the adapter was trained with cannot be told. Set save_projection to true there if it was these"
+                )
             return cls(config, checksum=checksum)
         if set(extra) != {KEY_A, KEY_B}:
             raise CheckpointError(
@@ -249,8 +242,8 @@ def _with_portable_projections(
     rank, sources = method.config.r, list(shared.needs)
     max_in = max(extent.inn for extent in shared.needs.values())
     max_out = max(extent.out for extent in shared.needs.values())
-    a = torch.zeros(rank * len(sources), max_in)
-    b = torch.zeros(rank * len(sources), max_out)
+    a = torch.zeros(rank * len(sources), max_in, device="cpu")
+    b = torch.zeros(rank * len(sources), max_out, device="cpu")
     gain_a, gain_b = math.sqrt(6.0 / max_in), math.sqrt(6.0 / rank)
     for i, source in enumerate(sources):
         unit = shared.definition(source)
@@ -261,7 +254,7 @@ def _with_portable_projections(
     for module, own in params.items():
         site, d = sites[module], own["vera_lambda_d"].detach()
         block = sources.index(shared.source(site)) * rank
-        stacked = torch.zeros(rank * len(sources), dtype=d.dtype)
+        stacked = torch.zeros(rank * len(sources), dtype=d.dtype, device="cpu")
         stacked[block : block + rank] = (d.cpu().double() * math.sqrt(max_in / site.inn)).to(d.dtype)
         tensors[f"{module}.vera_lambda_d"] = stacked
         tensors[f"{module}.vera_lambda_b"] = own["vera_lambda_b"]
