@@ -222,9 +222,9 @@ class AdapterConfig(ABC):
             faults += _name_faults(name, getattr(self, name))
         for name in ("target_modules", "exclude_modules"):
             if isinstance(value := getattr(self, name), str):
-                faults += _regex_faults(name, value)
+                faults += regex_faults(name, value)
         for pattern in self.layers_pattern if isinstance(self.layers_pattern, tuple) else ():
-            faults += _regex_faults("layers_pattern", pattern) if isinstance(pattern, str) else []
+            faults += regex_faults("layers_pattern", pattern) if isinstance(pattern, str) else []
         if self.bias not in self.bias_modes:
             hint = did_you_mean(str(self.bias), self.bias_modes)
             faults.append(f"bias: expected one of {list(self.bias_modes)}, got {self.bias!r}.{hint}")
@@ -310,10 +310,13 @@ def _name_faults(key: str, value: Any) -> list[str]:
     return [f"{key}: is an empty list"] if not value and key == "target_modules" else []
 
 
-def _regex_faults(key: str, pattern: str) -> list[str]:
+def regex_faults(key: str, pattern: Any) -> list[str]:
+    """A line when ``pattern`` is no regular expression."""
+    if not isinstance(pattern, str):
+        return [f"{key}: expected a name or a regular expression, got {pattern!r}"]
     try:
         re.compile(pattern)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         return [f"{key}: {pattern!r} is no regular expression: {error}"]
     return []
 

@@ -308,6 +308,15 @@ class AdaptedLayer(nn.Module):
             self._storage.restore(self.base_layer, self._kept)
         self._kept, self._merged = {}, ()
 
+    def snapshot(self) -> tuple[Kept, tuple[str, ...], Kept]:
+        """What :meth:`restore` needs to bring back what is merged now; copies nothing."""
+        return self._storage.keep(self.base_layer), self._merged, self._kept
+
+    def restore(self, before: tuple[Kept, tuple[str, ...], Kept]) -> None:
+        """Bring back what was merged when ``before`` was taken; allocates nothing."""
+        held, self._merged, self._kept = before
+        self._storage.restore(self.base_layer, held)
+
     def suspend_merge(self) -> None:
         """Run with the base's weights until :meth:`resume_merge`."""
         self._suspended = self._storage.keep(self.base_layer)

@@ -312,12 +312,9 @@ class AdapterModel(nn.Module, ABC):
             layer.check_mergeable(names, where)
         if safe_merge:
             check_finite(layers, names)
-        try:
+        with self._all_or_nothing():
             lost = {where: layers[where].merge(names) for where in track(list(layers), "merging", show=progressbar)}
-        except BaseException:  # out of memory, or Ctrl-C: not some layers merged and others not
-            self._remerge(self._state.merged)
-            raise
-        self._state.merged = (*self._state.merged, *names)
+            self._state.merged = (*self._state.merged, *names)
         warn_of_loss(lost)
 
     def unmerge_adapter(self) -> None:
@@ -330,17 +327,25 @@ class AdapterModel(nn.Module, ABC):
         self._check_enabled("unmerge")
         if not self.merged_adapters:
             raise MergeError("unmerge_adapter: no adapter is merged")
-        self._remerge(())
+        self._unmerge()
 
-    def _remerge(self, names: tuple[str, ...]) -> None:
-        """Bring all layers to where exactly ``names`` are merged."""
-        layers = self.adapted_layers().values()
-        for layer in layers:
+    def _unmerge(self) -> None:
+        for layer in self.adapted_layers().values():
             layer.unmerge()
         self._state.merged = ()
-        for layer in layers if names else ():
-            layer.merge(names)
-        self._state.merged = names
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """Out of memory, or Ctrl-C, in the midst of merging: go back to where it began, allocating nothing."""
+        before = [(layer, layer.snapshot()) for layer in self.adapted_layers().values()]
+        active, merged = self._state.active, self._state.merged
+        try:
+            yield
+        except BaseException:
+            for layer, state in before:
+                layer.restore(state)
+            self._state.active, self._state.merged = active, merged
+            raise
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
@@ -351,23 +356,18 @@ class AdapterModel(nn.Module, ABC):
         """
         names = self._to_merge(adapter_names)
         self._check_enabled("merge")
-        active, merged = self._state.active, self._state.merged
-        self._state.active = tuple(names)
-        if set(names) != set(merged):  # exactly these, whatever is merged now
-            self._remerge(())
-            try:
+        with self._all_or_nothing():
+            self._state.active = tuple(names)
+            if set(names) != set(self._state.merged):  # exactly these, whatever is merged now
+                self._unmerge()
                 self._merge(names, safe_merge, progressbar)
-            except BaseException:
-                self._state.active = active
-                self._remerge(merged)
-                raise
         inject.strip(self.model, lambda saved: saved.current())
         return self._release()
 
     def unload(self) -> nn.Module:
         """Return the base model as it was before the first adapter; this object is spent."""
         self._check_enabled("unload")
-        self._remerge(())
+        self._unmerge()
         inject.strip(self.model, lambda saved: saved.original_module)
         return self._release()
 

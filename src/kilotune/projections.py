@@ -183,7 +183,7 @@ class PeftSource(Source):
         # torch's generator takes seeds up to 2^64 - 1, as manual_seed documents
         generator = torch.Generator(device="cpu").manual_seed(self.seed)
         # The bound in the order of operations that fixes its last bit: sqrt(3) * (sqrt(2) / sqrt(fan_in)).
-        bound_a = math.sqrt(3.0) * (math.sqrt(2.0) / math.sqrt(inn))
+        bound_a = math.sqrt(3.0) * (math.sqrt(2.0) / math.sqrt(max(inn, 1)))
         bound_b = math.sqrt(3.0) * (math.sqrt(2.0) / math.sqrt(rank))
         # On the CPU whatever the default device is: its stream is the definition.
         a = torch.empty(rank, inn, dtype=torch.float32, device="cpu").uniform_(-bound_a, bound_a, generator=generator)

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, final
 import torch
 from torch import Tensor, nn
 
-from ..config import AdapterConfig, Names, bool_faults, number_fault, option, rate_fault
+from ..config import AdapterConfig, Names, bool_faults, number_fault, option, rate_fault, regex_faults
 from ..deltas import LowRank
 from ._base import Method, Shared, Site
 
@@ -84,10 +84,7 @@ class LoraConfig(AdapterConfig):
                 continue
             for pattern, value in patterns.items():
                 faults += number_fault(f"{name}[{pattern!r}]", value, low=1 if whole else 0, whole=whole)
-                try:
-                    re.compile(pattern)
-                except re.error as error:
-                    faults.append(f"{name}: {pattern!r} is no regular expression: {error}")
+                faults += regex_faults(name, pattern)
         return faults
 
 
