@@ -99,7 +99,10 @@ class AdapterConfig(ABC):
         False,
         "Kept for PEFT: whether weights are stored as (in, out). Layers are recognised by themselves here.",
     )
-    bias: str = option("none", "Which biases to train: 'none', 'all', or those of the adapted layers only.")
+    bias: str = option(
+        "none",
+        "Which biases to train: 'none', 'all' (every parameter called bias), or those of the adapted layers only.",
+    )
     modules_to_save: Sequence[str] | str | None = option(
         None,
         "Modules to train whole, as a copy of their own per adapter (a new head): every module whose name ends with "
