@@ -375,7 +375,7 @@ def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         there = path.is_file()
     except OSError as error:  # a name that no file system takes
-        raise CheckpointError(f"cannot read {path}: {error}") from error
+        raise CheckpointError(f"cannot read {str(path)!r}: {error}") from error
     if not there:
         pickled = path.parent / "adapter_model.bin"
         if pickled.is_file():

@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
@@ -121,6 +122,7 @@ class AdaptedLayer(nn.Module):
         self.base_layer = base_layer
         self.adapters = nn.ModuleDict().train(base_layer.training)
         self._kind, self._storage, self._state = kind, storage, state
+        self._input_name = next(iter(inspect.signature(base_layer.forward).parameters), "input")
         self._merged: tuple[str, ...] = ()
         self._kept: Kept = {}
         self._suspended: Kept = {}
@@ -185,7 +187,7 @@ class AdaptedLayer(nn.Module):
         y = self._kind.call(self.base_layer, shift, args, kwargs)
         base = None if shift is not None or self._merged else y
         if deltas:
-            x = args[0] if args else _input_of(kwargs)
+            x = args[0] if args else kwargs[self._input_name]
             for last in (False, True):  # what is not linear comes after what is
                 for slot, delta in deltas:
                     if isinstance(delta, Residual) is last:
@@ -422,12 +424,6 @@ class SavedModule(nn.Module):
 
     def __getitem__(self, index: Any) -> Any:
         return cast(nn.ModuleList, self.current())[index]
-
-
-def _input_of(kwargs: Mapping[str, Any]) -> Tensor:
-    """The layer's input among keywords: ``input``, as torch calls it, or else the first tensor."""
-    tensors = [value for value in kwargs.values() if isinstance(value, Tensor)]
-    return cast(Tensor, kwargs.get("input", tensors[0]))
 
 
 def check_finite(layers: Mapping[str, AdaptedLayer], names: Sequence[str]) -> None:
