@@ -221,9 +221,9 @@ def test_the_output_folder_is_guarded(tmp_path: Path) -> None:
     words = ("merge", tmp_path / "adapter", "--base", base, "--out")
     assert kilotune(*words, out).exit_code == 0
     assert "is there and not empty" in error(*words, out)
-    (out / "stray").write_text("old")
+    (out / "stray.json").write_text("old")
     assert kilotune(*words, out, "--force").exit_code == 0
-    assert not (out / "stray").exists()
+    assert not (out / "stray.json").exists()
     empty = tmp_path / "empty"
     empty.mkdir()
     assert kilotune(*words, empty).exit_code == 0
@@ -296,3 +296,13 @@ def test_what_it_says(tmp_path: Path) -> None:
     assert "the tied weights are apart now" in text
     assert "not loaded again" in text
     assert "GPT2LMHeadModel" in text
+
+
+def test_force_deletes_nothing_but_a_model(tmp_path: Path) -> None:
+    """The whole of OUT is replaced, so what else lies there is a reason to refuse."""
+    thesis = tmp_path / "out" / "sub" / "thesis.tex"
+    thesis.parent.mkdir(parents=True)
+    thesis.write_text("years of work")
+    text = error("merge", tmp_path / "none", "--base", tmp_path / "base", "--out", tmp_path / "out", "--force")
+    assert "holds more than a model, and --force would delete it: sub" in text
+    assert thesis.read_text() == "years of work"

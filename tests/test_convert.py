@@ -13,7 +13,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cli_helpers import distance, gpt2, llama, logits, shake, tokens
-from kilotune import AdapterError, ConfigError, LoraConfig, PeftModel, UnsupportedError, VeraConfig, get_peft_model
+from kilotune import (
+    AdapterError,
+    CheckpointError,
+    ConfigError,
+    LoraConfig,
+    PeftModel,
+    UnsupportedError,
+    VeraConfig,
+    get_peft_model,
+)
 from kilotune.checkpoint import WEIGHTS_NAME
 from kilotune.convert import hollow, to_kilotune, to_lora, to_peft, truncate
 
@@ -380,3 +389,12 @@ def test_a_failed_conversion_leaves_the_model_as_it_was(monkeypatch: pytest.Monk
     assert model.active_adapters == ["default"]
     assert all(torch.equal(want[key], value) for key, value in model.state_dict().items())
     assert tokens().shape == (3, 7)
+
+
+@pytest.mark.parametrize("rank", [None, 1])
+def test_values_that_are_not_finite_are_not_converted(rank: int | None) -> None:
+    model = get_peft_model(nn.Sequential(nn.Linear(6, 5)), VeraConfig(r=3, target_modules=["0"]))
+    with torch.no_grad():
+        next(iter(dict(model.adapter_parameters()).values()))[0] = torch.nan
+    with pytest.raises(CheckpointError, match="not finite"):
+        to_lora(model, rank=rank)

@@ -26,7 +26,7 @@ from . import checkpoint, inject
 from ._progress import track
 from .config import AdapterConfig
 from .deltas import LowRank
-from .errors import ConfigError, UnsupportedError
+from .errors import CheckpointError, ConfigError, UnsupportedError, gather
 from .inject import Installed
 from .methods import LoraConfig, Site, VeraConfig
 from .methods.vera import Vera
@@ -129,10 +129,14 @@ def to_lora(
 
     Raises:
         ConfigError: ``rank`` is not below the adapter's own.
+        CheckpointError: values that are not finite.
         UnsupportedError: the adapter is a LoRA already (and no rank is given), or not of low rank.
 
     """
     installed = model.installed(adapter_name)
+    broken = [name for name, parameter in installed.parameters() if not bool(torch.isfinite(parameter).all())]
+    if broken:
+        raise CheckpointError(gather(f"adapter {adapter_name!r} holds values that are not finite:", broken))
     exact = _factors(installed)
     full = max(a.shape[0] for a, _ in exact.values())
     _check_rank(rank, full, installed)

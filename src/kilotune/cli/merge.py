@@ -27,6 +27,8 @@ from ._output import Json, console, print_json, quiet_transformers, warn
 __all__ = ["merge"]
 
 # What belongs to a model folder beside the model: tokenizers and the settings of processors. Never code.
+# What a model folder may hold; the whole folder is replaced.
+MODEL_SUFFIXES = frozenset({".json", ".safetensors", ".model", ".txt", ".jinja", ".md", ".tiktoken"})
 BESIDE = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -59,7 +61,10 @@ def merge(
     ] = True,
     revision: Annotated[str | None, typer.Option(help="The base's revision, where it is a hub id.")] = None,
     adapter_revision: Annotated[str | None, typer.Option(help="The revision of ADAPTER, where it is a hub id.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace OUT when it holds something.")] = False,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Replace OUT when it holds a model, and nothing else."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Merge an adapter into its base's weights: a model folder that transformers loads as any other."""
@@ -67,6 +72,7 @@ def merge(
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"--dtype: expected one of {list(DTYPES)}, got {dtype!r}.{did_you_mean(dtype, DTYPES)}")
     check_out(out, [adapter, *([base] if base else [])], force)
+    _check_replaceable(out)
     file = open_adapter(adapter, adapter_revision)
     source, revision = base_of(file, base, revision)
     if Path(source).is_file():
@@ -102,6 +108,22 @@ def merge(
 
 
 # -- the model -------------------------------------------------------------------------------------
+
+
+def _check_replaceable(out: Path) -> None:
+    """The whole of OUT is replaced, so nothing may be in it but the files of a model.
+
+    Raises:
+        CheckpointError: folders, or files that no model folder has, by name.
+
+    """
+    inside = sorted(out.iterdir()) if out.is_dir() else []
+    foreign = [p.name for p in inside if not p.is_file() or p.suffix not in MODEL_SUFFIXES]
+    if foreign:
+        raise CheckpointError(
+            f"the output {out} holds more than a model, and --force would delete it: {', '.join(foreign[:10])}; take "
+            "another folder"
+        )
 
 
 def _load(file: AdapterFile, source: str, revision: str | None, dtype: str | None) -> Any:
