@@ -188,7 +188,7 @@ def test_the_entry_is_the_one_of_pyproject() -> None:
 def test_a_foreseen_error_in_a_process_of_its_own() -> None:
     done = run("plan", "four-layer", "--rank", "-3")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: LoraConfig:\n  - r: expected a whole number >= 1, got -3")
+    assert done.stderr.startswith("error: LoraConfig: r: expected a whole number >= 1, got -3")
 
 
 def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

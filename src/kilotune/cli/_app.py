@@ -59,7 +59,7 @@ def _guarded(run: Callable[[], Any]) -> int:
         describe = getattr(error, "format_message", None)
         if describe is None:
             raise
-        complain(f"{describe()} Try --help.")
+        complain(f"{' '.join(describe().split())} Try --help.")
     return ERROR
 
 

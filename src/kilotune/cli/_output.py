@@ -29,8 +29,9 @@ def print_json(document: Mapping[str, Any]) -> None:
 
 
 def complain(message: str) -> None:
-    """One error on stderr."""
-    print(f"error: {message}", file=sys.stderr)
+    """One error on stderr; a single fault under its headline is joined to it, so that it is one line."""
+    lines = message.split("\n  - ")
+    print(f"error: {' '.join(lines) if len(lines) == 2 else message}", file=sys.stderr)
 
 
 def warn(message: str) -> None:
