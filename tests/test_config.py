@@ -274,8 +274,8 @@ def test_what_peft_knows_and_is_off_is_accepted_and_what_is_on_is_refused_by_nam
     values = {**LoraConfig(r=2).to_dict(), "peft_version": "0.21.0", "use_dora": False, "loftq_config": {}, "eva": None}
     assert LoraConfig.from_dict(values) == LoraConfig(r=2)
     with pytest.raises(ConfigError) as caught:
-        LoraConfig.from_dict({**values, "use_dora": True, "layer_replication": [[0, 4]]})
-    assert "use_dora=True: unknown option 'use_dora'" in str(caught.value)
+        LoraConfig.from_dict({**values, "lora_bias": True, "layer_replication": [[0, 4]]})
+    assert "lora_bias=True: unknown option 'lora_bias'" in str(caught.value)
     assert "layer_replication=[[0, 4]]: unknown option" in str(caught.value)
     assert "If it is an option of PEFT, kilotune lacks it." in str(caught.value)
 

@@ -26,6 +26,7 @@ from kilotune import (
     PeftModel,
     VeraConfig,
     checkpoint,
+    files,
     get_peft_model,
 )
 from models import Snapshot, disk, mlp, randomize, untie
@@ -267,7 +268,7 @@ def test_writers_and_a_reader_in_one_folder(tmp_path: Path) -> None:
     assert sorted(disk(tmp_path)) == [CONFIG, WEIGHTS]
 
 
-@pytest.mark.parametrize(("step", "found"), [("_read_weights", None), ("_check_header", "old")])
+@pytest.mark.parametrize(("step", "found"), [("read_weights", None), ("_check_header", "old")])
 def test_files_replaced_while_they_are_read(
     step: str, found: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -275,16 +276,17 @@ def test_files_replaced_while_they_are_read(
     old, new = lora(4), vera()
     known = {"old": old(X), "new": new(X)}
     old.save_pretrained(tmp_path)
-    real = getattr(checkpoint, step)
+    owner = checkpoint if hasattr(checkpoint, step) else files
+    real = getattr(owner, step)
 
     def interrupted(*args: Any) -> Any:
-        if step == "_read_weights":
+        if step == "read_weights":
             new.save_pretrained(tmp_path)
         result = real(*args)
         new.save_pretrained(tmp_path)
         return result
 
-    monkeypatch.setattr(checkpoint, step, interrupted)
+    monkeypatch.setattr(owner, step, interrupted)
     assert loaded_is_one_of(tmp_path, known) == found
     monkeypatch.undo()
     assert loaded_is_one_of(tmp_path, known) == "new"
@@ -319,7 +321,7 @@ def test_planted_reading_that_opens_the_weights_twice(tmp_path: Path, monkeypatc
             raise CheckpointError(f"{path} is damaged")
         return tensors, metadata_of(path.parent)
 
-    monkeypatch.setattr(checkpoint, "_read_weights", twice)
+    monkeypatch.setattr(checkpoint, "read_weights", twice)
     with pytest.raises(AssertionError, match="a false alarm: .* is damaged"):
         loaded_is_one_of(tmp_path, {"old": old(X), "new": new(X)})
 

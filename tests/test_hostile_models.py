@@ -23,8 +23,9 @@ from kilotune import (
     VeraConfig,
     get_peft_model,
 )
-from kilotune.layer import AdaptedLayer, SavedModule
+from kilotune.layer import AdaptedLayer
 from kilotune.model import AdapterModel
+from kilotune.saved import SavedModule
 from kilotune.storage.dense import Dense
 from models import Nested, Snapshot, bits, mlp, randomize, tiny_llama
 

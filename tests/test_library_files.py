@@ -24,6 +24,7 @@ from kilotune import (
     VeraConfig,
     VeraModel,
     checkpoint,
+    files,
     get_peft_model,
 )
 from models import Nested, Snapshot, disk, mlp, randomize
@@ -332,7 +333,7 @@ def test_a_full_disk_leaves_nothing_half_written(
         full_disk()
 
     {
-        "save_file": lambda: monkeypatch.setattr(checkpoint, "save_file", full_disk),
+        "save_file": lambda: monkeypatch.setattr(files, "save_file", full_disk),
         "rename": lambda: monkeypatch.setattr(Path, "rename", full_disk),
         "replace": lambda: monkeypatch.setattr(os, "replace", full_disk),
         "second replace": lambda: monkeypatch.setattr(os, "replace", second),
@@ -347,9 +348,9 @@ def test_a_full_disk_leaves_nothing_half_written(
 
 def test_safetensors_own_error_of_a_full_disk_is_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*args: Any, **kwargs: Any) -> None:
-        raise checkpoint.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        raise files.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(checkpoint, "save_file", fails)
+    monkeypatch.setattr(files, "save_file", fails)
     error = refusal_leaves_the_disk(tmp_path, lambda: several().save_pretrained(tmp_path / "x"))
     assert isinstance(error, CheckpointError)
 

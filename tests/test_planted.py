@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 import guards
-from kilotune import LoraConfig, VeraConfig, checkpoint, get_peft_model, inject
+from kilotune import LoraConfig, VeraConfig, checkpoint, files, get_peft_model, inject
 from kilotune.kernels import lowrank
-from kilotune.layer import AdaptedLayer, Slot
+from kilotune.layer import AdaptedLayer
 from kilotune.methods import Shared, Site
 from kilotune.methods.vera import Vera
 from kilotune.model import AdapterModel
 from kilotune.projections import Pair, Projections
+from kilotune.slots import Slot
 from models import Nested, disk, mlp, randomize
 
 X = torch.linspace(-1, 1, 24).view(4, 6)
@@ -246,12 +247,13 @@ def test_planted_loading_with_another_seed(monkeypatch: Patch) -> None:
 
 
 def test_planted_saving_in_16_bits(monkeypatch: Patch) -> None:
-    real = checkpoint.save_file
+    real = files.save_file
 
     def rounded(tensors: dict[str, Tensor], *rest: Any, **options: Any) -> None:
         real({key: value.bfloat16() for key, value in tensors.items()}, *rest, **options)
 
-    monkeypatch.setattr(checkpoint, "save_file", rounded)
+    monkeypatch.setattr(files, "save_file", rounded)
+    monkeypatch.setattr(files, "tensors_checksum", lambda tensors: "")
     monkeypatch.setattr(checkpoint, "tensors_checksum", lambda tensors: "")
     caught(lambda: guards.saved_is_loaded(mlp, LORA, X), "the loaded adapter gives other outputs")
 

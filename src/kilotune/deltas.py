@@ -27,7 +27,7 @@ from torch import Tensor
 from .errors import MergeError
 from .kernels.lowrank import low_rank_matrix
 
-__all__ = ["Delta", "Full", "LowRank", "Need", "Rescale", "Residual", "Shift"]
+__all__ = ["Delta", "Full", "LowRank", "Need", "Rescale", "Residual", "Role", "Shift"]
 
 
 @final
@@ -37,6 +37,17 @@ class Need(Enum):
     LINEAR = "a linear map whose factors can be run"
     BIAS = "a bias"
     OUTPUT = "a floating-point output"
+
+
+@final
+class Role(Enum):
+    """What one of a method's tensors is to the layer's matrix; decides its form in PEFT's files."""
+
+    FIRST = "the first factor (r, in)"
+    SECOND = "the second factor (out, r)"
+    ROWS = "one number for each row"
+    COLS = "one number for each input feature"
+    OTHER = "something else"
 
 
 class Delta(ABC):

@@ -18,9 +18,11 @@ from .config import AdapterConfig
 from .deltas import Delta, Need
 from .errors import TargetError, UnsupportedError, did_you_mean, gather
 from .kinds import LayerKind
-from .layer import BIAS, ActiveState, AdaptedLayer, SavedModule, Slot, slot_key
-from .methods import Method, Shared, Site, method_of
+from .layer import AdaptedLayer
+from .methods import Method, Shared, Site, make_method
 from .projections import Projections
+from .saved import SavedModule
+from .slots import BIAS, ActiveState, Slot, slot_key
 from .storage import Storage
 from .targets import HEADS, Candidate, candidates, inside, matches_names, resolve_targets, saved_whole, select
 
@@ -68,7 +70,8 @@ class Installed:
         """All that the adapter trains, by ``<layer>.<parameter>``, modules saved whole included."""
         for name, slot in self.slots().items():
             for key, parameter in slot.named_parameters():
-                yield f"{name}.{key}", parameter
+                if key not in self.method.frozen:
+                    yield f"{name}.{key}", parameter
         yield from self.shared.trained.items()
         for name, saved in self.saved.items():
             for key, parameter in saved.copies[self.key].named_parameters():
@@ -90,13 +93,18 @@ def walk(root: nn.Module, aliases: bool = False) -> Iterator[tuple[str, nn.Modul
             return
         seen.add(id(module))
         yield name, module, parent
-        if isinstance(module, (AdaptedLayer, SavedModule, torch.jit.ScriptModule)):
+        if isinstance(module, (SavedModule, torch.jit.ScriptModule)):
             return
-        for child_name, child in module._modules.items():
+        for child_name, child in _holder(module)._modules.items():
             if child is not None:
-                yield from visit(f"{name}.{child_name}" if name else child_name, child, type(module))
+                yield from visit(f"{name}.{child_name}" if name else child_name, child, type(_holder(module)))
 
     yield from visit("", root, nn.Module)
+
+
+def _holder(module: nn.Module) -> nn.Module:
+    """The module that holds the children: an adapted layer's base."""
+    return module.base_layer if isinstance(module, AdaptedLayer) else module
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -147,22 +155,19 @@ def plan(
         TargetError, ConfigError, UnsupportedError: what cannot be done, and why.
 
     """
-    method_cls = method_of(config) if method is None else type(method)
-    config = resolve_targets(config, _model_type(root), method_cls.default_targets)
+    method = make_method(config) if method is None else method
+    config = resolve_targets(config, _model_type(root), method.default_targets)
     config = _with_heads(root, config)
     found = _candidates(root, aliases=False)
     saved = _saved_modules(root, config, strict)
-    needs = method_cls.makes.needs
+    needs = method.makes.needs
     chosen = select(_candidates(root, aliases=True), config, needs, _output_names(root), strict)
     layers = {c.name: c for c in chosen}
     tied = _tied_biases(found)
     bias_only = _bias_only(found, config, layers, tied)
     _check_saved_overlap(root, saved, {**layers, **bias_only})
     _check_layout(config, chosen, strict)
-    if method is None:
-        method = method_cls(config)
-    else:
-        method.config = config
+    method.config = config
     result = Plan(adapter, config, method, layers, bias_only, saved, tied=tied)
     result.shapes = _expected_shapes(result)
     _check_patterns(config, layers, strict)
@@ -243,7 +248,7 @@ def _tied_biases(found: Sequence[Candidate]) -> dict[str, str]:
         for c in biased
         if c.module._modules
         for leaf in biased
-        if leaf.name.startswith(f"{c.name}.") and leaf.module._parameters[BIAS] is c.module._parameters[BIAS]
+        if leaf.name.startswith(f"{c.name}.") and _bias(leaf) is _bias(c)
     }
 
 
@@ -303,12 +308,16 @@ def _expected_shapes(made: Plan) -> dict[str, dict[str, tuple[int, ...]]]:
     }
     for name, c in {**made.layers, **made.bias_only}.items():
         if made.config.bias != "none" and _has_bias(c):
-            shapes.setdefault(name, {})[BIAS] = tuple(c.module.get_parameter(BIAS).shape)
+            shapes.setdefault(name, {})[BIAS] = tuple(cast(Tensor, _bias(c)).shape)
     return shapes
 
 
+def _bias(c: Candidate) -> Tensor | None:
+    return c.module._parameters.get(BIAS) if c.storage is None else c.storage.read_bias(c.module)
+
+
 def _has_bias(candidate: Candidate) -> bool:
-    return candidate.module._parameters.get(BIAS) is not None
+    return _bias(candidate) is not None
 
 
 def _site(c: Candidate) -> Site:
@@ -391,8 +400,11 @@ def _start(
     if tensors is not None:
         device = base.compute_device()
         # Trained tensors are float32 whatever the file's dtype is: bfloat16 would round small steps away.
-        given = {key: tensors[f"{name}.{key}"] for key in made.shapes[name]}
+        given = {key: tensors[f"{name}.{key}"] for key in made.shapes[name] if key not in made.method.rebuilt}
         values = {k: t.to(device, torch.promote_types(t.dtype, torch.float32), copy=True) for k, t in given.items()}
+        if made.method.rebuilt and name in made.layers:
+            own = made.method.init(base.site(name), shared)
+            values.update({key: own[key] for key in made.method.rebuilt})
     else:
         values = made.method.init(base.site(name), shared) if name in made.layers else {}
         bias = base.base_bias()
@@ -403,8 +415,8 @@ def _start(
 
 def _replace(root: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
     """Put ``new[module]`` wherever ``module`` hangs, in one pass over the model."""
-    for parent in [module for _, module, _ in walk(root)]:
-        if not isinstance(parent, (AdaptedLayer, SavedModule, torch.jit.ScriptModule)):
+    for parent in [_holder(module) for _, module, _ in walk(root)]:
+        if not isinstance(parent, (SavedModule, torch.jit.ScriptModule)):
             parent._modules.update({key: new[m] for key, m in parent._modules.items() if m is not None and m in new})
     for _, module, _ in walk(root):
         _set_fast_path(module)

@@ -12,8 +12,7 @@
 from __future__ import annotations
 
 import inspect
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast, final
 
@@ -22,78 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .deltas import Delta, Full, LowRank, Rescale, Residual, Shift
-from .errors import MergeError, gather
+from .errors import MergeError
 from .kernels.lowrank import accumulate_dtype, scale_features
 from .kinds import LayerKind
-from .methods import Method, Shared, Site
+from .methods import Site
+from .slots import BIAS, ActiveState, Slot, slot_key
 from .storage import Kept, Storage
 
-__all__ = ["ActiveState", "AdaptedLayer", "MergePrecisionWarning", "SavedModule", "Slot", "slot_key", "warn_of_loss"]
-
-BIAS = "bias"
-LOST_BOUND = 0.05
-
-
-class MergePrecisionWarning(UserWarning):
-    """Merging rounded a good part of the adapter away, because the weights' dtype is narrow (16-bit) for it."""
-
-
-_TAKEN = frozenset(dir(nn.ModuleDict()))  # of an instance: those that __init__ sets as well
-
-
-def slot_key(name: str) -> str:
-    """An adapter's name as a key of ModuleDict, which allows no dots and no names of its own attributes."""
-    key = name.replace("%", "%25").replace(".", "%2E")
-    return f"{key}%" if key in _TAKEN else key
-
-
-@final
-class ActiveState:
-    """Which adapters of a model are on; one object, read by all its layers."""
-
-    def __init__(self) -> None:
-        self.active: tuple[str, ...] = ()
-        self.merged: tuple[str, ...] = ()
-        self.disabled = False
-
-    @property
-    def live(self) -> tuple[str, ...]:
-        return () if self.disabled else self.active
-
-    def __getstate__(self) -> dict[str, Any]:
-        if self.disabled:  # the copy would be disabled for good, its weights those of the moment
-            raise MergeError("cannot copy or save a model inside disable_adapter(); leave its context first")
-        return self.__dict__
-
-
-@final
-class Slot(nn.Module):
-    """One adapter's part of one layer: its trained parameters, and the method that reads them.
-
-    ``method`` is None where only the bias is trained. The trained bias is kept as the bias's full value,
-    as PEFT writes it; its delta is the difference to the base's.
-    """
-
-    def __init__(self, site: Site, method: Method[Any] | None, shared: Shared, params: Mapping[str, nn.Parameter]):
-        super().__init__()
-        self.site, self.method, self.shared = site, method, shared
-        for name, parameter in params.items():
-            self.register_parameter(name, parameter)
-
-    @property
-    def trained_bias(self) -> Tensor | None:
-        return self._parameters.get(BIAS)
-
-    def own(self) -> dict[str, nn.Parameter]:
-        """The method's parameters, without the trained bias."""
-        return {name: p for name, p in self._parameters.items() if name != BIAS and p is not None}
-
-    def delta(self) -> Delta | None:
-        return None if self.method is None else self.method.delta(self.site, self.own(), self.shared)
-
-    def drop(self, x: Tensor) -> Tensor:
-        rate = 0.0 if self.method is None else self.method.config.dropout
-        return F.dropout(x, rate, training=True) if rate > 0.0 and self.training else x
+__all__ = ["AdaptedLayer"]
 
 
 @final
@@ -117,11 +52,19 @@ class AdaptedLayer(nn.Module):
     or ``bias`` (as transformers does when it ties weights) reaches the base layer.
     """
 
-    def __init__(self, base_layer: nn.Module, kind: LayerKind, storage: Storage, state: ActiveState) -> None:
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        kind: LayerKind,
+        storage: Storage,
+        state: ActiveState,
+        read_by_parent: bool = False,
+    ) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.adapters = nn.ModuleDict().train(base_layer.training)
         self._kind, self._storage, self._state = kind, storage, state
+        self._read_by_parent = read_by_parent
         self._input_name = next(iter(inspect.signature(base_layer.forward).parameters), "input")
         self._merged: tuple[str, ...] = ()
         self._kept: Kept = {}
@@ -135,14 +78,21 @@ class AdaptedLayer(nn.Module):
         return self._kind
 
     @property
+    def storage(self) -> Storage:
+        """How the base layer keeps its weight."""
+        return self._storage
+
+    @property
     def merged(self) -> tuple[str, ...]:
         """Names of the adapters whose deltas are in the weight now."""
         return self._merged
 
     def site(self, name: str) -> Site:
         """What a method may know of this layer, under the dotted name ``name``."""
-        out, inn = self._kind.features(self.base_layer)
-        return Site(name, out, inn, self.base_matrix, self.compute_dtype, self.compute_device)
+        kind, module = self._kind, self.base_layer
+        out, inn = kind.features(module)
+        reads = (self.base_matrix, self.compute_dtype, self.compute_device)
+        return Site(name, out, inn, *reads, fan_in=kind.fan_in(module), taps=kind.taps(module))
 
     def slot(self, adapter: str) -> Slot | None:
         """The slot of ``adapter`` in this layer, or None."""
@@ -163,7 +113,7 @@ class AdaptedLayer(nn.Module):
 
     def base_bias(self) -> Tensor | None:
         """The base bias (out,), whether adapters are merged or not."""
-        return self._kept[BIAS] if BIAS in self._kept else self.base_layer._parameters.get(BIAS)
+        return self._storage.read_bias(self.base_layer, self._kept or None)
 
     def compute_dtype(self) -> torch.dtype:
         return self._storage.dtype(self.base_layer)
@@ -173,26 +123,61 @@ class AdaptedLayer(nn.Module):
 
     # -- forward ---------------------------------------------------------------------------------
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base layer's output and the changes of all live adapters."""
         slots = self._live()
         if not slots:
             return self._kind.call(self.base_layer, None, args, kwargs)
-        deltas: list[tuple[Slot, Delta]] = []  # plain loops: torch.compile follows them
+        deltas = self._deltas(slots)
+        if self._kind.substitutes:
+            output = self._kind.run_with(self.base_layer, self._substitutes(slots, deltas), args, kwargs)
+            deltas = [(slot, delta) for slot, delta in deltas if isinstance(delta, Residual)]
+            base = None
+        else:
+            shift = self._total_shift(slots, deltas)
+            output = self._kind.call(self.base_layer, shift, args, kwargs)
+            base = None if shift is not None or self._merged else self._kind.tensor_of(output)
+        if not deltas:
+            return output
+        x = args[0] if args else kwargs[self._input_name]
+        y = self._kind.tensor_of(output)
+        for last in (False, True):  # what is not linear comes after what is
+            for slot, delta in deltas:
+                if isinstance(delta, Residual) is last:
+                    y = _RUN[type(delta)](self, slot, delta, x, base, y)
+        return self._kind.with_tensor(output, y)
+
+    def _deltas(self, slots: Sequence[Slot]) -> list[tuple[Slot, Delta]]:
+        deltas: list[tuple[Slot, Delta]] = []  # a plain loop: torch.compile follows it
         for slot in slots:
             delta = slot.delta()
             if delta is not None:
                 deltas.append((slot, delta))
-        shift = self._total_shift(slots, deltas)
-        y = self._kind.call(self.base_layer, shift, args, kwargs)
-        base = None if shift is not None or self._merged else y
-        if deltas:
-            x = args[0] if args else kwargs[self._input_name]
-            for last in (False, True):  # what is not linear comes after what is
-                for slot, delta in deltas:
-                    if isinstance(delta, Residual) is last:
-                        y = _RUN[type(delta)](self, slot, delta, x, base, y)
-        return y
+        return deltas
+
+    def _substitutes(self, slots: Sequence[Slot], deltas: Sequence[tuple[Slot, Delta]]) -> dict[str, Tensor]:
+        """The layer's parameters with all changes in them, built for one step, by their names in the layer."""
+        kind, storage, module = self._kind, self._storage, self.base_layer
+        found: dict[str, Tensor] = {}
+        dtype = self.compute_dtype()
+        wide = accumulate_dtype(dtype)
+        own = [delta for _, delta in deltas if not isinstance(delta, (Residual, Shift))]
+        if own:
+            base = self.base_matrix().to(wide)  # (out, in)
+            total = kind.canonical(module, storage.read(module)).to(wide) if self._merged else base
+            for delta in own:
+                change = delta.weight_change(base)
+                total = total if change is None else total + change
+            found[storage.weight_name] = kind.native(module, total).to(dtype)
+        bias = self.base_bias()
+        shifts = [change for delta in own if (change := delta.bias_change(bias)) is not None]
+        if (shift := self._total_shift(slots, deltas)) is not None:
+            shifts.append(shift)
+        if shifts:
+            now = storage.read_bias(module)
+            changed = sum(shifts[1:], shifts[0])
+            found[storage.bias_name] = (changed if now is None else now + changed).to(dtype)
+        return found
 
     def _live(self) -> list[Slot]:
         live = []
@@ -213,19 +198,23 @@ class AdaptedLayer(nn.Module):
             total = shift if total is None else total + shift
         return total
 
-    def _through(self, delta: LowRank | Full, x: Tensor) -> Tensor:
-        """The change's matrix times x: (..., in) -> (..., out), never building the matrix of a low rank."""
+    def _drop(self, slot: Slot, x: Tensor) -> Tensor:
+        return slot.drop(x) if self._kind.takes_dropout else x
+
+    def _through(self, delta: LowRank | Full, x: Tensor, cols: Tensor | None = None) -> Tensor:
+        """The change's matrix (or it times diag(cols)) times x: (..., in) -> (..., out); a low rank stays factored."""
         kind, module = self._kind, self.base_layer
+        first = delta.delta.to(self.compute_dtype()) if isinstance(delta, Full) else delta.a
+        h = kind.project(module, x, first) if cols is None else kind.project_scaled(module, x, first, cols)
         if isinstance(delta, Full):
-            return kind.project(module, x, delta.delta.to(self.compute_dtype()))
-        h = kind.project(module, x, delta.a)  # (..., r)
+            return h  # (..., out)
         mid = None if delta.mid is None else kind.spread(delta.mid, h)
         h = kind.lift(module, scale_features(h, mid, delta.scale), delta.b)  # (..., out)
         return h if delta.out is None else scale_features(h, kind.spread(delta.out, h), 1.0)
 
     def _run_linear(self, slot: Slot, delta: Delta, x: Tensor, base: Tensor | None, y: Tensor) -> Tensor:
         assert isinstance(delta, (LowRank, Full))
-        return y + self._through(delta, slot.drop(x)).to(y.dtype)
+        return y + self._through(delta, self._drop(slot, x)).to(y.dtype)
 
     def _run_shift(self, slot: Slot, delta: Delta, x: Tensor, base: Tensor | None, y: Tensor) -> Tensor:
         return y  # the base layer ran with the shifted bias
@@ -233,14 +222,11 @@ class AdaptedLayer(nn.Module):
     def _run_rescale(self, slot: Slot, delta: Delta, x: Tensor, base: Tensor | None, y: Tensor) -> Tensor:
         """Y + [rows (W + inner)(cols x) - W x] + change of the bias; ``base`` is W x + bias, where it is at hand."""
         assert isinstance(delta, Rescale)
-        kind, bias = self._kind, self.base_bias()
-        linear = (
-            kind.project(self.base_layer, x, self.base_matrix()) if base is None else self._without_bias(base, bias)
-        )
-        scaled = x if delta.cols is None else scale_features(x, kind.spread(delta.cols, x), 1.0)
-        new = linear if delta.cols is None else kind.project(self.base_layer, scaled, self.base_matrix())
+        kind, bias, module = self._kind, self.base_bias(), self.base_layer
+        linear = kind.project(module, x, self.base_matrix()) if base is None else self._without_bias(base, bias)
+        new = linear if delta.cols is None else kind.project_scaled(module, x, self.base_matrix(), delta.cols)
         if delta.inner is not None:
-            new = new + self._through(delta.inner, slot.drop(scaled)).to(new.dtype)
+            new = new + self._through(delta.inner, self._drop(slot, x), delta.cols).to(new.dtype)
         if delta.rows is not None:
             new = scale_features(new, kind.spread(delta.rows, new), 1.0)
         y = y + (new - linear)
@@ -351,7 +337,15 @@ class AdaptedLayer(nn.Module):
         except AttributeError:
             if name == "base_layer":
                 raise
-            return getattr(self.base_layer, name)
+        if self._read_by_parent and name in (self._storage.weight_name, self._storage.bias_name):
+            return self._adapted(name)
+        return getattr(self.base_layer, name)
+
+    def _adapted(self, name: str) -> Any:
+        """What a parent that reads this layer's parameters itself gets: those with all changes in them."""
+        slots = self._live()
+        found = self._substitutes(slots, self._deltas(slots)) if slots else {}
+        return found[name] if name in found else getattr(self.base_layer, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in ("weight", BIAS):
@@ -371,80 +365,3 @@ _RUN: dict[type[Delta], Callable[[AdaptedLayer, Slot, Delta, Tensor, Tensor | No
     Shift: AdaptedLayer._run_shift,
     Residual: AdaptedLayer._run_residual,
 }
-
-
-@final
-class SavedModule(nn.Module):
-    """A module of which each adapter has a whole trained copy of its own (``modules_to_save``).
-
-    With no live adapter that has a copy, the original runs.
-    """
-
-    def __init__(self, original: nn.Module, state: ActiveState) -> None:
-        super().__init__()
-        self.original_module = original
-        self.copies = nn.ModuleDict().train(original.training)
-        self._state = state
-        self.training = original.training
-
-    def current(self) -> nn.Module:
-        """The module that runs now."""
-        merged = () if self._state.disabled else self._state.merged
-        for name in reversed((*merged, *self._state.live)):
-            if (key := slot_key(name)) in self.copies:
-                return self.copies[key]
-        return self.original_module
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.current()(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name in ("original_module", "copies", "_state"):
-                raise
-            return getattr(self.current(), name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("weight", BIAS):  # as transformers does when it ties weights
-            setattr(self.original_module, name, value)
-        else:
-            super().__setattr__(name, value)
-
-    # A base model may go through a list of modules by itself; truth is not length, as for any module.
-    def __bool__(self) -> bool:
-        return True
-
-    def __len__(self) -> int:
-        return len(cast(Sized, self.current()))
-
-    def __iter__(self) -> Iterator[nn.Module]:
-        return iter(cast(Iterable[nn.Module], self.current()))
-
-    def __getitem__(self, index: Any) -> Any:
-        return cast(nn.ModuleList, self.current())[index]
-
-
-def check_finite(layers: Mapping[str, AdaptedLayer], names: Sequence[str]) -> None:
-    """Raise MergeError if merging ``names`` would give a value that is not finite; changes nothing."""
-    broken = []
-    for where, layer in layers.items():
-        result = layer.merged_with([*layer.merged, *names])
-        values = [v.to(layer.compute_dtype()) for v in (result.weight, result.bias) if v is not None]
-        if not all(bool(torch.isfinite(v).all()) for v in values if v.device.type != "meta"):
-            broken.append(f"{where}: the merged weight would hold values that are not finite")
-    if broken:
-        raise MergeError(gather(f"safe_merge refused adapters {list(names)}; nothing was changed:", broken))
-
-
-def warn_of_loss(lost: Mapping[str, float]) -> None:
-    """Warn when merging lost more than a twentieth of a change; ``lost``: by layer, see :class:`Merged`."""
-    worst = max(lost, key=lambda name: lost[name], default=None)
-    if worst is not None and lost[worst] > LOST_BOUND:
-        warnings.warn(
-            f"merging rounded {lost[worst]:.0%} of the adapter's change in {worst!r} away: it is too small for the "
-            "dtype of the weights; merge into wider weights, or leave the adapter unmerged",
-            MergePrecisionWarning,
-            stacklevel=4,
-        )

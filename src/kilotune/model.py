@@ -17,10 +17,19 @@ from ._progress import track
 from .config import AdapterConfig
 from .errors import AdapterError, ConfigError, MergeError, UnsupportedError, did_you_mean
 from .inject import Installed
-from .layer import ActiveState, AdaptedLayer, MergePrecisionWarning, check_finite, slot_key, warn_of_loss
+from .layer import AdaptedLayer
+from .merging import (
+    MergePrecisionWarning,
+    all_or_nothing,
+    base_weights,
+    check_finite,
+    check_mergeable,
+    warn_of_loss,
+)
 from .methods import LoraConfig, VeraConfig
 from .projections import Projections
 from .report import ParameterReport, count_parameters
+from .slots import ActiveState, slot_key
 
 __all__ = ["AdapterModel", "LoraModel", "MergePrecisionWarning", "PeftModel", "VeraModel", "get_peft_model"]
 
@@ -265,16 +274,12 @@ class AdapterModel(nn.Module, ABC):
         """Inside this context the model is exactly the base model, merged adapters included."""
         before = self._state.disabled
         # Inside another such context the base's weights are in place already.
-        merged = [] if before else [layer for layer in self.adapted_layers().values() if layer.merged]
-        for layer in merged:
-            layer.suspend_merge()
-        self._state.disabled = True
-        try:
-            yield
-        finally:
-            self._state.disabled = before
-            for layer in merged:
-                layer.resume_merge()
+        with base_weights({} if before else self.adapted_layers()):
+            self._state.disabled = True
+            try:
+                yield
+            finally:
+                self._state.disabled = before
 
     # -- merge -----------------------------------------------------------------------------------
 
@@ -308,11 +313,10 @@ class AdapterModel(nn.Module, ABC):
         layers = self.adapted_layers()
         together = {*names, *self.merged_adapters, *self._state.active}
         inject.check_compatible({name: self._installed[name] for name in together})
-        for where, layer in layers.items():
-            layer.check_mergeable(names, where)
+        check_mergeable(layers, names)
         if safe_merge:
             check_finite(layers, names)
-        with self._all_or_nothing():
+        with all_or_nothing(layers, self._state):
             lost = {where: layers[where].merge(names) for where in track(list(layers), "merging", show=progressbar)}
             self._state.merged = (*self._state.merged, *names)
         warn_of_loss(lost)
@@ -334,19 +338,6 @@ class AdapterModel(nn.Module, ABC):
             layer.unmerge()
         self._state.merged = ()
 
-    @contextmanager
-    def _all_or_nothing(self) -> Iterator[None]:
-        """Out of memory, or Ctrl-C, in the midst of merging: go back to where it began, allocating nothing."""
-        before = [(layer, layer.snapshot()) for layer in self.adapted_layers().values()]
-        active, merged = self._state.active, self._state.merged
-        try:
-            yield
-        except BaseException:
-            for layer, state in before:
-                layer.restore(state)
-            self._state.active, self._state.merged = active, merged
-            raise
-
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
     ) -> nn.Module:
@@ -356,7 +347,7 @@ class AdapterModel(nn.Module, ABC):
         """
         names = self._to_merge(adapter_names)
         self._check_enabled("merge")
-        with self._all_or_nothing():
+        with all_or_nothing(self.adapted_layers(), self._state):
             self._state.active = tuple(names)
             if set(names) != set(self._state.merged):  # exactly these, whatever is merged now
                 self._unmerge()

@@ -425,9 +425,10 @@ def _file_bytes(adapted: PeftModel) -> int:
     tensors: dict[str, Tensor] = {}
     for key, value in export.tensors.items():
         tensors[checkpoint.full_key(key, params)] = value
-    for name, slot in slots.items():
+    for name, layer in adapted.adapted_layers().items():
+        slot = _slot(layer)
         if slot.trained_bias is not None:
-            tensors[f"{checkpoint.PREFIX}{name}.{checkpoint.bias_key(slot.method)}"] = slot.trained_bias
+            tensors[f"{checkpoint.PREFIX}{name}.{checkpoint.bias_key(slot.method, layer.storage)}"] = slot.trained_bias
     for name, module, _ in walk(adapted.model):
         if isinstance(module, SavedModule):
             twin = next(iter(module.copies.values()))

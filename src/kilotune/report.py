@@ -9,9 +9,10 @@ from typing import Any, final
 
 from torch import Tensor, nn
 
-from .inject import SavedModule, walk
+from .inject import walk
 from .layer import AdaptedLayer
 from .projections import Projections
+from .saved import SavedModule
 
 __all__ = ["ParameterReport", "count_parameters", "readable_bytes"]
 

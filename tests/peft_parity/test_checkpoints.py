@@ -212,9 +212,11 @@ def test_trained_tensors_are_float32_whatever_the_file_has(tmp_path: Path) -> No
 
 def test_an_option_of_peft_that_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
     with quiet():
-        theirs = peft.get_peft_model(base("mlp"), peft.LoraConfig(target_modules=["0.1"], use_dora=True))
+        theirs = peft.get_peft_model(base("mlp"), peft.LoraConfig(target_modules=["0.1"]))
         theirs.save_pretrained(tmp_path)
-    with pytest.raises(kilotune.KilotuneError, match="use_dora=True"):
+    values = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**values, "lora_bias": True}))
+    with pytest.raises(kilotune.KilotuneError, match="lora_bias=True"):
         kilotune.PeftModel.from_pretrained(base("mlp"), tmp_path)
 
 

@@ -37,10 +37,8 @@ class Biased(LayerKind):
     def lift(self, module: nn.Module, h: Tensor, matrix: Tensor) -> Tensor:
         return self.canonical(module, matrix)
 
-    def call(self, module: nn.Module, shift: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def call(self, module: nn.Module, shift: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if shift is None:
-            output: Tensor = module(*args, **kwargs)
-            return output
+            return module(*args, **kwargs)
         bias = module.get_parameter("bias")
-        changed: Tensor = functional_call(module, {"bias": (bias + shift).to(bias.dtype)}, args, kwargs)
-        return changed
+        return functional_call(module, {"bias": (bias + shift).to(bias.dtype)}, args, kwargs)

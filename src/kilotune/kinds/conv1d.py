@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..deltas import Need
+from ..kernels.lowrank import scale_features
 from ._base import LayerKind
 
 
@@ -39,3 +40,6 @@ class Conv1D(LayerKind):
 
     def lift(self, module: nn.Module, h: Tensor, matrix: Tensor) -> Tensor:
         return F.linear(h, matrix)
+
+    def project_scaled(self, module: nn.Module, x: Tensor, matrix: Tensor, cols: Tensor) -> Tensor:
+        return F.linear(scale_features(x, cols, 1.0), matrix)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..deltas import Need
+from ..kernels.lowrank import scale_features
 from ._base import LayerKind
 
 
@@ -36,3 +37,6 @@ class Linear(LayerKind):
 
     def lift(self, module: nn.Module, h: Tensor, matrix: Tensor) -> Tensor:
         return F.linear(h, matrix)
+
+    def project_scaled(self, module: nn.Module, x: Tensor, matrix: Tensor, cols: Tensor) -> Tensor:
+        return F.linear(scale_features(x, cols, 1.0), matrix)

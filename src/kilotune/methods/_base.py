@@ -12,12 +12,12 @@ from typing import Any, ClassVar, Generic, TypeVar, final
 import torch
 from torch import Tensor, nn
 
-from ..config import AdapterConfig
-from ..deltas import Delta
+from ..config import AdapterConfig, bool_faults, option
+from ..deltas import Delta, Role
 from ..errors import CheckpointError
 from ..projections import Projections
 
-__all__ = ["Export", "Method", "Shared", "Site"]
+__all__ = ["Export", "LowRankConfig", "Method", "Shared", "Site"]
 
 C = TypeVar("C", bound=AdapterConfig)
 
@@ -28,7 +28,9 @@ class Site:
     """All that a method may know of a layer.
 
     name: its dotted name in the base model; out, inn: the canonical matrix's shape; read: the matrix
-    (out, in) as floats; dtype, device: where the layer computes, asked anew each time.
+    (out, in) as floats; dtype, device: where the layer computes, asked anew each time; fan_in: how many
+    columns of the matrix one input meets at once (inn; 1 in an embedding, whose input picks one); taps: how
+    many neighbouring columns belong to one input feature (a convolution's kernel size).
     """
 
     name: str
@@ -37,6 +39,12 @@ class Site:
     read: Callable[[], Tensor] = field(repr=False)
     dtype: Callable[[], torch.dtype] = field(repr=False)
     device: Callable[[], torch.device] = field(repr=False)
+    fan_in: int = 0
+    taps: int = 1
+
+    def __post_init__(self) -> None:
+        if self.fan_in == 0:
+            object.__setattr__(self, "fan_in", self.inn)
 
 
 @dataclass(eq=False)
@@ -61,22 +69,49 @@ class Export:
     checksum: str | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class LowRankConfig(AdapterConfig):
+    """What the configurations of all low-rank methods have: any of them can be put into DoRA."""
+
+    use_dora: bool = option(
+        False,
+        "DoRA over this method: the rows of the adapted matrix get a trained length of their own (dora.py).",
+        ours=True,
+    )
+
+    def _common_faults(self) -> list[str]:
+        missing = ["use_dora: DoRA is not there yet, got True"] if self.use_dora is True else []
+        return super()._common_faults() + bool_faults(self, "use_dora") + missing
+
+
 class Method(ABC, Generic[C]):
     """One adapter's method: its configuration and its mathematics.
 
     name: as users pick it. makes: the delta class, whose needs decide which layers fit. keys: parameter
-    name -> the key PEFT uses for it below the module's name. default_targets: exceptions to the table of
-    known architectures.
+    name -> the key PEFT uses for it below the module's name. roles: what each parameter is to the layer's
+    matrix, where that decides its form in a file. default_targets: exceptions to the table of known
+    architectures.
     """
 
     name: ClassVar[str]
     config_cls: ClassVar[type[AdapterConfig]]
-    makes: ClassVar[type[Delta]]
-    keys: ClassVar[dict[str, str]]
+    makes: type[Delta]
+    keys: Mapping[str, str]
+    roles: Mapping[str, Role] = {}
     default_targets: ClassVar[Mapping[str, Sequence[str]]] = {}
 
     def __init__(self, config: C) -> None:
         self.config = config
+
+    @property
+    def frozen(self) -> frozenset[str]:
+        """The names of those of a layer's parameters that are never trained (LoRA-FA's A)."""
+        return frozenset()
+
+    @property
+    def rebuilt(self) -> frozenset[str]:
+        """The names of frozen parameters that no file holds, because :meth:`init` makes them again."""
+        return frozenset()
 
     def prepare(self, adapter: str, sites: Sequence[Site], projections: Projections) -> Shared:
         """Once per adapter, before any layer: claim projections, make model-wide parameters."""
@@ -112,6 +147,9 @@ class Method(ABC, Generic[C]):
     def export(self, sites: Mapping[str, Site], params: Mapping[str, Mapping[str, Tensor]], shared: Shared) -> Export:
         """The adapter's tensors under PEFT's keys (``<module>.<key>``), and what changes in its config."""
         named = {
-            f"{module}.{self.keys[name]}": tensor for module, own in params.items() for name, tensor in own.items()
+            f"{module}.{self.keys[name]}": tensor
+            for module, own in params.items()
+            for name, tensor in own.items()
+            if name not in self.rebuilt
         }
         return Export({**named, **shared.trained})

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..config import AdapterConfig, Names, bool_faults, number_fault, option, rate_fault, regex_faults
-from ..deltas import LowRank
-from ._base import Method, Shared, Site
+from ..deltas import Delta, LowRank, Role
+from ._base import LowRankConfig, Method, Shared, Site
 
 __all__ = ["Lora", "LoraConfig"]
 
@@ -25,7 +25,7 @@ INITS = (True, False, "gaussian")
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class LoraConfig(AdapterConfig):
+class LoraConfig(LowRankConfig):
     """LoRA's options, under PEFT's names."""
 
     peft_type: ClassVar[str] = "LORA"
@@ -40,6 +40,7 @@ class LoraConfig(AdapterConfig):
         "True: A Kaiming uniform with a = sqrt(5), B zero. 'gaussian': A normal with deviation 1 / r, B zero. "
         "False: both Kaiming uniform, so the adapter changes the output from the start.",
     )
+    use_dora: bool = option(False, LowRankConfig.help_of("use_dora"))
     rank_pattern: dict[str, int] = option({}, "Other ranks: layer name or regular expression for its end -> r.")
     alpha_pattern: dict[str, float] = option({}, "Other alphas: layer name or regular expression -> lora_alpha.")
     exclude_modules: Sequence[str] | str | None = option(None, AdapterConfig.help_of("exclude_modules"))
@@ -94,8 +95,9 @@ class Lora(Method[LoraConfig]):
 
     name: ClassVar[str] = "lora"
     config_cls: ClassVar[type[AdapterConfig]] = LoraConfig
-    makes: ClassVar[type[LowRank]] = LowRank
-    keys: ClassVar[dict[str, str]] = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
+    makes: type[Delta] = LowRank
+    keys: Mapping[str, str] = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
+    roles: Mapping[str, Role] = {"lora_A": Role.FIRST, "lora_B": Role.SECOND}
     default_targets: ClassVar[Mapping[str, Sequence[str]]] = {"phi": ("q_proj", "v_proj", "fc1", "fc2")}
 
     def rank(self, site: Site) -> int:
@@ -112,6 +114,8 @@ class Lora(Method[LoraConfig]):
         rank, device, kind = self.rank(site), site.device(), self.config.init_lora_weights
         a = torch.empty(rank, site.inn, device=device, dtype=torch.float32)
         b = torch.zeros(site.out, rank, device=device, dtype=torch.float32)
+        if site.fan_in == 1 and kind is not False:  # an embedding: PEFT starts with A at zero and B normal
+            return {"lora_A": a.zero_(), "lora_B": nn.init.normal_(b)}
         if kind == "gaussian":
             nn.init.normal_(a, std=1 / rank)
         else:

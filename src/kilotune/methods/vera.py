@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..config import AdapterConfig, Names, bool_faults, number_fault, option, rate_fault
-from ..deltas import LowRank
+from ..deltas import Delta, LowRank
 from ..errors import CheckpointError, ConfigError
 from ..projections import (
     SEED_LIMIT,
@@ -27,7 +27,7 @@ from ..projections import (
     StoredSource,
     pair_checksum,
 )
-from ._base import Export, Method, Shared, Site
+from ._base import Export, LowRankConfig, Method, Shared, Site
 
 __all__ = ["Vera", "VeraConfig"]
 
@@ -38,7 +38,7 @@ KEY_A, KEY_B = "vera_A", "vera_B"
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class VeraConfig(AdapterConfig):
+class VeraConfig(LowRankConfig):
     """VeRA's options, under PEFT's names, and two of ours: ``generator`` and ``sharing``."""
 
     peft_type: ClassVar[str] = "VERA"
@@ -121,8 +121,8 @@ class Vera(Method[VeraConfig]):
 
     name: ClassVar[str] = "vera"
     config_cls: ClassVar[type[AdapterConfig]] = VeraConfig
-    makes: ClassVar[type[LowRank]] = LowRank
-    keys: ClassVar[dict[str, str]] = {"vera_lambda_b": "vera_lambda_b", "vera_lambda_d": "vera_lambda_d"}
+    makes: type[Delta] = LowRank
+    keys: Mapping[str, str] = {"vera_lambda_b": "vera_lambda_b", "vera_lambda_d": "vera_lambda_d"}
 
     def __init__(self, config: VeraConfig, stored: StoredSource | None = None, checksum: str | None = None) -> None:
         super().__init__(config)
@@ -179,7 +179,7 @@ class Vera(Method[VeraConfig]):
             b=b[:rank, : site.out].T,
             mid=params["vera_lambda_d"],
             out=params["vera_lambda_b"],
-            scale=source.gain(rank, site.inn) * 2.0**exponent,
+            scale=source.gain(rank, site.fan_in) * 2.0**exponent,
         )
 
     # -- files -----------------------------------------------------------------------------------

@@ -15,7 +15,10 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @final
 class Dense(Storage):
-    """float16, bfloat16, float32 or float64 parameters named ``weight`` and ``bias``.
+    """float16, bfloat16, float32 or float64 parameters.
+
+    Args:
+        weight_name, bias_name: what the module calls them.
 
     Writing puts new Parameters in place and never changes the old ones, so a weight that is tied to
     another module's (an embedding) stays as it is there.
@@ -25,25 +28,43 @@ class Dense(Storage):
     lossless: ClassVar[bool] = True
     differentiable: ClassVar[bool] = True
 
+    def __init__(self, weight_name: str = "weight", bias_name: str = "bias") -> None:
+        self.weight_name, self.bias_name = weight_name, bias_name
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """The names of the weight and of the bias."""
+        return self.weight_name, self.bias_name
+
     def matches(self, module: nn.Module) -> bool:
-        names = ("weight", "bias")
+        names = self.names
         if any(name not in module._parameters and isinstance(getattr(module, name, None), Tensor) for name in names):
             return False  # computed from other parameters (weight norm, pruning): nothing here to write to
         held = [module._parameters.get(name) for name in names]
         present = [p for p in held if p is not None]
         return bool(present) and all(p.dtype in FLOATS and type(p.data) is Tensor for p in present)
 
-    def read(self, module: nn.Module, kept: Kept | None = None) -> Tensor:
-        held = None if kept is None else kept.get("weight")
-        weight = module.get_parameter("weight") if held is None else held
+    def read(self, module: nn.Module, kept: Kept | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        held = None if kept is None else kept.get(self.weight_name)
+        weight = module.get_parameter(self.weight_name) if held is None else held
         if type(weight.data) is not Tensor:
             raise UnsupportedError(
                 f"the weight of {type(module).__name__} is a {type(weight.data).__name__}; it cannot be read here"
             )
-        return weight
+        return weight if dtype is None else weight.to(dtype)
+
+    def rounded(self, module: nn.Module, weight: Tensor) -> Tensor:
+        return weight.to(self.dtype(module)).to(weight.dtype)
+
+    def dense(self, module: nn.Module, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> nn.Module:
+        for name, value in zip(self.names, (weight, bias), strict=True):
+            if value is not None:
+                fresh = value.detach().to(dtype, memory_format=torch.contiguous_format, copy=True).contiguous()
+                module.register_parameter(name, nn.Parameter(fresh, requires_grad=False))
+        return module
 
     def write(self, module: nn.Module, weight: Tensor | None, bias: Tensor | None) -> None:
-        for name, value in (("weight", weight), ("bias", bias)):
+        for name, value in zip(self.names, (weight, bias), strict=True):
             if value is None:
                 continue
             like = module._parameters.get(name)
@@ -52,7 +73,7 @@ class Dense(Storage):
             module.register_parameter(name, nn.Parameter(fresh, requires_grad=False))
 
     def keep(self, module: nn.Module) -> Kept:
-        return {name: module._parameters.get(name) for name in ("weight", "bias") if name in module._parameters}
+        return {name: module._parameters.get(name) for name in self.names if name in module._parameters}
 
     def restore(self, module: nn.Module, kept: Kept) -> None:
         for name, parameter in kept.items():
@@ -64,7 +85,6 @@ class Dense(Storage):
     def device(self, module: nn.Module) -> torch.device:
         return self._main(module).device
 
-    @staticmethod
-    def _main(module: nn.Module) -> Tensor:
-        weight = module._parameters.get("weight")
-        return weight if weight is not None else module.get_parameter("bias")
+    def _main(self, module: nn.Module) -> Tensor:
+        weight = module._parameters.get(self.weight_name)
+        return weight if weight is not None else module.get_parameter(self.bias_name)

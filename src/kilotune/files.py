@@ -1,0 +1,284 @@
+"""An adapter's two files on disk: found, read with care, and written whole or not at all. No models here.
+
+Writing goes to a temporary folder beside the target and is then renamed. Reading checks the header before
+any library parses it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import struct
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
+from torch import Tensor
+
+from .errors import CheckpointError, MissingExtraError, first_line
+
+__all__ = [
+    "CONFIG_NAME",
+    "REPO_ID",
+    "WEIGHTS_NAME",
+    "locate",
+    "read_config",
+    "read_weights",
+    "tensors_checksum",
+    "within",
+    "write",
+]
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format
+MAX_CONFIG = 10_000_000
+REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def tensors_checksum(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes, in the order of the names."""
+    digest = hashlib.sha256()
+    for key in sorted(tensors):
+        value = tensors[key].detach().cpu().contiguous()
+        digest.update(f"{key};{value.dtype};{tuple(value.shape)};".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+# -- out -------------------------------------------------------------------------------------------
+
+
+def write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write the two files of an adapter; on failure the folder is as it was."""
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"cannot write to {folder}: it is a file, expected a folder or nothing")
+    made = [parent for parent in folder.parents if not parent.exists()]  # the innermost first
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # On the same file system as the target, or renaming would not be possible.
+        place = folder if folder.is_dir() else folder.parent
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=place) as name:
+            fresh = Path(name) / "new"
+            fresh.mkdir()
+            save_file(dict(tensors), fresh / WEIGHTS_NAME, metadata=dict(metadata))
+            _sort_metadata(fresh / WEIGHTS_NAME)
+            (fresh / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            shutil.copymode(fresh / CONFIG_NAME, fresh / WEIGHTS_NAME)  # safetensors makes files that only we can read
+            _flush(fresh)
+            _put(fresh, folder)
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
+        with contextlib.suppress(OSError):
+            for parent in made:
+                parent.rmdir()
+        raise CheckpointError(f"cannot write the adapter to {folder}: {error}") from error
+
+
+def _sort_metadata(path: Path) -> None:
+    """Safetensors writes the metadata in random order; sorted, the same adapter gives the same bytes."""
+    with path.open("r+b") as file:
+        length = struct.unpack("<Q", file.read(8))[0]
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= length:  # the rest was padding
+            file.seek(8)
+            file.write(text.ljust(length))
+
+
+def _flush(folder: Path) -> None:
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def _put(fresh: Path, folder: Path) -> None:
+    """Rename the new folder, or its two files where the folder is there.
+
+    Two renames are not one: what is killed between them leaves two files that do not belong together, which the
+    config's checksum in the weights' header tells when they are read.
+    """
+    if not folder.exists():
+        try:
+            fresh.rename(folder)
+            return
+        except OSError:
+            if not folder.is_dir():  # else another process has written it meanwhile
+                raise
+    old = fresh.with_name("old")
+    old.mkdir()
+    for name in (WEIGHTS_NAME, CONFIG_NAME):
+        if (folder / name).exists():
+            shutil.copy2(folder / name, old / name)
+    done: list[str] = []
+    try:
+        for name in (WEIGHTS_NAME, CONFIG_NAME):
+            os.replace(fresh / name, folder / name)
+            done.append(name)
+    except BaseException:
+        for name in done:
+            if (old / name).exists():
+                os.replace(old / name, folder / name)
+            else:
+                (folder / name).unlink()
+        raise
+
+
+# -- in --------------------------------------------------------------------------------------------
+
+
+def locate(
+    source: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    token: str | None = None,
+    cache_dir: str | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """The local folder of an adapter: ``source`` itself, or a Hugging Face hub id that is downloaded.
+
+    Raises:
+        CheckpointError: no such folder, a subfolder outside of it, or a hub id without an adapter.
+        MissingExtraError: a hub id, and huggingface_hub is not installed.
+
+    """
+    if not isinstance(source, (str, os.PathLike)) or not str(source):
+        raise CheckpointError(f"expected a folder or a hub id (owner/name), got {source!r}")
+    path = Path(source)
+    if path.is_dir():
+        folder = path if subfolder is None else within(path, subfolder, "subfolder")
+        if not (folder / CONFIG_NAME).is_file():
+            near = sorted(str(p.parent.relative_to(path)) for p in path.glob(f"*/{CONFIG_NAME}"))
+            hint = f" Adapters are in its subfolders: {', '.join(near[:10])}" if near else ""
+            raise CheckpointError(f"{folder} holds no {CONFIG_NAME}.{hint}")
+        return folder
+    beside = path.parent != Path() and path.parent.is_dir()  # a mistyped folder need not be asked for on the hub
+    if path.exists() or beside or not REPO_ID.fullmatch(str(source)):
+        what = "is a file, not a folder" if path.exists() else "is no folder here, and no hub id (owner/name)"
+        what = f"is no folder in {path.parent}" if beside and not path.exists() else what
+        raise CheckpointError(f"{str(source)!r} {what}")
+    return _download(str(source), revision, subfolder, token, cache_dir, local_files_only)
+
+
+def _download(
+    repo: str,
+    revision: str | None,
+    subfolder: str | None,
+    token: str | None,
+    cache_dir: str | None,
+    local: bool,
+) -> Path:
+    try:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    except ImportError as error:
+        raise MissingExtraError(
+            "huggingface_hub", "hub", f"{repo!r} is no folder here; loading it from the hub"
+        ) from error
+    folder = Path()
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        try:
+            found = hf_hub_download(
+                repo,
+                name,
+                revision=revision,
+                subfolder=subfolder,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=local,
+            )
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            raise CheckpointError(
+                f"{repo!r} is no folder here, and {name} cannot be had from the hub: {first_line(error)}"
+            ) from error
+        folder = Path(found).parent
+    return folder
+
+
+def within(folder: Path, relative: str, what: str) -> Path:
+    """``folder / relative``, refused when that lies outside of ``folder``."""
+    joined = folder / relative
+    if Path(relative).is_absolute() or ".." in Path(relative).parts or "\\" in relative:
+        raise CheckpointError(f"{what} {relative!r} names a path outside the adapter's folder {folder}")
+    return joined
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The object in an adapter_config.json; CheckpointError when it is none."""
+    try:
+        if path.stat().st_size > MAX_CONFIG:
+            raise CheckpointError(f"{path}: {path.stat().st_size} bytes; a configuration has a few thousand")
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from error
+    except CheckpointError:
+        raise
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, a number of too many digits
+        raise CheckpointError(f"{path} is no JSON: {error}") from error
+    if not isinstance(values, dict) or "peft_type" not in values:
+        raise CheckpointError(f"{path}: expected an object with the key 'peft_type'")
+    return values
+
+
+def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, metadata) of a safetensors file, checked; CheckpointError for any damage."""
+    try:
+        there = path.is_file()
+    except OSError as error:  # a name that no file system takes
+        raise CheckpointError(f"cannot read {str(path)!r}: {error}") from error
+    if not there:
+        pickled = path.parent / "adapter_model.bin"
+        if pickled.is_file():
+            raise CheckpointError(
+                f"{pickled} is a pickle, which can run any code when it is loaded, so it is never opened; let the "
+                "library that wrote it save it again with safe_serialization=True"
+            )
+        raise CheckpointError(f"{path} is not there")
+    try:
+        with path.open("rb") as file:  # opened once: another process may put a new file in its place meanwhile
+            metadata = _check_header(path, file)
+            file.seek(0)
+            tensors = dict(sorted(load(file.read()).items()))
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is no valid safetensors file: {error}") from error
+    expected = metadata.get("kilotune_sha256")
+    if expected is not None and (actual := tensors_checksum(tensors)) != expected:
+        raise CheckpointError(f"{path} is damaged: expected SHA-256 {expected} of its tensors, got {actual}")
+    return tensors, metadata
+
+
+def _check_header(path: Path, file: BinaryIO) -> dict[str, str]:
+    """Hold the header's sizes against the file's before anything is parsed; returns the metadata."""
+    size = os.fstat(file.fileno()).st_size
+    start = file.read(8)
+    if len(start) < 8:
+        raise CheckpointError(f"{path} is truncated: {size} bytes, expected at least 8")
+    length = struct.unpack("<Q", start)[0]
+    if length > min(size - 8, MAX_HEADER):
+        raise CheckpointError(
+            f"{path}: the header claims {length} bytes, but the file has {size - 8} after its first 8 (and the "
+            f"format allows {MAX_HEADER}): truncated, or no safetensors file"
+        )
+    raw = file.read(length)
+    try:
+        header = json.loads(raw)
+        entries = {key: value for key, value in header.items() if key != "__metadata__"}
+        end = max((int(value["data_offsets"][1]) for value in entries.values()), default=0)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RecursionError) as error:
+        raise CheckpointError(f"{path}: the header is no valid safetensors header ({error})") from error
+    if end != size - 8 - length:
+        raise CheckpointError(
+            f"{path}: the header describes {end} bytes of tensors, the file holds {size - 8 - length}: "
+            "truncated or damaged"
+        )
+    metadata = header.get("__metadata__") or {}
+    return {str(key): str(value) for key, value in metadata.items()} if isinstance(metadata, dict) else {}

@@ -1,0 +1,65 @@
+"""SavedModule: the wrapper around a module that adapters train whole (``modules_to_save``)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sized
+from typing import Any, cast, final
+
+from torch import nn
+
+from .slots import BIAS, ActiveState, slot_key
+
+__all__ = ["SavedModule"]
+
+
+@final
+class SavedModule(nn.Module):
+    """A module of which each adapter has a whole trained copy of its own (``modules_to_save``).
+
+    With no live adapter that has a copy, the original runs.
+    """
+
+    def __init__(self, original: nn.Module, state: ActiveState) -> None:
+        super().__init__()
+        self.original_module = original
+        self.copies = nn.ModuleDict().train(original.training)
+        self._state = state
+        self.training = original.training
+
+    def current(self) -> nn.Module:
+        """The module that runs now."""
+        merged = () if self._state.disabled else self._state.merged
+        for name in reversed((*merged, *self._state.live)):
+            if (key := slot_key(name)) in self.copies:
+                return self.copies[key]
+        return self.original_module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.current()(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in ("original_module", "copies", "_state"):
+                raise
+            return getattr(self.current(), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("weight", BIAS):  # as transformers does when it ties weights
+            setattr(self.original_module, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    # A base model may go through a list of modules by itself; truth is not length, as for any module.
+    def __bool__(self) -> bool:
+        return True
+
+    def __len__(self) -> int:
+        return len(cast(Sized, self.current()))
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter(cast(Iterable[nn.Module], self.current()))
+
+    def __getitem__(self, index: Any) -> Any:
+        return cast(nn.ModuleList, self.current())[index]

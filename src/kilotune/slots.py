@@ -1,0 +1,73 @@
+"""One adapter's part of one layer, and which adapters of a model are on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, final
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .deltas import Delta
+from .errors import MergeError
+from .methods import Method, Shared, Site
+
+__all__ = ["BIAS", "ActiveState", "Slot", "slot_key"]
+
+BIAS = "bias"
+_TAKEN = frozenset(dir(nn.ModuleDict()))  # of an instance: those that __init__ sets as well
+
+
+def slot_key(name: str) -> str:
+    """An adapter's name as a key of ModuleDict, which allows no dots and no names of its own attributes."""
+    key = name.replace("%", "%25").replace(".", "%2E")
+    return f"{key}%" if key in _TAKEN else key
+
+
+@final
+class ActiveState:
+    """Which adapters of a model are on; one object, read by all its layers."""
+
+    def __init__(self) -> None:
+        self.active: tuple[str, ...] = ()
+        self.merged: tuple[str, ...] = ()
+        self.disabled = False
+
+    @property
+    def live(self) -> tuple[str, ...]:
+        return () if self.disabled else self.active
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.disabled:  # the copy would be disabled for good, its weights those of the moment
+            raise MergeError("cannot copy or save a model inside disable_adapter(); leave its context first")
+        return self.__dict__
+
+
+@final
+class Slot(nn.Module):
+    """One adapter's part of one layer: its trained parameters, and the method that reads them.
+
+    ``method`` is None where only the bias is trained. The trained bias is kept as the bias's full value,
+    as PEFT writes it; its delta is the difference to the base's.
+    """
+
+    def __init__(self, site: Site, method: Method[Any] | None, shared: Shared, params: Mapping[str, nn.Parameter]):
+        super().__init__()
+        self.site, self.method, self.shared = site, method, shared
+        for name, parameter in params.items():
+            self.register_parameter(name, parameter)
+
+    @property
+    def trained_bias(self) -> Tensor | None:
+        return self._parameters.get(BIAS)
+
+    def own(self) -> dict[str, nn.Parameter]:
+        """The method's parameters, without the trained bias."""
+        return {name: p for name, p in self._parameters.items() if name != BIAS and p is not None}
+
+    def delta(self) -> Delta | None:
+        return None if self.method is None else self.method.delta(self.site, self.own(), self.shared)
+
+    def drop(self, x: Tensor) -> Tensor:
+        rate = 0.0 if self.method is None else self.method.config.dropout
+        return F.dropout(x, rate, training=True) if rate > 0.0 and self.training else x
