@@ -76,7 +76,13 @@ def adapters_act(model: AdapterModel, run: Callable[[], Tensor]) -> None:
                 kept = [p.clone() for p in layer.adapters.parameters()]
                 for parameter in layer.adapters.parameters():
                     parameter.add_(1.0)
+                shared = {slot: slot.shared for slot in layer.adapters.children()}
+                for slot, common in shared.items():  # what the model trains in one vector, moved for this layer alone
+                    slot.shared = copy.copy(common)
+                    slot.shared.trained = {key: p + 1.0 for key, p in common.trained.items()}
                 assert not torch.equal(run(), before), f"{name}: its adapter never ran (training={training})"
+                for slot, common in shared.items():
+                    slot.shared = common
                 for parameter, value in zip(layer.adapters.parameters(), kept):
                     parameter.copy_(value)
             assert torch.equal(run(), before)

@@ -128,6 +128,21 @@ def bits(module: nn.Module) -> dict[str, bytes]:
     return {key: value_bits(value) for key, value in module.state_dict().items()}
 
 
+def is_base(key: str) -> bool:
+    """Whether a state-dict key of a model with adapters is of the base."""
+    return key.startswith("model.") and ".adapters." not in key and ".copies." not in key
+
+
+def plain_name(key: str) -> str:
+    """A state-dict key of a model with adapters as it stands in the base model."""
+    return key.removeprefix("model.").replace("base_layer.", "").replace("original_module.", "")
+
+
+def base_bits(model: AdapterModel) -> dict[str, bytes]:
+    """The bytes of all base weights, by their names in the base model."""
+    return {plain_name(key): value_bits(value) for key, value in model.state_dict().items() if is_base(key)}
+
+
 def value_bits(value: Tensor) -> bytes:
     """The bytes of one tensor, with its dtype and shape."""
     raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

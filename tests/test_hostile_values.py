@@ -80,7 +80,7 @@ def test_a_set_of_names_and_numbers_is_refused() -> None:
         LoraConfig(target_modules={"0", 1})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("value", [True, 5, 1.5, "w", ["w"], {"w": 1}], ids=str)
+@pytest.mark.parametrize("value", [True, 5, 1.5, "w", {"w": 1}], ids=str)
 def test_target_parameters_of_any_kind_are_refused(value: Any) -> None:
     with pytest.raises(ConfigError, match="target_parameters: "):
         LoraConfig(target_modules=["0"], target_parameters=value)

@@ -254,25 +254,6 @@ def test_in_torchs_encoder_padding_does_not_bring_the_fast_path_back() -> None:
     assert (without - base)[~padding].abs().max() > 1e-3
 
 
-def test_the_output_projection_of_multihead_attention_is_refused_with_the_reason() -> None:
-    base = encoder()
-    before = Snapshot.of(base)
-    with pytest.raises(TargetError, match="MultiheadAttention reads this layer's weight itself") as caught:
-        get_peft_model(base, VeraConfig(r=2, target_modules=["out_proj", "linear1"]))
-    assert "'layers.0.self_attn.out_proj'" in str(caught.value)
-    assert "'layers.1.self_attn.out_proj'" in str(caught.value)
-    assert Snapshot.of(base) == before
-    assert all("out_proj" not in name for name in get_peft_model(base, BOTH[0]).adapted_layers())
-
-
-def test_biases_of_torchs_encoder_that_cannot_be_trained_are_refused() -> None:
-    base = encoder()
-    before = Snapshot.of(base)
-    with pytest.raises(UnsupportedError, match="MultiheadAttention reads this bias itself"):
-        get_peft_model(base, VeraConfig(r=2, target_modules=["linear1"], bias="all"))
-    assert Snapshot.of(base) == before
-
-
 def test_in_torchs_encoder_a_norm_trained_whole_acts_in_eval() -> None:
     model = get_peft_model(encoder(), VeraConfig(r=2, target_modules=["linear1"], modules_to_save=["norm2"]))
     model.eval()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import guards
-from kilotune import LoraConfig, VeraConfig, checkpoint, files, get_peft_model, inject
+from kilotune import LoraConfig, VeraConfig, checkpoint, files, get_peft_model, tree
 from kilotune.kernels import lowrank
 from kilotune.layer import AdaptedLayer
 from kilotune.methods import Shared, Site
@@ -58,7 +58,7 @@ def test_planted_merge_without_the_scale(monkeypatch: Patch) -> None:
 
 
 def test_planted_merge_that_does_nothing(monkeypatch: Patch) -> None:
-    monkeypatch.setattr(AdaptedLayer, "merge", lambda self, names: 0.0)
+    monkeypatch.setattr(AdaptedLayer, "merge", lambda self, names: None)
     caught(lambda: guards.unmerging_is_exact(mlp, VERA, torch.float32), "merging changed nothing")
 
 
@@ -110,7 +110,7 @@ def test_planted_disable_that_adds_a_zero_change(monkeypatch: Patch) -> None:
 
 def test_planted_wrapper_that_is_skipped(monkeypatch: Patch) -> None:
     """As torch's fast path does: the weights of the parts are read, and the parts are never called."""
-    monkeypatch.setattr(inject, "_set_fast_path", lambda module: None)
+    monkeypatch.setattr(tree, "_set_fast_path", lambda module: None)
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
     model = get_peft_model(nn.Sequential(layer), VeraConfig(r=2, target_modules=["linear1"]))
     z = torch.linspace(-1, 1, 64).view(2, 4, 8)

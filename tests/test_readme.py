@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # CONTRIBUTING.md has a test of its own; docs/readme.md and its like include the pages of the root.
 PAGES = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 WITH_COMMANDS = [*PAGES, ROOT / "CONTRIBUTING.md"]
+LONG = ("demo", "intrinsic-dimension")  # verbs that train, with tests of their own
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
@@ -63,12 +64,12 @@ def test_the_python_of_the_page_runs(
 
 
 def run_the_verbs(page: Path) -> None:
-    """Run the page's ``kilotune`` commands on what its Python left; the demo has a test of its own."""
+    """Run the page's ``kilotune`` commands on what its Python left; those that train have tests of their own."""
     from typer.testing import CliRunner
 
     from kilotune.cli.main import app
 
-    verbs = [words[1:] for words in commands(page) if words[0] == "kilotune" and words[1] != "demo"]
+    verbs = [words[1:] for words in commands(page) if words[0] == "kilotune" and words[1] not in LONG]
     assert {words[0] for words in verbs} == {"plan", "inspect", "merge", "convert"}
     for words in verbs:
         done = CliRunner().invoke(app, words)

@@ -99,7 +99,10 @@ def test_a_near_name_that_cannot_be_adapted_says_why() -> None:
     base = Nested()
     base.stem.weight = nn.Parameter(torch.zeros(8, 6, dtype=torch.int8), requires_grad=False)
     text = refused(base, target_modules=["stem"])
-    assert "'stem': its weight is no plain floating-point parameter (weight torch.int8, bias torch.float32;" in text
+    assert (
+        "'stem': its weight is no plain floating-point parameter (weight: Tensor of int8, bias: Tensor of float32; "
+        in text
+    )
 
 
 def test_names_that_match_but_are_left_out_are_explained() -> None:

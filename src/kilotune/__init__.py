@@ -13,8 +13,21 @@ from .errors import (
     TargetError,
     UnsupportedError,
 )
-from .methods import METHODS, LoraConfig, VeraConfig, get_config
+from .methods import (
+    METHODS,
+    BitfitConfig,
+    BottleneckConfig,
+    Ia3Config,
+    IntrinsicConfig,
+    LoraConfig,
+    LoraXsConfig,
+    UniLoraConfig,
+    VeraConfig,
+    get_config,
+)
 from .model import LoraModel, MergePrecisionWarning, PeftModel, VeraModel, get_peft_model
+from .optimizer import optimizer_groups
+from .parameters import TiedTableWarning, UntrainedExpertsWarning
 from .report import ParameterReport, count_parameters
 
 __version__ = "0.1.0"
@@ -23,11 +36,16 @@ __all__ = [
     "METHODS",
     "AdapterConfig",
     "AdapterError",
+    "BitfitConfig",
+    "BottleneckConfig",
     "CheckpointError",
     "ConfigError",
+    "Ia3Config",
+    "IntrinsicConfig",
     "KilotuneError",
     "LoraConfig",
     "LoraModel",
+    "LoraXsConfig",
     "MergeError",
     "MergePrecisionWarning",
     "MissingExtraError",
@@ -35,10 +53,14 @@ __all__ = [
     "PeftModel",
     "TargetError",
     "TaskType",
+    "TiedTableWarning",
+    "UniLoraConfig",
     "UnsupportedError",
+    "UntrainedExpertsWarning",
     "VeraConfig",
     "VeraModel",
     "count_parameters",
     "get_config",
     "get_peft_model",
+    "optimizer_groups",
 ]

@@ -26,6 +26,7 @@ __all__ = ["FORMAT_VERSION", "AdapterConfig", "TaskType", "option"]
 FORMAT_VERSION = 1
 SECTION = "kilotune"
 ALL_LINEAR = "all-linear"
+ALL_BIASED = "all-biased"
 C = TypeVar("C", bound="AdapterConfig")
 
 
@@ -89,6 +90,7 @@ class AdapterConfig(ABC):
     __signature__: ClassVar[_Signature] = _Signature()
     peft_type: ClassVar[str]
     bias_modes: ClassVar[Names] = ("none", "all")
+    target_words: ClassVar[Names] = (ALL_LINEAR,)  # words for target_modules that are no names
 
     target_modules: Sequence[str] | str | None = option(
         None,
@@ -118,6 +120,13 @@ class AdapterConfig(ABC):
     layers_pattern: Sequence[str] | str | None = option(
         None, "The name of the list of blocks that layers_to_transform counts in, such as 'layers' or 'h'."
     )
+    target_parameters: Sequence[str] | None = option(
+        None,
+        "Parameters (not modules) to adapt, such as the stacked weights of the experts of a mixture-of-experts layer: "
+        "whole names, or the ends of dotted names. Without target_modules beside it, only these are adapted. An empty "
+        "list says that leaving experts out is meant.",
+        ours=True,
+    )
     task_type: str | None = option(None, "One of TaskType; for classification tasks the head is trained as well.")
     base_model_name_or_path: str | None = option(None, "The base model's name; filled in from the model.")
     revision: str | None = option(None, "The base model's revision.")
@@ -131,15 +140,15 @@ class AdapterConfig(ABC):
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        for name in ("target_modules", "exclude_modules"):
+        for name in ("target_modules", "exclude_modules", "target_parameters"):
             self._set(name, _as_tuple(getattr(self, name), keep_string=True))
         for name in ("modules_to_save", "layers_pattern", "layers_to_transform"):
             self._set(name, _as_tuple(getattr(self, name), keep_string=False) or None)
         for name in self.option_names():
             if isinstance(value := getattr(self, name), dict):
                 self._set(name, FrozenDict(value))
-        if isinstance(self.target_modules, str) and self.target_modules.lower() == ALL_LINEAR:
-            self._set("target_modules", ALL_LINEAR)
+        if isinstance(self.target_modules, str) and self.target_modules.lower() in (ALL_LINEAR, ALL_BIASED):
+            self._set("target_modules", self.target_modules.lower())
         self._set("task_type", self.task_type.value if isinstance(self.task_type, TaskType) else self.task_type)
         faults = [*self._common_faults(), *self.faults()]
         if faults:
@@ -222,12 +231,16 @@ class AdapterConfig(ABC):
     def _common_faults(self) -> list[str]:
         faults = []
         for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
-            faults += _name_faults(name, getattr(self, name))
+            empty = name == "target_modules" and self.target_modules == () and self.target_parameters
+            faults += [] if empty else _name_faults(name, getattr(self, name))
+        faults += self._parameter_faults()
         for name in ("target_modules", "exclude_modules"):
             if isinstance(value := getattr(self, name), str):
                 faults += regex_faults(name, value)
         for pattern in self.layers_pattern if isinstance(self.layers_pattern, tuple) else ():
             faults += regex_faults("layers_pattern", pattern) if isinstance(pattern, str) else []
+        if self.target_modules == ALL_BIASED and ALL_BIASED not in self.target_words:
+            faults.append(f"target_modules: {ALL_BIASED!r} is for methods that train biases only; use {ALL_LINEAR!r}")
         if self.bias not in self.bias_modes:
             hint = did_you_mean(str(self.bias), self.bias_modes)
             faults.append(f"bias: expected one of {list(self.bias_modes)}, got {self.bias!r}.{hint}")
@@ -236,6 +249,14 @@ class AdapterConfig(ABC):
             hint = did_you_mean(str(self.task_type), tasks)
             faults.append(f"task_type: expected one of {tasks} or None, got {self.task_type!r}.{hint}")
         return faults + self._layer_faults() + _type_faults(self, bool, ("fan_in_fan_out", "inference_mode"))
+
+    def _parameter_faults(self) -> list[str]:
+        names = self.target_parameters
+        if names is not None and not (isinstance(names, tuple) and all(isinstance(n, str) and n for n in names)):
+            return [f"target_parameters: expected a list of parameter names, got {names!r}"]
+        if names and self.layers_to_transform is not None:
+            return ["layers_to_transform: does not reach target_parameters; name the parameters of those blocks whole"]
+        return []
 
     def _layer_faults(self) -> list[str]:
         indices = self.block_indices

@@ -13,6 +13,7 @@ of each layer's change (Eckart and Young 1936), found from the factors and never
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,11 +25,13 @@ from torch import Tensor, nn
 
 from . import checkpoint, inject
 from ._progress import track
-from .config import AdapterConfig
-from .deltas import LowRank
+from .config import SECTION, AdapterConfig
+from .deltas import LowRank, Role
 from .errors import CheckpointError, ConfigError, UnsupportedError, gather
 from .inject import Installed
-from .methods import LoraConfig, Site, VeraConfig
+from .methods import LoraConfig, Site, UniLoraConfig, VeraConfig
+from .methods.lora import Lora
+from .methods.unilora import UniLora
 from .methods.vera import Vera
 from .model import PeftModel
 from .projections import Extent, PeftSource, PortableSource, Projections, StoredSource
@@ -169,6 +172,9 @@ def _check_rank(rank: int | None, full: int, installed: Installed) -> None:
 
 def _factors(installed: Installed) -> dict[str, tuple[Tensor, Tensor]]:
     """Per layer (A (r, in), B (out, r)), float64, such that the layer's change is B A."""
+    if stacked := [name for name in _sites(installed) if installed.layers[name].kind.parameter is not None]:
+        what = "turning an adapter on parameters (target_parameters) into LoRA is not there; merge it instead"
+        raise UnsupportedError(gather(f"{what}:", stacked, 3))
     # In float32 on the CPU, whatever the base is in; with a holder of its own, freed at once.
     sites = {
         name: replace(site, dtype=lambda: torch.float32, device=lambda: torch.device("cpu"))
@@ -269,14 +275,57 @@ def to_peft(model: PeftModel, adapter_name: str = "default") -> Conversion:
     """The adapter in a form that PEFT loads: VeRA with its matrices in the file; LoRA is the same in both."""
     installed = model.installed(adapter_name)
     config = installed.config
-    if not isinstance(config, VeraConfig):
-        return _same(installed)
+    if isinstance(config, UniLoraConfig) and isinstance(installed.method, UniLora) and config.generator == "portable":
+        whole = config.replace(save_indices=True)
+        state = checkpoint.state_of(replace(installed, config=whole, method=UniLora(whole)))
+        return Conversion(state, "unilora with all its indices in the file", {})
+    if not isinstance(config, VeraConfig) or config.use_dora:
+        same = _same(installed)
+        if SECTION in same.state[0]:
+            raise UnsupportedError(f"{installed.method.name}: PEFT has no form for this adapter")
+        return _in_blocks(installed, same)
+    others = [name for name, layer in installed.layers.items() if not layer.kind.all_linear or layer.kind.substitutes]
+    if others := [name for name in others if (slot := installed.slots().get(name)) is not None and slot.own()]:
+        raise UnsupportedError(gather("PEFT has no form for VeRA in layers that are not linear:", others))
     state = _vera_state(installed, config.replace(save_projection=True))
     pairs = state[0]["r"] // config.r
     what = f"vera of rank {config.r} with its matrices in the file"
     if pairs > 1:
         what += f"; {pairs} pairs (one a layer shape) stacked to rank {state[0]['r']}, for PEFT has one pair"
     return Conversion(state, what, {})
+
+
+def _in_blocks(installed: Installed, same: Conversion) -> Conversion:
+    """Grouped convolutions at ``groups`` times their rank, block by block; PEFT's scale is then kept by alpha."""
+    method = installed.method
+    slots = installed.slots()
+    adapted = {name: layer for name, layer in installed.layers.items() if name in slots and slots[name].own()}
+    grouped = [name for name, layer in adapted.items() if layer.kind.groups(layer.base_layer) > 1]
+    if not grouped or not {Role.FIRST, Role.SECOND} & set(method.roles.values()):
+        return same
+    if not isinstance(method, Lora):
+        raise UnsupportedError(f"{method.name}: PEFT has no form for a grouped convolution: {', '.join(grouped)}")
+    config, tensors, metadata = same.state
+    config, tensors = dict(config), dict(tensors)
+    ranks, alphas = {}, {}
+    for name, layer in adapted.items():
+        module, site = layer.base_layer, layer.site(name)
+        groups, rank = layer.kind.groups(module), method.rank(site)
+        for parameter, value in slots[name].own().items() if groups > 1 else ():
+            key = f"{checkpoint.PREFIX}{name}.{layer.kind.file_key(module, method.keys[parameter])}"
+            tensors[key] = layer.kind.to_blocks(module, method.roles[parameter], value.detach().cpu()).contiguous()
+        alpha = method.scale(site) * (math.sqrt(groups * rank) if method.config.use_rslora else groups * rank)
+        ranks[name], alphas[name] = groups * rank, alpha
+    # Every layer by its whole name, for patterns of the user's, and ends of names, may fit the grouped ones too.
+    config["rank_pattern"] = {f"^{re.escape(name)}": rank for name, rank in ranks.items()}
+    config["alpha_pattern"] = {f"^{re.escape(name)}": alpha for name, alpha in alphas.items()}
+    checksums = (
+        checkpoint.tensors_checksum(tensors),
+        checkpoint.config_checksum(config, installed.config.option_names()),
+    )
+    metadata = {**metadata, **checkpoint.header_metadata(*checksums, None)}
+    what = f"lora with grouped convolutions in PEFT's form, at groups times their rank: {', '.join(grouped)}"
+    return Conversion((config, tensors, metadata), what, {})
 
 
 def to_kilotune(model: PeftModel, adapter_name: str = "default") -> Conversion:
@@ -310,15 +359,18 @@ def rewrite(file: checkpoint.AdapterFile) -> Conversion:
     """An adapter whose form is the same in PEFT and here, written anew by us, with checksums; needs no base.
 
     Raises:
-        UnsupportedError: a VeRA adapter, whose forms differ.
+        UnsupportedError: a VeRA adapter, whose forms differ, or one with tensors that belong to no layer.
 
     """
-    if isinstance(file.config, VeraConfig) or file.section:
+    if isinstance(file.config, VeraConfig) or file.section or file.extra:
         raise UnsupportedError(f"{file.method.name}: needs the base's shapes; load it, and use to_peft or to_kilotune")
+    if deep := sorted(key for key, value in file.tensors.items() if "lora_A" in key and value.ndim > 2):
+        raise UnsupportedError(f"{deep[0]} is of a convolution; give the base, whose groups decide PEFT's form of it")
     tensors = {f"{checkpoint.PREFIX}{key}": value for key, value in file.tensors.items()}
     config = file.config.to_dict()
     checksums = checkpoint.tensors_checksum(tensors), checkpoint.config_checksum(config, file.config.option_names())
-    return Conversion((config, tensors, checkpoint.header_metadata(*checksums, None)), _same_text(file.method.name), {})
+    metadata = checkpoint.header_metadata(*checksums, None, file.config.ours())
+    return Conversion((config, tensors, metadata), _same_text(file.method.name), {})
 
 
 def _same_text(method: str) -> str:
@@ -360,7 +412,7 @@ def _portable(
             d = slots[name].own()["vera_lambda_d"].detach().double()
             block = slice(first, first + small.r)
             if int((d != 0).sum()) == int((d[block] != 0).sum()):  # zero outside its own pair's block
-                vectors[name] = (d[block] / math.sqrt(stored.extent.inn / site.inn)).float()
+                vectors[name] = (d[block] / math.sqrt(stored.extent.inn / site.fan_in)).float()
         if len(vectors) == len(sites):
             return small, vectors
     return None

@@ -89,7 +89,11 @@ class LowRank(Delta):
 @final
 @dataclass(frozen=True, eq=False)
 class Full(Delta):
-    """A dense change (out, in)."""
+    """A dense change (out, in), built anew in each forward.
+
+    It costs out * in numbers a layer while the forward runs; with gradients, until the backward, and its own gradient
+    as many again.
+    """
 
     delta: Tensor
 
@@ -120,7 +124,7 @@ class Rescale(Delta):
         if self.rows is not None:
             changed = self.rows.to(weight.dtype).unsqueeze(-1) * changed
         if self.cols is not None:
-            changed = changed * self.cols.to(weight.dtype)
+            changed = changed * self.cols.to(weight.dtype).unsqueeze(-2)
         return changed - weight
 
     def bias_change(self, bias: Tensor | None) -> Tensor | None:
@@ -148,12 +152,18 @@ class Shift(Delta):
 @final
 @dataclass(frozen=True, eq=False)
 class Residual(Delta):
-    """``y + up act(down s)`` with down (width, features) and up (out, width); never mergeable."""
+    """``y + scale (up act(down s + down_bias) + up_bias)``, down (width, features), up (out, width); never mergeable.
+
+    down_bias (width,) and up_bias (out,) may be None for zeros.
+    """
 
     down: Tensor
     up: Tensor
     activation: Callable[[Tensor], Tensor] = torch.relu
     source: Literal["output", "input"] = "output"
+    down_bias: Tensor | None = None
+    up_bias: Tensor | None = None
+    scale: float = 1.0
 
     needs: ClassVar[frozenset[Need]] = frozenset({Need.OUTPUT})
     additive: ClassVar[bool] = False

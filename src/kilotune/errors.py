@@ -13,6 +13,7 @@ __all__ = [
     "AdapterError",
     "CheckpointError",
     "ConfigError",
+    "DivergedError",
     "KilotuneError",
     "MergeError",
     "MissingExtraError",
@@ -51,6 +52,10 @@ class MergeError(KilotuneError):
 
 class CheckpointError(KilotuneError):
     """A file is damaged, unsafe, or does not fit the model."""
+
+
+class DivergedError(KilotuneError):
+    """A training's loss stopped being a finite number."""
 
 
 class MissingExtraError(KilotuneError, ImportError):

@@ -20,13 +20,34 @@ from .errors import TargetError, UnsupportedError, did_you_mean, gather
 from .kinds import LayerKind
 from .layer import AdaptedLayer
 from .methods import Method, Shared, Site, make_method
+from .parameters import (
+    AdaptedParameters,
+    check_apart,
+    host_of,
+    layer_in,
+    select_parameters,
+    trains_bias,
+    warn_of_untrained,
+)
 from .projections import Projections
-from .saved import SavedModule
+from .saved import SavedModule, check_trainable
 from .slots import BIAS, ActiveState, Slot, slot_key
+from .stacks import members, start
 from .storage import Storage
-from .targets import HEADS, Candidate, candidates, inside, matches_names, resolve_targets, saved_whole, select
+from .targets import (
+    HEADS,
+    Candidate,
+    candidates,
+    inside,
+    matches_names,
+    read_by_parent,
+    resolve_targets,
+    saved_whole,
+    select,
+)
+from .tree import check_base, is_parameter, put_in_place, unwrapped, walk
 
-__all__ = ["Plan", "SavedModule", "apply", "plan", "remove", "walk"]
+__all__ = ["Plan", "SavedModule", "apply", "check_base", "plan", "remove", "walk"]
 
 
 @final
@@ -78,60 +99,6 @@ class Installed:
                 yield f"{name}.{key}", parameter
 
 
-def walk(root: nn.Module, aliases: bool = False) -> Iterator[tuple[str, nn.Module, type[nn.Module]]]:
-    """(dotted name in the base model, module or its wrapper, class of the parent), the root included.
-
-    Names are those of the base model: what wrappers hold inside is passed over. With ``aliases`` a module
-    that hangs at several places is given once for each of them.
-    """
-    seen: set[int] = set()
-
-    def visit(
-        name: str, module: nn.Module, parent: type[nn.Module]
-    ) -> Iterator[tuple[str, nn.Module, type[nn.Module]]]:
-        if id(module) in seen and not aliases:
-            return
-        seen.add(id(module))
-        yield name, module, parent
-        if isinstance(module, (SavedModule, torch.jit.ScriptModule)):
-            return
-        for child_name, child in _holder(module)._modules.items():
-            if child is not None:
-                yield from visit(f"{name}.{child_name}" if name else child_name, child, type(_holder(module)))
-
-    yield from visit("", root, nn.Module)
-
-
-def _holder(module: nn.Module) -> nn.Module:
-    """The module that holds the children: an adapted layer's base."""
-    return module.base_layer if isinstance(module, AdaptedLayer) else module
-
-
-def unwrapped(module: nn.Module) -> nn.Module:
-    """The base model's own module behind a wrapper."""
-    if isinstance(module, AdaptedLayer):
-        return module.base_layer
-    return module.original_module if isinstance(module, SavedModule) else module
-
-
-def check_base(model: nn.Module) -> None:
-    """Refuse a base model that has adapters already, of kilotune or of PEFT, or layers without a shape."""
-    if type(model).__name__ == "OptimizedModule":  # by name: importing torch._dynamo takes a second
-        raise UnsupportedError("the model is compiled already; add adapters first, then torch.compile the whole")
-    for name, module in model.named_modules():
-        if isinstance(module, (AdaptedLayer, SavedModule, Projections)):
-            raise UnsupportedError(
-                f"the model has adapters of kilotune already (at {name or 'its root'!r}); use add_adapter() or "
-                "load_adapter() of the wrapped model, or unload() it first"
-            )
-        if type(module).__module__.partition(".")[0] == "peft":
-            raise UnsupportedError(
-                f"the model has adapters of PEFT already (at {name or 'its root'!r}); unload() them first"
-            )
-        if any(nn.parameter.is_lazy(p) for p in module.parameters(recurse=False)):
-            raise UnsupportedError(f"{name!r} has no shape yet; run the base model once, then add adapters")
-
-
 # -- plan ------------------------------------------------------------------------------------------
 
 
@@ -156,27 +123,45 @@ def plan(
 
     """
     method = make_method(config) if method is None else method
+    config = method.completed(config, _model_type(root))
     config = resolve_targets(config, _model_type(root), method.default_targets)
     config = _with_heads(root, config)
     found = _candidates(root, aliases=False)
     saved = _saved_modules(root, config, strict)
     needs = method.makes.needs
-    chosen = select(_candidates(root, aliases=True), config, needs, _output_names(root), strict)
+    modules = _modules(root)
+    chosen = select_parameters(modules, config, needs)
+    if config.target_modules or not chosen:
+        chosen = [*select(_candidates(root, aliases=True), config, needs, _output_names(root), strict), *chosen]
     layers = {c.name: c for c in chosen}
     tied = _tied_biases(found)
     bias_only = _bias_only(found, config, layers, tied)
     _check_saved_overlap(root, saved, {**layers, **bias_only})
+    check_apart(modules, {**layers, **bias_only})
     _check_layout(config, chosen, strict)
+    if strict:  # PEFT's files may have it: it leaves it out there without a word
+        _check_dropout(config, chosen, needs)
     method.config = config
     result = Plan(adapter, config, method, layers, bias_only, saved, tied=tied)
     result.shapes = _expected_shapes(result)
     _check_patterns(config, layers, strict)
+    if strict:
+        warn_of_untrained(modules, config, layers)
     return result
 
 
+def _modules(root: nn.Module) -> list[tuple[str, nn.Module, type[nn.Module]]]:
+    """The modules of the base model or their wrappers, under all their names; no adapted parameters."""
+    return [item for item in walk(root, aliases=True) if not is_parameter(item[1])]
+
+
 def _candidates(root: nn.Module, aliases: bool) -> list[Candidate]:
-    found = ((name, unwrapped(module), parent) for name, module, parent in walk(root, aliases) if name)
-    return candidates(item for item in found if not isinstance(item[1], torch.jit.ScriptModule))
+    modules = [item for item in walk(root, aliases) if item[0] and not is_parameter(item[1])]
+    merged = [module for _, module, _ in modules if isinstance(module, AdaptedLayer) and module.merged]
+    gained = {id(layer.base_layer) for layer in merged if layer.base_bias() is None}
+    found = ((name, unwrapped(module), parent) for name, module, parent in modules)
+    made = candidates(item for item in found if not isinstance(item[1], torch.jit.ScriptModule))
+    return [replace(c, gained=True) if id(c.module) in gained else c for c in made]
 
 
 def _model_type(root: nn.Module) -> str | None:
@@ -206,7 +191,7 @@ def _output_names(root: nn.Module) -> frozenset[str]:
 
 def _saved_modules(root: nn.Module, config: AdapterConfig, strict: bool) -> dict[str, nn.Module]:
     names = config.modules_to_save or ()
-    modules = [(name, module) for name, module, _ in walk(root, aliases=True) if name]
+    modules = [(name, module) for name, module, _ in _modules(root) if name]
     saved = {name: module for name, module in modules if saved_whole(names, name)}
     missing = [n for n in names if not any(saved_whole((n,), name) for name in saved)]
     if missing and strict:
@@ -216,7 +201,7 @@ def _saved_modules(root: nn.Module, config: AdapterConfig, strict: bool) -> dict
     inner = [a for a in saved for b in saved if a != b and a.startswith(f"{b}.")]
     once = {id(module): name for name, module in reversed(saved.items())}  # one that has several names, by the first
     outer = {name: module for name, module in saved.items() if name not in inner and once[id(module)] == name}
-    return {name: unwrapped(module) for name, module in outer.items()}
+    return check_trainable({name: unwrapped(module) for name, module in outer.items()})
 
 
 def _check_saved_overlap(root: nn.Module, saved: Mapping[str, nn.Module], adapted: Mapping[str, Candidate]) -> None:
@@ -265,9 +250,7 @@ def _bias_only(
             continue
         if c.name in tied:  # trained once, at the layer that uses it
             continue
-        if issubclass(c.parent, nn.MultiheadAttention):
-            faults.append(f"{c.name!r}: torch's MultiheadAttention reads this bias itself")
-        elif c.module._modules:  # a wrapper around it would hide the layers inside
+        if c.module._modules:  # a wrapper around it would hide the layers inside
             faults.append(f"{c.name!r}: a {type(c.module).__name__} has other modules inside; only a layer's bias fits")
         elif c.kind is None or Need.BIAS not in c.kind.offers or c.storage is None:
             faults.append(f"{c.name!r}: a {type(c.module).__name__}'s bias cannot be trained")
@@ -287,46 +270,75 @@ def _check_layout(config: AdapterConfig, chosen: Sequence[Candidate], strict: bo
         )
 
 
+def _check_dropout(config: AdapterConfig, chosen: Sequence[Candidate], needs: frozenset[Need]) -> None:
+    """Refuse dropout where no input of the adapter's own is: the layer runs with a weight that is built for it."""
+    if config.dropout == 0 or Need.OUTPUT in needs:
+        return
+    built = [c for c in chosen if c.kind is not None and (c.kind.substitutes or read_by_parent(c))]
+    if built and (plain := [c for c in built if c.kind is None or c.kind.parameter is None]):
+        names = [name for name in config.option_names() if name.endswith("dropout")]
+        raise UnsupportedError(
+            f"{names[0] if names else 'dropout'}={config.dropout!r}: {plain[0].name!r} runs with the adapter in its "
+            "weight, so there is no input of the adapter's own that dropout could act on; set it to 0, or leave such "
+            "layers out with exclude_modules"
+        )
+
+
+def part_of(name: str, layers: Mapping[str, Candidate] | Mapping[str, AdaptedLayer]) -> str:
+    """The adapted module whose part ``name`` is, which PEFT's patterns are held against; '' where there is none."""
+    parent, _, own = name.rpartition(".")
+    kind = layers[parent].kind if parent in layers else None
+    return parent if kind is not None and own in kind.with_it else ""
+
+
 def _check_patterns(config: AdapterConfig, layers: Mapping[str, Candidate], strict: bool) -> None:
     """rank_pattern and alpha_pattern entries that fit no adapted layer have no effect: refuse them."""
     values = config.to_dict()
     faults = []
     for key in ("rank_pattern", "alpha_pattern"):
         for pattern in values.get(key, {}):
-            if not any(matches_names(rf"(.*\.)?({pattern})", name) for name in layers):
+            if not any(matches_names(rf"(.*\.)?({pattern})", part_of(name, layers) or name) for name in layers):
                 faults.append(f"{key}: {pattern!r} fits no adapted layer")
+    inputs = values.get("feedforward_modules")
+    if isinstance(inputs, str) and not any(matches_names(inputs, name) for name in layers):
+        faults.append(f"feedforward_modules: {inputs!r} fits no adapted layer")
     if faults and strict:
         raise TargetError(gather("patterns that fit nothing:", faults))
 
 
 def _expected_shapes(made: Plan) -> dict[str, dict[str, tuple[int, ...]]]:
     """The shapes of all trained tensors by layer, found on the meta device."""
-    sites = {name: _sketch(_site(c)) for name, c in made.layers.items()}
-    shared = made.method.prepare(made.adapter, list(sites.values()), Projections())
+    sites = {name: _sketch(site_in(made, name, _wrapper(c, ActiveState()))) for name, c in made.layers.items()}
+    shared = made.method.prepare(made.adapter, members(sites.values()), Projections())
     shapes = {
-        name: {k: tuple(v.shape) for k, v in made.method.init(site, shared).items()} for name, site in sites.items()
+        name: {k: tuple(v.shape) for k, v in start(made.method, site, shared).items()} for name, site in sites.items()
     }
     for name, c in {**made.layers, **made.bias_only}.items():
-        if made.config.bias != "none" and _has_bias(c):
+        if made.config.bias != "none" and _has_bias(c) and trains_bias(c, made.config):
             shapes.setdefault(name, {})[BIAS] = tuple(cast(Tensor, _bias(c)).shape)
     return shapes
 
 
 def _bias(c: Candidate) -> Tensor | None:
+    if c.gained:
+        return None
     return c.module._parameters.get(BIAS) if c.storage is None else c.storage.read_bias(c.module)
 
 
 def _has_bias(candidate: Candidate) -> bool:
-    return _bias(candidate) is not None
+    """Whether the option ``bias`` reaches it: only what is called so, as in PEFT (no in_proj_bias of attention)."""
+    named = candidate.kind is None or candidate.kind.named_bias
+    return named and _bias(candidate) is not None
 
 
-def _site(c: Candidate) -> Site:
-    return _wrapper(c, ActiveState()).site(c.name)
+def site_in(made: Plan, name: str, layer: AdaptedLayer) -> Site:
+    """The site of one of the plan's layers; a part of an adapted module says which."""
+    return replace(layer.site(name), pattern_name=part_of(name, made.layers) or name)
 
 
 def _wrapper(c: Candidate, state: ActiveState) -> AdaptedLayer:
     """A wrapper around a candidate; it is not put into the model."""
-    return AdaptedLayer(c.module, cast(LayerKind, c.kind), cast(Storage, c.storage), state)
+    return AdaptedLayer(c.module, cast(LayerKind, c.kind), cast(Storage, c.storage), state, read_by_parent(c))
 
 
 def _sketch(site: Site) -> Site:
@@ -361,9 +373,9 @@ def apply(
 
     """
     layers = {name: _layer_at(root, c, state) for name, c in {**made.layers, **made.bias_only}.items()}
-    sites = {name: layers[name].site(name) for name in made.layers}
+    sites = {name: site_in(made, name, layers[name]) for name in made.layers}
     try:
-        shared = made.method.prepare(made.adapter, list(sites.values()), projections)
+        shared = made.method.prepare(made.adapter, members(sites.values()), projections)
         made.method.verify(shared)
         starts = {name: _start(made, name, layer, shared, tensors) for name, layer in layers.items()}
         twins = {name: _twin(root, name, tensors) for name in made.saved}
@@ -372,20 +384,33 @@ def apply(
         raise
     for name, layer in layers.items():
         method = made.method if name in made.layers else None
-        layer.add(made.adapter, Slot(layer.site(name), method, shared, starts[name]))
+        layer.add(made.adapter, Slot(site_in(made, name, layer), method, shared, starts[name]))
     saved = {name: _saved_at(root, name, state) for name in made.saved}
     for name, wrapper in saved.items():
         wrapper.copies[slot_key(made.adapter)] = twins[name]
-    wrappers: list[AdaptedLayer | SavedModule] = [*layers.values(), *saved.values()]
-    _replace(root, {unwrapped(wrapper): wrapper for wrapper in wrappers})
+    wrappers: list[nn.Module] = [layer for layer in layers.values() if not is_parameter(layer)]
+    wrappers += [*saved.values(), *_hosts(root, made, layers)]
+    put_in_place(root, {unwrapped(wrapper): wrapper for wrapper in wrappers})
     return Installed(made.adapter, made.config, made.method, shared, layers, saved)
 
 
 def _layer_at(root: nn.Module, c: Candidate, state: ActiveState) -> AdaptedLayer:
     """The wrapper that stands at the candidate's name, which knows the base's bits while adapters are merged, or a
     new one."""
+    if cast(LayerKind, c.kind).parameter is not None:
+        return layer_in(host_of(root, c), c, state)
     module = root.get_submodule(c.name)
     return module if isinstance(module, AdaptedLayer) else _wrapper(c, state)
+
+
+def _hosts(root: nn.Module, made: Plan, layers: Mapping[str, AdaptedLayer]) -> list[AdaptedParameters]:
+    """The wrappers around the modules of adapted parameters, with the layers in them."""
+    hosts: dict[nn.Module, AdaptedParameters] = {}
+    for name, layer in layers.items():
+        if is_parameter(layer):
+            host = hosts.setdefault(layer.base_layer, host_of(root, made.layers[name]))
+            host.put(layer)
+    return list(hosts.values())
 
 
 def _saved_at(root: nn.Module, name: str, state: ActiveState) -> SavedModule:
@@ -399,47 +424,18 @@ def _start(
     """The frozen parameters of one layer: from the file, or as the method starts them."""
     if tensors is not None:
         device = base.compute_device()
-        # Trained tensors are float32 whatever the file's dtype is: bfloat16 would round small steps away.
-        given = {key: tensors[f"{name}.{key}"] for key in made.shapes[name] if key not in made.method.rebuilt}
+        # Float32 whatever the dtype in the file, bfloat16 rounds small steps away; contiguous for the same bits.
+        given = {k: tensors[f"{name}.{k}"].contiguous() for k in made.shapes[name] if k not in made.method.rebuilt}
         values = {k: t.to(device, torch.promote_types(t.dtype, torch.float32), copy=True) for k, t in given.items()}
         if made.method.rebuilt and name in made.layers:
-            own = made.method.init(base.site(name), shared)
+            own = start(made.method, site_in(made, name, base), shared)
             values.update({key: own[key] for key in made.method.rebuilt})
     else:
-        values = made.method.init(base.site(name), shared) if name in made.layers else {}
+        values = start(made.method, site_in(made, name, base), shared) if name in made.layers else {}
         bias = base.base_bias()
         if bias is not None and BIAS in made.shapes[name]:
             values[BIAS] = bias.detach().to(torch.promote_types(bias.dtype, torch.float32), copy=True)
     return {key: nn.Parameter(value.detach(), requires_grad=False) for key, value in values.items()}
-
-
-def _replace(root: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
-    """Put ``new[module]`` wherever ``module`` hangs, in one pass over the model."""
-    for parent in [_holder(module) for _, module, _ in walk(root)]:
-        if not isinstance(parent, (SavedModule, torch.jit.ScriptModule)):
-            parent._modules.update({key: new[m] for key, m in parent._modules.items() if m is not None and m in new})
-    for _, module, _ in walk(root):
-        _set_fast_path(module)
-
-
-# What turns torch's fast path off, by class. In eval an encoder layer reads the weights of its parts and skips
-# wrappers; the encoder around it then hands over nested tensors, which only that path takes.
-FAST_PATHS: tuple[tuple[type[nn.Module], str, Any], ...] = (
-    (nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0),
-    (nn.TransformerEncoder, "use_nested_tensor", False),
-)
-
-
-def _set_fast_path(module: nn.Module) -> None:
-    for cls, switch, off in FAST_PATHS:
-        if not isinstance(module, cls):
-            continue
-        kept = f"_kilotune_{switch}"
-        if any(isinstance(inner, (AdaptedLayer, SavedModule)) for inner in module.modules()):
-            module.__dict__.setdefault(kept, getattr(module, switch))
-            setattr(module, switch, off)
-        elif kept in module.__dict__:
-            setattr(module, switch, module.__dict__.pop(kept))
 
 
 def _twin(root: nn.Module, name: str, tensors: Mapping[str, Tensor] | None) -> nn.Module:
@@ -456,25 +452,33 @@ def remove(root: nn.Module, adapter: str, installed: Installed, projections: Pro
     bare: dict[nn.Module, nn.Module] = {}
     for layer in set(installed.layers.values()):
         layer.remove(adapter)
-        if not layer.adapters:
+        if not layer.adapters and not is_parameter(layer):
             bare[layer] = layer.base_layer
+    for _, host, _ in walk(root):
+        if isinstance(host, AdaptedParameters):
+            host.prune()
+            if not host.layers:
+                bare[host] = host.base_layer
     for saved in set(installed.saved.values()):
         del saved.copies[slot_key(adapter)]
         if not saved.copies:
             bare[saved] = saved.original_module
-    _replace(root, bare)
+    put_in_place(root, bare)
     projections.release(adapter)
 
 
-def strip(root: nn.Module, choose: Callable[[SavedModule], nn.Module]) -> None:
-    """Take every wrapper out; ``choose`` says what stays of a module that adapters replaced whole."""
-    bare: dict[nn.Module, nn.Module] = {}
+def strip(
+    root: nn.Module, choose: Callable[[SavedModule], nn.Module], new: Mapping[nn.Module, nn.Module] | None = None
+) -> None:
+    """Take every wrapper out; ``choose`` says what stays of a module that was replaced whole, ``new`` what comes for
+    modules of the base."""
+    bare: dict[nn.Module, nn.Module] = dict(new or {})
     for _, module, _ in walk(root):
-        if isinstance(module, AdaptedLayer):
-            bare[module] = module.base_layer
+        if isinstance(module, AdaptedParameters) or (isinstance(module, AdaptedLayer) and not is_parameter(module)):
+            bare[module] = bare.get(module.base_layer, module.base_layer)
         elif isinstance(module, SavedModule):
             bare[module] = choose(module)
-    _replace(root, bare)
+    put_in_place(root, bare)
 
 
 def check_compatible(active: Mapping[str, Installed]) -> None:

@@ -21,14 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .deltas import Delta, Full, LowRank, Rescale, Residual, Shift
-from .errors import MergeError
-from .kernels.lowrank import accumulate_dtype, scale_features
+from .errors import MergeError, UnsupportedError
+from .kernels.lowrank import accumulate_dtype, no_autocast, scale_features
 from .kinds import LayerKind
 from .methods import Site
 from .slots import BIAS, ActiveState, Slot, slot_key
 from .storage import Kept, Storage
 
-__all__ = ["AdaptedLayer"]
+__all__ = ["AdaptedLayer", "Merged"]
 
 
 @final
@@ -36,12 +36,14 @@ __all__ = ["AdaptedLayer"]
 class Merged:
     """What merging one layer would write: weight and bias (None: unchanged), and the rounding error.
 
-    ``lost``: the norm of the part of the change that the weight's dtype rounds away, over the change's.
+    ``lost``: the norm of the part of the change that is rounded away when the weight is stored, over the
+    change's. ``error``: the norm of the difference of the stored weight and the wanted one, over the wanted one's.
     """
 
     weight: Tensor | None
     bias: Tensor | None
     lost: float
+    error: float
 
 
 @final
@@ -61,7 +63,10 @@ class AdaptedLayer(nn.Module):
         read_by_parent: bool = False,
     ) -> None:
         super().__init__()
-        self.base_layer = base_layer
+        if kind.parameter is None:
+            self.base_layer = base_layer
+        else:  # the module belongs to the AdaptedParameters around it
+            self.__dict__["base_layer"] = base_layer
         self.adapters = nn.ModuleDict().train(base_layer.training)
         self._kind, self._storage, self._state = kind, storage, state
         self._read_by_parent = read_by_parent
@@ -69,6 +74,7 @@ class AdaptedLayer(nn.Module):
         self._merged: tuple[str, ...] = ()
         self._kept: Kept = {}
         self._suspended: Kept = {}
+        self._input_dtype: torch.dtype | None = None  # the last input's, where the storage computes in that
         self.training = base_layer.training
 
     # -- slots -----------------------------------------------------------------------------------
@@ -92,7 +98,18 @@ class AdaptedLayer(nn.Module):
         kind, module = self._kind, self.base_layer
         out, inn = kind.features(module)
         reads = (self.base_matrix, self.compute_dtype, self.compute_device)
-        return Site(name, out, inn, *reads, fan_in=kind.fan_in(module), taps=kind.taps(module))
+        return Site(
+            name,
+            out,
+            inn,
+            *reads,
+            fan_in=kind.fan_in(module),
+            taps=kind.taps(module),
+            matrices=kind.matrices(module),
+            output=kind.output_features(module),
+            input=kind.input_features(module),
+            held=self.base_tensors,
+        )
 
     def slot(self, adapter: str) -> Slot | None:
         """The slot of ``adapter`` in this layer, or None."""
@@ -107,15 +124,29 @@ class AdaptedLayer(nn.Module):
 
     # -- what a Site reads -----------------------------------------------------------------------
 
-    def base_matrix(self) -> Tensor:
-        """The base weight as the canonical matrix (out, in), whether adapters are merged or not."""
-        return self._kind.canonical(self.base_layer, self._storage.read(self.base_layer, self._kept or None))
+    def base_matrix(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The base weight as the canonical matrix (out, in), whether adapters are merged or not.
+
+        Args:
+            dtype: in which to give it; by default the one in which the layer computes.
+
+        """
+        if dtype is None and not self._storage.lossless:
+            dtype = self.compute_dtype()
+        return self._kind.canonical(self.base_layer, self._storage.read(self.base_layer, self._kept or None, dtype))
+
+    def base_tensors(self) -> tuple[Tensor, ...]:
+        """The parameters of the base layer, whether adapters are merged or not."""
+        held = self._kept or self.base_layer._parameters
+        return tuple(tensor for tensor in held.values() if tensor is not None)
 
     def base_bias(self) -> Tensor | None:
         """The base bias (out,), whether adapters are merged or not."""
         return self._storage.read_bias(self.base_layer, self._kept or None)
 
     def compute_dtype(self) -> torch.dtype:
+        if self._input_dtype is not None and self._storage.follows_input(self.base_layer):
+            return self._input_dtype
         return self._storage.dtype(self.base_layer)
 
     def compute_device(self) -> torch.device:
@@ -128,6 +159,9 @@ class AdaptedLayer(nn.Module):
         slots = self._live()
         if not slots:
             return self._kind.call(self.base_layer, None, args, kwargs)
+        x = cast(Tensor, args[0] if args else kwargs.get(self._input_name))
+        if not self._storage.lossless:
+            x = self._as_computed(x)
         deltas = self._deltas(slots)
         if self._kind.substitutes:
             output = self._kind.run_with(self.base_layer, self._substitutes(slots, deltas), args, kwargs)
@@ -139,13 +173,18 @@ class AdaptedLayer(nn.Module):
             base = None if shift is not None or self._merged else self._kind.tensor_of(output)
         if not deltas:
             return output
-        x = args[0] if args else kwargs[self._input_name]
         y = self._kind.tensor_of(output)
         for last in (False, True):  # what is not linear comes after what is
             for slot, delta in deltas:
                 if isinstance(delta, Residual) is last:
                     y = _RUN[type(delta)](self, slot, delta, x, base, y)
         return self._kind.with_tensor(output, y)
+
+    def _as_computed(self, x: Tensor) -> Tensor:
+        """The input in the dtype in which a quantised layer computes, whatever the model around it runs in."""
+        if x.dtype != self._input_dtype and self._storage.follows_input(self.base_layer):
+            self._input_dtype = x.dtype
+        return x.to(self.compute_dtype())
 
     def _deltas(self, slots: Sequence[Slot]) -> list[tuple[Slot, Delta]]:
         deltas: list[tuple[Slot, Delta]] = []  # a plain loop: torch.compile follows it
@@ -155,29 +194,42 @@ class AdaptedLayer(nn.Module):
                 deltas.append((slot, delta))
         return deltas
 
-    def _substitutes(self, slots: Sequence[Slot], deltas: Sequence[tuple[Slot, Delta]]) -> dict[str, Tensor]:
+    def _substitutes(self, slots: Sequence[Slot], deltas: Sequence[tuple[Slot, Delta]]) -> dict[str, Any]:
         """The layer's parameters with all changes in them, built for one step, by their names in the layer."""
         kind, storage, module = self._kind, self._storage, self.base_layer
-        found: dict[str, Tensor] = {}
+        found: dict[str, Any] = {}
         dtype = self.compute_dtype()
-        wide = accumulate_dtype(dtype)
         own = [delta for _, delta in deltas if not isinstance(delta, (Residual, Shift))]
         if own:
-            base = self.base_matrix().to(wide)  # (out, in)
-            total = kind.canonical(module, storage.read(module)).to(wide) if self._merged else base
-            for delta in own:
-                change = delta.weight_change(base)
-                total = total if change is None else total + change
-            found[storage.weight_name] = kind.native(module, total).to(dtype)
+            now = storage.read(module)
+            standing = kind.stand_in(module, now, storage.read(module, self._kept) if self._merged else None, own)
+            found[storage.weight_name] = self._built(now, own).to(dtype) if standing is None else standing
         bias = self.base_bias()
-        shifts = [change for delta in own if (change := delta.bias_change(bias)) is not None]
-        if (shift := self._total_shift(slots, deltas)) is not None:
-            shifts.append(shift)
+        shifts = [] if (total := self._total_shift(slots, deltas)) is None else [total]
+        for delta in own:  # a plain loop: torch.compile follows it
+            change = delta.bias_change(bias)
+            if change is not None:
+                shifts.append(change)
         if shifts:
-            now = storage.read_bias(module)
+            held = storage.read_bias(module)
             changed = sum(shifts[1:], shifts[0])
-            found[storage.bias_name] = (changed if now is None else now + changed).to(dtype)
+            found[storage.bias_name] = (changed if held is None else held + changed).to(dtype)
         return found
+
+    def _built(self, now: Tensor, deltas: Sequence[Delta]) -> Tensor:
+        """The weight of now, as stored, with changes in it."""
+        wide = accumulate_dtype(self.compute_dtype())
+        base = self.base_matrix().to(wide)  # (out, in)
+        total = self._kind.canonical(self.base_layer, now).to(wide) if self._merged else base
+        for delta in deltas:
+            change = delta.weight_change(base)
+            total = total if change is None else total + change
+        return self._kind.native(self.base_layer, total)
+
+    def substitutes(self) -> dict[str, Any]:
+        """What the base layer is to use in place of its own parameters now, by their names; empty when none is live."""
+        slots = self._live()
+        return self._substitutes(slots, self._deltas(slots)) if slots else {}
 
     def _live(self) -> list[Slot]:
         live = []
@@ -193,10 +245,14 @@ class AdaptedLayer(nn.Module):
         bias = self.base_bias()
         for slot in slots:
             if slot.trained_bias is not None and bias is not None:
-                shifts.append(slot.trained_bias - bias)
+                shifts.append(self._flat(slot.trained_bias - bias))
         for shift in shifts:
             total = shift if total is None else total + shift
         return total
+
+    def _flat(self, bias: Tensor) -> Tensor:
+        """A stored bias as (out,), or (E, out) for several matrices."""
+        return bias if self._kind.matrices(self.base_layer) else bias.flatten()
 
     def _drop(self, slot: Slot, x: Tensor) -> Tensor:
         return slot.drop(x) if self._kind.takes_dropout else x
@@ -204,10 +260,9 @@ class AdaptedLayer(nn.Module):
     def _through(self, delta: LowRank | Full, x: Tensor, cols: Tensor | None = None) -> Tensor:
         """The change's matrix (or it times diag(cols)) times x: (..., in) -> (..., out); a low rank stays factored."""
         kind, module = self._kind, self.base_layer
-        first = delta.delta.to(self.compute_dtype()) if isinstance(delta, Full) else delta.a
-        h = kind.project(module, x, first) if cols is None else kind.project_scaled(module, x, first, cols)
         if isinstance(delta, Full):
-            return h  # (..., out)
+            return kind.run(module, x, delta.delta.to(self.compute_dtype()), cols)  # (..., out)
+        h = kind.project(module, x, delta.a) if cols is None else kind.project_scaled(module, x, delta.a, cols)
         mid = None if delta.mid is None else kind.spread(delta.mid, h)
         h = kind.lift(module, scale_features(h, mid, delta.scale), delta.b)  # (..., out)
         return h if delta.out is None else scale_features(h, kind.spread(delta.out, h), 1.0)
@@ -223,72 +278,111 @@ class AdaptedLayer(nn.Module):
         """Y + [rows (W + inner)(cols x) - W x] + change of the bias; ``base`` is W x + bias, where it is at hand."""
         assert isinstance(delta, Rescale)
         kind, bias, module = self._kind, self.base_bias(), self.base_layer
-        linear = kind.project(module, x, self.base_matrix()) if base is None else self._without_bias(base, bias)
-        new = linear if delta.cols is None else kind.project_scaled(module, x, self.base_matrix(), delta.cols)
+        if delta.inner is not None and (dropped := self._drop(slot, x)) is not x:
+            x, base = dropped, None  # as in PEFT's DoRA, the whole change takes the input after dropout
+        if base is not None and delta.scale_bias and delta.rows is not None and delta.cols is None is delta.inner:
+            return y + scale_features(base, kind.spread(delta.rows - 1.0, base), 1.0).to(y.dtype)  # rounds once
+        alone = y is base and delta.cols is not None  # then W x is not needed
+        linear = None
+        if not alone:
+            linear = kind.run(module, x, self.base_matrix()) if base is None else self._without_bias(base, bias)
+        if linear is None or delta.cols is not None:
+            new = kind.run(module, x, self.base_matrix(), delta.cols)
+        else:
+            new = linear
         if delta.inner is not None:
-            new = new + self._through(delta.inner, self._drop(slot, x), delta.cols).to(new.dtype)
+            new = new + self._through(delta.inner, x, delta.cols).to(new.dtype)
         if delta.rows is not None:
             new = scale_features(new, kind.spread(delta.rows, new), 1.0)
-        y = y + (new - linear)
-        shift = delta.bias_change(bias)
-        return y if shift is None else y + kind.spread(shift, y).to(y.dtype)
+        y = new.to(y.dtype) if linear is None else y + (new - linear).to(y.dtype)
+        for vector in (bias if alone else None, delta.bias_change(bias)):
+            y = y if vector is None else y + kind.spread(vector, y).to(y.dtype)
+        return y
 
     def _without_bias(self, base: Tensor, bias: Tensor | None) -> Tensor:
         return base if bias is None else base - self._kind.spread(bias, base).to(base.dtype)
 
     def _run_residual(self, slot: Slot, delta: Delta, x: Tensor, base: Tensor | None, y: Tensor) -> Tensor:
         assert isinstance(delta, Residual)
-        source = slot.drop(y if delta.source == "output" else x)
-        h = F.linear(source, delta.down.to(source.dtype))
-        return y + F.linear(delta.activation(h), delta.up.to(source.dtype)).to(y.dtype)
+        kind, module = self._kind, self.base_layer
+        source = slot.drop(kind.features_last(module, y if delta.source == "output" else x))  # (..., features)
+        features = delta.down.shape[1]
+        if source.shape[-1] != features:
+            raise UnsupportedError(
+                f"{slot.site.name}: the adapter reads {features} features, as the linear layers inside a "
+                f"{type(self.base_layer).__name__} have, and its {delta.source} has {source.shape[-1]}; name a layer "
+                "inside it instead"
+            )
+        down_bias, up_bias = (None if b is None else b.to(source.dtype) for b in (delta.down_bias, delta.up_bias))
+        h = delta.activation(F.linear(source, delta.down.to(source.dtype), down_bias))  # (..., width)
+        change = F.linear(h, delta.up.to(source.dtype), up_bias)  # (..., out)
+        change = change if delta.scale == 1.0 else change * delta.scale
+        return y + kind.features_back(module, change).to(y.dtype)
 
     # -- merge -----------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def merged_with(self, names: Sequence[str]) -> Merged:
-        """Weight and bias with the deltas of ``names`` in them, from the base's own bits; changes nothing."""
+    def merged_with(self, names: Sequence[str], dtype: torch.dtype | None = None) -> Merged:
+        """Weight and bias with the deltas of ``names`` in them, from the base's own bits; changes nothing.
+
+        Args:
+            names: adapters; those that are not in this layer are passed over.
+            dtype: measure what rounding to this dtype takes; by default, what writing into the base takes.
+
+        """
+        with no_autocast(self.compute_device()):
+            return self._merged_with(names, dtype)
+
+    def _merged_with(self, names: Sequence[str], dtype: torch.dtype | None) -> Merged:
         slots = [slot for name in names if (slot := self.slot(name)) is not None]
         deltas = [delta for slot in slots if (delta := slot.delta()) is not None]
         bias = self.base_bias()
-        wide_bias = None if bias is None else bias.to(accumulate_dtype(bias.dtype))
+        wide_bias = None if bias is None else self._flat(bias.to(accumulate_dtype(bias.dtype)))
         shifts = [change for delta in deltas if (change := delta.bias_change(wide_bias)) is not None]
-        shifts += [s.trained_bias - bias for s in slots if s.trained_bias is not None and bias is not None]
-        new_bias = None if not shifts else sum(shifts, torch.zeros_like(shifts[0]) if wide_bias is None else wide_bias)
-        weight, lost = self._merged_weight([d for d in deltas if not isinstance(d, Shift)])
-        return Merged(weight, new_bias if isinstance(new_bias, Tensor) else None, lost)
+        shifts += [self._flat(s.trained_bias - bias) for s in slots if s.trained_bias is not None and bias is not None]
+        new_bias: Tensor | None = None
+        if shifts:
+            total = sum(shifts, torch.zeros_like(shifts[0]) if wide_bias is None else wide_bias)
+            new_bias = self._kind.native_bias(self.base_layer, total)
+        weight, lost, error = self._merged_weight([d for d in deltas if not isinstance(d, Shift)], dtype)
+        return Merged(weight, new_bias, lost, error)
 
-    def _merged_weight(self, deltas: Sequence[Delta]) -> tuple[Tensor | None, float]:
+    def _merged_weight(self, deltas: Sequence[Delta], dtype: torch.dtype | None) -> tuple[Tensor | None, float, float]:
         if not deltas:
-            return None, 0.0
-        dtype = self.compute_dtype()
-        base = self.base_matrix().to(accumulate_dtype(dtype))  # (out, in)
+            return None, 0.0, 0.0
+        kind, module = self._kind, self.base_layer
+        base = self.base_matrix(accumulate_dtype(self.compute_dtype()))  # (out, in)
         change = torch.zeros_like(base)
         for delta in deltas:
             part = delta.weight_change(base)
             if part is not None:
                 change += part
         total = base + change
-        rounded = total.to(dtype).to(total.dtype)
-        norm = float(change.norm()) if change.device.type != "meta" else 0.0
-        lost = float((rounded - base - change).norm()) / norm if norm > 0 else 0.0
-        return self._kind.native(self.base_layer, total), lost
+        weight = kind.native(module, total)
+        if change.device.type == "meta":
+            return weight, 0.0, 0.0
+        stored = self._storage.rounded(module, weight) if dtype is None else weight.to(dtype).to(weight.dtype)
+        off = float((kind.canonical(module, stored) - base - change).norm())
+        lost, error = (off / norm if (norm := float(of.norm())) > 0 else 0.0 for of in (change, total))
+        return weight, lost, error
 
     def kept_parameters(self) -> Iterator[nn.Parameter]:
         """The base's own parameters that are put aside while adapters are merged."""
-        return (p for p in self._kept.values() if p is not None)
+        own = (self._storage.weight_name, self._storage.bias_name)
+        return (p for name, p in self._kept.items() if p is not None and name in own)
 
     @torch.inference_mode(False)  # weights made in inference mode could never be trained against
-    def merge(self, names: Sequence[str]) -> float:
-        """Put the deltas of ``names`` into the weight, beside those merged already; returns the part lost."""
+    def merge(self, names: Sequence[str]) -> Merged | None:
+        """Put the deltas of ``names`` into the weight, beside those merged already; None where there are none here."""
         own = [name for name in names if self.slot(name) is not None]
         if not own:
-            return 0.0
+            return None
         merged = self.merged_with([*self._merged, *own])
         if not self._kept:
             self._kept = self._storage.keep(self.base_layer)
         self._storage.write(self.base_layer, merged.weight, merged.bias)
         self._merged = (*self._merged, *own)
-        return merged.lost
+        return merged
 
     def unmerge(self) -> None:
         """Give back the very bits of the base."""
@@ -321,14 +415,20 @@ class AdaptedLayer(nn.Module):
             slot = self.slot(name)
             if slot is not None and slot.method is not None and not slot.method.makes.mergeable:
                 raise MergeError(f"{where}: adapter {name!r} ({slot.method.name}) is not linear and cannot be merged")
+            shifts = slot is not None and slot.method is not None and slot.method.makes is Shift
+            if shifts and not self._kind.bias_slot(self.base_layer):
+                raise MergeError(
+                    f"{where}: adapter {name!r} changes the bias, but a {type(self.base_layer).__name__} has no place "
+                    "for one, so it cannot be merged; leave the adapter unmerged, or exclude such layers with "
+                    "exclude_modules"
+                )
 
     # -- nn.Module -------------------------------------------------------------------------------
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptedLayer:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for parameter in (*self._kept.values(), *self._suspended.values()):
-            if parameter is not None:  # kept out of the module tree while merged, yet it must follow
-                parameter.data = fn(parameter.data)
+        for kept in (self._kept, self._suspended):  # kept out of the module tree while merged, yet it must follow
+            self._storage.move(kept, fn)
         return self
 
     def __getattr__(self, name: str) -> Any:
@@ -343,8 +443,7 @@ class AdaptedLayer(nn.Module):
 
     def _adapted(self, name: str) -> Any:
         """What a parent that reads this layer's parameters itself gets: those with all changes in them."""
-        slots = self._live()
-        found = self._substitutes(slots, self._deltas(slots)) if slots else {}
+        found = self.substitutes()
         return found[name] if name in found else getattr(self.base_layer, name)
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -12,20 +12,12 @@ from typing import Any, ClassVar, final
 import torch
 from torch import nn
 
-from . import checkpoint, inject
-from ._progress import track
+from . import checkpoint, inject, merging, storage
 from .config import AdapterConfig
 from .errors import AdapterError, ConfigError, MergeError, UnsupportedError, did_you_mean
 from .inject import Installed
 from .layer import AdaptedLayer
-from .merging import (
-    MergePrecisionWarning,
-    all_or_nothing,
-    base_weights,
-    check_finite,
-    check_mergeable,
-    warn_of_loss,
-)
+from .merging import MergePrecisionWarning, MergeReport
 from .methods import LoraConfig, VeraConfig
 from .projections import Projections
 from .report import ParameterReport, count_parameters
@@ -68,6 +60,7 @@ class AdapterModel(nn.Module, ABC):
         # With the names of tied weights, which merging for good takes apart.
         everything = model.named_parameters(remove_duplicate=False)
         self._was_trainable = {name for name, p in everything if p.requires_grad}
+        self.merge_report = MergeReport({})
         self.training = model.training
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -172,6 +165,7 @@ class AdapterModel(nn.Module, ABC):
 
     def _install(self, made: inject.Plan, tensors: dict[str, torch.Tensor] | None) -> None:
         installed = inject.apply(self.model, made, self._state, self.projections, tensors)
+        storage.prepare(self.model.modules())
         if not self._installed:  # later adapters leave what a user has unfrozen since as it is
             base_parameters = {id(p) for _, p in installed.parameters()}
             for parameter in self.model.parameters():
@@ -179,7 +173,8 @@ class AdapterModel(nn.Module, ABC):
                     parameter.requires_grad_(False)
         self._installed[made.adapter] = installed
         if installed.shared.trained:
-            self.shared_parameters[slot_key(made.adapter)] = nn.ParameterDict(installed.shared.trained)
+            held = nn.ParameterDict(installed.shared.trained)
+            installed.shared.trained = self.shared_parameters[slot_key(made.adapter)] = held
 
     def load_adapter(
         self,
@@ -274,7 +269,7 @@ class AdapterModel(nn.Module, ABC):
         """Inside this context the model is exactly the base model, merged adapters included."""
         before = self._state.disabled
         # Inside another such context the base's weights are in place already.
-        with base_weights({} if before else self.adapted_layers()):
+        with merging.base_weights({} if before else self.adapted_layers()):
             self._state.disabled = True
             try:
                 yield
@@ -289,6 +284,8 @@ class AdapterModel(nn.Module, ABC):
         Args:
             adapter_names: which ones.
             safe_merge: first compute everything, and refuse, having changed nothing, if a value is not finite.
+
+        Quantised weights are rounded anew in their own scheme meanwhile; ``merge_report`` says what that took.
 
         Raises:
             MergeError: merged already, not linear, or (safe_merge) not finite.
@@ -308,18 +305,10 @@ class AdapterModel(nn.Module, ABC):
             return self.active_adapters
         return [self._known(n) for n in dict.fromkeys(adapter_names)]  # a name given twice counts once
 
-    def _merge(self, names: list[str], safe_merge: bool, progressbar: bool) -> None:
+    def _merge(self, names: list[str], safe_merge: bool, progressbar: bool, dtype: torch.dtype | None = None) -> None:
         self._check_enabled("merge")
-        layers = self.adapted_layers()
-        together = {*names, *self.merged_adapters, *self._state.active}
-        inject.check_compatible({name: self._installed[name] for name in together})
-        check_mergeable(layers, names)
-        if safe_merge:
-            check_finite(layers, names)
-        with all_or_nothing(layers, self._state):
-            lost = {where: layers[where].merge(names) for where in track(list(layers), "merging", show=progressbar)}
-            self._state.merged = (*self._state.merged, *names)
-        warn_of_loss(lost)
+        run = (self.adapted_layers(), self._installed, self._state, names, safe_merge, progressbar)
+        self.merge_report = merging.merge(self.model, dtype, *run)
 
     def unmerge_adapter(self) -> None:
         """Take all merged adapters out; the base weights have their very bits again.
@@ -339,15 +328,35 @@ class AdapterModel(nn.Module, ABC):
         self._state.merged = ()
 
     def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: Sequence[str] | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        requantize: bool = False,
     ) -> nn.Module:
         """Merge for good, and return the plain base model: no wrapper is left, and this object is spent.
 
         A weight that was tied to another module's gets a value of its own; the other module keeps the base's.
+        ``merge_report`` of this object then says what storing the merged weights took, layer by layer.
+
+        Args:
+            progressbar, safe_merge, adapter_names: show the progress on stderr, and as in :meth:`merge_adapter`.
+            dtype: give a dense model, all of whose floats, quantised layers included, are of this dtype; rounded once.
+            requantize: round the merged weights of quantised layers anew, in the scheme that they had.
+
+        Raises:
+            MergeError: as in :meth:`merge_adapter`, or a quantised base and neither ``dtype`` nor ``requantize``.
+
         """
         names = self._to_merge(adapter_names)
         self._check_enabled("merge")
-        with all_or_nothing(self.adapted_layers(), self._state):
+        merging.check_choice(self.adapted_layers(), names, dtype, requantize)
+        if dtype is not None:
+            self._merge(names, safe_merge, progressbar, dtype)
+            return self._release()
+        with merging.all_or_nothing(self.adapted_layers(), self._state):
             self._state.active = tuple(names)
             if set(names) != set(self._state.merged):  # exactly these, whatever is merged now
                 self._unmerge()
@@ -369,6 +378,7 @@ class AdapterModel(nn.Module, ABC):
         self.shared_parameters = nn.ModuleDict()
         for owner in list(self.projections.owners()):
             self.projections.release(owner)
+        storage.release(self.model.modules())
         return self.model
 
     # -- files -----------------------------------------------------------------------------------

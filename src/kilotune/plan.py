@@ -18,7 +18,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint
+from . import checkpoint, stacks
 from .config import AdapterConfig
 from .errors import ConfigError, KilotuneError, MissingExtraError, did_you_mean, first_line
 from .inject import SavedModule, walk
@@ -421,19 +421,18 @@ def _file_bytes(adapted: PeftModel) -> int:
     own = {name: slot for name, slot in slots.items() if slot.method is not None}
     params = {name: {key: _blank(p) for key, p in slot.own().items()} for name, slot in own.items()}
     some = next(iter(own.values()))
-    export = some.method.export({name: slot.site for name, slot in own.items()}, params, some.shared)
-    tensors: dict[str, Tensor] = {}
-    for key, value in export.tensors.items():
-        tensors[checkpoint.full_key(key, params)] = value
-    for name, layer in adapted.adapted_layers().items():
-        slot = _slot(layer)
+    installed = adapted.installed("default")
+    export = stacks.export(some.method, {name: slot.site for name, slot in own.items()}, params, some.shared)
+    tensors = checkpoint.in_file_form(export.tensors, installed, params)
+    for name, slot in slots.items():
         if slot.trained_bias is not None:
-            tensors[f"{checkpoint.PREFIX}{name}.{checkpoint.bias_key(slot.method, layer.storage)}"] = slot.trained_bias
+            tensors[checkpoint.bias_place(name, installed)] = slot.trained_bias
     for name, module, _ in walk(adapted.model):
         if isinstance(module, SavedModule):
             twin = next(iter(module.copies.values()))
             tensors.update({f"{checkpoint.PREFIX}{name}.{key}": value for key, value in twin.state_dict().items()})
-    metadata = checkpoint.header_metadata(CHECKSUM, CHECKSUM, None if export.checksum is None else CHECKSUM)
+    projections = None if export.checksum is None else CHECKSUM
+    metadata = checkpoint.header_metadata(CHECKSUM, CHECKSUM, projections, export.header)
     return _safetensors_bytes(tensors, metadata)
 
 

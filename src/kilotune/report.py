@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import chain
-from typing import Any, final
+from typing import Any, cast, final
 
 from torch import Tensor, nn
 
@@ -13,6 +13,8 @@ from .inject import walk
 from .layer import AdaptedLayer
 from .projections import Projections
 from .saved import SavedModule
+from .slots import Slot
+from .storage import size_of
 
 __all__ = ["ParameterReport", "count_parameters", "readable_bytes"]
 
@@ -114,6 +116,8 @@ def _adapter_parameters(model: nn.Module) -> Iterator[Tensor]:
     for _, module, _ in walk(model):
         if isinstance(module, AdaptedLayer):
             yield from module.adapters.parameters()
+            for slot in module.adapters.children():
+                yield from cast(Slot, slot).shared.trained.values()
         elif isinstance(module, SavedModule):
             yield from module.copies.parameters()
 
@@ -129,13 +133,15 @@ def _unseen(tensors: Iterable[Tensor], seen: set[tuple[object, ...]]) -> Iterato
 def _location(tensor: Tensor) -> tuple[object, ...]:
     if tensor.device.type == "meta" or tensor.numel() == 0:
         return (id(tensor),)
+    if type(tensor.data) is not Tensor:  # of several parts, as torchao's: the whole has no place of its own
+        return (id(tensor),)
     # Not the shape: a tied weight may be held transposed, or flattened.
     return (tensor.device, tensor.data_ptr(), tensor.numel())
 
 
 def _numbers(tensors: Iterable[Tensor]) -> int:
-    return sum(t.numel() for t in tensors)
+    return sum(size_of(t)[0] for t in tensors)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
+    return sum(size_of(t)[1] for t in tensors)

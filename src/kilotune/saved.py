@@ -2,14 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from typing import Any, cast, final
 
 from torch import nn
 
+from .errors import TargetError, gather
 from .slots import BIAS, ActiveState, slot_key
+from .storage import storage_of
 
-__all__ = ["SavedModule"]
+__all__ = ["SavedModule", "check_trainable"]
+
+
+def check_trainable(saved: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Return ``saved``, or raise TargetError where a copy of a module could not be trained: its weights are quantised.
+
+    torchao's tensors even claim to want a gradient, and get none.
+    """
+    faults = []
+    for name, whole in saved.items():
+        for inner, module in whole.named_modules():
+            if why := _untrainable(module):
+                faults.append(f"{name}.{inner}".removesuffix(".") + f": {type(module).__name__} ({why})")
+    if faults:
+        what = "modules_to_save: quantised weights cannot be trained; name these in target_modules instead, or load "
+        raise TargetError(gather(f"{what}the base with them left out of the quantisation:", faults))
+    return dict(saved)
+
+
+def _untrainable(module: nn.Module) -> str:
+    """How a module's own weights are quantised; '' where they are not."""
+    storage = storage_of(module)
+    if storage is not None and not storage.lossless:
+        return storage.refusal(module) or storage.scheme(module)
+    codes = [f"{name} is {p.dtype}" for name, p in module._parameters.items() if p is not None and not _trains(p)]
+    return ", ".join(codes)
+
+
+def _trains(parameter: nn.Parameter) -> bool:
+    return parameter.is_complex() or (parameter.is_floating_point() and parameter.element_size() > 1)
 
 
 @final

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .deltas import Delta
 from .errors import MergeError
 from .methods import Method, Shared, Site
+from .stacks import delta_of
 
 __all__ = ["BIAS", "ActiveState", "Slot", "slot_key"]
 
@@ -66,7 +67,7 @@ class Slot(nn.Module):
         return {name: p for name, p in self._parameters.items() if name != BIAS and p is not None}
 
     def delta(self) -> Delta | None:
-        return None if self.method is None else self.method.delta(self.site, self.own(), self.shared)
+        return None if self.method is None else delta_of(self.method, self.site, self.own(), self.shared)
 
     def drop(self, x: Tensor) -> Tensor:
         rate = 0.0 if self.method is None else self.method.config.dropout

@@ -14,13 +14,13 @@ from typing import final
 
 from torch import nn
 
-from .config import ALL_LINEAR, AdapterConfig
+from .config import ALL_BIASED, ALL_LINEAR, AdapterConfig
 from .deltas import Need
 from .errors import ConfigError, TargetError, did_you_mean, gather, nearest
 from .kinds import KINDS, LayerKind, kind_of
 from .storage import STORAGES, Storage, storage_of
 
-__all__ = ["DEFAULT_TARGETS", "Verdict", "explain", "resolve_targets", "select"]
+__all__ = ["DEFAULT_TARGETS", "Verdict", "explain", "read_by_parent", "resolve_targets", "select"]
 
 HEADS = {
     "SEQ_CLS": ("classifier", "score"),
@@ -29,7 +29,7 @@ HEADS = {
 }
 
 # Parents (a part of the class name) that read the weight of some of their layers themselves: transformers' Mamba
-# mixers hand these to fused kernels, so a wrapper around them would never run.
+# mixers hand these to kernels, so a wrapper around them gives out the weight with the adapters in it.
 READ_BY_PARENT = {"Mamba": ("out_proj", "conv1d"), "Bamba": ("out_proj", "conv1d")}
 
 _QV = ("q_proj", "v_proj")
@@ -55,13 +55,17 @@ DEFAULT_TARGETS: dict[str, tuple[str, ...]] = {
 @final
 @dataclass(frozen=True)
 class Candidate:
-    """A module of the base model by its dotted name; ``parent`` is the class that holds it."""
+    """A module of the base model by its dotted name; ``parent`` is the class that holds it.
+
+    gained: its bias is not the base's, but came with an adapter that is merged now.
+    """
 
     name: str
     module: nn.Module
     parent: type[nn.Module]
     kind: LayerKind | None
     storage: Storage | None
+    gained: bool = False
 
 
 @final
@@ -89,7 +93,7 @@ def resolve_targets(
         ConfigError: when there are no defaults for ``model_type``.
 
     """
-    if config.target_modules is not None:
+    if config.target_modules is not None or config.target_parameters:
         return config
     table = {**DEFAULT_TARGETS, **exceptions}
     if model_type not in table:
@@ -114,7 +118,16 @@ def explain(
         heads: names of output layers, which 'all-linear' leaves out.
 
     """
-    return [_verdict(candidate, config, needs, heads) for candidate in found]
+    verdicts = {c.name: _verdict(c, config, needs, heads) for c in found}
+    if config.target_modules not in (ALL_LINEAR, ALL_BIASED):
+        by_name = {c.name: c for c in found}
+        for c in found:
+            if verdicts[c.name].taken and c.kind is not None:
+                inside_it = [f"{c.name}.{child}" for child in c.kind.with_it]
+                for name in inside_it:
+                    if name in by_name and not verdicts[name].matched:
+                        verdicts[name] = _with_parent(by_name[name], c.name, config, needs)
+    return [verdicts[c.name] for c in found]
 
 
 def select(
@@ -172,8 +185,11 @@ def inside(names: Sequence[str] | None, name: str) -> bool:
 
 
 def _verdict(c: Candidate, config: AdapterConfig, needs: frozenset[Need], heads: frozenset[str]) -> Verdict:
-    if config.target_modules == ALL_LINEAR:
-        linear = c.kind is not None and Need.LINEAR in c.kind.offers and c.storage is not None
+    if config.target_modules == ALL_BIASED:
+        matched = _has_own_bias(c) and _refusal(c, needs) is None
+        reason = "has a bias" if matched else _why_not_biased(c, needs)
+    elif config.target_modules == ALL_LINEAR:
+        linear = c.kind is not None and c.kind.all_linear and c.storage is not None
         matched = linear and c.name not in heads and _refusal(c, needs) is None
         reason = "is a linear layer" if matched else _why_not_linear(c, linear, heads, needs)
     else:
@@ -196,30 +212,72 @@ def _verdict(c: Candidate, config: AdapterConfig, needs: frozenset[Need], heads:
     return Verdict(c.name, False, True, f"refused: {refusal}")
 
 
+def _with_parent(c: Candidate, parent: str, config: AdapterConfig, needs: frozenset[Need]) -> Verdict:
+    """The verdict on a part of a layer that is taken: PEFT adapts both, and has no name for one alone."""
+    if matches_names(config.exclude_modules, c.name):
+        return Verdict(c.name, False, True, "left out by exclude_modules")
+    if inside(config.modules_to_save, c.name):
+        return Verdict(c.name, False, True, "trained whole by modules_to_save")
+    refusal = _refusal(c, needs)
+    if refusal is None:
+        return Verdict(c.name, True, True, f"belongs to {parent!r}, which is taken")
+    return Verdict(c.name, False, Need.OUTPUT not in needs, f"refused: {refusal}")
+
+
 def _why_not_linear(c: Candidate, linear: bool, heads: frozenset[str], needs: frozenset[Need]) -> str:
     if not linear:
         return f"{type(c.module).__name__} is not a linear layer"
     return "is the model's output layer" if c.name in heads else str(_refusal(c, needs))
 
 
+def _has_own_bias(c: Candidate) -> bool:
+    """Whether the module has a bias now which is not that of a module inside it (BERT's language-model head)."""
+    if c.kind is None or Need.BIAS not in c.kind.offers or c.storage is None or c.gained:
+        return False
+    bias = c.storage.read_bias(c.module)
+    return bias is not None and all(p is not bias for child in c.module.children() for p in child.parameters())
+
+
+def _why_not_biased(c: Candidate, needs: frozenset[Need]) -> str:
+    return str(_refusal(c, needs)) if _has_own_bias(c) else f"{type(c.module).__name__} has no bias of its own"
+
+
 def _refusal(c: Candidate, needs: frozenset[Need]) -> str | None:
     kind_name = type(c.module).__name__
-    if issubclass(c.parent, nn.MultiheadAttention):
-        return "torch's MultiheadAttention reads this layer's weight itself, so an adapter here would never run"
-    for part, names in READ_BY_PARENT.items():
-        if part in c.parent.__name__ and c.name.rpartition(".")[2] in names:
-            return f"{c.parent.__name__} hands this layer's weight to a fused kernel, so an adapter here would not run"
+    if Need.OUTPUT in needs and read_by_parent(c):
+        return (
+            f"{c.parent.__name__} multiplies by this layer's weight itself, so nothing can be added to its output; "
+            f"name {c.name.rpartition('.')[0]!r} instead"
+        )
     if c.kind is None or not needs <= c.kind.offers:
+        reasons = [] if c.kind is None else [c.kind.lack(c.module, need) for need in needs - c.kind.offers]
+        why = "".join(f"; {reason}" for reason in reasons if reason)
+        stacked = [n for n, p in c.module._parameters.items() if p is not None and p.ndim == 3]
+        if stacked and Need.LINEAR in needs and not why:
+            return f"{kind_name} holds parameters, and no layers; to adapt them: target_parameters={stacked}"
         children = [name for name, _ in c.module.named_children()]
         if children:
-            return f"is a container ({kind_name}), not a layer; inside it: {', '.join(children[:8])}"
+            return f"is a container ({kind_name}), not a layer{why}; inside it: {', '.join(children[:8])}"
         fit = ", ".join(kind.name for kind in KINDS if needs <= kind.offers)
-        return f"{kind_name} is not a kind of layer that this method can adapt (kinds: {fit})"
+        return f"{kind_name} is not a kind of layer that this method can adapt (kinds: {fit}){why}"
+    if needs != {Need.BIAS} and (unfit := c.kind.refusal(c.module)) is not None:
+        return unfit
+    if Need.LINEAR in needs and 0 in c.kind.features(c.module):
+        return f"its weight is empty: {c.kind.features(c.module)}"
     if c.storage is None:
-        held = [f"{n} {p.dtype}" for n, p in c.module._parameters.items() if p is not None]
-        stores = ", ".join(storage.name for storage in STORAGES)
+        own = [(n, p) for n, p in c.module._parameters.items() if p is not None]
+        held = [f"{n}: {type(p.data).__name__} of {str(p.dtype).removeprefix('torch.')}" for n, p in own]
+        stores = ", ".join(dict.fromkeys(storage.name for storage in STORAGES if storage.name != "none"))
         return f"its weight is no plain floating-point parameter ({', '.join(held) or 'none'}; storages: {stores})"
-    return None
+    return c.storage.refusal(c.module)
+
+
+def read_by_parent(c: Candidate) -> bool:
+    """Whether the module around this layer multiplies by its weight itself, and may never call it."""
+    own = c.name.rpartition(".")[2]
+    if issubclass(c.parent, nn.MultiheadAttention):
+        return own == "out_proj"
+    return any(part in c.parent.__name__ and own in names for part, names in READ_BY_PARENT.items())
 
 
 def _in_layers(name: str, config: AdapterConfig) -> bool:
@@ -246,6 +304,10 @@ def _unmatched(
     faults = []
     for target in config.target_modules:
         if any(matches_names((target,), name) for name in names):
+            continue
+        owners = [c.name for c in found if target.rpartition(".")[2] in c.module._parameters]
+        if any(matches_names((target,), f"{name}.{target.rpartition('.')[2]}") for name in owners):
+            faults.append(f"{target!r} is a parameter, not a module: target_parameters={[target]}")
             continue
         faults.append(f"no module is called {target!r}, or ends with it.{_near(target, found, needs)}")
     if config.block_indices is not None and not faults:
@@ -283,10 +345,12 @@ def _nothing(config: AdapterConfig, verdicts: Sequence[Verdict]) -> str:
         return "the model has no modules inside it; put a bare layer into torch.nn.Sequential(layer) first"
     if config.target_modules == ALL_LINEAR:
         return "'all-linear': the model has no linear layer besides its output layer"
+    if config.target_modules == ALL_BIASED:
+        return "'all-biased': the model has no layer with a bias; name the layers that are to get one"
     names = [v.name for v in verdicts if v.name]
     pattern = str(config.target_modules)
-    if nearest(pattern, [ALL_LINEAR]):
-        return f"no module is called {pattern!r}. Did you mean {ALL_LINEAR!r}?"
+    if word := nearest(pattern, config.target_words, 1):
+        return f"no module is called {pattern!r}. Did you mean {word[0]!r}?"
     near = nearest(pattern, names) or names[-3:]
     return (
         f"the regular expression {pattern!r} matches no whole module name (a name is matched from its start to its "

@@ -1,32 +1,37 @@
-"""The cells METHODS x KINDS x STORAGES, as data, straight from the registries.
+"""The tables of the methods, and the cells METHODS x KINDS that follow, the weight in plain floats.
 
-A method, kind or storage is tested from the moment it is listed. What the tests cannot know of it, an
-independent formula or an example of a layer, stands in the tables here; ``test_tables.py`` names what is missing.
+What the tests cannot know of a part, an independent formula or an example of a layer, stands in tables of rows:
+methods here, layer kinds in ``kind_cases.py``, quantised storages in ``quantised.py``. A part is tested from the moment
+it is listed in its registry and has its rows; ``test_tables.py`` names what is missing.
 """
 
 from __future__ import annotations
 
+import fnmatch
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from conformance import residuals
+from conformance.cases import Array, KindCase, Layer, MethodCase, Params
+from conformance.kind_cases import KIND_CASES
+from conformance.one_vector import one_intrinsic, unilora
+from conformance.rescaled import dora, ia3, loraxs
 from conformance.toys import TOYS
-from kilotune import AdapterConfig, PeftModel, get_peft_model
+from kilotune import AdapterConfig, PeftModel, get_config, get_peft_model
+from kilotune.deltas import Delta
 from kilotune.kinds import KINDS, LayerKind
-from kilotune.methods import METHODS, Method
-from kilotune.storage import STORAGES, Storage
+from kilotune.methods import METHODS, PRESETS, Method, make_method
+from kilotune.storage import STORAGES
 
-OUT, INN = 5, 6
 ALL_METHODS: dict[str, type[Method[Any]]] = {**METHODS, **TOYS}
-Array = np.ndarray[Any, np.dtype[np.float64]]
-Params = Mapping[str, Array]
-Layer = tuple[Array, Array | None]
-
+PLAIN_STORAGES = frozenset(storage.name for storage in STORAGES if storage.lossless)  # the others: quantised.py
 
 # -- independent arithmetic: nothing of the library, no torch --------------------------------------
 
@@ -60,11 +65,14 @@ def vera(params: Params, config: Any, weight: Array, bias: Array | None) -> Laye
     rank, (out, inn) = config.r, weight.shape
     if config.generator == "peft":
         generator = torch.Generator().manual_seed(config.projection_prng_key)
-        a = nn.init.kaiming_uniform_(torch.empty(rank, inn), generator=generator).double().numpy()
-        b = nn.init.kaiming_uniform_(torch.empty(out, rank), generator=generator).double().numpy()
+        shapes = getattr(params, "shapes", ()) or ((out, inn),)  # PEFT draws for the largest, and cuts
+        most_out, most_in = (max(sizes) for sizes in zip(*shapes, strict=True))
+        a = nn.init.kaiming_uniform_(torch.empty(rank, most_in), generator=generator).double().numpy()[:, :inn]
+        b = nn.init.kaiming_uniform_(torch.empty(most_out, rank), generator=generator).double().numpy()[:out]
     else:
         block = 1 + inn * 2**32 + out if config.sharing == "shape" else 0
-        a = math.sqrt(6 / inn) * unit_matrix(config.projection_prng_key, 0, rank, inn, block)
+        fan_in = getattr(params, "fan_in", 0) or inn
+        a = math.sqrt(6 / fan_in) * unit_matrix(config.projection_prng_key, 0, rank, inn, block)
         b = math.sqrt(6 / rank) * unit_matrix(config.projection_prng_key, 1, rank, out, block).T
     return weight + np.diag(params["vera_lambda_b"]) @ b @ np.diag(params["vera_lambda_d"]) @ a, bias
 
@@ -73,6 +81,11 @@ def lora(params: Params, config: Any, weight: Array, bias: Array | None) -> Laye
     """alpha / r (or sqrt(r)) B A."""
     scale = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
     return weight + scale * np.einsum("or,ri->oi", params["lora_B"], params["lora_A"]), bias
+
+
+def bitfit(params: Params, config: Any, weight: Array, bias: Array | None) -> Layer:
+    """The weight as it is, and the bias (zero where there is none) shifted."""
+    return weight, params["bitfit_delta"] if bias is None else bias + params["bitfit_delta"]
 
 
 def toy_full(params: Params, config: Any, weight: Array, bias: Array | None) -> Layer:
@@ -102,19 +115,8 @@ def toy_residual(params: Params, config: Any, x: Array, y: Array) -> Array:
 
 # -- tables ----------------------------------------------------------------------------------------
 
-
-@dataclass(frozen=True)
-class MethodCase:
-    """One way to configure a method.
-
-    start: 'exact' (the output is the base's bits), 'near' (up to rounding) or 'moved' until it is trained.
-    """
-
-    name: str
-    options: dict[str, Any] = field(default_factory=dict)
-    start: str = "exact"
-
-
+LENGTHS = ("*.lora_magnitude_vector", "*.bias")  # what DoRA's gradient is exact for; test_dora.py has the rest
+# Methods and presets by the name that get_config takes.
 METHOD_CASES: dict[str, list[MethodCase]] = {
     "vera": [
         MethodCase("vera", {"r": 4}),
@@ -127,6 +129,37 @@ METHOD_CASES: dict[str, list[MethodCase]] = {
         MethodCase("lora", {"r": 4, "use_rslora": True, "init_lora_weights": "gaussian"}),
         MethodCase("lora", {"r": 3, "init_lora_weights": False, "bias": "lora_only"}, "moved"),
     ],
+    "intrinsic": [
+        MethodCase("intrinsic", {"d": 13}),
+        MethodCase("intrinsic", {"d": 21, "structure": "said", "projection_prng_key": 2**64 - 1}),
+        MethodCase("intrinsic", {"d": 25, "structure": "said", "projection": "dense", "bias": "intrinsic_only"}),
+    ],
+    "unilora": [
+        MethodCase("unilora", {"r": 3, "theta_d_length": 11, "init_theta_d_bound": 0.5}, "moved"),
+        MethodCase("unilora", {"r": 2, "theta_d_length": 7, "generator": "peft", "init_weights": False}, "moved"),
+        MethodCase("unilora", {"theta_d_length": 3, "save_indices": True, "bias": "unilora_only"}, "moved"),
+    ],
+    "bitfit": [MethodCase("bitfit")],
+    "dora": [
+        MethodCase("dora", {"r": 2, "lora_alpha": 16}, exact_gradient=LENGTHS),
+        MethodCase("dora", {"r": 3, "init_lora_weights": False, "bias": "lora_only"}, "moved", exact_gradient=LENGTHS),
+    ],
+    "dvora": [
+        MethodCase("dvora", {"r": 4}, exact_gradient=LENGTHS),
+        MethodCase("dvora", {"r": 3, "generator": "peft", "projection_prng_key": 11}, exact_gradient=LENGTHS),
+    ],
+    "ia3": [
+        MethodCase("ia3", {"feedforward_modules": []}),
+        MethodCase("ia3", {"feedforward_modules": ".*"}, "near"),
+        MethodCase("ia3", {"feedforward_modules": [], "init_ia3_weights": False}, "moved"),
+    ],
+    "loraxs": [
+        MethodCase("loraxs", {"r": 2, "lora_alpha": 64, "svd_iterations": 0}, "moved"),
+        MethodCase("loraxs", {"r": 3, "save_factors": False, "bias": "loraxs_only"}, "moved"),
+        MethodCase("loraxs", {"r": 4, "start": "random", "projection_prng_key": 7}, "moved"),
+    ],
+    "lora_fa": [MethodCase("lora_fa", {"r": 2, "lora_alpha": 16})],
+    **residuals.CASES,
     "toy_full": [MethodCase("toy_full"), MethodCase("toy_full", {"bias": "all"})],
     "toy_rescale": [
         MethodCase("toy_rescale", {"rows": True}),
@@ -136,23 +169,43 @@ METHOD_CASES: dict[str, list[MethodCase]] = {
         MethodCase("toy_rescale", {"rows": True, "cols": True, "inner": "full", "scale_bias": True}, "near"),
     ],
     "toy_shift": [MethodCase("toy_shift")],
-    "toy_residual": [MethodCase("toy_residual"), MethodCase("toy_residual", {"source": "input"})],
+    "toy_residual": [MethodCase("toy_residual"), MethodCase("toy_residual", {"source": "input"}, kinds=("linear",))],
 }
 
 # (parameters, config, canonical matrix, bias) -> the adapted matrix and bias.
 FORMULAS: dict[str, Callable[[Params, Any, Array, Array | None], Layer]] = {
     "vera": vera,
     "lora": lora,
+    "bitfit": bitfit,
+    "dora": dora(lora),
+    "dvora": dora(vera),
+    "ia3": ia3,
+    "loraxs": loraxs(unit_matrix),
+    "lora_fa": lora,
+    "intrinsic": one_intrinsic,
+    "unilora": unilora,
     "toy_full": toy_full,
     "toy_rescale": toy_rescale,
     "toy_shift": toy_shift,
 }
 # (parameters, config, input, output) -> the adapted output, for what does not act on the weight.
-ON_OUTPUT: dict[str, Callable[[Params, Any, Array, Array], Array]] = {"toy_residual": toy_residual}
+ON_OUTPUT: dict[str, Callable[[Params, Any, Array, Array], Array]] = {
+    "toy_residual": toy_residual,
+    **dict.fromkeys(residuals.CASES, residuals.bottleneck),
+}
 # The number of trained numbers in one layer.
 COUNTS: dict[str, Callable[[Any, int, int], int]] = {
     "vera": lambda config, out, inn: config.r + out,
     "lora": lambda config, out, inn: config.r * (out + inn),
+    "intrinsic": lambda config, out, inn: config.d,
+    "unilora": lambda config, out, inn: config.theta_d_length,
+    "bitfit": lambda config, out, inn: out,
+    "dora": lambda config, out, inn: config.r * (out + inn) + out,
+    "dvora": lambda config, out, inn: config.r + 2 * out,
+    "ia3": lambda config, out, inn: inn if config.feedforward_modules else out,
+    "loraxs": lambda config, out, inn: config.r**2,
+    "lora_fa": lambda config, out, inn: config.r * out,
+    **residuals.COUNTS,
     "toy_full": lambda config, out, inn: out * inn,
     "toy_rescale": lambda config, out, inn: (
         out * config.rows + inn * config.cols + {"": 0, "low_rank": 3 * (out + inn), "full": out * inn}[config.inner]
@@ -161,117 +214,130 @@ COUNTS: dict[str, Callable[[Any, int, int], int]] = {
     "toy_residual": lambda config, out, inn: 3 * out + 3 * (out if config.source == "output" else inn),
 }
 
-
-@dataclass(frozen=True)
-class KindCase:
-    """An example of a layer kind: how to make one, and its plain mathematics.
-
-    dense: (x, canonical matrix, bias or None) -> y in numpy. optional_bias: it also exists without a bias.
-    features: (out, in). keyword: the name of its forward's input.
-    """
-
-    make: Callable[[bool], nn.Module]
-    dense: Callable[[Array, Array, Array | None], Array]
-    canonical: Callable[[Array], Array]
-    optional_bias: bool = True
-    features: tuple[int, int] = (OUT, INN)
-    keyword: str = "input"
-
-
-def _conv1d(bias: bool) -> nn.Module:
-    from transformers.pytorch_utils import Conv1D
-
-    layer = Conv1D(OUT, INN)
-    nn.init.normal_(layer.bias)
-    return layer
-
-
-def _norm(bias: bool) -> nn.Module:
-    layer = nn.LayerNorm(OUT)
-    nn.init.normal_(layer.weight)
-    nn.init.normal_(layer.bias)
-    return layer
-
-
-def _norm_dense(x: Array, matrix: Array, bias: Array | None) -> Array:
-    centred = x - x.mean(-1, keepdims=True)
-    y: Array = matrix * centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5)
-    return y if bias is None else y + bias
-
-
-def _affine(x: Array, matrix: Array, bias: Array | None) -> Array:
-    y: Array = np.einsum("...i,oi->...o", x, matrix)
-    return y if bias is None else y + bias
-
-
-KIND_CASES: dict[str, KindCase] = {
-    "linear": KindCase(lambda bias: nn.Linear(INN, OUT, bias=bias), _affine, lambda weight: weight),
-    "conv1d-transformers": KindCase(_conv1d, _affine, lambda weight: weight.T, optional_bias=False, keyword="x"),
-    "biased": KindCase(_norm, _norm_dense, lambda weight: weight, optional_bias=False, features=(OUT, OUT)),
+# Cells that are left out, each with its reason: patterns (method, kind[:variant], storage[:variant], test's name).
+_NO_FEATURES = "no input to read: ids, or a window, in place of the features of one place of the output"
+EXCEPTIONS: dict[tuple[str, str, str, str], str] = {
+    **{("parallel", kind, "*", "*"): _NO_FEATURES for kind in ("conv?d", "conv?d:*", "embedding*")},
+    ("*", "embedding:padding", "*", "gradients"): "padding_idx means that its row gets no gradient, as in torch",
+    ("*", "embedding:padding", "*", "parameters act"): "padding_idx means that its row gets no gradient, as in torch",
+    ("*", "embedding:by-frequency", "*", "gradients"): "scale_grad_by_freq divides gradients by counts, as in torch",
+    (
+        "*",
+        "experts*",
+        "*",
+        "compile",
+    ): "transformers' eager loop chooses by value; see test_experts.py",
+    **{
+        (method, "attention*", "*", "parameters act"): "a key's bias moves all scores of a query alike: no gradient"
+        for method in ("bitfit", "toy_shift")
+    },
 }
-
-# How a plain layer is brought into a storage.
-STORAGE_CASES: dict[str, Callable[[nn.Module], nn.Module]] = {"dense": lambda module: module}
-
-# Cells that are left out, each with its reason: (method, kind, storage, the test's name or '*').
-EXCEPTIONS: dict[tuple[str, str, str, str], str] = {}
 
 
 # -- cells -----------------------------------------------------------------------------------------
 
 
+def config_of(case: MethodCase, **options: Any) -> AdapterConfig:
+    """The configuration of a case, with more options."""
+    given = {**case.options, **options}
+    if case.name in TOYS:  # in no registry while pytest collects
+        return TOYS[case.name].config_cls(**given)
+    return get_config(case.name, **given)
+
+
+def delta_of(case: MethodCase) -> type[Delta]:
+    """The delta that the method makes, configured so."""
+    if case.name in TOYS:
+        return TOYS[case.name].makes
+    return make_method(config_of(case, target_modules=["layer"])).makes
+
+
+def excepted(method: str, kind: str, storage: str, test: str) -> str | None:
+    """Why EXCEPTIONS leaves a test out; None where it runs."""
+    for patterns, reason in EXCEPTIONS.items():
+        if all(fnmatch.fnmatchcase(a, b) for a, b in zip((method, kind, storage, test), patterns)):
+            return reason
+    return None
+
+
 @dataclass(frozen=True)
 class Cell:
-    """One method, configured, in one kind of layer with one storage, with or without a bias."""
+    """One method, configured, in one kind of layer, with or without a bias.
+
+    kind: its name; a variant's follows after a colon. fast: it runs in `make test`.
+    """
 
     case: MethodCase
-    kind: LayerKind
-    storage: Storage
+    kind: str
     bias: bool
+    kind_case: KindCase
+    fast: bool
 
     @property
     def id(self) -> str:
         options = "-".join(f"{key}={value}" for key, value in self.case.options.items())
-        return f"{self.case.name}[{options}]-{self.kind.name}-{self.storage.name}-{'bias' if self.bias else 'plain'}"
+        return f"{self.case.name}[{options}]-{self.kind}-{'bias' if self.bias else 'plain'}"
+
+    @cached_property
+    def makes(self) -> type[Delta]:
+        return delta_of(self.case)
+
+    @property
+    def part(self) -> LayerKind:
+        """The layer kind."""
+        return self.kind_case.kind or _KINDS[self.kind.partition(":")[0]]
 
     @property
     def fits(self) -> bool:
         """Whether the kind offers what the method needs."""
-        return self.method.makes.needs <= self.kind.offers
+        return self.makes.needs <= self.part.offers - self.kind_case.lacks
 
     @property
-    def method(self) -> type[Method[Any]]:
-        return ALL_METHODS[self.case.name]
+    def essential(self) -> bool:
+        """Whether it stays in `make test` where a test is slow."""
+        first = self.case is METHOD_CASES[self.case.name][0] and self.bias == self.kind_case.biases[0]
+        one_of_each_kind = self.case.name in ("lora", "pfeiffer") and ":" not in self.kind
+        return self.fast and first and (self.kind == "linear" or one_of_each_kind)
+
+    def reason(self, test: str) -> str | None:
+        """Why EXCEPTIONS leaves ``test`` out here; None where it runs."""
+        return excepted(self.case.name, self.kind, "dense", test)
 
     def config(self, **options: Any) -> AdapterConfig:
-        return self.method.config_cls(**{"target_modules": ["layer"], **self.case.options, **options})
+        return config_of(self.case, **{**self.kind_case.targets, **options})
 
-    def base(self, dtype: torch.dtype = torch.float32) -> nn.Sequential:
-        """``layer``, alone, so that every number can be checked."""
+    def base(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """The base model: ``layer``, alone, so that every number can be checked."""
         torch.manual_seed(0)
-        layer = STORAGE_CASES[self.storage.name](KIND_CASES[self.kind.name].make(self.bias))
-        return _named(layer.to(dtype))
+        return self.kind_case.net(self.kind_case.make(self.bias)).to(dtype)
 
     def model(self, dtype: torch.dtype = torch.float32, **options: Any) -> PeftModel:
         return get_peft_model(self.base(dtype), self.config(**options))
 
 
-def _named(layer: nn.Module) -> nn.Sequential:
-    net = nn.Sequential()
-    net.add_module("layer", layer)
-    return net
+_KINDS = {kind.name: kind for kind in KINDS}
 
 
 def _cells() -> list[Cell]:
     found = []
-    for name in ALL_METHODS:
-        for case in METHOD_CASES.get(name, [MethodCase(name)]):
-            for kind in KINDS:
-                if kind.name not in KIND_CASES:
-                    continue
-                for storage in STORAGES:
-                    biases = (True, False) if KIND_CASES[kind.name].optional_bias else (True,)
-                    found += [Cell(case, kind, storage, bias) for bias in biases if storage.name in STORAGE_CASES]
+    for name, cases in METHOD_CASES.items():
+        if name in METHODS or name in PRESETS or name in TOYS:  # else test_tables.py names it
+            found += [cell for case in cases for cell in _in_kinds(case, case is cases[0])]
+    return found
+
+
+def _in_kinds(case: MethodCase, first: bool) -> list[Cell]:
+    found = []
+    for kind, variants in KIND_CASES.items():
+        if (kind not in _KINDS and variants[0].kind is None) or (case.kinds and kind not in case.kinds):
+            continue
+        fitting = [v for v in variants if not delta_of(case).needs & v.lacks] or variants
+        for variant in variants:
+            main = first and case.name not in TOYS and (variant is fitting[0] or case.name == "lora")
+            for bias in variant.biases:
+                fast = kind == "linear" or (main and bias == variant.biases[0])
+                name = f"{kind}:{variant.name}" if variant.name else kind
+                found.append(Cell(case, name, bias, variant, fast))
     return found
 
 

@@ -10,19 +10,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import nn  # noqa: F401
 
-from conformance.cells import CELLS, COUNTS, KIND_CASES, Cell
-from conformance.checks import EPSILON, adapted, data, dense, every_cell, layer_of
+from conformance.cases import Net
+from conformance.cells import CELLS, Cell
+from conformance.checks import adapted, bound, count, data, dense, every_cell, layer_of, layers_of
 from kilotune import MergeError, MergePrecisionWarning, PeftModel, UnsupportedError, get_peft_model
 from kilotune.deltas import Shift
 from kilotune.layer import AdaptedLayer
-from models import Snapshot, bits, disk, places, randomize, value_bits
+from models import Snapshot, base_bits, bits, disk, is_base, places, plain_name, randomize, value_bits
 
-MERGEABLE = [cell for cell in CELLS if cell.method.makes.mergeable]
-NOT_MERGEABLE = [cell for cell in CELLS if not cell.method.makes.mergeable]
-ADDITIVE = [cell for cell in CELLS if cell.method.makes.additive]
-NOT_ADDITIVE = [cell for cell in CELLS if not cell.method.makes.additive]
+
+def _merges(cell: Cell) -> bool:
+    return cell.makes.mergeable and (cell.kind_case.bias_merges or cell.makes is not Shift)
+
+
+MERGEABLE = [cell for cell in CELLS if _merges(cell)]
+NOT_MERGEABLE = [cell for cell in CELLS if not _merges(cell)]
+ADDITIVE = [cell for cell in CELLS if cell.makes.additive]
+NOT_ADDITIVE = [cell for cell in CELLS if not cell.makes.additive]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -41,18 +47,16 @@ def test_merged_is_unmerged_to_rounding_and_unmerging_gives_the_bits_back(cell: 
     assert layer.merged == ("default",)
     assert layer.slot("default") is not None
     merged = model(x)
-    torch.testing.assert_close(
-        merged.double(), y.double(), rtol=0, atol=EPSILON[dtype] * (1 + float(reference.abs().max()))
-    )
-    # The merged layer is the plain layer with the formula's weight: nothing of the adapter runs.
-    assert torch.equal(merged, layer.base_layer(x))
+    torch.testing.assert_close(merged.double(), y.double(), rtol=0, atol=bound(reference, dtype))
+    if cell.kind_case.net is Net:  # the merged layer is the plain layer with the formula's weight: no adapter runs
+        assert torch.equal(merged, layer.base_layer(x))
     assert not torch.equal(merged, cell.base(dtype)(x))
     with model.disable_adapter():
         assert torch.equal(model(x), cell.base(dtype)(x))
     assert torch.equal(model(x), merged)
 
     model.unmerge_adapter()
-    assert bits(layer.base_layer) == {key.removeprefix("layer."): value for key, value in base.items()}
+    assert base_bits(model) == base
     assert places(model) == where  # the very tensors, not copies
     assert torch.equal(model(x), y)
     assert layer.merged == ()
@@ -79,21 +83,24 @@ def test_merging_twice_is_refused_and_changes_nothing(cell: Cell) -> None:
 def test_merge_and_unload_gives_a_plain_module(cell: Cell) -> None:
     model, x = adapted(cell), data(cell, 4, dtype=torch.float64)
     y = model(x)
+    modules = {name: layer for name, layer in layers_of(model).items() if layer.kind.parameter is None}
+    biases = [f"{name}.{layer.storage.bias_name}" for name, layer in modules.items()]
     plain = model.merge_and_unload(safe_merge=True)
     fresh = cell.base(torch.float64)
-    assert type(plain) is nn.Sequential
+    assert type(plain) is type(fresh)
     assert [type(m) for m in plain.modules()] == [type(m) for m in fresh.modules()]
-    gained = {"layer.bias"} if cell.method.makes is Shift else set()  # a layer without a bias gets one
+    assert set(biases) <= set(plain.state_dict()) or cell.makes is not Shift  # a layer without a bias gets one
+    gained = set(biases) if cell.makes is Shift else set()
     assert set(plain.state_dict()) == set(fresh.state_dict()) | gained
-    torch.testing.assert_close(plain(x), y, rtol=0, atol=EPSILON[torch.float64])
+    torch.testing.assert_close(plain(x), y, rtol=0, atol=bound(y, torch.float64))
 
 
 @every_cell("not mergeable", NOT_MERGEABLE)
-def test_what_is_not_linear_refuses_to_merge(cell: Cell) -> None:
+def test_what_cannot_be_in_the_weights_refuses_to_merge(cell: Cell) -> None:
     model = adapted(cell)
     before = Snapshot.of(model)
     for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(MergeError, match="is not linear and cannot be merged"):
+        with pytest.raises(MergeError, match="is not linear and cannot be merged|has no (place for a )?bias"):
             merge()
         assert Snapshot.of(model) == before
 
@@ -109,7 +116,7 @@ def test_safe_merge_refuses_values_that_are_not_finite(cell: Cell, value: float)
     for merge in (model.merge_adapter, model.merge_and_unload):
         with pytest.raises(MergeError, match=r"safe_merge refused adapters .*nothing was changed") as caught:
             merge(safe_merge=True)
-        assert "layer: the merged weight would hold values that are not finite" in str(caught.value)
+        assert "would hold values that are not finite" in str(caught.value)
         assert Snapshot.of(model) == before
 
 
@@ -128,12 +135,15 @@ def test_two_of_a_kind_add_up_and_merge_in_any_order(cell: Cell) -> None:
     two = model(x)
     model.set_adapter(["default", "other"])
     both = model(x)
-    torch.testing.assert_close(both, one + two - base(x), rtol=0, atol=EPSILON[torch.float64])
+    if cell.kind_case.whole is None:  # else the output is not linear in the weights
+        torch.testing.assert_close(both, one + two - base(x), rtol=0, atol=bound(both, torch.float64))
+    assert not torch.equal(both, one)
+    assert not torch.equal(both, two)
     model.merge_adapter(["other"])
-    torch.testing.assert_close(model(x), both, rtol=0, atol=EPSILON[torch.float64])
+    torch.testing.assert_close(model(x), both, rtol=0, atol=bound(both, torch.float64))
     model.merge_adapter(["default"])
     merged = bits(model)
-    torch.testing.assert_close(model(x), both, rtol=0, atol=EPSILON[torch.float64])
+    torch.testing.assert_close(model(x), both, rtol=0, atol=bound(both, torch.float64))
     model.unmerge_adapter()
     model.merge_adapter(["other", "default"])
     assert bits(model) == merged
@@ -170,14 +180,14 @@ def test_disabled_is_the_base_to_the_bit(cell: Cell, dtype: torch.dtype) -> None
 @every_cell("state dict")
 def test_the_state_dict_holds_the_base_and_the_adapter_and_nothing_else(cell: Cell) -> None:
     model = cell.model()
-    base = {f"model.{key.replace('layer.', 'layer.base_layer.')}" for key in cell.base().state_dict()}
-    own = {f"model.layer.adapters.default.{name.removeprefix('layer.')}" for name, _ in model.adapter_parameters()}
-    assert set(model.state_dict()) == base | own
+    own = {key for key in model.state_dict() if ".adapters.default." in key or key.startswith("shared_parameters.")}
+    names = [name.rpartition(".")[2] for name, _ in model.adapter_parameters()]
+    frozen = sum(len(slot.method.frozen) for layer in layers_of(model).values() for slot in layer.adapters.values())
+    assert len(own) == len(names) + frozen
+    assert sorted(names) == sorted(key.rpartition(".")[2] for key in own) or frozen
+    assert base_bits(model) == bits(cell.base())
     assert not list(model.buffers())
-    config, (out, inn) = cell.config(), KIND_CASES[cell.kind.name].features
-    size = sum(v.numel() for key, v in model.state_dict().items() if key in own)
-    trains_bias = config.bias != "none" and layer_of(model).base_layer.bias is not None
-    assert size == COUNTS[cell.case.name](config, out, inn) + out * trains_bias
+    assert sum(p.numel() for _, p in model.adapter_parameters()) == count(cell, model)
     twin = cell.model()
     randomize(model)
     twin.load_state_dict(model.state_dict())
@@ -266,7 +276,8 @@ def test_on_meta_it_is_planned_wrapped_and_counted(cell: Cell) -> None:
     shapes = {name: p.shape for name, p in model.adapter_parameters()}
     assert shapes == {name: p.shape for name, p in real.adapter_parameters()}
     assert model.get_nb_trainable_parameters() == real.get_nb_trainable_parameters()
-    assert model(data(cell, 4).to("meta")).shape == real(data(cell, 4)).shape
+    if cell.part.name != "experts":  # transformers picks tokens by value, of which there are none on meta
+        assert model(data(cell, 4).to("meta")).shape == real(data(cell, 4)).shape
 
 
 @every_cell("memory")
@@ -280,7 +291,7 @@ def test_no_weight_of_the_base_is_copied(cell: Cell, tmp_path: Path) -> None:
     model.add_adapter("more", cell.config())
     model.set_adapter("more")
     model(data(cell, 4))
-    held = {f"layer.{name}": p.data_ptr() for name, p in layer_of(model).base_layer.named_parameters()}
+    held = {plain_name(name): place for name, place in places(model).items() if is_base(name)}
     assert held == where
     for name in ("default", "again", "more"):
         model.delete_adapter(name)
@@ -293,7 +304,8 @@ def test_deleting_the_last_adapter_gives_the_very_module_back(cell: Cell) -> Non
     layer = base.get_submodule("layer")
     before = Snapshot.of(base)
     model = get_peft_model(base, cell.config())
-    assert isinstance(base.get_submodule("layer"), AdaptedLayer)
+    assert base.get_submodule("layer") is not layer
+    assert all(isinstance(found, AdaptedLayer) for found in layers_of(model).values())
     model.delete_adapter("default")
     assert base.get_submodule("layer") is layer
     assert model.active_adapters == []
@@ -305,7 +317,7 @@ def test_deleting_the_last_adapter_gives_the_very_module_back(cell: Cell) -> Non
 @every_cell("training")
 def test_training_lowers_the_loss_and_leaves_the_base_alone(cell: Cell) -> None:
     model = cell.model()
-    base = bits(layer_of(model).base_layer)
+    base = base_bits(model)
     x = data(cell, 64)
     target = adapted(cell, torch.float32)(x).detach()  # what some values of the parameters give exactly
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05, weight_decay=0.0)
@@ -317,12 +329,12 @@ def test_training_lowers_the_loss_and_leaves_the_base_alone(cell: Cell) -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]
-    assert bits(layer_of(model).base_layer) == base
+    assert base_bits(model) == base
 
 
 @pytest.mark.full
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # inductor's own imports use torch.jit
-@every_cell("inductor", [cell for cell in CELLS if cell.kind.name == "linear" and cell.bias])
+@every_cell("inductor", [cell for cell in CELLS if cell.kind == "linear" and cell.bias])
 def test_inductor_compiles_it(cell: Cell) -> None:
     torch.compiler.reset()
     model, x = adapted(cell, torch.float32), data(cell, 4)

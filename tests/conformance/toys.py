@@ -129,10 +129,10 @@ class ToyResidual(Method[ResidualConfig]):
     keys: ClassVar[dict[str, str]] = {"down": "toy_down.weight", "up": "toy_up.weight"}
 
     def init(self, site: Site, shared: Shared) -> dict[str, Tensor]:
-        features = site.out if self.config.source == "output" else site.inn
+        features = site.output if self.config.source == "output" else site.inn
         return {
             "down": torch.ones(WIDTH, features, device=site.device()) / 4,
-            "up": torch.zeros(site.out, WIDTH, device=site.device()),
+            "up": torch.zeros(site.output, WIDTH, device=site.device()),
         }
 
     def delta(self, site: Site, params: Mapping[str, Tensor], shared: Shared) -> Residual:

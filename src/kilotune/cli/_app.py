@@ -16,7 +16,7 @@ from ._output import complain
 
 __all__ = ["app"]
 
-VERBS = ("demo", "plan", "inspect", "merge", "convert")
+VERBS = ("demo", "intrinsic-dimension", "plan", "inspect", "merge", "convert")
 ERROR, INTERRUPTED = 2, 130
 
 
@@ -93,9 +93,10 @@ def _assemble() -> typer.Typer:
     )
     made.callback(invoke_without_command=True)(_start)
     for verb in VERBS:
-        module = importlib.import_module(f".{verb}", __package__)
+        name = verb.replace("-", "_")
+        module = importlib.import_module(f".{name}", __package__)
         epilog = getattr(module, "EPILOG", None)
-        made.command(verb, epilog=epilog() if epilog is not None else None)(getattr(module, verb))
+        made.command(verb, epilog=epilog() if epilog is not None else None)(getattr(module, name))
     return made
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..experiments.data import Progress as Report
     from ..experiments.results import DemoResult
 
-__all__ = ["demo"]
+__all__ = ["DataSet", "demo", "progress_bar"]
 
 RUNS = Path("runs")
 FAILED = 1
@@ -100,7 +100,7 @@ def demo(
     check_folder(folder)
     errors = Console(stderr=True)
     try:
-        with _progress_bar(errors) as report:
+        with progress_bar(errors) as report:
             result = run(settings, report)
         files = write_report(result, folder)
     except KeyboardInterrupt:
@@ -117,7 +117,7 @@ def demo(
 
 
 @contextmanager
-def _progress_bar(console: Console) -> Iterator[Report]:
+def progress_bar(console: Console) -> Iterator[Report]:
     """One bar on stderr; what the experiment does at the moment is its description."""
     columns = (
         TextColumn("{task.description:<24}"),

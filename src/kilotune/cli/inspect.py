@@ -92,7 +92,7 @@ def _tell_damage(damage: dict[str, Any], as_json: bool) -> None:
 def _projections(file: AdapterFile, base: Base | None) -> tuple[str, str | None]:
     """What is known of the frozen matrices, and what is wrong."""
     if "kilotune_projections_sha256" not in file.metadata:
-        return (IN_FILE if file.extra else ABSENT), None
+        return (IN_FILE if set(file.extra) - file.method.shared_keys else ABSENT), None
     if base is None:
         return NEEDS_BASE, None
     try:
@@ -108,6 +108,9 @@ def _document(file: AdapterFile, projections: str, base: str | None) -> dict[str
     paths = sorted(path for path in file.folder.iterdir() if path.is_file())
     broken = [key for key, value in tensors.items() if not bool(torch.isfinite(value).all())]
     values = {**config.to_dict(), **config.ours()}
+    trained = [*file.tensors.values(), *(v for key, v in file.extra.items() if key in file.method.shared_keys)]
+    stored = [value for key, value in file.extra.items() if key not in file.method.shared_keys]
+    layers = {layer for key in file.tensors if (layer := _layer_of(file, key))} or set(values.get("site_order") or ())
     return {
         "folder": str(file.folder),
         "method": file.method.name,
@@ -116,9 +119,9 @@ def _document(file: AdapterFile, projections: str, base: str | None) -> dict[str
         "base": config.base_model_name_or_path,
         "written_for": "kilotune" if file.section else "PEFT and kilotune",
         "config": values,
-        "layers": len({layer for key in file.tensors if (layer := _layer_of(file, key))}),
-        "trained": sum(value.numel() for value in file.tensors.values()),
-        "stored_projections": sum(value.numel() for value in file.extra.values()),
+        "layers": len(layers),
+        "trained": sum(value.numel() for value in trained),
+        "stored_projections": sum(value.numel() for value in stored),
         "tensor_bytes": sum(value.numel() * value.element_size() for value in tensors.values()),
         "files": {path.name: path.stat().st_size for path in paths},
         "checksums": {

@@ -20,6 +20,7 @@ from ..errors import CheckpointError, ConfigError, did_you_mean, gather
 from ..model import MergePrecisionWarning, PeftModel
 from ..plan import DTYPES
 from ..report import count_parameters, readable_bytes
+from ..storage import storage_of
 from ..targets import HEADS, inside
 from ._adapter import base_of, check_out, fitting_base, head_labels, open_adapter
 from ._output import Json, console, print_json, quiet_transformers, warn
@@ -53,7 +54,11 @@ def merge(
         typer.Option(help="The base's folder or hub id. Default: the hub id that the adapter names."),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help=f"The dtype of the weights: {', '.join(DTYPES)}. Default: as they are stored.")
+        str | None,
+        typer.Option(
+            help=f"The dtype of the weights: {', '.join(DTYPES)}. Default: as they are stored. Makes a quantised "
+            "base dense."
+        ),
     ] = None,
     safe: Annotated[bool, typer.Option("--safe/--no-safe", help="Refuse where a merged weight is not finite.")] = True,
     verify: Annotated[
@@ -78,7 +83,7 @@ def merge(
     if Path(source).is_file():
         raise ConfigError(f"--base {source}: is a file; merging needs the folder with the weights")
     model = _load(file, source, revision, dtype)
-    notes = _merge(model, file, safe)
+    notes = _merge(model, file, safe, dtype)
     untied = _untie(model)
     with _fresh(out) as folder:
         model.save_pretrained(folder)
@@ -163,12 +168,22 @@ def _heads(file: AdapterFile) -> list[str]:
     return [head for head in heads if any(key.startswith(f"{head}.") for key in file.tensors)]
 
 
-def _merge(model: nn.Module, file: AdapterFile, safe: bool) -> list[str]:
+def _merge(model: nn.Module, file: AdapterFile, safe: bool, dtype: str | None) -> list[str]:
     """Merge for good; returns what was warned of."""
     adapted = PeftModel.from_pretrained(model, file.folder)
+    held = ((module, storage_of(module)) for module in model.modules())  # adapted or not
+    schemes = [storage.scheme(module) for module, storage in held if storage is not None and not storage.lossless]
+    if schemes and dtype is None:  # transformers 5.23 cannot write what came from a quantised folder, so it gets dense
+        raise ConfigError(
+            f"the base is quantised ({schemes[0]}); give --dtype, and the merged model is a dense one in it"
+        )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", MergePrecisionWarning)
-        adapted.merge_and_unload(progressbar=sys.stderr.isatty(), safe_merge=safe)
+        adapted.merge_and_unload(
+            progressbar=sys.stderr.isatty(),
+            safe_merge=safe,
+            dtype=DTYPES[dtype] if schemes and dtype is not None else None,
+        )
     for other in (w for w in caught if not issubclass(w.category, MergePrecisionWarning)):
         warnings.warn_explicit(other.message, other.category, other.filename, other.lineno)
     return [str(w.message) for w in caught if issubclass(w.category, MergePrecisionWarning)]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
 
 from ..config import AdapterConfig, TaskType
 from ..errors import ConfigError, gather
-from ..methods import METHODS, get_config, method_by_name
+from ..methods import METHODS, PRESETS, get_config, method_by_name
 from ..plan import BUILT_IN, DTYPES, AdapterCosts, Base, BuiltIn, Head, costs, load_base
 from ..report import readable_bytes
 from ._output import Json, console, print_json, quiet_transformers, rows_table
@@ -18,6 +19,7 @@ from ._output import Json, console, print_json, quiet_transformers, rows_table
 __all__ = ["EPILOG", "models", "plan"]
 
 NO_EFFECT = ("base_model_name_or_path", "inference_mode", "revision")  # on what is counted
+USUAL = ("lora", "vera")  # planned where no method is named: those whose size --rank says
 
 
 def models() -> dict[str, BuiltIn]:
@@ -54,7 +56,7 @@ def plan(
         str, typer.Argument(help="A config.json or its folder, a built-in name (below), or a hub id.", metavar="MODEL")
     ],
     method: Annotated[
-        list[str] | None, typer.Option("--method", "-m", help="A method; may be given again. Default: every one.")
+        list[str] | None, typer.Option("--method", "-m", help="A method; may be given again. Default: lora and vera.")
     ] = None,
     rank: Annotated[
         list[int] | None, typer.Option("--rank", "-r", help="The rank; may be given again. Default: the method's own.")
@@ -84,17 +86,22 @@ def plan(
     """Count what a fine-tune costs before it runs: trained and shared numbers, bytes, files, many users."""
     quiet_transformers()
     values = _options(options or [], rank or [], targets, targets_regex)
-    methods = [method_by_name(name).name for name in method] if method else list(METHODS)
+    methods = [_method(name) for name in method or USUAL]
     base = load_base(model, dtype=dtype, revision=revision, head=_head(values), built_in=models())
     values = _with_default_targets(base, values)
     ranks: list[int | None] = [*rank] if rank else [None]
-    configs = [_config(name, r, values) for name in dict.fromkeys(methods) for r in ranks]
-    results = [costs(base.model, config, users) for config in configs]
+    configs = [(name, _config(name, r, values)) for name in dict.fromkeys(methods) for r in ranks]
+    results = [replace(costs(base.model, config, users), method=name) for name, config in configs]
     notes = [base.notes[m] for m in dict.fromkeys(methods) if m in base.notes]
     if as_json:
         print_json(_document(base, results, notes))
     else:
         _show(base, results, notes)
+
+
+def _method(name: str) -> str:
+    """The name of a method or a preset, as it is spelled here."""
+    return name.lower() if name.lower() in PRESETS else method_by_name(name).name
 
 
 def _options(given: list[str], ranks: list[int], targets: str | None, targets_regex: str | None) -> dict[str, Any]:

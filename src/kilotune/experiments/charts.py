@@ -17,7 +17,18 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["COLOURS", "accuracy_chart", "loss_chart", "require_matplotlib", "sample_strip"]
+__all__ = [
+    "COLOURS",
+    "INK",
+    "STYLE",
+    "accuracy_chart",
+    "blank_figure",
+    "loss_chart",
+    "require_matplotlib",
+    "sample_strip",
+    "svg",
+    "tidy",
+]
 
 COLOURS: Mapping[str, str] = MappingProxyType({"vera": "#0072B2", "lora": "#D55E00", "full": "#009E73"})
 """Told apart by colour-blind readers too (Okabe and Ito's palette)."""
@@ -55,7 +66,7 @@ def accuracy_chart(result: DemoResult) -> bytes:
     import matplotlib as mpl
 
     with mpl.rc_context(STYLE):
-        figure = _figure(11.0, 7.4)
+        figure = blank_figure(11.0, 7.4)
         axes = figure.subplots(len(METHODS), 1, sharex=True, sharey=True)
         for axis, method in zip(axes, METHODS, strict=True):
             _accuracy_panel(axis, result, method)
@@ -63,7 +74,7 @@ def accuracy_chart(result: DemoResult) -> bytes:
         names = [f"{n}\nadapted" if c in adapted else n for c, n in enumerate(result.class_names)]
         axes[-1].set_xticks(range(10), names)
         axes[-1].set_xlabel("class")
-        return _svg(figure)
+        return svg(figure)
 
 
 def _accuracy_panel(axis: Axes, result: DemoResult, method: str) -> None:
@@ -82,7 +93,7 @@ def _accuracy_panel(axis: Axes, result: DemoResult, method: str) -> None:
     axis.set_xlim(-0.5, 9.5)
     axis.set_ylim(0, 105)
     axis.set_title(LABELS[method], loc="left", fontweight="bold", fontsize=10.5)
-    _tidy(axis)
+    tidy(axis)
     axis.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, frameon=False, borderaxespad=0.2)
 
 
@@ -91,7 +102,7 @@ def loss_chart(result: DemoResult) -> bytes:
     import matplotlib as mpl
 
     with mpl.rc_context(STYLE):
-        figure = _figure(11.0, 3.6)
+        figure = blank_figure(11.0, 3.6)
         left, right = figure.subplots(1, 2)
         _curves(left, [seed.losses for seed in result.seeds], INK, "pretraining")
         left.set_title("Pretraining on ten classes", loc="left", fontweight="bold", fontsize=10.5)
@@ -105,8 +116,8 @@ def loss_chart(result: DemoResult) -> bytes:
             axis.set_xlabel("optimizer step")
             axis.set_ylabel("cross-entropy (log scale)")
             axis.set_yscale("log")
-            _tidy(axis)
-        return _svg(figure)
+            tidy(axis)
+        return svg(figure)
 
 
 def _curves(axis: Axes, curves: Sequence[Curve], colour: str, label: str) -> None:
@@ -126,7 +137,7 @@ def sample_strip(result: DemoResult) -> bytes:
     rows = list(result.samples) if result.settings.rotation % 360 else [result.samples[0]]
     titles = ["pretraining", "adapting"]
     with mpl.rc_context(STYLE):
-        figure = _figure(11.0, 1.35 * len(rows) + 0.2)
+        figure = blank_figure(11.0, 1.35 * len(rows) + 0.2)
         grid = figure.subplots(len(rows), 10, squeeze=False)
         for line, (axes, pictures) in enumerate(zip(grid, rows, strict=True)):
             for label, axis in enumerate(axes):
@@ -144,19 +155,22 @@ def sample_strip(result: DemoResult) -> bytes:
         return _save(figure, "png")
 
 
-def _figure(width: float, height: float) -> Figure:
+def blank_figure(width: float, height: float) -> Figure:
+    """A figure of this size in inches."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _tidy(axis: Axes) -> None:
+def tidy(axis: Axes) -> None:
+    """No frame on two sides, and light lines across."""
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(axis="y", color="#E3E6EA", linewidth=0.8, zorder=0)
     axis.set_axisbelow(True)
 
 
-def _svg(figure: Figure) -> bytes:
+def svg(figure: Figure) -> bytes:
+    """The figure as SVG; equal figures give equal bytes."""
     return _save(figure, "svg")
 
 

@@ -17,7 +17,7 @@ from .charts import accuracy_chart, loss_chart, sample_strip
 from .results import Counts, DemoResult, spread
 from .settings import LABELS, LORA_RANK, METHODS, VERA_RANK
 
-__all__ = ["check_folder", "page", "publish", "write_report"]
+__all__ = ["check_folder", "document", "figure", "page", "publish", "section", "table", "write_report"]
 
 STYLE = """
 :root { color-scheme: light; }
@@ -56,20 +56,25 @@ def page(result: DemoResult) -> str:
     """The whole page, as HTML text."""
     sections = [
         _head(result),
-        _section("Result", _main_table(result) + _accuracy_figure(result)),
-        _section("How the room was made", _room(result)),
-        _section("Training", _loss_figure(result)),
-        _section("Parameters, counted both ways", _counts(result)),
-        _section("What left zero", _norms(result)),
-        _section("Checks", _checks(result)),
-        _section("Seeds and settings", _settings(result)),
-        _section("How to read this", _notes(result)),
+        section("Result", _main_table(result) + _accuracy_figure(result)),
+        section("How the room was made", _room(result)),
+        section("Training", _loss_figure(result)),
+        section("Parameters, counted both ways", _counts(result)),
+        section("What left zero", _norms(result)),
+        section("Checks", _checks(result)),
+        section("Seeds and settings", _settings(result)),
+        section("How to read this", _notes(result)),
     ]
+    return document(f"kilotune demo: {result.settings.data}", sections)
+
+
+def document(title: str, parts: Iterable[str]) -> str:
+    """A page of these parts, which are HTML already, that needs nothing but itself."""
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>kilotune demo: {escape(result.settings.data)}</title>\n<style>{STYLE}</style>\n</head>\n"
-        f"<body>\n<main>\n{''.join(sections)}</main>\n</body>\n</html>\n"
+        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n"
+        f"<body>\n<main>\n{''.join(parts)}</main>\n</body>\n</html>\n"
     )
 
 
@@ -130,11 +135,12 @@ def publish(folder: Path, files: Mapping[str, bytes]) -> list[Path]:
 # -- pieces of the page ----------------------------------------------------------------------------
 
 
-def _section(title: str, content: str) -> str:
+def section(title: str, content: str) -> str:
+    """A heading and what is under it, HTML already."""
     return f"<section>\n<h2>{escape(title)}</h2>\n{content}</section>\n"
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:
     """A table of cells that are HTML already."""
     top = "".join(f"<th>{cell}</th>" for cell in head)
     body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>\n" for row in rows)
@@ -144,7 +150,8 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -
     )
 
 
-def _figure(picture: bytes, kind: str, alt: str, caption: str) -> str:
+def figure(picture: bytes, kind: str, alt: str, caption: str) -> str:
+    """A picture within the page, and its caption."""
     data = base64.b64encode(picture).decode("ascii")
     return (
         f'<figure><img alt="{escape(alt)}" src="data:image/{kind};base64,{data}">\n'
@@ -217,7 +224,7 @@ def _main_table(result: DemoResult) -> str:
             ]
         )
     note = "" if settings.seeds == 1 else " Means over the seeds, and under them the lowest and the highest seed."
-    return _table(head, rows) + (
+    return table(head, rows) + (
         f'<p class="small">On {result.sizes["test"]:,} test pictures that were never trained on.{note} "Among'
         ' themselves" is the accuracy when no other class may be answered: what rises there was learnt, and is not'
         " just the habit of never answering the rest.</p>\n"
@@ -237,7 +244,7 @@ def _accuracy_figure(result: DemoResult) -> str:
     if result.settings.seeds > 1:
         caption += " Bars are means over the seeds, whiskers reach from the lowest to the highest seed."
     alt = "Bar charts of accuracy per class before and after adapting, a panel per method"
-    return _figure(accuracy_chart(result), "svg+xml", alt, caption)
+    return figure(accuracy_chart(result), "svg+xml", alt, caption)
 
 
 def _loss_figure(result: DemoResult) -> str:
@@ -245,7 +252,7 @@ def _loss_figure(result: DemoResult) -> str:
     if result.settings.seeds > 1:
         caption += " Lines are means over the seeds, shades their range."
     alt = "Loss curves of the pretraining and of the three adaptations"
-    return _figure(loss_chart(result), "svg+xml", alt, caption)
+    return figure(loss_chart(result), "svg+xml", alt, caption)
 
 
 def _room(result: DemoResult) -> str:
@@ -266,7 +273,7 @@ def _room(result: DemoResult) -> str:
             " stay as they were.</p>\n"
         )
     caption = "A test picture of each class. Framed: the adapted classes."
-    return text + _figure(sample_strip(result), "png", "Pictures of the ten classes, before and after turning", caption)
+    return text + figure(sample_strip(result), "png", "Pictures of the ten classes, before and after turning", caption)
 
 
 def _counts(result: DemoResult) -> str:
@@ -288,7 +295,7 @@ def _counts(result: DemoResult) -> str:
         " two tables cannot be compared with each other: the first two rows here are one network (all accuracies"
         " above are of it), and the last is LoRA's own tutorial's network, which is only counted.</p>\n"
     )
-    return text + _table(head, [_count_row(row) for row in result.counts])
+    return text + table(head, [_count_row(row) for row in result.counts])
 
 
 def _count_row(row: Counts) -> list[str]:
@@ -318,7 +325,7 @@ def _norms(result: DemoResult) -> str:
         f" norms in the first seed ({result.seeds[0].seed}), layer by layer.</p>\n"
     )
     head = ["layer", "VeRA: b before", "b after", "LoRA: B before", "B after"]
-    return text + _table(head, rows)
+    return text + table(head, rows)
 
 
 def _checks(result: DemoResult) -> str:
@@ -330,7 +337,7 @@ def _checks(result: DemoResult) -> str:
         ]
         for c in result.checks
     ]
-    return _table(["", "claim", "measured"], rows, "text")
+    return table(["", "claim", "measured"], rows, "text")
 
 
 def _settings(result: DemoResult) -> str:

@@ -6,12 +6,12 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import final
+from typing import Literal, final
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import KilotuneError
+from ..errors import DivergedError
 from .data import ImageSet
 
 __all__ = ["Recipe", "accuracy_among", "count_steps", "logits_of", "one_thread", "per_class", "thin", "train"]
@@ -23,19 +23,27 @@ TICK_STEPS = 25
 @final
 @dataclass(frozen=True)
 class Recipe:
-    """SGD as in the tutorials.
+    """SGD as in the tutorials, or Adam.
 
     Attributes:
         rate: learning rate.
         epochs: passes over the pictures.
         batch: pictures per step.
         momentum: of SGD.
+        optimizer: "sgd", or "adam" with torch's defaults.
     """
 
     rate: float
     epochs: int
     batch: int = 4
     momentum: float = 0.9
+    optimizer: Literal["sgd", "adam"] = "sgd"
+
+    def optimizer_of(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+        """The optimizer of these parameters."""
+        if self.optimizer == "adam":
+            return torch.optim.Adam(parameters, lr=self.rate)
+        return torch.optim.SGD(parameters, lr=self.rate, momentum=self.momentum)
 
 
 @contextmanager
@@ -70,10 +78,9 @@ def train(
         The loss of every step.
 
     Raises:
-        KilotuneError: the loss stopped being a finite number.
+        DivergedError: the loss stopped being a finite number.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(parameters, lr=recipe.rate, momentum=recipe.momentum)
+    optimizer = recipe.optimizer_of([p for p in model.parameters() if p.requires_grad])
     order = torch.Generator().manual_seed(seed)
     losses: list[float] = []
     model.train()
@@ -97,7 +104,7 @@ def train(
 def _check_finite(losses: Sequence[float], recipe: Recipe) -> None:
     if losses and not math.isfinite(losses[-1]):
         step = next(i for i, loss in enumerate(losses, start=1) if not math.isfinite(loss))
-        raise KilotuneError(
+        raise DivergedError(
             f"training diverged: the loss became {losses[step - 1]} at step {step}, at learning rate"
             f" {recipe.rate:g}; choose a smaller one"
         )

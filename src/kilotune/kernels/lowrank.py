@@ -10,10 +10,19 @@ The vectors are float32 whatever the base's dtype is, and multiply in float32: i
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor
 
-__all__ = ["accumulate_dtype", "low_rank_matrix", "scale_features"]
+__all__ = ["accumulate_dtype", "low_rank_matrix", "no_autocast", "scale_features"]
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """No autocast inside: what is kept is not computed in 16 bits because a forward may be."""
+    there = torch.amp.is_autocast_available(device.type)  # not on the meta device
+    return torch.autocast(device.type, enabled=False) if there else nullcontext()
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -39,7 +48,7 @@ def scale_features(h: Tensor, vector: Tensor | None, scale: float) -> Tensor:
 def low_rank_matrix(
     a: Tensor, b: Tensor, mid: Tensor | None, out: Tensor | None, scale: float, dtype: torch.dtype
 ) -> Tensor:
-    """``scale * diag(out) b diag(mid) a`` as a dense matrix (out, in) in ``dtype``.
+    """``scale * diag(out) b diag(mid) a`` as a dense matrix (out, in) in ``dtype``; leading dimensions are carried.
 
     Args:
         a: (r, in).
@@ -52,7 +61,7 @@ def low_rank_matrix(
     """
     left = b.to(dtype)  # (out, r)
     if mid is not None:
-        left = left * (mid.to(dtype) * scale)
+        left = left * (mid.to(dtype) * scale).unsqueeze(-2)
     elif scale != 1.0:
         left = left * scale
     matrix = left @ a.to(dtype)  # (out, in)

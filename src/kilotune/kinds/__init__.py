@@ -5,14 +5,33 @@ from __future__ import annotations
 from torch import nn
 
 from ._base import LayerKind
+from .attention import Attention, SplitAttention
 from .biased import Biased
+from .block import Block
 from .conv1d import Conv1D
+from .conv1d_torch import Conv1d
+from .conv2d import Conv2d
+from .conv3d import Conv3d
+from .embedding import Embedding
 from .linear import Linear
+from .norm import Norm
 
 __all__ = ["KINDS", "LayerKind", "kind_of"]
 
-# The first that matches is taken; Biased offers least and matches most, so it stands last.
-KINDS: tuple[LayerKind, ...] = (Linear(), Conv1D(), Biased())
+# The first that matches is taken; Biased and Block match most, so they stand last.
+KINDS: tuple[LayerKind, ...] = (
+    Linear(),
+    Conv1D(),
+    Conv1d(),
+    Conv2d(),
+    Conv3d(),
+    Embedding(),
+    Attention(),
+    SplitAttention(),
+    Norm(),
+    Biased(),
+    Block(),
+)
 
 
 def kind_of(module: nn.Module) -> LayerKind | None:

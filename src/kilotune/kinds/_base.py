@@ -5,14 +5,14 @@ a factor of it. Knows nothing of methods and storage.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..deltas import Need, Role
+from ..deltas import Delta, Need, Role
 
 __all__ = ["LayerKind"]
 
@@ -25,6 +25,10 @@ class LayerKind(ABC):
     (attention has three inputs), so the layer runs with a weight that is built for each step; dropout on the
     adapter's input is then refused. takes_dropout: dropout on the input makes sense (not for token ids, where
     it is left out, as in PEFT). file_keys: a method's key in a checkpoint -> PEFT's key for this kind.
+    all_linear: 'all-linear' takes such layers. lacks: for a need that is not offered, why.
+    parameter: the name of the one parameter of a module that such a layer is, where it is not the module.
+    with_it: children that are adapted together with such a layer, as PEFT does. named_bias: the bias is called
+    ``bias``, so the option of that name reaches it.
     """
 
     name: ClassVar[str]
@@ -33,14 +37,47 @@ class LayerKind(ABC):
     substitutes: ClassVar[bool] = False
     takes_dropout: ClassVar[bool] = True
     file_keys: ClassVar[Mapping[str, str]] = {}
+    all_linear: ClassVar[bool] = False
+    lacks: ClassVar[Mapping[Need, str]] = {}
+    parameter: str | None = None
+    with_it: ClassVar[tuple[str, ...]] = ()
+    named_bias: ClassVar[bool] = True
 
     @abstractmethod
     def matches(self, module: nn.Module) -> bool:
         """Whether ``module`` is of this kind."""
 
+    def refusal(self, module: nn.Module) -> str | None:
+        """Why a module that :meth:`matches` cannot be adapted as it is, but for its bias; None where it can."""
+        return None
+
+    def lack(self, module: nn.Module, need: Need) -> str | None:
+        """Why ``need`` is not offered for ``module``, in words; None where there is nothing to say."""
+        return self.lacks.get(need)
+
+    def bias_slot(self, module: nn.Module) -> bool:
+        """Whether ``module`` has a place for a bias, filled or not; without one a changed bias cannot be merged."""
+        return True
+
     @abstractmethod
     def features(self, module: nn.Module) -> tuple[int, int]:
         """(out, in) of the canonical matrix, without reading the weight."""
+
+    def output_features(self, module: nn.Module) -> int:
+        """How many features the layer's output has: one for each row of the matrix, but a third in attention."""
+        return self.features(module)[0]
+
+    def input_features(self, module: nn.Module) -> int:
+        """How many features the input has for each place of the output; 0 where it has none (ids, a window)."""
+        return self.features(module)[1]
+
+    def features_last(self, module: nn.Module, y: Tensor) -> Tensor:
+        """The output with its features on the last axis: (..., features)."""
+        return y
+
+    def features_back(self, module: nn.Module, y: Tensor) -> Tensor:
+        """The inverse of :meth:`features_last`."""
+        return y
 
     def fan_in(self, module: nn.Module) -> int:
         """How many columns of the matrix one input meets at once: all of them, but 1 in an embedding."""
@@ -49,6 +86,14 @@ class LayerKind(ABC):
     def taps(self, module: nn.Module) -> int:
         """How many neighbouring columns of the matrix belong to one input feature: a convolution's kernel size."""
         return 1
+
+    def groups(self, module: nn.Module) -> int:
+        """Into how many parts, each with inputs of its own, the outputs fall: a grouped convolution's groups."""
+        return 1
+
+    def matrices(self, module: nn.Module) -> int:
+        """How many matrices the weight holds, in front of one another; 0 where it is one."""
+        return 0
 
     # -- the matrix ------------------------------------------------------------------------------
 
@@ -60,11 +105,24 @@ class LayerKind(ABC):
     def native(self, module: nn.Module, matrix: Tensor) -> Tensor:
         """The canonical matrix (out, in) -> the weight as stored."""
 
+    def native_bias(self, module: nn.Module, bias: Tensor) -> Tensor:
+        """A bias (out,) in the shape in which ``module`` stores it."""
+        return bias
+
     # -- running ---------------------------------------------------------------------------------
 
     @abstractmethod
     def project(self, module: nn.Module, x: Tensor, matrix: Tensor) -> Tensor:
-        """Run the input through a first factor, or a whole matrix, (r, in): x (..., in) -> (..., r)."""
+        """Run the input through a first factor (r, in): x (..., in) -> (..., r)."""
+
+    def run(self, module: nn.Module, x: Tensor, matrix: Tensor, cols: Tensor | None = None) -> Tensor:
+        """Run the input through a whole matrix (out, in), or it times diag(cols): x (..., in) -> (..., out).
+
+        As through a first factor, but in a grouped convolution, where each row meets one group only.
+        """
+        if cols is None:
+            return self.project(module, x, matrix)
+        return self.project_scaled(module, x, matrix, cols)
 
     @abstractmethod
     def lift(self, module: nn.Module, h: Tensor, matrix: Tensor) -> Tensor:
@@ -87,6 +145,13 @@ class LayerKind(ABC):
         y = self.tensor_of(output)
         return self.with_tensor(output, y + self.spread(shift, y).to(y.dtype))
 
+    def stand_in(self, module: nn.Module, weight: Tensor, base: Tensor | None, deltas: Sequence[Delta]) -> Any:
+        """What multiplies in the place of ``weight`` with ``deltas`` in it, so that they need not be built.
+
+        None where there is no such thing. base: the weight without merged adapters, where some are merged.
+        """
+        return None
+
     def run_with(
         self, module: nn.Module, weights: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
@@ -104,6 +169,10 @@ class LayerKind(ABC):
 
     # -- files -----------------------------------------------------------------------------------
 
+    def file_key(self, module: nn.Module, key: str) -> str:
+        """PEFT's key, for this kind of layer, for what a method calls ``key``."""
+        return self.file_keys.get(key, key)
+
     def to_file(self, module: nn.Module, role: Role, tensor: Tensor) -> Tensor:
         """One of a method's tensors as PEFT keeps it for this kind of layer."""
         return tensor
@@ -111,3 +180,20 @@ class LayerKind(ABC):
     def from_file(self, module: nn.Module, role: Role, tensor: Tensor) -> Tensor:
         """The inverse of :meth:`to_file`; the shape has been checked."""
         return tensor
+
+    def to_blocks(self, module: nn.Module, role: Role, tensor: Tensor) -> Tensor:
+        """One of a method's tensors as PEFT keeps it where there are several :meth:`groups`, at ``groups`` the rank."""
+        return self.to_file(module, role, tensor)
+
+    def from_blocks(self, module: nn.Module, role: Role, tensor: Tensor) -> Tensor:
+        """What a tensor of :meth:`peft_shape` is here, at PEFT's rank.
+
+        Raises:
+            CheckpointError: what the tensor says is no change of such a layer.
+
+        """
+        return tensor
+
+    def peft_shape(self, module: nn.Module, role: Role, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+        """The shape in PEFT's file of a tensor of ``shape``, where :meth:`to_file` gives another; else None."""
+        return None

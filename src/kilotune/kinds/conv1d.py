@@ -18,6 +18,7 @@ class Conv1D(LayerKind):
 
     name: ClassVar[str] = "conv1d-transformers"
     offers: ClassVar[frozenset[Need]] = frozenset({Need.LINEAR, Need.BIAS, Need.OUTPUT})
+    all_linear: ClassVar[bool] = True
     stores_in_out: ClassVar[bool] = True
 
     def matches(self, module: nn.Module) -> bool:

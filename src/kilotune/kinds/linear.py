@@ -18,6 +18,7 @@ class Linear(LayerKind):
 
     name: ClassVar[str] = "linear"
     offers: ClassVar[frozenset[Need]] = frozenset({Need.LINEAR, Need.BIAS, Need.OUTPUT})
+    all_linear: ClassVar[bool] = True
 
     def matches(self, module: nn.Module) -> bool:
         return isinstance(module, nn.Linear)

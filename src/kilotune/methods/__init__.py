@@ -2,34 +2,59 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+from torch import Tensor
 
 from ..config import AdapterConfig
 from ..errors import ConfigError, did_you_mean
 from ._base import Export, LowRankConfig, Method, Shared, Site
+from .bitfit import Bitfit, BitfitConfig
+from .bottleneck import Bottleneck, BottleneckConfig
+from .dora import FILE_PREFIX, Dora
+from .ia3 import Ia3, Ia3Config
+from .intrinsic import Intrinsic, IntrinsicConfig
 from .lora import Lora, LoraConfig
+from .loraxs import LoraXs, LoraXsConfig
+from .unilora import UniLora, UniLoraConfig
 from .vera import Vera, VeraConfig
 
 __all__ = [
     "METHODS",
     "PRESETS",
+    "BitfitConfig",
+    "BottleneckConfig",
     "Export",
+    "Ia3Config",
+    "IntrinsicConfig",
     "LoraConfig",
+    "LoraXsConfig",
     "LowRankConfig",
     "Method",
     "Shared",
     "Site",
+    "UniLoraConfig",
     "VeraConfig",
     "get_config",
+    "load_method",
     "make_method",
     "method_by_name",
     "method_of",
+    "method_of_file",
 ]
 
-METHODS: dict[str, type[Method[Any]]] = {method.name: method for method in (Lora, Vera)}
+METHODS: dict[str, type[Method[Any]]] = {
+    method.name: method for method in (Lora, Vera, Intrinsic, UniLora, Bitfit, Ia3, LoraXs, Bottleneck)
+}
 
 # Other names that a method can be picked by: the method, and the options that the name stands for.
-PRESETS: dict[str, tuple[str, dict[str, Any]]] = {}
+PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
+    "dora": ("lora", {"use_dora": True}),
+    "dvora": ("vera", {"use_dora": True}),
+    **{name: ("bottleneck", {"placement": name}) for name in ("houlsby", "pfeiffer", "parallel")},
+    "lora_fa": ("lora", {"lora_fa": True}),
+}
 
 
 def method_by_name(name: str) -> type[Method[Any]]:
@@ -41,9 +66,13 @@ def method_by_name(name: str) -> type[Method[Any]]:
     """
     method = METHODS.get(str(name).lower())
     if method is None:
-        known = sorted({*METHODS, *PRESETS})
-        raise ConfigError(f"unknown method {name!r}.{did_you_mean(str(name), known)} Methods: {', '.join(known)}")
+        raise _unknown(name, METHODS)
     return method
+
+
+def _unknown(name: str, known: Iterable[str]) -> ConfigError:
+    names = sorted(known)
+    return ConfigError(f"unknown method {name!r}.{did_you_mean(str(name), names)} Methods: {', '.join(names)}")
 
 
 def method_of(config: AdapterConfig) -> type[Method[Any]]:
@@ -59,17 +88,39 @@ def method_of(config: AdapterConfig) -> type[Method[Any]]:
 
 def make_method(config: AdapterConfig) -> Method[Any]:
     """The method that ``config`` asks for."""
-    return method_of(config)(config)
+    return _in_dora(method_of(config)(config))
+
+
+def load_method(config: AdapterConfig, extra: Mapping[str, Tensor], checksum: str | None) -> Method[Any]:
+    """The method of an adapter that is being loaded; see :meth:`Method.from_checkpoint`."""
+    return _in_dora(method_of(config).from_checkpoint(config, extra, checksum))
+
+
+def method_of_file(peft_type: str) -> type[Method[Any]]:
+    """The method that an adapter_config.json names by its ``peft_type``; ``DORA_VERA`` is VeRA inside DoRA."""
+    inside = peft_type.upper().startswith(FILE_PREFIX)
+    return method_by_name(peft_type[len(FILE_PREFIX) :] if inside else peft_type)
+
+
+def _in_dora(method: Method[Any]) -> Method[Any]:
+    config = method.config
+    return Dora(method) if isinstance(config, LowRankConfig) and config.use_dora else method
 
 
 def get_config(method: str, **options: Any) -> AdapterConfig:
     """The configuration of a method picked by name: ``get_config("vera", r=64)``, ``get_config("dora", r=8)``.
 
     Raises:
-        ConfigError: an unknown name, or options that are wrong.
+        ConfigError: an unknown name, options that are wrong, or one that the name decides given another value.
 
     """
-    if str(method).lower() in PRESETS:
-        method, preset = PRESETS[str(method).lower()]
-        options = {**preset, **options}
-    return method_by_name(method).config_cls(**options)
+    name = str(method).lower()
+    if name not in METHODS and name not in PRESETS:
+        raise _unknown(method, {*METHODS, *PRESETS})
+    whole, preset = PRESETS.get(name, (name, {}))
+    for key, value in preset.items():
+        if options.get(key, value) != value:
+            raise ConfigError(
+                f"{method!r} stands for {key}={value!r}, got {key}={options[key]!r}; take {whole!r} for it"
+            )
+    return METHODS[whole].config_cls(**{**preset, **options})

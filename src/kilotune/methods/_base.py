@@ -30,7 +30,13 @@ class Site:
     name: its dotted name in the base model; out, inn: the canonical matrix's shape; read: the matrix
     (out, in) as floats; dtype, device: where the layer computes, asked anew each time; fan_in: how many
     columns of the matrix one input meets at once (inn; 1 in an embedding, whose input picks one); taps: how
-    many neighbouring columns belong to one input feature (a convolution's kernel size).
+    many neighbouring columns belong to one input feature (a convolution's kernel size); matrices: how many
+    matrices of this shape stand in front of one another (the experts of one parameter), 0 for one alone; stack:
+    the name of the site that this one is a matrix of, if any; pattern_name: the name that patterns are held against
+    (its own or its stack's, where it is not said; an attention's, for its output projection); held: the tensors
+    that the matrix is made of, whose identities and versions tell whether it is still the same; none: not known;
+    output: how many features the layer's output has (out, where it is not said; attention's matrix has more rows);
+    input: how many its input has for each place of the output (inn, where it is not said); 0: it has none such.
     """
 
     name: str
@@ -41,17 +47,33 @@ class Site:
     device: Callable[[], torch.device] = field(repr=False)
     fan_in: int = 0
     taps: int = 1
+    matrices: int = 0
+    stack: str = ""
+    pattern_name: str = ""
+    held: Callable[[], tuple[Tensor, ...]] = field(default=tuple, repr=False)
+    output: int = 0
+    input: int = -1
 
     def __post_init__(self) -> None:
+        if self.pattern_name == "":
+            object.__setattr__(self, "pattern_name", self.stack or self.name)
         if self.fan_in == 0:
             object.__setattr__(self, "fan_in", self.inn)
+        if self.output == 0:
+            object.__setattr__(self, "output", self.out)
+        if self.input < 0:
+            object.__setattr__(self, "input", self.inn)
 
 
 @dataclass(eq=False)
 class Shared:
-    """What one adapter has once for all its layers. ``trained``: model-wide trained parameters by name."""
+    """What one adapter has once for all its layers.
 
-    trained: dict[str, nn.Parameter] = field(default_factory=dict)
+    trained: model-wide trained parameters by name. Once the adapter is in a model it is the model's own
+    ``nn.ParameterDict``, so that read from here they are what ``.to_empty()`` or ``functional_call`` put there.
+    """
+
+    trained: dict[str, nn.Parameter] | nn.ParameterDict = field(default_factory=dict)
 
 
 @final
@@ -60,13 +82,16 @@ class Export:
     """An adapter as it goes to a file.
 
     tensors: key -> tensor. config: values that differ in the file. section: what PEFT has no key for; None
-    where PEFT can read the file as it is. checksum: of the projections, where they are not in the file.
+    where PEFT can read the file as it is. checksum: of the projections, where they are not in the file. header:
+    options that PEFT has no key for and can do without, because they change no result; they go into the weights'
+    header.
     """
 
     tensors: dict[str, Tensor]
     config: dict[str, Any] = field(default_factory=dict)
     section: dict[str, Any] | None = None
     checksum: str | None = None
+    header: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +105,7 @@ class LowRankConfig(AdapterConfig):
     )
 
     def _common_faults(self) -> list[str]:
-        missing = ["use_dora: DoRA is not there yet, got True"] if self.use_dora is True else []
-        return super()._common_faults() + bool_faults(self, "use_dora") + missing
+        return super()._common_faults() + bool_faults(self, "use_dora")
 
 
 class Method(ABC, Generic[C]):
@@ -89,7 +113,9 @@ class Method(ABC, Generic[C]):
 
     name: as users pick it. makes: the delta class, whose needs decide which layers fit. keys: parameter
     name -> the key PEFT uses for it below the module's name. roles: what each parameter is to the layer's
-    matrix, where that decides its form in a file. default_targets: exceptions to the table of known
+    matrix, where that decides its form in a file. shared_keys: the names of model-wide trained
+    parameters, which are their keys in a file too. file_only: the last parts of keys of a layer's frozen tensors,
+    which a file may hold and :meth:`from_checkpoint` gets. default_targets: exceptions to the table of known
     architectures.
     """
 
@@ -98,7 +124,11 @@ class Method(ABC, Generic[C]):
     makes: type[Delta]
     keys: Mapping[str, str]
     roles: Mapping[str, Role] = {}
-    default_targets: ClassVar[Mapping[str, Sequence[str]]] = {}
+    shared_keys: frozenset[str] = frozenset()
+    file_only: ClassVar[frozenset[str]] = frozenset()
+    default_targets: Mapping[str, Sequence[str]] = {}
+    # Whether delta() carries a leading dimension of its parameters along (the experts of one parameter).
+    stacks: bool = False
 
     def __init__(self, config: C) -> None:
         self.config = config
@@ -112,6 +142,15 @@ class Method(ABC, Generic[C]):
     def rebuilt(self) -> frozenset[str]:
         """The names of frozen parameters that no file holds, because :meth:`init` makes them again."""
         return frozenset()
+
+    def completed(self, config: C, model_type: str | None) -> C:
+        """The config with what an architecture decides filled in, where the method has rules of its own for it.
+
+        Raises:
+            ConfigError: nothing is known of ``model_type``.
+
+        """
+        return config
 
     def prepare(self, adapter: str, sites: Sequence[Site], projections: Projections) -> Shared:
         """Once per adapter, before any layer: claim projections, make model-wide parameters."""
@@ -136,7 +175,8 @@ class Method(ABC, Generic[C]):
 
         Args:
             config: from adapter_config.json.
-            extra: the file's tensors that belong to no layer, keys without the ``base_model.`` prefix.
+            extra: the file's tensors that belong to no layer, keys without the ``base_model.`` prefix, and the
+                frozen ones of layers (``<module>.<key>``, see ``file_only``).
             checksum: of the projections, where the file carries one.
 
         """

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, final
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..config import AdapterConfig, Names, bool_faults, number_fault, option, rate_fault, regex_faults
 from ..deltas import Delta, LowRank, Role
-from ._base import LowRankConfig, Method, Shared, Site
+from ._base import Export, LowRankConfig, Method, Shared, Site
 
 __all__ = ["Lora", "LoraConfig"]
 
@@ -33,7 +33,7 @@ class LoraConfig(LowRankConfig):
 
     r: int = option(8, "The rank.")
     lora_alpha: float = option(8, "The scale is lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora.")
-    lora_dropout: float = option(0.0, "Dropout on the adapter's input, in [0, 1).")
+    lora_dropout: float = option(0.0, "Dropout on the adapter's input, in [0, 1); none at an embedding, as in PEFT.")
     use_rslora: bool = option(False, "Scale by lora_alpha / sqrt(r).")
     init_lora_weights: bool | str = option(
         True,
@@ -41,12 +41,16 @@ class LoraConfig(LowRankConfig):
         "False: both Kaiming uniform, so the adapter changes the output from the start.",
     )
     use_dora: bool = option(False, LowRankConfig.help_of("use_dora"))
+    lora_fa: bool = option(
+        False,
+        "LoRA-FA: A stays as it started, at random, and only B is trained: r * out numbers a layer, and a backward "
+        "that keeps r numbers of each input in place of all.",
+        ours=True,
+    )
     rank_pattern: dict[str, int] = option({}, "Other ranks: layer name or regular expression for its end -> r.")
     alpha_pattern: dict[str, float] = option({}, "Other alphas: layer name or regular expression -> lora_alpha.")
     exclude_modules: Sequence[str] | str | None = option(None, AdapterConfig.help_of("exclude_modules"))
-    target_parameters: Sequence[str] | None = option(
-        None, "Parameters (not modules) to adapt, as in expert layers; not there yet, so refused."
-    )
+    target_parameters: Sequence[str] | None = option(None, AdapterConfig.help_of("target_parameters"))
 
     @property
     def dropout(self) -> float:
@@ -63,15 +67,10 @@ class LoraConfig(LowRankConfig):
         faults = number_fault("r", self.r, low=1, whole=True)
         faults += number_fault("lora_alpha", self.lora_alpha, low=0)
         faults += rate_fault("lora_dropout", self.lora_dropout)
-        faults += bool_faults(self, "use_rslora")
+        faults += bool_faults(self, "use_rslora", "lora_fa")
         # By type too: 0 == False, but a 0 here is a mistake.
         if not any(type(self.init_lora_weights) is type(v) and self.init_lora_weights == v for v in INITS):
             faults.append(f"init_lora_weights: expected True, False or 'gaussian', got {self.init_lora_weights!r}")
-        if self.target_parameters:
-            faults.append(
-                f"target_parameters: expert parameters cannot be adapted yet, got {self.target_parameters!r}; "
-                "name modules in target_modules instead"
-            )
         return faults + self._pattern_faults()
 
     def _pattern_faults(self) -> list[str]:
@@ -96,26 +95,34 @@ class Lora(Method[LoraConfig]):
     name: ClassVar[str] = "lora"
     config_cls: ClassVar[type[AdapterConfig]] = LoraConfig
     makes: type[Delta] = LowRank
+    stacks: bool = True
     keys: Mapping[str, str] = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
     roles: Mapping[str, Role] = {"lora_A": Role.FIRST, "lora_B": Role.SECOND}
-    default_targets: ClassVar[Mapping[str, Sequence[str]]] = {"phi": ("q_proj", "v_proj", "fc1", "fc2")}
+    default_targets: Mapping[str, Sequence[str]] = {"phi": ("q_proj", "v_proj", "fc1", "fc2")}
+
+    @property
+    def frozen(self) -> frozenset[str]:
+        """With lora_fa, the first factor (Zhang et al. 2023, arXiv 2308.03303)."""
+        return frozenset({"lora_A"} if self.config.lora_fa else ())
 
     def rank(self, site: Site) -> int:
         """The layer's rank: the first of rank_pattern that fits its name, else r."""
-        return int(_by_pattern(self.config.rank_pattern, site.name, self.config.r))
+        return int(_by_pattern(self.config.rank_pattern, site.pattern_name, self.config.r))
 
     def scale(self, site: Site) -> float:
         """Alpha / r, or alpha / sqrt(r) with use_rslora."""
         rank = self.rank(site)
-        alpha = float(_by_pattern(self.config.alpha_pattern, site.name, self.config.lora_alpha))
+        alpha = float(_by_pattern(self.config.alpha_pattern, site.pattern_name, self.config.lora_alpha))
         return alpha / math.sqrt(rank) if self.config.use_rslora else alpha / rank
 
     def init(self, site: Site, shared: Shared) -> dict[str, Tensor]:
         rank, device, kind = self.rank(site), site.device(), self.config.init_lora_weights
         a = torch.empty(rank, site.inn, device=device, dtype=torch.float32)
         b = torch.zeros(site.out, rank, device=device, dtype=torch.float32)
-        if site.fan_in == 1 and kind is not False:  # an embedding: PEFT starts with A at zero and B normal
-            return {"lora_A": a.zero_(), "lora_B": nn.init.normal_(b)}
+        if site.fan_in < site.inn:  # an embedding: PEFT starts with A at zero and B normal, or with both normal
+            if self.config.lora_fa:  # a frozen A of zeros would do nothing for ever, so B starts at zero
+                return {"lora_A": nn.init.normal_(a), "lora_B": nn.init.normal_(b) if kind is False else b}
+            return {"lora_A": nn.init.normal_(a) if kind is False else a.zero_(), "lora_B": nn.init.normal_(b)}
         if kind == "gaussian":
             nn.init.normal_(a, std=1 / rank)
         else:
@@ -123,6 +130,11 @@ class Lora(Method[LoraConfig]):
         if kind is False:
             nn.init.kaiming_uniform_(b, a=math.sqrt(5))
         return {"lora_A": a, "lora_B": b}
+
+    def export(self, sites: Mapping[str, Site], params: Mapping[str, Mapping[str, Tensor]], shared: Shared) -> Export:
+        """PEFT reads the file as plain LoRA: that A was frozen changes nothing that a trained adapter does."""
+        made = super().export(sites, params, shared)
+        return replace(made, header={"lora_fa": True}) if self.config.lora_fa else made
 
     def delta(self, site: Site, params: Mapping[str, Tensor], shared: Shared) -> LowRank:
         dtype = site.dtype()  # a 16-bit base never runs float32 products

@@ -51,7 +51,7 @@ class VeraConfig(LowRankConfig):
         "Write the frozen matrices into the checkpoint, so that PEFT can load it. PEFT's default is True, because "
         "its matrices depend on torch's generator; the portable ones come back from the seed on any machine.",
     )
-    vera_dropout: float = option(0.0, "Dropout on the adapter's input, in [0, 1).")
+    vera_dropout: float = option(0.0, "Dropout on the adapter's input, in [0, 1); none at an embedding, as in PEFT.")
     d_initial: float = option(0.1, "The start value of d; b starts at zero. Small values are best (paper, Table 6).")
     init_weights: bool = option(True, "False: b starts at ones and d normally distributed, for experiments.")
     generator: str = option(
@@ -73,8 +73,8 @@ class VeraConfig(LowRankConfig):
     @classmethod
     def from_file(cls, values: Mapping[str, Any], section: Mapping[str, Any]) -> VeraConfig:
         """PEFT's files mean PEFT's matrices: those in the file, or those that its generator draws."""
-        if not section:
-            section = {"generator": "stored" if values.get("save_projection", True) else "peft"}
+        if "save_projection" not in section:
+            section = {**section, "generator": "stored" if values.get("save_projection", True) else "peft"}
         return cls.from_dict({**values, **section})
 
     def faults(self) -> list[str]:
@@ -122,6 +122,7 @@ class Vera(Method[VeraConfig]):
     name: ClassVar[str] = "vera"
     config_cls: ClassVar[type[AdapterConfig]] = VeraConfig
     makes: type[Delta] = LowRank
+    stacks: bool = True
     keys: Mapping[str, str] = {"vera_lambda_b": "vera_lambda_b", "vera_lambda_d": "vera_lambda_d"}
 
     def __init__(self, config: VeraConfig, stored: StoredSource | None = None, checksum: str | None = None) -> None:
@@ -255,7 +256,7 @@ def _with_portable_projections(
         site, d = sites[module], own["vera_lambda_d"].detach()
         block = sources.index(shared.source(site)) * rank
         stacked = torch.zeros(rank * len(sources), dtype=d.dtype, device="cpu")
-        stacked[block : block + rank] = (d.cpu().double() * math.sqrt(max_in / site.inn)).to(d.dtype)
+        stacked[block : block + rank] = (d.cpu().double() * math.sqrt(max_in / site.fan_in)).to(d.dtype)
         tensors[f"{module}.vera_lambda_d"] = stacked
         tensors[f"{module}.vera_lambda_b"] = own["vera_lambda_b"]
     return Export({**tensors, **_projection_tensors(Pair(a, b))}, {"save_projection": True, "r": rank * len(sources)})

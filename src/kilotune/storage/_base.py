@@ -18,8 +18,7 @@ class Storage(ABC):
     """One way of keeping weights. Stateless: one instance serves all layers.
 
     ``lossless``: what is written can be read back, up to the rounding of a float. ``differentiable``: the
-    layer's own forward passes the gradient on to its input; where it does not, the library multiplies by
-    :meth:`read` whenever that gradient is wanted.
+    layer's own forward passes the gradient on to its input; where it does not, :meth:`prepare` makes it do so.
     """
 
     name: ClassVar[str]
@@ -67,7 +66,7 @@ class Storage(ABC):
             self.restore(module, before)
 
     def dense(self, module: nn.Module, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> nn.Module:
-        """A layer of plain ``dtype`` parameters with this weight and bias; :class:`Dense` gives ``module`` itself."""
+        """A new layer of plain ``dtype`` parameters with this weight (out, in) and bias, in ``module``'s place."""
         return linear_of(module, weight, bias, dtype)
 
     @abstractmethod
@@ -80,9 +79,9 @@ class Storage(ABC):
 
     def move(self, kept: Kept, fn: Callable[[Tensor], Tensor]) -> None:
         """What ``nn.Module._apply(fn)`` does to parameters, for those that are ``kept`` outside of a module."""
-        for parameter in kept.values():
+        for name, parameter in kept.items():
             if parameter is not None:
-                parameter.data = fn(parameter.data)
+                kept[name] = moved(parameter, fn(parameter.data))
 
     def prepare(self, module: nn.Module) -> None:
         """Called on every layer of a model, adapted or not, when adapters come into it.
@@ -109,7 +108,8 @@ class Storage(ABC):
 
     def scheme(self, module: nn.Module) -> str:
         """How the weight is kept, in words, for messages."""
-        return str(self.dtype(module)).removeprefix("torch.")
+        dtype = str(self.dtype(module)).removeprefix("torch.")
+        return dtype if self.lossless else f"{self.name}, computing in {dtype}"
 
     @abstractmethod
     def device(self, module: nn.Module) -> torch.device:
@@ -137,6 +137,14 @@ def set_bias(module: nn.Module, bias: Tensor | None) -> None:
     like = module._parameters.get("bias")
     fresh = bias.detach().to(bias.dtype if like is None else like.dtype, copy=True)
     module.register_parameter("bias", nn.Parameter(fresh, requires_grad=False))
+
+
+def moved(parameter: nn.Parameter, value: Tensor) -> nn.Parameter:
+    """``parameter`` with ``value`` in it, or a new one where it cannot hold that (on the meta device)."""
+    if value.is_meta != parameter.is_meta:
+        return nn.Parameter(value, requires_grad=False)
+    parameter.data = value
+    return parameter
 
 
 def is_a(module: nn.Module, name: str, package: str) -> bool:

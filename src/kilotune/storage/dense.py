@@ -56,13 +56,6 @@ class Dense(Storage):
     def rounded(self, module: nn.Module, weight: Tensor) -> Tensor:
         return weight.to(self.dtype(module)).to(weight.dtype)
 
-    def dense(self, module: nn.Module, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> nn.Module:
-        for name, value in zip(self.names, (weight, bias), strict=True):
-            if value is not None:
-                fresh = value.detach().to(dtype, memory_format=torch.contiguous_format, copy=True).contiguous()
-                module.register_parameter(name, nn.Parameter(fresh, requires_grad=False))
-        return module
-
     def write(self, module: nn.Module, weight: Tensor | None, bias: Tensor | None) -> None:
         for name, value in zip(self.names, (weight, bias), strict=True):
             if value is None:
