@@ -17,6 +17,7 @@ from kilotune import (
     LoraConfig,
     PeftModel,
     VeraConfig,
+    get_config,
     get_peft_model,
     optimizer_groups,
 )
@@ -203,3 +204,9 @@ def test_a_model_that_trains_nothing_is_refused() -> None:
     model: PeftModel = get_peft_model(mlp(), LoraConfig(r=2, target_modules=["0"], inference_mode=True))
     with pytest.raises(AdapterError, match="nothing in the model is trained"):
         optimizer_groups(model, 1e-3)
+
+
+@pytest.mark.parametrize(("structure", "group"), [("did", "adapter"), ("said", "adapter_no_decay")])
+def test_a_vector_that_holds_scales_is_not_decayed(structure: str, group: str) -> None:
+    model = get_peft_model(mlp(), get_config("intrinsic", d=40, structure=structure, target_modules="all-linear"))
+    assert [g["name"] for g in optimizer_groups(model, lr=1e-2, weight_decay=0.1)] == [group]

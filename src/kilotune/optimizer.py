@@ -43,7 +43,8 @@ def optimizer_groups(
     - ``head``: the modules trained whole (``modules_to_save``), at ``head_lr``, or ``lr`` where it is not given; and
       parameters of the base that were unfrozen by hand.
     - ``<name>_no_decay``: of the same kind, what weight decay would pull away from where it started: biases, norms'
-      weights, and scales whose neutral value is one (IA3's; DoRA's magnitudes, which PEFT decays).
+      weights, and scales whose neutral value is one (IA3's; DoRA's magnitudes, which PEFT decays; SAID's vector, which
+      holds the layers' scales).
 
     Args:
         model: with at least one adapter that is trained.
@@ -107,8 +108,8 @@ def _places(model: AdapterModel) -> Iterator[tuple[nn.Parameter, _Place]]:
                 role = None if slot.method is None else slot.method.roles.get(key)
                 group = EMBEDDING if embedding else SECOND if role is Role.SECOND else ADAPTER
                 yield parameter, _Place(group, key != BIAS and role not in (Role.ROWS, Role.COLS))
-        for parameter in installed.shared.trained.values():
-            yield parameter, _Place(ADAPTER, True)
+        for key, parameter in installed.shared.trained.items():
+            yield parameter, _Place(ADAPTER, installed.method.roles.get(key) not in (Role.ROWS, Role.COLS))
 
 
 def _check_numbers(lr: object, head_lr: object, ratio: object, embedding_lr: object, weight_decay: object) -> None:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import AdapterConfig, Names, number_fault, option
-from ..deltas import Delta, Full
+from ..deltas import Delta, Full, Role
 from ..errors import CheckpointError, ConfigError, did_you_mean
 from ..kernels.projected import Held, Projection, padded
 from ..projections import SEED_LIMIT, Projections
@@ -118,6 +118,8 @@ class Intrinsic(Method[IntrinsicConfig]):
     def __init__(self, config: IntrinsicConfig, vector: Tensor | None = None, checksum: str | None = None) -> None:
         super().__init__(config)
         self.loaded, self.expected_checksum = vector, checksum
+        if config.structure == "said":  # the last numbers are the layers' scales, which start at one
+            self.roles = {VECTOR: Role.ROWS}
 
     def prepare(self, adapter: str, sites: Sequence[Site], projections: Projections) -> Shared:
         config = self.config
