@@ -39,6 +39,7 @@ from .targets import matches_names
 
 __all__ = ["Conversion", "hollow", "rewrite", "to_kilotune", "to_lora", "to_peft", "truncate"]
 
+SAME_FORM = "PEFT's files and ours are the same"
 State = tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]
 
 
@@ -363,7 +364,10 @@ def rewrite(file: checkpoint.AdapterFile) -> Conversion:
 
     """
     if isinstance(file.config, VeraConfig) or file.section or file.extra:
-        raise UnsupportedError(f"{file.method.name}: needs the base's shapes; load it, and use to_peft or to_kilotune")
+        raise UnsupportedError(
+            f"{file.method.name}: needs the base's shapes: give the base (--base), or load the adapter and use "
+            "to_peft or to_kilotune"
+        )
     if deep := sorted(key for key, value in file.tensors.items() if "lora_A" in key and value.ndim > 2):
         raise UnsupportedError(f"{deep[0]} is of a convolution; give the base, whose groups decide PEFT's form of it")
     tensors = {f"{checkpoint.PREFIX}{key}": value for key, value in file.tensors.items()}
@@ -374,13 +378,13 @@ def rewrite(file: checkpoint.AdapterFile) -> Conversion:
 
 
 def _same_text(method: str) -> str:
-    return f"{method}: PEFT's files and ours are the same; written anew, with a checksum"
+    return f"{method}: {SAME_FORM}; written anew, with a checksum"
 
 
 def _same(installed: Installed) -> Conversion:
-    return Conversion(
-        checkpoint.state_of(installed), f"{installed.method.name}: PEFT's files and ours are the same", {}
-    )
+    state, name = checkpoint.state_of(installed), installed.method.name
+    ours = SECTION in state[0]
+    return Conversion(state, f"{name}: {'only kilotune has a form for it' if ours else SAME_FORM}", {})
 
 
 def _vera_state(installed: Installed, config: VeraConfig) -> State:

@@ -164,8 +164,8 @@ class AdapterModel(nn.Module, ABC):
         return config.replace(base_model_name_or_path=name) if isinstance(name, str) and name else config
 
     def _install(self, made: inject.Plan, tensors: dict[str, torch.Tensor] | None) -> None:
+        storage.prepare(self.model.modules())  # first: where its warnings are errors, nothing is installed yet
         installed = inject.apply(self.model, made, self._state, self.projections, tensors)
-        storage.prepare(self.model.modules())
         if not self._installed:  # later adapters leave what a user has unfrozen since as it is
             base_parameters = {id(p) for _, p in installed.parameters()}
             for parameter in self.model.parameters():

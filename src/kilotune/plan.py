@@ -343,8 +343,9 @@ class AdapterCosts:
 
     @property
     def adapter_bytes(self) -> int:
-        """One adapter in memory: what it trains, in float32."""
-        return self.parameters.trainable_bytes
+        """One adapter in memory: what it trains, in float32, and frozen factors that no other adapter shares."""
+        counts = self.parameters
+        return counts.total_bytes - counts.base_bytes - counts.shared_bytes
 
     @property
     def users_bytes(self) -> int:

@@ -28,9 +28,16 @@ HEADS = {
     "QUESTION_ANS": ("qa_outputs",),
 }
 
-# Parents (a part of the class name) that read the weight of some of their layers themselves: transformers' Mamba
-# mixers hand these to kernels, so a wrapper around them gives out the weight with the adapters in it.
-READ_BY_PARENT = {"Mamba": ("out_proj", "conv1d"), "Bamba": ("out_proj", "conv1d")}
+# Parents (a part of the class name) that read weight or bias of some of their layers themselves: transformers' Mamba
+# mixers hand these to kernels or multiply by them, so a wrapper gives out the weight with the adapters in it.
+READ_BY_PARENT = {
+    "Mamba": ("out_proj", "conv1d", "dt_proj", "x_proj"),
+    "Bamba": ("out_proj", "conv1d"),
+    "FalconH1Mixer": ("out_proj", "conv1d"),
+    **dict.fromkeys(("GatedDeltaNet", "DeltaAttention", "TextLinearAttention", "ShortConvolution"), ("conv1d",)),
+    "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
+    "MHAttentionMap": ("k_proj", "k_linear"),  # DETR and its kin
+}
 
 _QV = ("q_proj", "v_proj")
 _FUSED = ("query_key_value",)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +12,8 @@ from safetensors import SafetensorError, safe_open
 
 from ..checkpoint import WEIGHTS_NAME, AdapterFile, tensors_checksum
 from ..errors import CheckpointError, ConfigError
+from ..kinds import KINDS
+from ..methods import Method, make_method
 from ..model import PeftModel
 from ..plan import Base
 from ..report import readable_bytes
@@ -108,7 +111,10 @@ def _document(file: AdapterFile, projections: str, base: str | None) -> dict[str
     paths = sorted(path for path in file.folder.iterdir() if path.is_file())
     broken = [key for key, value in tensors.items() if not bool(torch.isfinite(value).all())]
     values = {**config.to_dict(), **config.ours()}
-    trained = [*file.tensors.values(), *(v for key, v in file.extra.items() if key in file.method.shared_keys)]
+    method = make_method(config)
+    frozen = _ends(method, method.frozen)  # the A of LoRA-FA is in the file too
+    own = [value for key, value in file.tensors.items() if not key.endswith(frozen)]
+    trained = [*own, *(v for key, v in file.extra.items() if key in file.method.shared_keys)]
     stored = [value for key, value in file.extra.items() if key not in file.method.shared_keys]
     layers = {layer for key in file.tensors if (layer := _layer_of(file, key))} or set(values.get("site_order") or ())
     return {
@@ -140,8 +146,14 @@ def _document(file: AdapterFile, projections: str, base: str | None) -> dict[str
 
 def _layer_of(file: AdapterFile, key: str) -> str | None:
     """The layer that a tensor of the method belongs to; None for biases and modules saved whole."""
-    ends = (f".{own}" for own in file.method.keys.values())
+    ends = _ends(file.method, file.method.keys)
     return next((key.removesuffix(end) for end in ends if key.endswith(end)), None)
+
+
+def _ends(method: Method[Any] | type[Method[Any]], names: Iterable[str]) -> tuple[str, ...]:
+    """What the keys of these parameters end with in a file, in any kind of layer (an embedding's differ)."""
+    keys = [method.keys[name] for name in names if name in method.keys]
+    return tuple({f".{kind.file_keys.get(key, key)}": None for kind in KINDS for key in keys})
 
 
 def _show(document: dict[str, Any], every: bool) -> None:

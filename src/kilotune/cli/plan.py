@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from ..config import AdapterConfig, TaskType
-from ..errors import ConfigError, gather
-from ..methods import METHODS, PRESETS, get_config, method_by_name
+from ..errors import ConfigError, did_you_mean, gather
+from ..methods import METHODS, PRESETS, get_config
 from ..plan import BUILT_IN, DTYPES, AdapterCosts, Base, BuiltIn, Head, costs, load_base
 from ..report import readable_bytes
 from ._output import Json, console, print_json, quiet_transformers, rows_table
@@ -101,7 +101,10 @@ def plan(
 
 def _method(name: str) -> str:
     """The name of a method or a preset, as it is spelled here."""
-    return name.lower() if name.lower() in PRESETS else method_by_name(name).name
+    known = {name: name for name in (*METHODS, *PRESETS)}
+    if name.lower() not in known:
+        raise ConfigError(f"unknown method {name!r}.{did_you_mean(name, known)} Methods: {', '.join(sorted(known))}")
+    return name.lower()
 
 
 def _options(given: list[str], ranks: list[int], targets: str | None, targets_regex: str | None) -> dict[str, Any]:
@@ -149,9 +152,10 @@ def _config(method: str, rank: int | None, values: Mapping[str, Any]) -> Adapter
     try:
         return get_config(method, **({**values} if rank is None else {**values, "r": rank}))
     except ConfigError as error:
-        others = [name for name, cls in METHODS.items() if set(values) <= set(cls.config_cls.option_names())]
+        given = set(values) | (set() if rank is None else {"r"})
+        others = [name for name, cls in METHODS.items() if given <= set(cls.config_cls.option_names())]
         hint = f"\n  These options are of {' and '.join(others)}: add --method {others[0]}" if others else ""
-        raise ConfigError(f"{error}{hint if method not in others else ''}") from error
+        raise ConfigError(f"{error}{hint if PRESETS.get(method, (method, {}))[0] not in others else ''}") from error
 
 
 def _document(base: Base, results: list[AdapterCosts], notes: list[str]) -> dict[str, Any]:
@@ -198,6 +202,8 @@ def _rows(results: list[AdapterCosts]) -> list[tuple[str, ...]]:
         row("one adapter's file", [readable_bytes(result.file_bytes) for result in results]),
         row("training, without activations", [readable_bytes(result.training_bytes) for result in results]),
     ]
+    if any(report.frozen_adapters for report in reports):  # LoRA-FA's A, LoRA-XS's factors
+        rows.insert(4, row("frozen in the adapter", [f"{report.frozen_adapters:,}" for report in reports]))
     users = results[0].users
     if users > 1:
         rows.append(row(f"{users:,} users in memory", [readable_bytes(r.users_bytes) for r in results]))
