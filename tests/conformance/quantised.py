@@ -40,7 +40,7 @@ class StorageCase:
     forward: float = 1e-5
     noisy: float = 1e-5
     lost: float = 0.15
-    vendor: float = 0.2
+    vendor: float = 0.25
 
 
 def _bnb4(quant_type: str, double: bool, compute: torch.dtype | None = None) -> Callable[[nn.Linear], nn.Module]:

@@ -131,9 +131,9 @@ def test_a_trained_adapter_changes_the_output_in_every_mode(cell: Cell, training
     base = cell.base()(x)
     for grad in (True, False):
         with torch.set_grad_enabled(grad):
-            assert (model(x) - base).abs().max() > 1e-2
+            assert (model(x) - base).abs().max() > 1e-3  # rounding is below 1e-6
     with torch.inference_mode():
-        assert (model(x) - base).abs().max() > 1e-2
+        assert (model(x) - base).abs().max() > 1e-3  # rounding is below 1e-6
 
 
 @every_cell("every layer ran")

@@ -100,7 +100,7 @@ def test_what_cannot_be_in_the_weights_refuses_to_merge(cell: Cell) -> None:
     model = adapted(cell)
     before = Snapshot.of(model)
     for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(MergeError, match="is not linear and cannot be merged|has no (place for a )?bias"):
+        with pytest.raises(MergeError, match="is not linear and cannot be merged|has no place for one"):
             merge()
         assert Snapshot.of(model) == before
 
@@ -139,6 +139,8 @@ def test_two_of_a_kind_add_up_and_merge_in_any_order(cell: Cell) -> None:
         torch.testing.assert_close(both, one + two - base(x), rtol=0, atol=bound(both, torch.float64))
     assert not torch.equal(both, one)
     assert not torch.equal(both, two)
+    if not _merges(cell):  # the refusal has a test of its own
+        return
     model.merge_adapter(["other"])
     torch.testing.assert_close(model(x), both, rtol=0, atol=bound(both, torch.float64))
     model.merge_adapter(["default"])

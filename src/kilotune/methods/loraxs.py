@@ -125,6 +125,8 @@ class LoraXs(Method[LoraXsConfig]):
         if self.config.start == "random":
             extent = Extent(rank, max(site.inn for site in sites), max(site.out for site in sites))
             projections.require(adapter, {self._source(): extent})
+            for site in sites:  # now: a compiled forward cannot draw them
+                projections.pair(self._source(), site.device(), site.dtype())
             return _XsShared(projections, {})
         faults = [f"{site.name!r}: ({site.out}, {site.inn})" for site in sites if rank > min(site.out, site.inn)]
         if faults:
