@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..deltas import Delta, Need, Role
+from ..errors import UnsupportedError
 
-__all__ = ["LayerKind"]
+__all__ = ["LayerKind", "NoMatrix"]
 
 
 class LayerKind(ABC):
@@ -197,3 +198,19 @@ class LayerKind(ABC):
     def peft_shape(self, module: nn.Module, role: Role, shape: tuple[int, ...]) -> tuple[int, ...] | None:
         """The shape in PEFT's file of a tensor of ``shape``, where :meth:`to_file` gives another; else None."""
         return None
+
+
+class NoMatrix(LayerKind, ABC):
+    """A kind that offers a bias or an output, and no matrix."""
+
+    def canonical(self, module: nn.Module, weight: Tensor) -> Tensor:
+        raise UnsupportedError(f"a {type(module).__name__} has no matrix that an adapter could change")
+
+    def native(self, module: nn.Module, matrix: Tensor) -> Tensor:
+        return self.canonical(module, matrix)
+
+    def project(self, module: nn.Module, x: Tensor, matrix: Tensor) -> Tensor:
+        return self.canonical(module, matrix)
+
+    def lift(self, module: nn.Module, h: Tensor, matrix: Tensor) -> Tensor:
+        return self.canonical(module, matrix)

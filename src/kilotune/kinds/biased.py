@@ -9,14 +9,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..deltas import Need
-from ..errors import UnsupportedError
-from ._base import LayerKind
+from ._base import NoMatrix
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 @final
-class Biased(LayerKind):
+class Biased(NoMatrix):
     """Runs the module itself with a changed bias, so it is right whatever the module does with it."""
 
     name: ClassVar[str] = "biased"
@@ -38,18 +37,6 @@ class Biased(LayerKind):
 
     def native_bias(self, module: nn.Module, bias: Tensor) -> Tensor:
         return bias.view(module.get_parameter("bias").shape)
-
-    def canonical(self, module: nn.Module, weight: Tensor) -> Tensor:
-        raise UnsupportedError(f"{type(module).__name__} offers its bias only, not a matrix")
-
-    def native(self, module: nn.Module, matrix: Tensor) -> Tensor:
-        return self.canonical(module, matrix)
-
-    def project(self, module: nn.Module, x: Tensor, matrix: Tensor) -> Tensor:
-        return self.canonical(module, matrix)
-
-    def lift(self, module: nn.Module, h: Tensor, matrix: Tensor) -> Tensor:
-        return self.canonical(module, matrix)
 
     def call(self, module: nn.Module, shift: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if shift is None:

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from ..deltas import Need
 from ..errors import UnsupportedError
-from ._base import LayerKind
+from ._base import NoMatrix
 
 LISTS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
 @final
-class Block(LayerKind):
+class Block(NoMatrix):
     """out: what the last linear layer inside gives; in: what the first one takes. The output is a tensor, or the first
     of several (a tuple, a list, transformers' ModelOutput).
     """
@@ -44,18 +44,6 @@ class Block(LayerKind):
         if not sizes:
             raise UnsupportedError(str(self.refusal(module)))
         return sizes[-1][0], sizes[0][1]
-
-    def canonical(self, module: nn.Module, weight: Tensor) -> Tensor:
-        raise UnsupportedError(f"{type(module).__name__} is a block of layers; it offers its output, not a matrix")
-
-    def native(self, module: nn.Module, matrix: Tensor) -> Tensor:
-        return self.canonical(module, matrix)
-
-    def project(self, module: nn.Module, x: Tensor, matrix: Tensor) -> Tensor:
-        return self.canonical(module, matrix)
-
-    def lift(self, module: nn.Module, h: Tensor, matrix: Tensor) -> Tensor:
-        return self.canonical(module, matrix)
 
     def tensor_of(self, output: Any) -> Tensor:
         first = output

@@ -8,15 +8,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..deltas import Need
-from ..errors import UnsupportedError
-from ._base import LayerKind
+from ._base import NoMatrix
 
 _TORCH = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _NAMES = ("RMSNorm", "LayerNorm")
 
 
 @final
-class Norm(LayerKind):
+class Norm(NoMatrix):
     """torch's norms, and those that transformers calls ...RMSNorm or ...LayerNorm (never imported).
 
     With a bias the module itself runs with a changed one; without, the change is added to its output. torch's
@@ -49,18 +48,6 @@ class Norm(LayerKind):
         if isinstance(module, nn.GroupNorm):
             return y.movedim(-1, 1)
         return y.reshape(*y.shape[:-1], *_like(module).shape)
-
-    def canonical(self, module: nn.Module, weight: Tensor) -> Tensor:
-        raise UnsupportedError(f"{type(module).__name__} offers its bias only, not a matrix")
-
-    def native(self, module: nn.Module, matrix: Tensor) -> Tensor:
-        return self.canonical(module, matrix)
-
-    def project(self, module: nn.Module, x: Tensor, matrix: Tensor) -> Tensor:
-        return self.canonical(module, matrix)
-
-    def lift(self, module: nn.Module, h: Tensor, matrix: Tensor) -> Tensor:
-        return self.canonical(module, matrix)
 
     def call(self, module: nn.Module, shift: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if shift is None:
