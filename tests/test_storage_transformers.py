@@ -12,7 +12,7 @@ from torch import nn
 
 from cli_helpers import as_json, error
 from conformance.quantised import STORAGE_SCHEMES
-from kilotune import LoraConfig, PeftModel, VeraConfig, get_peft_model
+from kilotune import Ia3Config, LoraConfig, PeftModel, VeraConfig, get_peft_model
 from kilotune.layer import AdaptedLayer
 from kilotune.storage import storage_of
 from models import tiny_llama
@@ -159,6 +159,8 @@ def test_tied_embeddings_stay_tied_in_a_dense_model() -> None:
 PEFT_HAS = {
     "lora": ["bnb-4bit:nf4-double", "bnb-4bit:fp4", "bnb-int8:int8", "torchao:int8", "torchao:float8"],
     "vera": ["bnb-4bit:nf4-double", "bnb-4bit:fp4", "bnb-int8:int8"],
+    "dora": ["bnb-4bit:nf4-double", "bnb-4bit:fp4", "bnb-int8:int8"],
+    "ia3": ["bnb-4bit:nf4-double", "bnb-4bit:fp4", "bnb-int8:int8"],
 }
 PAIRS = [(method, scheme) for method, schemes in PEFT_HAS.items() for scheme in schemes]
 
@@ -178,8 +180,11 @@ def test_peft_computes_the_same_from_our_file(method: str, scheme: str, tmp_path
         net.add_module("layer", case.quantise(nn.Linear(WIDTH, WIDTH)))
         return net
 
-    if method == "lora":
-        config: Any = LoraConfig(r=4, lora_alpha=8, target_modules=["layer"], init_lora_weights=False)
+    if method in ("lora", "dora"):
+        more = {"lora_alpha": 8, "init_lora_weights": False, "use_dora": method == "dora"}
+        config: Any = LoraConfig(r=4, target_modules=["layer"], **more)
+    elif method == "ia3":
+        config = Ia3Config(target_modules=["layer"], feedforward_modules=[], init_ia3_weights=False)
     else:
         config = VeraConfig(r=8, target_modules=["layer"], init_weights=False, generator="peft", save_projection=True)
     ours = get_peft_model(base(), config)
@@ -197,7 +202,9 @@ def test_peft_computes_the_same_from_our_file(method: str, scheme: str, tmp_path
         for n, p in theirs.named_parameters()
     }
     for key, parameter in ours.adapter_parameters():
-        torch.testing.assert_close(parameter.grad, grads[key.removeprefix("layer.")], rtol=1e-3, atol=1e-4, msg=key)
+        theirs_key = key.removeprefix("layer.").replace("ia3_rows", "ia3_l")
+        expected = grads[theirs_key].view_as(parameter)
+        torch.testing.assert_close(parameter.grad, expected, rtol=1e-3, atol=1e-4, msg=key)
 
 
 # -- the command line ------------------------------------------------------------------------------
