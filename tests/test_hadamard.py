@@ -89,8 +89,13 @@ def test_made_in_inference_mode_it_can_be_trained_through() -> None:
     with torch.inference_mode():
         hadamard(torch.zeros(projected_size, dtype=torch.float16))
         Projection(4, 0, 20, 9).forward(torch.zeros(9))
-    hadamard(torch.zeros(projected_size, dtype=torch.float16, requires_grad=True)).sum().backward()
-    Projection(4, 0, 20, 9).forward(torch.zeros(9, requires_grad=True)).sum().backward()
+    x = torch.zeros(projected_size, dtype=torch.float16, requires_grad=True)
+    hadamard(x).sum().backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == [16.0, *[0.0] * 15]  # H applied to ones
+    v, p = torch.zeros(9, requires_grad=True), Projection(4, 0, 20, 9)
+    p.forward(v).sum().backward()
+    torch.testing.assert_close(v.grad, by_hand(p).sum(0).float())
 
 
 # -- the projections --------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ the step, in each of its ways (the plain one and the fused kernel for inference)
 
 from __future__ import annotations
 
+from abc import ABC
 from collections.abc import Mapping
 from typing import Any, ClassVar, final
 
@@ -15,7 +16,7 @@ from torch.func import functional_call
 
 from ..deltas import Need
 from ..errors import UnsupportedError
-from ._base import LayerKind
+from ._base import LayerKind, NoMatrix
 
 SEPARATE = (
     "its weights of query, key and value are separate (kdim or vdim is not embed_dim), so there is no in_proj_weight "
@@ -23,19 +24,12 @@ SEPARATE = (
 )
 
 
-@final
-class Attention(LayerKind):
-    """in_proj_weight (3 E, E) and in_proj_bias (3 E,): the rows are those of query, key and value, E each."""
+class _Torchs(LayerKind, ABC):
+    """What both forms of the module have: out_proj goes with it, and it runs with weights built for the step."""
 
-    name: ClassVar[str] = "attention"
-    offers: ClassVar[frozenset[Need]] = frozenset({Need.LINEAR, Need.BIAS, Need.OUTPUT})
     substitutes: ClassVar[bool] = True
-    all_linear: ClassVar[bool] = True
     with_it: ClassVar[tuple[str, ...]] = ("out_proj",)
     named_bias: ClassVar[bool] = False
-
-    def matches(self, module: nn.Module) -> bool:
-        return _is_attention(module) and module._parameters.get("in_proj_weight") is not None
 
     def features(self, module: nn.Module) -> tuple[int, int]:
         assert isinstance(module, nn.MultiheadAttention)
@@ -53,6 +47,18 @@ class Attention(LayerKind):
         self, module: nn.Module, weights: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         return _run_with(module, weights, args, kwargs)
+
+
+@final
+class Attention(_Torchs):
+    """in_proj_weight (3 E, E) and in_proj_bias (3 E,): the rows are those of query, key and value, E each."""
+
+    name: ClassVar[str] = "attention"
+    offers: ClassVar[frozenset[Need]] = frozenset({Need.LINEAR, Need.BIAS, Need.OUTPUT})
+    all_linear: ClassVar[bool] = True
+
+    def matches(self, module: nn.Module) -> bool:
+        return _is_attention(module) and module._parameters.get("in_proj_weight") is not None
 
     def canonical(self, module: nn.Module, weight: Tensor) -> Tensor:
         return weight
@@ -68,47 +74,15 @@ class Attention(LayerKind):
 
 
 @final
-class SplitAttention(LayerKind):
+class SplitAttention(_Torchs, NoMatrix):
     """Attention whose keys or values have another size than the queries: in_proj_bias (3 E,) and the output only."""
 
     name: ClassVar[str] = "attention-split"
     offers: ClassVar[frozenset[Need]] = frozenset({Need.BIAS, Need.OUTPUT})
-    substitutes: ClassVar[bool] = True
-    named_bias: ClassVar[bool] = False
-    with_it: ClassVar[tuple[str, ...]] = ("out_proj",)
     lacks: ClassVar[Mapping[Need, str]] = {Need.LINEAR: SEPARATE}
 
     def matches(self, module: nn.Module) -> bool:
         return _is_attention(module) and module._parameters.get("q_proj_weight") is not None
-
-    def features(self, module: nn.Module) -> tuple[int, int]:
-        assert isinstance(module, nn.MultiheadAttention)
-        return 3 * module.embed_dim, module.embed_dim
-
-    def output_features(self, module: nn.Module) -> int:
-        assert isinstance(module, nn.MultiheadAttention)
-        width: int = module.embed_dim
-        return width
-
-    def bias_slot(self, module: nn.Module) -> bool:
-        return _has_bias(module)
-
-    def run_with(
-        self, module: nn.Module, weights: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        return _run_with(module, weights, args, kwargs)
-
-    def canonical(self, module: nn.Module, weight: Tensor) -> Tensor:
-        raise UnsupportedError(SEPARATE)
-
-    def native(self, module: nn.Module, matrix: Tensor) -> Tensor:
-        raise UnsupportedError(SEPARATE)
-
-    def project(self, module: nn.Module, x: Tensor, matrix: Tensor) -> Tensor:
-        raise UnsupportedError(SEPARATE)
-
-    def lift(self, module: nn.Module, h: Tensor, matrix: Tensor) -> Tensor:
-        raise UnsupportedError(SEPARATE)
 
 
 def _has_bias(module: nn.Module) -> bool:
