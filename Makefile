@@ -43,8 +43,8 @@ format: env-dev  ## let ruff mend what it can
 	$(python) -m ruff check --fix .
 	$(python) -m ruff format .
 
-bench: env-dev  ## the benchmarks of benchmarks/README.md
-	@for script in benchmarks/*.py; do echo "== $$script"; $(python) $$script || exit 1; done
+bench: env-dev  ## the benchmarks of benchmarks/README.md, over an hour on 2 cores; some: ARGS="inference adapters"
+	@$(python) benchmarks/_all.py $(ARGS)
 
 docs: env-docs  ## the documentation as a site in site/; a warning is an error
 	$(python) -m sphinx -E -W --keep-going -q -b html docs site

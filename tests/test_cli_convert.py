@@ -121,7 +121,7 @@ def test_lora_changes_its_form_without_a_base(tmp_path: Path, base: Path) -> Non
     assert "written anew, with a checksum" in done["what"]
     as_json("convert", tmp_path / "ours", tmp_path / "peft", "--to", "peft", "--base", base)  # given, it is checked
     for folder in ("ours", "peft"):
-        assert torch.equal(logits(model), ours(tmp_path / folder))
+        assert distance(logits(model), ours(tmp_path / folder)) < EXACT
         assert torch.equal(logits(model), theirs(tmp_path / folder))
     assert as_json("inspect", tmp_path / "ours")["checksums"]["tensors"] == "verified"
     smaller = as_json("convert", tmp_path / "ours", tmp_path / "two", "--to", "lora", "-r", 2, "--base", base)

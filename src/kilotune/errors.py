@@ -84,6 +84,11 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def type_name(value: object) -> str:
+    """The full name of a value's class."""
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
 def gather(headline: str, faults: Sequence[str], limit: int = 20) -> str:
     """One message for several faults: the headline, then one indented line per fault (at most ``limit``)."""
     shown = [f"  - {fault}" for fault in faults[:limit]]

@@ -7,7 +7,7 @@ fail half-way.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast, final
 
@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from .config import AdapterConfig
-from .deltas import Delta, Need
+from .deltas import Need
 from .errors import TargetError, UnsupportedError, did_you_mean, gather
+from .inputs import join
+from .installed import Installed, check_compatible
 from .kinds import LayerKind
 from .layer import AdaptedLayer
 from .methods import Method, Shared, Site, make_method
@@ -47,7 +49,7 @@ from .targets import (
 )
 from .tree import check_base, is_parameter, put_in_place, unwrapped, walk
 
-__all__ = ["Plan", "SavedModule", "apply", "check_base", "plan", "remove", "walk"]
+__all__ = ["Installed", "Plan", "SavedModule", "apply", "check_base", "check_compatible", "plan", "remove", "walk"]
 
 
 @final
@@ -63,40 +65,6 @@ class Plan:
     saved: dict[str, nn.Module]
     shapes: dict[str, dict[str, tuple[int, ...]]] = field(default_factory=dict)
     tied: dict[str, str] = field(default_factory=dict)  # module -> the one inside it that has the same bias
-
-
-@final
-@dataclass
-class Installed:
-    """An adapter that is in the model."""
-
-    adapter: str
-    config: AdapterConfig
-    method: Method[Any]
-    shared: Shared
-    layers: dict[str, AdaptedLayer]
-    saved: dict[str, SavedModule]
-
-    @property
-    def key(self) -> str:
-        """The adapter's key in its layers and saved modules."""
-        return slot_key(self.adapter)
-
-    def slots(self) -> dict[str, Slot]:
-        """The adapter's slots by the name of the layer."""
-        found = {name: layer.slot(self.adapter) for name, layer in self.layers.items()}
-        return {name: slot for name, slot in found.items() if slot is not None}
-
-    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """All that the adapter trains, by ``<layer>.<parameter>``, modules saved whole included."""
-        for name, slot in self.slots().items():
-            for key, parameter in slot.named_parameters():
-                if key not in self.method.frozen:
-                    yield f"{name}.{key}", parameter
-        yield from self.shared.trained.items()
-        for name, saved in self.saved.items():
-            for key, parameter in saved.copies[self.key].named_parameters():
-                yield f"{name}.{key}", parameter
 
 
 # -- plan ------------------------------------------------------------------------------------------
@@ -126,14 +94,15 @@ def plan(
     config = method.completed(config, _model_type(root))
     config = resolve_targets(config, _model_type(root), method.default_targets)
     config = _with_heads(root, config)
-    found = _candidates(root, aliases=False)
+    every = _candidates(root)
     saved = _saved_modules(root, config, strict)
     needs = method.makes.needs
     modules = _modules(root)
     chosen = select_parameters(modules, config, needs)
     if config.target_modules or not chosen:
-        chosen = [*select(_candidates(root, aliases=True), config, needs, _output_names(root), strict), *chosen]
+        chosen = [*select(every, config, needs, _output_names(root), strict), *chosen]
     layers = {c.name: c for c in chosen}
+    found = _once(every)
     tied = _tied_biases(found)
     bias_only = _bias_only(found, config, layers, tied)
     _check_saved_overlap(root, saved, {**layers, **bias_only})
@@ -143,7 +112,7 @@ def plan(
         _check_dropout(config, chosen, needs)
     method.config = config
     result = Plan(adapter, config, method, layers, bias_only, saved, tied=tied)
-    result.shapes = _expected_shapes(result)
+    result.shapes = _expected_shapes(root, result)
     _check_patterns(config, layers, strict)
     if strict:
         warn_of_untrained(modules, config, layers)
@@ -155,13 +124,31 @@ def _modules(root: nn.Module) -> list[tuple[str, nn.Module, type[nn.Module]]]:
     return [item for item in walk(root, aliases=True) if not is_parameter(item[1])]
 
 
-def _candidates(root: nn.Module, aliases: bool) -> list[Candidate]:
-    modules = [item for item in walk(root, aliases) if item[0] and not is_parameter(item[1])]
+def _candidates(root: nn.Module) -> list[Candidate]:
+    """The modules inside the base model, under all their names."""
+    modules = [item for item in walk(root, aliases=True) if item[0] and not is_parameter(item[1])]
     merged = [module for _, module, _ in modules if isinstance(module, AdaptedLayer) and module.merged]
     gained = {id(layer.base_layer) for layer in merged if layer.base_bias() is None}
     found = ((name, unwrapped(module), parent) for name, module, parent in modules)
     made = candidates(item for item in found if not isinstance(item[1], torch.jit.ScriptModule))
     return [replace(c, gained=True) if id(c.module) in gained else c for c in made]
+
+
+def _once(every: Sequence[Candidate]) -> list[Candidate]:
+    """Each module under its first name."""
+    first: dict[int, Candidate] = {}
+    for c in every:
+        first.setdefault(id(c.module), c)
+    return list(first.values())
+
+
+def with_base_name(root: nn.Module, config: AdapterConfig) -> AdapterConfig:
+    """The config with the name of a transformers model filled in, where it has no ``base_model_name_or_path``."""
+    if config.base_model_name_or_path is not None:
+        return config
+    inner = getattr(root, "config", None)
+    name = getattr(inner, "_name_or_path", None) or getattr(root, "name_or_path", None)
+    return config.replace(base_model_name_or_path=name) if isinstance(name, str) and name else config
 
 
 def _model_type(root: nn.Module) -> str | None:
@@ -306,9 +293,9 @@ def _check_patterns(config: AdapterConfig, layers: Mapping[str, Candidate], stri
         raise TargetError(gather("patterns that fit nothing:", faults))
 
 
-def _expected_shapes(made: Plan) -> dict[str, dict[str, tuple[int, ...]]]:
+def _expected_shapes(root: nn.Module, made: Plan) -> dict[str, dict[str, tuple[int, ...]]]:
     """The shapes of all trained tensors by layer, found on the meta device."""
-    sites = {name: _sketch(site_in(made, name, _wrapper(c, ActiveState()))) for name, c in made.layers.items()}
+    sites = {name: _sketch(site_in(made, name, _layer_at(root, c, ActiveState()))) for name, c in made.layers.items()}
     shared = made.method.prepare(made.adapter, members(sites.values()), Projections())
     shapes = {
         name: {k: tuple(v.shape) for k, v in start(made.method, site, shared).items()} for name, site in sites.items()
@@ -384,7 +371,9 @@ def apply(
         raise
     for name, layer in layers.items():
         method = made.method if name in made.layers else None
-        layer.add(made.adapter, Slot(site_in(made, name, layer), method, shared, starts[name]))
+        site = sites[name] if name in sites else site_in(made, name, layer)
+        layer.add(made.adapter, Slot(site, method, shared, starts[name]))
+    _share_inputs(made, layers, sites, shared)
     saved = {name: _saved_at(root, name, state) for name in made.saved}
     for name, wrapper in saved.items():
         wrapper.copies[slot_key(made.adapter)] = twins[name]
@@ -392,6 +381,16 @@ def apply(
     wrappers += [*saved.values(), *_hosts(root, made, layers)]
     put_in_place(root, {unwrapped(wrapper): wrapper for wrapper in wrappers})
     return Installed(made.adapter, made.config, made.method, shared, layers, saved)
+
+
+def _share_inputs(made: Plan, layers: Mapping[str, AdaptedLayer], sites: Mapping[str, Site], shared: Shared) -> None:
+    """Find the layers that may be fed by one tensor, so that they multiply it by their common first factor once."""
+    firsts = [(name, site, made.method.first_factor(site, shared)) for name, site in sites.items()]
+    alike = [
+        (n, s.out, (f, type(layers[n].kind))) for n, s, f in firsts if f is not None and layers[n].kind.shares_input
+    ]
+    for name, place in join(alike).items():
+        cast(Slot, layers[name].slot(made.adapter)).inputs = place
 
 
 def _layer_at(root: nn.Module, c: Candidate, state: ActiveState) -> AdaptedLayer:
@@ -479,22 +478,3 @@ def strip(
         elif isinstance(module, SavedModule):
             bare[module] = choose(module)
     put_in_place(root, bare)
-
-
-def check_compatible(active: Mapping[str, Installed]) -> None:
-    """Refuse adapters that cannot be active together: two that are not additive, or that replace one module."""
-    faults: list[str] = []
-    owners: dict[str, str] = {}
-    rigid: dict[str, str] = {}
-    for name, installed in active.items():
-        makes: type[Delta] = installed.method.makes
-        for layer in installed.layers if not makes.additive else ():
-            if layer in rigid:
-                faults.append(f"layer {layer!r}: {rigid[layer]!r} and {name!r} are both not additive")
-            rigid[layer] = name
-        for module in installed.saved:
-            if module in owners:
-                faults.append(f"module {module!r}: {owners[module]!r} and {name!r} both replace it whole")
-            owners[module] = name
-    if faults:
-        raise UnsupportedError(gather("these adapters cannot be active together:", faults))

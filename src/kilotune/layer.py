@@ -20,9 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import fusion
+from .added import Added
 from .deltas import Delta, Full, LowRank, Rescale, Residual, Shift
 from .errors import MergeError, UnsupportedError
-from .kernels.lowrank import accumulate_dtype, no_autocast, scale_features
+from .fusion import leading
+from .kernels.lowrank import accumulate_dtype, lift, no_autocast, scale_features
 from .kinds import LayerKind
 from .methods import Site
 from .slots import BIAS, ActiveState, Slot, slot_key
@@ -67,7 +70,7 @@ class AdaptedLayer(nn.Module):
             self.base_layer = base_layer
         else:  # the module belongs to the AdaptedParameters around it
             self.__dict__["base_layer"] = base_layer
-        self.adapters = nn.ModuleDict().train(base_layer.training)
+        self.adapters: nn.ModuleDict = Added().train(base_layer.training)
         self._kind, self._storage, self._state = kind, storage, state
         self._read_by_parent = read_by_parent
         self._input_name = next(iter(inspect.signature(base_layer.forward).parameters), "input")
@@ -159,7 +162,7 @@ class AdaptedLayer(nn.Module):
         slots = self._live()
         if not slots:
             return self._kind.call(self.base_layer, None, args, kwargs)
-        x = cast(Tensor, args[0] if args else kwargs.get(self._input_name))
+        x = given = cast(Tensor, args[0] if args else kwargs.get(self._input_name))
         if not self._storage.lossless:
             x = self._as_computed(x)
         deltas = self._deltas(slots)
@@ -169,8 +172,14 @@ class AdaptedLayer(nn.Module):
             base = None
         else:
             shift = self._total_shift(slots, deltas)
-            output = self._kind.call(self.base_layer, shift, args, kwargs)
-            base = None if shift is not None or self._merged else self._kind.tensor_of(output)
+            alone = len(args) + len(kwargs) == 1 and x is given
+            fused = self._fused(deltas, shift, x) if alone else None
+            if fused is not None:
+                output, deltas = fused
+                base = None
+            else:
+                output = self._kind.call(self.base_layer, shift, args, kwargs)
+                base = None if shift is not None or self._merged else self._kind.tensor_of(output)
         if not deltas:
             return output
         y = self._kind.tensor_of(output)
@@ -179,6 +188,20 @@ class AdaptedLayer(nn.Module):
                 if isinstance(delta, Residual) is last:
                     y = _RUN[type(delta)](self, slot, delta, x, base, y)
         return self._kind.with_tensor(output, y)
+
+    def _fused(
+        self, deltas: list[tuple[Slot, Delta]], shift: Tensor | None, x: Tensor
+    ) -> tuple[Tensor, list[tuple[Slot, Delta]]] | None:
+        """The output of the layer and one change in one function, and the changes that are left to add to it."""
+        lead = None if self._merged else leading(deltas)
+        if lead is None or (lead[0].drops and self._kind.takes_dropout):
+            return None
+        y = fusion.run(self._kind, self._storage, self.base_layer, *lead, x, self._state.way)
+        if y is None:
+            return None
+        if shift is not None:
+            y = y + self._kind.spread(shift, y).to(y.dtype)
+        return y, [(slot, delta) for slot, delta in deltas if slot is not lead[0]]
 
     def _as_computed(self, x: Tensor) -> Tensor:
         """The input in the dtype in which a quantised layer computes, whatever the model around it runs in."""
@@ -257,19 +280,24 @@ class AdaptedLayer(nn.Module):
     def _drop(self, slot: Slot, x: Tensor) -> Tensor:
         return slot.drop(x) if self._kind.takes_dropout else x
 
-    def _through(self, delta: LowRank | Full, x: Tensor, cols: Tensor | None = None) -> Tensor:
-        """The change's matrix (or it times diag(cols)) times x: (..., in) -> (..., out); a low rank stays factored."""
+    def _added(self, slot: Slot, delta: LowRank | Full, x: Tensor, y: Tensor, cols: Tensor | None = None) -> Tensor:
+        """Y and the change's matrix (or it times diag(cols)) times x (..., out); a low rank stays factored."""
         kind, module = self._kind, self.base_layer
         if isinstance(delta, Full):
-            return kind.run(module, x, delta.delta.to(self.compute_dtype()), cols)  # (..., out)
-        h = kind.project(module, x, delta.a) if cols is None else kind.project_scaled(module, x, delta.a, cols)
+            return y + kind.run(module, x, delta.delta.to(self.compute_dtype()), cols).to(y.dtype)
+        if cols is not None:
+            h = kind.project_scaled(module, x, delta.a, cols)  # (..., r)
+        else:
+            h = slot.first_product(x, delta.a, lambda: kind.project(module, x, delta.a))
+        if (axis := kind.feature_axis(module, y)) is not None:
+            return lift(y, h, fusion.factors_of(delta), axis)
         mid = None if delta.mid is None else kind.spread(delta.mid, h)
         h = kind.lift(module, scale_features(h, mid, delta.scale), delta.b)  # (..., out)
-        return h if delta.out is None else scale_features(h, kind.spread(delta.out, h), 1.0)
+        return y + (h if delta.out is None else scale_features(h, kind.spread(delta.out, h), 1.0)).to(y.dtype)
 
     def _run_linear(self, slot: Slot, delta: Delta, x: Tensor, base: Tensor | None, y: Tensor) -> Tensor:
         assert isinstance(delta, (LowRank, Full))
-        return y + self._through(delta, self._drop(slot, x)).to(y.dtype)
+        return self._added(slot, delta, self._drop(slot, x), y)
 
     def _run_shift(self, slot: Slot, delta: Delta, x: Tensor, base: Tensor | None, y: Tensor) -> Tensor:
         return y  # the base layer ran with the shifted bias
@@ -291,7 +319,7 @@ class AdaptedLayer(nn.Module):
         else:
             new = linear
         if delta.inner is not None:
-            new = new + self._through(delta.inner, x, delta.cols).to(new.dtype)
+            new = self._added(slot, delta.inner, x, new, delta.cols)
         if delta.rows is not None:
             new = scale_features(new, kind.spread(delta.rows, new), 1.0)
         y = new.to(y.dtype) if linear is None else y + (new - linear).to(y.dtype)

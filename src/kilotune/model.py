@@ -6,22 +6,26 @@ import os
 from abc import ABC
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar, final
+from typing import Any, ClassVar, Self, final
 
 import torch
 from torch import nn
 
 from . import checkpoint, inject, merging, storage
+from .added import Added, base_modules
 from .config import AdapterConfig
-from .errors import AdapterError, ConfigError, MergeError, UnsupportedError, did_you_mean
-from .inject import Installed
+from .errors import AdapterError, ConfigError, MergeError, UnsupportedError, did_you_mean, type_name
+from .installed import Installed, check_compatible, settle_gradients
+from .kernels.ways import Way
 from .layer import AdaptedLayer
 from .merging import MergePrecisionWarning, MergeReport
 from .methods import LoraConfig, VeraConfig
 from .projections import Projections
 from .report import ParameterReport, count_parameters
 from .slots import ActiveState, slot_key
+from .tree import own_modules
 
 __all__ = ["AdapterModel", "LoraModel", "MergePrecisionWarning", "PeftModel", "VeraModel", "get_peft_model"]
 
@@ -50,13 +54,14 @@ class AdapterModel(nn.Module, ABC):
 
     def _take(self, model: nn.Module) -> None:
         if not isinstance(model, nn.Module):
-            raise ConfigError(f"expected a torch.nn.Module as the base model, got {_describe(model)}")
+            raise ConfigError(f"expected a torch.nn.Module as the base model, got {type_name(model)}")
         inject.check_base(model)
         self.model = model
         self.projections = Projections()
-        self.shared_parameters = nn.ModuleDict()
+        self.shared_parameters = Added()
         self._state = ActiveState()
         self._installed: dict[str, Installed] = {}
+        self._perhaps_trained: set[str] = set()  # no other adapter's parameters have gradients
         # With the names of tied weights, which merging for good takes apart.
         everything = model.named_parameters(remove_duplicate=False)
         self._was_trainable = {name for name, p in everything if p.requires_grad}
@@ -111,7 +116,8 @@ class AdapterModel(nn.Module, ABC):
     @property
     def merged_adapters(self) -> list[str]:
         """The names of the adapters that are merged into the weights now."""
-        return [name for name in self._installed if name in self._state.merged]
+        merged = self._state.merged
+        return [name for name in self._installed if name in merged] if merged else []
 
     def installed(self, adapter_name: str) -> Installed:
         """One adapter's parts: its config, method, layers and modules saved whole; AdapterError if it is not there."""
@@ -153,24 +159,14 @@ class AdapterModel(nn.Module, ABC):
         self._check_new_name(adapter_name)
         if not isinstance(peft_config, self.configs):
             wanted = " or ".join(c.__name__ for c in self.configs)
-            raise ConfigError(f"{type(self).__name__}: expected a {wanted}, got {_describe(peft_config)}")
-        self._install(inject.plan(self.model, adapter_name, self._completed(peft_config)), None)
-
-    def _completed(self, config: AdapterConfig) -> AdapterConfig:
-        if config.base_model_name_or_path is not None:
-            return config
-        inner = getattr(self.model, "config", None)
-        name = getattr(inner, "_name_or_path", None) or getattr(self.model, "name_or_path", None)
-        return config.replace(base_model_name_or_path=name) if isinstance(name, str) and name else config
+            raise ConfigError(f"{type(self).__name__}: expected a {wanted}, got {type_name(peft_config)}")
+        self._install(inject.plan(self.model, adapter_name, inject.with_base_name(self.model, peft_config)), None)
 
     def _install(self, made: inject.Plan, tensors: dict[str, torch.Tensor] | None) -> None:
-        storage.prepare(self.model.modules())  # first: where its warnings are errors, nothing is installed yet
+        storage.prepare(own_modules(self.model))  # first: where its warnings are errors, nothing is installed yet
         installed = inject.apply(self.model, made, self._state, self.projections, tensors)
         if not self._installed:  # later adapters leave what a user has unfrozen since as it is
-            base_parameters = {id(p) for _, p in installed.parameters()}
-            for parameter in self.model.parameters():
-                if id(parameter) not in base_parameters:
-                    parameter.requires_grad_(False)
+            installed.freeze_others(self.model)
         self._installed[made.adapter] = installed
         if installed.shared.trained:
             held = nn.ParameterDict(installed.shared.trained)
@@ -214,8 +210,8 @@ class AdapterModel(nn.Module, ABC):
         made = inject.plan(self.model, adapter_name, config, file.method, strict=False)
         tensors = checkpoint.match_tensors(file, made, type(self.model).__name__)
         self._install(made, tensors)
-        if not is_trainable:
-            self.eval()
+        if not is_trainable and any(module.training for module in base_modules(self)):
+            self.eval()  # reaches every adapter, so only where it changes something
 
     def set_adapter(self, adapter_name: str | Sequence[str]) -> None:
         """Make one adapter, or several at once, the active ones; the others get no gradient at all.
@@ -226,25 +222,37 @@ class AdapterModel(nn.Module, ABC):
         """
         if not isinstance(adapter_name, (str, Sequence)):
             raise AdapterError(f"set_adapter: expected a name or a list of names, got {adapter_name!r}")
-        names = (adapter_name,) if isinstance(adapter_name, str) else adapter_name
-        self._activate(tuple(dict.fromkeys(self._known(name) for name in names)))
+        self._activate(tuple(self._named(adapter_name)))
 
     def _activate(self, names: tuple[str, ...]) -> None:
         if merged := self.merged_adapters:
             raise MergeError(
                 f"cannot change the active adapters while {merged} are merged; call unmerge_adapter() first"
             )
-        inject.check_compatible({name: self._installed[name] for name in names})
+        check_compatible({name: self._installed[name] for name in names})
         self._state.active = names
         self._settle_gradients()
 
     def _settle_gradients(self) -> None:
-        for name, installed in self._installed.items():
-            wanted = name in self._state.active and not installed.config.inference_mode
-            for _, parameter in installed.parameters():
-                parameter.requires_grad_(wanted)
-                if not wanted:
-                    parameter.grad = None
+        settle_gradients(self._installed, self._perhaps_trained, self._state.active)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """As of any module: all parameters, the base's too; the next :meth:`set_adapter` sees to the adapters'."""
+        self._perhaps_trained.update(self._installed)
+        return super().requires_grad_(requires_grad)
+
+    def set_way(self, way: str) -> None:
+        """Say how layers with low-rank adapters run; for tests and experts, since 'picked' is the default.
+
+        Args:
+            way: 'picked' (the cost model of docs/performance.md), 'factored', 'merged' or 'dense'. In 16 bits the last
+                two serve where the change's measured rounding error is small; other steps run factored.
+
+        Raises:
+            ConfigError: another way.
+
+        """
+        self._state.way = Way.of(way)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. If it was the only active one, the adapter added first of those left becomes
@@ -255,13 +263,13 @@ class AdapterModel(nn.Module, ABC):
 
         """
         name = self._known(adapter_name)
-        if name in self.merged_adapters:
+        if name in self._state.merged:
             raise MergeError(f"adapter {name!r} is merged into the weights; call unmerge_adapter() before deleting it")
         inject.remove(self.model, name, self._installed.pop(name), self.projections)
         if (key := slot_key(name)) in self.shared_parameters:
             del self.shared_parameters[key]
         left = tuple(n for n in self._state.active if n != name)
-        self._state.active = left or tuple(self._installed)[:1]
+        self._state.active = left or tuple(islice(self._installed, 1))
         self._settle_gradients()
 
     @contextmanager
@@ -291,19 +299,12 @@ class AdapterModel(nn.Module, ABC):
             MergeError: merged already, not linear, or (safe_merge) not finite.
 
         """
-        names = self._to_merge(adapter_names)
+        names = self.active_adapters if adapter_names is None else self._named(adapter_names)
         again = [name for name in names if name in self.merged_adapters]
         if again or not names:
             what = f"adapters {again} are merged already" if again else "no adapter is active"
             raise MergeError(f"merge_adapter: {what}; call unmerge_adapter() first, or name others")
         self._merge(names, safe_merge, progressbar=False)
-
-    def _to_merge(self, adapter_names: Sequence[str] | None) -> list[str]:
-        if isinstance(adapter_names, str):
-            adapter_names = [adapter_names]
-        if adapter_names is None:
-            return self.active_adapters
-        return [self._known(n) for n in dict.fromkeys(adapter_names)]  # a name given twice counts once
 
     def _merge(self, names: list[str], safe_merge: bool, progressbar: bool, dtype: torch.dtype | None = None) -> None:
         self._check_enabled("merge")
@@ -350,7 +351,7 @@ class AdapterModel(nn.Module, ABC):
             MergeError: as in :meth:`merge_adapter`, or a quantised base and neither ``dtype`` nor ``requantize``.
 
         """
-        names = self._to_merge(adapter_names)
+        names = self.active_adapters if adapter_names is None else self._named(adapter_names)
         self._check_enabled("merge")
         merging.check_choice(self.adapted_layers(), names, dtype, requantize)
         if dtype is not None:
@@ -375,10 +376,10 @@ class AdapterModel(nn.Module, ABC):
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name in self._was_trainable)
         self._installed, self._state.active, self._state.merged = {}, (), ()
-        self.shared_parameters = nn.ModuleDict()
+        self.shared_parameters = Added()
         for owner in list(self.projections.owners()):
             self.projections.release(owner)
-        storage.release(self.model.modules())
+        storage.release(own_modules(self.model))
         return self.model
 
     # -- files -----------------------------------------------------------------------------------
@@ -401,9 +402,7 @@ class AdapterModel(nn.Module, ABC):
             raise ConfigError(
                 f"safe_serialization: expected True, got {safe_serialization!r}; weights are safetensors only"
             )
-        if isinstance(selected_adapters, str):
-            selected_adapters = [selected_adapters]
-        names = list(self._installed) if selected_adapters is None else [self._known(n) for n in selected_adapters]
+        names = list(self._installed) if selected_adapters is None else self._named(selected_adapters)
         if not names:
             raise AdapterError("save_pretrained: there is no adapter to save")
         root = Path(save_directory)
@@ -418,6 +417,10 @@ class AdapterModel(nn.Module, ABC):
             have = ", ".join(map(repr, self._installed)) or "none"
             raise AdapterError(f"there is no adapter {name!r}.{did_you_mean(str(name), self._installed)} There: {have}")
         return name
+
+    def _named(self, names: str | Sequence[str]) -> list[str]:
+        listed = [names] if isinstance(names, str) else names
+        return list(dict.fromkeys(self._known(name) for name in listed))  # a name given twice counts once
 
     def _check_new_name(self, name: str) -> None:
         checkpoint.check_adapter_name(name)
@@ -494,7 +497,3 @@ def get_peft_model(model: nn.Module, peft_config: AdapterConfig, adapter_name: s
 
     """
     return PeftModel(model, peft_config, adapter_name)
-
-
-def _describe(value: object) -> str:
-    return f"{type(value).__module__}.{type(value).__qualname__}"

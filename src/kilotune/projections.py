@@ -20,7 +20,8 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, final
 
@@ -237,6 +238,29 @@ def pair_checksum(pairs: Iterable[Pair]) -> str:
 
 
 @final
+class _Wanted:
+    """How many adapters want each size of one source; there are few different sizes, and may be many adapters."""
+
+    def __init__(self) -> None:
+        self._counts: tuple[Counter[int], Counter[int], Counter[int]] = (Counter(), Counter(), Counter())
+
+    def add(self, extent: Extent) -> None:
+        for counts, size in zip(self._counts, extent, strict=True):
+            counts[size] += 1
+
+    def drop(self, extent: Extent) -> None:
+        for counts, size in zip(self._counts, extent, strict=True):
+            counts[size] -= 1
+            if not counts[size]:
+                del counts[size]
+
+    def largest(self) -> Extent | None:
+        """The extent that serves all; None where nobody wants any."""
+        rank, inn, out = self._counts
+        return Extent(max(rank), max(inn), max(out)) if rank else None
+
+
+@final
 class Projections(nn.Module):
     """The one holder of all frozen matrices of a model.
 
@@ -244,23 +268,27 @@ class Projections(nn.Module):
     and ``.half().float()`` cannot change its bits, because each copy in a dtype or on a device is derived
     anew from the definition. Adapters state what they need with :meth:`require`; equal sources share one
     copy of the largest extent. Layers keep unregistered references to the holder.
+
+    What an adapter costs here grows with its own needs, and not with how many other adapters there are.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._needs: dict[str, dict[Source, Extent]] = {}
         self._extents: dict[Source, Extent] = {}
+        self._wanted: dict[Source, _Wanted] = {}  # follows from _needs
         self._copies: dict[tuple[Source, torch.device, torch.dtype], Pair] = {}
+        self._places: set[tuple[torch.device, torch.dtype]] = set()  # where copies are, or have been
 
     def require(self, owner: str, needs: dict[Source, Extent]) -> None:
         """Let the adapter ``owner`` use ``needs``; grows what is there where it is too small."""
+        before = self._needs.get(owner, {})
         self._needs[owner] = dict(needs)
-        self._settle()
+        self._recount(before, needs)
 
     def release(self, owner: str) -> None:
         """Forget what the adapter ``owner`` needed; matrices that nobody needs are freed."""
-        self._needs.pop(owner, None)
-        self._settle()
+        self._recount(self._needs.pop(owner, {}), {})
 
     def pair(self, source: Source, device: torch.device, dtype: torch.dtype) -> Pair:
         """The pair of ``source`` on ``device`` in ``dtype``: a (R, IN), b (R, OUT), R, IN, OUT as needed.
@@ -285,18 +313,29 @@ class Projections(nn.Module):
     def extra_repr(self) -> str:
         return ", ".join(f"{source}: {tuple(extent)}" for source, extent in self._extents.items())
 
-    def _settle(self) -> None:
-        extents: dict[Source, Extent] = {}
-        for needs in self._needs.values():
-            for source, extent in needs.items():
-                extents[source] = extents[source].union(extent) if source in extents else extent
-        places = [key for key in self._copies if key[0] in extents]
-        stale = {key for key in self._copies if extents.get(key[0]) != self._extents.get(key[0])}
-        self._extents = extents
-        for key in [key for key in self._copies if key in stale or key[0] not in extents]:
-            del self._copies[key]
-        for key in places:  # what was in use stays ready, so a compiled forward never builds it
+    def _recount(self, before: Mapping[Source, Extent], now: Mapping[Source, Extent]) -> None:
+        """Settle what changes when one adapter needs ``now`` and no longer ``before``."""
+        for source, extent in now.items():
+            self._wanted.setdefault(source, _Wanted()).add(extent)
+        for source, extent in before.items():
+            self._wanted[source].drop(extent)
+        stale = [key for source in {**before, **now} for key in self._resize(source)]
+        for key in stale:  # what was in use stays ready, so a compiled forward never builds it
             self.pair(*key)
+
+    def _resize(self, source: Source) -> list[tuple[Source, torch.device, torch.dtype]]:
+        """Hold ``source`` in the extent wanted now; gives the copies that have to be made anew."""
+        extent = self._wanted[source].largest()
+        if extent == self._extents.get(source):
+            return []
+        if extent is None:
+            del self._wanted[source], self._extents[source]
+        else:
+            self._extents[source] = extent
+        held = [(source, *place) for place in self._places if (source, *place) in self._copies]
+        for key in held:
+            del self._copies[key]
+        return [] if extent is None else held
 
     @torch.inference_mode(False)  # tensors made in inference mode could never serve a training step
     def _derive(self, source: Source, device: torch.device, dtype: torch.dtype) -> Pair:
@@ -311,28 +350,32 @@ class Projections(nn.Module):
             exponent = source.exponent(extent)
             a = a if exponent == 0 else a * 2.0**-exponent
             pair = Pair(a.to(device=device, dtype=dtype), b.to(device=device, dtype=dtype), exponent)
+        self._places.add((device, dtype))
         self._copies[(source, device, dtype)] = pair
         return pair
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Projections:
         """Follow ``.to``, ``.half``, ``.cuda``: ask ``fn`` where it sends a probe, and derive anew there."""
-        places = set()
+        wanted = set()
         for source, device, dtype in self._copies:
             probe = fn(torch.empty(0, device=device, dtype=dtype))
-            places.add((source, probe.device, probe.dtype))
-        self._copies = {key: pair for key, pair in self._copies.items() if key in places}
-        for key in sorted(places, key=str):
+            wanted.add((source, probe.device, probe.dtype))
+        self._copies = {key: pair for key, pair in self._copies.items() if key in wanted}
+        self._places = {key[1:] for key in wanted}
+        for key in sorted(wanted, key=str):
             self.pair(*key)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        # Matrices that the definition gives back need not be written by torch.save.
-        return {**self.__dict__, "_copies": {}, "_places": list(self._copies)}
+        # What follows from the rest, and matrices that the definition gives back, need not be written by torch.save.
+        kept = {key: value for key, value in self.__dict__.items() if key != "_wanted"}
+        return {**kept, "_copies": {}, "_places": list(self._copies)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        places = state.pop("_places")
+        copies = state.pop("_places")
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        for source, device, dtype in places:  # the rest is derived at its first use
+        self._wanted, self._places = _by_source(self._needs.values()), set()
+        for source, device, dtype in copies:  # the rest is derived at its first use
             if _available(device):
                 self.pair(source, device, dtype)
 
@@ -342,8 +385,16 @@ class Projections(nn.Module):
         memo[id(self)] = twin
         twin._needs = {owner: dict(needs) for owner, needs in self._needs.items()}
         twin._extents = dict(self._extents)
-        twin._copies = dict(self._copies)
+        twin._wanted = _by_source(twin._needs.values())
+        twin._copies, twin._places = dict(self._copies), set(self._places)
         return twin
+
+
+def _by_source(needs: Iterable[Mapping[Source, Extent]]) -> dict[Source, _Wanted]:
+    found: dict[Source, _Wanted] = {}
+    for source, extent in (item for own in needs for item in own.items()):
+        found.setdefault(source, _Wanted()).add(extent)
+    return found
 
 
 def _available(device: torch.device) -> bool:

@@ -7,6 +7,7 @@ from typing import Any, cast, final
 
 from torch import nn
 
+from .added import Added
 from .errors import TargetError, gather
 from .slots import BIAS, ActiveState, slot_key
 from .storage import storage_of
@@ -53,7 +54,7 @@ class SavedModule(nn.Module):
     def __init__(self, original: nn.Module, state: ActiveState) -> None:
         super().__init__()
         self.original_module = original
-        self.copies = nn.ModuleDict().train(original.training)
+        self.copies: nn.ModuleDict = Added().train(original.training)
         self._state = state
         self.training = original.training
 

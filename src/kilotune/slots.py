@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, final
 
 import torch.nn.functional as F
@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from .deltas import Delta
 from .errors import MergeError
+from .inputs import SharedInput
+from .kernels.ways import Way
 from .methods import Method, Shared, Site
 from .stacks import delta_of
 
@@ -27,12 +29,13 @@ def slot_key(name: str) -> str:
 
 @final
 class ActiveState:
-    """Which adapters of a model are on; one object, read by all its layers."""
+    """Which adapters of a model are on, and which way they run; one object, read by all its layers."""
 
     def __init__(self) -> None:
         self.active: tuple[str, ...] = ()
         self.merged: tuple[str, ...] = ()
         self.disabled = False
+        self.way = Way.PICKED
 
     @property
     def live(self) -> tuple[str, ...]:
@@ -49,12 +52,14 @@ class Slot(nn.Module):
     """One adapter's part of one layer: its trained parameters, and the method that reads them.
 
     ``method`` is None where only the bias is trained. The trained bias is kept as the bias's full value,
-    as PEFT writes it; its delta is the difference to the base's.
+    as PEFT writes it; its delta is the difference to the base's. ``inputs``: with whom the layer may share the
+    product of its input and the first factor, and its place there.
     """
 
     def __init__(self, site: Site, method: Method[Any] | None, shared: Shared, params: Mapping[str, nn.Parameter]):
         super().__init__()
         self.site, self.method, self.shared = site, method, shared
+        self.inputs: tuple[SharedInput, int] | None = None
         for name, parameter in params.items():
             self.register_parameter(name, parameter)
 
@@ -69,6 +74,17 @@ class Slot(nn.Module):
     def delta(self) -> Delta | None:
         return None if self.method is None else delta_of(self.method, self.site, self.own(), self.shared)
 
+    def first_product(self, x: Tensor, a: Tensor, make: Callable[[], Tensor]) -> Tensor:
+        """Z = a x as ``make`` computes it, or as it was made for another layer with the same input and ``a``."""
+        if self.inputs is None:
+            return make()
+        shared, place = self.inputs
+        return shared.z(place, x, a, make)
+
+    @property
+    def drops(self) -> bool:
+        """Whether there is dropout on the adapter's input now."""
+        return self.training and self.method is not None and self.method.config.dropout > 0.0
+
     def drop(self, x: Tensor) -> Tensor:
-        rate = 0.0 if self.method is None else self.method.config.dropout
-        return F.dropout(x, rate, training=True) if rate > 0.0 and self.training else x
+        return F.dropout(x, self.method.config.dropout, training=True) if self.drops and self.method else x

@@ -14,6 +14,7 @@ from typing import final
 
 from torch import nn
 
+from .added import base_modules
 from .config import ALL_BIASED, ALL_LINEAR, AdapterConfig
 from .deltas import Need
 from .errors import ConfigError, TargetError, did_you_mean, gather, nearest
@@ -242,7 +243,8 @@ def _has_own_bias(c: Candidate) -> bool:
     if c.kind is None or Need.BIAS not in c.kind.offers or c.storage is None or c.gained:
         return False
     bias = c.storage.read_bias(c.module)
-    return bias is not None and all(p is not bias for child in c.module.children() for p in child.parameters())
+    inner = (p for module in base_modules(c.module) if module is not c.module for p in module._parameters.values())
+    return bias is not None and all(p is not bias for p in inner)
 
 
 def _why_not_biased(c: Candidate, needs: frozenset[Need]) -> str:

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from .added import base_modules
 from .errors import UnsupportedError
 from .layer import AdaptedLayer
 from .parameters import AdaptedParameters
 from .projections import Projections
 from .saved import SavedModule
 
-__all__ = ["check_base", "is_parameter", "put_in_place", "unwrapped", "walk"]
+__all__ = ["check_base", "is_parameter", "own_modules", "put_in_place", "unwrapped", "walk"]
 
 
 def walk(root: nn.Module, aliases: bool = False) -> Iterator[tuple[str, nn.Module, type[nn.Module]]]:
@@ -60,6 +61,12 @@ def unwrapped(module: nn.Module) -> nn.Module:
     if isinstance(module, (AdaptedLayer, AdaptedParameters)):
         return module.base_layer
     return module.original_module if isinstance(module, SavedModule) else module
+
+
+def own_modules(root: nn.Module) -> Iterator[nn.Module]:
+    """The base model's own modules, each once: no wrappers, and nothing that adapters added."""
+    wrappers = (AdaptedLayer, AdaptedParameters, SavedModule)
+    return (module for module in base_modules(root) if not isinstance(module, wrappers))
 
 
 def check_base(model: nn.Module) -> None:

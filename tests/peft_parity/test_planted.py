@@ -208,9 +208,9 @@ def test_planted_a_transposed_weight_merged_as_it_is(monkeypatch: pytest.MonkeyP
     options: dict[str, Any] = {"r": 4, "target_modules": ["attn.c_proj"]}
     check_merge(twins("gpt2", "lora", **options))
     both = twins("gpt2", "lora", **options)
+    check_forward(both)
     monkeypatch.setattr(kinds.conv1d.Conv1D, "native", lambda self, module, matrix: matrix)
     monkeypatch.setattr(kinds.conv1d.Conv1D, "canonical", lambda self, module, weight: weight)
-    check_forward(both)
     with pytest.raises(AssertionError):
         check_merge(both)
 

@@ -29,7 +29,8 @@ class LayerKind(ABC):
     all_linear: 'all-linear' takes such layers. lacks: for a need that is not offered, why.
     parameter: the name of the one parameter of a module that such a layer is, where it is not the module.
     with_it: children that are adapted together with such a layer, as PEFT does. named_bias: the bias is called
-    ``bias``, so the option of that name reaches it.
+    ``bias``, so the option of that name reaches it. shares_input: :meth:`project` depends on the input and the matrix
+    alone, so that layers with the same input may share what it gives.
     """
 
     name: ClassVar[str]
@@ -43,6 +44,7 @@ class LayerKind(ABC):
     parameter: str | None = None
     with_it: ClassVar[tuple[str, ...]] = ()
     named_bias: ClassVar[bool] = True
+    shares_input: ClassVar[bool] = False
 
     @abstractmethod
     def matches(self, module: nn.Module) -> bool:
@@ -124,6 +126,14 @@ class LayerKind(ABC):
         if cols is None:
             return self.project(module, x, matrix)
         return self.project_scaled(module, x, matrix, cols)
+
+    def is_product(self, module: nn.Module, x: Tensor) -> bool:
+        """Whether the layer's forward of x is x W^T + bias, with its features on the last axis, and nothing else."""
+        return False
+
+    def feature_axis(self, module: nn.Module, y: Tensor) -> int | None:
+        """Where :meth:`lift` finds the features, -1 or 1, if it is a plain product along that axis; else None."""
+        return None
 
     @abstractmethod
     def lift(self, module: nn.Module, h: Tensor, matrix: Tensor) -> Tensor:

@@ -83,6 +83,9 @@ class Convolution(LayerKind):
             weight = weight.repeat(groups, *[1] * (weight.ndim - 1))  # (groups * r, in / groups, taps...)
         return self._convolve(module, x, weight)
 
+    def feature_axis(self, module: nn.Module, y: Tensor) -> int | None:
+        return 1 if _groups(module) == 1 and y.ndim == self.dimensions + 2 else None
+
     def lift(self, module: nn.Module, h: Tensor, matrix: Tensor) -> Tensor:
         weight = matrix.reshape(*matrix.shape, *[1] * self.dimensions)  # (out, r, 1...)
         return _CONVOLVE[self.dimensions](h, weight, groups=_groups(module))

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, final
 
 from torch import Tensor, nn
 
+from ..added import base_modules, named_base_modules
 from ..deltas import Need
 from ..errors import UnsupportedError
 from ._base import NoMatrix
@@ -31,7 +32,7 @@ class Block(NoMatrix):
         kind = type(module).__name__
         if next(_sizes(module), None) is None:
             return f"the sizes of its input and output cannot be told: no linear layer is inside this {kind}"
-        for name, inner in module.named_modules():
+        for name, inner in named_base_modules(module):
             if _holds_experts(inner):
                 return (
                     f"the size of its output cannot be told: the last product in this {kind} may be one of the "
@@ -75,7 +76,7 @@ def _holds_experts(module: nn.Module) -> bool:
 
 def _sizes(module: nn.Module) -> Iterator[tuple[int, int]]:
     """(out, in) of the linear layers inside, in the order in which they were made."""
-    return (size for inner in module.modules() if (size := _size(inner)) is not None)
+    return (size for inner in base_modules(module) if (size := _size(inner)) is not None)
 
 
 def _size(module: nn.Module) -> tuple[int, int] | None:

@@ -19,6 +19,7 @@ class Conv1D(LayerKind):
     name: ClassVar[str] = "conv1d-transformers"
     offers: ClassVar[frozenset[Need]] = frozenset({Need.LINEAR, Need.BIAS, Need.OUTPUT})
     all_linear: ClassVar[bool] = True
+    shares_input: ClassVar[bool] = True
     stores_in_out: ClassVar[bool] = True
 
     def matches(self, module: nn.Module) -> bool:
@@ -38,6 +39,13 @@ class Conv1D(LayerKind):
 
     def project(self, module: nn.Module, x: Tensor, matrix: Tensor) -> Tensor:
         return F.linear(x, matrix)
+
+    def is_product(self, module: nn.Module, x: Tensor) -> bool:
+        plain = type(module).forward.__module__ == "transformers.pytorch_utils"
+        return plain and x.is_contiguous() and x.numel() > 0  # it refuses others, and with an adapter it shall too
+
+    def feature_axis(self, module: nn.Module, y: Tensor) -> int:
+        return -1
 
     def lift(self, module: nn.Module, h: Tensor, matrix: Tensor) -> Tensor:
         return F.linear(h, matrix)

@@ -72,6 +72,9 @@ class Embedding(LayerKind):
         looked_up: Tensor = functional_call(module, {"weight": matrix.T}, (x,))
         return looked_up
 
+    def feature_axis(self, module: nn.Module, y: Tensor) -> int:
+        return -1
+
     def lift(self, module: nn.Module, h: Tensor, matrix: Tensor) -> Tensor:
         return F.linear(h, matrix)
 

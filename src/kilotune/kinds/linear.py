@@ -19,6 +19,7 @@ class Linear(LayerKind):
     name: ClassVar[str] = "linear"
     offers: ClassVar[frozenset[Need]] = frozenset({Need.LINEAR, Need.BIAS, Need.OUTPUT})
     all_linear: ClassVar[bool] = True
+    shares_input: ClassVar[bool] = True
 
     def matches(self, module: nn.Module) -> bool:
         return isinstance(module, nn.Linear)
@@ -35,6 +36,12 @@ class Linear(LayerKind):
 
     def project(self, module: nn.Module, x: Tensor, matrix: Tensor) -> Tensor:
         return F.linear(x, matrix)
+
+    def is_product(self, module: nn.Module, x: Tensor) -> bool:
+        return type(module).forward is nn.Linear.forward
+
+    def feature_axis(self, module: nn.Module, y: Tensor) -> int:
+        return -1
 
     def lift(self, module: nn.Module, h: Tensor, matrix: Tensor) -> Tensor:
         return F.linear(h, matrix)

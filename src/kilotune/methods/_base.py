@@ -5,7 +5,7 @@ Knows nothing of the kind of layer and of how weights are stored.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, TypeVar, final
 
@@ -162,6 +162,13 @@ class Method(ABC, Generic[C]):
     @abstractmethod
     def init(self, site: Site, shared: Shared) -> dict[str, Tensor]:
         """The layer's trained tensors at their start, on the site's device (meta included)."""
+
+    def first_factor(self, site: Site, shared: Shared) -> Hashable | None:
+        """What the first factor of :meth:`delta` is, where it is frozen and shared: equal for equal matrices.
+
+        Layers that are fed by the same tensor then multiply it once. None: the layer's own, or trained.
+        """
+        return None
 
     @abstractmethod
     def delta(self, site: Site, params: Mapping[str, Tensor], shared: Shared) -> Delta:

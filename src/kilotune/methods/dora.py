@@ -8,7 +8,7 @@ start, so that a new adapter whose dW is zero changes nothing. The gradient take
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, final
 
@@ -118,6 +118,9 @@ class Dora(Method[LowRankConfig]):
                     "trained, and the adapter would stay zero; use the method without DoRA there"
                 )
         return {**params, MAGNITUDE: magnitude}
+
+    def first_factor(self, site: Site, shared: Shared) -> Hashable | None:
+        return self.inner.first_factor(site, shared)
 
     def delta(self, site: Site, params: Mapping[str, Tensor], shared: Shared) -> Rescale:
         own = {name: value for name, value in params.items() if name != MAGNITUDE}

@@ -6,7 +6,7 @@ A and B are frozen random projections, shared by all layers; per layer only d (r
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
@@ -170,6 +170,10 @@ class Vera(Method[VeraConfig]):
             b.fill_(1.0)
             d.normal_()
         return {"vera_lambda_b": b, "vera_lambda_d": d}
+
+    def first_factor(self, site: Site, shared: Shared) -> Hashable:
+        assert isinstance(shared, _VeraShared)
+        return shared.source(site), self.config.r, site.inn
 
     def delta(self, site: Site, params: Mapping[str, Tensor], shared: Shared) -> LowRank:
         assert isinstance(shared, _VeraShared)

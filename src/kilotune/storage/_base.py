@@ -19,11 +19,14 @@ class Storage(ABC):
 
     ``lossless``: what is written can be read back, up to the rounding of a float. ``differentiable``: the
     layer's own forward passes the gradient on to its input; where it does not, :meth:`prepare` makes it do so.
+    ``multiplies_read``: a linear layer's own forward multiplies by what :meth:`read` gives, and does nothing else,
+    though it is the vendor's.
     """
 
     name: ClassVar[str]
     lossless: ClassVar[bool]
     differentiable: ClassVar[bool]
+    multiplies_read: ClassVar[bool] = False
     # What a module calls its weight and its bias.
     weight_name: str = "weight"
     bias_name: str = "bias"

@@ -34,6 +34,7 @@ class BnB4bit(Storage):
     name: ClassVar[str] = "bnb-4bit"
     lossless: ClassVar[bool] = False
     differentiable: ClassVar[bool] = True
+    multiplies_read: ClassVar[bool] = True
 
     def matches(self, module: nn.Module) -> bool:
         return is_a(module, "Linear4bit", "bitsandbytes")

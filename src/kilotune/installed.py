@@ -1,0 +1,99 @@
+"""An adapter that is in a model, and what holds of several of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+from torch import nn
+
+from .config import AdapterConfig
+from .deltas import Delta
+from .errors import UnsupportedError, gather
+from .layer import AdaptedLayer
+from .methods import Method, Shared
+from .saved import SavedModule
+from .slots import Slot, slot_key
+
+__all__ = ["Installed", "check_compatible", "settle_gradients"]
+
+
+@final
+@dataclass
+class Installed:
+    """An adapter that is in the model."""
+
+    adapter: str
+    config: AdapterConfig
+    method: Method[Any]
+    shared: Shared
+    layers: dict[str, AdaptedLayer]
+    saved: dict[str, SavedModule]
+
+    @property
+    def key(self) -> str:
+        """The adapter's key in its layers and saved modules."""
+        return slot_key(self.adapter)
+
+    def slots(self) -> dict[str, Slot]:
+        """The adapter's slots by the name of the layer."""
+        found = {name: layer.slot(self.adapter) for name, layer in self.layers.items()}
+        return {name: slot for name, slot in found.items() if slot is not None}
+
+    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """All that the adapter trains, by ``<layer>.<parameter>``, modules saved whole included."""
+        for name, slot in self.slots().items():
+            for key, parameter in slot.named_parameters():
+                if key not in self.method.frozen:
+                    yield f"{name}.{key}", parameter
+        yield from self.shared.trained.items()
+        for name, saved in self.saved.items():
+            for key, parameter in saved.copies[self.key].named_parameters():
+                yield f"{name}.{key}", parameter
+
+    def freeze_others(self, root: nn.Module) -> None:
+        """Freeze all of a model's parameters but these."""
+        own = {id(parameter) for _, parameter in self.parameters()}
+        for parameter in root.parameters():
+            if id(parameter) not in own:
+                parameter.requires_grad_(False)
+
+
+def settle_gradients(adapters: Mapping[str, Installed], perhaps_trained: set[str], active: Sequence[str]) -> None:
+    """Let the active adapters train, unless they are for inference only, and take all gradients from the others.
+
+    Args:
+        adapters: all of a model's, by name.
+        perhaps_trained: those that may have gradients now; the active ones afterwards. The others are not looked at,
+            so that a change among thousands of adapters costs no more than one among two.
+        active: the names of the active ones.
+
+    """
+    for name in {*(name for name in perhaps_trained if name in adapters), *active}:
+        wanted = name in active and not adapters[name].config.inference_mode
+        for _, parameter in adapters[name].parameters():
+            parameter.requires_grad_(wanted)
+            if not wanted:
+                parameter.grad = None
+    perhaps_trained.clear()
+    perhaps_trained.update(active)
+
+
+def check_compatible(active: Mapping[str, Installed]) -> None:
+    """Refuse adapters that cannot be active together: two that are not additive, or that replace one module."""
+    faults: list[str] = []
+    owners: dict[str, str] = {}
+    rigid: dict[str, str] = {}
+    for name, installed in active.items():
+        makes: type[Delta] = installed.method.makes
+        for layer in installed.layers if not makes.additive else ():
+            if layer in rigid:
+                faults.append(f"layer {layer!r}: {rigid[layer]!r} and {name!r} are both not additive")
+            rigid[layer] = name
+        for module in installed.saved:
+            if module in owners:
+                faults.append(f"module {module!r}: {owners[module]!r} and {name!r} both replace it whole")
+            owners[module] = name
+    if faults:
+        raise UnsupportedError(gather("these adapters cannot be active together:", faults))
