@@ -48,6 +48,8 @@ def run(
     kind: LayerKind, storage: Storage, module: nn.Module, slot: Slot, delta: LowRank, x: Tensor, way: Way
 ) -> Tensor | None:
     """The layer's output with ``delta`` in it (..., out); None where the two must run one after the other."""
+    if lowrank.plain() or not isinstance(x, Tensor):  # what is no tensor is refused by the layer, in its words
+        return None
     weight = _weight(kind, storage, module, x)
     if weight is None or not _fits(x, storage.dtype(module), delta):
         return None
@@ -63,9 +65,10 @@ def run(
 
 def _weight(kind: LayerKind, storage: Storage, module: nn.Module, x: Tensor) -> Tensor | Callable[[], Tensor] | None:
     """The canonical matrix (out, in), or what reads it; None where the layer is more than its product with it."""
-    if not (storage.multiplies_read or (storage.lossless and kind.is_product(module, x))) or _hooked(module):
+    reads = storage.multiplies_read(module, torch.is_grad_enabled() and x.requires_grad)
+    if not (reads or (storage.lossless and kind.is_product(module, x))) or _hooked(module):
         return None
-    if storage.multiplies_read:
+    if reads:
         held = storage.keep(module)  # the weight of now, whatever is merged before the backward
         return lambda: kind.canonical(module, storage.read(module, held))
     weight = module._parameters.get(storage.weight_name)
@@ -105,6 +108,8 @@ def _choice(slot: Slot, delta: LowRank, x: Tensor, way: Way) -> Choice:
     if slot.inputs is not None:
         shared = slot.inputs[0]
         shape = shape._replace(sharers=len(shared.outs), mean_out=shared.mean_out)
+    if type(shape.tokens) is not int:  # a tracer's symbol: the graph is to serve any number of tokens
+        return ways.WAYS[Way.FACTORED]
     return ways.pick(shape) if torch.compiler.is_compiling() else _picked(shape)
 
 

@@ -43,6 +43,7 @@ __all__ = [
     "low_rank_matrix",
     "needs_z",
     "no_autocast",
+    "plain",
     "scale_features",
     "swallowed",
 ]
@@ -78,7 +79,7 @@ def scale_features(h: Tensor, vector: Tensor | None, scale: float) -> Tensor:
     """
     if vector is None:
         return h if scale == 1.0 else h * scale
-    factor = vector if scale == 1.0 else vector * scale
+    factor = vector if scale == 1.0 else vector.to(torch.promote_types(h.dtype, vector.dtype)) * scale
     return (h * factor).to(h.dtype)
 
 
@@ -168,11 +169,18 @@ class Factors(NamedTuple):
 # -- the plain forms: what the functions below must equal ----------------------------------------------
 
 
-def _plain() -> bool:
-    """Whether to leave the gradients to autograd: transforms of torch.func, and forward-mode derivatives."""
+# New in torch 2.7.
+_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", torch._C._is_tracing)
+
+
+def plain() -> bool:
+    """Whether gradients are left to autograd: in transforms of torch.func and forward-mode derivatives; and in
+    torch.export and torch.jit.trace, whose graphs then serve any number of tokens.
+    """
     if torch.compiler.is_compiling():
-        return False
-    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+        return _exporting()
+    transformed = torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    return transformed or torch._C._is_tracing()
 
 
 def _few(tokens: int, b: Tensor) -> bool:
@@ -190,7 +198,7 @@ def lift(y: Tensor, z: Tensor, factors: Factors, axis: int = -1) -> Tensor:
         axis: where the features are, -1 or 1; with 1 the axes behind it are places (a convolution's).
 
     """
-    if _plain():
+    if plain():
         moved = factors.applied(z if axis == -1 else z.movedim(axis, -1))
         return y + (moved if axis == -1 else moved.movedim(-1, axis)).to(y.dtype)
     own = (factors.b, factors.mid, factors.out)
@@ -222,7 +230,7 @@ def linear(
             computed here if it is needed.
 
     """
-    if _plain():
+    if plain():
         y = F.linear(x, weight if isinstance(weight, Tensor) else weight(), bias)
         return y + factors.applied(F.linear(x, a) if z is None else z).to(y.dtype)
     if z is None and not a.requires_grad and needs_z(choice, factors):
@@ -377,7 +385,6 @@ class _Linear(torch.autograd.Function):
         kept = (x if keep_x else None, own if keep_z else None, weight if needs[0] else None)
         ctx.save_for_backward(*kept, a, b, mid, out)
         ctx.scale, ctx.choice, ctx.read, ctx.own_z = scale, choice, read, z is None
-        ctx.shape = x.shape
         return y
 
     @staticmethod
@@ -404,20 +411,20 @@ class _Linear(torch.autograd.Function):
                     assert lowered is not None
                     grad_a = _statistic(lowered, _rows(x), a).to(a.dtype)
             found = (None, None, None) if statistic is None else factors.gradients(statistic, needs[5:8])
-            dx = _input_gradient(ctx, rows, lowered, weight, a, factors) if needs[0] else None
+            dx = _input_gradient(ctx, g, lowered, weight, a, factors) if needs[0] else None
             dz = None
             if needs[1] and not choice.merged_input:
                 assert lowered is not None
-                dz = lowered.view(*ctx.shape[:-1], -1)
+                dz = lowered.view(*g.shape[:-1], lowered.shape[1])
             bias = rows.sum(0) if needs[3] else None
         return dx, dz, None, bias, grad_a, *found, None, None, None
 
 
 def _input_gradient(
-    ctx: Any, rows: Tensor, lowered: Tensor | None, weight: Tensor | None, a: Tensor, factors: Factors
+    ctx: Any, g: Tensor, lowered: Tensor | None, weight: Tensor | None, a: Tensor, factors: Factors
 ) -> Tensor:
     """dL/dx (..., in); the part that goes through z is left to z's own graph where z was given."""
-    w = weight if ctx.read is None else ctx.read()
+    w, rows = weight if ctx.read is None else ctx.read(), _rows(g)
     assert w is not None
     if ctx.choice.merged_input:
         dx = rows @ factors.merged(w, a, again=True)
@@ -426,4 +433,4 @@ def _input_gradient(
         dx = torch.addmm(rows @ w, lowered, a.to(lowered.dtype))
     else:
         dx = rows @ w
-    return dx.view(ctx.shape)
+    return dx.view(*g.shape[:-1], w.shape[1])

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple, final
 
 from ..errors import ConfigError, did_you_mean
 
-__all__ = ["Choice", "Shape", "Way", "costs", "pick"]
+__all__ = ["Choice", "Shape", "Way", "costs", "multiply_adds", "pick"]
 
 # What reading and writing one number costs, in multiply-adds: the ratio of a machine's arithmetic to its memory.
 # About the same on a CPU core with AVX-512 (50 G multiply-adds/s, 8 GB/s) and on a GPU (30 T/s in float32, 3 TB/s).
@@ -91,21 +91,38 @@ class Shape(NamedTuple):
     trained_a: bool = False
 
 
-def costs(shape: Shape, choice: Choice) -> float:
-    """Multiply-adds of one step beyond the frozen layer's own, memory passes included at :data:`PASS` each."""
+def multiply_adds(shape: Shape, choice: Choice) -> float:
+    """Multiply-adds of one step beyond the frozen layer's own; those of a z that n layers share count 1 / n."""
     t, i, o, r, n = shape.tokens, shape.inn, shape.out, shape.rank, shape.sharers
-    build = r * i * o + PASS * i * o
-    total: float = build if choice.merged_forward else t * r * o + PASS * t * o
-    lowered = t * r * o if (shape.vectors and shape.trained_a) else 0  # g F, which the gradient of a needs anyway
-    if shape.input:
-        own = t * r * o - lowered + (t * r * i + PASS * t * i) / n
-        total += build if choice.merged_input else own
+    build = r * i * o
+    total: float = build if choice.merged_forward else t * r * o
+    if _needs_z(shape, choice):
+        total += t * r * i / n
     if shape.vectors:
         width = shape.mean_out or o
-        dense = t * i * width + r * i * width + (r * i * width if shape.trained_a else 0)
-        total += dense if choice.dense else t * r * width + lowered + (t * r * i if shape.trained_a else 0)
-    z = t * r * i / n
-    return total + (z if _needs_z(shape, choice) else 0)
+        total += (t * i + r * i) * width if choice.dense else t * r * width
+        if shape.trained_a:
+            total += r * i * width if choice.dense else t * r * i
+    if shape.input and choice.merged_input:
+        total += build
+    elif shape.input:
+        total += t * r * i / n
+    return total + (t * r * o if _lowers(shape, choice) else 0)
+
+
+def costs(shape: Shape, choice: Choice) -> float:
+    """:func:`multiply_adds` and, at :data:`PASS` each, the numbers that are written beside the products."""
+    t, i, o, n = shape.tokens, shape.inn, shape.out, shape.sharers
+    passes: float = i * o if choice.merged_forward else t * o
+    if shape.input:
+        passes += i * o if choice.merged_input else t * i / n
+    return multiply_adds(shape, choice) + PASS * passes
+
+
+def _lowers(shape: Shape, choice: Choice) -> bool:
+    """Whether g F (T, r) is made: for the gradient of x, for that of a trained a, or once for both."""
+    through_z = shape.input and not choice.merged_input
+    return through_z or (shape.vectors and shape.trained_a and not choice.dense)
 
 
 def _needs_z(shape: Shape, choice: Choice) -> bool:
@@ -119,4 +136,9 @@ def pick(shape: Shape) -> Choice:
         forms = [form for form in forms if not form.dense]
     if not shape.input:
         forms = [form for form in forms if form.merged_input == form.merged_forward]
-    return min(forms, key=lambda form: costs(shape, form))
+    best, least = forms[0], costs(shape, forms[0])
+    for form in forms[1:]:  # a plain loop: torch.compile follows it where the number of tokens is a symbol
+        cost = costs(shape, form)
+        if cost < least:
+            best, least = form, cost
+    return best

@@ -19,14 +19,11 @@ class Storage(ABC):
 
     ``lossless``: what is written can be read back, up to the rounding of a float. ``differentiable``: the
     layer's own forward passes the gradient on to its input; where it does not, :meth:`prepare` makes it do so.
-    ``multiplies_read``: a linear layer's own forward multiplies by what :meth:`read` gives, and does nothing else,
-    though it is the vendor's.
     """
 
     name: ClassVar[str]
     lossless: ClassVar[bool]
     differentiable: ClassVar[bool]
-    multiplies_read: ClassVar[bool] = False
     # What a module calls its weight and its bias.
     weight_name: str = "weight"
     bias_name: str = "bias"
@@ -104,6 +101,17 @@ class Storage(ABC):
     @abstractmethod
     def dtype(self, module: nn.Module) -> torch.dtype:
         """The dtype in which the layer computes; where it :meth:`follows_input`, the best guess before any input."""
+
+    def multiplies_read(self, module: nn.Module, differentiated: bool) -> bool:
+        """Whether a product with what :meth:`read` gives may stand for a linear layer's forward, though that is the
+        vendor's.
+
+        Args:
+            module: the layer.
+            differentiated: whether the gradient of its input is wanted.
+
+        """
+        return False
 
     def follows_input(self, module: nn.Module) -> bool:
         """Whether the layer computes in the dtype of its input, whatever that is."""

@@ -34,7 +34,6 @@ class BnB4bit(Storage):
     name: ClassVar[str] = "bnb-4bit"
     lossless: ClassVar[bool] = False
     differentiable: ClassVar[bool] = True
-    multiplies_read: ClassVar[bool] = True
 
     def matches(self, module: nn.Module) -> bool:
         return is_a(module, "Linear4bit", "bitsandbytes")
@@ -113,6 +112,9 @@ class BnB4bit(Storage):
             given = _state(module.get_parameter("weight")).dtype
         assert isinstance(given, torch.dtype)
         return given
+
+    def multiplies_read(self, module: nn.Module, differentiated: bool) -> bool:
+        return True
 
     def follows_input(self, module: nn.Module) -> bool:
         return getattr(module, "compute_dtype", None) is None

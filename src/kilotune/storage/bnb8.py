@@ -7,6 +7,7 @@ first forward.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, ClassVar, final
 
@@ -105,8 +106,9 @@ def _put(module: nn.Module, weight: nn.Parameter, scales: Tensor) -> None:
     """Put codes and scales where a layer that has not run yet has them; its next forward takes them from there."""
     fresh: Any = weight
     fresh.CB, fresh.SCB = weight.data, scales
-    state: Any = module.state
+    state: Any = copy.copy(module.state)  # a backward that is still to come reads its codes from the old one
     state.CB = state.SCB = None
+    module.state = state
     module.register_parameter("weight", weight)
 
 

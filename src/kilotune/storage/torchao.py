@@ -78,6 +78,10 @@ class _TorchAO(Storage):
     def dtype(self, module: nn.Module) -> torch.dtype:
         return module.get_parameter("weight").dtype
 
+    def multiplies_read(self, module: nn.Module, differentiated: bool) -> bool:
+        # Where no gradient is wanted the vendor's kernels run. Where one is, autograd would keep the weight's floats.
+        return differentiated and type(module) in (nn.Linear, PassingLinear)
+
     def device(self, module: nn.Module) -> torch.device:
         return module.get_parameter("weight").device
 
