@@ -489,6 +489,18 @@ def test_lift_keeps_z_alone() -> None:
         assert storages(kept) == storages([z, b, d, v])
 
 
+def test_float32_vectors_in_float64_products_are_widened_before_they_are_scaled() -> None:
+    """The forms with few rows and with many then agree to float64's rounding."""
+    vector, scale = torch.rand(5) + 0.1, 1.0 / 3.0
+    found = lowrank.scale_features(torch.ones(5, dtype=torch.float64), vector, scale)
+    torch.testing.assert_close(found, vector.double() * scale, rtol=1e-15, atol=0.0)
+    t = Case((2, 20), trained=frozenset()).tensors()
+    t["mid"], t["out"] = needed(t["mid"]).float(), needed(t["out"]).float()
+    many = run(t, FACTORED, scale=scale)
+    few = torch.stack([run({**t, "x": row}, FACTORED, scale=scale) for row in needed(t["x"]).flatten(0, 1)])
+    torch.testing.assert_close(few.view_as(many), many, rtol=1e-12, atol=1e-12)
+
+
 # -- 16 bits ----------------------------------------------------------------------------------------------
 
 NARROW = pytest.mark.parametrize("dtype", lowrank.NARROW, ids=str)
