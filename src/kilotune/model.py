@@ -245,8 +245,9 @@ class AdapterModel(nn.Module, ABC):
         """Say how layers with low-rank adapters run; for tests and experts, since 'picked' is the default.
 
         Args:
-            way: 'picked' (the cost model of docs/performance.md), 'factored', 'merged' or 'dense'. In 16 bits the last
-                two serve where the change's measured rounding error is small; other steps run factored.
+            way: 'picked' (the cost model of docs/performance.md), 'factored', 'merged' or 'dense'. The last two are for
+                linear layers that are nothing but their product, and in 16 bits for steps in which the change's
+                measured rounding error is small; everything else runs factored.
 
         Raises:
             ConfigError: another way.

@@ -329,7 +329,7 @@ class _Lift(torch.autograd.Function):
         ctx: Any, y: Tensor, z: Tensor, b: Tensor, mid: Tensor | None, out: Tensor | None, scale: float, axis: int
     ) -> Tensor:
         ctx.save_for_backward(z, b, mid, out)
-        ctx.scale, ctx.axis, ctx.dtype = scale, axis, y.dtype
+        ctx.scale, ctx.axis = scale, axis
         return _lifted(y, z, Factors(b, mid, out, scale), axis)
 
     @staticmethod
