@@ -421,5 +421,5 @@ def save_figure(made: Any, folder: Path, stem: str) -> Path:
     """Write ``<stem>.png``; returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{stem}.png"
-    made.savefig(path, dpi=110)
+    made.savefig(path, dpi=110, bbox_inches="tight")
     return path

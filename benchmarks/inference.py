@@ -131,7 +131,7 @@ def draw(cases: Sequence[Case], chosen: argparse.Namespace, where: str, stem: st
     axis.set_xlabel("tokens in a forward")
     axis.set_ylabel("time / base model's")
     axis.axhline(1.0, color="black", linewidth=0.8)
-    axis.legend(fontsize=7)
+    axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1.0))  # beside the lines, not on them
     axis.set_title(f"{where}; {chosen.dtype}", fontsize=8)
     return harness.save_figure(made, chosen.out, stem)
 
