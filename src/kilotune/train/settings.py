@@ -1,0 +1,455 @@
+"""What a fine-tuning is run with. Frozen, checked when built, every fault reported with the nearest valid name.
+
+The text beside each field is its only home: ``kilotune init`` writes it into the config file, the command line and
+docs/training.md show it. Plain values, YAML and overrides are read in :mod:`kilotune.train.config_file`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, cast, final
+
+from ..config import AdapterConfig, FrozenDict
+from ..errors import ConfigError, did_you_mean, gather
+from ..methods import METHODS, PRESETS, get_config
+from .fields import (
+    EPOCH,
+    Section,
+    flag,
+    interval,
+    mapping,
+    number,
+    one_of,
+    or_none,
+    paths,
+    setting,
+    text,
+    warmup,
+)
+
+__all__ = [
+    "TASK_NAMES",
+    "AdapterSettings",
+    "DataSettings",
+    "LogSettings",
+    "ModelSettings",
+    "TrainSettings",
+    "TrainingSettings",
+    "usual_rate",
+]
+
+TASK_NAMES = (
+    "causal-lm",
+    "text-classification",
+    "regression",
+    "token-classification",
+    "image-classification",
+    "seq2seq",
+)
+ROLES = (
+    "text",
+    "text_pair",
+    "prompt",
+    "completion",
+    "messages",
+    "label",
+    "tokens",
+    "tags",
+    "image",
+    "source",
+    "target",
+)
+SPLITS = ("train", "validation", "test")
+WHOLE_METHODS = ("full", "head")  # no adapter: every weight, or the task's head alone, is trained
+METHOD_NAMES = (*METHODS, *PRESETS, *WHOLE_METHODS)
+
+USUAL_RATES: Mapping[str, float] = {
+    "lora": 2e-4,
+    "vera": 4e-3,
+    "ia3": 5e-3,
+    "bitfit": 1e-3,
+    "loraxs": 2e-3,
+    "unilora": 5e-3,
+    "bottleneck": 3e-4,
+    "intrinsic": 1e-2,
+    "full": 2e-5,
+    "head": 1e-3,
+}
+"""Where to begin with each method; docs/training.md says where each number is from. No rate is right for every model
+and every data set: ``kilotune compare`` searches."""
+
+
+def _base(name: str, value: Any) -> list[str]:
+    return [f"{name}: is missing: a folder, or a hub id such as 'org/name'"] if value == "" else text(name, value)
+
+
+def _splits(name: str, value: Any) -> list[str]:
+    if found := mapping(name, value):
+        return found
+    faults = [
+        f"{name}: there is no split {key!r} here.{did_you_mean(key, SPLITS)} Splits: {', '.join(SPLITS)}"
+        for key in value
+        if key not in SPLITS
+    ]
+    return faults + [
+        f"{name}.{key}: expected a split's name, got {split!r}"
+        for key, split in value.items()
+        if not (isinstance(split, str) and split)
+    ]
+
+
+def _columns(name: str, value: Any) -> list[str]:
+    found = mapping(name, value)
+    if found:
+        return found
+    faults = [
+        f"{name}: there is no role {role!r}.{did_you_mean(role, ROLES)} Roles: {', '.join(ROLES)}"
+        for role in value
+        if role not in ROLES
+    ]
+    return faults + [
+        f"{name}.{role}: expected a column's name, got {column!r}"
+        for role, column in value.items()
+        if not (isinstance(column, str) and column)
+    ]
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings(Section):
+    """The base model: which one, and how its weights are held."""
+
+    SECTION: ClassVar[str] = "model"
+
+    base: str = setting("", _base, "The base model: a folder, or a hub id such as 'org/name'.")
+    revision: str | None = setting(None, or_none(text), "The revision of a hub id: a branch, tag or commit.")
+    dtype: str = setting(
+        "auto",
+        one_of("auto", "float32", "bfloat16", "float16"),
+        "In what the frozen weights are held. auto: as they were saved. What is trained is float32 in any case.",
+    )
+    quantization: str = setting(
+        "none",
+        one_of("none", "nf4", "int8"),
+        "Quantise the frozen weights while loading, with bitsandbytes: nf4 (QLoRA's 4 bits) or int8.",
+    )
+    gradient_checkpointing: bool = setting(
+        False, flag, "Compute activations again in the backward pass: less memory, about a third more time."
+    )
+    attention: str | None = setting(
+        None, or_none(text), "transformers' implementation of attention: eager, sdpa, ...; null: its own choice."
+    )
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class AdapterSettings(Section):
+    """What is trained."""
+
+    SECTION: ClassVar[str] = "adapter"
+
+    method: str = setting(
+        "vera",
+        one_of(*METHOD_NAMES),
+        f"What is trained: {', '.join(METHOD_NAMES)}. 'full' is every weight, 'head' the task's head alone.",
+    )
+    options: Mapping[str, Any] = setting(
+        FrozenDict(), mapping, "The method's own options, such as r and target_modules; docs/adapters.md lists them."
+    )
+    start: str | None = setting(
+        None,
+        or_none(text),
+        "An adapter of the same base (a folder or a hub id) to go on from, in place of a fresh one.",
+    )
+
+    @classmethod
+    def together(cls, values: Mapping[str, Any]) -> list[str]:
+        method, options, start = values["method"], values["options"], values["start"]
+        if start is not None and options:
+            return [
+                f"{cls.key('options')}: an adapter that is gone on from ({cls.key('start')}) brings its own options"
+            ]
+        if method in WHOLE_METHODS:
+            given = [name for name, value in (("options", options), ("start", start)) if value]
+            return [f"{cls.key(name)}: method {method!r} is no adapter, so it has none" for name in given]
+        try:
+            get_config(method, **options)
+        except (ConfigError, TypeError) as error:
+            lines = str(error).split("\n  - ")
+            return [f"{cls.key('options')}: {line}" for line in lines[1:] or lines]
+        return []
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether an adapter is trained, and not the model itself."""
+        return self.method not in WHOLE_METHODS
+
+    def config(self, **more: Any) -> AdapterConfig:
+        """The adapter's configuration; ``more`` adds options that were not given.
+
+        Raises:
+            ConfigError: 'full' and 'head' have none.
+
+        """
+        if not self.is_adapter:
+            raise ConfigError(f"{self.key('method')}: {self.method!r} is no adapter, so it has no configuration")
+        return get_config(self.method, **{**more, **self.options})
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class DataSettings(Section):
+    """The data: where it is, what its columns mean, how it is cut."""
+
+    SECTION: ClassVar[str] = "data"
+
+    train: str | Sequence[str] | None = setting(
+        None, or_none(paths), "A file, a list of files, a folder of images, or 'hub:NAME' for a data set of the hub."
+    )
+    validation: str | Sequence[str] | None = setting(
+        None,
+        or_none(paths),
+        "The same, for the evaluations between; null: validation_fraction of train, if that is set.",
+    )
+    test: str | Sequence[str] | None = setting(
+        None, or_none(paths), "The same, for one evaluation at the end; null: test_fraction of train, if that is set."
+    )
+    subset: str | None = setting(None, or_none(text), "The configuration of a hub data set that has several.")
+    splits: Mapping[str, str] = setting(
+        FrozenDict(),
+        _splits,
+        "Which splits of a hub data set are train, validation and test: {train: train, validation: dev}.",
+    )
+    validation_fraction: float = setting(
+        0.0, number(0, 0.9), "The part of train that is held out for validation; the seed decides which rows."
+    )
+    test_fraction: float = setting(0.0, number(0, 0.9), "The part of train that is held out as the test split.")
+    format: str = setting(
+        "auto",
+        one_of("auto", "jsonl", "json", "csv", "parquet", "images", "hub"),
+        "What the files are; auto: by their names.",
+    )
+    columns: Mapping[str, str] = setting(
+        FrozenDict(),
+        _columns,
+        f"Which column has which role, where its name is another: {{prompt: question}}. Roles: {', '.join(ROLES)}.",
+    )
+    max_length: int | None = setting(
+        None,
+        or_none(number(2, whole=True)),
+        "Tokens per row; longer rows are cut, and counted in the plan. null: what the model takes, 1024 at most.",
+    )
+    loss_on: str = setting(
+        "answer",
+        one_of("answer", "all"),
+        "answer: the loss is on completions and the assistant's messages; all: on every token. Plain text has no "
+        "answer, so all of it counts.",
+    )
+    packing: bool = setting(False, flag, "Put several short rows into one sequence, each blind to the others.")
+    limit: int | None = setting(None, or_none(number(1, whole=True)), "Take the first so many rows of train only.")
+
+    @classmethod
+    def together(cls, values: Mapping[str, Any]) -> list[str]:
+        faults = []
+        for split in ("validation", "test"):
+            if values[split] is not None and values[f"{split}_fraction"]:
+                faults.append(
+                    f"{cls.key(f'{split}_fraction')}: has no effect beside {cls.key(split)}; give one of them"
+                )
+        if values["validation_fraction"] + values["test_fraction"] >= 1:
+            faults.append(f"{cls.key('validation_fraction')} and {cls.key('test_fraction')} leave nothing to train on")
+        return faults
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings(Section):
+    """How it is trained."""
+
+    SECTION: ClassVar[str] = "training"
+
+    epochs: float = setting(3.0, number(0, above=True), "How often all of train is gone through.")
+    max_steps: int | None = setting(
+        None, or_none(number(1, whole=True)), "Stop after so many steps of the optimizer, whatever epochs says."
+    )
+    batch_size: int = setting(8, number(1, whole=True), "Rows per device and forward pass.")
+    eval_batch_size: int | None = setting(
+        None, or_none(number(1, whole=True)), "The same where nothing is learned; null: batch_size."
+    )
+    accumulation: int = setting(1, number(1, whole=True), "Batches whose gradients are added up for one step.")
+    learning_rate: float | None = setting(
+        None,
+        or_none(number(0, above=True)),
+        "The highest learning rate; null: the method's usual one (VeRA's is 20 times LoRA's).",
+    )
+    head_learning_rate: float | None = setting(
+        None,
+        or_none(number(0, above=True)),
+        "Another one for what is trained whole beside the adapter, such as a classifier.",
+    )
+    lora_plus_ratio: float | None = setting(
+        None, or_none(number(1)), "LoRA+: the second factor (B) learns at so many times the rate; 16 in the paper."
+    )
+    schedule: str = setting(
+        "linear", one_of("linear", "cosine", "constant"), "How the learning rate goes from its highest to the end."
+    )
+    warmup: float = setting(
+        0.06, warmup, "How long the rate rises from 0: below 1 a part of all steps, else a number of steps."
+    )
+    weight_decay: float = setting(0.0, number(0), "AdamW's weight decay.")
+    max_grad_norm: float | None = setting(
+        1.0, or_none(number(0, above=True)), "Gradients are scaled down to this norm; null: never."
+    )
+    seed: int = setting(
+        0, number(0, whole=True), "Decides what is drawn: splits, order, dropout, fresh heads, adapters."
+    )
+    precision: str = setting(
+        "float32",
+        one_of("float32", "bfloat16"),
+        "bfloat16: products run in bfloat16 (autocast), what is trained and its sums stay float32.",
+    )
+    eval_every: int | str | None = setting(
+        EPOCH, or_none(interval), "Evaluate on validation every so many steps, or every 'epoch'; null: never."
+    )
+    save_every: int | str | None = setting(
+        None, or_none(interval), "Write a checkpoint every so many steps, or every 'epoch'; null: as eval_every."
+    )
+    keep_checkpoints: int = setting(2, number(1, whole=True), "How many checkpoints are kept; the best one always is.")
+    early_stopping: int | None = setting(
+        None, or_none(number(1, whole=True)), "Stop after so many evaluations without a better one; null: never."
+    )
+    best_metric: str | None = setting(
+        None,
+        or_none(text),
+        "By which number an evaluation is the better one, such as loss or accuracy; null: the task's.",
+    )
+    load_best: bool | None = setting(
+        None, or_none(flag), "Whether the best evaluation's adapter is the result; null: where there is validation."
+    )
+    workers: int = setting(0, number(0, 256, whole=True), "Processes that prepare batches beside the one that trains.")
+    device: str = setting("auto", one_of("auto", "cpu", "cuda"), "Where it runs; auto: a GPU where there is one.")
+
+    @classmethod
+    def together(cls, values: Mapping[str, Any]) -> list[str]:
+        faults = []
+        evaluates, saves = values["eval_every"], values["save_every"] or values["eval_every"] or EPOCH
+        if evaluates is None:
+            for name in ("early_stopping", "best_metric", "load_best", "eval_batch_size"):
+                if values[name]:
+                    faults.append(f"{cls.key(name)}: has no effect with {cls.key('eval_every')} null")
+        elif values["load_best"] is not False and not _multiple(saves, evaluates):
+            faults.append(
+                f"{cls.key('save_every')}: expected {evaluates!r} or a multiple of it ({cls.key('eval_every')}), so "
+                f"that the best evaluation has a checkpoint, got {saves!r}; or set {cls.key('load_best')} to false"
+            )
+        return faults
+
+    @property
+    def saving(self) -> int | str:
+        """``save_every``, filled in."""
+        return self.save_every or self.eval_every or EPOCH
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class LogSettings(Section):
+    """What is shown and written while it runs."""
+
+    SECTION: ClassVar[str] = "logging"
+
+    progress: str = setting(
+        "auto",
+        one_of("auto", "bar", "plain", "json", "quiet"),
+        "bar: a bar that moves; plain: lines; json: one JSON object a line; quiet: nothing. auto: bar on a terminal.",
+    )
+    log_every: int = setting(10, number(1, whole=True), "Write the loss every so many steps.")
+    csv: bool = setting(True, flag, "Write logs/history.csv beside logs/history.jsonl.")
+    tensorboard: bool = setting(False, flag, "Write TensorBoard's files into logs/tensorboard.")
+    report: bool = setting(True, flag, "Write plots/*.png and report.html at the end.")
+
+
+_NO_MODEL = cast("ModelSettings", None)  # TrainSettings refuses it: its absence is one clear line
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings(Section):
+    """Everything that decides a fine-tuning."""
+
+    task: str = setting("causal-lm", one_of(*TASK_NAMES), f"What is learned: {', '.join(TASK_NAMES)}.")
+    output: str | None = setting(
+        None,
+        or_none(text),
+        "The folder for the adapter, its checkpoints, logs and report; never overwritten without --force.",
+    )
+    model: ModelSettings = _NO_MODEL
+    adapter: AdapterSettings = field(default_factory=AdapterSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+    logging: LogSettings = field(default_factory=LogSettings)
+
+    @classmethod
+    def known(cls) -> list[str]:
+        return [*cls.names(), *SECTIONS]
+
+    def __post_init__(self) -> None:
+        faults = [
+            f"{name}: expected {wanted.__name__}, got {getattr(self, name)!r}"
+            for name, wanted in SECTIONS.items()
+            if not isinstance(getattr(self, name), wanted)
+        ]
+        if faults:
+            raise ConfigError(gather("TrainSettings:", faults))
+        super().__post_init__()
+        if faults := between({name: getattr(self, name) for name in self.known()}):
+            raise ConfigError(gather("TrainSettings:", faults))
+
+    @property
+    def learning_rate(self) -> float:
+        """The highest learning rate: the one given, or the method's usual one."""
+        given = self.training.learning_rate
+        return usual_rate(self.adapter.method) if given is None else given
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), **{name: getattr(self, name).to_dict() for name in SECTIONS}}
+
+
+SECTIONS: Mapping[str, type[Section]] = {
+    section.SECTION: section
+    for section in (ModelSettings, AdapterSettings, DataSettings, TrainingSettings, LogSettings)
+}
+
+
+def usual_rate(method: str) -> float:
+    """The learning rate to begin with for a method; that of the method whose preset a name is."""
+    return USUAL_RATES[PRESETS.get(method, (method, {}))[0]]
+
+
+# -- what holds between fields -------------------------------------------------------------------------
+
+
+def between(values: Mapping[str, Any]) -> list[str]:
+    """What is wrong between sections; each is right by itself."""
+    task, model, adapter, data, training = (values[n] for n in ("task", "model", "adapter", "data", "training"))
+    faults = []
+    if not adapter.is_adapter:
+        if adapter.method == "full" and model.quantization != "none":
+            faults.append("model.quantization: quantised weights cannot be trained by 'full'; train an adapter on them")
+        for name in ("lora_plus_ratio", "head_learning_rate"):
+            if getattr(training, name) is not None:
+                faults.append(f"training.{name}: has no effect with adapter.method {adapter.method!r}")
+    if task != "causal-lm":
+        changed = [name for name in ("packing", "loss_on") if getattr(data, name) != DataSettings.defaults()[name]]
+        faults += [f"data.{name}: is for the task causal-lm only, and the task is {task}" for name in changed]
+    if (data.format == "images") != (task == "image-classification") and data.format not in ("auto", "hub"):
+        faults.append(f"data.format: {data.format!r} does not fit the task {task}")
+    if task == "image-classification" and data.max_length is not None:
+        faults.append("data.max_length: pictures have no tokens")
+    return faults
+
+
+def _multiple(saves: int | str, evaluates: int | str) -> bool:
+    if isinstance(saves, str) or isinstance(evaluates, str):
+        return saves == evaluates
+    return saves % evaluates == 0
