@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -55,6 +56,8 @@ __all__ = [
     "check_adapter_name",
     "locate",
     "match_tensors",
+    "obtain",
+    "parse",
     "read",
     "state_of",
     "tensors_checksum",
@@ -274,11 +277,32 @@ def full_key(key: str, params: Mapping[str, Any]) -> str:
 # -- in --------------------------------------------------------------------------------------------
 
 
+def obtain(
+    source: str | os.PathLike[str] | AdapterFile,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    token: str | None = None,
+    cache_dir: str | None = None,
+    local_files_only: bool = False,
+) -> AdapterFile:
+    """The adapter in a folder or under a hub id (see :func:`locate`); ``source`` itself where it was read already."""
+    options = {"revision": revision, "subfolder": subfolder, "token": token, "cache_dir": cache_dir}
+    if not isinstance(source, AdapterFile):
+        return read(locate(source, **options, local_files_only=local_files_only))
+    if given := [name for name, value in options.items() if value is not None]:
+        raise ConfigError(f"{', '.join(given)}: for a folder or a hub id only; {source.folder} has been read already")
+    return source
+
+
 def read(folder: Path) -> AdapterFile:
     """Read an adapter's files and check what can be checked without a model."""
     whole = read_config(folder / CONFIG_NAME)
-    values = dict(whole)
-    section = values.pop(SECTION, {})
+    return parse(folder, whole, *read_weights(_weights_of(folder, whole)))
+
+
+def _weights_of(folder: Path, config: Mapping[str, Any]) -> Path:
+    """The file that holds the weights, after our part of the config was checked."""
+    section = config.get(SECTION, {})
     if not isinstance(section, dict):
         raise CheckpointError(f"{folder / CONFIG_NAME}: {SECTION!r}: expected an object, got {section!r}")
     if (version := section.get("format", FORMAT_VERSION)) != FORMAT_VERSION:
@@ -286,8 +310,18 @@ def read(folder: Path) -> AdapterFile:
             f"{folder / CONFIG_NAME}: format {version!r}, but this version reads format {FORMAT_VERSION}; "
             "a newer kilotune is needed"
         )
-    weights = within(folder, str(section.get("weights", WEIGHTS_NAME)), f"{CONFIG_NAME}: weights")
-    tensors, metadata = read_weights(weights)
+    return within(folder, str(section.get("weights", WEIGHTS_NAME)), f"{CONFIG_NAME}: weights")
+
+
+def parse(
+    folder: Path, whole: Mapping[str, Any], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> AdapterFile:
+    """An adapter of the parts that its two files have, checked as far as can be without a model.
+
+    ``folder``: where they are from, for messages; nothing is read from there.
+    """
+    values, weights = dict(whole), _weights_of(folder, whole)
+    section = values.pop(SECTION, {})
     ours = {key: value for key, value in section.items() if key not in ("format", "weights")}
     ours.update(_header_options(weights, metadata))
     try:
@@ -312,7 +346,8 @@ def read(folder: Path) -> AdapterFile:
     brought = {k: layered.pop(k) for k in list(layered) if k.rpartition(".")[2] in method_cls.file_only}
     extra.update(brought)
     method = load_method(config, extra, metadata.get("kilotune_projections_sha256"))
-    return AdapterFile(folder, method.config, method, layered, extra, section, metadata, _doubled(whole, metadata))
+    doubled = _doubled(whole, metadata)
+    return AdapterFile(folder, method.config, method, layered, extra, section, dict(metadata), doubled)
 
 
 def match_tensors(file: AdapterFile, made: Plan, base_name: str) -> dict[str, Tensor]:

@@ -17,6 +17,8 @@ __all__ = [
     "KilotuneError",
     "MergeError",
     "MissingExtraError",
+    "ResourceError",
+    "StoreError",
     "TargetError",
     "UnsupportedError",
     "did_you_mean",
@@ -56,6 +58,14 @@ class CheckpointError(KilotuneError):
 
 class DivergedError(KilotuneError):
     """A training's loss stopped being a finite number."""
+
+
+class ResourceError(KilotuneError):
+    """Memory or disk space ran out; the message says which settings need less of it."""
+
+
+class StoreError(KilotuneError):
+    """An adapter store cannot be opened, read or written: not there, busy, damaged, read-only or closed."""
 
 
 class MissingExtraError(KilotuneError, ImportError):

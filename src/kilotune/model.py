@@ -174,7 +174,7 @@ class AdapterModel(nn.Module, ABC):
 
     def load_adapter(
         self,
-        model_id: str | os.PathLike[str],
+        model_id: str | os.PathLike[str] | checkpoint.AdapterFile,
         adapter_name: str,
         is_trainable: bool = False,
         *,
@@ -186,6 +186,7 @@ class AdapterModel(nn.Module, ABC):
     ) -> None:
         """Load an adapter that kilotune or PEFT wrote, from a folder or a hub id; not active until set.
 
+        What was read already will do too: ``store.get("ann").file()`` of an adapter store.
         Everything is checked before the model is touched.
 
         Raises:
@@ -193,15 +194,7 @@ class AdapterModel(nn.Module, ABC):
 
         """
         self._check_new_name(adapter_name)
-        folder = checkpoint.locate(
-            model_id,
-            revision=revision,
-            subfolder=subfolder,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-        )
-        file = checkpoint.read(folder)
+        file = checkpoint.obtain(model_id, revision, subfolder, token, cache_dir, local_files_only)
         if not isinstance(file.config, self.configs):
             raise ConfigError(
                 f"{type(self).__name__} cannot load a {type(file.config).__name__} adapter; use PeftModel"
@@ -455,7 +448,7 @@ class PeftModel(AdapterModel):
     def from_pretrained(
         cls,
         model: nn.Module,
-        model_id: str | os.PathLike[str],
+        model_id: str | os.PathLike[str] | checkpoint.AdapterFile,
         adapter_name: str = DEFAULT,
         is_trainable: bool = False,
         *,
@@ -465,7 +458,7 @@ class PeftModel(AdapterModel):
         cache_dir: str | None = None,
         local_files_only: bool = False,
     ) -> PeftModel:
-        """Put a saved adapter (of kilotune or PEFT; a folder or a hub id) into a base model; it is active.
+        """Put a saved adapter (see :meth:`load_adapter`) into a base model; it is active.
 
         Raises:
             CheckpointError: the files are damaged or unsafe, or do not fit; the model is then untouched.

@@ -1,0 +1,114 @@
+"""What can be a name, an alias, a tag, a namespace, metadata: checked at the door of every store, the same in all."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+from ...checkpoint import check_adapter_name
+from ...errors import AdapterError
+
+__all__ = [
+    "check_alias",
+    "check_metadata",
+    "check_name",
+    "check_namespace",
+    "check_tags",
+    "check_which",
+    "literal_prefix",
+    "matches",
+]
+
+MAX_METADATA = 65_536  # bytes of its JSON
+MAX_TAGS = 64
+MAX_WORD = 100  # bytes of an alias or a tag
+NEWEST = "latest"
+MAX_VERSION = 2**31 - 1
+
+
+def check_name(name: object) -> str:
+    """The name of an adapter: it can name a folder too, so that every store can be exported."""
+    return check_adapter_name(name)
+
+
+def check_namespace(namespace: object) -> str:
+    """The name of a namespace: as that of an adapter."""
+    try:
+        return check_adapter_name(namespace)
+    except AdapterError as error:
+        raise AdapterError(str(error).replace("adapter name", "namespace", 1)) from None
+
+
+def check_alias(alias: object) -> str:
+    """An alias: a word that cannot be mistaken for a version's number."""
+    word = _word("alias", alias)
+    if word.isdecimal() or word == NEWEST:
+        raise AdapterError(
+            f"alias {word!r}: {'is a number, as versions are' if word != NEWEST else 'stands for the newest version'}; "
+            "take another word, such as 'live'"
+        )
+    return word
+
+
+def check_tags(tags: object) -> tuple[str, ...]:
+    """Tags, sorted, each once."""
+    if isinstance(tags, str) or not isinstance(tags, Sequence | set | frozenset):
+        raise AdapterError(f"tags: expected a list of words, got {tags!r}")
+    if len(tags) > MAX_TAGS:
+        raise AdapterError(f"tags: at most {MAX_TAGS}, got {len(tags)}")
+    return tuple(sorted({_word("tag", tag) for tag in tags}))
+
+
+def _word(what: str, word: object) -> str:
+    if not isinstance(word, str) or not word:
+        raise AdapterError(f"{what}: expected a non-empty word, got {word!r}")
+    size = len(word.encode(errors="replace"))
+    if size > MAX_WORD or any(ord(c) < 32 or 0xD800 <= ord(c) < 0xE000 for c in word):
+        raise AdapterError(
+            f"{what} {word!r}: at most {MAX_WORD} bytes in UTF-8 (got {size}), no control characters, no surrogates"
+        )
+    return word
+
+
+def check_metadata(metadata: object) -> str:
+    """The metadata as JSON text."""
+    if metadata is None:
+        return "{}"
+    if not isinstance(metadata, Mapping) or not all(isinstance(key, str) for key in metadata):
+        raise AdapterError(f"metadata: expected a mapping with words as keys, got {metadata!r:.200}")
+    try:
+        text = json.dumps(dict(metadata), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        size = len(text.encode())
+    except (TypeError, ValueError, RecursionError) as error:  # UnicodeEncodeError is a ValueError
+        raise AdapterError(f"metadata: only what JSON can say: {error}") from None
+    if size > MAX_METADATA:
+        raise AdapterError(f"metadata: at most {MAX_METADATA} bytes of JSON, got {size}")
+    return text
+
+
+def check_which(version: object) -> int | str | None:
+    """Which version: a number from 1, an alias, or None (also 'latest') for the newest."""
+    if version is None or version == NEWEST:
+        return None
+    if isinstance(version, bool) or not isinstance(version, int | str):
+        raise AdapterError(f"version: expected a number, an alias or None (the newest), got {version!r}")
+    if isinstance(version, str):
+        return check_alias(version)
+    if not 1 <= version <= MAX_VERSION:
+        raise AdapterError(f"version: expected a number from 1, got {version}")
+    return version
+
+
+def literal_prefix(pattern: str) -> str:
+    """What every name that the pattern matches begins with."""
+    return re.split(r"[*?\[]", pattern, maxsplit=1)[0]
+
+
+def matches(pattern: str | None, names: Sequence[str]) -> Iterator[bool]:
+    """Whether each name matches a shell's pattern, capitals and small letters being different."""
+    if pattern is None:
+        return iter([True] * len(names))
+    match = re.compile(fnmatch.translate(pattern)).match
+    return (match(name) is not None for name in names)

@@ -1,0 +1,243 @@
+"""What goes into a store and what comes out: contents, forms, versions, records. Plain data, no database.
+
+An adapter is its ``adapter_config.json`` and its tensors. Among thousands of users the configuration, the names and
+shapes of the tensors and the base are the same, and only the numbers differ. What is the same is a :class:`Form`,
+kept once; what differs is one flat row of bytes (packing.py).
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any, final
+
+from torch import Tensor
+
+from ...checkpoint import AdapterFile, parse
+from ...errors import CheckpointError
+from ...files import tensors_checksum, write
+from .fingerprint import Fingerprint
+from .packing import Layout
+
+__all__ = ["SUM", "Collected", "Contents", "Fault", "Form", "Moved", "Record", "Stats", "Version", "canonical"]
+
+SUM = "kilotune_sha256"  # the one value of a file's header that differs between adapters of one form
+
+
+def canonical(value: Any) -> str:
+    """One text for equal values: JSON with sorted keys and no spaces."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Contents:
+    """An adapter as its two files have it, wherever it came from.
+
+    config: the object of adapter_config.json. tensors: under the file's own keys (``base_model.model....``).
+    header: the metadata of adapter_model.safetensors. shared: the keys of frozen tensors that belong to no layer
+    (PEFT's vera_A and vera_B), which adapters of one seed have in common. exact: keys that are never rounded to int8,
+    because they belong to modules saved whole. base: the model that it was trained on, where that is known.
+    """
+
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+    header: Mapping[str, str]
+    shared: frozenset[str] = frozenset()
+    exact: frozenset[str] = frozenset()
+    base: Fingerprint | None = None
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Form:
+    """What adapters of one kind have in common; kept once in a store, however many there are.
+
+    config: of adapter_config.json. header: of the weights' file, without the checksum of the numbers. layout: keys,
+    shapes, types and packing of the numbers. shared: SHA-256 (hexadecimal) by key of the frozen tensors that all have.
+    base: the fingerprint of the base model, or None where it is not known.
+    """
+
+    config: Mapping[str, Any]
+    header: Mapping[str, str]
+    layout: Layout
+    shared: Mapping[str, str] = field(default_factory=dict)
+    base: Fingerprint | None = None
+
+    @cached_property
+    def text(self) -> str:
+        """The form as one JSON text, the base by its hash."""
+        base = None if self.base is None else self.base.sha256
+        parts = {"config": dict(self.config), "header": dict(self.header), "layout": self.layout.to_json()}
+        return canonical({**parts, "shared": dict(self.shared), "base": base})
+
+    @cached_property
+    def sha256(self) -> str:
+        """SHA-256 of :attr:`text`, hexadecimal: equal for equal forms, in any store."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+    @property
+    def saved_whole(self) -> tuple[str, ...]:
+        """The names of modules that the adapter brings itself, such as a head; the base's own do not matter."""
+        named = self.config.get("modules_to_save") or ()
+        return (named,) if isinstance(named, str) else tuple(named)
+
+    def content_hash(self, packed: bytes) -> bytes:
+        """SHA-256 (32 bytes) over the form and the packed numbers: what a version's ``sha256`` says."""
+        return hashlib.sha256(bytes.fromhex(self.sha256) + packed).digest()
+
+
+@final
+@dataclass(frozen=True)
+class Version:
+    """One version of an adapter, without its numbers.
+
+    name, version: its key within the namespace; versions count from 1 and a number is never given twice. sha256: of
+    the form and the packed numbers, hexadecimal. created, used: UTC; used is None until the first read, and exact to
+    a minute or so (reads are noted together). metadata, tags: what was given when it was put. packing: "float32",
+    "bfloat16" or "int8". size: bytes of the packed numbers. form: SHA-256 of its :class:`Form`. base: SHA-256 of the
+    base model's fingerprint, or None.
+    """
+
+    name: str
+    version: int
+    sha256: str
+    created: datetime
+    used: datetime | None
+    metadata: Mapping[str, Any]
+    tags: tuple[str, ...]
+    packing: str
+    size: int
+    form: str
+    base: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        times = {"created": self.created.isoformat(), "used": None if self.used is None else self.used.isoformat()}
+        return {**self.__dict__, **times, "metadata": dict(self.metadata), "tags": list(self.tags)}
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Record:
+    """An adapter out of a store, whole: ``model.load_adapter(record.file(), "ann")`` puts it into a model.
+
+    info: its key, times, metadata. form: what it shares with others. packed: its own numbers, as stored.
+    frozen: the shared frozen tensors by key (not to be written to).
+    """
+
+    info: Version
+    form: Form
+    packed: bytes = field(repr=False)
+    frozen: Mapping[str, Tensor] = field(repr=False)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The object of adapter_config.json, a copy of its own."""
+        return copy.deepcopy(dict(self.form.config))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors under the file's keys, in their dtypes and shapes; new ones at each call.
+
+        From a record packed in float32 they are the very bits that were put.
+        """
+        return dict(sorted({**self.form.layout.unpack(self.packed), **self.frozen}.items()))
+
+    def vector(self) -> Tensor:
+        """All its own numbers as one float32 row (``form.layout.numbers``,), in the order of ``form.layout.entries``.
+
+        Two records of one form have the same order, so rows can be stacked. A new tensor at each call.
+        """
+        return self.form.layout.vector(self.packed)
+
+    def header(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+        """The metadata for the weights' file, with the checksum of ``tensors``."""
+        checksum = {SUM: tensors_checksum(tensors)} if SUM in self.form.header else {}
+        return {**self.form.header, **checksum}
+
+    def file(self) -> AdapterFile:
+        """The adapter as if it had been read from a folder, checked; what PeftModel and load_adapter take.
+
+        Raises:
+            CheckpointError, ConfigError: what is kept is no adapter that this version can read.
+
+        """
+        tensors = self.tensors()
+        where = Path(f"{self.info.name} (version {self.info.version})")
+        return parse(where, self.config, tensors, self.header(tensors))
+
+    def save(self, folder: str | Path) -> None:
+        """Write PEFT's two files into ``folder``, whole or not at all."""
+        tensors = self.tensors()
+        write(Path(folder), self.config, tensors, self.header(tensors))
+
+
+@final
+@dataclass(frozen=True)
+class Fault:
+    """Something wrong with what a store or a folder holds. version: None where it is not about one."""
+
+    name: str
+    version: int | None
+    what: str
+
+    def __str__(self) -> str:
+        where = self.name if self.version is None else f"{self.name} (version {self.version})"
+        return f"{where}: {self.what}"
+
+
+@final
+@dataclass(frozen=True)
+class Moved:
+    """What a bulk import or export did: how many adapters and bytes of packed numbers, and which failed alone."""
+
+    count: int
+    bytes: int
+    faults: tuple[Fault, ...] = ()
+
+
+@final
+@dataclass(frozen=True)
+class Collected:
+    """What gc removed: versions, the bytes of their numbers, and forms, bases and frozen tensors nobody used."""
+
+    versions: int
+    bytes: int
+    forms: int
+    bases: int
+    frozen: int
+
+
+@final
+@dataclass(frozen=True)
+class Stats:
+    """A namespace in numbers.
+
+    names, versions, aliases, forms: how many. packed: bytes of the numbers by packing. metadata_bytes: of names, tags
+    and metadata. store_bytes: what the whole store takes on disk, all namespaces together.
+    """
+
+    names: int
+    versions: int
+    aliases: int
+    forms: int
+    packed: Mapping[str, int]
+    metadata_bytes: int
+    store_bytes: int
+
+    @property
+    def payload_bytes(self) -> int:
+        """Numbers and metadata of this namespace."""
+        return sum(self.packed.values()) + self.metadata_bytes
+
+
+def check_frozen(key: str, tensor: Tensor, expected: str) -> None:
+    """Hold a shared frozen tensor against the checksum that its form has."""
+    if (actual := tensors_checksum({"": tensor})) != expected:
+        raise CheckpointError(f"{key}: the shared tensor is damaged: expected SHA-256 {expected}, got {actual}")
