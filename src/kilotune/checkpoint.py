@@ -61,7 +61,9 @@ __all__ = [
     "read",
     "state_of",
     "tensors_checksum",
+    "weights_of",
     "write",
+    "write_all",
 ]
 
 PREFIX = "base_model.model."
@@ -153,6 +155,13 @@ def state_of(installed: Installed) -> tuple[dict[str, Any], dict[str, Tensor], d
             config[SECTION] = {"format": FORMAT_VERSION, "exclude_modules": ours["exclude_modules"]}
     checksums = tensors_checksum(tensors), config_checksum(config, installed.config.option_names())
     return config, tensors, header_metadata(*checksums, export.checksum, export.header)
+
+
+def write_all(adapters: Mapping[Path, Installed]) -> None:
+    """Write adapters, each into its folder."""
+    states = {folder: state_of(installed) for folder, installed in adapters.items()}  # all, before any is written
+    for folder, state in states.items():
+        write(folder, *state)
 
 
 def in_file_form(
@@ -297,10 +306,10 @@ def obtain(
 def read(folder: Path) -> AdapterFile:
     """Read an adapter's files and check what can be checked without a model."""
     whole = read_config(folder / CONFIG_NAME)
-    return parse(folder, whole, *read_weights(_weights_of(folder, whole)))
+    return parse(folder, whole, *read_weights(weights_of(folder, whole)))
 
 
-def _weights_of(folder: Path, config: Mapping[str, Any]) -> Path:
+def weights_of(folder: Path, config: Mapping[str, Any]) -> Path:
     """The file that holds the weights, after our part of the config was checked."""
     section = config.get(SECTION, {})
     if not isinstance(section, dict):
@@ -320,7 +329,7 @@ def parse(
 
     ``folder``: where they are from, for messages; nothing is read from there.
     """
-    values, weights = dict(whole), _weights_of(folder, whole)
+    values, weights = dict(whole), weights_of(folder, whole)
     section = values.pop(SECTION, {})
     ours = {key: value for key, value in section.items() if key not in ("format", "weights")}
     ours.update(_header_options(weights, metadata))

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Self, final
 import torch
 from torch import nn
 
-from . import checkpoint, inject, merging, storage
+from . import checkpoint, inject, lent, merging, storage
 from .added import Added, base_modules
 from .config import AdapterConfig
 from .errors import AdapterError, ConfigError, MergeError, UnsupportedError, did_you_mean, type_name
@@ -374,6 +374,7 @@ class AdapterModel(nn.Module, ABC):
         for owner in list(self.projections.owners()):
             self.projections.release(owner)
         storage.release(own_modules(self.model))
+        lent.take_back(self.model)
         return self.model
 
     # -- files -----------------------------------------------------------------------------------
@@ -400,9 +401,8 @@ class AdapterModel(nn.Module, ABC):
         if not names:
             raise AdapterError("save_pretrained: there is no adapter to save")
         root = Path(save_directory)
-        states = {name: checkpoint.state_of(self._installed[name]) for name in names}  # all, before any is written
-        for name, state in states.items():
-            checkpoint.write(root if name == DEFAULT else root / name, *state)
+        folders = {name: root if name == DEFAULT else root / name for name in names}
+        checkpoint.write_all({folder: self._installed[name] for name, folder in folders.items()})
 
     # -- checks ----------------------------------------------------------------------------------
 

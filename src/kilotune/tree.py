@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .added import base_modules
+from .added import Added, base_modules
 from .errors import UnsupportedError
 from .layer import AdaptedLayer
 from .parameters import AdaptedParameters
@@ -40,7 +40,7 @@ def walk(root: nn.Module, aliases: bool = False) -> Iterator[tuple[str, nn.Modul
             for own, layer in module.adapted():
                 yield from visit(f"{name}.{own}", layer, type(module.base_layer))
         for child_name, child in holder(module)._modules.items():
-            if child is not None:
+            if child is not None and not isinstance(child, Added):
                 yield from visit(f"{name}.{child_name}" if name else child_name, child, type(holder(module)))
 
     yield from visit("", root, nn.Module)

@@ -1,0 +1,245 @@
+"""Adapters under transformers' Trainer and TRL's SFTTrainer as they stand: what the model that they get answers.
+
+A Trainer knows two kinds of models with adapters: PEFT's own class, which it tells with ``isinstance`` where PEFT is
+installed, and a transformers model that says of itself that adapters are in it. Ours is the second kind: the base
+model, with the adapters in it, goes to the Trainer, and is lent four answers (:func:`for_trainer`). They are the same
+whether PEFT is installed or not.
+
+What touches internals of transformers stands here; tested with transformers 5.23 and TRL 1.16.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, final
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from ..checkpoint import BOOKKEEPING
+from ..errors import CheckpointError, ConfigError, MissingExtraError, UnsupportedError, gather, type_name
+from ..layer import AdaptedLayer
+from ..lent import lend, lend_module
+from ..model import AdapterModel
+
+__all__ = ["STATE_NAME", "for_trainer"]
+
+STATE_NAME = "model.safetensors"  # where a Trainer looks for what it is to load
+OPTIONS = "kilotune.options"  # in that file: the adapters' options as JSON, its bytes as a tensor
+CHECKPOINT = re.compile(r"checkpoint-\d+")
+SHARED = "kilotune_shared"
+
+
+def for_trainer(model: AdapterModel) -> nn.Module:
+    """What to hand to ``transformers.Trainer`` or TRL's ``SFTTrainer`` in the place of ``model``.
+
+    ::
+
+        model = get_peft_model(base, VeraConfig(r=256))
+        trainer = Trainer(model=for_trainer(model), args=..., train_dataset=...)
+
+    It is the base model itself, adapters in it (a module that is not of transformers is put into a model of
+    transformers), with four answers of its own, until ``unload()`` or ``merge_and_unload()``:
+
+    - ``save_pretrained`` writes the adapters and nothing else, and into the Trainer's own ``checkpoint-...`` folders
+      also ``model.safetensors``, in which is what training changes, by the names of the model's parameters;
+    - ``load_state_dict`` reads that file strictly, so that ``resume_from_checkpoint`` and ``load_best_model_at_end``
+      work; anything else it takes as ever;
+    - ``_hf_peft_config_loaded`` says that adapters are there, so that a quantised base may be trained, and gradient
+      checkpointing lets gradients through the frozen embeddings;
+    - vectors that an adapter has once for the whole model (Uni-LoRA, intrinsic dimension) are among its parameters.
+
+    Columns of the data are chosen, labels found and losses shifted as for the base model.
+
+    Raises:
+        ConfigError: ``model`` is not one of ours. MissingExtraError: transformers is not installed.
+
+    """
+    if not isinstance(model, AdapterModel):
+        raise ConfigError(f"for_trainer: expected the model of get_peft_model(), got {type_name(model)}")
+    try:
+        from transformers import PreTrainedModel
+    except ImportError as error:
+        raise MissingExtraError("transformers", "transformers", "for_trainer") from error
+    root = base = model.get_base_model()
+    if "save_pretrained" in base.__dict__:  # handed over before
+        return base
+    if isinstance(base, PreTrainedModel):
+        lend_module(base, SHARED, model.shared_parameters)
+    else:
+        root = _as_pretrained(model)
+    lend(root, "_hf_peft_config_loaded", True)
+    lend(root, "save_pretrained", _Saving(model, root))
+    lend(root, "load_state_dict", _Loading(model, root))
+    lend(root, "_kilotune_head", root.register_forward_pre_hook(_check_head, with_kwargs=True))
+    return root
+
+
+@final
+class _Saving:
+    """``save_pretrained`` of a model that is handed to a Trainer."""
+
+    def __init__(self, model: AdapterModel, root: nn.Module) -> None:
+        self.model, self.root = model, root
+
+    def __call__(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        safe_serialization: bool = True,
+    ) -> None:
+        """Write the adapters, and in a Trainer's checkpoint what it resumes from."""
+        if not is_main_process:
+            return
+        folder = Path(save_directory)
+        self.model.save_pretrained(folder, safe_serialization)
+        if CHECKPOINT.fullmatch(folder.name):
+            _write_state(folder, self.model, self.root)
+
+
+@final
+class _Loading:
+    """``load_state_dict`` of a model that is handed to a Trainer."""
+
+    def __init__(self, model: AdapterModel, root: nn.Module) -> None:
+        self.model, self.root = model, root
+
+    def __call__(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Take what a checkpoint of ours holds, all of it; every other state dict as any module does."""
+        if OPTIONS not in state_dict:
+            return type(self.root).load_state_dict(self.root, state_dict, strict, assign)
+        given = dict(state_dict)
+        _check_options(self.model, given.pop(OPTIONS))
+        own = _trained(self.model, self.root)
+        faults = [f"missing: {name} {tuple(tensor.shape)}" for name, tensor in own.items() if name not in given]
+        faults += [f"unexpected: {name} {tuple(value.shape)}" for name, value in given.items() if name not in own]
+        faults += [
+            f"{name}: expected {tuple(own[name].shape)} of {own[name].dtype}, got {tuple(value.shape)} of {value.dtype}"
+            for name, value in given.items()
+            if name in own and (value.shape, value.dtype) != (own[name].shape, own[name].dtype)
+        ]
+        if faults:
+            raise CheckpointError(gather(f"{STATE_NAME} of the checkpoint does not fit this model:", faults))
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(given[name])
+        return _Loaded([], [])
+
+
+class _Loaded(NamedTuple):
+    """What ``load_state_dict`` gives."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+# -- what training changes ---------------------------------------------------------------------------
+
+
+def _trained(model: AdapterModel, root: nn.Module) -> dict[str, Tensor]:
+    """What training changes, and what of the active adapters cannot be made again, by its name in ``root``."""
+    names = {id(tensor): name for name, tensor in root.named_buffers()}
+    names.update((id(parameter), name) for name, parameter in root.named_parameters())
+    found = [*_of_adapters(model), *(p for p in root.parameters() if p.requires_grad), *_running(root)]
+    return {names[id(tensor)]: tensor for tensor in found}
+
+
+def _of_adapters(model: AdapterModel) -> Iterator[Tensor]:
+    for adapter in model.active_adapters:
+        installed = model.installed(adapter)
+        for slot in installed.slots().values():
+            yield from slot.parameters()
+        yield from installed.shared.trained.values()
+        for saved in installed.saved.values():
+            copy = saved.copies[installed.key]
+            yield from copy.parameters()
+            yield from copy.buffers()
+
+
+def _running(root: nn.Module) -> Iterator[Tensor]:
+    """The running statistics of batch norms, which training moves however frozen they are."""
+    for module in root.modules():
+        if isinstance(module, _NormBase):
+            yield from module.buffers(recurse=False)
+
+
+def _write_state(folder: Path, model: AdapterModel, root: nn.Module) -> None:
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in _trained(model, root).items()}
+    options = json.dumps(_options(model), sort_keys=True).encode()
+    tensors[OPTIONS] = torch.frombuffer(bytearray(options), dtype=torch.uint8)
+    fresh = folder / f".{STATE_NAME}"
+    try:
+        save_file(tensors, fresh, metadata={"format": "pt"})
+        os.replace(fresh, folder / STATE_NAME)
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
+        fresh.unlink(missing_ok=True)
+        raise CheckpointError(f"cannot write {folder / STATE_NAME}: {error}") from error
+
+
+def _options(model: AdapterModel) -> dict[str, dict[str, Any]]:
+    """The options of the active adapters that decide what their tensors mean."""
+    configs = {name: model.peft_config[name] for name in model.active_adapters}
+    values = {name: {**config.to_dict(), **config.ours()} for name, config in configs.items()}
+    return {name: {k: v for k, v in own.items() if k not in BOOKKEEPING} for name, own in values.items()}
+
+
+def _check_options(model: AdapterModel, held: Tensor) -> None:
+    """Refuse a checkpoint of adapters that were made otherwise, which tensors of equal shapes do not tell."""
+    theirs, ours = json.loads(bytes(held.tolist())), json.loads(json.dumps(_options(model)))
+    if theirs.keys() != ours.keys():
+        raise CheckpointError(
+            f"the checkpoint is of the active adapters {sorted(theirs)}, the model's are {sorted(ours)}; "
+            "set_adapter() the same ones"
+        )
+    faults = [
+        f"{adapter}: {key}: the checkpoint has {theirs[adapter].get(key)!r}, the model {ours[adapter].get(key)!r}"
+        for adapter in ours
+        for key in sorted({*theirs[adapter], *ours[adapter]})
+        if theirs[adapter].get(key) != ours[adapter].get(key)
+    ]
+    if faults:
+        raise CheckpointError(gather("the checkpoint is of an adapter with other options:", faults))
+
+
+# -- models --------------------------------------------------------------------------------------------
+
+
+def _check_head(root: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuse what TRL would pass over: it multiplies with the head's weight itself."""
+    head = root.get_output_embeddings() if kwargs.get("fused_lm_head") else None
+    if isinstance(head, AdaptedLayer) and len(head.adapters) > 0:
+        raise UnsupportedError(
+            "TRL's trainers multiply with the weight of the output embeddings themselves, so an adapter there would "
+            "never be trained; leave it out of target_modules, or name it in modules_to_save"
+        )
+
+
+def _as_pretrained(model: AdapterModel) -> nn.Module:
+    """A model of transformers around a module that is none: a Trainer saves others whole, whatever they answer."""
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.adapted(*args, **kwargs)
+
+    base = type(model.get_base_model())
+    signature = inspect.signature(base.forward)
+    forward.__signature__ = signature  # type: ignore[attr-defined]  # a Trainer reads the columns and labels there
+    given = [name for name in signature.parameters if name != "self"]
+    members = {
+        "forward": forward,
+        "config_class": PreTrainedConfig,
+        "main_input_name": given[0] if given else "input",
+        "accepts_loss_kwargs": False,
+    }
+    made: nn.Module = type(base.__name__, (PreTrainedModel,), members)(PreTrainedConfig())
+    made.adapted = model
+    return made
