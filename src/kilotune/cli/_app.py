@@ -16,7 +16,7 @@ from ._output import complain
 
 __all__ = ["app"]
 
-VERBS = ("demo", "intrinsic-dimension", "plan", "inspect", "merge", "convert")
+VERBS = ("init", "train", "demo", "intrinsic-dimension", "plan", "inspect", "merge", "convert")
 ERROR, INTERRUPTED = 2, 130
 
 

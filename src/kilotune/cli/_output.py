@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
@@ -15,6 +16,8 @@ from rich.text import Text
 __all__ = ["Json", "complain", "console", "print_json", "quiet_transformers", "rows_table", "warn"]
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, and nothing else there.")]
+# What transformers imports where it is installed, and what then warns of kernels that nobody asked for.
+IMPORTED_BY_THE_WAY = ("torchao", "bitsandbytes", "torch.utils._pytree")
 WIDTH = 120  # of what goes to a file or a pipe, which has no width of its own
 
 
@@ -56,6 +59,8 @@ def rows_table(
 
 def quiet_transformers() -> None:
     """No log lines of transformers and the hub between ours; their progress bars only where somebody looks."""
+    for name in IMPORTED_BY_THE_WAY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         from huggingface_hub.utils import logging as hub_logging
         from transformers.utils import logging as transformers_logging

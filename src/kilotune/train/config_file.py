@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, gather, nearest
+from ..errors import ConfigError, MissingExtraError, gather, nearest
 from ..methods import METHODS
 from .fields import Section, freeze
 from .settings import SECTIONS, AdapterSettings, TrainSettings, between
 
-__all__ = ["settings_from"]
+__all__ = ["load_settings", "merged", "read_config", "settings_from", "settings_text", "starting_text"]
+
+WIDTH = 116
 
 
 def settings_from(values: Mapping[str, Any], where: str = "settings") -> TrainSettings:
@@ -75,3 +79,138 @@ SYNONYMS = {
     "base_model": "base",
     "load_in_4bit": "quantization",
 }
+
+
+# -- YAML ------------------------------------------------------------------------------------------------
+
+
+def load_settings(path: Path, overrides: Sequence[str] = ()) -> TrainSettings:
+    """Settings from a YAML file, with ``a.b=c`` overrides.
+
+    Raises:
+        ConfigError: it cannot be read, is no YAML, or holds something wrong; all of it at once, with the place.
+        MissingExtraError: PyYAML is not installed.
+
+    """
+    return settings_from(merged(read_config(path), overrides), str(path))
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The nested values of a YAML file.
+
+    Raises:
+        ConfigError: it cannot be read, or is no YAML mapping; names the line.
+
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise ConfigError(f"cannot read the config file {path}: {reason}") from error
+    values = _parsed(text, str(path))
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected settings with values (key: value), got {type(values).__name__}")
+    return values
+
+
+def _parsed(text: str, where: str) -> Any:
+    yaml = _yaml()
+    try:
+        return yaml.load(text, Loader=_loader())
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f":{mark.line + 1}" if mark is not None else ""
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise ConfigError(f"{where}{place}: no valid YAML: {problem}") from error
+    except (ValueError, RecursionError) as error:  # a date that is none; nested too deep
+        raise ConfigError(f"{where}: no valid YAML: {error}") from error
+
+
+def _yaml() -> Any:
+    try:
+        import yaml
+    except ImportError as error:
+        raise MissingExtraError("pyyaml", "train", "reading a config file") from error
+    return yaml
+
+
+def _loader() -> Any:
+    """YAML's safe types, with numbers as everybody writes them (1e-3 is one), and no key twice."""
+    yaml = _yaml()
+    from .yaml_loader import loader_class
+
+    return loader_class(yaml)
+
+
+def merged(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """``values`` with ``a.b=c`` put in; c is read as YAML, so ``[q_proj, v_proj]`` is a list and ``null`` is None.
+
+    Raises:
+        ConfigError: an override without ``=``, or one that goes through something that has no settings inside.
+
+    """
+    result: dict[str, Any] = {key: dict(v) if isinstance(v, Mapping) else v for key, v in values.items()}
+    for override in overrides:
+        name, equals, text = override.partition("=")
+        if not equals or not name.strip():
+            raise ConfigError(f"--set: expected KEY=VALUE, such as training.epochs=5, got {override!r}")
+        put(result, name.strip(), _parsed(text, f"--set {override}"))
+    return result
+
+
+def put(values: dict[str, Any], name: str, value: Any) -> None:
+    """Put one value at a dotted name into nested values.
+
+    Raises:
+        ConfigError: on the way there is something that has no settings inside.
+
+    """
+    *path, last = name.split(".")
+    place = values
+    for depth, key in enumerate(path, 1):
+        inner = place.get(key)
+        if inner is not None and not isinstance(inner, Mapping):
+            raise ConfigError(f"{name}: {'.'.join(path[:depth])} is {inner!r}, and has no settings inside")
+        place[key] = place = dict(inner or {})
+    place[last] = value
+
+
+# -- out -------------------------------------------------------------------------------------------------
+
+
+def settings_text(settings: TrainSettings) -> str:
+    """The settings as YAML, every one of them; :func:`load_settings` gives the same settings back."""
+    return str(_yaml().safe_dump(settings.to_dict(), sort_keys=False, allow_unicode=True, width=WIDTH))
+
+
+def starting_text(values: Mapping[str, Any]) -> str:
+    """A config file to begin with: every setting with its help text; those that are not in ``values`` at their default.
+
+    Args:
+        values: nested, as in :func:`settings_from`.
+
+    """
+    lines = ["# kilotune train THIS_FILE; every setting and its default. docs/training.md tells more.", ""]
+    lines += _entries(TrainSettings, values, "")
+    for name, section in SECTIONS.items():
+        inner = values.get(name) or {}
+        lines += ["", f"# {(section.__doc__ or '').strip()}", f"{name}:", *_entries(section, inner, "  ")]
+    return "\n".join(lines) + "\n"
+
+
+def _entries(section: type[Section], values: Mapping[str, Any], indent: str) -> Iterable[str]:
+    for name, default in section.defaults().items():
+        yield from textwrap.wrap(
+            section.help_of(name), WIDTH, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# "
+        )
+        value = values.get(name, default)
+        text = _yaml().safe_dump(_plain(value), default_flow_style=True, width=10**6, allow_unicode=True)
+        yield f"{indent}{name}: {text.removesuffix('...' + chr(10)).strip()}"  # a document's end, after a plain word
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

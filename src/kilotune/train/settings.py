@@ -313,7 +313,9 @@ class TrainingSettings(Section):
         EPOCH, or_none(interval), "Evaluate on validation every so many steps, or every 'epoch'; null: never."
     )
     save_every: int | str | None = setting(
-        None, or_none(interval), "Write a checkpoint every so many steps, or every 'epoch'; null: as eval_every."
+        None,
+        or_none(interval),
+        "Write a checkpoint every so many steps or every 'epoch'; null: as eval_every. Best and last always are.",
     )
     keep_checkpoints: int = setting(2, number(1, whole=True), "How many checkpoints are kept; the best one always is.")
     early_stopping: int | None = setting(
@@ -332,18 +334,10 @@ class TrainingSettings(Section):
 
     @classmethod
     def together(cls, values: Mapping[str, Any]) -> list[str]:
-        faults = []
-        evaluates, saves = values["eval_every"], values["save_every"] or values["eval_every"] or EPOCH
-        if evaluates is None:
-            for name in ("early_stopping", "best_metric", "load_best", "eval_batch_size"):
-                if values[name]:
-                    faults.append(f"{cls.key(name)}: has no effect with {cls.key('eval_every')} null")
-        elif values["load_best"] is not False and not _multiple(saves, evaluates):
-            faults.append(
-                f"{cls.key('save_every')}: expected {evaluates!r} or a multiple of it ({cls.key('eval_every')}), so "
-                f"that the best evaluation has a checkpoint, got {saves!r}; or set {cls.key('load_best')} to false"
-            )
-        return faults
+        if values["eval_every"] is not None:
+            return []
+        given = [name for name in ("early_stopping", "best_metric", "load_best", "eval_batch_size") if values[name]]
+        return [f"{cls.key(name)}: has no effect with {cls.key('eval_every')} null" for name in given]
 
     @property
     def saving(self) -> int | str:
@@ -447,9 +441,3 @@ def between(values: Mapping[str, Any]) -> list[str]:
     if task == "image-classification" and data.max_length is not None:
         faults.append("data.max_length: pictures have no tokens")
     return faults
-
-
-def _multiple(saves: int | str, evaluates: int | str) -> bool:
-    if isinstance(saves, str) or isinstance(evaluates, str):
-        return saves == evaluates
-    return saves % evaluates == 0

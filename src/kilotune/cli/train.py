@@ -1,0 +1,123 @@
+"""``kilotune train``: fine-tune a model on your own data, from a config file or from flags."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import ConfigError
+from ..train.config_file import merged, put, read_config, settings_from
+from ..train.settings import AdapterSettings, DataSettings, ModelSettings, TrainingSettings, TrainSettings
+from ._output import Json, complain, print_json, quiet_transformers
+
+__all__ = ["train"]
+
+INTERRUPTED = 130
+
+
+def train(
+    config: Annotated[
+        Path | None, typer.Argument(help="A YAML file, as kilotune init writes one; flags and --set change it.")
+    ] = None,
+    model: Annotated[str | None, typer.Option("--model", "-m", help=ModelSettings.help_of("base"))] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option("--data", "-d", help=f"{DataSettings.help_of('train')} May be given again."),
+    ] = None,
+    validation: Annotated[
+        list[str] | None, typer.Option(help="The same, for the evaluations between. May be given again.")
+    ] = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", help=TrainSettings.help_of("output"))] = None,
+    task: Annotated[
+        str | None, typer.Option("--task", "-t", help=f"{TrainSettings.help_of('task')} Default: causal-lm.")
+    ] = None,
+    method: Annotated[str | None, typer.Option(help=f"{AdapterSettings.help_of('method')} Default: vera.")] = None,
+    epochs: Annotated[float | None, typer.Option(help=f"{TrainingSettings.help_of('epochs')} Default: 3.")] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option("--learning-rate", "--lr", help=TrainingSettings.help_of("learning_rate"))
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help=f"{TrainingSettings.help_of('batch_size')} Default: 8.")
+    ] = None,
+    progress: Annotated[
+        str | None, typer.Option(help="bar, plain, json, quiet or auto; --json goes with plain, bar or quiet.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="KEY=VALUE: any setting, such as training.schedule=cosine. May be given again."),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the training in the output folder.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Start anew in an output folder that holds a training, and remove that.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, and stop there.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Fine-tune a model on your own data: an adapter of some kilobytes comes out, with logs and a report.
+
+    The shortest form: kilotune train --model FOLDER --data FILE.jsonl --output DIR. Before it starts it prints a plan;
+    stopped by whatever means, it goes on with --resume, to the same result. With --resume, --output is enough.
+    """
+    quiet_transformers()
+    from ..train.run import train as run
+
+    flags = {
+        "model.base": model,
+        "data.train": data,
+        "data.validation": validation,
+        "output": output,
+        "task": task,
+        "adapter.method": method,
+        "training.epochs": epochs,
+        "training.learning_rate": learning_rate,
+        "training.batch_size": batch_size,
+        "logging.progress": progress,
+    }
+    chosen = _settings(config, flags, settings or [], resume)
+    if as_json and chosen.logging.progress == "json":
+        raise ConfigError(
+            "--json prints one document on stdout, and logging.progress json many lines; take one of them"
+        )
+    try:
+        result = run(chosen, resume, force, dry_run, tell=_tell)
+    except KeyboardInterrupt as stopped:
+        complain(str(stopped) or "interrupted")
+        raise typer.Exit(INTERRUPTED) from None
+    if as_json and result is not None:
+        print_json(result.to_dict())
+
+
+def _tell(line: str) -> None:
+    """The plan goes to stderr, beside the progress: stdout is for what a program reads."""
+    print(line, file=sys.stderr)
+
+
+def _settings(config: Path | None, flags: Mapping[str, Any], overrides: list[str], resume: bool) -> TrainSettings:
+    from ..train.checkpoints import SETTINGS_NAME
+
+    given = {name: value for name, value in flags.items() if value not in (None, [])}
+    where = "the command line" if config is None else str(config)
+    if config is None and resume and "output" in given:
+        config = Path(given["output"]) / SETTINGS_NAME
+        if not config.is_file():
+            raise ConfigError(f"--resume: there is no training in {given['output']} to go on with")
+    values = {} if config is None else read_config(config)
+    for name, value in given.items():
+        put(values, name, value[0] if isinstance(value, list) and len(value) == 1 else value)
+    values = merged(values, overrides)
+    missing = {"model.base": "--model", "data.train": "--data", "output": "--output"}
+    faults = [f"{flag} ({name})" for name, flag in missing.items() if _absent(values, name)]
+    if faults and config is None:
+        raise ConfigError(f"give a config file (kilotune init writes one), or {', '.join(faults)}")
+    return settings_from(values, where)
+
+
+def _absent(values: Mapping[str, Any], name: str) -> bool:
+    place: Any = values
+    for key in name.split("."):
+        place = place.get(key) if isinstance(place, Mapping) else None
+    return place is None

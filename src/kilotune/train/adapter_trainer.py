@@ -1,0 +1,176 @@
+"""The one file that is built on transformers' classes: the Trainer with our methods, and its callback.
+
+Importing it needs transformers; :mod:`kilotune.train.trainer` does that where it is used. Tested with transformers 5.19
+and 5.23.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, final
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from transformers import Trainer, TrainerCallback
+
+from ..model import AdapterModel
+from ..optimizer import optimizer_groups
+from .guard import Guard, Numbered, NumberedCollate, refuse_metric, told_of_disk
+from .settings import TrainSettings
+from .stopping import Stopper
+
+__all__ = ["AdapterTrainer", "Flow", "Loss", "Own"]
+
+Loss = Callable[[Any, Any], Tensor]
+"""The loss of a model's output and the labels, for modules that compute none themselves."""
+
+
+@final
+class Own:
+    """What our methods of the Trainer need to know."""
+
+    def __init__(
+        self,
+        settings: TrainSettings,
+        model: nn.Module,
+        guard: Guard,
+        folder: Path,
+        steps_per_epoch: int,
+        loss: Loss | None,
+    ) -> None:
+        self.settings, self.model, self.guard, self.folder = settings, model, guard, folder
+        self.steps_per_epoch, self.loss = steps_per_epoch, loss
+        self.still = [m for m in model.modules() if isinstance(m, _BatchNorm) and not _trains(m)]
+
+    def groups(self) -> list[dict[str, Any]] | None:
+        """The optimizer's groups; None where the model has no adapters, and the Trainer makes them."""
+        run = self.settings.training
+        if not isinstance(self.model, AdapterModel):
+            return None
+        return optimizer_groups(
+            self.model,
+            self.settings.learning_rate,
+            head_lr=run.head_learning_rate,
+            lora_plus_ratio=run.lora_plus_ratio,
+            weight_decay=run.weight_decay,
+        )
+
+    def keep_still(self) -> None:
+        """Frozen batch norms compute with the base's statistics: moving them would change the base for everybody."""
+        for module in self.still:
+            module.eval()
+
+    def loss_of(self, model: Any, inputs: dict[str, Any], loss: Loss) -> dict[str, Any]:
+        """The output of a module that computes no loss, and its loss."""
+        given = inputs["inputs"]
+        if isinstance(given, dict):
+            output = model(**given)
+        else:
+            output = model(*given) if isinstance(given, (tuple, list)) else model(given)
+        return {"loss": loss(output, inputs["labels"]), "logits": output}
+
+
+def _trains(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+
+
+@final
+class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
+    """The Trainer, with the methods of :class:`Own`."""
+
+    own: Own
+    train_dataset: Any
+    data_collator: Any
+    optimizer: Any
+
+    def get_train_dataloader(self) -> Any:
+        rows, collate = self.train_dataset, self.data_collator
+        self.train_dataset, self.data_collator = Numbered(rows), NumberedCollate(collate)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.train_dataset, self.data_collator = rows, collate
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        groups = self.own.groups() if self.optimizer is None else None
+        if groups is not None:
+            made, options = self.get_optimizer_cls_and_kwargs(self.args)
+            self.optimizer = made(groups, **options)
+        return super().create_optimizer(model)
+
+    def training_step(self, model: Any, inputs: Any, *args: Any) -> Tensor:
+        self.own.guard.take(inputs)
+        loss: Tensor = super().training_step(model, inputs, *args)
+        self.own.guard.lost(loss)
+        return loss
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        self.own.keep_still()
+        if self.own.loss is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        outputs = self.own.loss_of(model, inputs, self.own.loss)
+        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        rate = self.lr_scheduler.get_last_lr()[0]
+        self.own.guard.before_step(norm, self.state, self.own.steps_per_epoch, rate)
+        return norm
+
+    def _init_training_state(self, *args: Any) -> Any:
+        made = super()._init_training_state(*args)
+        best = self.own.folder / f"checkpoint-{self.state.best_global_step}"
+        if self.state.best_global_step and best.is_dir():  # wherever the folder was when that was written
+            self.state.best_model_checkpoint = str(best)
+        return made
+
+    def _determine_best_metric(self, metrics: Any, trial: Any) -> bool:
+        wanted = self.args.metric_for_best_model
+        if wanted is not None and f"eval_{wanted.removeprefix('eval_')}" not in metrics:
+            refuse_metric(wanted, metrics)
+        better: bool = super()._determine_best_metric(metrics=metrics, trial=trial)
+        if better or self.control.should_training_stop:  # the best one is kept, and an early stop is the last step
+            self.control.should_save = True
+        return better
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        step = self.state.global_step
+        with told_of_disk(self.own.folder / f"checkpoint-{step}", f"the checkpoint of step {step}", self.own.folder):
+            super()._save_checkpoint(model, trial)
+
+    def _save(self, output_dir: Any = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        # A pickle that nothing reads: the settings stand in kilotune-train.yaml.
+        Path(output_dir or self.args.output_dir, "training_args.bin").unlink(missing_ok=True)
+
+
+@final
+class Flow(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
+    """Stops where the user asked for it, right after a checkpoint, and takes the time of each step, in ``seconds``.
+
+    Args:
+        stopper: knows whether the user asked.
+        clock: seconds, from any start.
+
+    """
+
+    def __init__(self, stopper: Stopper, clock: Callable[[], float]) -> None:
+        self.stopper, self.clock = stopper, clock
+        self.seconds: list[float] = []
+        self.began = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.began = self.clock()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.seconds.append(self.clock() - self.began)
+        if self.stopper.asked:
+            control.should_save = True
+        if control.should_save or control.should_evaluate:
+            control.should_log = True  # so that a resumed run's next loss is a mean over the same steps
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.stopper.stop(state.global_step)

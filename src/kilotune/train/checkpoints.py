@@ -1,0 +1,266 @@
+"""The output folder of a fine-tuning: what is in it, what may be overwritten, and what can be gone on from.
+
+::
+
+    output/
+      adapter_config.json, adapter_model.safetensors     the result, and the tokenizer's files beside it
+      kilotune-train.yaml                                the settings as run
+      result.json                                        the numbers, written last
+      checkpoints/run.json                               what the run began with: held against it before a resume
+      checkpoints/checkpoint-120/                        adapter, optimizer, schedule, RNG, data position
+      logs/, plots/, report.html                         see history.py and report.py
+
+transformers writes ``trainer_state.json`` last, so a checkpoint in which that can be read is whole; others are what a
+kill or a full disk left, and are passed over.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CheckpointError, ConfigError, gather
+from ..files import CONFIG_NAME, WEIGHTS_NAME
+from .settings import SECTIONS, TrainSettings
+
+__all__ = [
+    "CHECKPOINTS",
+    "SETTINGS_NAME",
+    "check_same_run",
+    "clear",
+    "drop_incomplete",
+    "fingerprint",
+    "is_finished",
+    "newest",
+    "refuse_overwriting",
+    "state_of",
+    "write_json",
+    "write_record",
+]
+
+CHECKPOINTS, LOGS, PLOTS = "checkpoints", "logs", "plots"
+SETTINGS_NAME, RESULT_NAME, RECORD_NAME, STATE_NAME = (
+    "kilotune-train.yaml",
+    "result.json",
+    "run.json",
+    "trainer_state.json",
+)
+OWN = (CONFIG_NAME, WEIGHTS_NAME, SETTINGS_NAME, RESULT_NAME, "report.html", CHECKPOINTS, LOGS, PLOTS)
+FORMAT = 1
+PATTERN = re.compile(r"checkpoint-(\d+)")
+# What may be another at a resume, for it changes no weight.
+FREE = (
+    "output",
+    "training.keep_checkpoints",
+    "training.workers",
+    "training.device",
+    "logging.progress",
+    "logging.csv",
+    "logging.tensorboard",
+    "logging.report",
+)
+
+
+# -- the folder ----------------------------------------------------------------------------------------
+
+
+def refuse_overwriting(folder: Path, sources: Mapping[str, str], *, resume: bool, force: bool) -> None:
+    """Refuse an output folder that is in use, or that is read from.
+
+    Args:
+        folder: the output.
+        sources: setting -> path of what the training reads.
+        resume, force: what the user said.
+
+    Raises:
+        ConfigError: it is a file; it is or contains a source; it is there and neither ``resume`` nor ``force``; nothing
+            in it can be resumed.
+
+    """
+    if resume and force:
+        raise ConfigError("resume goes on with what is there, and force starts anew: give one of them")
+    whole = folder.resolve()
+    for name, source in sources.items():
+        path = Path(source)
+        if path.exists() and (whole == path.resolve() or whole in path.resolve().parents):
+            raise ConfigError(
+                f"output: {folder} is, or contains, {name} ({source}), which is read; take another folder"
+            )
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"output: {folder} is a file; expected a folder, or nothing")
+    if resume and not (folder / CHECKPOINTS / RECORD_NAME).is_file():
+        raise ConfigError(f"output: there is no training in {folder} to go on with; start it without --resume")
+    if not resume and not force and folder.is_dir() and any(folder.iterdir()):
+        hint = "--resume goes on with it, " if (folder / CHECKPOINTS / RECORD_NAME).is_file() else ""
+        raise ConfigError(
+            f"output: {folder} is there and not empty; {hint}--force starts anew in it, or take another folder"
+        )
+
+
+def clear(folder: Path) -> None:
+    """Take away what an earlier training wrote there; other people's files stay."""
+    for name in OWN:
+        path = folder / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write the whole file, or leave what is there.
+
+    Raises:
+        OSError: it cannot be written.
+
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f".{path.name}.new")
+    try:
+        fresh.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        os.replace(fresh, path)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+# -- checkpoints ---------------------------------------------------------------------------------------
+
+
+def state_of(checkpoint: Path) -> dict[str, Any] | None:
+    """The Trainer's state in a checkpoint; None where the checkpoint is not whole."""
+    try:
+        state = json.loads((checkpoint / STATE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return state if isinstance(state, dict) and isinstance(state.get("global_step"), int) else None
+
+
+def _all(folder: Path) -> Iterator[tuple[int, Path]]:
+    """(step, folder) of all checkpoints in ``folder``, newest first."""
+    found = [(PATTERN.fullmatch(path.name), path) for path in (folder.iterdir() if folder.is_dir() else ())]
+    yield from sorted(((int(match.group(1)), path) for match, path in found if match and path.is_dir()), reverse=True)
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest whole checkpoint in ``folder``."""
+    return next((path for _, path in _all(folder) if state_of(path) is not None), None)
+
+
+def drop_incomplete(folder: Path) -> None:
+    """Take away what a kill or a full disk left of checkpoints."""
+    for _, path in _all(folder):
+        if state_of(path) is None:
+            shutil.rmtree(path)
+
+
+def is_finished(state: Mapping[str, Any]) -> bool:
+    """Whether nothing is left to train after a checkpoint: the last step is done, or it was stopped early."""
+    control = state.get("stateful_callbacks", {}).get("TrainerControl", {})
+    stopped = bool(control.get("args", {}).get("should_training_stop", False)) if isinstance(control, dict) else False
+    return stopped or int(state["global_step"]) >= int(state.get("max_steps", 0))
+
+
+# -- the same run --------------------------------------------------------------------------------------
+
+
+def fingerprint(model: nn.Module, train: Any, tokens: int) -> dict[str, Any]:
+    """What tells whether a resumed run has the same base and the same data: counts, and samples of both.
+
+    ``model`` without adapters, as it was loaded.
+    """
+    return {"rows": len(train), "tokens": tokens, "data": _rows_digest(train), "base": _weights_digest(model)}
+
+
+def _weights_digest(model: nn.Module, tensors: int = 16, numbers: int = 256) -> str:
+    """SHA-256 over the names and shapes of all weights, and the first numbers of some."""
+    named = [(name, p) for name, p in model.named_parameters() if not p.is_meta]
+    digest = hashlib.sha256(repr([(name, tuple(p.shape), str(p.dtype)) for name, p in named]).encode())
+    for name, parameter in named[:: max(1, len(named) // tensors)]:
+        part = parameter.detach().reshape(-1)[:numbers].cpu().contiguous()
+        digest.update(name.encode())
+        digest.update(part.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _rows_digest(rows: Any, count: int = 16) -> str:
+    """SHA-256 over what some rows are labelled with and, for text, made of."""
+    digest = hashlib.sha256()
+    for index in range(0, len(rows), max(1, len(rows) // count)):
+        row = rows[index]
+        if isinstance(row, Mapping):
+            for name in sorted({"input_ids", "labels", "label"} & set(row)):
+                digest.update(f"{name}={_plain(row[name])}".encode())
+        elif isinstance(row, (tuple, list)) and row:
+            digest.update(_plain(row[-1]).encode())
+    return digest.hexdigest()
+
+
+def _plain(value: Any) -> str:
+    return repr(value.tolist() if isinstance(value, Tensor) else value)
+
+
+def write_record(folder: Path, settings: TrainSettings, found: Mapping[str, Any]) -> None:
+    """Write down what the run begins with.
+
+    Raises:
+        OSError: it cannot be written.
+
+    """
+    write_json(folder / CHECKPOINTS / RECORD_NAME, {"format": FORMAT, "settings": settings.to_dict(), **found})
+
+
+def check_same_run(folder: Path, settings: TrainSettings, found: Mapping[str, Any] | None = None) -> None:
+    """Hold settings, and data and base where they are given, against those that the run began with.
+
+    Raises:
+        ConfigError: something differs that changes the result; lists all of it.
+        CheckpointError: the record cannot be read.
+
+    """
+    path = folder / CHECKPOINTS / RECORD_NAME
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        before = _flat(record["settings"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read, so nothing can be gone on from: {error}") from error
+    if record.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: format {record.get('format')!r}; this version goes on from format {FORMAT}")
+    now = _flat(json.loads(json.dumps(settings.to_dict())))
+    faults = [
+        f"{name}: it was {before.get(name)!r}, and is {now.get(name)!r}"
+        for name in sorted({*before, *now} - set(FREE))
+        if before.get(name) != now.get(name)
+    ]
+    if found is not None:
+        names = {"rows": "the number of rows of train", "tokens": "the number of tokens of train"}
+        faults += [
+            f"{text}: it was {record.get(name)}, and is {found[name]}"
+            for name, text in names.items()
+            if record.get(name) != found[name]
+        ]
+        if not faults and record.get("data") != found["data"]:
+            faults.append("the rows of train are others than before")
+        if record.get("base") != found["base"]:
+            faults.append("model.base: its weights are not those that the run began with")
+    if faults:
+        raise ConfigError(
+            gather(
+                f"{folder} cannot be gone on with, because something is not as it was; start anew with --force:", faults
+            )
+        )
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= {f"{name}.{key}": item for key, item in value.items()} if name in SECTIONS else {name: value}
+    return flat

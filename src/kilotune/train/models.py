@@ -1,0 +1,308 @@
+"""The base model of a fine-tuning: loaded from a folder or a hub id, its head and padding set, an adapter put in."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from ..config import AdapterConfig
+from ..errors import ConfigError, MissingExtraError, TargetError, UnsupportedError, first_line
+from ..files import REPO_ID
+from ..model import PeftModel, get_peft_model
+from ..plan import DTYPES
+from ..targets import HEADS
+from .settings import ModelSettings, TrainSettings
+from .tasks import Limits, Prepared, Task
+
+__all__ = ["Loaded", "adapt", "device_of", "limits_of", "load_base", "load_config", "set_padding"]
+
+HEAD_NAMES = tuple(dict.fromkeys(name for names in HEADS.values() for name in names))
+# Their position numbers begin after the padding's, so that many fewer tokens fit than max_position_embeddings says.
+OFFSET_POSITIONS = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "longformer", "data2vec-text")
+RELATIVE_POSITIONS = ("t5", "mt5", "umt5", "bloom")  # whatever number their configs hold, no position is too far
+
+
+@final
+@dataclass(frozen=True)
+class Loaded:
+    """A base model in memory.
+
+    fresh: modules whose weights the files do not have, and that were drawn: a new head. notes: what to tell of it.
+    """
+
+    model: nn.Module
+    fresh: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def need_transformers(purpose: str) -> Any:
+    """The package.
+
+    Raises:
+        MissingExtraError: it is not installed.
+
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise MissingExtraError("transformers", "train", purpose) from error
+    return transformers
+
+
+def device_of(wanted: str) -> torch.device:
+    """The device that ``training.device`` names.
+
+    Raises:
+        ConfigError: cuda, and there is none.
+
+    """
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("training.device: cuda, but PyTorch sees no GPU here (kilotune doctor says more); use auto")
+    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+# -- loading -----------------------------------------------------------------------------------------
+
+
+def load_config(settings: ModelSettings) -> Any:
+    """The base's transformers configuration, from a folder or a hub id.
+
+    Raises:
+        ConfigError: there is no such folder, it holds no model, or the hub cannot give it; says what to do.
+
+    """
+    _check_source(settings)
+    transformers = need_transformers("training")
+    with _told(settings, "configuration"):
+        return transformers.AutoConfig.from_pretrained(
+            settings.base, revision=settings.revision, trust_remote_code=False
+        )
+
+
+def _check_source(settings: ModelSettings) -> None:
+    folder = Path(settings.base)
+    if folder.is_dir():
+        if settings.revision is not None:
+            raise ConfigError(f"model.revision: {settings.base!r} is a folder here, so it has no revisions")
+        if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+            raise ConfigError(
+                f"model.base: {settings.base!r} holds an adapter, not a model; to go on from it give its base as "
+                "model.base, and the adapter as adapter.start"
+            )
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"model.base: {settings.base!r} holds no config.json, so it is no model's folder")
+    elif folder.exists():
+        raise ConfigError(f"model.base: {settings.base!r} is a file; expected a folder with config.json, or a hub id")
+    elif not REPO_ID.fullmatch(settings.base):
+        raise ConfigError(f"model.base: {settings.base!r} is no folder here, and no hub id (owner/name)")
+
+
+@contextlib.contextmanager
+def _told(settings: ModelSettings, what: str) -> Iterator[None]:
+    """What transformers or the hub raise becomes one line of ours; they raise a dozen unrelated kinds."""
+    try:
+        yield
+    except (ConfigError, MissingExtraError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        if Path(settings.base).is_dir():
+            raise ConfigError(f"model.base: the {what} in {settings.base!r} cannot be had: {_line(error)}") from error
+        raise ConfigError(
+            f"model.base: {settings.base!r} is no folder here, and its {what} cannot be had from the hub: "
+            f"{_line(error)} Without a network, fetch it on another machine (hf download {settings.base} --local-dir "
+            "FOLDER) and give the folder, or point HF_HOME at a cache that has it; HF_HUB_OFFLINE=1 asks no network"
+        ) from error
+
+
+def _line(error: Exception) -> str:
+    text = first_line(error)
+    return text if text.endswith((".", "!", "?")) else f"{text}."
+
+
+def limits_of(config: Any) -> Limits:
+    """What the model takes, by its configuration."""
+    text = config.get_text_config()
+    longest = None
+    if config.model_type not in RELATIVE_POSITIONS:
+        for name in ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length"):
+            if isinstance(value := getattr(text, name, None), int) and value > 0:
+                longest = value
+                break
+    if longest is not None and config.model_type in OFFSET_POSITIONS:
+        longest -= (text.pad_token_id or 0) + 1
+    return Limits(
+        max_length=longest,
+        pad_token_id=getattr(text, "pad_token_id", None),
+        vocabulary=getattr(text, "vocab_size", None),
+    )
+
+
+def load_base(settings: ModelSettings, task: Task, prepared: Prepared | None, device: torch.device) -> Loaded:
+    """The base model with the task's head: on the CPU, or quantised on the fly and then on ``device``.
+
+    Args:
+        settings: which model, and how it is held.
+        task: decides the class of the model.
+        prepared: the data, which decides the head's labels; None takes the head as it is.
+        device: where quantised weights are made.
+
+    Raises:
+        ConfigError: it cannot be had, or its files hold another architecture. MissingExtraError: a package is missing.
+
+    """
+    _check_source(settings)
+    transformers = need_transformers("training")
+    options = dict(task.model_options(prepared)) if prepared is not None else {}
+    if settings.quantization != "none":
+        options["quantization_config"] = _quantised(settings, transformers)
+        options["device_map"] = {"": device}
+    if settings.attention is not None:
+        options["attn_implementation"] = settings.attention
+    auto = getattr(transformers, task.auto_class)
+    with _told(settings, "model"):
+        model, info = auto.from_pretrained(
+            settings.base,
+            revision=settings.revision,
+            dtype="auto" if settings.dtype == "auto" else DTYPES[settings.dtype],
+            ignore_mismatched_sizes="id2label" in options or "num_labels" in options,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **options,
+        )
+    drawn = [*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])]
+    fresh = _fresh_modules(model, drawn, settings.base)
+    notes = (f"new, and trained whole: {', '.join(fresh)} (the files have no such weights)",) if fresh else ()
+    return Loaded(model, fresh, notes)
+
+
+def _quantised(settings: ModelSettings, transformers: Any) -> Any:
+    """How bitsandbytes is to hold the frozen weights."""
+    try:
+        import bitsandbytes  # noqa: F401  # transformers' own message is a page
+    except ImportError as error:
+        raise MissingExtraError("bitsandbytes", "quant", f"model.quantization {settings.quantization}") from error
+    if settings.quantization == "int8":
+        return transformers.BitsAndBytesConfig(load_in_8bit=True)
+    compute = DTYPES.get(settings.dtype, torch.bfloat16)
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute, bnb_4bit_use_double_quant=True
+    )
+
+
+def _fresh_modules(model: nn.Module, keys: Iterable[str], base: str) -> tuple[str, ...]:
+    """The modules that own the weights which the files lack; outermost heads are named whole."""
+    names = model.state_dict()
+    missing = sorted(key for key in keys if key in names)
+    numbers = sum(names[key].numel() for key in missing)
+    if numbers * 2 > sum(tensor.numel() for tensor in names.values()):
+        raise ConfigError(
+            f"model.base: the weights in {base!r} do not belong to a {type(model).__name__}: {len(missing)} of its "
+            f"{len(names)} tensors are not there, such as {missing[0]}"
+        )
+    owners = dict.fromkeys(key.rpartition(".")[0] for key in missing)
+    whole = [name for name in HEAD_NAMES if isinstance(getattr(model, name, None), nn.Module)]
+    return tuple(dict.fromkeys(next((w for w in whole if _inside(name, w)), name) for name in owners if name))
+
+
+def _inside(name: str, outer: str) -> bool:
+    return name == outer or name.startswith(f"{outer}.")
+
+
+def set_padding(model: nn.Module, processor: Any) -> None:
+    """Tell a model that has no padding token which one the tokenizer pads with; a classifier has to skip it."""
+    config, token = getattr(model, "config", None), getattr(processor, "pad_token_id", None)
+    if config is None or token is None:
+        return
+    for part in {id(c): c for c in (config, config.get_text_config())}.values():
+        if getattr(part, "pad_token_id", None) is None:
+            part.pad_token_id = token
+
+
+# -- what is trained -----------------------------------------------------------------------------------
+
+
+def adapt(loaded: Loaded, settings: TrainSettings, task: Task | None) -> nn.Module:
+    """The model to train: an adapter in it, or, for ``full`` and ``head``, the model itself with that much unfrozen.
+
+    What the files did not have, a fresh head, is trained whole and saved with the adapter.
+
+    Raises:
+        ConfigError, TargetError, UnsupportedError: what the adapter's configuration asks for is not possible.
+        CheckpointError: ``adapter.start`` is of another base.
+
+    """
+    method, model = settings.adapter.method, loaded.model
+    if method == "full":
+        if getattr(model, "is_quantized", False):
+            raise UnsupportedError("adapter.method 'full': this model's weights are quantised, and cannot be trained")
+        return nn.Module.float(model).requires_grad_(True)
+    heads = tuple(dict.fromkeys([*loaded.fresh, *(_heads(model, task))]))
+    if method == "head":
+        return _head_only(model, heads)
+    if settings.adapter.start is not None:
+        _trained_in_float32(model, heads)
+        return PeftModel.from_pretrained(model, settings.adapter.start, is_trainable=True)
+    config = _config(settings, task, heads)
+    _trained_in_float32(model, _saved_names(config))
+    return get_peft_model(model, config)
+
+
+def _config(settings: TrainSettings, task: Task | None, heads: tuple[str, ...]) -> AdapterConfig:
+    more: dict[str, Any] = {} if task is None or task.task_type is None else {"task_type": task.task_type}
+    config = settings.adapter.config(**more)
+    saved = tuple(dict.fromkeys([*_saved_names(config), *heads]))
+    return config.replace(modules_to_save=saved) if saved else config
+
+
+def _saved_names(config: AdapterConfig) -> tuple[str, ...]:
+    saved = config.modules_to_save
+    return (saved,) if isinstance(saved, str) else tuple(saved or ())
+
+
+def _heads(model: nn.Module, task: Task | None) -> list[str]:
+    """The modules that a classifier ends in, by the names that transformers gives them."""
+    if task is None or task.auto_class in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM"):
+        return []
+    return [name for name in HEAD_NAMES if isinstance(getattr(model, name, None), nn.Module)]
+
+
+def _head_only(model: nn.Module, heads: tuple[str, ...]) -> nn.Module:
+    if not heads:
+        getter = getattr(model, "get_output_embeddings", None)
+        output = getter() if callable(getter) else None
+        heads = tuple(name for name, module in model.named_modules() if output is not None and module is output)
+    if not heads:
+        raise TargetError("adapter.method 'head': this model has no head that is known by its name")
+    _trained_in_float32(model, heads)
+    model.requires_grad_(False)
+    for name in heads:
+        model.get_submodule(name).requires_grad_(True)
+    return model
+
+
+def _trained_in_float32(model: nn.Module, names: Iterable[str]) -> None:
+    """Hold modules that are trained whole in float32: 16 bits would swallow the steps. Their input is widened."""
+    users: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            users[id(parameter)] = users.get(id(parameter), 0) + 1
+    found = [m for name, m in model.named_modules() if any(name == n or name.endswith(f".{n}") for n in names)]
+    for module in found:
+        narrow = [p for p in module.parameters() if p.dtype in (torch.float16, torch.bfloat16)]
+        if narrow and all(users[id(p)] == 1 for p in module.parameters()):
+            module.float()
+            module.register_forward_pre_hook(_widen, with_kwargs=True)
+
+
+def _widen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return tuple(map(_wide, args)), {name: _wide(value) for name, value in kwargs.items()}
+
+
+def _wide(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16) else value

@@ -1,0 +1,150 @@
+"""What a fine-tuning came to: the best adapter taken, the test split scored, the files written."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from safetensors.torch import save_file
+
+from ..errors import CheckpointError
+from . import checkpoints
+from .checkpoints import CHECKPOINTS, RESULT_NAME
+from .guard import told_of_disk
+from .history import History
+from .session import Session
+
+__all__ = ["LABELS_NAME", "Result", "finish", "is_main", "save"]
+
+LABELS_NAME = "labels.json"
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes files, of several that torchrun or accelerate started."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+@final
+@dataclass(frozen=True)
+class Result:
+    """What a fine-tuning came to.
+
+    Attributes:
+        folder: where everything is.
+        steps: of the optimizer, those of earlier sessions included.
+        seconds: of training and evaluations, of all sessions.
+        metrics: ``best`` and ``last`` on validation, ``test``; each absent where there is no such split.
+        best_step: the step whose adapter this is; the last one where nothing was evaluated.
+        trained: numbers that were trained.
+        adapter_bytes: of the adapter's weights on disk; of the whole model's for the methods ``full`` and ``head``.
+        peak_memory: bytes; on CUDA of tensors, elsewhere of the process.
+        step_seconds: the median over the steps of this session; 0 where there were none.
+        history: one dict a record, as in logs/history.jsonl.
+    """
+
+    folder: Path
+    steps: int
+    seconds: float
+    metrics: Mapping[str, Mapping[str, float]]
+    best_step: int
+    trained: int
+    adapter_bytes: int
+    peak_memory: int
+    step_seconds: float
+    history: Sequence[Mapping[str, Any]] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """In plain JSON types, without the history, which has its own file."""
+        values = {name: getattr(self, name) for name in (f.name for f in dataclasses.fields(self)) if name != "history"}
+        return {**values, "folder": str(self.folder), "metrics": {k: dict(v) for k, v in self.metrics.items()}}
+
+
+def finish(session: Session, trainer: Any, history: History, steps: Sequence[float], device: torch.device) -> Result:
+    """Take the best adapter, score the test split, write the result."""
+    folder, state = session.folder, trainer.state
+    best_step = _load_best(session, trainer)
+    if session.prepared.test is not None:
+        trainer.evaluate(session.prepared.test, metric_key_prefix="test")
+    result = Result(
+        folder=folder,
+        steps=state.global_step,
+        seconds=max((float(record["seconds"]) for record in history.records), default=0.0),
+        metrics=_metrics(history.records, best_step),
+        best_step=best_step,
+        trained=sum(p.numel() for p in session.model.parameters() if p.requires_grad),
+        adapter_bytes=0,
+        peak_memory=_peak_memory(device),
+        step_seconds=statistics.median(steps) if steps else 0.0,
+        history=tuple(history.records),
+    )
+    if not is_main():
+        return result
+    with told_of_disk(folder / RESULT_NAME, "the result", folder / CHECKPOINTS):
+        save(session, folder)
+        weights = [path for path in folder.glob("*.safetensors") if path.is_file()]
+        result = dataclasses.replace(result, adapter_bytes=sum(path.stat().st_size for path in weights))
+        checkpoints.write_json(folder / RESULT_NAME, result.to_dict())
+    return result
+
+
+def _load_best(session: Session, trainer: Any) -> int:
+    """Put the best evaluation's weights into the model, if that is wanted; returns the step that the model is of."""
+    run, state = session.settings.training, trainer.state
+    wanted = session.prepared.validation is not None if run.load_best is None else run.load_best
+    best = state.best_global_step
+    if not wanted or not best or best == state.global_step:
+        return int(state.global_step)
+    folder = session.folder / CHECKPOINTS / f"checkpoint-{best}"
+    if checkpoints.state_of(folder) is None:
+        raise CheckpointError(f"the best evaluation was at step {best}, and its checkpoint {folder} is gone")
+    state.best_model_checkpoint = str(folder)
+    trainer._load_best_model()
+    return int(best)
+
+
+def _metrics(records: Sequence[Mapping[str, Any]], best_step: int) -> dict[str, dict[str, float]]:
+    """The numbers of the last evaluation, of the one at ``best_step``, and of the test split."""
+    validation = [record for record in records if record["kind"] == "validation"]
+    found = {
+        "last": validation[-1:],
+        "best": [record for record in validation if record["step"] == best_step][-1:],
+        "test": [record for record in records if record["kind"] == "test"][-1:],
+    }
+    own = ("kind", "step", "epoch", "seconds", "tokens", "rows", "memory")
+    return {name: {k: v for k, v in last[0].items() if k not in own} for name, last in found.items() if last}
+
+
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)
+
+
+def save(session: Session, folder: Path) -> None:
+    """Write what the session trained: the adapter, or the whole model; beside it the tokenizer and the classes' names.
+
+    Raises:
+        CheckpointError, OSError: it cannot be written.
+
+    """
+    model = session.model
+    if callable(write := getattr(model, "save_pretrained", None)):
+        write(folder)
+    else:
+        save_file(model.state_dict(), folder / "model.safetensors")
+    if session.processor is not None:
+        session.processor.save_pretrained(folder)
+    if session.prepared.labels is not None:
+        checkpoints.write_json(folder / LABELS_NAME, {"labels": list(session.prepared.labels)})

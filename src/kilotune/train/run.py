@@ -1,0 +1,223 @@
+"""A fine-tuning from its settings to its files: open, fit, evaluate; and :func:`train`, which is all of them.
+
+::
+
+    settings = load_settings("config.yaml")
+    result = train(settings)                     # what `kilotune train config.yaml` does
+
+    session = open_session(settings)             # or in parts: the model with its adapter, and the data
+    result = fit(session)
+    evaluate(session, "test")
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import ConfigError, did_you_mean
+from . import checkpoints, models
+from .checkpoints import CHECKPOINTS, LOGS, SETTINGS_NAME
+from .config_file import settings_text
+from .facts import plan_lines
+from .guard import advise_on_memory, told_of_disk
+from .history import History, tensorboard_callback
+from .outcome import Result, finish, is_main
+from .progress import progress_for
+from .session import Session, open_session
+from .settings import SPLITS, TrainSettings
+from .stopping import Stopper
+from .trainer import best_by, make_trainer, quiet
+from .watching import SPEEDS, Listener, watching, without_own_output
+
+__all__ = ["Result", "Session", "evaluate", "fit", "open_session", "train"]
+
+
+def train(
+    settings: TrainSettings,
+    resume: bool = False,
+    force: bool = False,
+    dry_run: bool = False,
+    *,
+    listeners: Sequence[Listener] = (),
+    tell: Callable[[str], None] = print,
+) -> Result | None:
+    """All of a fine-tuning: read, load, plan, train, score, write, report.
+
+    Args:
+        settings: what to do; ``output`` is needed.
+        resume: go on with the training in ``output``; one that is over is only finished up.
+        force: take away what an earlier training left in ``output``, and start anew.
+        dry_run: stop after the plan; nothing is written.
+        listeners: hear what happens beside the progress that ``logging.progress`` asks for.
+        tell: is given the lines of the plan.
+
+    Returns:
+        What it came to; None after a dry run.
+
+    Raises:
+        KilotuneError: see :func:`open_session` and :func:`fit`.
+
+    """
+    folder = _folder(settings)
+    if is_main():
+        checkpoints.refuse_overwriting(folder, _sources(settings), resume=resume, force=force)
+        if resume:
+            checkpoints.check_same_run(folder, settings)  # before minutes of loading
+    session = open_session(settings)
+    if is_main():
+        for line in plan_lines(session):
+            tell(line)
+    if dry_run:
+        return None
+    if force and is_main():
+        checkpoints.clear(folder)
+    shown = progress_for(settings.logging.progress, better=best_by(settings, session.prepared))
+    return fit(session, resume, listeners=[shown, *listeners])
+
+
+def _folder(settings: TrainSettings) -> Path:
+    if settings.output is None:
+        raise ConfigError("output: is missing: the folder for the adapter, its checkpoints and its report")
+    return Path(settings.output)
+
+
+def _sources(settings: TrainSettings) -> dict[str, str]:
+    """Setting -> path of everything that is read."""
+    found = {"model.base": settings.model.base}
+    if settings.adapter.start is not None:
+        found["adapter.start"] = settings.adapter.start
+    for split in SPLITS:
+        given = getattr(settings.data, split)
+        paths = (given,) if isinstance(given, str) else given or ()
+        found |= {f"data.{split}": path for path in paths if not path.startswith("hub:")}
+    return found
+
+
+# -- fit -----------------------------------------------------------------------------------------------
+
+
+def fit(
+    session: Session,
+    resume: bool = False,
+    callbacks: Sequence[Any] = (),
+    listeners: Sequence[Listener] = (),
+) -> Result:
+    """Train, and write the adapter, its checkpoints and logs into the session's folder.
+
+    Args:
+        session: from :func:`open_session`.
+        resume: go on from the newest checkpoint in the folder, if there is one; the weights at the end are those of an
+            unbroken run.
+        callbacks: more callbacks of transformers' Trainer.
+        listeners: hear what happens beside the history; see :mod:`kilotune.train.watching`.
+
+    Raises:
+        DivergedError: a loss or the gradients stopped being numbers. ResourceError: memory or disk ran out.
+        ConfigError: ``resume``, and something is not as it was.
+        Stopped: Ctrl-C or SIGTERM; a KeyboardInterrupt, raised once a checkpoint is written.
+
+    """
+    settings, folder = session.settings, session.folder
+    kept = folder / CHECKPOINTS
+    from_checkpoint = _begin(session, resume)
+    state = None if from_checkpoint is None else checkpoints.state_of(from_checkpoint)
+    step = None if state is None else int(state["global_step"])
+    history = History(folder / LOGS, resume_step=step if resume else None, csv=settings.logging.csv)
+    device = models.device_of(settings.training.device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    stopper = Stopper(f"Go on with --resume: {folder} has all that is needed.", alone=_processes() == 1)
+    unit = "tokens" if session.prepared.tokens else "rows"
+    with quiet(), watching([history, *listeners], unit=unit) as watcher, stopper:
+        from .adapter_trainer import Flow
+
+        flow = Flow(stopper, time.perf_counter)
+        boards = [tensorboard_callback(folder / LOGS / "tensorboard", step)] if settings.logging.tensorboard else []
+        hooks = [flow, watcher, *boards, *callbacks]
+        with _use_cache_kept(session.model):
+            trainer = make_trainer(settings, session.model, session.prepared, kept, loss=session.loss, callbacks=hooks)
+            without_own_output(trainer)
+            with advise_on_memory(settings, "while training", trainer.own.guard):
+                if from_checkpoint is not None and state is not None and checkpoints.is_finished(state):
+                    _take_state(trainer, from_checkpoint)
+                else:
+                    trainer.train(resume_from_checkpoint=None if from_checkpoint is None else str(from_checkpoint))
+                result = finish(session, trainer, history, flow.seconds, device)
+    return result
+
+
+def _begin(session: Session, resume: bool) -> Path | None:
+    """Write down what the run begins with, or find the checkpoint that it goes on from."""
+    settings, folder = session.settings, session.folder
+    kept = folder / CHECKPOINTS
+    there = (kept / checkpoints.RECORD_NAME).is_file()
+    if is_main():
+        if there and not resume:
+            raise ConfigError(f"output: {folder} holds a training; go on with it (resume), or take another folder")
+        if there:
+            checkpoints.check_same_run(folder, settings, session.start)
+            checkpoints.drop_incomplete(kept)
+        else:
+            with told_of_disk(kept, "what the training begins with", kept):
+                checkpoints.write_record(folder, settings, session.start)
+                (folder / SETTINGS_NAME).write_text(settings_text(settings), encoding="utf-8")
+    return checkpoints.newest(kept) if there and resume else None
+
+
+def _processes() -> int:
+    return max(1, int(os.environ.get("WORLD_SIZE", "1")))
+
+
+@contextlib.contextmanager
+def _use_cache_kept(model: nn.Module) -> Iterator[None]:
+    """The Trainer turns a model's cache for generation off, which training does not need, and leaves it so."""
+    config = getattr(model, "config", None)
+    before = getattr(config, "use_cache", None)
+    try:
+        yield
+    finally:
+        if config is not None and before is not None:
+            config.use_cache = before
+
+
+def _take_state(trainer: Any, checkpoint: Path) -> None:
+    """A training that is over, but for its last files: its weights and what it knew."""
+    from transformers import TrainerState
+
+    trainer._load_from_checkpoint(str(checkpoint))
+    trainer.state = TrainerState.load_from_json(str(checkpoint / checkpoints.STATE_NAME))
+
+
+# -- evaluate ------------------------------------------------------------------------------------------
+
+
+def evaluate(session: Session, split: str = "validation", listeners: Sequence[Listener] = ()) -> dict[str, float]:
+    """Score the model as it is now on ``train``, ``validation`` or ``test``: the loss and the task's metrics.
+
+    Raises:
+        ConfigError: there is no such split.
+
+    """
+    if split not in SPLITS:
+        raise ConfigError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}.{did_you_mean(split, SPLITS)}")
+    rows = getattr(session.prepared, split)
+    if rows is None:
+        raise ConfigError(f"data.{split}: there is no such split")
+    with quiet(), tempfile.TemporaryDirectory() as folder, watching(listeners) as watcher:
+        trainer = make_trainer(
+            session.settings, session.model, session.prepared, Path(folder), loss=session.loss, callbacks=[watcher]
+        )
+        without_own_output(trainer)
+        with _use_cache_kept(session.model), advise_on_memory(session.settings, "while evaluating", trainer.own.guard):
+            scores = trainer.evaluate(rows, metric_key_prefix="test")
+    plain = {name.removeprefix("test_"): value for name, value in scores.items() if name.startswith("test_")}
+    return {name: float(value) for name, value in plain.items() if not f"_{name}".endswith(SPEEDS)}

@@ -1,0 +1,124 @@
+"""A fine-tuning that is ready to run: the data read, the base loaded, the adapter put in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, final
+
+from torch import nn
+
+from ..errors import ConfigError, gather
+from . import checkpoints, models
+from .guard import advise_on_memory
+from .settings import TrainSettings
+from .tasks import TASKS, Prepared, Task
+
+if TYPE_CHECKING:
+    from .adapter_trainer import Loss
+
+__all__ = ["Session", "check_splits", "open_session", "set_seed"]
+
+
+@final
+@dataclass
+class Session:
+    """A fine-tuning that is ready to run.
+
+    Attributes:
+        settings: everything that was asked for.
+        model: the model of :func:`kilotune.get_peft_model`; for the methods ``full`` and ``head`` the base itself.
+        processor: the tokenizer or image processor; None for a module of one's own.
+        prepared: the data.
+        task: what is learned; None for a module of one's own.
+        loss: for modules that compute none.
+        notes: what the user has to know, the data's notes included.
+        start: tells the base and the data from others; see :func:`kilotune.train.checkpoints.fingerprint`.
+    """
+
+    settings: TrainSettings
+    model: nn.Module
+    processor: Any
+    prepared: Prepared
+    task: Task | None
+    loss: Loss | None = None
+    notes: tuple[str, ...] = ()
+    start: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        """The output folder.
+
+        Raises:
+            ConfigError: the settings name none.
+
+        """
+        if self.settings.output is None:
+            raise ConfigError("output: is missing: the folder for the adapter, its checkpoints and its report")
+        return Path(self.settings.output)
+
+
+# -- open ----------------------------------------------------------------------------------------------
+
+
+def open_session(settings: TrainSettings, prepared: Prepared | None = None) -> Session:
+    """Read the data, load the base, put the adapter in.
+
+    Args:
+        settings: what to do.
+        prepared: data that is ready, as of another session with the same base and data settings.
+
+    Raises:
+        KilotuneError: whatever is wrong with the settings, the data or the model; nothing is written.
+
+    """
+    device = models.device_of(settings.training.device)
+    task = _task(settings.task)
+    config = models.load_config(settings.model)
+    processor = task.load_processor(settings.model.base, settings.model.revision)
+    if prepared is None:
+        if settings.data.train is None:
+            raise ConfigError("data.train: is missing: a file, a folder of images, or hub:NAME")
+        prepared = task.prepare(settings.data, processor, models.limits_of(config), settings.training.seed)
+    check_splits(settings, prepared)
+    set_seed(settings.training.seed)
+    with advise_on_memory(settings, "while the base model was loaded"):
+        loaded = models.load_base(settings.model, task, prepared, device)
+    models.set_padding(loaded.model, processor)
+    task.check_model(loaded.model, settings.data)
+    rows: Any = prepared.train
+    start = checkpoints.fingerprint(loaded.model, rows, prepared.tokens)
+    model = models.adapt(loaded, settings, task)
+    return Session(settings, model, processor, prepared, task, notes=(*prepared.notes, *loaded.notes), start=start)
+
+
+def _task(name: str) -> Task:
+    return TASKS[name]()
+
+
+def set_seed(seed: int) -> None:
+    """Seed Python's, numpy's and PyTorch's generators."""
+    models.need_transformers("training").set_seed(seed)
+
+
+def check_splits(settings: TrainSettings, prepared: Prepared) -> None:
+    """Refuse what asks for a validation split where there is none, and a train split without rows.
+
+    Raises:
+        ConfigError: all of it at once.
+
+    """
+    rows: Any = prepared.train
+    faults = [] if len(rows) else ["data.train: holds no row to train on"]
+    if prepared.validation is None:
+        defaults = settings.training.defaults()
+        for name in ("eval_every", "early_stopping", "best_metric", "load_best", "eval_batch_size"):
+            value = getattr(settings.training, name)
+            if value != defaults[name] and value not in (None, False):
+                faults.append(
+                    f"training.{name}: {value!r} needs a validation split: give data.validation, or "
+                    "data.validation_fraction"
+                )
+    if faults:
+        raise ConfigError(gather("the training cannot start:", faults))

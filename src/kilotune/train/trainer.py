@@ -1,0 +1,184 @@
+"""A Trainer of transformers' for the settings of a fine-tuning. The loop, the schedule and the files are theirs.
+
+What is ours: the optimizer's groups (:func:`kilotune.optimizer_groups`), a look at each step before the weights change
+(:mod:`kilotune.train.guard`), a checkpoint for each best evaluation, errors for full disks, and frozen batch norms that
+stay as they are. How the Trainer comes to save adapters only is in :mod:`kilotune.train.hf`.
+
+What touches internals of transformers stands in those and in :mod:`kilotune.train.adapter_trainer`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..errors import MissingExtraError
+from ..model import AdapterModel
+from .fields import EPOCH
+from .guard import Guard
+from .hf import for_trainer
+from .settings import TrainSettings
+from .tasks import Prepared
+
+if TYPE_CHECKING:
+    from .adapter_trainer import Loss
+
+__all__ = ["best_by", "make_trainer", "quiet", "steps_of_epoch", "total_steps"]
+
+
+def make_trainer(
+    settings: TrainSettings,
+    model: nn.Module,
+    prepared: Prepared,
+    folder: Path,
+    *,
+    loss: Loss | None = None,
+    callbacks: Sequence[Any] = (),
+) -> Any:
+    """A ``transformers.Trainer`` for a model of :func:`kilotune.get_peft_model`, or any other model.
+
+    Args:
+        settings: everything else.
+        model: to train.
+        prepared: the data.
+        folder: for the checkpoints.
+        loss: for modules that return no loss; a batch is then ``{"inputs": ..., "labels": ...}``.
+        callbacks: more of the Trainer's callbacks.
+
+    Raises:
+        MissingExtraError: transformers or accelerate is not installed.
+
+    """
+    arguments = _arguments(settings, prepared, folder)
+    from .adapter_trainer import AdapterTrainer, Own
+
+    root = for_trainer(model) if isinstance(model, AdapterModel) else model
+    guard = Guard(settings, folder)
+    own = Own(settings, model, guard, folder, steps_of_epoch(settings, prepared, arguments.world_size), loss)
+    trainer = AdapterTrainer(
+        model=root,
+        args=arguments,
+        data_collator=prepared.collate,
+        train_dataset=prepared.train,
+        eval_dataset=prepared.validation,
+        compute_metrics=prepared.metrics,
+        preprocess_logits_for_metrics=prepared.reduce_logits,
+        callbacks=[*callbacks, *_early_stopping(settings)],
+    )
+    trainer.own = own
+    return trainer
+
+
+def _arguments(settings: TrainSettings, prepared: Prepared, folder: Path) -> Any:
+    """The settings as ``TrainingArguments``."""
+    try:
+        import accelerate  # noqa: F401  # else transformers speaks of its own extras
+        from transformers import TrainingArguments
+    except ImportError as error:
+        raise MissingExtraError((error.name or "accelerate").partition(".")[0], "train", "training") from error
+    run = settings.training
+    metric, greater = best_by(settings, prepared)
+    evaluates = prepared.validation is not None and run.eval_every is not None
+    world = max(1, int(os.environ.get("WORLD_SIZE", "1")))
+    per_epoch = steps_of_epoch(settings, prepared, world)
+    checkpointing = "activation_checkpointing"
+    if checkpointing not in TrainingArguments.__dataclass_fields__:
+        checkpointing = "gradient_checkpointing"  # before transformers 5.23
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=run.batch_size,
+        per_device_eval_batch_size=run.eval_batch_size or run.batch_size,
+        gradient_accumulation_steps=run.accumulation,
+        num_train_epochs=run.epochs,
+        max_steps=run.max_steps or -1,
+        learning_rate=settings.learning_rate,
+        weight_decay=run.weight_decay,
+        max_grad_norm=run.max_grad_norm or 0.0,
+        lr_scheduler_type="constant_with_warmup" if run.schedule == "constant" else run.schedule,
+        warmup_steps=run.warmup,
+        logging_strategy="steps",
+        logging_steps=settings.logging.log_every,
+        logging_nan_inf_filter=False,  # it would hide what the guard stops at
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=_steps(run.eval_every or EPOCH, per_epoch),
+        save_strategy="steps",
+        save_steps=_steps(run.saving, per_epoch),
+        save_total_limit=run.keep_checkpoints,
+        metric_for_best_model=metric if evaluates else None,
+        greater_is_better=greater,
+        restore_callback_states_from_checkpoint=True,  # the patience of early stopping
+        seed=run.seed,
+        data_seed=run.seed,
+        bf16=run.precision == "bfloat16",
+        use_cpu=run.device == "cpu",
+        dataloader_num_workers=run.workers,
+        dataloader_pin_memory=run.device != "cpu" and torch.cuda.is_available(),
+        include_num_input_tokens_seen="non_padding" if prepared.tokens else "no",
+        remove_unused_columns=False,
+        label_names=["labels"],
+        report_to="none",
+        disable_tqdm=True,
+        log_level="error",
+        log_level_replica="error",
+        **{checkpointing: settings.model.gradient_checkpointing},
+    )
+    arguments._n_gpu = min(
+        1, arguments.n_gpu
+    )  # several GPUs in one process would be DataParallel; torchrun is for them
+    return arguments
+
+
+def _steps(interval: int | str, per_epoch: int) -> int:
+    return per_epoch if isinstance(interval, str) else interval
+
+
+def steps_of_epoch(settings: TrainSettings, prepared: Prepared, world: int = 1) -> int:
+    """Steps of the optimizer in one epoch, as the Trainer counts them; ``world`` is the number of processes."""
+    rows = len(prepared.train)  # type: ignore[arg-type]  # map-style, of known length
+    batches = math.ceil(math.ceil(rows / settings.training.batch_size) / world)
+    return max(1, math.ceil(batches / settings.training.accumulation))
+
+
+def total_steps(settings: TrainSettings, prepared: Prepared, world: int = 1) -> int:
+    """Steps of the optimizer in all."""
+    run = settings.training
+    return run.max_steps or math.ceil(run.epochs * steps_of_epoch(settings, prepared, world))
+
+
+def best_by(settings: TrainSettings, prepared: Prepared) -> tuple[str, bool]:
+    """(metric, whether more of it is better) by which the best evaluation is told."""
+    metric = settings.training.best_metric or prepared.best_metric
+    if metric == prepared.best_metric:
+        return metric, prepared.greater_is_better
+    return metric, not any(word in metric for word in ("loss", "perplexity", "error", "mae", "mse"))
+
+
+def _early_stopping(settings: TrainSettings) -> list[Any]:
+    if settings.training.early_stopping is None:
+        return []
+    from transformers import EarlyStoppingCallback
+
+    return [EarlyStoppingCallback(early_stopping_patience=settings.training.early_stopping)]
+
+
+# -- around it -----------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No log lines of transformers inside; afterwards it is as it was."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
