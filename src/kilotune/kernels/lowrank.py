@@ -127,7 +127,9 @@ class Factors(NamedTuple):
         elif self.scale != 1.0:
             left = left.to(wide) * self.scale
         if self.out is not None:
-            left = left.to(wide) * self.out.to(wide).unsqueeze(-1)
+            own = left is not self.b and not torch.compiler.is_compiling() and not torch.is_grad_enabled()
+            rows = self.out.to(wide).unsqueeze(-1)
+            left = left.mul_(rows) if own else left.to(wide) * rows  # in place: new memory costs more than the product
         return left.to(dtype)
 
     def applied(self, z: Tensor) -> Tensor:
@@ -158,10 +160,10 @@ class Factors(NamedTuple):
         if wanted[1] or wanted[2]:
             both = self.b.to(wide) * statistic  # (out, r)
             if self.mid is not None and wanted[1]:
-                summed = (both if out is None else both * out.unsqueeze(-1)).sum(0)  # (r,)
+                summed = both.sum(0) if out is None else torch.mv(both.T, out)  # (r,)
                 grad_mid = (summed * self.scale).to(self.mid.dtype)
             if self.out is not None and wanted[2]:
-                summed = (both if mid is None else both * mid).sum(1)  # (out,)
+                summed = both.sum(1) if mid is None else torch.mv(both, mid)  # (out,)
                 grad_out = (summed * self.scale).to(self.out.dtype)
         return grad_b, grad_mid, grad_out
 
