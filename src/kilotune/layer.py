@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, cast, final
 
 import torch
@@ -28,25 +27,11 @@ from .fusion import leading
 from .kernels.lowrank import accumulate_dtype, lift, no_autocast, scale_features
 from .kinds import LayerKind
 from .methods import Site
-from .slots import BIAS, ActiveState, Slot, slot_key
+from .routing import changed_rows
+from .slots import BIAS, ActiveState, Merged, Slot, slot_key
 from .storage import Kept, Storage
 
 __all__ = ["AdaptedLayer", "Merged"]
-
-
-@final
-@dataclass(frozen=True)
-class Merged:
-    """What merging one layer would write: weight and bias (None: unchanged), and the rounding error.
-
-    ``lost``: the norm of the part of the change that is rounded away when the weight is stored, over the
-    change's. ``error``: the norm of the difference of the stored weight and the wanted one, over the wanted one's.
-    """
-
-    weight: Tensor | None
-    bias: Tensor | None
-    lost: float
-    error: float
 
 
 @final
@@ -90,6 +75,11 @@ class AdaptedLayer(nn.Module):
     def storage(self) -> Storage:
         """How the base layer keeps its weight."""
         return self._storage
+
+    @property
+    def read_by_parent(self) -> bool:
+        """Whether the layer's parent reads its weight itself."""
+        return self._read_by_parent
 
     @property
     def merged(self) -> tuple[str, ...]:
@@ -159,12 +149,16 @@ class AdaptedLayer(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base layer's output and the changes of all live adapters."""
-        slots = self._live()
-        if not slots:
+        route = self._state.route()
+        slots = self._live() if route is None else []
+        if not slots and route is None:
             return self._kind.call(self.base_layer, None, args, kwargs)
         x = given = cast(Tensor, args[0] if args else kwargs.get(self._input_name))
         if not self._storage.lossless:
             x = self._as_computed(x)
+        if route is not None:
+            output = self._kind.call(self.base_layer, None, args, kwargs)
+            return self._kind.with_tensor(output, changed_rows(self, route, x, self._kind.tensor_of(output)))
         deltas = self._deltas(slots)
         if self._kind.substitutes:
             output = self._kind.run_with(self.base_layer, self._substitutes(slots, deltas), args, kwargs)
@@ -182,12 +176,15 @@ class AdaptedLayer(nn.Module):
                 base = None if shift is not None or self._merged else self._kind.tensor_of(output)
         if not deltas:
             return output
-        y = self._kind.tensor_of(output)
+        return self._kind.with_tensor(output, self.run_deltas(deltas, x, base, self._kind.tensor_of(output)))
+
+    def run_deltas(self, deltas: Sequence[tuple[Slot, Delta]], x: Tensor, base: Tensor | None, y: Tensor) -> Tensor:
+        """Y with changes of the layer in it, but for those of its bias. base: its own output, where it is at hand."""
         for last in (False, True):  # what is not linear comes after what is
             for slot, delta in deltas:
                 if isinstance(delta, Residual) is last:
                     y = _RUN[type(delta)](self, slot, delta, x, base, y)
-        return self._kind.with_tensor(output, y)
+        return y
 
     def _fused(
         self, deltas: list[tuple[Slot, Delta]], shift: Tensor | None, x: Tensor

@@ -6,6 +6,7 @@ import os
 from abc import ABC
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Self, final
@@ -16,7 +17,7 @@ from torch import nn
 from . import checkpoint, inject, lent, merging, storage
 from .added import Added, base_modules
 from .config import AdapterConfig
-from .errors import AdapterError, ConfigError, MergeError, UnsupportedError, did_you_mean, type_name
+from .errors import AdapterError, ConfigError, MergeError, did_you_mean, type_name
 from .installed import Installed, check_compatible, settle_gradients
 from .kernels.ways import Way
 from .layer import AdaptedLayer
@@ -24,6 +25,7 @@ from .merging import MergePrecisionWarning, MergeReport
 from .methods import LoraConfig, VeraConfig
 from .projections import Projections
 from .report import ParameterReport, count_parameters
+from .routes import RoutedModel, Source, generate
 from .slots import ActiveState, slot_key
 from .tree import own_modules
 
@@ -32,7 +34,7 @@ __all__ = ["AdapterModel", "LoraModel", "MergePrecisionWarning", "PeftModel", "V
 DEFAULT = "default"
 
 
-class AdapterModel(nn.Module, ABC):
+class AdapterModel(RoutedModel, ABC):
     """A base model with adapters in it. The base model is changed in place, and its weights are frozen.
 
     Args:
@@ -61,6 +63,7 @@ class AdapterModel(nn.Module, ABC):
         self.shared_parameters = Added()
         self._state = ActiveState()
         self._installed: dict[str, Installed] = {}
+        self._sources: list[Source] = []
         self._perhaps_trained: set[str] = set()  # no other adapter's parameters have gradients
         # With the names of tied weights, which merging for good takes apart.
         everything = model.named_parameters(remove_duplicate=False)
@@ -69,15 +72,11 @@ class AdapterModel(nn.Module, ABC):
         self.training = model.training
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's forward, with the active adapters.
-
-        Raises:
-            UnsupportedError: for PEFT's ``adapter_names``, which many models would swallow without a word.
-
-        """
-        if "adapter_names" in kwargs:
-            raise UnsupportedError("adapter_names: rows of one batch with different adapters are not there yet")
-        return self.model(*args, **kwargs)
+        """The base model's forward, with the active adapters; ``adapter_names``: as in :meth:`route`, for this call."""
+        if (names := kwargs.pop("adapter_names", None)) is None:
+            return self.model(*args, **kwargs)
+        with self.route(names):
+            return self.model(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -85,7 +84,8 @@ class AdapterModel(nn.Module, ABC):
         except AttributeError:
             if name in ("model", "_installed", "_state"):
                 raise
-            return getattr(self.model, name)
+            found = getattr(self.model, name)
+            return partial(generate, self, found) if name == "generate" else found
 
     # -- looking ---------------------------------------------------------------------------------
 

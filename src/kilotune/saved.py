@@ -9,6 +9,7 @@ from torch import nn
 
 from .added import Added
 from .errors import TargetError, gather
+from .routing import run_saved
 from .slots import BIAS, ActiveState, slot_key
 from .storage import storage_of
 
@@ -67,6 +68,9 @@ class SavedModule(nn.Module):
         return self.original_module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        route = self._state.route()
+        if route is not None:
+            return run_saved(route, self.copies, self.original_module, args, kwargs)
         return self.current()(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
-from typing import Any, final
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, final
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .deltas import Delta
-from .errors import MergeError
+from .errors import MergeError, UnsupportedError
 from .inputs import SharedInput
 from .kernels.ways import Way
 from .methods import Method, Shared, Site
 from .stacks import delta_of
 
-__all__ = ["BIAS", "ActiveState", "Slot", "slot_key"]
+if TYPE_CHECKING:
+    from .routing import Route
+
+__all__ = ["BIAS", "ActiveState", "Merged", "Slot", "slot_key"]
 
 BIAS = "bias"
 _TAKEN = frozenset(dir(nn.ModuleDict()))  # of an instance: those that __init__ sets as well
@@ -36,15 +41,33 @@ class ActiveState:
         self.merged: tuple[str, ...] = ()
         self.disabled = False
         self.way = Way.PICKED
+        self.routes: dict[int, Route] = {}  # by thread
 
     @property
     def live(self) -> tuple[str, ...]:
         return () if self.disabled else self.active
 
+    def route(self) -> Route | None:
+        """The route of this thread; None where there is none, or adapters are disabled.
+
+        A checkpoint's second forward may run in a thread of autograd's own, where the one route there is serves.
+        """
+        if not self.routes or self.disabled:
+            return None
+        found = self.routes.get(threading.get_ident())
+        if found is None and isinstance(threading.current_thread(), threading._DummyThread):
+            if len(self.routes) > 1:
+                raise UnsupportedError(
+                    "route(): a backward runs in a thread of autograd's own while several threads have routes, so its "
+                    "rows cannot be told; run one training step at a time"
+                )
+            found = next(iter(self.routes.values()), None)
+        return found
+
     def __getstate__(self) -> dict[str, Any]:
         if self.disabled:  # the copy would be disabled for good, its weights those of the moment
             raise MergeError("cannot copy or save a model inside disable_adapter(); leave its context first")
-        return self.__dict__
+        return {**self.__dict__, "routes": {}}
 
 
 @final
@@ -88,3 +111,18 @@ class Slot(nn.Module):
 
     def drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.method.config.dropout, training=True) if self.drops and self.method else x
+
+
+@final
+@dataclass(frozen=True)
+class Merged:
+    """What merging one layer would write: weight and bias (None: unchanged), and the rounding error.
+
+    ``lost``: the norm of the part of the change that is rounded away when the weight is stored, over the
+    change's. ``error``: the norm of the difference of the stored weight and the wanted one, over the wanted one's.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+    lost: float
+    error: float

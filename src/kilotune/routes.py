@@ -1,0 +1,232 @@
+"""``model.route(names)``: which adapter each row of a batch goes to.
+
+Names are looked up among the adapters in the model and in the sources that are attached to it (the banks of
+``kilotune.fleet``). How a layer then runs is :mod:`.routing`'s.
+"""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, NamedTuple, final
+
+import torch
+from torch import Tensor, nn
+
+from .added import base_modules
+from .errors import AdapterError, MergeError, UnsupportedError, did_you_mean, gather
+from .installed import Installed
+from .routing import Cohort, Route, Stacked
+from .slots import ActiveState
+
+__all__ = ["BASE", "Group", "RoutedModel", "Source", "unroutable"]
+
+BASE = "__base__"
+"""PEFT's name for a row of the base alone; None says the same."""
+
+# transformers' models that run with the sequence in front of the batch, so that rows are on the second axis.
+SEQUENCE_FIRST = frozenset({"xlnet"})
+
+
+@final
+class Group(NamedTuple):
+    """Adapters that can run as one. make: gives their cohort, from the rows and the index of :class:`.Cohort`."""
+
+    names: tuple[str, ...]
+    make: Callable[[Tensor, Tensor], Cohort]
+
+
+class Source(ABC):
+    """Adapters that a route may name beside those in the model."""
+
+    @abstractmethod
+    def names(self) -> Sequence[str]:
+        """All of them."""
+
+    @abstractmethod
+    def has(self, name: str) -> bool:
+        """Whether it has an adapter of this name."""
+
+    @abstractmethod
+    def pinned(self, names: Sequence[str]) -> AbstractContextManager[list[Group]]:
+        """The adapters ``names``, which stay as they are until the context is left.
+
+        Raises:
+            AdapterError: one of them went away, or there is no room for all of them at once.
+
+        """
+
+
+class RoutedModel(nn.Module, ABC):
+    """What a model with adapters needs so that rows of one batch can go to different ones."""
+
+    model: nn.Module
+    _state: ActiveState
+    _installed: dict[str, Installed]
+    _sources: list[Source]
+
+    @contextmanager
+    def route(self, names: Sequence[str | None], lengths: Sequence[int] | None = None) -> Iterator[None]:
+        """Inside this context, row i of each batch runs with adapter ``names[i]``; for this thread.
+
+        ``model(..., adapter_names=names)`` and ``model.generate(..., adapter_names=names)`` do the same for one call.
+        Which adapters are active does not matter here. Gradients reach the adapters that want them.
+
+        Args:
+            names: an adapter for each row; None (or ``"__base__"``) for the base alone.
+            lengths: for packed sequences, how many tokens each of ``names`` holds for, in their order; their sum is
+                the number of tokens of the batch.
+
+        Raises:
+            AdapterError: unknown names, or lengths that do not fit them.
+            UnsupportedError: an adapter, or the model, in which rows cannot be told apart; with the reason.
+            MergeError: adapters are merged.
+
+        """
+        with self._routing(names, lengths, multiples=False):
+            yield
+
+    @contextmanager
+    def _routing(self, names: Sequence[str | None], lengths: Sequence[int] | None, multiples: bool) -> Iterator[None]:
+        if self._state.merged:
+            raise MergeError(f"route(): {list(self._state.merged)} are merged into the weights; unmerge them first")
+        wanted = _checked(names, lengths)
+        with ExitStack() as held:
+            route = self._route_of(wanted, lengths, multiples, held)
+            thread, routes = threading.get_ident(), self._state.routes
+            before = routes.get(thread)
+            routes[thread] = route
+            try:
+                yield
+            finally:
+                if before is None:
+                    del routes[thread]
+                else:
+                    routes[thread] = before
+
+    def _route_of(
+        self, names: list[str | None], lengths: Sequence[int] | None, multiples: bool, held: ExitStack
+    ) -> Route:
+        distinct = list(dict.fromkeys(name for name in names if name is not None))
+        groups = self._groups(distinct, held)
+        self._check_rows_first()
+        device = self._routing_device()
+        if lengths is None:
+            places = [(row, row + 1) for row in range(len(names))]
+        else:
+            ends = torch.tensor(lengths).cumsum(0).tolist()
+            places = list(zip([0, *ends[:-1]], ends, strict=True))
+        count = places[-1][1]
+        cohorts = []
+        for group in groups:
+            which = {name: i for i, name in enumerate(group.names)}
+            mine = [(span, which[name]) for span, name in zip(places, names, strict=True) if name in which]
+            rows = torch.cat([torch.arange(*span) for span, _ in mine])
+            index = torch.cat([torch.full((span[1] - span[0],), i) for span, i in mine])
+            cohorts.append(group.make(rows.to(device), index.to(device)))
+        return Route(count, cohorts, tokens=lengths is not None, multiples=multiples)
+
+    def _groups(self, names: Sequence[str], held: ExitStack) -> list[Group]:
+        inside = [name for name in names if name in self._installed]
+        outside: dict[int, list[str]] = {}
+        faults = []
+        for name in names:
+            if name in self._installed:
+                continue
+            place = next((i for i, source in enumerate(self._sources) if source.has(name)), None)
+            if place is None:
+                faults.append(f"{name!r}.{did_you_mean(name, self._routable_names())}")
+            else:
+                outside.setdefault(place, []).append(name)
+        if faults:
+            raise AdapterError(gather("route(): there are no such adapters:", faults))
+        faults = [fault for name in inside for fault in unroutable(self._installed[name])]
+        if faults:
+            raise UnsupportedError(gather("route(): rows cannot go to different adapters here:", faults))
+        groups = [
+            Group(tuple(group), lambda rows, index, group=tuple(group): Stacked(group, rows, index))  # type: ignore[misc]
+            for group in _alike({name: self._installed[name] for name in inside})
+        ]
+        for place, own in outside.items():
+            groups += held.enter_context(self._sources[place].pinned(own))
+        return groups
+
+    def _routable_names(self) -> list[str]:
+        return [*self._installed, *(name for source in self._sources for name in source.names())]
+
+    def _check_rows_first(self) -> None:
+        """Refuse a model in which the first axis of a layer's input is not the rows'."""
+        kind = getattr(getattr(self.model, "config", None), "model_type", None)
+        found = [kind] if kind in SEQUENCE_FIRST else []
+        for module in base_modules(self.model):
+            if getattr(module, "batch_first", True) is False:
+                found.append(f"{type(module).__name__} with batch_first=False")
+        if found:
+            raise UnsupportedError(
+                f"route(): {found[0]} runs with the sequence in front of the batch, so its rows cannot be told from "
+                "positions; build the model with batch_first=True, or run one adapter at a time"
+            )
+
+    def _routing_device(self) -> torch.device:
+        return next((tensor.device for tensor in self.model.parameters()), torch.device("cpu"))
+
+
+def _checked(names: Sequence[str | None], lengths: Sequence[int] | None) -> list[str | None]:
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise AdapterError(f"route(): expected a list with a name or None for each row, got {names!r}")
+    wrong = [repr(name) for name in names if name is not None and not isinstance(name, str)]
+    if wrong or not names:
+        raise AdapterError(f"route(): expected a name or None for each row, got {', '.join(wrong) or 'no rows'}")
+    if lengths is not None:
+        bad = [n for n in lengths if isinstance(n, bool) or not isinstance(n, int) or n < 0]
+        if bad or len(lengths) != len(names) or sum(lengths) == 0:
+            raise AdapterError(
+                f"route(): expected as many lengths as names ({len(names)}), whole numbers that are not all 0, got "
+                f"{list(lengths)}"
+            )
+    return [None if name == BASE else name for name in names]
+
+
+def _alike(adapters: Mapping[str, Installed]) -> list[list[str]]:
+    """Names of adapters whose parameters stack: of one method and configuration, with the same frozen factors."""
+    groups: dict[Hashable, list[str]] = {}
+    for name, installed in adapters.items():
+        groups.setdefault(_form(name, installed), []).append(name)
+    return list(groups.values())
+
+
+def _form(name: str, installed: Installed) -> Hashable:
+    method = installed.method
+    if not method.stacks or installed.shared.trained or installed.saved:
+        return name
+    slots = installed.slots()
+    firsts = tuple(None if s.method is None else method.first_factor(s.site, s.shared) for s in slots.values())
+    config = installed.config.replace(inference_mode=False, base_model_name_or_path=None, revision=None)
+    shapes = tuple((key, tuple(p.shape), p.dtype) for s in slots.values() for key, p in s.named_parameters())
+    return type(method), repr(config), tuple(slots), firsts, shapes
+
+
+def unroutable(installed: Installed) -> list[str]:
+    """Why an adapter cannot run on some rows only; empty where it can."""
+    faults = []
+    for name, layer in installed.layers.items():
+        why = None
+        if layer.kind.parameter is not None or layer.kind.matrices(layer.base_layer):
+            why = "an expert layer regroups its tokens inside, where rows are no longer known"
+        elif any(part == "experts" for part in name.split(".")):
+            why = "an expert gets the tokens that are sent to it, whose rows are no longer known"
+        elif layer.kind.substitutes or layer.read_by_parent:
+            why = "its parent multiplies with the weight itself, which is one for all rows"
+        if why is not None:
+            faults.append(f"adapter {installed.adapter!r}, layer {name!r} ({type(layer.base_layer).__name__}): {why}")
+    return faults
+
+
+def generate(model: RoutedModel, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The base model's ``generate``, with ``adapter_names`` for the rows of its input."""
+    if (names := kwargs.pop("adapter_names", None)) is None:
+        return own(*args, **kwargs)
+    with model._routing(names, None, multiples=True):
+        return own(*args, **kwargs)
