@@ -88,6 +88,16 @@ class RoutedModel(nn.Module, ABC):
         with self._routing(names, lengths, multiples=False):
             yield
 
+    def attach(self, source: Source) -> None:
+        """Let routes name the adapters of ``source`` too; where two have one name, the one attached first serves."""
+        self._sources.append(source)
+
+    def detach(self, source: Source) -> None:
+        """Forget a source; AdapterError where it is not attached."""
+        if source not in self._sources:
+            raise AdapterError(f"detach(): this {type(source).__name__} is not attached to the model")
+        self._sources.remove(source)
+
     @contextmanager
     def _routing(self, names: Sequence[str | None], lengths: Sequence[int] | None, multiples: bool) -> Iterator[None]:
         if self._state.merged:
@@ -168,6 +178,9 @@ class RoutedModel(nn.Module, ABC):
                 f"route(): {found[0]} runs with the sequence in front of the batch, so its rows cannot be told from "
                 "positions; build the model with batch_first=True, or run one adapter at a time"
             )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_sources": []}  # a copy has no banks
 
     def _routing_device(self) -> torch.device:
         return next((tensor.device for tensor in self.model.parameters()), torch.device("cpu"))

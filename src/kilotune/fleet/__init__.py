@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from .bank import AdapterBank
 from .store import AdapterStore, Fingerprint, Record, Version
+from .wrapping import wrap
 
-__all__ = ["AdapterStore", "Fingerprint", "Record", "Version"]
+__all__ = ["AdapterBank", "AdapterStore", "Fingerprint", "Record", "Version", "wrap"]

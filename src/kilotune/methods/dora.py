@@ -193,7 +193,7 @@ class _Stamp:
             if owner.is_inference():  # has no version
                 return None
             try:
-                seen.append((weakref.ref(owner), owner._version, owner.data_ptr()))
+                seen.append((weakref.ref(owner), owner._version, tensor.data_ptr()))
             except RuntimeError:  # a tensor without storage
                 return None
         return cls((site.dtype(), site.device()), seen)

@@ -1,0 +1,228 @@
+"""The form that all adapters of a bank have: which layers they change, and where each of their numbers stands in a row.
+
+A form's layers are wrapped in the model as those of an adapter are, with a slot that has no parameters of its own: it
+says what method, site and frozen factors there are. The numbers of an adapter are one row::
+
+    [ layer 0: vera_lambda_b | vera_lambda_d | layer 1: ... ]        Place: layer, parameter, shape, where it begins
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from .. import storage
+from ..checkpoint import AdapterFile, match_tensors
+from ..config import AdapterConfig
+from ..deltas import Full
+from ..errors import CheckpointError, ConfigError, UnsupportedError, gather
+from ..inject import Plan, apply, plan, remove, with_base_name
+from ..installed import Installed
+from ..layer import AdaptedLayer
+from ..model import AdapterModel
+from ..routes import unroutable
+from ..slots import Slot
+from ..tree import own_modules
+
+__all__ = ["Place", "ResidentForm"]
+
+# Options that say where an adapter comes from or what is done with it, and not what it computes.
+NO_MATTER = ("base_model_name_or_path", "inference_mode", "revision", "save_projection", "init_weights", "task_type")
+
+
+@final
+@dataclass(frozen=True)
+class Place:
+    """One parameter of one layer in an adapter's row."""
+
+    layer: str
+    key: str
+    shape: tuple[int, ...]
+    begin: int
+
+    @property
+    def end(self) -> int:
+        """Where the next one begins."""
+        return self.begin + torch.Size(self.shape).numel()
+
+    @property
+    def name(self) -> str:
+        """``<layer>.<parameter>``."""
+        return f"{self.layer}.{self.key}"
+
+    def of(self, rows: Tensor) -> Tensor:
+        """The parameter in each of ``rows`` (n, row length): (n, *shape); a view."""
+        part = rows[:, self.begin : self.end]
+        return part if len(self.shape) == 1 else part.view(rows.shape[0], *self.shape)
+
+
+@final
+class ResidentForm:
+    """What a model needs to run adapters of ``config`` that live outside of it.
+
+    Args:
+        model: the model with adapters; its layers are wrapped where they are not yet.
+        config: the configuration that all these adapters have.
+        key: an adapter name that nobody else takes.
+
+    Attributes:
+        places: by layer, the parameters in their order in a row. length: how many numbers a row has.
+
+    Raises:
+        TargetError, ConfigError: as for adding such an adapter.
+        UnsupportedError: adapters of this form are not a row of numbers for each layer, or cannot be routed; with why.
+
+    """
+
+    def __init__(self, model: AdapterModel, config: AdapterConfig, key: str) -> None:
+        base = model.get_base_model()
+        self.made: Plan = plan(base, key, with_base_name(base, config))
+        self._model, self._key = model, key
+        _check_form(self.made)
+        storage.prepare(own_modules(base))
+        self.installed: Installed = apply(base, self.made, model._state, model.projections, None)
+        try:
+            if faults := unroutable(self.installed):
+                raise UnsupportedError(gather("such adapters cannot be in a bank:", faults))
+            if self.installed.shared.trained:
+                names = sorted(self.installed.shared.trained)
+                raise UnsupportedError(
+                    f"{self.made.method.name} trains numbers for the whole model at once ({', '.join(names)}), which "
+                    "do not stack; add such adapters to the model one by one"
+                )
+        except BaseException:
+            self.release()
+            raise
+        self.slots = self.installed.slots()
+        self.places: dict[str, list[Place]] = {}
+        at = 0
+        for layer, slot in self.slots.items():
+            own = []
+            for name, parameter in slot.named_parameters():
+                own.append(Place(layer, name, tuple(parameter.shape), at))
+                at = own[-1].end
+            self.places[layer] = own
+            slot._parameters.clear()  # a row brings them
+        self.length = at
+        self._by_layer = {layer: name for name, layer in self.installed.layers.items()}
+        self._verified: set[str] = set()
+
+    @property
+    def config(self) -> AdapterConfig:
+        """With targets filled in."""
+        return self.made.config
+
+    def slot_of(self, layer: AdaptedLayer) -> Slot | None:
+        """The slot in ``layer``; None where the form does not change it."""
+        name = self._by_layer.get(layer)
+        return None if name is None else self.slots.get(name)
+
+    def params(self, layer: AdaptedLayer, rows: Tensor) -> dict[str, Tensor]:
+        """The parameters in ``layer`` of the adapters whose rows (n, length) these are, stacked in front; views."""
+        return {place.key: place.of(rows) for place in self.places[self._by_layer[layer]]}
+
+    def all_places(self) -> list[Place]:
+        """All parameters, in their order in a row."""
+        return [place for own in self.places.values() for place in own]
+
+    # -- rows ------------------------------------------------------------------------------------
+
+    def row(self, tensors: Mapping[str, Tensor], what: str) -> Tensor:
+        """An adapter's numbers as one float32 row (length,) on the CPU.
+
+        Args:
+            tensors: by ``<layer>.<parameter>``.
+            what: the adapter, for the error.
+
+        Raises:
+            CheckpointError: what is missing, too much, of another shape, or not finite; all of it.
+
+        """
+        wanted = self.all_places()
+        names = {place.name for place in wanted}
+        faults = [f"unexpected: {name}" for name in tensors if name not in names]
+        for place in wanted:
+            given = tensors.get(place.name)
+            if given is None:
+                faults.append(f"missing: {place.name} {place.shape}")
+            elif tuple(given.shape) != place.shape:
+                faults.append(f"shape of {place.name}: expected {place.shape}, got {tuple(given.shape)}")
+        if faults:
+            raise CheckpointError(gather(f"{what} is not of this bank's form:", faults, len(faults)))
+        row = torch.cat([tensors[place.name].detach().reshape(-1) for place in wanted]).to("cpu", torch.float32)
+        self.check_finite(row, what)
+        return row
+
+    def check_finite(self, row: Tensor, what: str) -> None:
+        """Refuse a row with values that are not finite; says where."""
+        if bool(torch.isfinite(row).all()):
+            return
+        wrong = [place.name for place in self.all_places() if not torch.isfinite(row[place.begin : place.end]).all()]
+        raise CheckpointError(gather(f"{what} holds values that are not finite:", wrong))
+
+    def tensors(self, row: Tensor) -> dict[str, Tensor]:
+        """The inverse of :meth:`row`: copies, by ``<layer>.<parameter>``."""
+        return {place.name: place.of(row.unsqueeze(0))[0].clone() for place in self.all_places()}
+
+    def row_of_file(self, file: AdapterFile, what: str) -> Tensor:
+        """The row of an adapter that was read from a folder or a store.
+
+        Raises:
+            ConfigError: its configuration is another one. CheckpointError: its tensors or projections do not fit.
+
+        """
+        self._check_config(file, what)
+        method: Any = file.method
+        expected = getattr(method, "expected_checksum", None)
+        if expected is not None and expected not in self._verified:
+            method.verify(self.installed.shared)
+            self._verified.add(expected)
+        base = type(self._model.get_base_model()).__name__
+        return self.row(match_tensors(file, self.made, base), what)
+
+    def _check_config(self, file: AdapterFile, what: str) -> None:
+        mine, theirs = self.config.to_dict(), file.config.to_dict()
+        faults = (
+            []
+            if type(self.config) is type(file.config)
+            else [f"method: the bank has {type(self.config).__name__}, the adapter {type(file.config).__name__}"]
+        )
+        if not faults:
+            for key in mine:
+                if (
+                    key not in NO_MATTER
+                    and not key.endswith("dropout")
+                    and _plain(mine[key]) != _plain(theirs.get(key))
+                ):
+                    faults.append(f"{key}: the bank has {mine[key]!r}, the adapter {theirs.get(key)!r}")
+        if faults:
+            raise ConfigError(gather(f"{what} is of another configuration than this bank's adapters:", faults))
+
+    def release(self) -> None:
+        """Take the form out of the model; layers without other adapters become what they were."""
+        remove(self._model.get_base_model(), self._key, self.installed, self._model.projections)
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, (list, tuple, set, frozenset)) else value
+
+
+def _check_form(made: Plan) -> None:
+    if made.method.makes is Full:
+        sizes = [f"{name}: {c.kind.features(c.module)}" for name, c in made.layers.items() if c.kind is not None]
+        raise UnsupportedError(
+            gather(
+                f"{made.method.name} makes a whole matrix of each layer for each adapter, which cannot stand side by "
+                "side in a batch; run such adapters one at a time. The matrices:",
+                sizes,
+            )
+        )
+    if made.saved:
+        raise UnsupportedError(
+            f"modules_to_save ({', '.join(made.saved)}): a bank holds vectors, not whole modules; add such adapters to "
+            "the model one by one"
+        )
