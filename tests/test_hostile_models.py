@@ -161,16 +161,6 @@ def test_merging_an_adapter_with_a_head_of_its_own_beside_an_active_one() -> Non
     assert Snapshot.of(twice) == before
 
 
-@pytest.mark.parametrize("make", [mlp, lambda: tiny_llama()], ids=["mlp", "llama"])
-def test_adapter_names_in_a_forward_are_refused(make: Callable[[], nn.Module]) -> None:
-    targets = ["0"] if make is mlp else ["q_proj"]
-    model = several(make, a=LoraConfig(r=2, target_modules=targets))
-    inputs = {"input": X} if make is mlp else {"input_ids": torch.tensor([[1, 2, 3]])}
-    with pytest.raises(UnsupportedError, match="adapter_names"):
-        model(**inputs, adapter_names=["a"])
-    model(**inputs)
-
-
 def test_a_layers_weight_is_not_set_while_merged() -> None:
     model = several(a=LORA)
     model.merge_adapter()
