@@ -37,11 +37,14 @@ class Limits:
         max_length: positions that it has, in tokens; None: no limit.
         pad_token_id: its padding token; None: the tokenizer's.
         vocabulary: rows of its embedding; None: not known.
+        labels: the classes, in order, of a head that is there and is to stay (of an adapter that is gone on from, or
+            scored); None: the data says what the classes are.
     """
 
     max_length: int | None = None
     pad_token_id: int | None = None
     vocabulary: int | None = None
+    labels: tuple[str, ...] | None = None
 
 
 @final
@@ -50,7 +53,7 @@ class Prepared:
     """Data ready for transformers' Trainer (with ``remove_unused_columns=False``: every key of a batch is wanted).
 
     Attributes:
-        train: map-style, of known length; rows ready for ``collate``.
+        train: map-style, of known length; rows ready for ``collate``. Without rows where ``data.train`` is None.
         validation: the same, or None.
         test: the same, or None.
         collate: makes a batch of rows.

@@ -1,0 +1,242 @@
+"""Rows as token numbers, and which of them the loss is on: plain text, prompt and completion, chats.
+
+What the model is asked to say is known as spans of the rendered text, and the spans become tokens by where the
+tokenizer itself puts the boundary: the tokens before an answer are those that the model will be given when it is
+asked for one. No offsets are used, so every tokenizer will do.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, final
+
+from ..errors import ConfigError, first_line
+
+__all__ = ["ChatTemplate", "Example", "Rendered", "Tokenized", "render_pair", "render_text", "tokenize"]
+
+CHUNK = 512  # rows that are tokenised at once
+GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+ASSISTANT = "assistant"
+Message = Mapping[str, Any]
+
+
+@final
+@dataclass(frozen=True)
+class Rendered:
+    """A row as text.
+
+    Attributes:
+        text: as the tokenizer is given it.
+        answers: (start, end) in characters of what the model is to say, in order and apart from each other.
+        bare: whether the tokenizer's own special tokens are to be added (a chat template writes them itself).
+    """
+
+    text: str
+    answers: tuple[tuple[int, int], ...]
+    bare: bool = True
+
+
+@final
+@dataclass(frozen=True)
+class Example:
+    """A row as token numbers; ``learn`` (same length) says on which of them the loss is."""
+
+    ids: list[int]
+    learn: list[bool]
+
+
+@final
+@dataclass(frozen=True)
+class Tokenized:
+    """Rows as token numbers, and of how many the tokens reach across the beginning or end of an answer."""
+
+    examples: list[Example]
+    joined: int
+
+
+# -- text ----------------------------------------------------------------------------------------------
+
+
+def render_text(text: str) -> Rendered:
+    """Plain text: the loss is on all of it."""
+    return Rendered(text, ((0, len(text)),))
+
+
+def render_pair(prompt: str, completion: str) -> Rendered:
+    """A prompt and its completion, one directly after the other."""
+    return Rendered(prompt + completion, ((len(prompt), len(prompt) + len(completion)),))
+
+
+@final
+class ChatTemplate:
+    """Chats by the model's own template; the assistant's messages are the answers, with what ends them.
+
+    Raises:
+        ConfigError: the tokenizer has no template.
+
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        if not getattr(tokenizer, "chat_template", None):
+            raise ConfigError(
+                "the tokenizer has no chat template, so messages cannot be rendered: put the model's "
+                "chat_template.jinja into its folder, take the model that was tuned for chat, or give the columns "
+                "prompt and completion"
+            )
+        self._tokenizer = tokenizer
+        self._marked = bool(GENERATION.search(tokenizer.get_chat_template()))
+        self._special = tuple({*map(str, tokenizer.all_special_tokens), *tokenizer.get_added_vocab()} - {""})
+
+    def render(self, messages: Sequence[Message]) -> list[Rendered]:
+        """One text, as a rule.
+
+        Where the template writes an earlier message differently once a later one follows (leaving out its reasoning,
+        say), there is a text for each answer, which is what the model sees when it gives it.
+
+        Raises:
+            ConfigError: the template refuses these messages.
+
+        """
+        if self._marked:
+            return [self._by_marks(messages)]
+        turns = [i for i, message in enumerate(messages) if message["role"] == ASSISTANT]
+        whole = self._text(messages)
+        upto = [self._text(messages[: i + 1]) if i + 1 < len(messages) else whole for i in turns]
+        answers = [(self._start(messages[:i], text), self._end(text)) for i, text in zip(turns, upto)]
+        if all(whole.startswith(text[:end]) for text, (_, end) in zip(upto, answers)):
+            return [Rendered(whole, tuple(answers), bare=False)]
+        return [Rendered(text, (answer,), bare=False) for text, answer in zip(upto, answers)]
+
+    def _text(self, messages: Sequence[Message], prompt: bool = False) -> str:
+        with _refusals():
+            text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
+        return str(text)
+
+    def _start(self, before: Sequence[Message], text: str) -> int:
+        """Where the answer begins in ``text``, which ends with it: after what the model is given to answer."""
+        if not before:  # no template renders an empty chat: what it puts before any answer is taken from another one
+            asked = [{"role": "user", "content": "x"}]
+            header = self._text(asked, prompt=True).removeprefix(self._text(asked))
+            return text.find(header) + len(header) if header and header in text else 0
+        given = self._text(before, prompt=True)
+        if text.startswith(given):
+            return len(given)
+        # The template ends what it gives the model with words that it leaves out of the chat afterwards (a tag that
+        # begins the reasoning): the answer begins where the two part.
+        parting = (i for i, (mine, its) in enumerate(zip(text, given)) if mine != its)
+        return next(parting, min(len(text), len(given)))
+
+    def _end(self, text: str) -> int:
+        """Where the answer ends: after the token that ends a turn, without the blanks that templates put behind it."""
+        stripped = text.rstrip()
+        return len(stripped) if stripped.endswith(self._special) else len(text)
+
+    def _by_marks(self, messages: Sequence[Message]) -> Rendered:
+        """The template says itself what the assistant's words are, between its generation marks.
+
+        ``apply_chat_template`` gives only tokens for them, and those are wrong where an answer begins or ends with a
+        blank; so the spans are taken from the function under it. Tested with transformers 5.23.
+        """
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        with _refusals():
+            texts, spans = render_jinja_template(
+                conversations=[list(messages)],
+                chat_template=self._tokenizer.get_chat_template(),
+                return_assistant_tokens_mask=True,
+                **self._tokenizer.special_tokens_map,
+            )
+        return Rendered(texts[0], tuple((start, end) for start, end in spans[0] if end > start), bare=False)
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """What a template says against the messages, as a ConfigError."""
+    from jinja2 import TemplateError
+
+    try:
+        yield
+    except (TemplateError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ConfigError(f"the chat template refuses the messages: {first_line(error)}") from error
+
+
+# -- tokens --------------------------------------------------------------------------------------------
+
+
+def tokenize(tokenizer: Any, rendered: Iterable[Rendered], loss_on: str) -> Tokenized:
+    """The token numbers of rows, in order; ``loss_on`` is ``answer`` or ``all``.
+
+    Plain text, prompts and completions begin with the special tokens that the tokenizer begins a text with, and end
+    with its end-of-text token, which belongs to the answer. Chats are as the template wrote them.
+    """
+    before = _opening(tokenizer)
+    after = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    examples = []
+    joined = 0
+    for chunk in _chunks(rendered):
+        for item, (ids, learn, across) in zip(chunk, _encode(tokenizer, chunk)):
+            joined += across
+            first, last = (before, after) if item.bare else ([], [])
+            learns = [*([False] * len(first)), *learn, *([True] * len(last))]
+            whole = [*first, *ids, *last]
+            examples.append(Example(whole, [True] * len(whole) if loss_on == "all" else learns))
+    return Tokenized(examples, joined)
+
+
+def _chunks(rendered: Iterable[Rendered]) -> Iterator[list[Rendered]]:
+    chunk: list[Rendered] = []
+    for item in rendered:
+        chunk.append(item)
+        if len(chunk) == CHUNK:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def _opening(tokenizer: Any) -> list[int]:
+    """The special tokens that the tokenizer puts before a text (some put others behind it)."""
+    empty, some = _ids(tokenizer, [""], special=True)[0], _ids(tokenizer, ["a"], special=True)[0]
+    same = next((i for i, (one, other) in enumerate(zip(empty, some)) if one != other), min(len(empty), len(some)))
+    return empty[:same]
+
+
+def _ids(tokenizer: Any, texts: Sequence[str], special: bool = False) -> list[list[int]]:
+    if not texts:
+        return []
+    # verbose: else the tokenizer says that a text is longer than the model takes, which is counted and told here.
+    found = tokenizer(
+        list(texts), add_special_tokens=special, return_attention_mask=False, return_token_type_ids=False, verbose=False
+    )
+    return [list(map(int, ids)) for ids in found["input_ids"]]
+
+
+def _encode(tokenizer: Any, chunk: Sequence[Rendered]) -> Iterator[tuple[list[int], list[bool], bool]]:
+    """(token numbers, learned or not, whether a token reaches across a boundary) of each row."""
+    bounds = [sorted({at for span in item.answers for at in span if 0 < at < len(item.text)}) for item in chunk]
+    wholes = _ids(tokenizer, [item.text for item in chunk])
+    starts = iter(_ids(tokenizer, [item.text[:at] for item, found in zip(chunk, bounds) for at in found]))
+    for item, whole, found in zip(chunk, wholes, bounds):
+        prefixes = [next(starts) for _ in found]
+        fits = all(whole[: len(prefix)] == prefix for prefix in prefixes)
+        edges = [0, *found, len(item.text)]
+        pieces = list(pairwise(edges))
+        if fits:
+            counts = [0, *(len(prefix) for prefix in prefixes), len(whole)]
+            parts = [whole[a:b] for a, b in pairwise(counts)]
+        else:  # the parts are tokenised one by one, so that what comes before an answer is what the model will be given
+            parts = _ids(tokenizer, [item.text[a:b] for a, b in pieces])
+        learn = [_inside(start, end, item.answers) for start, end in pieces]
+        yield (
+            [token for part in parts for token in part],
+            [flag for part, flag in zip(parts, learn) for _ in part],
+            not fits,
+        )
+
+
+def _inside(start: int, end: int, answers: Sequence[tuple[int, int]]) -> bool:
+    return any(a <= start and end <= b for a, b in answers)
