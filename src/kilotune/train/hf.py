@@ -57,7 +57,8 @@ def for_trainer(model: AdapterModel) -> nn.Module:
       checkpointing lets gradients through the frozen embeddings;
     - vectors that an adapter has once for the whole model (Uni-LoRA, intrinsic dimension) are among its parameters.
 
-    Columns of the data are chosen, labels found and losses shifted as for the base model.
+    Columns of the data are chosen, labels found and losses shifted as for the base model. Trained vectors that were
+    float32 stay so: TRL rounds those of quantised models to bfloat16, in which small steps are lost.
 
     Raises:
         ConfigError: ``model`` is not one of ours. MissingExtraError: transformers is not installed.
@@ -68,7 +69,7 @@ def for_trainer(model: AdapterModel) -> nn.Module:
     try:
         from transformers import PreTrainedModel
     except ImportError as error:
-        raise MissingExtraError("transformers", "transformers", "for_trainer") from error
+        raise MissingExtraError("transformers", "train", "for_trainer") from error
     root = base = model.get_base_model()
     if "save_pretrained" in base.__dict__:  # handed over before
         return base
@@ -78,8 +79,10 @@ def for_trainer(model: AdapterModel) -> nn.Module:
         root = _as_pretrained(model)
     lend(root, "_hf_peft_config_loaded", True)
     lend(root, "save_pretrained", _Saving(model, root))
-    lend(root, "load_state_dict", _Loading(model, root))
+    wide = _Wide(root)
+    lend(root, "load_state_dict", _Loading(model, root, wide))
     lend(root, "_kilotune_head", root.register_forward_pre_hook(_check_head, with_kwargs=True))
+    lend(root, "_kilotune_wide", root.register_forward_pre_hook(wide))
     return root
 
 
@@ -110,13 +113,14 @@ class _Saving:
 class _Loading:
     """``load_state_dict`` of a model that is handed to a Trainer."""
 
-    def __init__(self, model: AdapterModel, root: nn.Module) -> None:
-        self.model, self.root = model, root
+    def __init__(self, model: AdapterModel, root: nn.Module, wide: _Wide) -> None:
+        self.model, self.root, self.wide = model, root, wide
 
     def __call__(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Take what a checkpoint of ours holds, all of it; every other state dict as any module does."""
         if OPTIONS not in state_dict:
             return type(self.root).load_state_dict(self.root, state_dict, strict, assign)
+        self.wide.restore()
         given = dict(state_dict)
         _check_options(self.model, given.pop(OPTIONS))
         own = _trained(self.model, self.root)
@@ -221,6 +225,24 @@ def _check_head(root: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Non
             "TRL's trainers multiply with the weight of the output embeddings themselves, so an adapter there would "
             "never be trained; leave it out of target_modules, or name it in modules_to_save"
         )
+
+
+@final
+class _Wide:
+    """A hook before each forward in training: parameters that were float32 are so again."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self.wide = [p for p in root.parameters() if p.requires_grad and p.dtype == torch.float32]
+
+    def __call__(self, root: nn.Module, args: tuple[Any, ...]) -> None:
+        if root.training:
+            self.restore()
+
+    def restore(self) -> None:
+        """Make those that are bfloat16 now float32 again."""
+        for parameter in self.wide:
+            if parameter.dtype == torch.bfloat16:
+                parameter.data = parameter.data.float()
 
 
 def _as_pretrained(model: AdapterModel) -> nn.Module:
