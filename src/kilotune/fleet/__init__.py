@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .bank import AdapterBank
-from .store import AdapterStore, Fingerprint, Record, Version
+from .store import AdapterStore, Fingerprint, Record, Version, open_store
 from .wrapping import wrap
 
-__all__ = ["AdapterBank", "AdapterStore", "Fingerprint", "Record", "Version", "wrap"]
+__all__ = ["AdapterBank", "AdapterStore", "Fingerprint", "Record", "Version", "open_store", "wrap"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from .base import AdapterStore, Item
 from .fingerprint import Fingerprint
 from .records import Collected, Contents, Fault, Form, Moved, Record, Stats, Version
+from .urls import open_store
 
 __all__ = [
     "AdapterStore",
@@ -18,4 +19,5 @@ __all__ = [
     "Record",
     "Stats",
     "Version",
+    "open_store",
 ]

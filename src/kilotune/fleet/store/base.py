@@ -112,6 +112,7 @@ class AdapterStore(ABC):
         """Remove one version, or with None all of them and the aliases; returns how many versions that were.
 
         Args:
+            version: a number, an alias, or "latest".
             force: remove a version that an alias names, and the alias with it; else that is an AdapterError.
 
         The numbers of removed versions are not given again.
@@ -120,11 +121,12 @@ class AdapterStore(ABC):
     # -- aliases ---------------------------------------------------------------------------------
 
     @abstractmethod
-    def alias(self, name: str, alias: str, version: Which = None, *, expected: Which = None) -> int:
+    def alias(self, name: str, alias: str, version: Which = None, *, expected: int | None = None) -> int:
         """Let ``alias`` name a version of ``name``; returns its number. Readers see the old one or the new one.
 
         Args:
-            expected: only if the alias names this version now; else an AdapterError, and nothing is changed.
+            expected: only if the alias names this version now (0: if there is no such alias); else an AdapterError,
+                and nothing is changed.
 
         """
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from ...checkpoint import AdapterFile, parse
 from ...errors import CheckpointError
 from ...files import tensors_checksum, write
+from ...targets import HEADS
 from .fingerprint import Fingerprint
 from .packing import Layout
 
@@ -41,16 +42,12 @@ class Contents:
     """An adapter as its two files have it, wherever it came from.
 
     config: the object of adapter_config.json. tensors: under the file's own keys (``base_model.model....``).
-    header: the metadata of adapter_model.safetensors. shared: the keys of frozen tensors that belong to no layer
-    (PEFT's vera_A and vera_B), which adapters of one seed have in common. exact: keys that are never rounded to int8,
-    because they belong to modules saved whole. base: the model that it was trained on, where that is known.
+    header: the metadata of adapter_model.safetensors. base: the model that it was trained on, where that is known.
     """
 
     config: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
     header: Mapping[str, str]
-    shared: frozenset[str] = frozenset()
-    exact: frozenset[str] = frozenset()
     base: Fingerprint | None = None
 
 
@@ -86,7 +83,8 @@ class Form:
     def saved_whole(self) -> tuple[str, ...]:
         """The names of modules that the adapter brings itself, such as a head; the base's own do not matter."""
         named = self.config.get("modules_to_save") or ()
-        return (named,) if isinstance(named, str) else tuple(named)
+        heads = HEADS.get(str(self.config.get("task_type")), ())
+        return (*((named,) if isinstance(named, str) else named), *heads)
 
     def content_hash(self, packed: bytes) -> bytes:
         """SHA-256 (32 bytes) over the form and the packed numbers: what a version's ``sha256`` says."""

@@ -1,0 +1,185 @@
+"""From what a caller has (a folder, a model, a record) to what is kept: a form, and packed numbers."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+from torch import Tensor
+
+from ...checkpoint import (
+    CONFIG_NAME,
+    EXTRA_PREFIX,
+    PREFIX,
+    AdapterFile,
+    locate,
+    parse,
+    state_of,
+    weights_of,
+)
+from ...config import SECTION
+from ...errors import AdapterError, CheckpointError, ConfigError, type_name
+from ...files import read_config, read_weights, tensors_checksum
+from ...kinds import KINDS
+from ...model import AdapterModel
+from .fingerprint import Fingerprint
+from .names import check_metadata, check_name, check_tags
+from .packing import Layout, check_packing
+from .records import SUM, Contents, Form, Record, canonical
+
+__all__ = ["Preparer", "Ready", "contents_of", "folder_contents"]
+
+CACHED = 256  # kinds of adapters whose form is remembered
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Ready:
+    """An adapter that can be written: all has been checked. frozen: the form's shared tensors, by key."""
+
+    name: str
+    form: Form
+    packed: bytes
+    sha256: bytes
+    metadata: str
+    tags: tuple[str, ...]
+    frozen: Mapping[str, Tensor]
+
+
+@final
+class Preparer:
+    """Makes :class:`Ready` adapters for one store; what many have in common is worked out once."""
+
+    def __init__(self, base: Fingerprint | None, packing: str) -> None:
+        self.base, self.packing = base, check_packing(packing)
+        self._known: dict[Any, tuple[Form, tuple[str, ...]]] = {}
+        self._lock = threading.Lock()
+
+    def __call__(
+        self,
+        name: str,
+        adapter: object,
+        metadata: Mapping[str, Any] | None,
+        tags: Sequence[str],
+        packing: str | None = None,
+        adapter_name: str | None = None,
+    ) -> Ready:
+        """Check everything about one adapter, and pack its numbers.
+
+        Raises:
+            AdapterError: the name, metadata or tags. CheckpointError, ConfigError: the adapter itself.
+
+        """
+        name, text, words = check_name(name), check_metadata(metadata), check_tags(tags)
+        packing = self.packing if packing is None else check_packing(packing)
+        try:
+            contents = contents_of(adapter, adapter_name)
+            form, shared = self._form(contents, packing)
+            frozen = {key: contents.tensors[key] for key in shared}
+            form = _with_frozen(form, frozen) if frozen else form
+            packed = form.layout.pack(contents.tensors)
+        except (CheckpointError, ConfigError) as error:
+            raise type(error)(f"{name!r}: {error}") from error
+        return Ready(name, form, packed, form.content_hash(packed), text, words, frozen)
+
+    def _form(self, contents: Contents, packing: str) -> tuple[Form, tuple[str, ...]]:
+        """(the form, without checksums of frozen tensors; their keys)."""
+        config = _without_weights(contents.config)
+        header = {key: value for key, value in contents.header.items() if key != SUM}
+        shapes = tuple((key, tuple(value.shape), value.dtype) for key, value in contents.tensors.items())
+        base = contents.base
+        kind = (canonical(config), canonical(header), shapes, SUM in contents.header, packing)
+        with self._lock:
+            known = self._known.get((kind, None if base is None else base.sha256))
+        if known is not None:
+            return known
+        made = _new_form(Contents(config, contents.tensors, contents.header, base), self.base, packing)
+        with self._lock:
+            if len(self._known) >= CACHED:
+                self._known.clear()
+            self._known[(kind, None if base is None else base.sha256)] = made
+        return made
+
+
+def contents_of(adapter: object, adapter_name: str | None = None) -> Contents:
+    """The two files' contents of what :meth:`AdapterStore.put` takes.
+
+    Raises:
+        CheckpointError: the files are damaged. AdapterError: a model has no such adapter.
+
+    """
+    if isinstance(adapter, AdapterModel):
+        return _of_model(adapter, adapter_name)
+    if adapter_name is not None:
+        raise AdapterError(f"adapter_name={adapter_name!r}: only for a model; this is {type_name(adapter)}")
+    if isinstance(adapter, Contents):
+        return adapter
+    if isinstance(adapter, Record):
+        tensors = adapter.tensors()
+        return Contents(adapter.config, tensors, adapter.header(tensors), adapter.form.base)
+    if isinstance(adapter, (str, os.PathLike)):
+        return folder_contents(locate(adapter))
+    raise ConfigError(
+        f"expected an adapter's folder, a kilotune model with adapters or a store's record, got {type_name(adapter)}"
+    )
+
+
+def folder_contents(folder: Path) -> Contents:
+    """PEFT's two files, with the checksums in them held against the numbers."""
+    config = read_config(folder / CONFIG_NAME)
+    tensors, header = read_weights(weights_of(folder, config))
+    return Contents(config, tensors, header)
+
+
+def _of_model(model: AdapterModel, adapter_name: str | None) -> Contents:
+    if adapter_name is None:
+        if len(active := model.active_adapters) != 1:
+            raise AdapterError(f"adapter_name: say which of the model's adapters; active are {active or 'none'}")
+        adapter_name = active[0]
+    config, tensors, header = state_of(model.installed(adapter_name))
+    return Contents(config, tensors, header, Fingerprint.of(model))
+
+
+def _without_weights(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config without the name of the weights' file, which is the usual one wherever the adapter is written to."""
+    section = config.get(SECTION)
+    if not isinstance(section, Mapping) or "weights" not in section:
+        return dict(config)
+    return {**config, SECTION: {key: value for key, value in section.items() if key != "weights"}}
+
+
+def _new_form(contents: Contents, base: Fingerprint | None, packing: str) -> tuple[Form, tuple[str, ...]]:
+    file = parse(Path("the adapter"), contents.config, contents.tensors, contents.header)
+    shared = tuple(key for key in contents.tensors if _is_frozen(key, file))
+    own = {key: value for key, value in contents.tensors.items() if key not in shared}
+    layout = Layout.of(own, packing, _saved_whole(file, own))
+    header = {key: value for key, value in contents.header.items() if key != SUM}
+    if SUM in contents.header:
+        header[SUM] = ""  # there is one, and it is made anew of the numbers
+    form = Form(dict(contents.config), header, layout)
+    if base is not None and contents.base is not None:
+        base.check(contents.base, "the adapter", form.saved_whole)
+    known = contents.base or base
+    return Form(form.config, header, layout, {}, known and known.without(form.saved_whole)), shared
+
+
+def _with_frozen(form: Form, frozen: Mapping[str, Tensor]) -> Form:
+    sums = {key: tensors_checksum({"": value}) for key, value in frozen.items()}
+    return Form(form.config, form.header, form.layout, sums, form.base)
+
+
+def _is_frozen(key: str, file: AdapterFile) -> bool:
+    """Whether a tensor belongs to no layer and is not trained: those that adapters of one seed have in common."""
+    short = key.removeprefix(PREFIX) if key.startswith(PREFIX) else key.removeprefix(EXTRA_PREFIX)
+    return short in file.extra and short not in file.method.shared_keys
+
+
+def _saved_whole(file: AdapterFile, tensors: Mapping[str, Tensor]) -> frozenset[str]:
+    """The keys that are not the method's own: of modules saved whole, and biases."""
+    ends = tuple({f".{kind.file_keys.get(key, key)}" for kind in KINDS for key in file.method.keys.values()})
+    own = tuple(f"{EXTRA_PREFIX}{key}" for key in file.method.shared_keys)
+    return frozenset(key for key in tensors if not key.endswith(ends) and key not in own)

@@ -1,0 +1,254 @@
+"""Out of the tables: which version is meant, rows as records, and the forms that many rows share.
+
+Whatever is asked for, the namespace is part of the statement, as a value and never as a part of its text.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import zlib
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any, final
+
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor
+
+from ...errors import AdapterError, CheckpointError, did_you_mean
+from .fingerprint import Fingerprint
+from .names import NEWEST
+from .packing import Layout
+from .records import Form, Record, Version, check_frozen
+from .schema import Link
+
+__all__ = ["Forms", "Known", "Row", "find", "missing", "names_after", "of_names", "unpacked_text"]
+
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+MAX_TEXT = 200_000_000  # bytes of a form or a fingerprint, unpacked; a damaged or hostile store could claim any size
+LAST = "\U0010ffff"  # sorts behind every character
+FORMS_KEPT = 64
+COLUMNS = "n.id, n.name, v.version, v.form, v.payload, v.size, v.created, v.used, v.sha256, v.metadata, v.tags"
+TABLES = (
+    "FROM kilotune_namespaces s JOIN kilotune_names n ON n.namespace = s.id JOIN kilotune_versions v ON v.name = n.id"
+)
+WITH_DATA = "LEFT JOIN kilotune_payloads p ON p.id = v.payload"
+IS_NEWEST = "v.version = (SELECT MAX(w.version) FROM kilotune_versions w WHERE w.name = n.id)"
+HAS_ALIAS = "v.version = (SELECT a.version FROM kilotune_aliases a WHERE a.name = n.id AND a.alias = ?)"
+
+
+@final
+@dataclass(frozen=True)
+class Row:
+    """A row of ``versions`` with its name; data: the packed numbers, None where nobody asked or they are not there."""
+
+    name_id: int
+    name: str
+    version: int
+    form: int
+    payload: int
+    size: int
+    created: int
+    used: int | None
+    sha256: bytes
+    metadata: str
+    tags: str
+    data: bytes | None = None
+
+    def info(self, form: Form) -> Version:
+        """As callers see it."""
+        return Version(
+            name=self.name,
+            version=self.version,
+            sha256=bytes(self.sha256).hex(),
+            created=moment(self.created),
+            used=None if self.used is None else moment(self.used),
+            metadata=json.loads(self.metadata),
+            tags=tuple(json.loads(self.tags)),
+            packing=form.layout.packing,
+            size=self.size,
+            form=form.sha256,
+            base=None if form.base is None else form.base.sha256,
+        )
+
+    def record(self, known: Known) -> Record:
+        """The whole adapter, held against its hash.
+
+        Raises:
+            CheckpointError: it is damaged.
+
+        """
+        data = None if self.data is None else bytes(self.data)
+        where = f"{self.name!r} (version {self.version})"
+        if data is None:
+            raise CheckpointError(f"{where} is damaged: its numbers are not there")
+        if known.form.content_hash(data) != bytes(self.sha256):
+            raise CheckpointError(f"{where} is damaged: its SHA-256 is not {bytes(self.sha256).hex()}")
+        known.form.layout.check(data)
+        return Record(self.info(known.form), known.form, data, known.frozen)
+
+
+def moment(microseconds: int) -> datetime:
+    """A time of the store, which counts microseconds from 1970, as UTC."""
+    return EPOCH + timedelta(microseconds=microseconds)
+
+
+# -- which -----------------------------------------------------------------------------------------
+
+
+def _clause(which: int | str | None) -> tuple[str, tuple[Any, ...]]:
+    if which is None:
+        return IS_NEWEST, ()
+    return ("v.version = ?", (which,)) if isinstance(which, int) else (HAS_ALIAS, (which,))
+
+
+def find(link: Link, namespace: str, name: str, which: int | str | None, data: bool) -> Row:
+    """One version. Raises AdapterError where it is not there."""
+    clause, values = _clause(which)
+    sql = f"SELECT {COLUMNS}{', p.data' if data else ''} {TABLES} {WITH_DATA if data else ''}"
+    row = link.one(f"{sql} WHERE s.name = ? AND n.name = ? AND {clause}", (namespace, name, *values))
+    if row is None:
+        raise missing(link, namespace, name, which)
+    return Row(*row)
+
+
+def of_names(
+    link: Link, namespace: str, names: Sequence[str], which: int | str | None = None, *, every: bool, data: bool
+) -> list[Row]:
+    """The version of each name that is meant, or every one, by name and version; what is not there is left out."""
+    clause, values = ("1 = 1", ()) if every else _clause(which)
+    sql = f"SELECT {COLUMNS}{', p.data' if data else ''} {TABLES} {WITH_DATA if data else ''}"
+    places = ", ".join("?" * len(names))
+    found = link.rows(
+        f"{sql} WHERE s.name = ? AND n.name IN ({places}) AND {clause} ORDER BY n.name, v.version",
+        (namespace, *names, *values),
+    )
+    return [Row(*row) for row in found]
+
+
+def names_after(
+    link: Link, namespace: str, after: str, prefix: str = "", tag: str | None = None, count: int = 500
+) -> list[str]:
+    """The next names behind ``after`` that begin with ``prefix``, in order; also those with no version left."""
+    table, clause = ("kilotune_names", "") if tag is None else ("kilotune_tags", "AND t.tag = ?")
+    more = () if tag is None else (tag,)
+    found = link.rows(
+        f"SELECT DISTINCT t.name FROM {table} t JOIN kilotune_namespaces s ON s.id = t.namespace "
+        f"WHERE s.name = ? {clause} AND t.name > ? AND t.name >= ? AND t.name < ? ORDER BY t.name LIMIT ?",
+        (namespace, *more, after, prefix, prefix + LAST, count),
+    )
+    return [name for (name,) in found]
+
+
+def missing(link: Link, namespace: str, name: str, which: int | str | None) -> AdapterError:
+    """What to tell who asked for something that is not there; only this namespace is looked at."""
+    numbers = [row.version for row in of_names(link, namespace, [name], every=True, data=False)]
+    if not numbers:
+        near = names_after(link, namespace, "", name[:1], count=200) or names_after(link, namespace, "", count=200)
+        near = [row.name for row in of_names(link, namespace, near, every=False, data=False)] if near else []
+        return AdapterError(f"there is no adapter {name!r} in this namespace.{did_you_mean(name, near)}")
+    shown = ", ".join(map(str, numbers[-10:]))
+    if not isinstance(which, str):
+        return AdapterError(f"{name!r} has no version {which or NEWEST}; it has {shown}")
+    there = [alias for alias, _, _ in aliases_of(link, namespace, name)]
+    have = f"it has {', '.join(map(repr, there))}" if there else f"it has none, but the versions {shown}"
+    return AdapterError(f"{name!r} has no alias {which!r}.{did_you_mean(which, there)} There: {have}")
+
+
+def aliases_of(link: Link, namespace: str, name: str) -> list[tuple[str, int, int | None]]:
+    """(alias, the version that it names, the one before) of an adapter."""
+    found = link.rows(
+        "SELECT a.alias, a.version, a.previous FROM kilotune_namespaces s JOIN kilotune_names n ON n.namespace = s.id "
+        "JOIN kilotune_aliases a ON a.name = n.id WHERE s.name = ? AND n.name = ? ORDER BY a.alias",
+        (namespace, name),
+    )
+    return [(alias, version, previous) for alias, version, previous in found]
+
+
+# -- forms -----------------------------------------------------------------------------------------
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Known:
+    """A form with its frozen tensors."""
+
+    form: Form
+    frozen: Mapping[str, Tensor]
+
+
+@final
+class Forms:
+    """The forms that were used last, by their number in the store."""
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[int, Known] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def of(self, link: Link, number: int) -> Known:
+        """A form, read at most once.
+
+        Raises:
+            CheckpointError: it is damaged.
+
+        """
+        with self._lock:
+            if (known := self._known.get(number)) is not None:
+                self._known.move_to_end(number)
+                return known
+        known = read_form(link, number)
+        with self._lock:
+            self._known[number] = known
+            if len(self._known) > FORMS_KEPT:
+                self._known.popitem(last=False)
+        return known
+
+
+def read_form(link: Link, number: int) -> Known:
+    """A form out of its tables, held against its hash."""
+    row = link.one(
+        "SELECT f.sha256, f.data, b.data FROM kilotune_forms f LEFT JOIN kilotune_bases b ON b.id = f.base "
+        "WHERE f.id = ?",
+        (number,),
+    )
+    if row is None:
+        raise CheckpointError(f"the store is damaged: form {number} is not there")
+    sha256, data, base = bytes(row[0]).hex(), bytes(row[1]), row[2]
+    try:
+        values = json.loads(unpacked_text(data))
+        fingerprint = None if base is None else Fingerprint.from_json(unpacked_text(bytes(base)))
+        layout = Layout.from_json(values["layout"])
+        form = Form(values["config"], values["header"], layout, values["shared"], fingerprint)
+        actual = form.sha256
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"the store is damaged: form {number} cannot be read: {error}") from error
+    if actual != sha256:
+        raise CheckpointError(f"the store is damaged: form {number}: expected SHA-256 {sha256}, got {actual}")
+    return Known(form, {key: _frozen(link, key, wanted) for key, wanted in form.shared.items()})
+
+
+def _frozen(link: Link, key: str, sha256: str) -> Tensor:
+    row = link.one("SELECT data FROM kilotune_frozen WHERE sha256 = ?", (bytes.fromhex(sha256),))
+    if row is None:
+        raise CheckpointError(f"the store is damaged: the shared tensor {key} is not there")
+    try:
+        tensor = load(bytes(row[0]))[""]
+    except (SafetensorError, KeyError) as error:
+        raise CheckpointError(f"the store is damaged: the shared tensor {key} cannot be read: {error}") from error
+    check_frozen(key, tensor, sha256)
+    return tensor
+
+
+def unpacked_text(data: bytes) -> str:
+    """What :func:`zlib.compress` made of a text; ValueError where it did not."""
+    unpacker = zlib.decompressobj()
+    try:
+        text = unpacker.decompress(data, MAX_TEXT)
+    except zlib.error as error:
+        raise ValueError(str(error)) from error
+    if unpacker.unconsumed_tail or not unpacker.eof:
+        raise ValueError("it is cut off, or larger than any of its kind")
+    return text.decode()

@@ -1,0 +1,381 @@
+"""An adapter store in a database: what SQLite and PostgreSQL have in common, which is nearly all.
+
+Every change is one transaction, and every read works on one snapshot, so nobody ever sees a part of a change. A change
+takes the row of its name first (SQLite: the whole file), so changes of one adapter come one after the other.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import timedelta
+from itertools import islice
+from typing import Any, TypeVar
+
+from ...errors import AdapterError, ConfigError, StoreError, gather
+from . import reading, upkeep, writing
+from .base import Adapter, AdapterStore, Item, Which
+from .fingerprint import Fingerprint
+from .names import check_alias, check_name, check_namespace, check_tags, check_which, literal_prefix, matches
+from .preparing import Preparer, Ready
+from .reading import Forms, Row
+from .records import Collected, Fault, Record, Stats, Version
+from .schema import Link
+
+__all__ = ["SqlStore"]
+
+T = TypeVar("T")
+PAGE = 500  # names read at once
+CHUNK = 32_000_000  # bytes of numbers read or written at once, about
+NOTES = 1000  # reads that are noted together
+NOTED_EVERY = 60.0  # seconds
+
+
+class SqlStore(AdapterStore, ABC):
+    """What does not depend on the database; see :class:`AdapterStore` for what the methods promise."""
+
+    def __init__(
+        self, url: str, namespace: str, base: Fingerprint | None, packing: str, read_only: bool, timeout: float
+    ) -> None:
+        self.url, self.namespace, self.base, self.read_only = url, check_namespace(namespace), base, read_only
+        self.timeout = timeout
+        self._prepare = Preparer(base, packing)
+        self._forms = Forms()
+        self._notes: dict[tuple[int, int], int] = {}
+        self._noted = time.monotonic()
+        self._notes_lock = threading.Lock()
+        self._closed = False
+
+    # -- what a database brings -------------------------------------------------------------------
+
+    @abstractmethod
+    def _read(self, work: Callable[[Link], T]) -> T:
+        """Run ``work`` on one snapshot of the store."""
+
+    @abstractmethod
+    def _write(self, work: Callable[[Link], T], patient: bool = True) -> T:
+        """Run ``work`` in a transaction, all or nothing, on disk when this returns; again where others were in the way.
+
+        ``patient``: wait for others, else raise StoreError at once.
+        """
+
+    @abstractmethod
+    def _disconnect(self) -> None:
+        """Close all connections."""
+
+    @abstractmethod
+    def _store_bytes(self) -> int:
+        """What the whole store takes on disk."""
+
+    @abstractmethod
+    def _compact(self) -> None:
+        """Give unused space back."""
+
+    @abstractmethod
+    def _damage(self) -> Iterator[Fault]:
+        """What the database itself finds wrong."""
+
+    def _changing(self, work: Callable[[Link], T]) -> T:
+        if self.read_only:
+            raise StoreError(f"{self.url} was opened read-only, so nothing can be changed in it")
+        return self._write(work)
+
+    def _open(self) -> None:
+        if self._closed:
+            raise StoreError(f"the store {self.url} is closed; open it again")
+
+    # -- one adapter -------------------------------------------------------------------------------
+
+    def put(
+        self,
+        name: str,
+        adapter: Adapter,
+        *,
+        metadata: Mapping[str, Any] | None = None,
+        tags: Sequence[str] = (),
+        alias: str | None = None,
+        packing: str | None = None,
+        adapter_name: str | None = None,
+    ) -> Version:
+        word = None if alias is None else check_alias(alias)
+        ready = self._prepare(name, adapter, metadata, tags, packing, adapter_name)
+        return self._changing(lambda link: writing.write_batch(link, self.namespace, [ready], word))[0]
+
+    def get(self, name: str, version: Which = None) -> Record:
+        name, which = check_name(name), check_which(version)
+
+        def work(link: Link) -> tuple[Row, Record]:
+            row = reading.find(link, self.namespace, name, which, data=True)
+            return row, row.record(self._forms.of(link, row.form))
+
+        row, record = self._read(work)
+        self._check_base(record)
+        self._note([row])
+        return record
+
+    def info(self, name: str, version: Which = None) -> Version:
+        name, which = check_name(name), check_which(version)
+
+        def work(link: Link) -> Version:
+            row = reading.find(link, self.namespace, name, which, data=False)
+            return row.info(self._forms.of(link, row.form).form)
+
+        return self._read(work)
+
+    def versions(self, name: str) -> list[Version]:
+        return self._infos([check_name(name)], every=True)
+
+    def _infos(self, names: Sequence[str], every: bool) -> list[Version]:
+        def work(link: Link) -> list[Version]:
+            rows = reading.of_names(link, self.namespace, names, every=every, data=False)
+            return [row.info(self._forms.of(link, row.form).form) for row in rows]
+
+        return self._read(work)
+
+    def _check_base(self, record: Record) -> None:
+        if self.base is not None and record.form.base is not None:
+            what = f"{record.info.name!r} (version {record.info.version})"
+            record.form.base.check(self.base, what, record.form.saved_whole)
+
+    def rm(self, name: str, version: Which = None, *, force: bool = False) -> int:
+        name, which = check_name(name), check_which(version)
+        every = version is None
+        return self._changing(lambda link: writing.remove(link, self.namespace, name, which, every, force))
+
+    # -- aliases -----------------------------------------------------------------------------------
+
+    def alias(self, name: str, alias: str, version: Which = None, *, expected: int | None = None) -> int:
+        name, word, which = check_name(name), check_alias(alias), check_which(version)
+        return self._changing(lambda link: writing.move_alias(link, self.namespace, name, word, which, expected))
+
+    def roll_out(self, alias: str, versions: Mapping[str, Which]) -> dict[str, int]:
+        word = check_alias(alias)
+        wanted = {check_name(name): check_which(which) for name, which in sorted(versions.items())}
+
+        def work(link: Link) -> dict[str, int]:
+            return {name: writing.move_alias(link, self.namespace, name, word, which) for name, which in wanted.items()}
+
+        return self._changing(work)
+
+    def roll_back(self, alias: str, names: Iterable[str]) -> dict[str, int]:
+        word = check_alias(alias)
+        wanted = sorted({check_name(name) for name in _listed(names)})
+        return self._changing(lambda link: writing.swap_aliases(link, self.namespace, word, wanted))
+
+    def unalias(self, name: str, alias: str) -> None:
+        name, word = check_name(name), check_alias(alias)
+        self._changing(lambda link: writing.drop_alias(link, self.namespace, name, word))
+
+    def aliases(self, name: str) -> dict[str, int]:
+        name = check_name(name)
+        found = self._read(lambda link: reading.aliases_of(link, self.namespace, name))
+        return {alias: version for alias, version, _ in found}
+
+    # -- many --------------------------------------------------------------------------------------
+
+    def put_many(
+        self,
+        items: Iterable[Item],
+        *,
+        alias: str | None = None,
+        packing: str | None = None,
+        batch: int = 1000,
+        done: Callable[[Sequence[Version]], None] | None = None,
+    ) -> int:
+        word = None if alias is None else check_alias(alias)
+        count = 0
+        ready = (self._prepare(item.name, item.adapter, item.metadata, item.tags, packing) for item in items)
+        for part in _batches(ready, _positive("batch", batch)):
+            found = self._changing(_writer(self.namespace, part, word))
+            count += len(found)
+            if done is not None:
+                done(found)
+        return count
+
+    def get_many(self, names: Iterable[str], version: Which = None) -> Iterator[Record]:
+        which = check_which(version)
+        left = iter([check_name(name) for name in _listed(names)])
+        size = 1  # of the first batch; then as many as memory allows
+        while part := list(islice(left, max(1, min(PAGE, CHUNK // size)))):
+            records = self._records(part, which)
+            size = max(1, *(record.info.size for record in records.values()))
+            yield from (records[name] for name in part)
+
+    def _records(self, names: Sequence[str], which: int | str | None) -> dict[str, Record]:
+        def work(link: Link) -> tuple[list[Row], dict[str, Record]]:
+            rows = reading.of_names(link, self.namespace, sorted({*names}), which, every=False, data=True)
+            found = {row.name: row.record(self._forms.of(link, row.form)) for row in rows}
+            lacking = sorted({*names} - {*found})
+            faults = [str(reading.missing(link, self.namespace, name, which)) for name in lacking[:20]]
+            if faults:
+                raise AdapterError(gather(f"{len(lacking)} of {len({*names})} are not there:", faults))
+            return rows, found
+
+        rows, found = self._read(work)
+        for record in found.values():
+            self._check_base(record)
+        self._note(rows)
+        return found
+
+    def ls(
+        self,
+        pattern: str | None = None,
+        *,
+        tags: Sequence[str] = (),
+        versions: bool = False,
+        after: str | None = None,
+        limit: int | None = None,
+    ) -> Iterator[Version]:
+        words, start = check_tags(tags), "" if after is None else check_name(after)
+        if pattern is not None and not isinstance(pattern, str):
+            raise AdapterError(f"pattern: expected a name or a shell's pattern, got {pattern!r}")
+        found = self._listed(pattern, words, versions, start)
+        return found if limit is None else islice(found, _positive("limit", limit))
+
+    def _listed(self, pattern: str | None, tags: tuple[str, ...], every: bool, after: str) -> Iterator[Version]:
+        prefix, tag = literal_prefix(pattern or ""), tags[0] if tags else None
+        for page in self._pages(prefix, tag, after):
+            chosen = [name for name, fits in zip(page, matches(pattern, page)) if fits]
+            found = self._infos(chosen, every) if chosen else []
+            yield from (info for info in found if {*tags} <= {*info.tags})
+
+    def _pages(self, prefix: str = "", tag: str | None = None, after: str = "") -> Iterator[list[str]]:
+        """All names, a page at a time."""
+        while page := self._read(_pager(self.namespace, after, prefix, tag)):
+            yield page
+            after = page[-1]
+
+    # -- upkeep ------------------------------------------------------------------------------------
+
+    def verify(self, names: Iterable[str] | None = None) -> Iterator[Fault]:
+        wanted = None if names is None else sorted({check_name(name) for name in _listed(names)})
+        return self._verified(wanted)
+
+    def _verified(self, names: list[str] | None) -> Iterator[Fault]:
+        if names is None:
+            yield from self._damage()
+            yield from self._read(lambda link: list(upkeep.orphans(link)))
+        pages = self._pages() if names is None else [names[i : i + PAGE] for i in range(0, len(names), PAGE)]
+        forms = Forms()  # read anew, not those that a handle remembers
+        for page in pages:
+            yield from self._read(_verifier(self.namespace, page, forms, named=names is not None))
+
+    def stats(self) -> Stats:
+        size = self._store_bytes()
+        return self._read(lambda link: upkeep.count_all(link, self._forms, self.namespace, size))
+
+    def gc(
+        self,
+        *,
+        keep: int | None = None,
+        unused_for: timedelta | None = None,
+        compact: bool = False,
+        dry_run: bool = False,
+    ) -> Collected:
+        if unused_for is not None and keep is None:
+            raise ConfigError("gc: unused_for narrows what keep lets go, so give keep as well")
+        run = self._read if dry_run else self._changing
+        if not dry_run:
+            self.flush()
+        versions = size = 0
+        if keep is not None:
+            least = _positive("keep", keep)
+            for page in self._pages():
+                gone, freed = run(_collector(self.namespace, page, least, unused_for, dry_run))
+                versions, size = versions + gone, size + freed
+        result = run(lambda link: upkeep.collect_shared(link, versions, size, dry_run))
+        if compact and not dry_run:
+            self._compact()
+        return result
+
+    def close(self) -> None:
+        if not self._closed:
+            try:
+                self.flush()
+            finally:
+                self._closed = True
+                self._disconnect()
+
+    # -- when what was read ------------------------------------------------------------------------
+
+    def flush(self) -> None:
+        """Write down when adapters were read; otherwise that is done now and then, and when the store is closed."""
+        with self._notes_lock:
+            notes, self._notes, self._noted = self._notes, {}, time.monotonic()
+        if notes:
+            self._write(lambda link: writing.note_used(link, notes))
+
+    def _note(self, rows: Iterable[Row]) -> None:
+        if self.read_only:
+            return
+        when = writing.now()
+        with self._notes_lock:
+            for row in rows:
+                if row.used is None or when - row.used > NOTED_EVERY * 1e6:
+                    self._notes[(row.name_id, row.version)] = when
+            due = len(self._notes) >= NOTES or (self._notes and time.monotonic() - self._noted > NOTED_EVERY)
+            if not due:
+                return
+            notes, self._notes, self._noted = self._notes, {}, time.monotonic()
+        try:
+            self._write(lambda link: writing.note_used(link, notes), patient=False)
+        except StoreError:  # who reads does not wait for who writes
+            with self._notes_lock:
+                self._notes = {**notes, **self._notes}
+
+
+def _writer(namespace: str, part: Sequence[Ready], alias: str | None) -> Callable[[Link], list[Version]]:
+    return lambda link: writing.write_batch(link, namespace, part, alias)
+
+
+def _pager(namespace: str, after: str, prefix: str, tag: str | None) -> Callable[[Link], list[str]]:
+    return lambda link: reading.names_after(link, namespace, after, prefix, tag, PAGE)
+
+
+def _verifier(namespace: str, names: Sequence[str], forms: Forms, named: bool) -> Callable[[Link], list[Fault]]:
+    def work(link: Link) -> list[Fault]:
+        faults = list(upkeep.faults_of(link, forms, namespace, names))
+        if named:
+            there = {row.name for row in reading.of_names(link, namespace, names, every=False, data=False)}
+            faults += [
+                Fault(name, None, str(reading.missing(link, namespace, name, None)))
+                for name in names
+                if name not in there
+            ]
+        return faults
+
+    return work
+
+
+def _collector(
+    namespace: str, names: Sequence[str], keep: int, unused_for: timedelta | None, dry_run: bool
+) -> Callable[[Link], tuple[int, int]]:
+    return lambda link: upkeep.collect_page(link, namespace, names, keep, unused_for, dry_run)
+
+
+def _batches(ready: Iterator[Ready], count: int) -> Iterator[list[Ready]]:
+    """In batches of ``count``, or fewer where they are large."""
+    part: list[Ready] = []
+    size = 0
+    for one in ready:
+        part.append(one)
+        size += len(one.packed)
+        if len(part) >= count or size >= CHUNK:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
+
+
+def _listed(names: Iterable[str]) -> Iterable[str]:
+    if isinstance(names, str):
+        raise AdapterError(f"expected several names, got the one text {names!r}; put it into a list")
+    return names
+
+
+def _positive(what: str, number: int) -> int:
+    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+        raise ConfigError(f"{what}: expected a whole number from 1, got {number!r}")
+    return number

@@ -1,0 +1,287 @@
+"""A store in one SQLite file: ``sqlite:///adapters.db``.
+
+The file is in SQLite's WAL mode: readers never wait, one writer at a time. A commit is on the disk (``synchronous =
+FULL``) before the call returns; who is killed leaves the file as it was before or after, which SQLite sees to when it
+is opened next. Pages are small, because a row of numbers fills whole pages: docs/store.md has the measurements.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar, final
+from urllib.parse import quote
+
+from ...errors import StoreError
+from .fingerprint import Fingerprint
+from .records import Fault
+from .schema import FORMAT, Link, statements
+from .sql import SqlStore
+
+__all__ = ["PAGE_SIZE", "SqliteStore"]
+
+T = TypeVar("T")
+APPLICATION = 0x6B696C6F  # "kilo", in the file's header: whose it is
+PAGE_SIZE = 1024
+OLDEST = (3, 37)  # RETURNING is of 3.35, STRICT of 3.37
+CACHE = 32_000  # KiB for each connection
+CHECKPOINT = 16_000_000  # bytes of the log after which it goes into the file
+WORDS = {
+    "serial": "INTEGER PRIMARY KEY AUTOINCREMENT",
+    "row": "INTEGER PRIMARY KEY",
+    "number": "INTEGER",
+    "blob": "BLOB",
+    "word": "TEXT",
+    "wide": "STRICT",
+    "narrow": "STRICT, WITHOUT ROWID",
+}
+# What a fork inherited is never closed: that would let go of the parent's locks.
+_inherited: list[object] = []
+
+
+@final
+class SqliteLink(Link):
+    """A connection of the standard library's sqlite3, inside a transaction."""
+
+    locking: ClassVar[str] = ""
+    sharing: ClassVar[str] = ""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self.connection = connection
+
+    def rows(self, sql: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        return self.connection.execute(sql, values).fetchall()
+
+    def run(self, sql: str, values: Sequence[Any] = ()) -> int:
+        return self.connection.execute(sql, values).rowcount
+
+    def many(self, sql: str, values: Iterable[Sequence[Any]]) -> None:
+        self.connection.executemany(sql, values)
+
+    def many_rows(self, sql: str, values: Sequence[Sequence[Any]]) -> list[tuple[Any, ...]]:
+        return [self.connection.execute(sql, each).fetchall()[0] for each in values]
+
+    def payload_ids(self, count: int) -> list[int]:
+        last = int(self.rows("SELECT COALESCE(MAX(id), 0) FROM kilotune_payloads")[0][0])
+        return list(range(last + 1, last + 1 + count))
+
+    def hold_shared(self) -> None:
+        pass  # there is one writer at a time
+
+    def octets(self, column: str) -> str:
+        return f"LENGTH(CAST({column} AS BLOB))"
+
+
+@final
+class SqliteStore(SqlStore):
+    """See :class:`AdapterStore`; made by :func:`open_store`."""
+
+    def __init__(
+        self,
+        url: str,
+        path: Path,
+        namespace: str,
+        base: Fingerprint | None = None,
+        packing: str = "float32",
+        read_only: bool = False,
+        timeout: float = 60.0,
+    ) -> None:
+        super().__init__(url, namespace, base, packing, read_only, timeout)
+        if sqlite3.sqlite_version_info < OLDEST:
+            raise StoreError(f"SQLite {sqlite3.sqlite_version} is too old: a store needs {'.'.join(map(str, OLDEST))}")
+        self.path = path.absolute()
+        self._idle: list[sqlite3.Connection] = []
+        self._lock, self._writing = threading.Lock(), threading.Lock()
+        self._process = os.getpid()
+        if read_only and not path.is_file():
+            raise StoreError(f"there is no store at {path}")
+        if not path.parent.is_dir():
+            raise StoreError(f"cannot make a store at {path}: there is no folder {path.parent}")
+        with self._guarded():
+            self._give_back(self._prepared())
+
+    # -- connections -------------------------------------------------------------------------------
+
+    def _connect(self) -> sqlite3.Connection:
+        mode = "ro" if self.read_only else "rwc"
+        if self.read_only and not _can_lock(self.path):
+            mode = "ro&immutable=1"  # on a file system that nobody can write to
+        made = sqlite3.connect(
+            f"file:{quote(str(self.path))}?mode={mode}",
+            uri=True,
+            timeout=self.timeout,
+            isolation_level=None,
+            check_same_thread=False,
+            cached_statements=256,
+        )
+        made.execute("PRAGMA foreign_keys = ON")
+        made.execute("PRAGMA trusted_schema = OFF")  # somebody else may have made the file
+        made.execute("PRAGMA synchronous = FULL")
+        made.execute(f"PRAGMA cache_size = -{CACHE}")
+        if self.read_only:
+            made.execute("PRAGMA query_only = ON")
+        return made
+
+    def _prepared(self) -> sqlite3.Connection:
+        """The first connection: makes the tables where the file is new, and sees that it is a store."""
+        made = self._connect()
+        try:
+            owner, form = (
+                int(made.execute(f"PRAGMA {word}").fetchone()[0]) for word in ("application_id", "user_version")
+            )
+            empty = made.execute("SELECT COUNT(*) FROM sqlite_schema").fetchone()[0] == 0
+            if empty and owner == 0 and not self.read_only:
+                self._make_tables(made)
+            elif owner != APPLICATION:
+                raise StoreError(
+                    f"{self.path} is {'empty' if empty else 'an SQLite file of another program'}, no store"
+                )
+            elif form != FORMAT:
+                raise StoreError(f"{self.path} has format {form}, this kilotune reads {FORMAT}; a newer one is needed")
+            size = int(made.execute("PRAGMA page_size").fetchone()[0])
+            made.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT // size}")
+        except BaseException:
+            made.close()
+            raise
+        return made
+
+    def _make_tables(self, made: sqlite3.Connection) -> None:
+        made.execute(f"PRAGMA page_size = {PAGE_SIZE}")
+        self._to_log(made)
+        made.execute("BEGIN IMMEDIATE")
+        try:
+            if (
+                made.execute("SELECT COUNT(*) FROM sqlite_schema").fetchone()[0] == 0
+            ):  # else another process was quicker
+                for statement in statements(WORDS):
+                    made.execute(statement)
+                made.execute(f"PRAGMA application_id = {APPLICATION}")
+                made.execute(f"PRAGMA user_version = {FORMAT}")
+            made.execute("COMMIT")
+        except BaseException:
+            made.execute("ROLLBACK")
+            raise
+
+    def _to_log(self, made: sqlite3.Connection) -> None:
+        """Turn on the log; SQLite does not wait for others there, so this does."""
+        end = time.monotonic() + self.timeout
+        while True:
+            try:
+                made.execute("PRAGMA journal_mode = WAL")
+                return
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() > end:
+                    raise
+                time.sleep(random.uniform(0.001, 0.02))
+
+    def _take(self) -> sqlite3.Connection:
+        with self._lock:
+            self._open()
+            if self._process != os.getpid():  # after a fork
+                _inherited.append(self._idle)
+                self._idle, self._process = [], os.getpid()
+                self._writing = threading.Lock()
+            if self._idle:
+                return self._idle.pop()
+        made = self._connect()
+        size = int(made.execute("PRAGMA page_size").fetchone()[0])
+        made.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT // size}")
+        return made
+
+    def _give_back(self, connection: sqlite3.Connection) -> None:
+        with self._lock:
+            if not self._closed:
+                self._idle.append(connection)
+                return
+        connection.close()
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """SQLite's errors as ours."""
+        try:
+            yield
+        except sqlite3.Error as error:
+            text = str(error)
+            if "locked" in text or "busy" in text:
+                text = f"others have written to it for {self.timeout:g} seconds on end ({text}); try again later"
+            elif "unable to open" in text and self.read_only:
+                text += "; while nobody has it open, SQLite must be able to make two files beside it"
+            raise StoreError(f"{self.path}: {text}") from error
+
+    @contextmanager
+    def _transaction(self, begin: str, wait: float) -> Iterator[Link]:
+        with self._guarded():
+            connection = self._take()
+            try:
+                connection.execute(f"PRAGMA busy_timeout = {int(wait * 1000)}")
+                connection.execute(begin)
+                yield SqliteLink(connection)
+                connection.execute("COMMIT")
+            except BaseException:
+                with suppress(sqlite3.Error):
+                    if connection.in_transaction:
+                        connection.execute("ROLLBACK")
+                raise
+            finally:
+                self._give_back(connection)
+
+    def _read(self, work: Callable[[Link], T]) -> T:
+        with self._transaction("BEGIN", self.timeout) as link:
+            return work(link)
+
+    def _write(self, work: Callable[[Link], T], patient: bool = True) -> T:
+        self._open()
+        # Threads of one process wait here, where it is their turn as soon as the one before is done.
+        if not self._writing.acquire(timeout=self.timeout if patient else 0):
+            raise StoreError(f"{self.path}: other threads have written to it for {self.timeout:g} seconds on end")
+        lock = self._writing
+        try:
+            with self._transaction("BEGIN IMMEDIATE", self.timeout if patient else 0.0) as link:
+                return work(link)
+        finally:
+            lock.release()
+
+    def _disconnect(self) -> None:
+        with self._lock:
+            if self._process != os.getpid():
+                _inherited.append(self._idle)
+                self._idle = []
+            while self._idle:
+                self._idle.pop().close()
+
+    # -- the file ----------------------------------------------------------------------------------
+
+    def _store_bytes(self) -> int:
+        files = (self.path, self.path.with_name(f"{self.path.name}-wal"))
+        return sum(file.stat().st_size for file in files if file.exists())
+
+    def _compact(self) -> None:
+        with self._guarded(), self._writing:
+            connection = self._take()
+            try:
+                connection.execute("VACUUM")
+                connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            finally:
+                self._give_back(connection)
+
+    def _damage(self) -> Iterator[Fault]:
+        def work(link: Link) -> list[Fault]:
+            found = [str(text) for (text,) in link.rows("PRAGMA integrity_check(20)")]
+            lost = link.rows("PRAGMA foreign_key_check")
+            faults = [Fault("(the store)", None, text) for text in found if text != "ok"]
+            return faults + [Fault("(the store)", None, f"a row of {row[0]} refers to nothing") for row in lost[:20]]
+
+        yield from self._read(work)
+
+
+def _can_lock(path: Path) -> bool:
+    """Whether SQLite can put its files beside the store, or somebody has already."""
+    if path.with_name(f"{path.name}-shm").exists():
+        return True
+    return not os.statvfs(path.parent).f_flag & os.ST_RDONLY

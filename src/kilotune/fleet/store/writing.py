@@ -1,0 +1,222 @@
+"""Into the tables, inside a transaction of the caller's."""
+
+from __future__ import annotations
+
+import json
+import time
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+from safetensors.torch import save
+
+from ...errors import AdapterError, StoreError, gather
+from .fingerprint import Fingerprint
+from .preparing import Ready
+from .reading import Row, aliases_of, find, missing, of_names
+from .records import Version
+from .schema import Link
+
+__all__ = ["drop", "drop_alias", "move_alias", "now", "remove", "swap_aliases", "take_name", "write_batch"]
+
+ALIAS = (
+    "INSERT INTO kilotune_aliases (name, alias, version, previous) VALUES (?, ?, ?, NULL) ON CONFLICT (name, alias) "
+    "DO UPDATE SET previous = kilotune_aliases.version, version = excluded.version"
+)
+
+
+def now() -> int:
+    """Microseconds since 1970."""
+    return time.time_ns() // 1000
+
+
+# -- put -------------------------------------------------------------------------------------------
+
+
+def write_batch(link: Link, namespace: str, batch: Sequence[Ready], alias: str | None) -> list[Version]:
+    """Write adapters as the newest versions of their names; what was written, in the order of the batch."""
+    space = _namespace(link, namespace)
+    forms = {one.form.sha256: one for one in batch}
+    numbers = {sha256: _form(link, forms[sha256]) for sha256 in sorted(forms)}
+    counts = sorted(
+        Counter(one.name for one in batch).items()
+    )  # in one order, so that no two writers wait for each other
+    given = link.many_rows(
+        "INSERT INTO kilotune_names (namespace, name, next) VALUES (?, ?, ?) ON CONFLICT (namespace, name) "
+        "DO UPDATE SET next = kilotune_names.next + excluded.next - 1 RETURNING id, next",
+        [(space, name, count + 1) for name, count in counts],
+    )
+    left = {name: (number, after - count) for (name, count), (number, after) in zip(counts, given)}
+    rows: list[Row] = []
+    for one, payload in zip(batch, link.payload_ids(len(batch))):
+        number, version = left[one.name]
+        left[one.name] = (number, version + 1)
+        tags = json.dumps(one.tags, separators=(",", ":"), ensure_ascii=False)
+        form, size = numbers[one.form.sha256], len(one.packed)
+        rows.append(
+            Row(number, one.name, version, form, payload, size, now(), None, one.sha256, one.metadata, tags, one.packed)
+        )
+    _write_rows(link, rows)
+    tagged = [(space, tag, row.name, row.version) for one, row in zip(batch, rows) for tag in one.tags]
+    link.many("INSERT INTO kilotune_tags (namespace, tag, name, version) VALUES (?, ?, ?, ?)", tagged)
+    if alias is not None:
+        link.many(ALIAS, [(row.name_id, alias, row.version) for row in rows])
+    return [row.info(one.form) for one, row in zip(batch, rows)]
+
+
+def _write_rows(link: Link, rows: Sequence[Row]) -> None:
+    link.many("INSERT INTO kilotune_payloads (id, data) VALUES (?, ?)", [(row.payload, row.data) for row in rows])
+    link.many(
+        "INSERT INTO kilotune_versions (name, version, form, payload, size, created, sha256, metadata, tags) "
+        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        [(r.name_id, r.version, r.form, r.payload, r.size, r.created, r.sha256, r.metadata, r.tags) for r in rows],
+    )
+
+
+def _namespace(link: Link, namespace: str) -> int:
+    select = "SELECT id FROM kilotune_namespaces WHERE name = ?"
+    if (row := link.one(select, (namespace,))) is None:
+        link.run("INSERT INTO kilotune_namespaces (name) VALUES (?) ON CONFLICT (name) DO NOTHING", (namespace,))
+        row = link.one(select, (namespace,))
+    assert row is not None  # a namespace is never deleted
+    return int(row[0])
+
+
+def _form(link: Link, one: Ready) -> int:
+    form = one.form
+    frozen = {key: _shared(link, "frozen", form.shared[key], save({"": one.frozen[key]})) for key in form.shared}
+    base = None if form.base is None else _base(link, form.base)
+    number = _shared(link, "forms", form.sha256, zlib.compress(form.text.encode()), base)
+    link.many(
+        "INSERT INTO kilotune_form_frozen (form, frozen) VALUES (?, ?) ON CONFLICT (form, frozen) DO NOTHING",
+        [(number, kept) for kept in sorted(set(frozen.values()))],
+    )
+    return number
+
+
+def _base(link: Link, base: Fingerprint) -> int:
+    return _shared(link, "bases", base.sha256, zlib.compress(base.to_json().encode()))
+
+
+def _shared(link: Link, table: str, sha256: str, data: bytes, base: int | None = None) -> int:
+    """The number of what many adapters have in common, which stays until the transaction ends."""
+    select = f"SELECT id FROM kilotune_{table} WHERE sha256 = ?{link.sharing}"
+    key = bytes.fromhex(sha256)
+    columns, values = ("sha256, data", (key, data)) if base is None else ("sha256, data, base", (key, data, base))
+    places = ", ".join("?" * len(values))
+    insert = f"INSERT INTO kilotune_{table} ({columns}) VALUES ({places}) ON CONFLICT (sha256) DO NOTHING"
+    for _ in range(10):  # somebody's gc may take it away between the two
+        if (row := link.one(select, (key,))) is not None:
+            return int(row[0])
+        link.run(insert, values)
+    raise StoreError(f"{table} {sha256[:12]} goes as soon as it is written; is another kilotune at work in the store?")
+
+
+# -- aliases ---------------------------------------------------------------------------------------
+
+
+def take_name(link: Link, namespace: str, name: str) -> int:
+    """The number of a name, whose row nobody else changes until the transaction ends.
+
+    Raises:
+        AdapterError: there is no adapter of that name.
+
+    """
+    row = link.one(
+        "SELECT n.id FROM kilotune_names n WHERE n.name = ? AND n.namespace = "
+        f"(SELECT s.id FROM kilotune_namespaces s WHERE s.name = ?){link.locking}",
+        (name, namespace),
+    )
+    if row is None:
+        raise missing(link, namespace, name, None)
+    return int(row[0])
+
+
+def move_alias(
+    link: Link, namespace: str, name: str, alias: str, which: int | str | None, expected: int | None = None
+) -> int:
+    """Let an alias name a version; returns the version's number."""
+    number = take_name(link, namespace, name)
+    version = find(link, namespace, name, which, data=False).version
+    row = link.one("SELECT version FROM kilotune_aliases WHERE name = ? AND alias = ?", (number, alias))
+    current = 0 if row is None else int(row[0])
+    if expected is not None and expected != current:
+        names = f"names version {current}" if current else "is not there"
+        wanted = f"version {expected}" if expected else "no such alias"
+        raise AdapterError(f"{name!r}: expected {wanted}, but {alias!r} {names}; nothing was changed")
+    if version != current:  # else what it named before stays what it rolls back to
+        link.run(ALIAS, (number, alias, version))
+    return version
+
+
+def swap_aliases(link: Link, namespace: str, alias: str, names: Iterable[str]) -> dict[str, int]:
+    """Let an alias name what it named before, for all names or none."""
+    found, faults = {}, []
+    for name in names:
+        number = take_name(link, namespace, name)
+        versions = {word: previous for word, _, previous in aliases_of(link, namespace, name)}
+        if alias not in versions:
+            faults.append(str(missing(link, namespace, name, alias)))
+        elif (previous := versions[alias]) is None:
+            faults.append(f"{name!r}: {alias!r} has not been moved, or what it named before was removed")
+        else:
+            link.run(
+                "UPDATE kilotune_aliases SET version = previous, previous = version WHERE name = ? AND alias = ?",
+                (number, alias),
+            )
+            found[name] = previous
+    if faults:
+        raise AdapterError(gather("cannot roll back, so nothing was changed:", faults))
+    return found
+
+
+def drop_alias(link: Link, namespace: str, name: str, alias: str) -> None:
+    """Take an alias away."""
+    number = take_name(link, namespace, name)
+    if not link.run("DELETE FROM kilotune_aliases WHERE name = ? AND alias = ?", (number, alias)):
+        raise missing(link, namespace, name, alias)
+
+
+# -- rm --------------------------------------------------------------------------------------------
+
+
+def remove(link: Link, namespace: str, name: str, which: int | str | None, every: bool, force: bool) -> int:
+    """Remove a version, or every one; how many that were."""
+    take_name(link, namespace, name)
+    rows = (
+        of_names(link, namespace, [name], every=True, data=False)
+        if every
+        else [find(link, namespace, name, which, data=False)]
+    )
+    if not rows:
+        raise missing(link, namespace, name, None)
+    named = [] if every or force else aliases_of(link, namespace, name)
+    if holding := [alias for alias, version, _ in named if version == rows[0].version]:
+        raise AdapterError(
+            f"{name!r}: version {rows[0].version} is named by {', '.join(map(repr, holding))}; move the alias first, "
+            "or remove it with force"
+        )
+    drop(link, namespace, rows)
+    return len(rows)
+
+
+def drop(link: Link, namespace: str, rows: Sequence[Row]) -> None:
+    """Take versions away, with all that refers to them; their names stay taken."""
+    keys = [(row.name_id, row.version) for row in rows]
+    link.many("DELETE FROM kilotune_aliases WHERE name = ? AND version = ?", keys)
+    link.many("UPDATE kilotune_aliases SET previous = NULL WHERE name = ? AND previous = ?", keys)
+    link.many(
+        "DELETE FROM kilotune_tags WHERE namespace = (SELECT s.id FROM kilotune_namespaces s WHERE s.name = ?) "
+        "AND tag = ? AND name = ? AND version = ?",
+        [(namespace, tag, row.name, row.version) for row in rows for tag in json.loads(row.tags)],
+    )
+    link.many("DELETE FROM kilotune_versions WHERE name = ? AND version = ?", keys)
+    link.many("DELETE FROM kilotune_payloads WHERE id = ?", [(row.payload,) for row in rows])
+
+
+def note_used(link: Link, times: Mapping[tuple[int, int], int]) -> None:
+    """Write down when versions were read: by the name's number and the version."""
+    link.many(
+        "UPDATE kilotune_versions SET used = ? WHERE name = ? AND version = ? AND (used IS NULL OR used < ?)",
+        [(when, name, version, when) for (name, version), when in sorted(times.items())],
+    )
