@@ -108,6 +108,7 @@ class ResidentForm:
             self.places[layer] = own
             slot._parameters.clear()  # a row brings them
         self.length = at
+        self._wanted = {place.name: place.shape for own in self.places.values() for place in own}
         self._by_layer = {layer: name for name, layer in self.installed.layers.items()}
         self._verified: set[str] = set()
 
@@ -142,18 +143,20 @@ class ResidentForm:
             CheckpointError: what is missing, too much, of another shape, or not finite; all of it.
 
         """
-        wanted = self.all_places()
-        names = {place.name for place in wanted}
-        faults = [f"unexpected: {name}" for name in tensors if name not in names]
-        for place in wanted:
-            given = tensors.get(place.name)
+        faults = [f"unexpected: {name}" for name in tensors if name not in self._wanted]
+        parts = []
+        for name, shape in self._wanted.items():
+            given = tensors.get(name)
             if given is None:
-                faults.append(f"missing: {place.name} {place.shape}")
-            elif tuple(given.shape) != place.shape:
-                faults.append(f"shape of {place.name}: expected {place.shape}, got {tuple(given.shape)}")
+                faults.append(f"missing: {name} {shape}")
+            elif given.shape != shape:
+                faults.append(f"shape of {name}: expected {shape}, got {tuple(given.shape)}")
+            else:
+                parts.append(given if given.ndim == 1 else given.reshape(-1))
         if faults:
             raise CheckpointError(gather(f"{what} is not of this bank's form:", faults, len(faults)))
-        row = torch.cat([tensors[place.name].detach().reshape(-1) for place in wanted]).to("cpu", torch.float32)
+        with torch.no_grad():
+            row = torch.cat(parts).to("cpu", torch.float32)
         self.check_finite(row, what)
         return row
 
