@@ -30,7 +30,9 @@ def docstrings() -> dict[str, list[str]]:
     for module in MODULES:
         nodes = ast.walk(ast.parse(inspect.getsource(module)))
         kinds = ast.FunctionDef | ast.ClassDef
-        found[module.__name__] = [text for node in nodes if isinstance(node, kinds) and (text := ast.get_docstring(node))]
+        found[module.__name__] = [
+            text for node in nodes if isinstance(node, kinds) and (text := ast.get_docstring(node))
+        ]
     return found
 
 
@@ -47,7 +49,10 @@ def _byte_level() -> str:
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     special = ["<|endoftext|>", "<pad>", *CHAT_TOKENS]
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=400,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(corpus(), trainer)
     return tokenizer.to_str()

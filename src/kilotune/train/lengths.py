@@ -36,13 +36,19 @@ def longest(data: DataSettings, processor: Any, limits: Limits) -> int:
 def pad_token(processor: Any, limits: Limits) -> int:
     """The number that fills short rows up: the model's, the tokenizer's, or its end-of-text token.
 
+    In the last case the tokenizer is told, so that the model and the files say the same. Labels are masked by length,
+    so a text's own end is learned all the same.
+
     Raises:
         ConfigError: there is none.
 
     """
-    for number in (limits.pad_token_id, processor.pad_token_id, processor.eos_token_id):
+    for number in (limits.pad_token_id, processor.pad_token_id):
         if number is not None:
             return int(number)
+    if processor.eos_token_id is not None:
+        processor.pad_token = processor.eos_token
+        return int(processor.eos_token_id)
     raise ConfigError(
         "neither the model nor its tokenizer has a padding token or an end-of-text token to pad with: set "
         "pad_token in the model's tokenizer_config.json, to a token that no text has"

@@ -84,10 +84,10 @@ def _read_one(source: str, kind: str, subset: str | None, split: str) -> Table:
 
 
 def _missing(source: str, path: Path) -> str:
-    if not path.parent.is_dir():
-        return f"{source}: there is no such file, and no folder {path.parent}"
-    near = did_you_mean(path.name, (item.name for item in path.parent.iterdir()))
     hub = f" For a data set of the hub, write {HUB}{source}." if source.count("/") <= 1 and not path.suffix else ""
+    if not path.parent.is_dir():
+        return f"{source}: there is no such file, and no folder {path.parent}.{hub}"
+    near = did_you_mean(path.name, (item.name for item in path.parent.iterdir()))
     return f"{source}: there is no such file or folder.{near}{hub}"
 
 
@@ -153,7 +153,7 @@ def _jsonl(path: Path) -> Table:
     with _opened(path) as file:
         for number, raw in enumerate(file, 1):
             try:
-                text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+                text = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
                 if not text.strip():
                     continue
                 row = json.loads(text)
@@ -165,6 +165,8 @@ def _jsonl(path: Path) -> Table:
                     lines.append(number)
                 else:
                     faults.append(f"{path}:{number}: expected an object {{...}}, got {_kind(row)}{_hint(raw, number)}")
+            if faults and _hint(raw, number):
+                break
             if len(faults) >= MAX_FAULTS:
                 faults[-1] += "; the rest of the file was not read"
                 break
@@ -175,7 +177,7 @@ def _jsonl(path: Path) -> Table:
 
 def _json_fault(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
-        return f"no valid JSON: {error.msg} at column {error.colno}"
+        return f"no valid JSON: {error.msg.removesuffix(' at')} at column {error.colno}"
     if isinstance(error, UnicodeDecodeError):
         return f"no UTF-8: byte {error.object[error.start]:#04x} at position {error.start}"
     return f"no valid JSON: {first_line(error)}"
@@ -205,7 +207,7 @@ def _json(path: Path) -> Table:
         value = json.loads(text)
     except json.JSONDecodeError as error:
         more = "; for one object per line, set data.format to jsonl" if "Extra data" in error.msg else ""
-        message = f"{path}:{error.lineno}: no valid JSON: {error.msg} at column {error.colno}{more}"
+        message = f"{path}:{error.lineno}: {_json_fault(error)}{more}"
         raise ConfigError(message) from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}:{raw[: error.start].count(10) + 1}: {_json_fault(error)}") from error
