@@ -173,6 +173,16 @@ def _check_rank(rank: int | None, full: int, installed: Installed) -> None:
 
 def _factors(installed: Installed) -> dict[str, tuple[Tensor, Tensor]]:
     """Per layer (A (r, in), B (out, r)), float64, such that the layer's change is B A."""
+    return {name: _split(delta) for name, delta in low_rank_deltas(installed).items()}
+
+
+def low_rank_deltas(installed: Installed) -> dict[str, LowRank]:
+    """The change of each layer that the method itself adapts, in float32 on the CPU.
+
+    Raises:
+        UnsupportedError: a change that is not of low rank, or of parameters that are in no layer of their own.
+
+    """
     if stacked := [name for name in _sites(installed) if installed.layers[name].kind.parameter is not None]:
         what = "turning an adapter on parameters (target_parameters) into LoRA is not there; merge it instead"
         raise UnsupportedError(gather(f"{what}:", stacked, 3))
@@ -190,7 +200,7 @@ def _factors(installed: Installed) -> dict[str, tuple[Tensor, Tensor]]:
         delta = installed.method.delta(site, params, shared)
         if not isinstance(delta, LowRank):
             raise UnsupportedError(f"{name}: {installed.method.name} makes no low-rank change, so it is no LoRA")
-        found[name] = _split(delta)
+        found[name] = delta
     return found
 
 

@@ -1,19 +1,20 @@
-"""What inspect, merge and convert share: an adapter's folder, and the base that it belongs to."""
+"""What the verbs that take an adapter share: its folder, and the base that it belongs to."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..checkpoint import REPO_ID, AdapterFile, locate, match_tensors, read
-from ..errors import CheckpointError, ConfigError, TargetError
+from ..errors import CheckpointError, ConfigError, TargetError, gather
 from ..inject import plan as plan_adapter
-from ..plan import Base, BuiltIn, Head, load_base
-from ..targets import HEADS
+from ..plan import DTYPES, Base, BuiltIn, Head, load_base
+from ..targets import HEADS, inside
 from .plan import models
 
-__all__ = ["base_of", "check_out", "fitting_base", "head_labels", "open_adapter"]
+__all__ = ["base_of", "check_out", "fitting_base", "head_labels", "load_fitting_base", "open_adapter"]
 
 WINDOWS_DRIVE = re.compile(r"[A-Za-z]:")
 
@@ -72,6 +73,57 @@ def fitting_base(
             return base
     assert first is not None
     raise CheckpointError(f"base {source!r}: {first}") from first
+
+
+def load_fitting_base(
+    file: AdapterFile, source: str, revision: str | None, dtype: str | None, more: Mapping[str, Any] | None = None
+) -> Any:
+    """The base with its weights, in the class that the adapter was trained with.
+
+    Args:
+        file: the adapter.
+        source: the base's folder or hub id.
+        revision: of a hub id.
+        dtype: a name of ``DTYPES``; None: as the weights are stored.
+        more: other arguments of transformers' ``from_pretrained``.
+
+    Raises:
+        CheckpointError: the adapter is of another base, or the weights are not there.
+
+    """
+    cls: Any = type(fitting_base(file, source, revision, built_in={}).model)
+    labels = head_labels(file)
+    extra = {**(more or {}), **({} if labels is None else {"num_labels": labels})}
+    try:
+        model, found = cls.from_pretrained(
+            source,
+            revision=revision or "main",
+            dtype=DTYPES[dtype] if dtype else "auto",
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # of a head that the adapter replaces; anything else is refused below
+            output_loading_info=True,
+            **extra,
+        )
+    except Exception as error:  # transformers raises a dozen unrelated kinds for files that are not there or broken
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"cannot load the weights of the base {source!r} from safetensors: {reason}") from error
+    brought = file.config.modules_to_save or ()
+    brought = (*brought, *_heads(file))
+    lacking = [key for key in sorted(found["missing_keys"]) if not inside(brought, key)]
+    shapes = [entry for entry in found["mismatched_keys"] if not inside(brought, entry[0])]
+    faults = [f"{key}: not in the base's files" for key in lacking]
+    faults += [
+        f"{key}: {tuple(in_file)} in the file, {tuple(wanted)} in {cls.__name__}" for key, in_file, wanted in shapes
+    ]
+    if faults:
+        raise CheckpointError(gather(f"the base {source!r} lacks weights that the adapter does not bring:", faults))
+    return model
+
+
+def _heads(file: AdapterFile) -> list[str]:
+    """The heads that the adapter's task trains whole and that are in its file."""
+    heads = HEADS.get(file.config.task_type or "", ())
+    return [head for head in heads if any(key.startswith(f"{head}.") for key in file.tensors)]
 
 
 def head_labels(file: AdapterFile) -> int | None:

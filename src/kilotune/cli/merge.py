@@ -21,8 +21,7 @@ from ..model import MergePrecisionWarning, PeftModel
 from ..plan import DTYPES
 from ..report import count_parameters, readable_bytes
 from ..storage import storage_of
-from ..targets import HEADS, inside
-from ._adapter import base_of, check_out, fitting_base, head_labels, open_adapter
+from ._adapter import base_of, check_out, load_fitting_base, open_adapter
 from ._output import Json, console, print_json, quiet_transformers, warn
 
 __all__ = ["merge"]
@@ -82,7 +81,7 @@ def merge(
     source, revision = base_of(file, base, revision)
     if Path(source).is_file():
         raise ConfigError(f"--base {source}: is a file; merging needs the folder with the weights")
-    model = _load(file, source, revision, dtype)
+    model = load_fitting_base(file, source, revision, dtype)
     notes = _merge(model, file, safe, dtype)
     untied = _untie(model)
     with _fresh(out) as folder:
@@ -129,43 +128,6 @@ def _check_replaceable(out: Path) -> None:
             f"the output {out} holds more than a model, and --force would delete it: {', '.join(foreign[:10])}; take "
             "another folder"
         )
-
-
-def _load(file: AdapterFile, source: str, revision: str | None, dtype: str | None) -> Any:
-    """The base with its weights, in the class that the adapter was trained with."""
-    cls: Any = type(fitting_base(file, source, revision, built_in={}).model)
-    labels = head_labels(file)
-    extra = {} if labels is None else {"num_labels": labels}
-    try:
-        model, found = cls.from_pretrained(
-            source,
-            revision=revision or "main",
-            dtype=DTYPES[dtype] if dtype else "auto",
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # of a head that the adapter replaces; anything else is refused below
-            output_loading_info=True,
-            **extra,
-        )
-    except Exception as error:  # transformers raises a dozen unrelated kinds for files that are not there or broken
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"cannot load the weights of the base {source!r} from safetensors: {reason}") from error
-    brought = file.config.modules_to_save or ()
-    brought = (*brought, *_heads(file))
-    lacking = [key for key in sorted(found["missing_keys"]) if not inside(brought, key)]
-    shapes = [entry for entry in found["mismatched_keys"] if not inside(brought, entry[0])]
-    faults = [f"{key}: not in the base's files" for key in lacking]
-    faults += [
-        f"{key}: {tuple(in_file)} in the file, {tuple(wanted)} in {cls.__name__}" for key, in_file, wanted in shapes
-    ]
-    if faults:
-        raise CheckpointError(gather(f"the base {source!r} lacks weights that the adapter does not bring:", faults))
-    return model
-
-
-def _heads(file: AdapterFile) -> list[str]:
-    """The heads that the adapter's task trains whole and that are in its file."""
-    heads = HEADS.get(file.config.task_type or "", ())
-    return [head for head in heads if any(key.startswith(f"{head}.") for key in file.tensors)]
 
 
 def _merge(model: nn.Module, file: AdapterFile, safe: bool, dtype: str | None) -> list[str]:
