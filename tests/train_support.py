@@ -143,3 +143,17 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
 def prompts(count: int = 12) -> list[dict[str, Any]]:
     """Rows of a prompt and a completion."""
     return [{"prompt": sentence(i, 3), "completion": " " + sentence(i + 1, 4)} for i in range(count)]
+
+
+def pictures(folder: Path, count: int = 6, classes: tuple[str, ...] = ("dark", "light")) -> Path:
+    """A folder with a folder of PNG files for each class."""
+    import numpy as np
+    from PIL import Image
+
+    chance = np.random.default_rng(0)
+    for number, name in enumerate(classes):
+        (folder / name).mkdir(parents=True)
+        for index in range(count):
+            pixels = chance.integers(0, 96, (16, 16, 3)) + 150 * number
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{index}.png")
+    return folder

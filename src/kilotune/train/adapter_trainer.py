@@ -10,9 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, final
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from transformers import Trainer, TrainerCallback
+from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
 
 from ..model import AdapterModel
 from ..optimizer import optimizer_groups
@@ -41,6 +42,7 @@ class Own:
     ) -> None:
         self.settings, self.model, self.guard, self.folder = settings, model, guard, folder
         self.steps_per_epoch, self.loss = steps_per_epoch, loss
+        self.normalises: bool | None = None  # whether the model divides its loss by the labels of a whole step
         self.still = [m for m in model.modules() if isinstance(m, _BatchNorm) and not _trains(m)]
 
     def groups(self) -> list[dict[str, Any]] | None:
@@ -76,8 +78,8 @@ def _trains(module: nn.Module) -> bool:
 
 
 @final
-class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
-    """The Trainer, with the methods of :class:`Own`."""
+class AdapterTrainer(Seq2SeqTrainer):  # type: ignore[misc]  # transformers is untyped here
+    """The Trainer (the one that can also generate to score), with the methods of :class:`Own`."""
 
     own: Own
     train_dataset: Any
@@ -99,18 +101,49 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped 
             self.optimizer = made(groups, **options)
         return super().create_optimizer(model)
 
-    def training_step(self, model: Any, inputs: Any, *args: Any) -> Tensor:
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         self.own.guard.take(inputs)
-        loss: Tensor = super().training_step(model, inputs, *args)
+        if self._spread and num_items_in_batch is not None and self.own.normalises is None:
+            self.own.normalises = self._normalises(model, inputs, num_items_in_batch)
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         self.own.guard.lost(loss)
         return loss
+
+    @property
+    def _spread(self) -> bool:
+        """Whether a step is made of several batches."""
+        return bool(self.args.gradient_accumulation_steps > 1 or self.args.world_size > 1)
+
+    def _normalises(self, model: Any, inputs: Any, items: Any) -> bool:
+        """Whether the model divides its loss by the number of labels that it is told.
+
+        Many take the number in their ``**kwargs`` and give the mean over their own batch all the same, which the
+        Trainer then adds up without dividing: with n batches a step the gradient would be n times too large. Asking
+        is the only way to know; the model is run twice, without dropout and gradients.
+        """
+        state = torch.get_rng_state()
+        model.eval()
+        with torch.no_grad():
+            loss, other = (Trainer.compute_loss(self, model, dict(inputs), False, n) for n in (items, 2 * items))
+        torch.set_rng_state(state)
+        return not torch.allclose(loss, other, rtol=1e-3)
+
+    def _share(self, inputs: Any, items: Any) -> Any:
+        """The part that a batch has of all the labels of a step."""
+        labels = inputs["labels"]
+        counted = labels[..., 1:] if self._loss_shifts_labels else labels
+        return counted.ne(-100).sum() / items
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         self.own.keep_still()
         if self.own.loss is None:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            if self.own.normalises is not False or num_items_in_batch is None:
+                return found
+            share = self._share(inputs, num_items_in_batch)
+            return (found[0] * share, found[1]) if return_outputs else found * share
         outputs = self.own.loss_of(model, inputs, self.own.loss)
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import statistics
@@ -19,9 +20,11 @@ from . import checkpoints
 from .checkpoints import CHECKPOINTS, RESULT_NAME
 from .guard import told_of_disk
 from .history import History
+from .models import device_of
 from .session import Session
+from .trainer import generating
 
-__all__ = ["LABELS_NAME", "Result", "finish", "is_main", "save"]
+__all__ = ["LABELS_NAME", "Result", "finish", "is_main", "save", "settle"]
 
 LABELS_NAME = "labels.json"
 
@@ -66,12 +69,37 @@ class Result:
         return {**values, "folder": str(self.folder), "metrics": {k: dict(v) for k, v in self.metrics.items()}}
 
 
-def finish(session: Session, trainer: Any, history: History, steps: Sequence[float], device: torch.device) -> Result:
-    """Take the best adapter, score the test split, write the result."""
-    folder, state = session.folder, trainer.state
+def settle(session: Session, trainer: Any) -> int:
+    """Put the best evaluation's weights into the model, if that is wanted, and score the test split.
+
+    Returns:
+        The step that the model is of.
+
+    """
     best_step = _load_best(session, trainer)
-    if session.prepared.test is not None:
-        trainer.evaluate(session.prepared.test, metric_key_prefix="test")
+    rows = session.prepared.test
+    if rows is not None:
+        generates = session.task is not None and session.task.generates
+        with generating(trainer, rows) if generates else contextlib.nullcontext():
+            trainer.evaluate(rows, metric_key_prefix="test")
+    return best_step
+
+
+def finish(session: Session, state: Any, best_step: int, history: History, steps: Sequence[float]) -> Result:
+    """Write the result.
+
+    Args:
+        session: whose model is the result.
+        state: the Trainer's, at the end.
+        best_step: from :func:`settle`.
+        history: of all sessions.
+        steps: seconds of each step of this session.
+
+    Raises:
+        ResourceError: it cannot be written.
+
+    """
+    folder = session.folder
     result = Result(
         folder=folder,
         steps=state.global_step,
@@ -80,7 +108,7 @@ def finish(session: Session, trainer: Any, history: History, steps: Sequence[flo
         best_step=best_step,
         trained=sum(p.numel() for p in session.model.parameters() if p.requires_grad),
         adapter_bytes=0,
-        peak_memory=_peak_memory(device),
+        peak_memory=_peak_memory(device_of(session.settings.training.device)),
         step_seconds=statistics.median(steps) if steps else 0.0,
         history=tuple(history.records),
     )

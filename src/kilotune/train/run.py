@@ -30,12 +30,12 @@ from .config_file import settings_text
 from .facts import plan_lines
 from .guard import advise_on_memory, told_of_disk
 from .history import History, tensorboard_callback
-from .outcome import Result, finish, is_main
+from .outcome import Result, finish, is_main, settle
 from .progress import progress_for
 from .session import Session, open_session
 from .settings import SPLITS, TrainSettings
 from .stopping import Stopper
-from .trainer import best_by, make_trainer, quiet
+from .trainer import best_by, generating, make_trainer, quiet
 from .watching import SPEEDS, Listener, watching, without_own_output
 
 __all__ = ["Result", "Session", "evaluate", "fit", "open_session", "train"]
@@ -151,8 +151,8 @@ def fit(
                     _take_state(trainer, from_checkpoint)
                 else:
                     trainer.train(resume_from_checkpoint=None if from_checkpoint is None else str(from_checkpoint))
-                result = finish(session, trainer, history, flow.seconds, device)
-    return result
+                best_step = settle(session, trainer)
+        return finish(session, trainer.state, best_step, history, flow.seconds)
 
 
 def _begin(session: Session, resume: bool) -> Path | None:
@@ -169,7 +169,8 @@ def _begin(session: Session, resume: bool) -> Path | None:
         else:
             with told_of_disk(kept, "what the training begins with", kept):
                 checkpoints.write_record(folder, settings, session.start)
-                (folder / SETTINGS_NAME).write_text(settings_text(settings), encoding="utf-8")
+                if session.task is not None:  # a module of one's own has nothing that a file could say
+                    (folder / SETTINGS_NAME).write_text(settings_text(settings), encoding="utf-8")
     return checkpoints.newest(kept) if there and resume else None
 
 
@@ -200,11 +201,19 @@ def _take_state(trainer: Any, checkpoint: Path) -> None:
 # -- evaluate ------------------------------------------------------------------------------------------
 
 
-def evaluate(session: Session, split: str = "validation", listeners: Sequence[Listener] = ()) -> dict[str, float]:
+def evaluate(
+    session: Session, split: str = "validation", generate: bool = False, listeners: Sequence[Listener] = ()
+) -> dict[str, float]:
     """Score the model as it is now on ``train``, ``validation`` or ``test``: the loss and the task's metrics.
 
+    Args:
+        session: from :func:`open_session`.
+        split: whose rows.
+        generate: let the model write its answers, and score those; of the tasks, seq2seq can.
+        listeners: hear what happens.
+
     Raises:
-        ConfigError: there is no such split.
+        ConfigError: there is no such split, or the task does not generate.
 
     """
     if split not in SPLITS:
@@ -212,12 +221,16 @@ def evaluate(session: Session, split: str = "validation", listeners: Sequence[Li
     rows = getattr(session.prepared, split)
     if rows is None:
         raise ConfigError(f"data.{split}: there is no such split")
+    if generate and (session.task is None or not session.task.generates):
+        raise ConfigError(f"the task {session.settings.task} is not scored by what the model writes")
     with quiet(), tempfile.TemporaryDirectory() as folder, watching(listeners) as watcher:
         trainer = make_trainer(
             session.settings, session.model, session.prepared, Path(folder), loss=session.loss, callbacks=[watcher]
         )
         without_own_output(trainer)
-        with _use_cache_kept(session.model), advise_on_memory(session.settings, "while evaluating", trainer.own.guard):
+        writing = generating(trainer, rows) if generate else contextlib.nullcontext()
+        advice = advise_on_memory(session.settings, "while evaluating", trainer.own.guard)
+        with _use_cache_kept(session.model), writing, advice:
             scores = trainer.evaluate(rows, metric_key_prefix="test")
     plain = {name.removeprefix("test_"): value for name, value in scores.items() if name.startswith("test_")}
     return {name: float(value) for name, value in plain.items() if not f"_{name}".endswith(SPEEDS)}

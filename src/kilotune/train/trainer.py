@@ -30,7 +30,7 @@ from .tasks import Prepared
 if TYPE_CHECKING:
     from .adapter_trainer import Loss
 
-__all__ = ["best_by", "make_trainer", "quiet", "steps_of_epoch", "total_steps"]
+__all__ = ["best_by", "generating", "make_trainer", "quiet", "steps_of_epoch", "total_steps"]
 
 
 def make_trainer(
@@ -73,6 +73,8 @@ def make_trainer(
         callbacks=[*callbacks, *_early_stopping(settings)],
     )
     trainer.own = own
+    if loss is not None:  # a mean, which the Trainer then divides by the number of batches in a step
+        trainer.model_accepts_loss_kwargs = False
     return trainer
 
 
@@ -80,7 +82,7 @@ def _arguments(settings: TrainSettings, prepared: Prepared, folder: Path) -> Any
     """The settings as ``TrainingArguments``."""
     try:
         import accelerate  # noqa: F401  # else transformers speaks of its own extras
-        from transformers import TrainingArguments
+        from transformers import Seq2SeqTrainingArguments
     except ImportError as error:
         raise MissingExtraError((error.name or "accelerate").partition(".")[0], "train", "training") from error
     run = settings.training
@@ -89,9 +91,9 @@ def _arguments(settings: TrainSettings, prepared: Prepared, folder: Path) -> Any
     world = max(1, int(os.environ.get("WORLD_SIZE", "1")))
     per_epoch = steps_of_epoch(settings, prepared, world)
     checkpointing = "activation_checkpointing"
-    if checkpointing not in TrainingArguments.__dataclass_fields__:
+    if checkpointing not in Seq2SeqTrainingArguments.__dataclass_fields__:
         checkpointing = "gradient_checkpointing"  # before transformers 5.23
-    arguments = TrainingArguments(
+    arguments = Seq2SeqTrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=run.batch_size,
         per_device_eval_batch_size=run.eval_batch_size or run.batch_size,
@@ -182,3 +184,17 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(before)
+
+
+@contextlib.contextmanager
+def generating(trainer: Any, rows: Any) -> Iterator[None]:
+    """Inside, an evaluation lets the model write its answers, as long as the longest of the labels in ``rows``."""
+    longest = max((len(rows[index]["labels"]) for index in range(len(rows))), default=1)
+    before = trainer.preprocess_logits_for_metrics
+    trainer.args.predict_with_generate, trainer.args.generation_max_length = True, longest + 1  # with the first token
+    trainer.preprocess_logits_for_metrics = None  # the metrics take the tokens themselves
+    try:
+        yield
+    finally:
+        trainer.args.predict_with_generate = False
+        trainer.preprocess_logits_for_metrics = before
