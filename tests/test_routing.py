@@ -173,6 +173,31 @@ def test_heads_are_the_rows_own() -> None:
             assert torch.allclose(routed[row], alone(model, name, lambda: model(input_ids=ids).logits)[row], atol=1e-5)
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_inside_the_route_and_not_outside(reentrant: bool) -> None:
+    names, ids = ["a1", None, "a0"], torch.randint(2, 32, (3, 5))
+    found: list[dict[str, Tensor]] = []
+    for checkpointing in (False, True):
+        model = with_adapters(tiny_llama(), [CONFIGS["vera"]] * 2).train()
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        for adapter in ("a0", "a1"):
+            for _, p in model.adapter_parameters(adapter):
+                p.requires_grad_(True)
+        with model.route(names):
+            model(input_ids=ids, labels=ids).loss.backward()
+        found.append({f"{a}.{k}": p.grad for a in ("a0", "a1") for k, p in model.adapter_parameters(a)})  # type: ignore[misc]
+    for key, gradient in found[0].items():
+        assert torch.allclose(gradient, found[1][key], atol=1e-6), key
+        assert gradient.any()
+    loss = model(input_ids=ids, labels=ids, adapter_names=names).loss
+    with pytest.raises(UnsupportedError, match=r"inside the context"):
+        loss.backward()
+    model.set_adapter("a0")
+    model(input_ids=ids, labels=ids).loss.backward()  # without a route, as ever
+
+
 # -- what is refused -----------------------------------------------------------------------------------
 
 

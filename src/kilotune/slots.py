@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, final
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -42,6 +43,7 @@ class ActiveState:
         self.disabled = False
         self.way = Way.PICKED
         self.routes: dict[int, Route] = {}  # by thread
+        self.routed = False  # the last forward had a route
 
     @property
     def live(self) -> tuple[str, ...]:
@@ -52,8 +54,11 @@ class ActiveState:
 
         A checkpoint's second forward may run in a thread of autograd's own, where the one route there is serves.
         """
+        if not self.routes and self.routed:
+            self._check_not_again()
         if not self.routes or self.disabled:
             return None
+        self.routed = True
         found = self.routes.get(threading.get_ident())
         if found is None and isinstance(threading.current_thread(), threading._DummyThread):
             if len(self.routes) > 1:
@@ -63,6 +68,15 @@ class ActiveState:
                 )
             found = next(iter(self.routes.values()), None)
         return found
+
+    def _check_not_again(self) -> None:
+        """Refuse to run a routed forward a second time without its route, as a checkpoint does in the backward."""
+        if torch._C._current_graph_task_id() != -1:
+            raise UnsupportedError(
+                "route(): gradient checkpointing runs the forward again in the backward, which is outside of the "
+                "route; call backward() inside the context: with model.route(names): model(...).loss.backward()"
+            )
+        self.routed = False
 
     def __getstate__(self) -> dict[str, Any]:
         if self.disabled:  # the copy would be disabled for good, its weights those of the moment
