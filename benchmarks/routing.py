@@ -1,7 +1,7 @@
 """A batch for many adapters at once against the same batch for one, and against PEFT's mixed batches.
 
 python benchmarks/routing.py [--hidden 768] [--layers 4] [--rows 64] [--length 8] [--rank 256] [--resident 4096]
-                             [--rounds 9] [--bars]
+                             [--vocabulary 2000] [--put-hidden 768] [--put-layers 12] [--rounds 9] [--bars]
 
 The model is Llama-shaped and all its linear layers but the prediction are adapted; a batch has ``--rows`` sequences of
 ``--length`` tokens (512 tokens by default), and a forward without gradients is timed.
@@ -26,6 +26,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -86,7 +87,7 @@ def peft_with(base: Any, count: int) -> Any:
 
 def forwards(chosen: argparse.Namespace, progress: Progress) -> dict[str, Callable[[], object]]:
     """What is timed, by name."""
-    shape = Shape("llama", chosen.hidden, chosen.layers)
+    shape = Shape("llama", chosen.hidden, chosen.layers, chosen.vocabulary)
     base = build(shape, 512, torch.device("cpu"), torch.float32).eval()
     batch = sample(shape, chosen.rows * chosen.length, chosen.length, torch.device("cpu"))
     ids = batch["input_ids"]
@@ -123,9 +124,9 @@ def check(bank: AdapterBank, ids: Tensor, names: Sequence[str]) -> None:
             raise AssertionError("two adapters give the same")
 
 
-def puts(resident: int, rank: int) -> list[float]:
-    """Seconds of putting single adapters into a bank of a 12-layer, 768-wide model."""
-    shape = Shape("bert", 768, 12)
+def puts(resident: int, rank: int, hidden: int, layers: int) -> list[float]:
+    """Seconds of putting single adapters into a bank of a BERT-shaped model."""
+    shape = Shape("bert", hidden, layers)
     base = build(shape, 512, torch.device("cpu"), torch.float32)
     targets = sorted({name.rpartition(".")[2] for name in linear_layers(base, shape)})
     bank = AdapterBank(wrap(base), kilotune.VeraConfig(r=rank, target_modules=targets), slots=resident + 1)
@@ -151,6 +152,9 @@ def options(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--length", type=harness.positive, default=8)
     parser.add_argument("--rank", type=harness.positive, default=256)
     parser.add_argument("--resident", type=harness.positive, default=4096)
+    parser.add_argument("--vocabulary", type=harness.positive, default=2000)
+    parser.add_argument("--put-hidden", type=harness.positive, default=768)
+    parser.add_argument("--put-layers", type=harness.positive, default=12)
     parser.add_argument("--bars", action="store_true", help="what the project promises, and whether it holds")
     return parser.parse_args(words)
 
@@ -173,6 +177,22 @@ def bars_of(times: Rounds, rank: int, put: Sequence[float]) -> list[Bar]:
     ]
 
 
+def draw(times: Rounds, where: str, chosen: argparse.Namespace, stem: str) -> Path:
+    """Time over the base's."""
+    made, axes = harness.figure(1, 1, 6.5, 2.6)
+    axis = axes[0][0]
+    names = [name for name in reversed(times.seconds) if name != "base"]
+    spreads = [spread for name in names if (spread := times.ratio(name, "base")) is not None]
+    errors = [[s.median - s.low for s in spreads], [s.high - s.median for s in spreads]]
+    colours = ["#d0803c" if name.startswith("peft") else "#2f6db3" for name in names]
+    axis.barh(names, [s.median for s in spreads], xerr=errors, color=colours)
+    axis.axvline(1.0, color="black", linewidth=0.8)
+    axis.set_title(f"{chosen.rows} rows of {chosen.length} tokens: time of a forward / the base's", fontsize=9)
+    axis.tick_params(labelsize=7)
+    made.suptitle(where, fontsize=7)
+    return harness.save_figure(made, chosen.out, stem)
+
+
 def main(words: Sequence[str] | None = None) -> int:
     """Run with the command line's words; returns the exit code."""
     chosen = options(words)
@@ -180,15 +200,17 @@ def main(words: Sequence[str] | None = None) -> int:
     runs = forwards(chosen, progress)
     with torch.no_grad():
         harness.take_turns(runs, chosen.rounds, device, times, progress, "forwards")
-    put = [statistics.median(puts(count, chosen.rank)) for count in (FEW, chosen.resident)]
+    sizes = (chosen.rank, chosen.put_hidden, chosen.put_layers)
+    put = [statistics.median(puts(count, *sizes)) for count in (FEW, chosen.resident)]
     where = harness.title_of(harness.machine(device))
     tokens = chosen.rows * chosen.length
     print(f"\nhidden {chosen.hidden}, {chosen.layers} layers, {chosen.rows} rows, {tokens} tokens, {times}; {where}\n")
     rows = [[name, str(times.ratio(name, "base")), str(times.ratio(name, "mixed"))] for name in runs]
     print(harness.table(["forward", "time / base (quartiles)", "/ mixed"], rows))
     print(f"\nput: {put[0] * 1e3:.3f} ms with {FEW} resident, {put[1] * 1e3:.3f} ms with {chosen.resident}")
-    body = {"times": times, "put_seconds": put}
-    print("written: " + harness.write_results(chosen.out, "routing-cpu-float32", chosen, device, body).name)
+    body, stem = {"times": times, "put_seconds": put}, "routing-cpu-float32"
+    written = [harness.write_results(chosen.out, stem, chosen, device, body), draw(times, where, chosen, stem)]
+    print("written: " + ", ".join(path.name for path in written))
     return harness.judge(bars_of(times, chosen.rank, put)) if chosen.bars else 0
 
 

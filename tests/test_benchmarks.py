@@ -54,6 +54,11 @@ RUNS = {
         "adapters",
         ["--layers", "1", "--rank", "4", "--adapters", "4", "--peft-adapters", "2", "--rounds", "2"],
     ),
+    "routing": (
+        "routing",
+        [*TINY, "--rows", "3", "--length", "4", "--rank", "4", "--resident", "6"]
+        + ["--put-hidden", "64", "--put-layers", "1"],
+    ),
 }
 
 
@@ -355,7 +360,7 @@ def test_make_bench_runs_every_script(monkeypatch: pytest.MonkeyPatch) -> None:
     runs = load("_all", monkeypatch).RUNS
     assert {run.words[0] for run in runs} == scripts
     for run in runs:
-        if run.words[0] in ("training", "inference", "adapters"):
+        if run.words[0] in ("training", "inference", "adapters", "routing"):
             load(run.words[0], monkeypatch).options(run.words[1:])
 
 
