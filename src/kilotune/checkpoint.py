@@ -44,6 +44,7 @@ from .inject import Installed, Plan, part_of
 from .kinds import LayerKind
 from .methods import Method, load_method, method_of_file
 from .parameters import file_names
+from .sharded import whole_parts
 from .slots import BIAS
 from .storage import Storage
 from .targets import matches_names
@@ -63,7 +64,6 @@ __all__ = [
     "tensors_checksum",
     "weights_of",
     "write",
-    "write_all",
 ]
 
 PREFIX = "base_model.model."
@@ -155,13 +155,6 @@ def state_of(installed: Installed) -> tuple[dict[str, Any], dict[str, Tensor], d
             config[SECTION] = {"format": FORMAT_VERSION, "exclude_modules": ours["exclude_modules"]}
     checksums = tensors_checksum(tensors), config_checksum(config, installed.config.option_names())
     return config, tensors, header_metadata(*checksums, export.checksum, export.header)
-
-
-def write_all(adapters: Mapping[Path, Installed]) -> None:
-    """Write adapters, each into its folder."""
-    states = {folder: state_of(installed) for folder, installed in adapters.items()}  # all, before any is written
-    for folder, state in states.items():
-        write(folder, *state)
 
 
 def in_file_form(
@@ -462,7 +455,7 @@ def _base_weight(key: str, made: Plan) -> Tensor | None:
     candidate = made.layers.get(name)
     if candidate is None or candidate.storage is None or last != candidate.storage.weight_name:
         return None
-    return candidate.storage.read(candidate.module).detach()
+    return candidate.storage.read(candidate.module, whole_parts(candidate.storage.keep(candidate.module))).detach()
 
 
 def _is_base_weight(value: Tensor, weight: Tensor) -> bool:

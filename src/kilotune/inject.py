@@ -33,6 +33,7 @@ from .parameters import (
 )
 from .projections import Projections
 from .saved import SavedModule, check_trainable
+from .sharded import whole, whole_copy
 from .slots import BIAS, ActiveState, Slot, slot_key
 from .stacks import members, start
 from .storage import Storage
@@ -330,7 +331,7 @@ def _wrapper(c: Candidate, state: ActiveState) -> AdaptedLayer:
 
 def _sketch(site: Site) -> Site:
     """The same site on the meta device: shapes without memory, for checks before anything is changed."""
-    return replace(site, device=_meta_device, read=_no_read)
+    return replace(site, device=_meta_device, read=_no_read, gather=_no_read)
 
 
 def _meta_device() -> torch.device:
@@ -433,13 +434,13 @@ def _start(
         values = start(made.method, site_in(made, name, base), shared) if name in made.layers else {}
         bias = base.base_bias()
         if bias is not None and BIAS in made.shapes[name]:
-            values[BIAS] = bias.detach().to(torch.promote_types(bias.dtype, torch.float32), copy=True)
+            values[BIAS] = whole(bias).detach().to(torch.promote_types(bias.dtype, torch.float32), copy=True)
     return {key: nn.Parameter(value.detach(), requires_grad=False) for key, value in values.items()}
 
 
 def _twin(root: nn.Module, name: str, tensors: Mapping[str, Tensor] | None) -> nn.Module:
     """An adapter's own copy of a module that it trains whole."""
-    twin = copy.deepcopy(unwrapped(root.get_submodule(name))).requires_grad_(False)
+    twin = whole_copy(copy.deepcopy(unwrapped(root.get_submodule(name))).requires_grad_(False))
     if tensors is not None:
         own = {key: tensors[f"{name}.{key}"] for key in twin.state_dict()}
         twin.load_state_dict(own, assign=any(t.device.type == "meta" for t in twin.state_dict().values()))

@@ -52,6 +52,14 @@ class Installed:
             for key, parameter in saved.copies[self.key].named_parameters():
                 yield f"{name}.{key}", parameter
 
+    def modules(self) -> Iterator[nn.Module]:
+        """The modules that hold these parameters, each its own, and the adapter's frozen ones."""
+        yield from self.slots().values()
+        if isinstance(self.shared.trained, nn.ParameterDict):
+            yield self.shared.trained
+        for saved in self.saved.values():
+            yield from saved.copies[self.key].modules()
+
     def freeze_others(self, root: nn.Module) -> None:
         """Freeze all of a model's parameters but these."""
         own = {id(parameter) for _, parameter in self.parameters()}

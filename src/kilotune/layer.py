@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, cast, final
 
 import torch
@@ -28,6 +29,7 @@ from .kernels.lowrank import accumulate_dtype, lift, no_autocast, scale_features
 from .kinds import LayerKind
 from .methods import Site
 from .routing import changed_rows
+from .sharded import is_sharded, whole_parts
 from .slots import BIAS, ActiveState, Merged, Slot, slot_key
 from .storage import Kept, Storage
 
@@ -102,6 +104,7 @@ class AdaptedLayer(nn.Module):
             output=kind.output_features(module),
             input=kind.input_features(module),
             held=self.base_tensors,
+            gather=partial(self.base_matrix, gather=True),
         )
 
     def slot(self, adapter: str) -> Slot | None:
@@ -117,16 +120,20 @@ class AdaptedLayer(nn.Module):
 
     # -- what a Site reads -----------------------------------------------------------------------
 
-    def base_matrix(self, dtype: torch.dtype | None = None) -> Tensor:
+    def base_matrix(self, dtype: torch.dtype | None = None, gather: bool = False) -> Tensor:
         """The base weight as the canonical matrix (out, in), whether adapters are merged or not.
 
         Args:
             dtype: in which to give it; by default the one in which the layer computes.
+            gather: gather a sharded one, which all processes have to do.
 
         """
         if dtype is None and not self._storage.lossless:
             dtype = self.compute_dtype()
-        return self._kind.canonical(self.base_layer, self._storage.read(self.base_layer, self._kept or None, dtype))
+        kept: Kept | None = self._kept or None
+        if gather and any(map(is_sharded, self.base_tensors())):
+            kept = whole_parts(self._storage.keep(self.base_layer))
+        return self._kind.canonical(self.base_layer, self._storage.read(self.base_layer, kept, dtype))
 
     def base_tensors(self) -> tuple[Tensor, ...]:
         """The parameters of the base layer, whether adapters are merged or not."""

@@ -16,6 +16,7 @@ from .errors import MergeError, gather
 from .inject import Installed, check_compatible, strip
 from .layer import AdaptedLayer, Merged
 from .saved import SavedModule
+from .sharded import SHARDED, is_sharded
 from .slots import ActiveState, Slot
 from .storage import forget_quantisation, is_pretrained, storage_of, unknown_scheme
 
@@ -218,6 +219,7 @@ def merge(
     check_compatible({name: installed[name] for name in dict.fromkeys(together)})
     for where, layer in layers.items():
         layer.check_mergeable(names, where)
+    _check_whole(layers)
     if safe:
         check_finite(layers, names, dtype)
     if dtype is None:
@@ -234,6 +236,15 @@ def merge(
     state.active, state.merged = tuple(names), ()
     dense.put_in(lambda saved: saved.current())
     return dense.report
+
+
+def _check_whole(layers: Mapping[str, AdaptedLayer]) -> None:
+    for where, layer in layers.items():
+        if any(map(is_sharded, layer.base_tensors())):
+            raise MergeError(
+                f"{where}: its weight {SHARDED}; save_pretrained() the adapter, and merge where one process holds the "
+                "base"
+            )
 
 
 # -- merging into a dense model --------------------------------------------------------------------

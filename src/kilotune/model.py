@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Self, final
 import torch
 from torch import nn
 
-from . import checkpoint, inject, lent, merging, storage
+from . import checkpoint, inject, lent, merging, saving, storage
 from .added import Added, base_modules
 from .config import AdapterConfig
 from .errors import AdapterError, ConfigError, MergeError, did_you_mean, type_name
@@ -384,6 +384,7 @@ class AdapterModel(RoutedModel, ABC):
         save_directory: str | os.PathLike[str],
         safe_serialization: bool = True,
         selected_adapters: Sequence[str] | None = None,
+        is_main_process: bool = True,
     ) -> None:
         """Write adapters in PEFT's layout: 'default' into the folder itself, others into subfolders.
 
@@ -391,6 +392,7 @@ class AdapterModel(RoutedModel, ABC):
             save_directory: the folder; made where it is not there.
             safe_serialization: as in PEFT; only True, because kilotune writes no pickles.
             selected_adapters: which ones; all by default.
+            is_main_process: False writes nothing. Where an adapter is sharded, all processes have to call this.
 
         """
         if safe_serialization is not True:
@@ -402,7 +404,7 @@ class AdapterModel(RoutedModel, ABC):
             raise AdapterError("save_pretrained: there is no adapter to save")
         root = Path(save_directory)
         folders = {name: root if name == DEFAULT else root / name for name in names}
-        checkpoint.write_all({folder: self._installed[name] for name, folder in folders.items()})
+        saving.save({folder: self._installed[name] for name, folder in folders.items()}, is_main_process)
 
     # -- checks ----------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from torch import nn
 from .added import Added
 from .errors import TargetError, gather
 from .routing import run_saved
+from .sharded import is_unit
 from .slots import BIAS, ActiveState, slot_key
 from .storage import storage_of
 
@@ -28,12 +29,17 @@ def check_trainable(saved: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
                 faults.append(f"{name}.{inner}".removesuffix(".") + f": {type(module).__name__} ({why})")
     if faults:
         what = "modules_to_save: quantised weights cannot be trained; name these in target_modules instead, or load "
-        raise TargetError(gather(f"{what}the base with them left out of the quantisation:", faults))
+        what += "the base with them left out of the quantisation:"
+        if all("sharded by itself" in fault for fault in faults):
+            what = "modules_to_save: these cannot be copied:"
+        raise TargetError(gather(what, faults))
     return dict(saved)
 
 
 def _untrainable(module: nn.Module) -> str:
-    """How a module's own weights are quantised; '' where they are not."""
+    """Why a copy of a module's own weights cannot be trained; '' where it can."""
+    if is_unit(module):
+        return "sharded by itself; add the adapter first, and shard afterwards"
     storage = storage_of(module)
     if storage is not None and not storage.lossless:
         return storage.refusal(module) or storage.scheme(module)

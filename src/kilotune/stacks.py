@@ -33,7 +33,10 @@ def _member(site: Site, index: int) -> Site:
     def read() -> Tensor:
         return site.read()[index]  # (out, in)
 
-    return replace(site, name=f"{site.name}.{index}", read=read, matrices=0, stack=site.name)
+    def gather() -> Tensor:
+        return site.whole()[index]
+
+    return replace(site, name=f"{site.name}.{index}", read=read, gather=gather, matrices=0, stack=site.name)
 
 
 def start(method: Method[Any], site: Site, shared: Shared) -> dict[str, Tensor]:

@@ -36,7 +36,8 @@ class Site:
     (its own or its stack's, where it is not said; an attention's, for its output projection); held: the tensors
     that the matrix is made of, whose identities and versions tell whether it is still the same; none: not known;
     output: how many features the layer's output has (out, where it is not said; attention's matrix has more rows);
-    input: how many its input has for each place of the output (inn, where it is not said); 0: it has none such.
+    input: how many its input has for each place of the output (inn, where it is not said); 0: it has none such;
+    gather: read, where the matrix may be sharded over processes, all of which have to call it (see :meth:`whole`).
     """
 
     name: str
@@ -53,6 +54,7 @@ class Site:
     held: Callable[[], tuple[Tensor, ...]] = field(default=tuple, repr=False)
     output: int = 0
     input: int = -1
+    gather: Callable[[], Tensor] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.pattern_name == "":
@@ -63,6 +65,10 @@ class Site:
             object.__setattr__(self, "output", self.out)
         if self.input < 0:
             object.__setattr__(self, "input", self.inn)
+
+    def whole(self) -> Tensor:
+        """The matrix (out, in) when an adapter is added, which is outside its layer: gathered where it is sharded."""
+        return self.read() if self.gather is None else self.gather()
 
 
 @dataclass(eq=False)

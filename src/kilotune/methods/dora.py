@@ -19,6 +19,7 @@ from ..deltas import Delta, LowRank, Rescale, Role
 from ..errors import ConfigError
 from ..kernels.lowrank import accumulate_dtype, no_autocast
 from ..projections import Projections
+from ..sharded import processes
 from ._base import Export, LowRankConfig, Method, Shared, Site
 
 __all__ = ["FILE_PREFIX", "MAGNITUDE", "Dora", "row_norms"]
@@ -111,7 +112,7 @@ class Dora(Method[LowRankConfig]):
         if site.device().type == "meta":  # a plan: no weight may be read
             magnitude = torch.empty(site.out, device="meta", dtype=torch.float32)
         else:
-            magnitude = row_norms(site.read().detach(), self._change(site, params, shared)).float()
+            magnitude = row_norms(site.whole().detach(), self._change(site, params, shared)).float()
             if not magnitude.any():
                 raise ConfigError(
                     f"use_dora: {site.name!r} is all zeros, so its rows have no direction whose length could be "
@@ -136,6 +137,8 @@ class Dora(Method[LowRankConfig]):
 
     def _norms(self, site: Site, params: Mapping[str, Tensor], shared: Shared, change: LowRank) -> Tensor:
         if torch.compiler.is_compiling():  # compiled code takes them anew each time
+            return row_norms(site.read(), change)
+        if processes() > 1:  # what FSDP2 gathers does not tell whether it has changed
             return row_norms(site.read(), change)
         if torch.is_grad_enabled():
             self._kept.pop(site.name, None)

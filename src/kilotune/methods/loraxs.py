@@ -142,7 +142,7 @@ class LoraXs(Method[LoraXsConfig]):
         return PortableSource(self.config.projection_prng_key)
 
     def _factors(self, site: Site) -> tuple[Tensor, Tensor]:
-        config, weight = self.config, site.read().detach()
+        config, weight = self.config, site.whole().detach()
         if not bool(torch.isfinite(weight).all()) or not bool(weight.any()):
             what = "is all zeros" if bool(torch.isfinite(weight).all()) else "holds values that are not finite"
             raise ConfigError(f"{site.name!r}: the weight {what}, so its SVD gives no factors; use start='random'")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedError
+from ..sharded import SHARDED, is_sharded
 from ._base import Kept, Storage
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -42,11 +43,15 @@ class Dense(Storage):
             return False  # computed from other parameters (weight norm, pruning): nothing here to write to
         held = [module._parameters.get(name) for name in names]
         present = [p for p in held if p is not None]
-        return bool(present) and all(p.dtype in FLOATS and type(p.data) is Tensor for p in present)
+        return bool(present) and all(p.dtype in FLOATS and (type(p.data) is Tensor or is_sharded(p)) for p in present)
 
     def read(self, module: nn.Module, kept: Kept | None = None, dtype: torch.dtype | None = None) -> Tensor:
         held = None if kept is None else kept.get(self.weight_name)
         weight = module.get_parameter(self.weight_name) if held is None else held
+        if is_sharded(weight):
+            raise UnsupportedError(
+                f"the weight of a {type(module).__name__} {SHARDED}; shard the blocks, and no layer by itself"
+            )
         if type(weight.data) is not Tensor:
             raise UnsupportedError(
                 f"the weight of {type(module).__name__} is a {type(weight.data).__name__}; it cannot be read here"
