@@ -58,6 +58,11 @@ class ActiveState:
             self._check_not_again()
         if not self.routes or self.disabled:
             return None
+        found: Route | None = self._route_here()
+        return found
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiler cannot tell threads: these layers run plain
+    def _route_here(self) -> Route | None:
         self.routed = True
         found = self.routes.get(threading.get_ident())
         if found is None and isinstance(threading.current_thread(), threading._DummyThread):
