@@ -21,7 +21,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ from .settings import SECTIONS, TrainSettings
 __all__ = [
     "CHECKPOINTS",
     "SETTINGS_NAME",
+    "base_digest",
+    "base_of_run",
     "check_same_run",
     "clear",
     "drop_incomplete",
@@ -172,17 +174,23 @@ def is_finished(state: Mapping[str, Any]) -> bool:
 # -- the same run --------------------------------------------------------------------------------------
 
 
-def fingerprint(model: nn.Module, train: Any, tokens: int) -> dict[str, Any]:
+def fingerprint(model: nn.Module, train: Any, tokens: int, fresh: Sequence[str] = ()) -> dict[str, Any]:
     """What tells whether a resumed run has the same base and the same data: counts, and samples of both.
 
-    ``model`` without adapters, as it was loaded.
+    Args:
+        model: without adapters, as it was loaded.
+        train: the rows.
+        tokens: of them.
+        fresh: modules that are not the base's, but were drawn.
+
     """
-    return {"rows": len(train), "tokens": tokens, "data": _rows_digest(train), "base": _weights_digest(model)}
+    return {"rows": len(train), "tokens": tokens, "data": _rows_digest(train), "base": base_digest(model, fresh)}
 
 
-def _weights_digest(model: nn.Module, tensors: int = 16, numbers: int = 256) -> str:
-    """SHA-256 over the names and shapes of all weights, and the first numbers of some."""
-    named = [(name, p) for name, p in model.named_parameters() if not p.is_meta]
+def base_digest(model: nn.Module, fresh: Sequence[str] = (), tensors: int = 16, numbers: int = 256) -> str:
+    """SHA-256 over the names and shapes of all weights but the ``fresh`` ones, and the first numbers of some."""
+    own = tuple(f"{name}." for name in fresh)
+    named = [(name, p) for name, p in model.named_parameters() if not p.is_meta and not name.startswith(own)]
     digest = hashlib.sha256(repr([(name, tuple(p.shape), str(p.dtype)) for name, p in named]).encode())
     for name, parameter in named[:: max(1, len(named) // tensors)]:
         part = parameter.detach().reshape(-1)[:numbers].cpu().contiguous()
@@ -206,6 +214,22 @@ def _rows_digest(rows: Any, count: int = 16) -> str:
 
 def _plain(value: Any) -> str:
     return repr(value.tolist() if isinstance(value, Tensor) else value)
+
+
+def base_of_run(folder: Path, model: Mapping[str, Any]) -> str | None:
+    """The digest of the base that a training in ``folder`` had, where there was one and it held its base alike.
+
+    Args:
+        folder: of the training.
+        model: the model's settings, as plain values; weights held otherwise have other digests.
+
+    """
+    try:
+        record = json.loads((folder / CHECKPOINTS / RECORD_NAME).read_text(encoding="utf-8"))
+        alike = all(record["settings"]["model"][name] == model[name] for name in ("dtype", "quantization"))
+        return str(record["base"]) if alike else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # the adapter may be from anywhere
+        return None
 
 
 def write_record(folder: Path, settings: TrainSettings, found: Mapping[str, Any]) -> None:

@@ -22,14 +22,8 @@ __all__ = ["ROWS", "Guard", "Numbered", "NumberedCollate", "advise_on_memory", "
 ROWS = "kilotune_rows"  # in a training batch: which rows of train it is made of
 SHOWN_ROWS = 16
 NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
-NO_DISK = (
-    "PytorchStreamWriter",
-    "file write failed",
-    "No space left",
-    "Disk quota",
-    "File too large",
-    "unexpected pos",
-)
+# What torch.save says of a disk that takes no more, in one version or another.
+NO_DISK = ("PytorchStreamWriter", "iostream error", "file write failed", "No space left", "unexpected pos")
 
 
 # -- which batch ---------------------------------------------------------------------------------------
@@ -222,6 +216,8 @@ def _cause(error: BaseException) -> str:
         if isinstance(inner, OSError) and inner.strerror:
             return inner.strerror
         inner = inner.__cause__ or inner.__context__
+    if isinstance(error, RuntimeError):  # PyTorch does not pass the reason on
+        return f"the system takes no more bytes ({first_line(error)})"
     return first_line(error)
 
 

@@ -14,13 +14,24 @@ from torch import Tensor, nn
 from ..config import AdapterConfig
 from ..errors import ConfigError, MissingExtraError, TargetError, UnsupportedError, first_line
 from ..files import REPO_ID
-from ..model import PeftModel, get_peft_model
+from ..model import get_peft_model
 from ..plan import DTYPES
 from ..targets import HEADS
 from .settings import ModelSettings, TrainSettings
 from .tasks import Limits, Prepared, Task
 
-__all__ = ["Loaded", "adapt", "device_of", "limits_of", "load_base", "load_config", "set_padding"]
+__all__ = [
+    "Loaded",
+    "adapt",
+    "device_of",
+    "heads_of",
+    "hold_in_float32",
+    "limits_of",
+    "load_base",
+    "load_config",
+    "quantised",
+    "set_padding",
+]
 
 HEAD_NAMES = tuple(dict.fromkeys(name for names in HEADS.values() for name in names))
 # Their position numbers begin after the padding's, so that many fewer tokens fit than max_position_embeddings says.
@@ -160,7 +171,7 @@ def load_base(settings: ModelSettings, task: Task, prepared: Prepared | None, de
     transformers = need_transformers("training")
     options = dict(task.model_options(prepared)) if prepared is not None else {}
     if settings.quantization != "none":
-        options["quantization_config"] = _quantised(settings, transformers)
+        options["quantization_config"] = quantised(settings, transformers)
         options["device_map"] = {"": device}
     if settings.attention is not None:
         options["attn_implementation"] = settings.attention
@@ -181,7 +192,7 @@ def load_base(settings: ModelSettings, task: Task, prepared: Prepared | None, de
     return Loaded(model, fresh, notes)
 
 
-def _quantised(settings: ModelSettings, transformers: Any) -> Any:
+def quantised(settings: ModelSettings, transformers: Any) -> Any:
     """How bitsandbytes is to hold the frozen weights."""
     try:
         import bitsandbytes  # noqa: F401  # transformers' own message is a page
@@ -234,7 +245,6 @@ def adapt(loaded: Loaded, settings: TrainSettings, task: Task | None) -> nn.Modu
 
     Raises:
         ConfigError, TargetError, UnsupportedError: what the adapter's configuration asks for is not possible.
-        CheckpointError: ``adapter.start`` is of another base.
 
     """
     method, model = settings.adapter.method, loaded.model
@@ -242,19 +252,18 @@ def adapt(loaded: Loaded, settings: TrainSettings, task: Task | None) -> nn.Modu
         if getattr(model, "is_quantized", False):
             raise UnsupportedError("adapter.method 'full': this model's weights are quantised, and cannot be trained")
         return nn.Module.float(model).requires_grad_(True)
-    heads = tuple(dict.fromkeys([*loaded.fresh, *(_heads(model, task))]))
+    heads = heads_of(loaded, task)
     if method == "head":
         return _head_only(model, heads)
-    if settings.adapter.start is not None:
-        _trained_in_float32(model, heads)
-        return PeftModel.from_pretrained(model, settings.adapter.start, is_trainable=True)
     config = _config(settings, task, heads)
-    _trained_in_float32(model, _saved_names(config))
+    hold_in_float32(model, _saved_names(config))
     return get_peft_model(model, config)
 
 
 def _config(settings: TrainSettings, task: Task | None, heads: tuple[str, ...]) -> AdapterConfig:
-    more: dict[str, Any] = {} if task is None or task.task_type is None else {"task_type": task.task_type}
+    more: dict[str, Any] = {"base_model_name_or_path": settings.model.base, "revision": settings.model.revision}
+    if task is not None and task.task_type is not None:
+        more["task_type"] = task.task_type
     config = settings.adapter.config(**more)
     saved = tuple(dict.fromkeys([*_saved_names(config), *heads]))
     return config.replace(modules_to_save=saved) if saved else config
@@ -265,11 +274,11 @@ def _saved_names(config: AdapterConfig) -> tuple[str, ...]:
     return (saved,) if isinstance(saved, str) else tuple(saved or ())
 
 
-def _heads(model: nn.Module, task: Task | None) -> list[str]:
-    """The modules that a classifier ends in, by the names that transformers gives them."""
-    if task is None or task.auto_class in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM"):
-        return []
-    return [name for name in HEAD_NAMES if isinstance(getattr(model, name, None), nn.Module)]
+def heads_of(loaded: Loaded, task: Task | None) -> tuple[str, ...]:
+    """What is trained whole: what the files lack, and what a classifier ends in, by transformers' names for that."""
+    ends = task is not None and task.auto_class not in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
+    known = [name for name in HEAD_NAMES if isinstance(getattr(loaded.model, name, None), nn.Module)]
+    return tuple(dict.fromkeys([*loaded.fresh, *(known if ends else [])]))
 
 
 def _head_only(model: nn.Module, heads: tuple[str, ...]) -> nn.Module:
@@ -279,14 +288,14 @@ def _head_only(model: nn.Module, heads: tuple[str, ...]) -> nn.Module:
         heads = tuple(name for name, module in model.named_modules() if output is not None and module is output)
     if not heads:
         raise TargetError("adapter.method 'head': this model has no head that is known by its name")
-    _trained_in_float32(model, heads)
+    hold_in_float32(model, heads)
     model.requires_grad_(False)
     for name in heads:
         model.get_submodule(name).requires_grad_(True)
     return model
 
 
-def _trained_in_float32(model: nn.Module, names: Iterable[str]) -> None:
+def hold_in_float32(model: nn.Module, names: Iterable[str]) -> None:
     """Hold modules that are trained whole in float32: 16 bits would swallow the steps. Their input is widened."""
     users: dict[int, int] = {}
     for module in model.modules():

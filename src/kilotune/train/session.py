@@ -13,6 +13,7 @@ from ..errors import ConfigError, gather
 from . import checkpoints, models
 from .guard import advise_on_memory
 from .settings import TrainSettings
+from .starting import start_from
 from .tasks import TASKS, Prepared, Task
 
 if TYPE_CHECKING:
@@ -88,9 +89,15 @@ def open_session(settings: TrainSettings, prepared: Prepared | None = None) -> S
     models.set_padding(loaded.model, processor)
     task.check_model(loaded.model, settings.data)
     rows: Any = prepared.train
-    start = checkpoints.fingerprint(loaded.model, rows, prepared.tokens)
-    model = models.adapt(loaded, settings, task)
-    return Session(settings, model, processor, prepared, task, notes=(*prepared.notes, *loaded.notes), start=start)
+    start = checkpoints.fingerprint(loaded.model, rows, prepared.tokens, loaded.fresh)
+    notes: tuple[str, ...] = ()
+    if settings.adapter.start is None:
+        model = models.adapt(loaded, settings, task)
+    else:
+        models.hold_in_float32(loaded.model, models.heads_of(loaded, task))
+        model, notes = start_from(loaded, settings)
+    notes = (*prepared.notes, *loaded.notes, *notes)
+    return Session(settings, model, processor, prepared, task, notes=notes, start=start)
 
 
 def _task(name: str) -> Task:

@@ -160,7 +160,7 @@ class AdapterSettings(Section):
     start: str | None = setting(
         None,
         or_none(text),
-        "An adapter of the same base (a folder or a hub id) to go on from, in place of a fresh one.",
+        "An adapter of the same base and method (a folder or a hub id) to go on from; it brings its options.",
     )
 
     @classmethod

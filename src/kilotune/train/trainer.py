@@ -188,10 +188,14 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def generating(trainer: Any, rows: Any) -> Iterator[None]:
-    """Inside, an evaluation lets the model write its answers, as long as the longest of the labels in ``rows``."""
+    """Inside, an evaluation lets the model write its answers, the likeliest token each time.
+
+    An answer may become a quarter longer than the longest in ``rows``, and 8 tokens, as in :mod:`.generation`.
+    """
     longest = max((len(rows[index]["labels"]) for index in range(len(rows))), default=1)
     before = trainer.preprocess_logits_for_metrics
-    trainer.args.predict_with_generate, trainer.args.generation_max_length = True, longest + 1  # with the first token
+    trainer.args.predict_with_generate, trainer.args.generation_num_beams = True, 1
+    trainer.args.generation_max_length = 1 + longest + longest // 4 + 8  # with the token that begins every answer
     trainer.preprocess_logits_for_metrics = None  # the metrics take the tokens themselves
     try:
         yield
