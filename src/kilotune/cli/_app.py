@@ -16,7 +16,19 @@ from ._output import complain
 
 __all__ = ["app"]
 
-VERBS = ("init", "train", "demo", "intrinsic-dimension", "plan", "inspect", "merge", "convert")
+VERBS = (
+    "init",
+    "train",
+    "generate",
+    "chat",
+    "export",
+    "demo",
+    "intrinsic-dimension",
+    "plan",
+    "inspect",
+    "merge",
+    "convert",
+)
 ERROR, INTERRUPTED = 2, 130
 
 

@@ -1,0 +1,190 @@
+"""What generate and chat share: their options, and a model with an adapter that is ready to write."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, final
+
+import typer
+
+from ..errors import ConfigError, gather
+from ..files import CONFIG_NAME
+from ..model import PeftModel
+from ..plan import DTYPES
+from ..train import models
+from ..train.fields import one_of
+from ..train.inference import Sampling, Writer, check_writes, tokenizer_of
+from ..train.settings import ModelSettings, TrainingSettings
+from ..train.tasks import TASKS
+from ._adapter import base_of, load_fitting_base, open_adapter
+from ._output import quiet_transformers
+
+__all__ = [
+    "Adapter",
+    "AdapterRevision",
+    "Alone",
+    "Base",
+    "Device",
+    "Dtype",
+    "MaxTokens",
+    "Opened",
+    "Plain",
+    "Quantization",
+    "Revision",
+    "Seed",
+    "Stop",
+    "System",
+    "Temperature",
+    "TopK",
+    "TopP",
+    "Weights",
+    "alone",
+    "open_writer",
+    "show",
+]
+
+Adapter = Annotated[
+    str, typer.Argument(help="An adapter's folder or hub id, or a folder with a whole model.", metavar="ADAPTER")
+]
+Base = Annotated[
+    str | None, typer.Option(help="The base's folder or hub id. Default: the hub id that the adapter names.")
+]
+Revision = Annotated[str | None, typer.Option(help="The base's revision, where it is a hub id.")]
+AdapterRevision = Annotated[str | None, typer.Option(help="The revision of ADAPTER, where it is a hub id.")]
+Alone = Annotated[bool, typer.Option("--base-alone", help="Switch the adapter off, to see what the base does.")]
+Dtype = Annotated[str, typer.Option(help=ModelSettings.help_of("dtype"))]
+Quantization = Annotated[str, typer.Option(help=ModelSettings.help_of("quantization"))]
+Device = Annotated[str, typer.Option(help=TrainingSettings.help_of("device"))]
+System = Annotated[str | None, typer.Option(help="The system message of the chat template.")]
+Plain = Annotated[
+    bool | None,
+    typer.Option(
+        "--plain/--template",
+        help="Give the model each text as it stands, by itself; or as a message in the chat template. Default: the "
+        "template, where the tokenizer has one.",
+    ),
+]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", help=Sampling.help_of("max_tokens"))]
+Temperature = Annotated[float, typer.Option("--temperature", "-t", help=Sampling.help_of("temperature"))]
+TopP = Annotated[float | None, typer.Option(help=Sampling.help_of("top_p"))]
+TopK = Annotated[int | None, typer.Option(help=Sampling.help_of("top_k"))]
+Seed = Annotated[int | None, typer.Option(help=Sampling.help_of("seed"))]
+Stop = Annotated[list[str] | None, typer.Option(help=Sampling.help_of("stop"))]
+
+
+@final
+@dataclass(frozen=True)
+class Weights:
+    """How the base is held: as ``model.dtype``, ``model.quantization`` and ``training.device`` of a training."""
+
+    dtype: str
+    quantization: str
+    device: str
+
+    def __post_init__(self) -> None:
+        faults = one_of("auto", *DTYPES)("--dtype", self.dtype)
+        faults += one_of("none", "nf4", "int8")("--quantization", self.quantization)
+        faults += one_of("auto", "cpu", "cuda")("--device", self.device)
+        if faults:
+            raise ConfigError(gather("the model cannot be loaded so:", faults))
+
+    @property
+    def stored(self) -> str | None:
+        """The dtype's name; None: as the weights are stored."""
+        return None if self.dtype == "auto" else self.dtype
+
+    def settings(self, source: str, revision: str | None = None) -> ModelSettings:
+        """The same as a training has it."""
+        return ModelSettings(base=source, revision=revision, dtype=self.dtype, quantization=self.quantization)
+
+    def options(self, source: str) -> dict[str, Any]:
+        """What transformers' ``from_pretrained`` is given to quantise the weights."""
+        if self.quantization == "none":
+            return {}
+        config = models.quantised(self.settings(source), models.need_transformers("quantising"))
+        return {"quantization_config": config, "device_map": {"": models.device_of(self.device)}}
+
+    def placed(self, model: Any) -> Any:
+        """The model on the device; quantised weights are there already."""
+        return model if self.quantization != "none" else model.to(models.device_of(self.device))
+
+
+@final
+@dataclass(frozen=True)
+class Opened:
+    """A model that is ready to write, and where it is from."""
+
+    writer: Writer
+    adapter: str
+    base: str
+
+
+def open_writer(
+    adapter: str,
+    adapter_revision: str | None,
+    base: str | None,
+    revision: str | None,
+    weights: Weights,
+    sampling: Sampling,
+) -> Opened:
+    """The base with the adapter in it, or a whole model.
+
+    Args:
+        adapter: an adapter's folder or hub id, or a folder with a whole model, as the method ``full`` leaves it.
+        adapter_revision: of a hub id.
+        base: the base's folder or hub id; None: the hub id that the adapter names.
+        revision: of a hub id.
+        weights: how the base is held.
+        sampling: how tokens are chosen.
+
+    Raises:
+        KilotuneError: the files are not there, damaged, of another base, or the model writes no text.
+
+    """
+    quiet_transformers()
+    if is_whole_model(adapter):
+        if base is not None:
+            raise ConfigError(f"--base: {adapter!r} is a whole model, and no adapter, so it has no base")
+        model = _whole(adapter, weights)
+        return Opened(Writer(weights.placed(model), tokenizer_of(Path(adapter), adapter), sampling), adapter, adapter)
+    file = open_adapter(adapter, adapter_revision)
+    source, revision = base_of(file, base, revision)
+    models.load_config(weights.settings(source, revision))  # says best what to do where there is no such base
+    model = load_fitting_base(file, source, revision, weights.stored, weights.options(source))
+    check_writes(model)
+    tokenizer = tokenizer_of(file.folder, source, revision)
+    adapted = PeftModel.from_pretrained(weights.placed(model), file.folder)
+    return Opened(Writer(adapted, tokenizer, sampling), adapter, source)
+
+
+def is_whole_model(folder: str) -> bool:
+    """Whether a folder holds a transformers model and no adapter."""
+    path = Path(folder)
+    return (path / "config.json").is_file() and not (path / CONFIG_NAME).is_file()
+
+
+def _whole(folder: str, weights: Weights) -> Any:
+    settings = weights.settings(folder)
+    task = TASKS["seq2seq" if models.load_config(settings).is_encoder_decoder else "causal-lm"]()
+    return models.load_base(settings, task, None, models.device_of(weights.device)).model
+
+
+def alone(opened: Opened, wanted: bool) -> contextlib.AbstractContextManager[None]:
+    """A context in which the adapter is off, if that is wanted.
+
+    Raises:
+        ConfigError: there is no adapter.
+
+    """
+    if not wanted:
+        return contextlib.nullcontext()
+    if not isinstance(model := opened.writer.model, PeftModel):
+        raise ConfigError(f"--base-alone: {opened.adapter!r} is a whole model, and no adapter")
+    return model.disable_adapter()
+
+
+def show(text: str) -> None:
+    """A piece of a text, at once."""
+    print(text, end="", flush=True)

@@ -1,0 +1,164 @@
+"""``kilotune export``: an adapter in a form that other tools take: a merged model, a LoRA, or a LoRA in GGUF."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, final
+
+import typer
+
+from ..checkpoint import AdapterFile
+from ..convert import hollow
+from ..errors import CheckpointError, ConfigError, did_you_mean
+from ..model import PeftModel
+from ..plan import DTYPES
+from ..report import readable_bytes
+from ..train.exporting import export_lora
+from ..train.gguf_lora import gguf_lora, write_gguf
+from . import merge
+from ._adapter import base_of, check_out, fitting_base, open_adapter
+from ._output import Json, console, print_json, quiet_transformers, warn
+
+__all__ = ["export"]
+
+SUFFIX = ".gguf"
+
+
+@final
+class Form(StrEnum):
+    """What an adapter can be exported to."""
+
+    merged = "merged"
+    lora = "lora"
+    gguf = "gguf"
+
+
+def export(
+    adapter: Annotated[str, typer.Argument(help="An adapter's folder, or a hub id.", metavar="ADAPTER")],
+    to: Annotated[
+        Form,
+        typer.Option(
+            "--to",
+            help="merged: a model folder that needs no kilotune, as kilotune merge makes it. lora: a LoRA folder for "
+            "PEFT, vLLM and others. gguf: a LoRA file for llama.cpp.",
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="The folder to write; --to gguf: the file, which ends in .gguf.")
+    ],
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="The base's folder or hub id; lora and gguf read only its config.json. Default: the hub id that the "
+            "adapter names."
+        ),
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option("--rank", "-r", help="lora, gguf: approximate with this rank; tells the errors.")
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help=f"merged, gguf: the dtype of the weights: {', '.join(DTYPES)}. Default: as they are stored; gguf: "
+            "float32."
+        ),
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="The base's revision, where it is a hub id.")] = None,
+    adapter_revision: Annotated[str | None, typer.Option(help="The revision of ADAPTER, where it is a hub id.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT when it is there.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Export an adapter for other tools: a merged model, a LoRA folder, or a LoRA in GGUF for llama.cpp."""
+    _check_options(to, rank, dtype)
+    if to is Form.merged:
+        merge.merge(
+            adapter,
+            out,
+            base=base,
+            dtype=dtype,
+            revision=revision,
+            adapter_revision=adapter_revision,
+            force=force,
+            as_json=as_json,
+        )
+        return
+    quiet_transformers()
+    _check_place(out, to, [adapter, *([base] if base else [])], force)
+    file = open_adapter(adapter, adapter_revision)
+    source, revision = base_of(file, base, revision)
+    model = PeftModel.from_pretrained(hollow(fitting_base(file, source, revision).model), file.folder)
+    write = _lora if to is Form.lora else _gguf
+    document = {"adapter": adapter, "base": source, "out": str(out), "to": to.value, "method": file.method.name}
+    document.update(write(model, file, out, rank, dtype))
+    for note in document["warnings"]:
+        warn(note)
+    if as_json:
+        print_json(document)
+    else:
+        _show(document)
+
+
+def _check_options(to: Form, rank: int | None, dtype: str | None) -> None:
+    if rank is not None and to is Form.merged:
+        raise ConfigError("--rank: is for --to lora and --to gguf; a merged model has no rank")
+    if dtype is not None and to is Form.lora:
+        raise ConfigError("--dtype: is for --to merged and --to gguf; a LoRA folder holds float32")
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"--dtype: expected one of {list(DTYPES)}, got {dtype!r}.{did_you_mean(dtype, DTYPES)}")
+
+
+def _check_place(out: Path, to: Form, sources: list[str], force: bool) -> None:
+    if to is Form.lora:
+        check_out(out, sources, force)
+        return
+    if out.suffix != SUFFIX:
+        raise ConfigError(f"--out {out}: --to gguf writes one file, whose name ends in {SUFFIX}, such as {out}{SUFFIX}")
+    if out.is_dir():
+        raise CheckpointError(f"the output {out} is a folder; expected a file, or nothing")
+    if out.exists() and not force:
+        raise CheckpointError(f"the output {out} is there; take another name, or give --force")
+
+
+def _lora(model: PeftModel, file: AdapterFile, out: Path, rank: int | None, dtype: str | None) -> dict[str, Any]:
+    made = export_lora(model, rank=rank)
+    made.conversion.save(out)
+    config, tensors, _ = made.conversion.state
+    return {
+        "rank": made.rank,
+        "alpha": config["lora_alpha"],
+        "layers": sum(".lora_A" in key or ".lora_embedding_A" in key for key in tensors),
+        "errors": dict(made.conversion.errors),
+        "files": {path.name: path.stat().st_size for path in sorted(out.iterdir()) if path.is_file()},
+        "warnings": list(made.notes),
+    }
+
+
+def _gguf(model: PeftModel, file: AdapterFile, out: Path, rank: int | None, dtype: str | None) -> dict[str, Any]:
+    made = gguf_lora(model, rank=rank)
+    write_gguf(made, out, dtype=DTYPES[dtype or "float32"], name=file.folder.resolve().name)
+    return {
+        "architecture": made.architecture,
+        "rank": made.rank,
+        "alpha": made.alpha,
+        "layers": len(made.tensors) // 2,
+        "dtype": dtype or "float32",
+        "errors": dict(made.errors),
+        "files": {out.name: out.stat().st_size},
+        "warnings": [],
+    }
+
+
+def _show(document: dict[str, Any]) -> None:
+    out = console()
+    what = "a LoRA" if document["to"] == Form.lora else f"a LoRA for llama.cpp's {document['architecture']}"
+    size = readable_bytes(sum(document["files"].values()))
+    out.print(
+        f"{document['method']} adapter {document['adapter']} as {what}: rank {document['rank']}, alpha "
+        f"{document['alpha']:g}, {document['layers']} layers",
+        markup=False,
+    )
+    if document["errors"]:
+        name, error = max(document["errors"].items(), key=lambda item: item[1])
+        out.print(f"approximated; the worst layer's relative error is {error:.4f} ({name})", markup=False)
+    out.print(f"wrote {document['out']} ({size})", markup=False)
