@@ -96,6 +96,26 @@ def test_a_task_brings_its_head() -> None:
     assert done["plans"][0]["parameters"]["trainable"] == 18_816 + (768 * 768 + 768) + (768 * 2 + 2)
 
 
+def test_a_million_users_in_a_store_on_a_device_and_in_time() -> None:
+    """The formulas by hand: q and v of RoBERTa-base at r 256 are 24 layers of 256 + 768 numbers in two vectors each."""
+    words = ["plan", "roberta-base", "-m", "vera", "-r", "256", "--users", "1e6", "--memory", "24GiB", "--rate", "120"]
+    (found,) = as_json(*words)["plans"]
+    numbers, vectors = 24 * (256 + 768), 48
+    assert found["scale"] == {
+        "users": 1_000_000,
+        "numbers": numbers,
+        "store": {
+            "float32": 4 * numbers * 10**6,
+            "bfloat16": 2 * numbers * 10**6,
+            "int8": (numbers + 4 * vectors) * 10**6,
+        },
+        "memory": 24 * 2**30,
+        "resident": {"float32": 24 * 2**30 // (4 * numbers), "bfloat16": 24 * 2**30 // (2 * numbers)},
+        "rate": 120.0,
+        "hours": 10**6 / 120 / 60,
+    }
+
+
 @pytest.mark.parametrize(
     ("words", "messages"),
     [
@@ -104,6 +124,11 @@ def test_a_task_brings_its_head() -> None:
         (["four-layer", "-r", "0"], ["r: expected a whole number >= 1, got 0"]),
         (["four-layer", "-r", "x"], ["Invalid value for '--rank'"]),
         (["four-layer", "--users", "0"], ["users: expected a whole number >= 1, got 0"]),
+        (["four-layer", "--users", "many"], ["--users: expected a whole number, such as 1000000 or 1e6, got 'many'"]),
+        (["four-layer", "--users", "1.5"], ["--users: expected a whole number"]),
+        (["four-layer", "--memory", "24GX"], ["--memory: expected a size such as 24GiB", "Did you mean"]),
+        (["four-layer", "--memory", "0"], ["memory: expected a number of bytes >= 1, got 0"]),
+        (["four-layer", "--rate", "0"], ["rate: expected users a minute above 0, got 0"]),
         (["four-layer", "--dtype", "float23"], ["Did you mean 'float32'?"]),
         (["four-layer", "--targets", "fc9"], ["no module is called 'fc9'", "'0' (1)"]),
         (["four-layer", "--targets", "0,,1"], ["expected a list of module names"]),

@@ -11,6 +11,7 @@ import typer
 
 from ..config import AdapterConfig, TaskType
 from ..errors import ConfigError, did_you_mean, gather
+from ..fleet.scale import Scale, parse_bytes, parse_count, scale
 from ..methods import METHODS, PRESETS, get_config
 from ..plan import BUILT_IN, DTYPES, AdapterCosts, Base, BuiltIn, Head, costs, load_base
 from ..report import readable_bytes
@@ -75,7 +76,15 @@ def plan(
     dtype: Annotated[
         str | None, typer.Option(help=f"The base's dtype: {', '.join(DTYPES)}. Default: as in its configuration.")
     ] = None,
-    users: Annotated[int, typer.Option(help="How many adapters of this kind there will be.")] = 1,
+    users: Annotated[
+        str, typer.Option(help="How many adapters of this kind there will be; 1e6 is a number too.")
+    ] = "1",
+    memory: Annotated[
+        str | None, typer.Option(help="Memory of a device for adapters, such as 24GiB: how many are resident in it.")
+    ] = None,
+    rate: Annotated[
+        float | None, typer.Option(help="Users a minute that one machine trains (benchmarks/fleet.py measures it).")
+    ] = None,
     options: Annotated[
         list[str] | None,
         typer.Option("--set", help="KEY=VALUE: any other option of the method, VALUE in JSON or plain text."),
@@ -91,12 +100,15 @@ def plan(
     values = _with_default_targets(base, values)
     ranks: list[int | None] = [*rank] if rank else [None]
     configs = [(name, _config(name, r, values)) for name in dict.fromkeys(methods) for r in ranks]
-    results = [replace(costs(base.model, config, users), method=name) for name, config in configs]
+    count = parse_count(users, "--users")
+    space = None if memory is None else parse_bytes(memory, "--memory")
+    results = [replace(costs(base.model, config, count), method=name) for name, config in configs]
+    scales = [scale(base.model, config, count, space, rate) for _, config in configs]
     notes = [base.notes[m] for m in dict.fromkeys(methods) if m in base.notes]
     if as_json:
-        print_json(_document(base, results, notes))
+        print_json(_document(base, results, scales, notes))
     else:
-        _show(base, results, notes)
+        _show(base, results, scales, notes)
 
 
 def _method(name: str) -> str:
@@ -158,7 +170,7 @@ def _config(method: str, rank: int | None, values: Mapping[str, Any]) -> Adapter
         raise ConfigError(f"{error}{hint if PRESETS.get(method, (method, {}))[0] not in others else ''}") from error
 
 
-def _document(base: Base, results: list[AdapterCosts], notes: list[str]) -> dict[str, Any]:
+def _document(base: Base, results: list[AdapterCosts], scales: list[Scale], notes: list[str]) -> dict[str, Any]:
     return {
         "model": base.name,
         "origin": base.origin,
@@ -167,17 +179,17 @@ def _document(base: Base, results: list[AdapterCosts], notes: list[str]) -> dict
             "bytes": base.report.total_bytes,
             "bytes_by_dtype": base.bytes_by_dtype(),
         },
-        "plans": [result.to_dict() for result in results],
+        "plans": [{**result.to_dict(), "scale": own.to_dict()} for result, own in zip(results, scales, strict=True)],
         "notes": notes,
     }
 
 
-def _show(base: Base, results: list[AdapterCosts], notes: list[str]) -> None:
+def _show(base: Base, results: list[AdapterCosts], scales: list[Scale], notes: list[str]) -> None:
     out = console()
     sizes = ", ".join(f"{readable_bytes(size)} in {name}" for name, size in base.bytes_by_dtype().items())
     out.print(f"{base.name} ({base.origin}): {base.parameters:,} parameters; {sizes}", markup=False)
     columns = [f"{result.method} r {result.config.to_dict().get('r', '')}".strip() for result in results]
-    out.print(rows_table("", columns, _rows(results)))
+    out.print(rows_table("", columns, [*_rows(results), *_scale_rows(scales)]))
     for note in notes:
         out.print(f"Note: {note}", markup=False)
 
@@ -208,6 +220,20 @@ def _rows(results: list[AdapterCosts]) -> list[tuple[str, ...]]:
     if users > 1:
         rows.append(row(f"{users:,} users in memory", [readable_bytes(r.users_bytes) for r in results]))
         rows.append(row(f"{users:,} users' files", [readable_bytes(r.users_file_bytes) for r in results]))
+    return rows
+
+
+def _scale_rows(scales: list[Scale]) -> list[tuple[str, ...]]:
+    first, rows = scales[0], []
+    if first.users > 1:
+        for packing in first.store:
+            rows.append((f"  in a store, {packing}", *(readable_bytes(own.store[packing]) for own in scales)))
+    if first.memory is not None:
+        for dtype in first.resident or ():
+            held = [f"{(own.resident or {})[dtype]:,}" for own in scales]
+            rows.append((f"resident in {readable_bytes(first.memory)}, {dtype}", *held))
+    if first.hours is not None:
+        rows.append((f"hours of one machine at {first.rate:g} users/min", *(f"{own.hours:,.1f}" for own in scales)))
     return rows
 
 

@@ -1,0 +1,126 @@
+"""What very many users cost: the store, a device's memory, the time to train all of them. Arithmetic, no run."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import nn
+
+from ..config import AdapterConfig
+from ..errors import ConfigError, did_you_mean, gather
+from ..model import get_peft_model
+from .store.packing import PACKINGS, Layout
+
+__all__ = ["Scale", "parse_bytes", "parse_count", "scale"]
+
+UNITS = {
+    "": 1,
+    "B": 1,
+    **{f"{letter}B": 1000**power for power, letter in enumerate("kMGT", 1)},
+    **{f"{letter}iB": 1024**power for power, letter in enumerate("KMGT", 1)},
+}
+
+
+@final
+@dataclass(frozen=True)
+class Scale:
+    """What ``users`` adapters of one form cost.
+
+    numbers: of one adapter. store: packing -> bytes of all users' numbers in a store (beside them it keeps names,
+    metadata and its index: at most a tenth more for adapters of 6 KB, less for larger ones). resident: dtype -> how
+    many adapters a bank holds in ``memory`` bytes; None where no memory is given. hours: to train all users at
+    ``rate`` users a minute and machine; None where no rate is given.
+    """
+
+    users: int
+    numbers: int
+    store: Mapping[str, int]
+    memory: int | None = None
+    resident: Mapping[str, int] | None = None
+    rate: float | None = None
+    hours: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        resident = None if self.resident is None else dict(self.resident)
+        return {**self.__dict__, "store": dict(self.store), "resident": resident}
+
+
+def scale(
+    model: nn.Module, config: AdapterConfig, users: int, memory: int | None = None, rate: float | None = None
+) -> Scale:
+    """Count what ``users`` adapters of ``config`` cost on ``model``; the model is as it was afterwards.
+
+    Args:
+        model: the base model, best on the meta device.
+        config: the configuration that all adapters have.
+        users: how many, >= 1.
+        memory: bytes of a device that a bank may take.
+        rate: users a minute that one machine trains, as ``benchmarks/fleet.py`` measures it.
+
+    Raises:
+        ConfigError: numbers that are none. Others: whatever adding the adapter would raise.
+
+    """
+    faults = [] if type(users) is int and users >= 1 else [f"users: expected a whole number >= 1, got {users!r}"]
+    if memory is not None and memory < 1:
+        faults.append(f"memory: expected a number of bytes >= 1, got {memory!r}")
+    if rate is not None and not (math.isfinite(rate) and rate > 0):
+        faults.append(f"rate: expected users a minute above 0, got {rate!r}")
+    if faults:
+        raise ConfigError(gather("the plan's numbers:", faults) if len(faults) > 1 else faults[0])
+    adapted = get_peft_model(model, config.replace(inference_mode=False))
+    try:
+        own = {name: torch.empty(p.shape, device="meta") for name, p in adapted.adapter_parameters()}
+    finally:
+        adapted.unload()
+    sizes = {packing: Layout.of(own, packing).size for packing in PACKINGS}
+    numbers = sum(p.numel() for p in own.values())
+    resident = None
+    if memory is not None:
+        resident = {"float32": memory // (4 * numbers), "bfloat16": memory // (2 * numbers)}
+    return Scale(
+        users=users,
+        numbers=numbers,
+        store={packing: users * size for packing, size in sizes.items()},
+        memory=memory,
+        resident=resident,
+        rate=rate,
+        hours=None if rate is None else users / rate / 60,
+    )
+
+
+def parse_count(text: str, what: str) -> int:
+    """``1000000``, ``1_000_000`` or ``1e6`` as a whole number.
+
+    Raises:
+        ConfigError: it is none.
+
+    """
+    try:
+        value = float(text.replace("_", "").replace(",", ""))
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value) or value != int(value):
+        raise ConfigError(f"{what}: expected a whole number, such as 1000000 or 1e6, got {text!r}")
+    return int(value)
+
+
+def parse_bytes(text: str, what: str) -> int:
+    """``24GiB``, ``80 GB`` or ``1000000`` as bytes.
+
+    Raises:
+        ConfigError: it is no size, with the nearest unit.
+
+    """
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
+    unit = None if found is None else next((u for u in UNITS if u.lower() == found[2].lower()), None)
+    if found is None or unit is None:
+        near = "" if found is None else did_you_mean(found[2], UNITS)
+        raise ConfigError(f"{what}: expected a size such as 24GiB or 80GB, got {text!r}.{near}")
+    return int(float(found[1]) * UNITS[unit])
