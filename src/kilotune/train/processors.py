@@ -10,15 +10,15 @@ from ..errors import ConfigError, MissingExtraError, first_line
 __all__ = ["load_image_processor", "load_tokenizer"]
 
 
-def load_tokenizer(base: str, revision: str | None = None, **options: Any) -> Any:
-    """The model's own tokenizer; ``options`` go to ``AutoTokenizer.from_pretrained``.
+def load_tokenizer(base: str, revision: str | None = None) -> Any:
+    """The model's own tokenizer.
 
     Raises:
         ConfigError: there is none, or the hub cannot be reached.
         MissingExtraError: transformers is not installed.
 
     """
-    return _load("AutoTokenizer", "tokenizer", base, revision, options)
+    return _load("AutoTokenizer", "tokenizer", base, revision)
 
 
 def load_image_processor(base: str, revision: str | None = None) -> Any:
@@ -33,10 +33,10 @@ def load_image_processor(base: str, revision: str | None = None) -> Any:
         import PIL  # noqa: F401
     except ImportError as error:
         raise MissingExtraError("pillow", "train", "Preparing images") from error
-    return _load("AutoImageProcessor", "image processor", base, revision, {})
+    return _load("AutoImageProcessor", "image processor", base, revision)
 
 
-def _load(auto: str, what: str, base: str, revision: str | None, options: dict[str, Any]) -> Any:
+def _load(auto: str, what: str, base: str, revision: str | None) -> Any:
     try:
         import transformers
     except ImportError as error:
@@ -44,7 +44,7 @@ def _load(auto: str, what: str, base: str, revision: str | None, options: dict[s
     local = Path(base).expanduser()
     where: str = str(local) if local.is_dir() else base
     try:
-        return getattr(transformers, auto).from_pretrained(where, revision=revision, **options)
+        return getattr(transformers, auto).from_pretrained(where, revision=revision)
     except (OSError, ValueError, KeyError, ImportError) as error:
         if local.is_dir():
             files = ", ".join(sorted(item.name for item in local.iterdir())[:12]) or "nothing"

@@ -51,8 +51,7 @@ class TokenClassification(Task):
     roles: ClassVar[tuple[tuple[str, ...], ...]] = (("tokens", "tags"),)
 
     def load_processor(self, base: str, revision: str | None = None) -> Any:
-        # Byte-level tokenizers read words one by one only if each is taken to follow a blank.
-        return load_tokenizer(base, revision, add_prefix_space=True)
+        return load_tokenizer(base, revision)
 
     def prepare(self, data: DataSettings, processor: Any, limits: Limits, seed: int) -> Prepared:
         refuse_unused(data, self.name, ("max_length",))
@@ -115,35 +114,49 @@ def _read(parts: Mapping[str, Part]) -> tuple[dict[str, list[list[str]]], dict[s
 def _align(
     processor: Any, words: Sequence[Sequence[str]], tags: Sequence[Sequence[int]], size: int, split: str
 ) -> _Tagged:
+    """The words as one text with blanks between them, as models have seen texts, and each word's first token found."""
     found = _Tagged([], [], [])
     cut = lost = vanished = 0
     for start in range(0, len(words), CHUNK):
-        chunk = [list(row) for row in words[start : start + CHUNK]]
-        encoded = processor(chunk, is_split_into_words=True, truncation=True, max_length=size, verbose=False)
-        whole = processor(chunk, is_split_into_words=True, verbose=False)
+        chunk = words[start : start + CHUNK]
+        encoded = processor([" ".join(row) for row in chunk], return_offsets_mapping=True, verbose=False)
+        shorter = processor([" ".join(row) for row in chunk], truncation=True, max_length=size, verbose=False)
         for row, wanted in enumerate(tags[start : start + CHUNK]):
-            of_word = encoded.word_ids(row)
-            kept, before = set(of_word) - {None}, set(whole.word_ids(row)) - {None}
-            vanished += len(wanted) - len(before)
-            lost += len(before - kept)
-            cut += kept != before
-            found.ids.append(list(map(int, encoded["input_ids"][row])))
+            ids = list(map(int, shorter["input_ids"][row]))
+            of_word = _words_of_tokens(chunk[row], encoded["offset_mapping"][row])
+            there = set(of_word) - {None}
+            if len(ids) < len(of_word):  # what stands behind the words is special tokens, and stays
+                behind = len(of_word) - 1 - max((at for at, word in enumerate(of_word) if word is not None), default=-1)
+                of_word = [*of_word[: len(ids) - behind], *([None] * behind)]
+                cut += 1
+                lost += len(there - set(of_word))
+            vanished += len(wanted) - len(there)
+            found.ids.append(ids)
             found.labels.append(_labels(of_word, wanted))
     if cut:
         rows = share(cut, len(words), f"rows of {split}")
         found.notes.append(f"{rows} longer than {size:,} tokens: cut there; {lost:,} words are lost, and not scored")
     if vanished:
-        found.notes.append(
-            f"{split}: of {vanished:,} words the tokenizer leaves nothing; they are not learned or scored"
-        )
+        note = f"{split}: of {vanished:,} words the tokenizer leaves nothing; they are not learned or scored"
+        found.notes.append(note)
     return found
 
 
+def _words_of_tokens(words: Sequence[str], offsets: Sequence[tuple[int, int]]) -> list[int | None]:
+    """The word that each token belongs to, by its last character: some tokens begin with the blank before a word."""
+    at: list[int | None] = []
+    for number, word in enumerate(words):
+        at += [*([number] * len(word)), None]
+    return [at[end - 1] if end > begin else None for begin, end in offsets]
+
+
 def _labels(of_word: Sequence[int | None], tags: Sequence[int]) -> list[int]:
-    return [
-        tags[word] if word is not None and (at == 0 or of_word[at - 1] != word) else IGNORED
-        for at, word in enumerate(of_word)
-    ]
+    seen: set[int | None] = {None}
+    labels = []
+    for word in of_word:
+        labels.append(IGNORED if word is None or word in seen else tags[word])
+        seen.add(word)
+    return labels
 
 
 def _preview(part: Part, tagged: _Tagged, names: Sequence[str], processor: Any) -> str:
