@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported; no test goes to the network
 
@@ -23,3 +25,12 @@ hypothesis.settings.load_profile("kilotune")
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Any]:
+    """A PostgreSQL server of this worker's own (postgres_server.Server)."""
+    from postgres_server import running
+
+    with running() as server:
+        yield server

@@ -5,6 +5,7 @@ from __future__ import annotations
 from .base import AdapterStore, Item
 from .fingerprint import Fingerprint
 from .records import Collected, Contents, Fault, Form, Moved, Record, Stats, Version
+from .transfer import copy_adapters, export_adapters
 from .urls import open_store
 
 __all__ = [
@@ -19,5 +20,7 @@ __all__ = [
     "Record",
     "Stats",
     "Version",
+    "copy_adapters",
+    "export_adapters",
     "open_store",
 ]

@@ -16,6 +16,7 @@ from typing import Any, Self, final
 
 from torch import Tensor
 
+from ...errors import KilotuneError
 from ...model import AdapterModel
 from .fingerprint import Fingerprint
 from .records import Collected, Contents, Fault, Form, Record, Stats, Version
@@ -160,6 +161,7 @@ class AdapterStore(ABC):
         packing: str | None = None,
         batch: int = 1000,
         done: Callable[[Sequence[Version]], None] | None = None,
+        failed: Callable[[Item, KilotuneError], None] | None = None,
     ) -> int:
         """Keep many adapters, read from ``items`` as they are needed; returns how many.
 
@@ -168,9 +170,11 @@ class AdapterStore(ABC):
             alias, packing: as in :meth:`put`, for all of them.
             batch: how many become visible together. What was acknowledged stays when a later one fails.
             done: is told the versions of a batch once it is on disk.
+            failed: is told of an adapter that is not fit to be put, which is then left out.
 
         Raises:
-            CheckpointError, AdapterError: one of them is not fit; none of its batch is kept.
+            CheckpointError, AdapterError, ConfigError: without ``failed``: one of them is not fit; none of its batch is
+                kept.
 
         """
 
@@ -182,6 +186,10 @@ class AdapterStore(ABC):
             AdapterError: some are not there; all of a batch that are missing are named.
 
         """
+
+    @abstractmethod
+    def names(self, pattern: str | None = None) -> Iterator[str]:
+        """The names that there are, in their order; ``pattern`` as in :meth:`ls`."""
 
     @abstractmethod
     def ls(

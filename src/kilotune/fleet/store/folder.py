@@ -132,15 +132,12 @@ class FolderStore(AdapterStore):
     ) -> Iterator[Version]:
         if check_tags(tags):
             raise StoreError(f"{self.path} is a folder, and adapters in folders have no tags")
-        names = [
-            name for name in self._names() if name > (after or "") and name.startswith(literal_prefix(pattern or ""))
-        ]
-        found = (self.info(name) for name, fits in zip(names, matches(pattern, names)) if fits)
+        found = (self.info(name) for name in self.names(pattern) if name > (after or ""))
         return found if limit is None else islice(found, limit)
 
-    def names(self) -> list[str]:
-        """The adapters, by name; nothing but the folder is read."""
-        return self._names()
+    def names(self, pattern: str | None = None) -> Iterator[str]:
+        prefix, names = literal_prefix(pattern), self._names()
+        return (name for name, fits in zip(names, matches(pattern, names)) if fits and name.startswith(prefix))
 
     def verify(self, names: Iterable[str] | None = None) -> Iterator[Fault]:
         for name in self._names() if names is None else names:
@@ -194,6 +191,7 @@ class FolderStore(AdapterStore):
         packing: str | None = None,
         batch: int = 1000,
         done: Callable[[Sequence[Version]], None] | None = None,
+        failed: Callable[[Item, KilotuneError], None] | None = None,
     ) -> int:
         self._refuse()
 

@@ -28,15 +28,20 @@ NEWEST = "latest"
 MAX_VERSION = 2**31 - 1
 
 
+def _plain(text: object) -> object:
+    """A text as exactly ``str``: a class derived from it could be one thing to us and another to a database."""
+    return str.__str__(text) if isinstance(text, str) else text
+
+
 def check_name(name: object) -> str:
     """The name of an adapter: it can name a folder too, so that every store can be exported."""
-    return check_adapter_name(name)
+    return check_adapter_name(_plain(name))
 
 
 def check_namespace(namespace: object) -> str:
     """The name of a namespace: as that of an adapter."""
     try:
-        return check_adapter_name(namespace)
+        return check_adapter_name(_plain(namespace))
     except AdapterError as error:
         raise AdapterError(str(error).replace("adapter name", "namespace", 1)) from None
 
@@ -62,6 +67,7 @@ def check_tags(tags: object) -> tuple[str, ...]:
 
 
 def _word(what: str, word: object) -> str:
+    word = _plain(word)
     if not isinstance(word, str) or not word:
         raise AdapterError(f"{what}: expected a non-empty word, got {word!r}")
     size = len(word.encode(errors="replace"))
@@ -90,20 +96,29 @@ def check_metadata(metadata: object) -> str:
 
 def check_which(version: object) -> int | str | None:
     """Which version: a number from 1, an alias, or None (also 'latest') for the newest."""
-    if version is None or version == NEWEST:
+    version = _plain(version)
+    if version is None or (isinstance(version, str) and version == NEWEST):
         return None
     if isinstance(version, bool) or not isinstance(version, int | str):
         raise AdapterError(f"version: expected a number, an alias or None (the newest), got {version!r}")
     if isinstance(version, str):
         return check_alias(version)
+    version = int.__index__(version)
     if not 1 <= version <= MAX_VERSION:
         raise AdapterError(f"version: expected a number from 1, got {version}")
     return version
 
 
-def literal_prefix(pattern: str) -> str:
-    """What every name that the pattern matches begins with."""
-    return re.split(r"[*?\[]", pattern, maxsplit=1)[0]
+def literal_prefix(pattern: object) -> str:
+    """What every name that the pattern matches begins with; all do with the empty text."""
+    if pattern is None:
+        return ""
+    if not isinstance(pattern, str):
+        raise AdapterError(f"pattern: expected a name or a shell's pattern, got {pattern!r}")
+    text = str(_plain(pattern))
+    if any(ord(c) < 32 or 0xD800 <= ord(c) < 0xE000 for c in text):
+        raise AdapterError(f"pattern {text!r}: no control characters and no surrogates")
+    return re.split(r"[*?\[]", text, maxsplit=1)[0]
 
 
 def matches(pattern: str | None, names: Sequence[str]) -> Iterator[bool]:

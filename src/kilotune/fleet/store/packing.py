@@ -169,8 +169,9 @@ class Layout:
 
         """
         row = bytearray(self.size)
-        for group in self._groups:
-            group.pack(tensors, row)
+        with torch.no_grad():
+            for group in self._groups:
+                group.pack(tensors, row)
         return bytes(row)
 
     def unpack(self, row: bytes) -> dict[str, Tensor]:
@@ -252,7 +253,7 @@ class _Group:
 
     def pack(self, tensors: Mapping[str, Tensor], row: bytearray) -> None:
         parts = [_laid(tensors[entry.key], entry, self.packed) for entry in self.entries]
-        flat = torch.cat(parts) if len(parts) > 1 else parts[0]
+        flat = (torch.cat(parts) if len(parts) > 1 else parts[0]).detach()
         if self.packed == "int8":
             self._pack_int8(flat.to(torch.float32).numpy(), row)
             return
@@ -308,7 +309,11 @@ class _Group:
 
 
 def _laid(value: Tensor, entry: Entry, packed: str) -> Tensor:
-    value = value.detach().cpu()
+    """The numbers in the order in which they are packed; a flat tensor as it is, for most are."""
+    if not value.is_cpu:
+        value = value.cpu()
+    if value.ndim == 1:
+        return value
     if packed == "int8" and entry.turned:
         value = value.reshape(entry.shape[0], -1).T
     return value.reshape(-1)

@@ -132,8 +132,10 @@ def of_names(
 def names_after(
     link: Link, namespace: str, after: str, prefix: str = "", tag: str | None = None, count: int = 500
 ) -> list[str]:
-    """The next names behind ``after`` that begin with ``prefix``, in order; also those with no version left."""
-    table, clause = ("kilotune_names", "") if tag is None else ("kilotune_tags", "AND t.tag = ?")
+    """The next names behind ``after`` that begin with ``prefix``, in order."""
+    table, clause = "kilotune_tags", "AND t.tag = ?"
+    if tag is None:  # a name stays when its last version is removed
+        table, clause = "kilotune_names", "AND EXISTS (SELECT 1 FROM kilotune_versions v WHERE v.name = t.id)"
     more = () if tag is None else (tag,)
     found = link.rows(
         f"SELECT DISTINCT t.name FROM {table} t JOIN kilotune_namespaces s ON s.id = t.namespace "
@@ -148,14 +150,13 @@ def missing(link: Link, namespace: str, name: str, which: int | str | None) -> A
     numbers = [row.version for row in of_names(link, namespace, [name], every=True, data=False)]
     if not numbers:
         near = names_after(link, namespace, "", name[:1], count=200) or names_after(link, namespace, "", count=200)
-        near = [row.name for row in of_names(link, namespace, near, every=False, data=False)] if near else []
         return AdapterError(f"there is no adapter {name!r} in this namespace.{did_you_mean(name, near)}")
     shown = ", ".join(map(str, numbers[-10:]))
     if not isinstance(which, str):
         return AdapterError(f"{name!r} has no version {which or NEWEST}; it has {shown}")
     there = [alias for alias, _, _ in aliases_of(link, namespace, name)]
-    have = f"it has {', '.join(map(repr, there))}" if there else f"it has none, but the versions {shown}"
-    return AdapterError(f"{name!r} has no alias {which!r}.{did_you_mean(which, there)} There: {have}")
+    have = f"aliases: {', '.join(map(repr, there))}" if there else f"no aliases, but versions: {shown}"
+    return AdapterError(f"{name!r} has no alias {which!r}.{did_you_mean(which, there)} It has {have}")
 
 
 def aliases_of(link: Link, namespace: str, name: str) -> list[tuple[str, int, int | None]]:

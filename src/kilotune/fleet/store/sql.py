@@ -14,11 +14,12 @@ from datetime import timedelta
 from itertools import islice
 from typing import Any, TypeVar
 
-from ...errors import AdapterError, ConfigError, StoreError, gather
+from ...errors import AdapterError, ConfigError, KilotuneError, StoreError, gather
 from . import reading, upkeep, writing
 from .base import Adapter, AdapterStore, Item, Which
 from .fingerprint import Fingerprint
 from .names import check_alias, check_name, check_namespace, check_tags, check_which, literal_prefix, matches
+from .packing import check_packing
 from .preparing import Preparer, Ready
 from .reading import Forms, Row
 from .records import Collected, Fault, Record, Stats, Version
@@ -183,16 +184,31 @@ class SqlStore(AdapterStore, ABC):
         packing: str | None = None,
         batch: int = 1000,
         done: Callable[[Sequence[Version]], None] | None = None,
+        failed: Callable[[Item, KilotuneError], None] | None = None,
     ) -> int:
         word = None if alias is None else check_alias(alias)
         count = 0
-        ready = (self._prepare(item.name, item.adapter, item.metadata, item.tags, packing) for item in items)
-        for part in _batches(ready, _positive("batch", batch)):
+        if packing is not None:
+            check_packing(packing)
+        for part in _batches(self._prepared(items, packing, failed), _positive("batch", batch)):
             found = self._changing(_writer(self.namespace, part, word))
             count += len(found)
             if done is not None:
                 done(found)
         return count
+
+    def _prepared(
+        self, items: Iterable[Item], packing: str | None, failed: Callable[[Item, KilotuneError], None] | None
+    ) -> Iterator[Ready]:
+        for item in items:
+            try:
+                ready = self._prepare(item.name, item.adapter, item.metadata, item.tags, packing)
+            except KilotuneError as error:
+                if failed is None:
+                    raise
+                failed(item, error)
+            else:
+                yield ready
 
     def get_many(self, names: Iterable[str], version: Which = None) -> Iterator[Record]:
         which = check_which(version)
@@ -229,13 +245,15 @@ class SqlStore(AdapterStore, ABC):
         limit: int | None = None,
     ) -> Iterator[Version]:
         words, start = check_tags(tags), "" if after is None else check_name(after)
-        if pattern is not None and not isinstance(pattern, str):
-            raise AdapterError(f"pattern: expected a name or a shell's pattern, got {pattern!r}")
         found = self._listed(pattern, words, versions, start)
         return found if limit is None else islice(found, _positive("limit", limit))
 
+    def names(self, pattern: str | None = None) -> Iterator[str]:
+        pages = self._pages(literal_prefix(pattern))
+        return (name for page in pages for name, fits in zip(page, matches(pattern, page)) if fits)
+
     def _listed(self, pattern: str | None, tags: tuple[str, ...], every: bool, after: str) -> Iterator[Version]:
-        prefix, tag = literal_prefix(pattern or ""), tags[0] if tags else None
+        prefix, tag = literal_prefix(pattern), tags[0] if tags else None
         for page in self._pages(prefix, tag, after):
             chosen = [name for name, fits in zip(page, matches(pattern, page)) if fits]
             found = self._infos(chosen, every) if chosen else []

@@ -104,7 +104,7 @@ class SqliteStore(SqlStore):
         if not path.parent.is_dir():
             raise StoreError(f"cannot make a store at {path}: there is no folder {path.parent}")
         with self._guarded():
-            self._give_back(self._prepared())
+            self._give_back(self._first())
 
     # -- connections -------------------------------------------------------------------------------
 
@@ -128,7 +128,7 @@ class SqliteStore(SqlStore):
             made.execute("PRAGMA query_only = ON")
         return made
 
-    def _prepared(self) -> sqlite3.Connection:
+    def _first(self) -> sqlite3.Connection:
         """The first connection: makes the tables where the file is new, and sees that it is a store."""
         made = self._connect()
         try:
