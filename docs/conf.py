@@ -9,6 +9,7 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
 import kilotune
+import kilotune.train
 
 project = "kilotune"
 author = "The kilotune developers"
@@ -54,14 +55,20 @@ def root_page(app: Sphinx, page: str, source: list[str]) -> None:
 
 
 class Options(SphinxDirective):
-    """``.. kilotune-options:: VeraConfig``: the options of a configuration, from its fields' own help texts."""
+    """``.. kilotune-options:: VeraConfig``: the options of a configuration, from its fields' own help texts.
+
+    Of the settings of a fine-tuning, too.
+    """
 
     required_arguments = 1
 
     def run(self) -> list[nodes.Node]:
-        config = getattr(kilotune, self.arguments[0])
+        name = self.arguments[0]
+        config = getattr(kilotune if name in kilotune.__all__ else kilotune.train, name)
         found = nodes.bullet_list()
         for field in dataclasses.fields(config):
+            if "help" not in field.metadata:  # a section of the settings
+                continue
             made = config.__dataclass_fields__[field.name]
             default = made.default if made.default is not dataclasses.MISSING else made.default_factory()
             line = nodes.paragraph()

@@ -56,7 +56,7 @@ def make_trainer(
         MissingExtraError: transformers or accelerate is not installed.
 
     """
-    arguments = _arguments(settings, prepared, folder)
+    arguments = _arguments(settings, model, prepared, folder)
     from .adapter_trainer import AdapterTrainer, Own
 
     root = for_trainer(model) if isinstance(model, AdapterModel) else model
@@ -78,7 +78,7 @@ def make_trainer(
     return trainer
 
 
-def _arguments(settings: TrainSettings, prepared: Prepared, folder: Path) -> Any:
+def _arguments(settings: TrainSettings, model: nn.Module, prepared: Prepared, folder: Path) -> Any:
     """The settings as ``TrainingArguments``."""
     try:
         import accelerate  # noqa: F401  # else transformers speaks of its own extras
@@ -125,6 +125,7 @@ def _arguments(settings: TrainSettings, prepared: Prepared, folder: Path) -> Any
         include_num_input_tokens_seen="non_padding" if prepared.tokens else "no",
         remove_unused_columns=False,
         label_names=["labels"],
+        ddp_find_unused_parameters=_sometimes_unused(model),
         report_to="none",
         disable_tqdm=True,
         log_level="error",
@@ -135,6 +136,11 @@ def _arguments(settings: TrainSettings, prepared: Prepared, folder: Path) -> Any
         1, arguments.n_gpu
     )  # several GPUs in one process would be DataParallel; torchrun is for them
     return arguments
+
+
+def _sometimes_unused(model: nn.Module) -> bool:
+    """Whether a batch may leave something that is trained out: an expert that no token is sent to."""
+    return any("expert" in name for name, parameter in model.named_parameters() if parameter.requires_grad)
 
 
 def _steps(interval: int | str, per_epoch: int) -> int:
