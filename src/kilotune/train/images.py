@@ -58,6 +58,9 @@ def open_image(value: Any, folder: Path | None) -> Any:
         return opened.convert("RGB")
     except (OSError, ValueError, SyntaxError) as error:  # PIL raises SyntaxError for broken PNG chunks
         raise ConfigError(f"{_named(value)}: a broken image: {first_line(error)}") from error
+    finally:
+        if opened is not value:
+            opened.close()
 
 
 def image_fault(value: Any, folder: Path | None) -> str | None:
