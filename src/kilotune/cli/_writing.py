@@ -16,6 +16,7 @@ from ..plan import DTYPES
 from ..train import models
 from ..train.fields import one_of
 from ..train.inference import Sampling, Writer, check_writes, tokenizer_of
+from ..train.scoring import check_base
 from ..train.settings import ModelSettings, TrainingSettings
 from ..train.tasks import TASKS
 from ._adapter import base_of, load_fitting_base, open_adapter
@@ -154,6 +155,7 @@ def open_writer(
     models.load_config(weights.settings(source, revision))  # says best what to do where there is no such base
     model = load_fitting_base(file, source, revision, weights.stored, weights.options(source))
     check_writes(model)
+    check_base(model, weights.settings(source, revision), file.folder)
     tokenizer = tokenizer_of(file.folder, source, revision)
     adapted = PeftModel.from_pretrained(weights.placed(model), file.folder)
     return Opened(Writer(adapted, tokenizer, sampling), adapter, source)

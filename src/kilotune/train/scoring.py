@@ -1,0 +1,159 @@
+"""A trained adapter (or a whole model) with data to score it on, from the folder that a training leaves."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError, ConfigError, did_you_mean
+from ..files import CONFIG_NAME
+from ..model import PeftModel
+from . import checkpoints, models
+from .checkpoints import SETTINGS_NAME
+from .config_file import merged, read_config, settings_from
+from .guard import advise_on_memory
+from .inference import TOKENIZER_FILES
+from .outcome import LABELS_NAME
+from .session import Session
+from .settings import TASK_NAMES, ModelSettings, TrainSettings
+from .tasks import TASKS, Task
+
+__all__ = ["check_base", "open_scoring", "scoring_settings"]
+
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", *TOKENIZER_FILES)
+# What of a training's settings also says how rows are read and scored; the rest is about its own data and its steps.
+KEPT = {"data": ("columns", "max_length", "loss_on"), "training": ("batch_size", "seed", "precision", "device")}
+
+
+def scoring_settings(
+    folder: Path,
+    data: Sequence[str],
+    base: str,
+    *,
+    revision: str | None = None,
+    task: str | None = None,
+    changes: Sequence[str] = (),
+) -> TrainSettings:
+    """The settings of a training in ``folder``, with ``data`` to be scored in place of its own.
+
+    Args:
+        folder: of the adapter, or of the whole model.
+        data: files, or a folder of images, or ``hub:NAME``.
+        base: the base's folder or hub id.
+        revision: of a hub id.
+        task: its name, where no training is in the folder.
+        changes: ``a.b=c``, as ``--set`` takes them.
+
+    Raises:
+        ConfigError: the task is not known, or settings are wrong; all faults at once.
+
+    """
+    file = folder / SETTINGS_NAME
+    trained = read_config(file) if file.is_file() else {}
+    known = trained.get("task", None if not trained else TrainSettings.defaults()["task"])
+    if task is not None and known is not None and task != known:
+        raise ConfigError(f"--task {task}: what is in {folder} was trained for {known}")
+    if (name := task or known) is None:
+        raise ConfigError(f"{folder} holds no {SETTINGS_NAME}; say what is to be scored: --task {'|'.join(TASK_NAMES)}")
+    if name not in TASK_NAMES:
+        raise ConfigError(
+            f"task: expected one of {list(TASK_NAMES)}, got {name!r}.{did_you_mean(str(name), TASK_NAMES)}"
+        )
+    values: dict[str, Any] = {"task": name, **{part: _kept(trained, part) for part in KEPT}}
+    values["model"] = {**_section(trained, "model"), "base": base, "revision": revision}
+    values["adapter"] = {"method": _section(trained, "adapter").get("method", "lora")}
+    values["data"]["test"] = list(data)
+    return settings_from(merged(values, changes), str(file) if trained else "the settings")
+
+
+def _section(values: Mapping[str, Any], name: str) -> dict[str, Any]:
+    found = values.get(name)
+    return dict(found) if isinstance(found, Mapping) else {}
+
+
+def _kept(values: Mapping[str, Any], part: str) -> dict[str, Any]:
+    return {name: value for name, value in _section(values, part).items() if name in KEPT[part]}
+
+
+def open_scoring(settings: TrainSettings, folder: Path, labels: Sequence[str] | None = None) -> Session:
+    """Read the data, load the base, and put the adapter in.
+
+    Args:
+        settings: from :func:`scoring_settings`.
+        folder: the adapter's; or that of a whole model, which is the base then.
+        labels: the classes in the order of their numbers; None: those that the training wrote down.
+
+    Returns:
+        For ``evaluate(session, "test")``; a model without an adapter where there is none.
+
+    Raises:
+        ConfigError: the data does not fit the task, or the base cannot be had.
+        CheckpointError: the adapter is of another base.
+
+    """
+    device = models.device_of(settings.training.device)
+    task = TASKS[settings.task]()
+    config = models.load_config(settings.model)
+    own = any((folder / name).is_file() for name in PROCESSOR_FILES)
+    processor = (
+        task.load_processor(str(folder)) if own else task.load_processor(settings.model.base, settings.model.revision)
+    )
+    known = _labels(folder) if labels is None else tuple(labels)
+    limits = dataclasses.replace(models.limits_of(config), labels=known)
+    prepared = task.prepare(settings.data, processor, limits, settings.training.seed)
+    if prepared.labels is not None and known is None:
+        raise ConfigError(
+            f"{folder} holds no {LABELS_NAME}, so it is not known which class has which number; give the classes in "
+            "the order of their numbers: --labels a,b,c"
+        )
+    with advise_on_memory(settings, "while the base model was loaded"):
+        loaded = models.load_base(settings.model, task, prepared, device)
+    models.set_padding(loaded.model, processor)
+    model = loaded.model if not (folder / CONFIG_NAME).is_file() else _adapted(loaded, settings, task, folder)
+    return Session(settings, model, processor, prepared, task, notes=prepared.notes)
+
+
+def _labels(folder: Path) -> tuple[str, ...] | None:
+    """The classes that a training wrote down beside its adapter."""
+    path = folder / LABELS_NAME
+    if not path.is_file():
+        return None
+    try:
+        names = json.loads(path.read_text(encoding="utf-8"))["labels"]
+    except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged: expected {{'labels': [...]}}") from error
+    if not (isinstance(names, list) and names and all(isinstance(name, str) for name in names)):
+        raise CheckpointError(f"{path} is damaged: expected a list of names, got {names!r}")
+    return tuple(names)
+
+
+def check_base(model: Any, settings: ModelSettings, folder: Path, fresh: Sequence[str] = ()) -> None:
+    """Refuse a base whose weights are not those of the one that the training in ``folder`` had, where that is known.
+
+    Quantised weights differ from machine to machine, so they are not looked at.
+
+    Raises:
+        CheckpointError: they are others.
+
+    """
+    before = None if settings.quantization != "none" else checkpoints.base_of_run(folder, settings.to_dict())
+    if before is not None and before != checkpoints.base_digest(model, fresh):
+        raise CheckpointError(
+            f"the adapter in {folder} was trained on another base than {settings.base!r}: the weights are others"
+        )
+
+
+def _adapted(loaded: models.Loaded, settings: TrainSettings, task: Task, folder: Path) -> PeftModel:
+    check_base(loaded.model, settings.model, folder, loaded.fresh)
+    models.hold_in_float32(loaded.model, models.heads_of(loaded, task))
+    model = PeftModel.from_pretrained(loaded.model, folder)
+    saved = model.installed("default").saved
+    if bare := [name for name in loaded.fresh if name not in saved]:
+        raise CheckpointError(
+            f"the adapter in {folder} brings no weights for {', '.join(bare)}, and the base {settings.model.base!r} "
+            f"has none either; is it an adapter for {settings.task}?"
+        )
+    return model
