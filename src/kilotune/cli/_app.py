@@ -23,7 +23,6 @@ VERBS = (
     "chat",
     "evaluate",
     "export",
-    "compare",
     "demo",
     "intrinsic-dimension",
     "plan",
