@@ -191,7 +191,11 @@ def test_deep_nesting_is_a_broken_line(tmp_path: Path) -> None:
         ("twice.csv", "a,b,a\n1,2,3\n", "twice.csv:1: the header has the column 'a' twice"),
         ("quote.csv", 'a,b\n1,2\n1,"2\n', "quote.csv:3: unexpected end of data"),
         ("noise.parquet", "PAR1", "noise.parquet: no Parquet file that can be read"),
-        ("cut.jsonl.gz", gzip.compress(b"{}\n" * 999)[:-9], "cut.jsonl.gz: cannot be read: Compressed file ended"),
+        (
+            "cut.jsonl.gz",
+            gzip.compress(b"{}\n" * 999, mtime=0)[:-9],
+            "cut.jsonl.gz: cannot be read: Compressed file ended",
+        ),
         ("none.jsonl.gz", b"{}\n", "none.jsonl.gz: cannot be read: Not a gzipped file"),
     ],
 )
