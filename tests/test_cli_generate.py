@@ -33,7 +33,8 @@ COUNT = 12
 
 def generate(kind: str, *more: object, template: bool = False) -> Any:
     base, adapter = pair(kind, template)
-    return as_json("generate", adapter, PROMPT, "--base", base, "--max-tokens", COUNT, *more)
+    how = ("--template",) if template else ()
+    return as_json("generate", adapter, PROMPT, "--base", base, "--max-tokens", COUNT, *how, *more)
 
 
 def written(kind: str, template: bool = False) -> tuple[str, list[int]]:
@@ -96,12 +97,13 @@ def test_a_system_message_is_part_of_the_prompt() -> None:
     tokenizer = AutoTokenizer.from_pretrained(base)
     messages = [{"role": "system", "content": sentence(1, 3)}, {"role": "user", "content": PROMPT}]
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-    done = generate("llama", "--system", sentence(1, 3), template=True)
+    done = as_json("generate", adapter, PROMPT, "--base", base, "-n", COUNT, "--system", sentence(1, 3))
+    assert done["template"] is True
     assert done["prompt_tokens"] == len(ids)
     assert done["text"] == tokenizer.decode(
         greedy(merged("llama", base, adapter), ids, COUNT), skip_special_tokens=True
     )
-    plain = generate("llama", "--plain", template=True)
+    plain = as_json("generate", adapter, PROMPT, "--base", base, "-n", COUNT)
     assert plain["prompt_tokens"] == len(tokenizer(PROMPT)["input_ids"])
     assert plain["template"] is False
 
@@ -111,8 +113,9 @@ def test_the_adapters_own_tokenizer_comes_first(tmp_path: Path) -> None:
     base, adapter = pair("llama")
     mine = Path(shutil.copytree(adapter, tmp_path / "adapter"))
     AutoTokenizer.from_pretrained(pair("llama", True)[0]).save_pretrained(mine)
-    done = as_json("generate", mine, PROMPT, "--base", base, "-n", COUNT)
+    done = as_json("generate", mine, PROMPT, "--base", base, "-n", COUNT, "--template")
     assert done["template"] is True
+    assert "no chat template" in error("generate", adapter, PROMPT, "--base", base, "--template")
 
 
 def test_a_whole_model_needs_no_base(tmp_path: Path) -> None:
@@ -287,6 +290,7 @@ def test_a_model_whose_settings_ask_for_beams_writes_one_text() -> None:
         (("--device", "gpu"), "--device: expected one of auto, cpu, cuda, got 'gpu'"),
         (("--system", "x"), "a system message needs the chat template"),
         (("--template",), "the tokenizer has no chat template"),
+        (("--plain", "--system", "x"), "a system message needs the chat template"),
         (("--revision", "main"), "is a folder here, so it has no revisions"),
     ],
 )

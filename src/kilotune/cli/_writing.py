@@ -63,8 +63,8 @@ Plain = Annotated[
     bool | None,
     typer.Option(
         "--plain/--template",
-        help="Give the model each text as it stands, by itself; or as a message in the chat template. Default: the "
-        "template, where the tokenizer has one.",
+        help="Give the model each message as it stands, by itself; or the conversation in the chat template. Default: "
+        "the template, where the tokenizer has one.",
     ),
 ]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", help=Sampling.help_of("max_tokens"))]

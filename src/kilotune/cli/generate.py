@@ -19,7 +19,6 @@ from ._writing import (
     Dtype,
     MaxTokens,
     Opened,
-    Plain,
     Quantization,
     Revision,
     Seed,
@@ -44,7 +43,14 @@ def generate(
     ] = None,
     base: Base = None,
     system: System = None,
-    plain: Plain = None,
+    template: Annotated[
+        bool | None,
+        typer.Option(
+            "--template/--plain",
+            help="Give the model the prompt in the chat template, as a user's message; or as it stands. Default: as it "
+            "stands, but for --system.",
+        ),
+    ] = None,
     max_tokens: MaxTokens = Sampling.max_tokens,
     temperature: Temperature = Sampling.temperature,
     top_p: TopP = None,
@@ -65,7 +71,7 @@ def generate(
     )
     text = prompt if prompt is not None else _piped()
     opened = open_writer(adapter, adapter_revision, base, revision, Weights(dtype, quantization, device), sampling)
-    chat = Chat(opened.writer, system, plain)
+    chat = Chat(opened.writer, system, plain=system is None if template is None else not template)
     with alone(opened, base_alone):
         answer = chat.ask(text, None if as_json else show)
     if as_json:

@@ -343,11 +343,10 @@ class Chat:
     def __init__(self, writer: Writer, system: str | None = None, plain: bool | None = None) -> None:
         self.writer = writer
         self.plain = not writer.tokenizer.chat_template if plain is None else plain
+        if system is not None and not writer.tokenizer.chat_template:
+            raise ConfigError("a system message needs the chat template, and this tokenizer has none")
         if system is not None and self.plain:
-            why = (
-                "was asked for" if writer.tokenizer.chat_template else "is all that a tokenizer without a template has"
-            )
-            raise ConfigError(f"a system message needs the chat template, and plain text {why}")
+            raise ConfigError("a system message needs the chat template, and plain text was asked for")
         self._system: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         self.messages = list(self._system)
 
