@@ -37,6 +37,7 @@ RUNS = (
     Run(0.2, ("projections",)),
     Run(0.2, ("merge_loss",)),
     Run(0.5, ("qlora_merge",)),
+    Run(4, ("train_memory",)),
     Run(1, ("import_time",)),
 )
 

@@ -59,6 +59,11 @@ RUNS = {
         [*TINY, "--rows", "3", "--length", "4", "--rank", "4", "--resident", "6"]
         + ["--put-hidden", "64", "--put-layers", "1"],
     ),
+    "train_memory": (  # that the estimates hold is part of its exit code
+        "train_memory",
+        ["--hidden", "64", "--layers", "1", "--tokens", "16", "--steps", "2"]
+        + ["--cases", "llama vera r 64, batch 8, c*;bert full*"],
+    ),
 }
 
 

@@ -30,6 +30,7 @@ from typing import Any, final
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor  # `import torch` has loaded it
 
 from .kernels.lowrank import autocast_dtype
 
@@ -175,7 +176,7 @@ class _State:
 
 def _tellable(x: Tensor, a: Tensor) -> bool:
     """Whether a change of ``x`` would show."""
-    if torch.compiler.is_compiling() or type(x) is not Tensor or torch._C._is_tracing():
+    if torch.compiler.is_compiling() or type(x) not in (Tensor, FakeTensor) or torch._C._is_tracing():
         return False
     if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
         return False
@@ -215,7 +216,10 @@ def _state_of(x: Tensor, a: Tensor) -> _State | None:
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:
     """Where a tensor's numbers are, in what form, and how often they were changed."""
-    return tensor.data_ptr(), tensor._version, tensor.device, tensor.dtype, tensor.shape, tensor.stride()
+    # A fake has no numbers, and torch objects to being asked where they are.
+    fake = isinstance(tensor, FakeTensor)
+    start = (tensor.untyped_storage()._cdata, tensor.storage_offset()) if fake else tensor.data_ptr()
+    return start, tensor._version, tensor.device, tensor.dtype, tensor.shape, tensor.stride()
 
 
 def join(layers: Iterable[tuple[str, int, Hashable]]) -> dict[str, tuple[SharedInput, int]]:

@@ -27,7 +27,7 @@ from .methods import method_of
 from .model import PeftModel, get_peft_model
 from .report import ParameterReport, count_parameters
 
-__all__ = ["BUILT_IN", "DTYPES", "AdapterCosts", "Base", "BuiltIn", "Head", "costs", "load_base"]
+__all__ = ["BUILT_IN", "DTYPES", "AdapterCosts", "Base", "BuiltIn", "Head", "costs", "file_bytes", "load_base"]
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -405,7 +405,7 @@ def costs(model: nn.Module, config: AdapterConfig, users: int = 1) -> AdapterCos
             layers=len(own),
             shapes=dict(Counter((site.out, site.inn) for site in own).most_common()),
             parameters=adapted.report(),
-            file_bytes=_file_bytes(adapted),
+            file_bytes=file_bytes(adapted),
             users=users,
         )
     finally:
@@ -416,7 +416,7 @@ def _slot(layer: AdaptedLayer) -> Any:
     return layer.slot("default")
 
 
-def _file_bytes(adapted: PeftModel) -> int:
+def file_bytes(adapted: PeftModel) -> int:
     """The size that the adapter's adapter_model.safetensors would have, from its real export with no data."""
     slots = {name: _slot(layer) for name, layer in adapted.adapted_layers().items()}
     own = {name: slot for name, slot in slots.items() if slot.method is not None}

@@ -6,6 +6,7 @@ from typing import ClassVar, final
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor  # `import torch` has loaded it
 
 from ..errors import UnsupportedError
 from ..sharded import SHARDED, is_sharded
@@ -52,7 +53,7 @@ class Dense(Storage):
             raise UnsupportedError(
                 f"the weight of a {type(module).__name__} {SHARDED}; shard the blocks, and no layer by itself"
             )
-        if type(weight.data) is not Tensor:
+        if type(weight.data) not in (Tensor, FakeTensor):  # a rehearsal runs on fakes: shapes without numbers
             raise UnsupportedError(
                 f"the weight of {type(module).__name__} is a {type(weight.data).__name__}; it cannot be read here"
             )
