@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # CONTRIBUTING.md has a test of its own; docs/readme.md and its like include the pages of the root.
 PAGES = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 WITH_COMMANDS = [*PAGES, ROOT / "CONTRIBUTING.md"]
-LONG = ("demo", "intrinsic-dimension")  # verbs that train, with tests of their own
+LONG = {"demo", "intrinsic-dimension", "init", "train", "chat", "generate", "evaluate", "export", "compare", "store"}
+LONG |= {"fleet", "doctor"}
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
