@@ -16,7 +16,7 @@ from .errors import MergeError, gather
 from .inject import Installed, check_compatible, strip
 from .layer import AdaptedLayer, Merged
 from .saved import SavedModule
-from .sharded import SHARDED, is_sharded
+from .sharded import SHARDED, is_sharded, is_unit
 from .slots import ActiveState, Slot
 from .storage import forget_quantisation, is_pretrained, storage_of, unknown_scheme
 
@@ -219,7 +219,7 @@ def merge(
     check_compatible({name: installed[name] for name in dict.fromkeys(together)})
     for where, layer in layers.items():
         layer.check_mergeable(names, where)
-    _check_whole(layers)
+    _check_whole(root, layers)
     if safe:
         check_finite(layers, names, dtype)
     if dtype is None:
@@ -238,9 +238,10 @@ def merge(
     return dense.report
 
 
-def _check_whole(layers: Mapping[str, AdaptedLayer]) -> None:
+def _check_whole(root: nn.Module, layers: Mapping[str, AdaptedLayer]) -> None:
+    kept = any(map(is_unit, root.modules()))  # what is gathered now goes back into shards, as it was
     for where, layer in layers.items():
-        if any(map(is_sharded, layer.base_tensors())):
+        if kept or any(map(is_sharded, layer.base_tensors())):
             raise MergeError(
                 f"{where}: its weight {SHARDED}; save_pretrained() the adapter, and merge where one process holds the "
                 "base"

@@ -2,7 +2,7 @@
 
 A Trainer knows two kinds of models with adapters: PEFT's own class, which it tells with ``isinstance`` where PEFT is
 installed, and a transformers model that says of itself that adapters are in it. Ours is the second kind: the base
-model, with the adapters in it, goes to the Trainer, and is lent four answers (:func:`for_trainer`). They are the same
+model, with the adapters in it, goes to the Trainer, and is lent some answers (:func:`for_trainer`). They are the same
 whether PEFT is installed or not.
 
 What touches internals of transformers stands here; tested with transformers 5.23 and TRL 1.16.
@@ -29,13 +29,19 @@ from ..errors import CheckpointError, ConfigError, MissingExtraError, Unsupporte
 from ..layer import AdaptedLayer
 from ..lent import lend, lend_module
 from ..model import AdapterModel
+from ..sharded import gathered
+from .parallel import ignore_sharded
 
 __all__ = ["STATE_NAME", "for_trainer"]
 
 STATE_NAME = "model.safetensors"  # where a Trainer looks for what it is to load
 OPTIONS = "kilotune.options"  # in that file: the adapters' options as JSON, its bytes as a tensor
 CHECKPOINT = re.compile(r"checkpoint-\d+")
+WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
 SHARED = "kilotune_shared"
+# Says that from_pretrained(distributed_config=...) has sharded a model. A Trainer then neither puts
+# DistributedDataParallel around it nor lets it be resumed; for frozen weights there is no reason for that.
+LOADED_SHARDED = "_is_distributed_loading_by_transformers"
 
 
 def for_trainer(model: AdapterModel) -> nn.Module:
@@ -47,7 +53,7 @@ def for_trainer(model: AdapterModel) -> nn.Module:
         trainer = Trainer(model=for_trainer(model), args=..., train_dataset=...)
 
     It is the base model itself, adapters in it (a module that is not of transformers is put into a model of
-    transformers), with four answers of its own, until ``unload()`` or ``merge_and_unload()``:
+    transformers), with answers of its own, until ``unload()`` or ``merge_and_unload()``:
 
     - ``save_pretrained`` writes the adapters and nothing else, and into the Trainer's own ``checkpoint-...`` folders
       also ``model.safetensors``, in which is what training changes, by the names of the model's parameters;
@@ -55,6 +61,7 @@ def for_trainer(model: AdapterModel) -> nn.Module:
       work; anything else it takes as ever;
     - ``_hf_peft_config_loaded`` says that adapters are there, so that a quantised base may be trained, and gradient
       checkpointing lets gradients through the frozen embeddings;
+    - DistributedDataParallel leaves alone what FSDP2 has sharded of the base (docs/engines.md);
     - vectors that an adapter has once for the whole model (Uni-LoRA, intrinsic dimension) are among its parameters.
 
     Columns of the data are chosen, labels found and losses shifted as for the base model. Trained vectors that were
@@ -78,6 +85,8 @@ def for_trainer(model: AdapterModel) -> nn.Module:
     else:
         root = _as_pretrained(model)
     lend(root, "_hf_peft_config_loaded", True)
+    lend(root, LOADED_SHARDED, False)
+    ignore_sharded(root)
     lend(root, "save_pretrained", _Saving(model, root))
     wide = _Wide(root)
     lend(root, "load_state_dict", _Loading(model, root, wide))
@@ -100,13 +109,27 @@ class _Saving:
         state_dict: Mapping[str, Tensor] | None = None,
         safe_serialization: bool = True,
     ) -> None:
-        """Write the adapters, and in a Trainer's checkpoint what it resumes from."""
-        if not is_main_process:
-            return
+        """Write the adapters, and in a Trainer's checkpoint what it resumes from.
+
+        Args:
+            save_directory: the folder.
+            is_main_process: False writes nothing.
+            state_dict: of the whole model, from engines that shard it all (FSDP, DeepSpeed), which gather it in this
+                process only and resume from files of their own.
+            safe_serialization: only True.
+
+        """
         folder = Path(save_directory)
-        self.model.save_pretrained(folder, safe_serialization)
-        if CHECKPOINT.fullmatch(folder.name):
+        if state_dict is not None and is_main_process:
+            with gathered(self._modules(), _values(self.root, state_dict)):
+                self.model.save_pretrained(folder, safe_serialization)
+            return
+        self.model.save_pretrained(folder, safe_serialization, is_main_process=is_main_process)
+        if is_main_process and CHECKPOINT.fullmatch(folder.name):
             _write_state(folder, self.model, self.root)
+
+    def _modules(self) -> list[nn.Module]:
+        return [module for name in self.model.peft_config for module in self.model.installed(name).modules()]
 
 
 @final
@@ -144,6 +167,12 @@ class _Loaded(NamedTuple):
 
     missing_keys: list[str]
     unexpected_keys: list[str]
+
+
+def _values(root: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[int, Tensor]:
+    """The parameters' values in ``state_dict``, by ``id``; FSDP1 and compiled models add words of theirs to names."""
+    names = {p: WRAPPERS.sub("", name) for name, p in root.named_parameters()}
+    return {id(p): state_dict[name] for p, name in names.items() if name in state_dict}
 
 
 # -- what training changes ---------------------------------------------------------------------------
