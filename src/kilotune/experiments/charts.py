@@ -1,21 +1,19 @@
-"""The report's pictures, drawn by matplotlib without its global state, as SVG or PNG bytes."""
+"""The demo report's pictures, as SVG or PNG bytes; how charts look is in ``kilotune._charts``."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..errors import MissingExtraError
+from .._charts import INK, STYLE, blank_figure, png, require_matplotlib, svg, tidy
 from .results import Curve, DemoResult
 from .settings import LABELS, METHODS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 __all__ = [
     "COLOURS",
@@ -35,30 +33,6 @@ COLOURS: Mapping[str, str] = MappingProxyType({"vera": "#0072B2", "lora": "#D55E
 BEFORE_COLOUR = "#B5BBC4"
 ADAPTED_COLOUR = "#FFF3D6"
 FRAME_COLOUR = "#E69F00"
-INK = "#2B2F36"
-STYLE: dict[Any, Any] = {
-    "svg.hashsalt": "kilotune",  # the same run draws the same bytes
-    "svg.fonttype": "path",
-    "font.size": 9.5,
-    "font.family": "DejaVu Sans",
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": "#8A919C",
-    "xtick.color": INK,
-    "ytick.color": INK,
-}
-
-
-def require_matplotlib() -> None:
-    """Fail at once, rather than after a minute of training, when the charts cannot be drawn.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
-    """
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise MissingExtraError("matplotlib", "demo", "The demo's report") from error
 
 
 def accuracy_chart(result: DemoResult) -> bytes:
@@ -152,30 +126,4 @@ def sample_strip(result: DemoResult) -> bytes:
                 if line == 0:
                     axis.set_title(result.class_names[label], fontsize=9.5)
             axes[0].set_ylabel(titles[line])
-        return _save(figure, "png")
-
-
-def blank_figure(width: float, height: float) -> Figure:
-    """A figure of this size in inches."""
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def tidy(axis: Axes) -> None:
-    """No frame on two sides, and light lines across."""
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.grid(axis="y", color="#E3E6EA", linewidth=0.8, zorder=0)
-    axis.set_axisbelow(True)
-
-
-def svg(figure: Figure) -> bytes:
-    """The figure as SVG; equal figures give equal bytes."""
-    return _save(figure, "svg")
-
-
-def _save(figure: Figure, kind: str) -> bytes:
-    out = io.BytesIO()
-    quiet: dict[str, Any] = {"Date": None} if kind == "svg" else {}  # a date would make equal runs differ
-    figure.savefig(out, format=kind, dpi=110, metadata=quiet)
-    return out.getvalue()
+        return png(figure)
