@@ -146,19 +146,24 @@ class PostgresStore(SqlStore):
         """Make the tables where they are not there, and see that they are of this format."""
         with self._guarded(), self._psycopg.connect(self._dsn, **self._options()) as connection:
             self._configure(connection)
-            there = "SELECT to_regclass('kilotune_store')"
-            row = connection.execute(there).fetchone()
-            if row == (None,) and self.read_only:
+            there = self._has_tables(connection)
+            if not there and self.read_only:
                 raise StoreError(f"there is no store in {self.url}; it was to be opened read-only, so none is made")
-            with connection.transaction():
-                if row == (None,):
+            if not there:
+                with connection.transaction():
                     connection.execute("SELECT pg_advisory_xact_lock(%s)", (CREATION,))
-                    if connection.execute(there).fetchone() == (None,):  # else another process was quicker
+                    if not self._has_tables(connection):  # else another process was quicker
                         self._make_tables(connection)
             row = connection.execute("SELECT value FROM kilotune_store WHERE key = 'format'").fetchone()
             if row != (str(FORMAT),):
                 had = "no format" if row is None else f"format {row[0]}"
                 raise StoreError(f"{self.url} has {had}, this kilotune reads {FORMAT}; a newer one is needed")
+
+    @staticmethod
+    def _has_tables(connection: Connection[Any]) -> bool:
+        # Not by to_regclass(), which remembers within a session that there was nothing, whatever others made since.
+        sql = "SELECT 1 FROM pg_class WHERE relname = 'kilotune_store' AND pg_table_is_visible(oid)"
+        return connection.execute(sql).fetchone() is not None
 
     def _make_tables(self, connection: Connection[Any]) -> None:
         for statement in statements(WORDS):
