@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any, final
 
 from ..errors import ConfigError, first_line
@@ -215,27 +215,30 @@ def _ids(tokenizer: Any, texts: Sequence[str], special: bool = False) -> list[li
     return [list(map(int, ids)) for ids in found["input_ids"]]
 
 
-def _encode(tokenizer: Any, chunk: Sequence[Rendered]) -> Iterator[tuple[list[int], list[bool], bool]]:
-    """(token numbers, learned or not, whether a token reaches across a boundary) of each row."""
-    bounds = [sorted({at for span in item.answers for at in span if 0 < at < len(item.text)}) for item in chunk]
+def _encode(tokenizer: Any, chunk: Sequence[Rendered]) -> list[tuple[list[int], list[bool], bool]]:
+    """(token numbers, learned or not, whether a token would reach across an edge of an answer) of each row."""
+    edges = [sorted({0, len(item.text), *(at for span in item.answers for at in span)}) for item in chunk]
     wholes = _ids(tokenizer, [item.text for item in chunk])
-    starts = iter(_ids(tokenizer, [item.text[:at] for item, found in zip(chunk, bounds) for at in found]))
-    for item, whole, found in zip(chunk, wholes, bounds):
-        prefixes = [next(starts) for _ in found]
-        fits = all(whole[: len(prefix)] == prefix for prefix in prefixes)
-        edges = [0, *found, len(item.text)]
-        pieces = list(pairwise(edges))
-        if fits:
-            counts = [0, *(len(prefix) for prefix in prefixes), len(whole)]
-            parts = [whole[a:b] for a, b in pairwise(counts)]
-        else:  # the parts are tokenised one by one, so that what comes before an answer is what the model will be given
-            parts = _ids(tokenizer, [item.text[a:b] for a, b in pieces])
-        learn = [_inside(start, end, item.answers) for start, end in pieces]
-        yield (
-            [token for part in parts for token in part],
-            [flag for part, flag in zip(parts, learn) for _ in part],
-            not fits,
-        )
+    pieces = iter(_ids(tokenizer, [item.text[a:b] for item, found in zip(chunk, edges) for a, b in pairwise(found)]))
+    parts = [list(islice(pieces, len(found) - 1)) for found in edges]
+    apart = [[token for part in held for token in part] for held in parts]
+    # Tokenised part by part, most rows come out as in one go. Else (some tokenizers put a mark before every text) it is
+    # the beginnings of the text that tell: each must be what the row begins with.
+    asked = [i for i, (one, other) in enumerate(zip(apart, wholes)) if one != other]
+    begun = iter(_ids(tokenizer, [chunk[i].text[:at] for i in asked for at in edges[i][1:-1]]))
+    joined = [False] * len(chunk)
+    for i in asked:
+        beginnings = list(islice(begun, len(edges[i]) - 2))
+        if all(wholes[i][: len(ids)] == ids for ids in beginnings):
+            counts = [0, *map(len, beginnings), len(wholes[i])]
+            parts[i] = [wholes[i][a:b] for a, b in pairwise(counts)]
+        else:  # the parts by themselves then, so that what comes before an answer is what the model will be given
+            joined[i] = True
+    learned = [[_inside(a, b, item.answers) for a, b in pairwise(found)] for item, found in zip(chunk, edges)]
+    return [
+        ([token for part in held for token in part], [flag for part, flag in zip(held, flags) for _ in part], across)
+        for held, flags, across in zip(parts, learned, joined)
+    ]
 
 
 def _inside(start: int, end: int, answers: Sequence[tuple[int, int]]) -> bool:
