@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import transformers
 
 import kilotune
 from kilotune.errors import ConfigError
+from kilotune.train import metrics
 from kilotune.train.tasks import TASKS, Limits, Prepared
 from train_data import byte_level, corpus, docstrings, jsonl, metaspace, settings, word_piece
 
@@ -417,29 +419,51 @@ def test_a_seq2seq_model_is_scored_by_its_tokens_and_by_what_it_writes(summaries
             total += output.loss.item() * len(row["labels"])
             count += len(row["labels"])
     assert scores["eval_perplexity"] == pytest.approx(np.exp(total / count), rel=1e-4)
-    model.train()
-    written = task.score_generated(model, prepared, prepared.validation, 3)
-    assert set(written) == {"bleu", "chrf", "exact_match"}
-    assert written == task.score_generated(model, prepared, prepared.validation, 8)
-    assert model.training
-    assert task.score_generated(model, prepared, [], 8) == {}
+    texts = [[], []]
+    with torch.no_grad():
+        for row in prepared.validation:
+            batch = prepared.collate([row])
+            made = model.generate(input_ids=batch["input_ids"], max_length=20, do_sample=False)[0]
+            for held, ids in zip(texts, (made, row["labels"])):
+                held.append(tokenizer.decode(ids, skip_special_tokens=True))
+    arguments = transformers.Seq2SeqTrainingArguments(
+        output_dir=str(tmp_path),
+        per_device_eval_batch_size=3,
+        predict_with_generate=True,
+        generation_max_length=20,
+        remove_unused_columns=False,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    writer = transformers.Seq2SeqTrainer(
+        model=model.get_base_model(),
+        args=arguments,
+        eval_dataset=prepared.validation,
+        data_collator=prepared.collate,
+        compute_metrics=prepared.metrics,
+        preprocess_logits_for_metrics=prepared.reduce_logits,
+    )
+    written = writer.evaluate()
+    wanted = metrics.generation(*texts)
+    assert {name: written[f"eval_{name}"] for name in wanted} == wanted
+    assert set(wanted) == {"bleu", "chrf", "exact_match"}
 
 
 def test_a_model_that_writes_the_target_has_full_marks(summaries: str) -> None:
     """A stand-in that repeats what it is asked for; scored as transformers' Seq2SeqTrainer hands it in."""
-    from kilotune.train.generation import Generated
-
     tokenizer = metaspace(pad_token="<unk>")
     prepared = prepare("seq2seq", summaries, tokenizer, Limits(None, 0, 700), max_length=24, limit=12)
     labels = prepared.collate(list(map(prepared.train.__getitem__, range(12))))["labels"].numpy()
     assert (labels == -100).any()
     said = np.concatenate([np.zeros((12, 1), np.int64), labels], axis=1)
-    assert prepared.metrics(Generated(said, labels)) == {
+    assert prepared.metrics(SimpleNamespace(predictions=said, label_ids=labels)) == {
         "bleu": pytest.approx(100),
         "chrf": pytest.approx(100),
         "exact_match": 1.0,
     }
-    assert prepared.metrics(Generated(said[::-1], labels))["exact_match"] < 1
+    other = SimpleNamespace(predictions=said[::-1], label_ids=labels)
+    assert prepared.metrics(other)["exact_match"] < 1
 
 
 # -- processors ----------------------------------------------------------------------------------------

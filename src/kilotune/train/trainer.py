@@ -196,7 +196,7 @@ def quiet() -> Iterator[None]:
 def generating(trainer: Any, rows: Any) -> Iterator[None]:
     """Inside, an evaluation lets the model write its answers, the likeliest token each time.
 
-    An answer may become a quarter longer than the longest in ``rows``, and 8 tokens, as in :mod:`.generation`.
+    An answer may become a quarter longer than the longest in ``rows``, and 8 tokens.
     """
     longest = max((len(rows[index]["labels"]) for index in range(len(rows))), default=1)
     before = trainer.preprocess_logits_for_metrics

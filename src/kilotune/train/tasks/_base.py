@@ -96,7 +96,8 @@ class Task(ABC):
         task_type: the adapter config's ``task_type``; None where there is none for it: the head is a module to save.
         problem_type: the model config's ``problem_type``, which decides its loss; None: the model has one loss.
         roles: groups of columns, each of which is enough; a name that ends in ``?`` may be missing.
-        generates: whether :meth:`score_generated` has something to say.
+        generates: whether a split can also be scored by what ``model.generate`` writes, with transformers'
+            ``predict_with_generate``; the metrics then take token numbers.
     """
 
     name: ClassVar[str]
@@ -131,10 +132,6 @@ class Task(ABC):
             UnsupportedError: with what to change.
         """
         return
-
-    def score_generated(self, model: nn.Module, prepared: Prepared, rows: Any, batch_size: int) -> dict[str, float]:
-        """Scores of what the model writes for the rows of a split; nothing for tasks where it writes nothing."""
-        return {}
 
     def model_options(self, prepared: Prepared) -> Mapping[str, Any]:
         """What the model's config gets for the head: ``problem_type``, and the labels where there are some."""

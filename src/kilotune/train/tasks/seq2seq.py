@@ -6,12 +6,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, final
 
 import numpy as np
-from torch import nn
 
 from ...errors import ConfigError, gather
 from .. import columns, metrics
 from ..batches import IGNORED, PaddedBatch
-from ..generation import generate_rows
 from ..lengths import check_vocabulary, longest, pad_token, refuse_unused
 from ..preview import indented, masked
 from ..processors import load_tokenizer
@@ -76,10 +74,6 @@ class Seq2Seq(Task):
             ),
             preview=_preview(first, rows[first.name], processor),
         )
-
-    def score_generated(self, model: nn.Module, prepared: Prepared, rows: Any, batch_size: int) -> dict[str, float]:
-        assert prepared.metrics is not None  # prepare() gave some
-        return prepared.metrics(generate_rows(model, rows, prepared.collate, batch_size)) if len(rows) else {}
 
 
 def _score(predictions: Predictions, processor: Any, pad: int) -> dict[str, float]:
