@@ -49,7 +49,7 @@ def settings(train_data: Path, output: Path, **parts: Any) -> TrainSettings:
 def refused(chosen: TrainSettings, kind: type[KilotuneError] = ConfigError, **how: bool) -> str:
     """The one line of a training that must not run."""
     with pytest.raises(kind) as caught:
-        train(chosen, tell=lambda line: None, **how)
+        train(chosen, **how)
     text = str(caught.value).replace(":\n  - ", ": ")  # as the command line joins a single fault to its headline
     assert "\n" not in text
     return text
@@ -189,7 +189,7 @@ def sizes(checkpoint: Path) -> dict[str, int]:
 def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A training that had all the room it wanted."""
     output = tmp_path_factory.mktemp("whole") / "out"
-    train(settings(data, output, training={"save_every": 4}), tell=lambda line: None)
+    train(settings(data, output, training={"save_every": 4}))
     return output
 
 
@@ -230,7 +230,7 @@ def test_a_full_disk_is_one_line_and_the_training_goes_on_from_the_last_checkpoi
     assert f"The last good checkpoint is kept: {output / 'checkpoints' / 'checkpoint-4'}" in said
     assert "--resume" in said
     assert not (output / "checkpoints" / "checkpoint-8").exists()
-    train(chosen, resume=True, tell=lambda line: None)
+    train(chosen, resume=True)
     assert (output / FILE).read_bytes() == (whole / FILE).read_bytes()
 
 
@@ -256,7 +256,7 @@ def test_a_folder_that_is_there_is_never_overwritten_without_force(data: Path, w
     assert "is there and not empty" in said
     assert "--resume goes on with it, --force starts anew" in said
     assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
-    result = train(settings(data, output, training={"max_steps": 1}), force=True, tell=lambda line: None)
+    result = train(settings(data, output, training={"max_steps": 1}), force=True)
     assert result is not None
     assert result.steps == 1
     assert (output / "mine.txt").read_text() == "not yours"
@@ -327,7 +327,7 @@ def test_an_adapter_of_the_same_base_in_another_place(data: Path, whole: Path, t
     shutil.copytree(model_folder("llama"), moved)
     start = {"start": str(whole), "method": "lora"}
     chosen = settings(data, tmp_path / "out", model={"base": str(moved)}, adapter=start, training={"max_steps": 1})
-    train(chosen, tell=lambda line: None)
+    train(chosen)
     start["start"] = str(without_record(whole, tmp_path / "alone"))  # so only the names tell
     session = open_session(settings(data, tmp_path / "out", model={"base": str(moved)}, adapter=start))
     assert any("if that is another model, the adapter means nothing" in note for note in session.notes)
@@ -424,7 +424,7 @@ def test_a_hub_id_in_a_local_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     rows = write_jsonl(tmp_path / "rows.jsonl", prompts(8))
     chosen = settings(rows, tmp_path / "out", model={"base": "somebody/some-model"}, training={"max_steps": 1})
     assert load_config(chosen.model).model_type == "llama"
-    result = train(chosen, tell=lambda line: None)
+    result = train(chosen)
     assert result is not None
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "somebody/some-model"
@@ -441,7 +441,7 @@ def test_a_revision_of_a_folder_has_no_meaning(tmp_path: Path) -> None:
 def test_what_needs_a_validation_split_says_so_at_once(data: Path, tmp_path: Path) -> None:
     run = {"early_stopping": 2, "best_metric": "loss", "load_best": True, "eval_every": 5}
     with pytest.raises(ConfigError) as caught:
-        train(settings(data, tmp_path / "out", training=run), tell=lambda line: None)
+        train(settings(data, tmp_path / "out", training=run))
     for name in run:
         assert f"training.{name}: " in str(caught.value)
     assert "data.validation_fraction" in str(caught.value)

@@ -68,7 +68,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def unbroken(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("unbroken") / "out"
-    train(run_settings(base, data, output), tell=lambda line: None)
+    train(run_settings(base, data, output))
     return output
 
 
@@ -102,7 +102,7 @@ def go(settings: TrainSettings, resume: bool) -> None:
     import torch
 
     torch.set_num_threads(1)
-    train(settings, resume=resume, tell=lambda line: None)
+    train(settings, resume=resume)
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +151,7 @@ def test_kill_9_at_random_steps_and_resume_gives_the_bits_of_an_unbroken_run(
         kills += killed_at(processes, settings, number > 0, step, chance.uniform(0.0, 0.03))
     assert kills >= 3, "the killer came too late to prove anything"
     assert not (tmp_path / "out" / FILE).exists()
-    result = train(settings, resume=True, tell=lambda line: None)
+    result = train(settings, resume=True)
     assert result is not None
     assert result.steps == 18
     same_run(tmp_path / "out", unbroken)
@@ -178,7 +178,7 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over(
         text = (whole / "trainer_state.json").read_text()
         (torn / "trainer_state.json").write_text(text[: len(text) // 2])
     assert newest(output / "checkpoints") == whole
-    train(run_settings(base, data, output), resume=True, tell=lambda line: None)
+    train(run_settings(base, data, output), resume=True)
     same_run(output, unbroken, EVALUATIONS)
 
 
@@ -208,7 +208,7 @@ def test_ctrl_c_writes_a_checkpoint_and_resume_gives_the_same_bits(
     assert found.name == "checkpoint-11"
     assert not (output / FILE).exists()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    train(run_settings(base, data, output), resume=True, tell=lambda line: None)
+    train(run_settings(base, data, output), resume=True)
     same_run(output, unbroken, EVALUATIONS)
 
 
@@ -217,7 +217,7 @@ def test_a_finished_training_is_only_finished_up(base: Path, data: Path, unbroke
     shutil.copytree(unbroken, output)
     for name in (FILE, "adapter_config.json", "result.json"):
         (output / name).unlink()
-    result = train(run_settings(base, data, output), resume=True, tell=lambda line: None)
+    result = train(run_settings(base, data, output), resume=True)
     assert result is not None
     assert result.steps == 18
     same_run(output, unbroken)
@@ -233,7 +233,7 @@ def stopped(base: Path, data: Path, tmp_path: Path) -> Path:
 
 def refused(settings: TrainSettings) -> str:
     with pytest.raises(ConfigError) as caught:
-        train(settings, resume=True, tell=lambda line: None)
+        train(settings, resume=True)
     return str(caught.value)
 
 

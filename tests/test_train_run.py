@@ -143,7 +143,7 @@ def test_accumulated_batches_are_one_batch(kind: str, task: str, tmp_path: Path)
     for batch, accumulation in ((4, 1), (1, 4)):
         output = tmp_path / f"{batch}"
         size = {"batch_size": batch, "accumulation": accumulation, "max_steps": 1}
-        train(settings(kind, task, data, output, training=size), tell=lambda line: None)
+        train(settings(kind, task, data, output, training=size))
         lines = (output / "logs" / "history.jsonl").read_text().splitlines()
         found.append(next(r for r in map(json.loads, lines) if r["kind"] == "train"))
     # Not the weights: Adam's first step has the same size whatever the gradient's is.
@@ -166,7 +166,7 @@ def test_the_schedule_is_the_formula(schedule: str, warmup: float, tmp_path: Pat
         tmp_path / "out",
         training={"schedule": schedule, "warmup": warmup, "learning_rate": 1e-3},
     )
-    train(chosen, tell=lambda line: None)
+    train(chosen)
     steps, rise = 8, 2 if warmup == 0.25 else 3
     expected = []
     for step in range(steps):
@@ -182,7 +182,7 @@ def test_the_usual_learning_rate_is_the_methods_own(tmp_path: Path) -> None:
         output = tmp_path / method
         adapter = {"method": method, "options": {}}
         run = {"learning_rate": None, "warmup": 0, "schedule": "constant"}
-        train(settings("llama", "causal-lm", data, output, adapter=adapter, training=run), tell=lambda line: None)
+        train(settings("llama", "causal-lm", data, output, adapter=adapter, training=run))
         assert learning_rates(output) == [rate] * 8
 
 
@@ -348,7 +348,7 @@ def test_early_stopping_and_the_best_checkpoint(tmp_path: Path) -> None:
     assert result.metrics["best"]["loss"] == losses[best]
     assert result.metrics["last"]["loss"] == losses[result.steps]
     # Gone on with, it is over: no step more.
-    again = train(chosen, resume=True, tell=lambda line: None)
+    again = train(chosen, resume=True)
     assert again is not None
     assert (again.steps, again.best_step) == (result.steps, best)
 
@@ -403,7 +403,7 @@ def test_a_test_split_of_seq2seq_is_scored_by_what_the_model_writes(tmp_path: Pa
 
 def test_an_adapter_can_be_gone_on_from(tmp_path: Path) -> None:
     data = rows_for("causal-lm", tmp_path)
-    train(settings("llama", "causal-lm", data, tmp_path / "one"), tell=lambda line: None)
+    train(settings("llama", "causal-lm", data, tmp_path / "one"))
     start = {"method": "lora", "options": {}, "start": str(tmp_path / "one")}
     session = open_session(settings("llama", "causal-lm", data, tmp_path / "two", adapter=start))
     first = load_file(tmp_path / "one" / FILE)

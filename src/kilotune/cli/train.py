@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,6 +12,9 @@ from ..errors import ConfigError
 from ..train.config_file import merged, put, read_config, settings_from
 from ..train.settings import AdapterSettings, DataSettings, ModelSettings, TrainingSettings, TrainSettings
 from ._output import Json, complain, print_json, quiet_transformers
+
+if TYPE_CHECKING:
+    from ..train.planning import RunPlan
 
 __all__ = ["train"]
 
@@ -83,7 +85,7 @@ def train(
             "--json prints one document on stdout, and logging.progress json many lines; take one of them"
         )
     try:
-        result = run(chosen, resume, force, dry_run, tell=_tell)
+        result = run(chosen, resume, force, dry_run, show=_document if as_json and dry_run else None)
     except KeyboardInterrupt as stopped:
         complain(str(stopped) or "interrupted")
         raise typer.Exit(INTERRUPTED) from None
@@ -91,9 +93,8 @@ def train(
         print_json(result.to_dict())
 
 
-def _tell(line: str) -> None:
-    """The plan goes to stderr, beside the progress: stdout is for what a program reads."""
-    print(line, file=sys.stderr)
+def _document(plan: RunPlan, preview: str) -> None:
+    print_json({**plan.to_dict(), "example": preview})
 
 
 def _settings(config: Path | None, flags: Mapping[str, Any], overrides: list[str], resume: bool) -> TrainSettings:

@@ -17,7 +17,16 @@ from ..errors import CheckpointError, ConfigError, DivergedError, KilotuneError,
 from .checkpoints import newest
 from .settings import TrainSettings
 
-__all__ = ["ROWS", "Guard", "Numbered", "NumberedCollate", "advise_on_memory", "refuse_metric", "told_of_disk"]
+__all__ = [
+    "ROWS",
+    "Guard",
+    "Numbered",
+    "NumberedCollate",
+    "advise_on_memory",
+    "knobs_of",
+    "refuse_metric",
+    "told_of_disk",
+]
 
 ROWS = "kilotune_rows"  # in a training batch: which rows of train it is made of
 SHOWN_ROWS = 16
@@ -149,13 +158,20 @@ def advise_on_memory(settings: TrainSettings, where: str, guard: Guard | None = 
         if not known and not any(phrase in text.lower() for phrase in NO_MEMORY):
             raise
         shape = "" if guard is None or not guard.shape else f" with a batch of {' x '.join(map(str, guard.shape))}"
-        knobs = "; ".join(_knobs(settings, guard is None))
+        knobs = "; ".join(knobs_of(settings, loading=guard is None))
         raise ResourceError(
             f"out of memory {where}{shape} ({first_line(error)}). What needs less, first things first: {knobs}"
         ) from error
 
 
-def _knobs(settings: TrainSettings, loading: bool) -> list[str]:
+def knobs_of(settings: TrainSettings, loading: bool = False) -> list[str]:
+    """The settings that need less memory, first things first, without those that are turned already.
+
+    Args:
+        settings: as they are.
+        loading: whether memory runs out before any step, so that only the model itself matters.
+
+    """
     model, data, training = settings.model, settings.data, settings.training
     found = []
     if not loading:

@@ -13,7 +13,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,10 +29,10 @@ from ..errors import ConfigError, did_you_mean
 from . import checkpoints, models
 from .checkpoints import CHECKPOINTS, LOGS, SETTINGS_NAME
 from .config_file import settings_text
-from .facts import plan_lines
-from .guard import advise_on_memory, told_of_disk
+from .guard import advise_on_memory, knobs_of, told_of_disk
 from .history import History, tensorboard_callback
 from .outcome import Result, finish, is_main, settle
+from .planning import RunPlan, plan_run
 from .progress import progress_for
 from .session import Session, open_session
 from .settings import SPLITS, TrainSettings
@@ -48,7 +50,7 @@ def train(
     dry_run: bool = False,
     *,
     listeners: Sequence[Listener] = (),
-    tell: Callable[[str], None] = print,
+    show: Callable[[RunPlan, str], None] | None = None,
 ) -> Result | None:
     """All of a fine-tuning: read, load, plan, train, score, write, report.
 
@@ -58,7 +60,8 @@ def train(
         force: take away what an earlier training left in ``output``, and start anew.
         dry_run: stop after the plan; nothing is written.
         listeners: hear what happens beside the progress that ``logging.progress`` asks for.
-        tell: is given the lines of the plan.
+        show: is given the plan, and one example as the model sees it. None: they are written to stderr, or as one line
+            to stdout where ``logging.progress`` is json; not at all where it is quiet, but for a dry run.
 
     Returns:
         What it came to; None after a dry run.
@@ -68,20 +71,32 @@ def train(
 
     """
     folder = _folder(settings)
+    _check_processes(settings)
     if is_main():
         checkpoints.refuse_overwriting(folder, _sources(settings), resume=resume, force=force)
         if resume:
             checkpoints.check_same_run(folder, settings)  # before minutes of loading
     session = open_session(settings)
-    if is_main():
-        for line in plan_lines(session):
-            tell(line)
+    if is_main() and (show is not None or dry_run or settings.logging.progress != "quiet"):
+        plan = plan_run(session, knobs_of(settings))
+        (show or _shown_by(settings))(plan, session.prepared.preview)
     if dry_run:
         return None
     if force and is_main():
         checkpoints.clear(folder)
     shown = progress_for(settings.logging.progress, better=best_by(settings, session.prepared))
     return fit(session, resume, listeners=[shown, *listeners])
+
+
+def _shown_by(settings: TrainSettings) -> Callable[[RunPlan, str], None]:
+    def as_line(plan: RunPlan, preview: str) -> None:
+        sys.stdout.write(json.dumps({"event": "plan", **plan.to_dict(), "example": preview}) + "\n")
+        sys.stdout.flush()
+
+    def as_text(plan: RunPlan, preview: str) -> None:
+        sys.stderr.write("\n".join([*plan.lines(), *([preview] if preview else []), ""]))
+
+    return as_line if settings.logging.progress == "json" else as_text
 
 
 def _folder(settings: TrainSettings) -> Path:
@@ -128,7 +143,10 @@ def fit(
     """
     settings, folder = session.settings, session.folder
     kept = folder / CHECKPOINTS
+    _check_processes(settings)
     from_checkpoint = _begin(session, resume)
+    if settings.training.shard:
+        _shard(session)
     state = None if from_checkpoint is None else checkpoints.state_of(from_checkpoint)
     step = None if state is None else int(state["global_step"])
     history = History(folder / LOGS, resume_step=step if resume else None, csv=settings.logging.csv)
@@ -172,6 +190,21 @@ def _begin(session: Session, resume: bool) -> Path | None:
                 if session.task is not None:  # a module of one's own has nothing that a file could say
                     (folder / SETTINGS_NAME).write_text(settings_text(settings), encoding="utf-8")
     return checkpoints.newest(kept) if there and resume else None
+
+
+def _check_processes(settings: TrainSettings) -> None:
+    if settings.training.shard and _processes() == 1:
+        raise ConfigError("training.shard: there is one process only; start several with torchrun or accelerate launch")
+
+
+def _shard(session: Session) -> None:
+    """Leave each process a part of the frozen weights."""
+    from accelerate import PartialState
+
+    from .parallel import shard_base
+
+    state = PartialState(cpu=session.settings.training.device == "cpu")  # makes the group that the Trainer uses
+    shard_base(session.model.to(state.device))
 
 
 def _processes() -> int:

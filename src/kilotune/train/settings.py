@@ -331,6 +331,11 @@ class TrainingSettings(Section):
     )
     workers: int = setting(0, number(0, 256, whole=True), "Processes that prepare batches beside the one that trains.")
     device: str = setting("auto", one_of("auto", "cpu", "cuda"), "Where it runs; auto: a GPU where there is one.")
+    shard: bool = setting(
+        False,
+        flag,
+        "Of several processes (torchrun), each holds a part of the frozen weights (FSDP2), not all; same result.",
+    )
 
     @classmethod
     def together(cls, values: Mapping[str, Any]) -> list[str]:
@@ -430,9 +435,13 @@ def between(values: Mapping[str, Any]) -> list[str]:
     if not adapter.is_adapter:
         if adapter.method == "full" and model.quantization != "none":
             faults.append("model.quantization: quantised weights cannot be trained by 'full'; train an adapter on them")
+        if training.shard:
+            faults.append(f"training.shard: is for adapters, not for adapter.method {adapter.method!r}")
         for name in ("lora_plus_ratio", "head_learning_rate"):
             if getattr(training, name) is not None:
                 faults.append(f"training.{name}: has no effect with adapter.method {adapter.method!r}")
+    if training.shard and model.quantization != "none":
+        faults.append("training.shard: FSDP2 shards floating-point weights only; leave model.quantization out")
     if task != "causal-lm":
         changed = [name for name in ("packing", "loss_on") if getattr(data, name) != DataSettings.defaults()[name]]
         faults += [f"data.{name}: is for the task causal-lm only, and the task is {task}" for name in changed]
