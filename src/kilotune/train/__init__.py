@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .config_file import load_settings, settings_from
     from .hf import for_trainer
+    from .inference import Answer, Chat, Sampling, Writer
     from .modules import fit_module
     from .outcome import Result
     from .run import evaluate, fit, train
@@ -30,13 +31,17 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AdapterSettings",
+    "Answer",
+    "Chat",
     "DataSettings",
     "LogSettings",
     "ModelSettings",
     "Result",
+    "Sampling",
     "Session",
     "TrainSettings",
     "TrainingSettings",
+    "Writer",
     "evaluate",
     "fit",
     "fit_module",
@@ -50,6 +55,7 @@ __all__ = [
 _HOMES = {
     "config_file": ("load_settings", "settings_from"),
     "hf": ("for_trainer",),
+    "inference": ("Answer", "Chat", "Sampling", "Writer"),
     "modules": ("fit_module",),
     "outcome": ("Result",),
     "run": ("evaluate", "fit", "train"),
