@@ -1,7 +1,7 @@
 """The numbers of an adapter as one flat row of bytes, and back.
 
 Three packings. ``float32``: every tensor in its own type, bit for bit. ``bfloat16``: floats of more than 16 bits are
-rounded to bfloat16 (8 significant bits, so each number is off by 2^-9 of itself at most). ``int8``: a vector v becomes
+rounded to bfloat16 (8 significant bits, so each number is off by 2^-8 of itself at most). ``int8``: a vector v becomes
 round(v / s) in -127 ... 127 with its own scale s = max|v| / 127, kept in float32, so each number is off by half of s at
 most. A vector is a tensor of one dimension (VeRA's b and d); a matrix (a LoRA factor) is cut into vectors along its
 longer side, so that scales are few. Tensors of modules saved whole are rounded to bfloat16 at most, and those that are
