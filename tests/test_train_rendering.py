@@ -186,6 +186,8 @@ def test_words_of_a_user_that_look_like_an_answer_are_not_learned() -> None:
 def test_errors_of_templates_are_one_line() -> None:
     with pytest.raises(ConfigError, match="has no chat template"):
         ChatTemplate(byte_level())
+    with pytest.raises(ConfigError, match="the tokenizer's chat templates: "):
+        ChatTemplate(byte_level(chat_template={"tool_use": CHATML, "rag": CHATML}))
     template = ChatTemplate(byte_level(chat_template=STRICT))
     with pytest.raises(ConfigError, match="refuses the messages: the first message must be a user's"):
         template.render(CHAT)

@@ -301,6 +301,11 @@ def test_bad_rows_are_named_together(tmp_path: Path) -> None:
         ),
         (
             [{"text": "a b"}],
+            {"tokenizer": byte_level(pad_token="<new>"), "limits": Limits(256, None, 400)},
+            "the padding token is number 400, and the model's embedding has 400 rows",
+        ),
+        (
+            [{"text": "a b"}],
             {"tokenizer": byte_level(eos_token=None, pad_token=None), "limits": Limits()},
             "has a padding token or an end-of-text token",
         ),

@@ -40,15 +40,20 @@ def pad_token(processor: Any, limits: Limits) -> int:
     so a text's own end is learned all the same.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none, or the model has no embedding for it (one that was added to the tokenizer alone).
 
     """
-    for number in (limits.pad_token_id, processor.pad_token_id):
-        if number is not None:
-            return int(number)
-    if processor.eos_token_id is not None:
+    number = processor.pad_token_id if limits.pad_token_id is None else limits.pad_token_id
+    if number is None and processor.eos_token_id is not None:
         processor.pad_token = processor.eos_token
-        return int(processor.eos_token_id)
+        number = processor.eos_token_id
+    if number is not None and (limits.vocabulary is None or number < limits.vocabulary):
+        return int(number)
+    if number is not None:
+        raise ConfigError(
+            f"the padding token is number {number}, and the model's embedding has {limits.vocabulary} rows: set "
+            "pad_token in the model's tokenizer_config.json to a token that the model has"
+        )
     raise ConfigError(
         "neither the model nor its tokenizer has a padding token or an end-of-text token to pad with: set "
         "pad_token in the model's tokenizer_config.json, to a token that no text has"

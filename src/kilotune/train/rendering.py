@@ -88,7 +88,10 @@ class ChatTemplate:
                 "prompt and completion"
             )
         self._tokenizer = tokenizer
-        self._marked = bool(GENERATION.search(tokenizer.get_chat_template()))
+        try:
+            self._marked = bool(GENERATION.search(tokenizer.get_chat_template()))
+        except ValueError as error:  # several templates, and none of them the usual one
+            raise ConfigError(f"the tokenizer's chat templates: {first_line(error)}") from error
         self._special = tuple({*map(str, tokenizer.all_special_tokens), *tokenizer.get_added_vocab()} - {""})
 
     def render(self, messages: Sequence[Message]) -> list[Rendered]:
