@@ -39,6 +39,8 @@ td .tag { padding: 1px 9px; font-size: 13px; }
 .scroll { overflow-x: auto; }
 figure { margin: 18px 0; } figure img { width: 100%; height: auto; display: block; }
 figcaption { font-size: 14px; color: #5a626e; margin-top: 6px; max-width: 820px; }
+pre { font: 13px/1.5 ui-monospace, "Cascadia Mono", Menlo, Consolas, monospace; background: #f4f5f7; padding: 12px 16px;
+  overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 4px 22px; font-size: 14.5px; }
 dt { color: #5a626e; } dd { margin: 0; }
 @media (max-width: 700px) { main { padding: 22px 16px 40px; } }

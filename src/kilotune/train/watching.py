@@ -183,6 +183,7 @@ def _callback(teller: _Teller) -> Any:
     except ImportError as error:
         raise MissingExtraError("transformers", "train", "training") from error
 
+    @final
     class Watcher(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
         """What the Trainer calls."""
 
