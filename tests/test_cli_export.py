@@ -127,6 +127,11 @@ def test_gguf_of_a_llama_is_the_change_of_each_weight(tmp_path: Path, config: An
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.gguf", "adapter", "base"]
 
 
+def test_what_is_no_lora_has_its_rank_for_an_alpha(tmp_path: Path) -> None:
+    adapter(tmp_path, llama(), VeraConfig(r=8))
+    assert as_json(*words(tmp_path, "gguf", "a.gguf"))["alpha"] == 8.0
+
+
 def test_the_order_of_rows_matters(tmp_path: Path) -> None:
     """The test above can fail: the change of q, as it stands in the file, is not that of transformers' weight."""
     adapted = adapter(tmp_path, llama(), LoraConfig(r=4, target_modules=["q_proj"]))

@@ -27,6 +27,7 @@ from ..convert import low_rank_deltas, truncate
 from ..deltas import LowRank
 from ..errors import CheckpointError, MissingExtraError, UnsupportedError, gather
 from ..installed import Installed
+from ..methods import LoraConfig
 from ..model import PeftModel
 from .exporting import check_low_rank, check_rank
 
@@ -141,7 +142,7 @@ def gguf_lora(model: PeftModel, adapter_name: str = "default", rank: int | None 
     if rank is not None:
         check_rank(rank, max(delta.a.shape[0] for delta in deltas.values()))
         deltas, errors = _truncated(deltas, rank)
-    alpha = _alpha(deltas)
+    alpha = _alpha(deltas, own=rank is None and isinstance(installed.config, LoraConfig))
     tensors: dict[str, Tensor] = {}
     for name, delta in sorted(deltas.items(), key=lambda item: places[item[0]]):
         a, b = _factors(delta, alpha)
@@ -234,10 +235,10 @@ def _finite(delta: LowRank) -> bool:
     return all(bool(torch.isfinite(part).all()) for part in parts if part is not None)
 
 
-def _alpha(deltas: Mapping[str, LowRank]) -> float:
-    """The one number of the file: the adapter's own alpha where all layers share it, else the highest rank."""
+def _alpha(deltas: Mapping[str, LowRank], own: bool) -> float:
+    """The one number of the file: a LoRA's ``own`` alpha where all its layers share it, else the highest rank."""
     alphas = {round(delta.scale * delta.a.shape[0], 9) for delta in deltas.values()}
-    alpha = alphas.pop() if len(alphas) == 1 else 0.0
+    alpha = alphas.pop() if own and len(alphas) == 1 else 0.0
     # llama.cpp takes an alpha of 0 for "do not scale".
     return alpha if alpha > 0 else float(max(delta.a.shape[0] for delta in deltas.values()))
 
