@@ -154,7 +154,7 @@ def tensorboard_callback(folder: Path, resume_step: int | None = None) -> Any:
         from torch.utils.tensorboard import SummaryWriter
         from transformers.integrations import TensorBoardCallback
     except ImportError as error:
-        raise MissingExtraError("tensorboard", "train", "logging.tensorboard") from error
+        raise MissingExtraError("tensorboard", "tensorboard", "logging.tensorboard") from error
     purge = None if resume_step is None else resume_step + 1
     return TensorBoardCallback(SummaryWriter(str(folder), purge_step=purge))
 
