@@ -29,6 +29,8 @@ VERBS = (
     "inspect",
     "merge",
     "convert",
+    "doctor",
+    "store",
 )
 ERROR, INTERRUPTED = 2, 130
 
@@ -108,6 +110,9 @@ def _assemble() -> typer.Typer:
     for verb in VERBS:
         name = verb.replace("-", "_")
         module = importlib.import_module(f".{name}", __package__)
+        if isinstance(group := getattr(module, "app", None), typer.Typer):  # a verb with verbs of its own
+            made.add_typer(group, name=verb)
+            continue
         epilog = getattr(module, "EPILOG", None)
         made.command(verb, epilog=epilog() if epilog is not None else None)(getattr(module, name))
     return made
