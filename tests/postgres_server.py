@@ -140,6 +140,6 @@ def running() -> Iterator[Server]:
         try:
             yield server
         finally:
-            server.stop()
+            server.stop(signal.SIGQUIT)  # its data goes with it
     finally:
         shutil.rmtree(home, ignore_errors=True)
