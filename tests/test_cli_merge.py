@@ -20,6 +20,7 @@ from transformers import (
 from cli_helpers import as_json, bert, distance, error, gpt2, kilotune, llama, logits, roberta, saved, shake
 from kilotune import LoraConfig, PeftModel, VeraConfig, get_peft_model
 from kilotune.checkpoint import WEIGHTS_NAME
+from kilotune.cli import _adapter
 from kilotune.cli import merge as verb
 
 CLOSE = 2e-6
@@ -193,7 +194,7 @@ def test_the_base_that_an_adapter_names(tmp_path: Path, monkeypatch: pytest.Monk
         asked.append((source, revision, built_in))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(verb, "fitting_base", hub)
+    monkeypatch.setattr(_adapter, "fitting_base", hub)
     named = config.replace(base_model_name_or_path="gpt2", revision="v2")
     shake(get_peft_model(llama(), named)).save_pretrained(tmp_path / "c")
     result = kilotune("merge", "c", "-o", "out")
