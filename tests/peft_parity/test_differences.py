@@ -196,8 +196,13 @@ def test_a_batch_of_several_adapters_is_not_dropped_in_silence() -> None:
     x = torch.ones(2, 12)
     with torch.no_grad():
         assert torch.equal(both.theirs(x, adapter_names=["default", "__base__"]), both.theirs(x))
-    with pytest.raises(kilotune.UnsupportedError, match="adapter_names"):
-        both.ours(x, adapter_names=["default", "__base__"])
+    with torch.no_grad():
+        routed, own = both.ours(x, adapter_names=["default", "__base__"]), both.ours(x)
+        with both.ours.disable_adapter():
+            base = both.ours(x)
+    assert torch.allclose(routed[0], own[0], atol=1e-6)
+    assert torch.allclose(routed[1], base[1], atol=1e-6)
+    assert not torch.allclose(own[1], base[1], atol=1e-3)
 
 
 def test_outputs_of_the_small_check() -> None:
