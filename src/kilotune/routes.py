@@ -104,24 +104,36 @@ class RoutedModel(nn.Module, ABC):
             raise MergeError(f"route(): {list(self._state.merged)} are merged into the weights; unmerge them first")
         wanted = _checked(names, lengths)
         with ExitStack() as held:
-            route = self._route_of(wanted, lengths, multiples, held)
-            thread, routes = threading.get_ident(), self._state.routes
-            before = routes.get(thread)
-            routes[thread] = route
-            try:
-                yield
-            finally:
-                if before is None:
-                    del routes[thread]
-                else:
-                    routes[thread] = before
+            held.enter_context(self.running(self._route_of(wanted, lengths, multiples, held)))
+            yield
+
+    @contextmanager
+    def running(self, route: Route) -> Iterator[None]:
+        """Inside this context forwards of this thread run ``route``: cohorts of whoever made it.
+
+        Raises:
+            UnsupportedError: a model in which rows cannot be told apart. MergeError: adapters are merged.
+
+        """
+        if self._state.merged:
+            raise MergeError(f"route(): {list(self._state.merged)} are merged into the weights; unmerge them first")
+        self._check_rows_first()
+        thread, routes = threading.get_ident(), self._state.routes
+        before = routes.get(thread)
+        routes[thread] = route
+        try:
+            yield
+        finally:
+            if before is None:
+                del routes[thread]
+            else:
+                routes[thread] = before
 
     def _route_of(
         self, names: list[str | None], lengths: Sequence[int] | None, multiples: bool, held: ExitStack
     ) -> Route:
         distinct = list(dict.fromkeys(name for name in names if name is not None))
         groups = self._groups(distinct, held)
-        self._check_rows_first()
         device = self._routing_device()
         if lengths is None:
             places = [(row, row + 1) for row in range(len(names))]

@@ -53,8 +53,11 @@ class Cohort(ABC):
         return self._spread[times, device]
 
     @abstractmethod
-    def slot(self, layer: AdaptedLayer, which: int = 0) -> Slot | None:
-        """The slot in ``layer`` that says what adapter ``which`` is there; None where it does not change the layer."""
+    def slot(self, layer: AdaptedLayer, which: int | None = None) -> Slot | None:
+        """The slot in ``layer`` that says what adapter ``which`` is there, or with None what they all are.
+
+        None where they do not change the layer.
+        """
 
     @abstractmethod
     def params(self, layer: AdaptedLayer, which: int | None = None) -> dict[str, Tensor]:
@@ -65,8 +68,8 @@ class Cohort(ABC):
 class Stacked(Cohort):
     """Adapters that are in the model."""
 
-    def slot(self, layer: AdaptedLayer, which: int = 0) -> Slot | None:
-        return layer.slot(self.names[which])
+    def slot(self, layer: AdaptedLayer, which: int | None = None) -> Slot | None:
+        return layer.slot(self.names[which or 0])
 
     def params(self, layer: AdaptedLayer, which: int | None = None) -> dict[str, Tensor]:
         if which is not None:

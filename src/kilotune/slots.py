@@ -95,13 +95,15 @@ class Slot(nn.Module):
 
     ``method`` is None where only the bias is trained. The trained bias is kept as the bias's full value,
     as PEFT writes it; its delta is the difference to the base's. ``inputs``: with whom the layer may share the
-    product of its input and the first factor, and its place there.
+    product of its input and the first factor, and its place there. ``dropper``: what drops from an input, in place of
+    torch's dropout, where it is to draw from streams of its own.
     """
 
     def __init__(self, site: Site, method: Method[Any] | None, shared: Shared, params: Mapping[str, nn.Parameter]):
         super().__init__()
         self.site, self.method, self.shared = site, method, shared
         self.inputs: tuple[SharedInput, int] | None = None
+        self.dropper: Callable[[Tensor], Tensor] | None = None
         for name, parameter in params.items():
             self.register_parameter(name, parameter)
 
@@ -129,7 +131,9 @@ class Slot(nn.Module):
         return self.training and self.method is not None and self.method.config.dropout > 0.0
 
     def drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.method.config.dropout, training=True) if self.drops and self.method else x
+        if not self.drops or self.method is None:
+            return x
+        return F.dropout(x, self.method.config.dropout, training=True) if self.dropper is None else self.dropper(x)
 
 
 @final

@@ -35,7 +35,7 @@ from ..routing import Cohort
 from ..slots import Slot
 from .forms import ResidentForm
 
-__all__ = ["AdapterBank", "Resident"]
+__all__ = ["AdapterBank", "Resident", "free_key"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Given = str | PathLike[str] | AdapterFile | Mapping[str, Tensor]
@@ -49,7 +49,7 @@ class Resident(Cohort):
         super().__init__(names, rows, index)
         self.form, self.values = form, values
 
-    def slot(self, layer: AdaptedLayer, which: int = 0) -> Slot | None:
+    def slot(self, layer: AdaptedLayer, which: int | None = None) -> Slot | None:
         return self.form.slot_of(layer)
 
     def params(self, layer: AdaptedLayer, which: int | None = None) -> dict[str, Tensor]:
@@ -95,7 +95,7 @@ class AdapterBank(Source):
         if dtype not in DTYPES:
             raise ConfigError(f"dtype: expected one of {[str(d) for d in DTYPES]}, got {dtype!r}")
         self.model = model
-        self.form = ResidentForm(model, config, _free_key(model))
+        self.form = ResidentForm(model, config, free_key(model))
         device = next(model.get_base_model().parameters()).device
         self.arena = torch.zeros(slots, self.form.length, dtype=dtype, device=device)
         self.host_bytes, self._load = host_bytes, load
@@ -344,7 +344,8 @@ class AdapterBank(Source):
             self.arena = self.arena.new_zeros(0, self.form.length)
 
 
-def _free_key(model: AdapterModel) -> str:
+def free_key(model: AdapterModel) -> str:
+    """An adapter name for a form, which nobody else takes."""
     taken = {key for layer in model.adapted_layers().values() for key in layer.adapters}
     number = 0
     while f"bank-form-{number}" in taken or f"bank-form-{number}" in model.peft_config:
