@@ -191,6 +191,15 @@ def test_stratified_splits_keep_shares_and_no_class_leaves_train(hundred: str, s
         assert abs(counts[name]["b"] - 0.3 * 9) <= 1.5
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_classes_of_one_row_stay_in_train(tmp_path: Path, seed: int) -> None:
+    labels = [f"{i:02}" for i in range(40)] + [f"{i:02}" for i in range(20)]
+    path = jsonl(tmp_path / "rows.jsonl", [{"text": "a", "label": label} for label in labels])
+    parts = split(PAIRS, seed, True, train=path, validation_fraction=0.2, test_fraction=0.1)
+    assert {name: len(part) for name, part in parts.items()} == {"train": 42, "validation": 12, "test": 6}
+    assert set(parts["train"].table.values("label")) == set(labels)
+
+
 def test_which_rows_are_held_out_is_not_decided_by_their_order(hundred: str) -> None:
     """Each row is held out about as often as another, over many seeds."""
     held = np.zeros(100)
