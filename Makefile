@@ -18,7 +18,7 @@ pytest = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(python) -m pytest -n $(JOBS) --di
 .DEFAULT_GOAL := help
 # The parts of a target share one .venv and one terminal: in order, under `make -j` too.
 .NOTPARALLEL:
-.PHONY: help demo test test-full lint type format bench docs clean env-demo env-dev env-docs
+.PHONY: help demo test test-full lint type format bench docs clean env-demo env-dev env-docs env-postgresql
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -26,10 +26,10 @@ help:  ## this list
 demo: env-demo  ## fine-tune a small pretrained network with VeRA and LoRA on real images; a report in runs/
 	@.venv/bin/kilotune demo $(ARGS)
 
-test: lint type  ## lint, types, and the tests that CI runs (under 15 minutes on 2 cores)
+test: lint type env-postgresql  ## lint, types, and the tests that CI runs (under 15 minutes on 2 cores)
 	$(pytest) $(ARGS)
 
-test-full: lint type  ## everything, the slow tests too
+test-full: lint type env-postgresql  ## everything, the slow tests too
 	$(pytest) -m "" $(ARGS)
 
 lint: env-dev  ## ruff: rules and format
@@ -56,3 +56,6 @@ clean:  ## remove what the tools made (.venv and runs/ stay)
 
 env-demo env-dev env-docs:
 	@$(setup) $(@:env-%=%)
+
+env-postgresql: env-dev
+	@$(python) scripts/postgresql.py

@@ -34,6 +34,8 @@ RUNS = (
     Run(5, ("inference",)),
     Run(3, ("adapters", "--bars")),
     Run(4, ("routing", "--bars")),
+    Run(15, ("store", "--bars")),
+    Run(0.2, ("store", "--packing")),
     Run(0.2, ("projections",)),
     Run(0.2, ("merge_loss",)),
     Run(0.5, ("qlora_merge",)),

@@ -11,6 +11,7 @@ a JSON line for each, and answers with the process's number and then, when it ha
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import json
@@ -283,8 +284,11 @@ class Zygote:
         assert set(ended) == set(victims)
         assert set(ended.values()) == {-signal.SIGKILL}, f"a victim failed by itself: {ended}"
 
-    def wait(self, victims: list[int]) -> None:
-        """Wait until victims have ended, however."""
+    def end(self, victims: list[int]) -> None:
+        """Kill what has not ended by itself, and wait until all are gone."""
+        for victim in victims:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(victim, signal.SIGKILL)
         for _ in victims:
             self._answer()
 

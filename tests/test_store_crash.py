@@ -39,16 +39,19 @@ def test_kills_of_two_at_once_leave_whole_changes(zygote: Zygote, url: str, tmp_
 
 
 @pytest.mark.full
+@pytest.mark.timeout(1800)
 def test_hundreds_of_kills_leave_whole_changes(zygote: Zygote, url: str, tmp_path: Path) -> None:
     assert kill_rounds(zygote, url, tmp_path, 400, partial(open_store, url)) > 400
 
 
 @pytest.mark.full
+@pytest.mark.timeout(1800)
 def test_hundreds_of_kills_of_three_at_once(zygote: Zygote, url: str, tmp_path: Path) -> None:
     assert kill_rounds(zygote, url, tmp_path, 150, partial(open_store, url), victims=3, longest=0.3) > 450
 
 
 @pytest.mark.full
+@pytest.mark.timeout(1800)
 def test_kills_while_the_store_is_made(zygote: Zygote, tmp_path: Path) -> None:
     for number in range(100):
         folder = tmp_path / str(number)
@@ -63,6 +66,7 @@ def test_a_planted_bug_is_noticed(planted: str, zygote: Zygote, url: str, tmp_pa
         kill_rounds(zygote, url, tmp_path, 300, partial(open_store, url), planted)
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("crashes", [2, pytest.param(25, marks=pytest.mark.full)])
 def test_a_server_that_crashes_keeps_what_it_acknowledged(crashes: int, zygote: Zygote, tmp_path: Path) -> None:
     """The server's processes are cut off in the middle, as by a crash, while two clients write."""
@@ -84,7 +88,7 @@ def test_a_server_that_crashes_keeps_what_it_acknowledged(crashes: int, zygote: 
                 assert time.monotonic() < end
                 time.sleep(0.002)
             server.stop(signal.SIGQUIT)
-            zygote.wait(victims)
+            zygote.end(victims)
             server.start()
             for i in range(2):
                 with open_store(url, namespace=f"space-{i}") as store:
