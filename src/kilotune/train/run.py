@@ -34,6 +34,7 @@ from .history import History, tensorboard_callback
 from .outcome import Result, finish, is_main, settle
 from .planning import RunPlan, plan_run
 from .progress import progress_for
+from .report import require_for, write_report
 from .session import Session, open_session
 from .settings import SPLITS, TrainSettings
 from .stopping import Stopper
@@ -72,20 +73,21 @@ def train(
     """
     folder = _folder(settings)
     _check_processes(settings)
+    require_for(settings.logging)
     if is_main():
         checkpoints.refuse_overwriting(folder, _sources(settings), resume=resume, force=force)
         if resume:
             checkpoints.check_same_run(folder, settings)  # before minutes of loading
     session = open_session(settings)
-    if is_main() and (show is not None or dry_run or settings.logging.progress != "quiet"):
-        plan = plan_run(session, knobs_of(settings))
+    plan = plan_run(session, knobs_of(settings)) if is_main() else None
+    if plan is not None and (show is not None or dry_run or settings.logging.progress != "quiet"):
         (show or _shown_by(settings))(plan, session.prepared.preview)
     if dry_run:
         return None
     if force and is_main():
         checkpoints.clear(folder)
     shown = progress_for(settings.logging.progress, better=best_by(settings, session.prepared))
-    return fit(session, resume, listeners=[shown, *listeners])
+    return fit(session, resume, listeners=[shown, *listeners], plan=plan)
 
 
 def _shown_by(settings: TrainSettings) -> Callable[[RunPlan, str], None]:
@@ -125,6 +127,7 @@ def fit(
     resume: bool = False,
     callbacks: Sequence[Any] = (),
     listeners: Sequence[Listener] = (),
+    plan: RunPlan | None = None,
 ) -> Result:
     """Train, and write the adapter, its checkpoints and logs into the session's folder.
 
@@ -134,6 +137,7 @@ def fit(
             unbroken run.
         callbacks: more callbacks of transformers' Trainer.
         listeners: hear what happens beside the history; see :mod:`kilotune.train.watching`.
+        plan: for the report, which holds it against what came.
 
     Raises:
         DivergedError: a loss or the gradients stopped being numbers. ResourceError: memory or disk ran out.
@@ -144,6 +148,7 @@ def fit(
     settings, folder = session.settings, session.folder
     kept = folder / CHECKPOINTS
     _check_processes(settings)
+    require_for(settings.logging)
     from_checkpoint = _begin(session, resume)
     if settings.training.shard:
         _shard(session)
@@ -170,7 +175,10 @@ def fit(
                 else:
                     trainer.train(resume_from_checkpoint=None if from_checkpoint is None else str(from_checkpoint))
                 best_step = settle(session, trainer)
-        return finish(session, trainer.state, best_step, history, flow.seconds)
+        result = finish(session, trainer.state, best_step, history, flow.seconds)
+    if settings.logging.report and is_main():
+        write_report(session, result, plan)
+    return result
 
 
 def _begin(session: Session, resume: bool) -> Path | None:
