@@ -10,18 +10,32 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Generic, Protocol, TypeVar, final
 
 from ..errors import CheckpointError, ConfigError, KilotuneError, gather
 
-__all__ = ["FULL", "START", "Key", "Run", "RunStore"]
+__all__ = ["FULL", "START", "Journal", "Key", "Record", "Run", "RunStore"]
 
 FULL = "full"
 START = "start"
 FORMAT = 1
+
+
+class Record(Protocol):
+    """What one finished run came to."""
+
+    @property
+    def key(self) -> Hashable:
+        """What was run."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """In plain JSON types."""
+
+
+R = TypeVar("R", bound=Record)
 
 
 @final
@@ -90,13 +104,13 @@ class Run:
         return cls(Key(way, d, float(rate), seed), validation, test, loss, plain["seconds"])
 
 
-@final
-class RunStore:
-    """The finished runs of one task.
+class Journal(Generic[R]):
+    """Finished runs, of any kind of record.
 
     Args:
         path: the file; None keeps the runs in memory only.
         settings: all that decides the numbers of a run beside its key, in plain JSON types.
+        parse: makes a record of a line's values; a ValueError, KeyError or TypeError says that it is none.
         restart: forget what is in the file.
 
     Raises:
@@ -104,10 +118,16 @@ class RunStore:
         CheckpointError: the file is damaged.
     """
 
-    def __init__(self, path: Path | None, settings: Mapping[str, Any], restart: bool = False) -> None:
-        self.path, self.reused = path, 0
+    def __init__(
+        self,
+        path: Path | None,
+        settings: Mapping[str, Any],
+        parse: Callable[[Mapping[str, Any]], R],
+        restart: bool = False,
+    ) -> None:
+        self.path, self.reused, self._parse = path, 0, parse
         self._settings: dict[str, Any] = json.loads(json.dumps({"format": FORMAT, **settings}))
-        self._runs: dict[Key, Run] = {}
+        self._runs: dict[Hashable, R] = {}
         self._good = 0  # bytes of whole lines in the file
         self._size = path.stat().st_size if path is not None and path.exists() else 0  # as this store left the file
         if path is not None and not restart and path.exists():
@@ -118,11 +138,11 @@ class RunStore:
         """How many finished runs there are."""
         return len(self._runs)
 
-    def get(self, key: Key) -> Run | None:
+    def get(self, key: Hashable) -> R | None:
         """The finished run, or None."""
         return self._runs.get(key)
 
-    def add(self, run: Run) -> None:
+    def add(self, run: R) -> None:
         """Keep a run; it is on disk when this returns.
 
         Raises:
@@ -160,7 +180,7 @@ class RunStore:
             try:
                 plain = json.loads(line)
                 if number > 1:
-                    run = Run.from_dict(plain)
+                    run = self._parse(plain)
                     self._runs[run.key] = run
                     continue
                 found = plain["settings"]
@@ -183,3 +203,11 @@ class RunStore:
         if faults:
             head = f"the finished runs in {path} were made with other settings; take another folder (--out), or give"
             raise ConfigError(gather(f"{head} --restart to discard them:", faults))
+
+
+@final
+class RunStore(Journal[Run]):
+    """The finished runs of one task, for the search for an intrinsic dimension; see :class:`Journal`."""
+
+    def __init__(self, path: Path | None, settings: Mapping[str, Any], restart: bool = False) -> None:
+        super().__init__(path, settings, Run.from_dict, restart)

@@ -1,0 +1,167 @@
+"""A recipe of ``kilotune train``: any transformers model on any data, each method trained as that command does it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, final
+
+from torch import Tensor, nn
+
+from ...config import FrozenDict
+from ...errors import ConfigError
+from ...train.config_file import load_settings
+from ...train.fields import Section, setting, text
+from ...train.run import Session, evaluate, fit, open_session
+from ...train.settings import AdapterSettings, LogSettings, TrainSettings
+from ...train.tasks import Prepared
+from ...train.trainer import quiet, total_steps
+from ...train.watching import Event, Listener
+from .problem import Bench, Contender, Problem, Score, Tick
+
+__all__ = ["Recipe", "RecipeSettings"]
+
+OURS = (
+    "seed",
+    "learning_rate",
+    "workers",
+)  # settings of a training that the comparison decides, or that decide nothing
+SHARES = ("accuracy", "f1", "precision", "recall", "exact")  # metrics that are shares of 1
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class RecipeSettings(Section):
+    """Which recipe."""
+
+    SECTION: ClassVar[str] = "problem"
+
+    config: str = setting(
+        "",
+        text,
+        "A config file of kilotune train, with validation and test data; from the folder of this config file. Its "
+        "adapter, learning_rate, seed and output are the comparison's.",
+    )
+
+
+BARE = Contender("full", "full")  # the model without an adapter
+
+
+@final
+class Recipe(Problem):
+    """The recipe's data are read once; the seed of a run decides all but the splits."""
+
+    def __init__(self, settings: RecipeSettings) -> None:
+        given = load_settings(Path(settings.config))
+        if given.adapter.start is not None:
+            raise ConfigError(f"{settings.config}: adapter.start: a comparison starts from the base")
+        self.base = given
+        first = _opened(self._settings(BARE, 1.0, given.training.seed, 1.0, None))
+        self.prepared: Prepared = first.prepared
+        missing = [name for name in ("validation", "test") if getattr(self.prepared, name) is None]
+        if missing:
+            raise ConfigError(
+                f"{settings.config}: a comparison needs a validation and a test split: give data.{missing[0]}, or "
+                f"data.{missing[0]}_fraction"
+            )
+        self.origin = hashlib.sha256(json.dumps(dict(first.start), sort_keys=True, default=str).encode()).hexdigest()
+        self.metric, self.larger_is_better = self.prepared.best_metric, self.prepared.greater_is_better
+        self.percent = self.metric.startswith(SHARES)
+        self.steps = total_steps(given, self.prepared)
+        self.name = f"{given.task}: {Path(settings.config).stem}"
+
+    def describe(self) -> dict[str, Any]:
+        given = self.base
+        parts = {section.SECTION: _chosen(section) for section in (given.model, given.data, given.training)}
+        for name in OURS:
+            parts["training"].pop(name, None)
+        return {"problem": "recipe", "task": given.task, **parts, "base_and_data": self.origin, "rows": self._rows()}
+
+    def _rows(self) -> dict[str, int]:
+        splits: dict[str, Any] = {name: getattr(self.prepared, name) for name in ("train", "validation", "test")}
+        return {name: len(rows) for name, rows in splits.items()}
+
+    def _settings(
+        self, contender: Contender, rate: float, seed: int, budget: float, folder: Path | None
+    ) -> TrainSettings:
+        run, changes = self.base.training, {}
+        if not contender.is_adapter:  # one rate is all that they have
+            changes = {"head_learning_rate": None, "lora_plus_ratio": None}
+        steps = run.max_steps if folder is None else max(1, round(budget * self.steps))
+        return self.base.replace(
+            output=None if folder is None else str(folder),
+            adapter=AdapterSettings(method=contender.method, options=FrozenDict(contender.seeded(seed))),
+            training=run.replace(
+                learning_rate=rate,
+                seed=seed,
+                max_steps=steps,
+                eval_every=None,
+                save_every=None,
+                early_stopping=None,
+                best_metric=None,
+                load_best=None,
+                eval_batch_size=None,
+                **changes,
+            ),
+            logging=LogSettings(progress="quiet", csv=False, report=False),
+        )
+
+    def run(self, contender: Contender, rate: float, seed: int, budget: float, test: bool, tick: Tick) -> Score:
+        with tempfile.TemporaryDirectory(prefix="kilotune-compare-") as name:
+            settings = self._settings(contender, rate, seed, budget, Path(name) / "run")
+            session = _opened(settings, dataclasses.replace(self.prepared, validation=None, test=None))
+            fit(session, listeners=[_Ticker(tick)])
+            return self._score(session, test)
+
+    def start(self, seed: int) -> Score:
+        return self._score(_opened(self._settings(BARE, 1.0, seed, 1.0, None), self.prepared))
+
+    def _score(self, session: Session, test: bool = True) -> Score:
+        session.prepared = self.prepared
+        held = evaluate(session, "validation")
+        seen = evaluate(session, "test")[self.metric] if test else None
+        return Score(held[self.metric], held["loss"], seen)
+
+    def bench(self, contender: Contender | None) -> Bench:
+        session = _opened(self._settings(contender or BARE, 1.0, 0, 1.0, None), self.prepared)
+        model = session.model if contender is not None else session.model.requires_grad_(False)
+        rows: Any = self.prepared.train
+        batch = self.prepared.collate([rows[i] for i in range(min(len(rows), self.base.training.batch_size))])
+        return Bench(model.train(), lambda: _loss(model, batch))
+
+
+def _opened(settings: TrainSettings, prepared: Prepared | None = None) -> Session:
+    """As :func:`open_session`; what transformers tells of each loading, a comparison would tell a hundred times."""
+    with quiet():
+        return open_session(settings, prepared)
+
+
+def _chosen(section: Section) -> dict[str, Any]:
+    """What is not as it is by default."""
+    defaults = section.defaults()
+    return {name: value for name, value in section.to_dict().items() if value != defaults[name]}
+
+
+def _loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    device = next(model.parameters()).device
+    loss: Tensor = model(**{name: value.to(device) for name, value in batch.items()}).loss
+    return loss
+
+
+@final
+class _Ticker(Listener):
+    """Passes the steps on."""
+
+    def __init__(self, tick: Tick) -> None:
+        self.tick = tick
+
+    def hear(self, event: Event) -> None:
+        if event.kind == "step":
+            self.tick(1)
+
+    def close(self) -> None:
+        """Nothing is open."""
