@@ -20,6 +20,7 @@ from kilotune.train.models import load_base, set_padding
 from kilotune.train.run import Session, evaluate, fit, open_session, train
 from kilotune.train.settings import TrainSettings
 from kilotune.train.tasks import TASKS
+from kilotune.train.watching import Event, Listener
 from train_support import model_folder, pictures, prompts, sentence, write_jsonl
 
 FILE = "adapter_model.safetensors"
@@ -351,6 +352,30 @@ def test_early_stopping_and_the_best_checkpoint(tmp_path: Path) -> None:
     again = train(chosen, resume=True)
     assert again is not None
     assert (again.steps, again.best_step) == (result.steps, best)
+
+
+class StopsAt(Listener):
+    """Pulls the plug when a checkpoint of ``step`` is there."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def hear(self, event: Event) -> None:
+        if event.kind == "save" and event.step == self.step:
+            raise KeyboardInterrupt
+
+    def close(self) -> None: ...
+
+
+def test_the_patience_of_early_stopping_goes_on_after_a_resume(tmp_path: Path) -> None:
+    chosen = worsening(tmp_path, early_stopping=3, save_every=1)
+    whole = fit(open_session(chosen.replace(output=str(tmp_path / "whole"))))
+    with pytest.raises(KeyboardInterrupt):
+        fit(open_session(chosen), listeners=[StopsAt(whole.best_step + 2)])
+    result = train(chosen, resume=True)
+    assert result is not None
+    assert (result.steps, result.best_step) == (whole.steps, whole.best_step) == (whole.best_step + 3, whole.best_step)
+    assert (result.folder / FILE).read_bytes() == (whole.folder / FILE).read_bytes()
 
 
 def test_the_last_adapter_where_the_best_is_not_wanted(tmp_path: Path) -> None:
