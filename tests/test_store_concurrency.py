@@ -236,3 +236,35 @@ def test_gc_of_forms_does_not_take_what_is_being_used(url: str) -> None:
     finally:
         done.set()
         collector.join()
+
+
+def test_a_fork_in_the_middle_of_a_threads_write(url: str) -> None:
+    """The child has no such thread, so it must not wait for it, and nothing of SQLite's must be half done in it."""
+    with open_store(url, timeout=20) as store:
+        store.put("a", contents(1))
+        stop = threading.Event()
+
+        def busy() -> None:
+            while not stop.is_set():
+                store.put("a", contents(3))
+                store.get("a")
+
+        threads = [threading.Thread(target=busy) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+
+        def work(number: int) -> None:
+            assert store.get("a").info.version >= 1
+            store.put(f"child-{number}", contents(2))
+            store.close()
+
+        try:
+            children = [forked(lambda number=number: work(number)) for number in range(5)]
+            for child in children:
+                wait(child)
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+        assert list(store.names()) == ["a", *(f"child-{number}" for number in range(5))]
+        assert list(store.verify()) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -651,3 +652,21 @@ def test_metadata_comes_back_as_it_was(store: AdapterStore) -> None:
     hard = {"nul": "\0", "quote": "'\"", "deep": {"a": [1, 2.5, None, True, {"b": []}]}, "größe": "𝕏", "": 1}
     store.put("ann", contents(1), metadata=hard)
     assert store.info("ann").metadata == json.loads(json.dumps(hard))
+
+
+def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/store.md: its Python blocks, in their order."""
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).resolve().parent.parent / "docs" / "store.md").read_text(encoding="utf-8")
+    first, second = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    base, model = mlp(), adapted(1)
+    names: dict[str, Any] = {"base": base, "model": model}
+    exec(compile(first, "docs/store.md", "exec"), names)
+    assert torch.equal(names["tuned"](inputs()), model(inputs()))
+    with open_store("sqlite:///adapters.db", base=mlp()) as store:
+        for _ in range(3):
+            store.put("ann", model)
+        for _ in range(2):
+            store.put("bob", model, alias="live")
+        exec(compile(second, "docs/store.md", "exec"), {"store": store})
+        assert (store.aliases("ann"), store.aliases("bob")) == ({"live": 3}, {"live": 1})

@@ -6,7 +6,6 @@ user's search path. Writing runs at READ COMMITTED with the rows that matter loc
 
 from __future__ import annotations
 
-import os
 import random
 import threading
 import time
@@ -112,9 +111,10 @@ class PostgresStore(SqlStore):
         except ImportError as error:
             raise MissingExtraError("psycopg", "postgres", "a store in PostgreSQL") from error
         self._psycopg, self._pools, self._dsn = psycopg, psycopg_pool, dsn
-        self._lock, self._process = threading.Lock(), os.getpid()
+        self._lock = threading.Lock()
+        self._pool: ConnectionPool | None = None
         self._prepare_tables()
-        self._pool = self._new_pool()
+        self._enlist()
 
     # -- connections -------------------------------------------------------------------------------
 
@@ -188,9 +188,8 @@ class PostgresStore(SqlStore):
     def _current_pool(self) -> ConnectionPool:
         with self._lock:
             self._open()
-            if self._process != os.getpid():  # after a fork
-                _inherited.append(self._pool)
-                self._pool, self._process = self._new_pool(), os.getpid()
+            if self._pool is None:
+                self._pool = self._new_pool()
             return self._pool
 
     def _begun(self, begin: str) -> tuple[ConnectionPool, Connection[Any]]:
@@ -244,11 +243,13 @@ class PostgresStore(SqlStore):
             time.sleep(random.uniform(0.0, 0.05))
         raise AssertionError("unreachable")
 
+    def _leave_connections(self) -> None:
+        _inherited.append(self._pool)
+        self._pool, self._lock = None, threading.Lock()
+
     def _disconnect(self) -> None:
         with self._lock:
-            if self._process != os.getpid():
-                _inherited.append(self._pool)
-            else:
+            if self._pool is not None:
                 self._pool.close()
 
     # -- the database ------------------------------------------------------------------------------

@@ -59,6 +59,10 @@ class Preparer:
         self._known: dict[Any, tuple[Form, tuple[str, ...]]] = {}
         self._lock = threading.Lock()
 
+    def forked(self) -> None:
+        """In a child process: a lock that no thread of the parent's holds."""
+        self._lock = threading.Lock()
+
     def __call__(
         self,
         name: str,

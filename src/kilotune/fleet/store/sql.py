@@ -6,8 +6,10 @@ takes the row of its name first (SQLite: the whole file), so changes of one adap
 
 from __future__ import annotations
 
+import os
 import threading
 import time
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
@@ -32,6 +34,7 @@ PAGE = 500  # names read at once
 CHUNK = 32_000_000  # bytes of numbers read or written at once, about
 NOTES = 1000  # reads that are noted together
 NOTED_EVERY = 60.0  # seconds
+_alive: weakref.WeakSet[SqlStore] = weakref.WeakSet()
 
 
 class SqlStore(AdapterStore, ABC):
@@ -49,6 +52,24 @@ class SqlStore(AdapterStore, ABC):
         self._notes_lock = threading.Lock()
         self._closed = False
 
+    def _enlist(self) -> None:
+        """What the last line of every store's making calls: from now on forks are prepared."""
+        _alive.add(self)
+
+    def before_fork(self) -> None:
+        """Make ready for a fork, where a database asks for that."""
+
+    def after_fork(self) -> None:
+        """In the parent: go on."""
+
+    def forked(self) -> None:
+        """In a child process: leave the parent its connections, and locks that no thread here will ever open."""
+        self._notes_lock = threading.Lock()
+        self._notes = {}  # the parent will write them down
+        self._prepare.forked()
+        self._forms = Forms()
+        self._leave_connections()
+
     # -- what a database brings -------------------------------------------------------------------
 
     @abstractmethod
@@ -61,6 +82,10 @@ class SqlStore(AdapterStore, ABC):
 
         ``patient``: wait for others, else raise StoreError at once.
         """
+
+    @abstractmethod
+    def _leave_connections(self) -> None:
+        """In a child process: begin anew, and never touch the parent's connections, not even to close them."""
 
     @abstractmethod
     def _disconnect(self) -> None:
@@ -342,6 +367,28 @@ class SqlStore(AdapterStore, ABC):
         except StoreError:  # who reads does not wait for who writes
             with self._notes_lock:
                 self._notes = {**notes, **self._notes}
+
+
+def _in_order() -> list[SqlStore]:
+    return sorted(_alive, key=id)
+
+
+def _before_fork() -> None:
+    for store in _in_order():
+        store.before_fork()
+
+
+def _after_fork() -> None:
+    for store in _in_order():
+        store.after_fork()
+
+
+def _forked() -> None:
+    for store in _in_order():
+        store.forked()
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_forked)
 
 
 def _writer(namespace: str, part: Sequence[Ready], alias: str | None) -> Callable[[Link], list[Version]]:

@@ -41,8 +41,7 @@ WORDS = {
     "wide": "STRICT",
     "narrow": "STRICT, WITHOUT ROWID",
 }
-# What a fork inherited is never closed: that would let go of the parent's locks.
-_inherited: list[object] = []
+FORK_WAIT = 60.0  # seconds that a fork waits for transactions of other threads
 
 
 @final
@@ -97,14 +96,16 @@ class SqliteStore(SqlStore):
             raise StoreError(f"SQLite {sqlite3.sqlite_version} is too old: a store needs {'.'.join(map(str, OLDEST))}")
         self.path = path.absolute()
         self._idle: list[sqlite3.Connection] = []
-        self._lock, self._writing = threading.Lock(), threading.Lock()
-        self._process = os.getpid()
+        self._lock, self._writing, self._taken = threading.Condition(), threading.Lock(), 0
         if read_only and not path.is_file():
             raise StoreError(f"there is no store at {path}")
         if not path.parent.is_dir():
             raise StoreError(f"cannot make a store at {path}: there is no folder {path.parent}")
         with self._guarded():
-            self._give_back(self._first())
+            first = self._first()
+        self._taken = 1
+        self._give_back(first)
+        self._enlist()
 
     # -- connections -------------------------------------------------------------------------------
 
@@ -183,23 +184,26 @@ class SqliteStore(SqlStore):
     def _take(self) -> sqlite3.Connection:
         with self._lock:
             self._open()
-            if self._process != os.getpid():  # after a fork
-                _inherited.append(self._idle)
-                self._idle, self._process = [], os.getpid()
-                self._writing = threading.Lock()
+            self._taken += 1
             if self._idle:
                 return self._idle.pop()
-        made = self._connect()
-        size = int(made.execute("PRAGMA page_size").fetchone()[0])
-        made.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT // size}")
+        try:
+            made = self._connect()
+            size = int(made.execute("PRAGMA page_size").fetchone()[0])
+            made.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT // size}")
+        except BaseException:
+            self._give_back(None)
+            raise
         return made
 
-    def _give_back(self, connection: sqlite3.Connection) -> None:
+    def _give_back(self, connection: sqlite3.Connection | None) -> None:
         with self._lock:
-            if not self._closed:
+            if connection is not None and self._closed:
+                connection.close()
+            elif connection is not None:
                 self._idle.append(connection)
-                return
-        connection.close()
+            self._taken -= 1
+            self._lock.notify_all()
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:
@@ -247,11 +251,25 @@ class SqliteStore(SqlStore):
         finally:
             lock.release()
 
+    def before_fork(self) -> None:
+        """Close all connections, once other threads are done with them; they are opened again when they are needed.
+
+        SQLite notes in the process what it has locked, and the system gives a child none of its parent's locks: a
+        child that inherits an open file would think that it has locks, and could damage the file.
+        """
+        self._lock.acquire()
+        self._lock.wait_for(lambda: self._taken == 0, FORK_WAIT)
+        while self._idle:
+            self._idle.pop().close()
+
+    def after_fork(self) -> None:
+        self._lock.release()
+
+    def _leave_connections(self) -> None:
+        self._lock, self._writing, self._taken = threading.Condition(), threading.Lock(), 0
+
     def _disconnect(self) -> None:
         with self._lock:
-            if self._process != os.getpid():
-                _inherited.append(self._idle)
-                self._idle = []
             while self._idle:
                 self._idle.pop().close()
 
