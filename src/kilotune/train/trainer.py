@@ -78,22 +78,26 @@ def make_trainer(
     return trainer
 
 
-def _arguments(settings: TrainSettings, model: nn.Module, prepared: Prepared, folder: Path) -> Any:
-    """The settings as ``TrainingArguments``."""
+def _arguments_class() -> tuple[Any, str]:
+    """The arguments' class of transformers, and what it calls gradient checkpointing."""
     try:
         import accelerate  # noqa: F401  # else transformers speaks of its own extras
         from transformers import Seq2SeqTrainingArguments
     except ImportError as error:
         raise MissingExtraError((error.name or "accelerate").partition(".")[0], "train", "training") from error
+    new = "activation_checkpointing" in Seq2SeqTrainingArguments.__dataclass_fields__
+    return Seq2SeqTrainingArguments, "activation_checkpointing" if new else "gradient_checkpointing"  # before 5.23
+
+
+def _arguments(settings: TrainSettings, model: nn.Module, prepared: Prepared, folder: Path) -> Any:
+    """The settings as ``TrainingArguments``."""
+    cls, checkpointing = _arguments_class()
     run = settings.training
     metric, greater = best_by(settings, prepared)
     evaluates = prepared.validation is not None and run.eval_every is not None
     world = max(1, int(os.environ.get("WORLD_SIZE", "1")))
     per_epoch = steps_of_epoch(settings, prepared, world)
-    checkpointing = "activation_checkpointing"
-    if checkpointing not in Seq2SeqTrainingArguments.__dataclass_fields__:
-        checkpointing = "gradient_checkpointing"  # before transformers 5.23
-    arguments = Seq2SeqTrainingArguments(
+    arguments = cls(
         output_dir=str(folder),
         per_device_train_batch_size=run.batch_size,
         per_device_eval_batch_size=run.eval_batch_size or run.batch_size,
