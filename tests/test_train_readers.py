@@ -102,6 +102,8 @@ def test_each_row_knows_its_place(tmp_path: Path, name: str, places: list[str]) 
 def test_several_files_are_one_after_the_other(tmp_path: Path, kind: str) -> None:
     write = {"jsonl": jsonl, "parquet": write_parquet}[kind]
     first, second = (write(tmp_path / f"{i}.{kind}", rows) for i, rows in enumerate((ROWS[:2], ROWS[2:])))
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / "README.md").write_text("what this is")
     for source in ([first, second], str(tmp_path)):
         table = read(source)
         assert rows_of(table) == ROWS

@@ -107,14 +107,15 @@ def _format_of(path: Path) -> str:
 
 
 def _read_folder(path: Path, kind: str) -> Table:
-    files = sorted(item for item in path.iterdir() if item.is_file() and not item.name.startswith("."))
+    held = sorted(item for item in path.iterdir() if not item.name.startswith("."))
+    files = [item for item in held if item.is_file()]
     of_rows = [item for item in files if _suffix(item) in SUFFIXES]
     if kind == "images" or (kind == "auto" and not of_rows):
         return image_folder(path)
     if kind != "auto":
         of_rows = [item for item in of_rows if SUFFIXES[_suffix(item)] == kind]
     kinds = {SUFFIXES[_suffix(item)] for item in of_rows}
-    pictures = [item for item in path.iterdir() if item.is_dir() or item.suffix.lower() in IMAGE_SUFFIXES]
+    pictures = [item for item in held if item.is_dir() or item.suffix.lower() in IMAGE_SUFFIXES]
     if len(kinds) != 1 or pictures:
         found = f"{', '.join(sorted(kinds)) or 'no files of rows'}{' and images or folders' if pictures else ''}"
         raise ConfigError(f"{path}: a folder of files of one format, or of images by class, is expected; found {found}")
