@@ -254,10 +254,14 @@ class JointTraining:
                 return
             if user.name in self._cancelled:
                 self._report(UserReport(user.name, "cancelled"))
-            elif self._state is not None and self._resume and self._sink.has(user.name, self._state.run):
-                self._report(UserReport(user.name, "done", error=None))  # acknowledged, and then it was killed
+            elif (report := self._acknowledged(user.name)) is not None:
+                self._report(report)
             else:
                 self._begin(user)
+
+    def _acknowledged(self, name: str) -> UserReport | None:
+        """The report of a user whose adapter the sink has, and of whom nothing else is known: it was killed then."""
+        return self._sink.find(name, self._state.run) if self._state is not None and self._resume else None
 
     def _begin(self, user: User) -> None:
         member = admitted(user, self.settings)
@@ -289,6 +293,10 @@ class JointTraining:
                 new.append(user)
                 continue
             i = waiting[user.name]
+            if (known := self._acknowledged(user.name)) is not None:
+                del waiting[user.name]
+                self._report(known)
+                continue
             member = Member.restored(user, saved[i])
             member.slot = self._free.pop()
             for name, tensor in tensors.items():
@@ -333,19 +341,20 @@ class JointTraining:
     def _part(self, member: Member) -> Part | None:
         numbers = member.numbers(self.settings)
         rate = self._rate * self.settings.factor(member.step, member.steps)
-        return self._fetched(member, member.user.data, numbers, rate, "")
+        return self._fetched(member, member.user.data, numbers, member.step, rate)
 
     def _fetched(
-        self, member: Member, data: Sequence[Any], numbers: Sequence[int], rate: float, what: str
+        self, member: Member, data: Sequence[Any], numbers: Sequence[int], step: int, rate: float = 0.0
     ) -> Part | None:
         rows = []
         for number in numbers:
             try:
                 rows.append(data[number])
             except Exception as error:
-                member.fail(f"step {member.step + 1}: {what}row {number}: {broken(error)}")
+                what = "row" if data is member.user.data else "validation row"
+                member.fail(f"step {step + 1}: {what} {number}: {broken(error)}")
                 return None
-        return Part(member.user.name, member.slot, member.seed, member.step, rate, rows, list(numbers))
+        return Part(member.user.name, member.slot, member.seed, step, rate, rows, list(numbers))
 
     def _refuse_if_nobody_can(self, outcomes: Sequence[Outcome]) -> None:
         """Where the very first step fails for all in the model or the loss, it is not the users that are broken."""
@@ -367,7 +376,7 @@ class JointTraining:
             data = member.user.validation or ()
             for first in range(0, len(data), self.settings.batch_size):
                 numbers = range(first, min(first + self.settings.batch_size, len(data)))
-                part = self._fetched(member, data, numbers, 0.0, "validation ")
+                part = self._fetched(member, data, numbers, member.step - 1)
                 if part is None:
                     break
                 pieces.append(part)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,8 @@ from .users import UserReport
 
 __all__ = ["CallSink", "Finished", "FolderSink", "Sink", "StoreSink", "sink_of"]
 
-RUN = "kilotune_fleet_run"  # in a store's metadata, and in the header of a file: which training an adapter is of
+KEY = "kilotune_fleet"  # in a store's metadata, and in the header of a file: which training an adapter is of
+LISTED = 100  # of a user's losses and evaluations that stand there; a store's metadata has room for so much
 
 
 @final
@@ -41,9 +43,25 @@ class Sink(ABC):
         Whatever this raises ends the training, whose state keeps those adapters for a resume.
         """
 
-    def has(self, name: str, run: str) -> bool:
-        """Whether the adapter of this training is here already; asked when a broken training is resumed."""
-        return False
+    def find(self, name: str, run: str) -> UserReport | None:
+        """The report of an adapter of this training that is here already; asked when a broken training is resumed."""
+        return None
+
+
+def _told(one: Finished) -> dict[str, Any]:
+    report = one.report.to_dict()
+    lists = {key: report[key][-LISTED:] for key in ("losses", "validation")}
+    return {"run": one.run, "report": {**report, **lists}}
+
+
+def _report(told: Any, run: str) -> UserReport | None:
+    """What :func:`_told` told, if it was this training."""
+    if not isinstance(told, Mapping) or told.get("run") != run:
+        return None
+    try:
+        return UserReport.from_dict(told["report"])
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 @final
@@ -73,8 +91,7 @@ class StoreSink(Sink):
             return [self._alone(item) for item in items]
 
     def _item(self, one: Finished) -> Item:
-        told = {"steps": one.report.steps, "ended": one.report.ended}
-        return Item(one.name, one.contents, {**one.metadata, **told, RUN: one.run}, self.tags)
+        return Item(one.name, one.contents, {**one.metadata, KEY: _told(one)}, self.tags)
 
     def _alone(self, item: Item) -> str | None:
         try:
@@ -85,8 +102,9 @@ class StoreSink(Sink):
             return str(error)
         return None
 
-    def has(self, name: str, run: str) -> bool:
-        return any(version.metadata.get(RUN) == run for version in self.store.versions(name))
+    def find(self, name: str, run: str) -> UserReport | None:
+        found = (_report(version.metadata.get(KEY), run) for version in self.store.versions(name))
+        return next((report for report in found if report is not None), None)
 
 
 @final
@@ -99,14 +117,15 @@ class FolderSink(Sink):
     def put(self, finished: Sequence[Finished]) -> list[str | None]:
         for one in finished:
             kept = one.contents
-            write(self.folder / one.name, kept.config, kept.tensors, {**kept.header, RUN: one.run})
+            write(self.folder / one.name, kept.config, kept.tensors, {**kept.header, KEY: json.dumps(_told(one))})
         return [None] * len(finished)
 
-    def has(self, name: str, run: str) -> bool:
+    def find(self, name: str, run: str) -> UserReport | None:
         try:
-            return read_weights(self.folder / name / WEIGHTS_NAME)[1].get(RUN) == run
-        except CheckpointError:
-            return False
+            told = read_weights(self.folder / name / WEIGHTS_NAME)[1].get(KEY)
+            return None if told is None else _report(json.loads(told), run)
+        except (CheckpointError, ValueError):  # not there, or not ours
+            return None
 
 
 @final
