@@ -6,6 +6,7 @@ were and none of their contents came out. That the check would notice is shown o
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -204,6 +205,7 @@ def intrude(victim: AdapterStore, intruder: AdapterStore, words: tuple[Any, ...]
     """Try everything; AssertionError where something of the victim's was read or changed."""
     before = everything(victim)
     secrets = [SECRET, NAME, *{repr(value[3]) for value in before.values()}, *{value[0] for value in before.values()}]
+    turn = itertools.count()
     for word in words:
         for what, call in calls(intruder, word):
             try:
@@ -212,7 +214,8 @@ def intrude(victim: AdapterStore, intruder: AdapterStore, words: tuple[Any, ...]
                 told = str(error)
             found = [secret for secret in secrets if secret in told]
             assert not found, f"{what}({word!r:.60}) told of the victim: {told[:300]}"
-        assert everything(victim) == before, f"the victim's adapters changed after {word!r:.60}"
+        if word is words[-1] or next(turn) % 8 == 0:  # to read everything takes longer than to try everything
+            assert everything(victim) == before, f"the victim's adapters changed after {word!r:.60}, or shortly before"
         intruder.put("own", contents(4), tags=["t"])  # what was removed
 
 
