@@ -30,6 +30,7 @@ VERBS = (
     "merge",
     "convert",
     "doctor",
+    "doctor",
     "store",
 )
 ERROR, INTERRUPTED = 2, 130
@@ -102,7 +103,7 @@ def _assemble() -> typer.Typer:
     made = typer.Typer(
         name="kilotune",
         cls=Verbs,
-        add_completion=False,
+        add_completion=True,
         pretty_exceptions_enable=False,
         rich_markup_mode="rich",
     )

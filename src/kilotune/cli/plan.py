@@ -15,6 +15,7 @@ from ..fleet.scale import Scale, parse_bytes, parse_count, scale
 from ..methods import METHODS, PRESETS, get_config
 from ..plan import BUILT_IN, DTYPES, AdapterCosts, Base, BuiltIn, Head, costs, load_base
 from ..report import readable_bytes
+from ._completion import complete, complete_methods
 from ._output import Json, console, print_json, quiet_transformers, rows_table
 
 __all__ = ["EPILOG", "models", "plan"]
@@ -54,10 +55,21 @@ def _escape(text: str) -> str:
 
 def plan(
     model: Annotated[
-        str, typer.Argument(help="A config.json or its folder, a built-in name (below), or a hub id.", metavar="MODEL")
+        str,
+        typer.Argument(
+            help="A config.json or its folder, a built-in name (below), or a hub id.",
+            metavar="MODEL",
+            autocompletion=complete(lambda: models()),
+        ),
     ],
     method: Annotated[
-        list[str] | None, typer.Option("--method", "-m", help="A method; may be given again. Default: lora and vera.")
+        list[str] | None,
+        typer.Option(
+            "--method",
+            "-m",
+            help="A method; may be given again. Default: lora and vera.",
+            autocompletion=complete_methods,
+        ),
     ] = None,
     rank: Annotated[
         list[int] | None, typer.Option("--rank", "-r", help="The rank; may be given again. Default: the method's own.")

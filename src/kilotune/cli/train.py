@@ -10,7 +10,9 @@ import typer
 
 from ..errors import ConfigError
 from ..train.config_file import merged, put, read_config, settings_from
-from ..train.settings import AdapterSettings, DataSettings, ModelSettings, TrainingSettings, TrainSettings
+from ..train.progress import MODES
+from ..train.settings import TASK_NAMES, AdapterSettings, DataSettings, ModelSettings, TrainingSettings, TrainSettings
+from ._completion import complete, complete_settings, complete_trained
 from ._output import Json, complain, print_json, quiet_transformers
 
 if TYPE_CHECKING:
@@ -35,9 +37,18 @@ def train(
     ] = None,
     output: Annotated[str | None, typer.Option("--output", "-o", help=TrainSettings.help_of("output"))] = None,
     task: Annotated[
-        str | None, typer.Option("--task", "-t", help=f"{TrainSettings.help_of('task')} Default: causal-lm.")
+        str | None,
+        typer.Option(
+            "--task",
+            "-t",
+            help=f"{TrainSettings.help_of('task')} Default: causal-lm.",
+            autocompletion=complete(lambda: TASK_NAMES),
+        ),
     ] = None,
-    method: Annotated[str | None, typer.Option(help=f"{AdapterSettings.help_of('method')} Default: vera.")] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help=f"{AdapterSettings.help_of('method')} Default: vera.", autocompletion=complete_trained),
+    ] = None,
     epochs: Annotated[float | None, typer.Option(help=f"{TrainingSettings.help_of('epochs')} Default: 3.")] = None,
     learning_rate: Annotated[
         float | None, typer.Option("--learning-rate", "--lr", help=TrainingSettings.help_of("learning_rate"))
@@ -46,11 +57,19 @@ def train(
         int | None, typer.Option(help=f"{TrainingSettings.help_of('batch_size')} Default: 8.")
     ] = None,
     progress: Annotated[
-        str | None, typer.Option(help="bar, plain, json, quiet or auto; --json goes with plain, bar or quiet.")
+        str | None,
+        typer.Option(
+            help="bar, plain, json, quiet or auto; --json goes with plain, bar or quiet.",
+            autocompletion=complete(lambda: MODES),
+        ),
     ] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", help="KEY=VALUE: any setting, such as training.schedule=cosine. May be given again."),
+        typer.Option(
+            "--set",
+            help="KEY=VALUE: any setting, such as training.schedule=cosine. May be given again.",
+            autocompletion=complete_settings,
+        ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the training in the output folder.")] = False,
     force: Annotated[

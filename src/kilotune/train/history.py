@@ -21,6 +21,7 @@ import io
 import json
 import math
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO, final
 
@@ -89,8 +90,12 @@ class History(Listener):
         with _told(self.path):
             if self.file is None:
                 self.file = self.path.open("a", encoding="utf-8")
-            self.file.write(_line(record))
-            self.file.flush()
+            try:
+                self.file.write(_line(record))
+                self.file.flush()
+            except OSError:
+                self.close()
+                raise
         fresh = [name for name in record if name not in self.columns]
         self.columns += fresh
         if fresh:
@@ -101,7 +106,8 @@ class History(Listener):
 
     def close(self) -> None:
         if self.file is not None:
-            self.file.close()
+            with suppress(OSError):  # what could not be written was told when it was
+                self.file.close()
             self.file = None
 
     def _begin(self) -> None:

@@ -67,10 +67,10 @@ def progress_for(
 
 
 def readable_seconds(seconds: float) -> str:
-    """``9.4 s``, ``2:05``, ``1:02:03``, ``3 d 4 h``."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
+    """``9.4 s``, ``45 s``, ``2:05``, ``1:02:03``, ``3 d 4 h``."""
     whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{whole} s"
     if whole >= 172800:
         return f"{whole // 86400} d {whole % 86400 // 3600} h"
     hours, minutes, rest = whole // 3600, whole % 3600 // 60, whole % 60
