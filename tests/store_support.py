@@ -89,7 +89,7 @@ def new_url(kind: str, request: pytest.FixtureRequest, folder: Path) -> str:
         return f"sqlite:///{folder / 'adapters.db'}"
     if not has_postgres():
         pytest.skip("PostgreSQL is not installed (Debian and Ubuntu: apt-get install postgresql)")
-    return str(request.getfixturevalue("postgres").new_database())
+    return str(request.getfixturevalue("postgres").new_place())
 
 
 def opener(url: str, opened: list[AdapterStore]) -> Opener:

@@ -13,7 +13,14 @@ import kilotune
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "api.md"
 DIRECTIVE = re.compile(r"^\.\. (?:auto\w+|py:data):: (\w+)", re.MULTILINE)
 # Modules whose __all__ is public beside the names of kilotune itself.
-PUBLIC_MODULES = ("kilotune.convert", "kilotune.errors", "kilotune.plan", "kilotune.report", "kilotune.train")
+PUBLIC_MODULES = (
+    "kilotune.convert",
+    "kilotune.errors",
+    "kilotune.fleet.store",
+    "kilotune.plan",
+    "kilotune.report",
+    "kilotune.train",
+)
 
 
 def described(page: str) -> set[str]:

@@ -75,7 +75,7 @@ def test_a_server_that_crashes_keeps_what_it_acknowledged(crashes: int, zygote: 
     from postgres_server import running
 
     with running() as server:
-        url = server.new_database()
+        url = server.new_place()
         states = [Expected(), Expected()]
         for number in range(crashes):
             journals = [tmp_path / f"journal-{number}-{i}" for i in range(2)]
