@@ -299,6 +299,35 @@ def test_what_adamw_keeps_is_what_the_estimate_says() -> None:
     assert estimate.optimizer == sum(t.numel() * t.element_size() for t in kept)
 
 
+def test_several_processes_keep_a_copy_of_their_gradients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch.distributed as dist
+
+    net = nn.Sequential(nn.Linear(200, 200), nn.Linear(200, 200))
+    size = sum(p.numel() * p.element_size() for p in net.parameters())
+    x, held = torch.randn(2, 200), list[nn.Module]()
+
+    def run(model: nn.Module) -> Callable[[], None]:
+        def step() -> None:
+            held.append(nn.parallel.DistributedDataParallel(net) if model is not net else net)
+            held[-1](x).sum().backward()
+            net.zero_grad()
+
+        return step
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        alone, together = (measured(run(model), monkeypatch) for model in (net, nn.Identity()))
+    finally:
+        held.clear()
+        dist.destroy_process_group()
+    assert together - alone == pytest.approx(size, rel=0.02)
+    batch = {"inputs": x, "labels": torch.zeros(2, dtype=torch.long)}
+    estimates = [
+        estimate_memory(net, batch, Step(loss=nn.functional.cross_entropy), processes=count) for count in (1, 2)
+    ]
+    assert estimates[1].peak - estimates[0].peak == size
+
+
 def test_it_fits_or_not_by_what_is_still_to_come() -> None:
     estimate = Estimate(weights=100, loaded=100, gradients=10, optimizer=20, activations=50, kept=40, evaluation=0)
     assert estimate.peak == 180

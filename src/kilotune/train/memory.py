@@ -52,7 +52,8 @@ class Estimate:
     weights: all that the model holds: frozen, trained, shared projections, buffers. loaded: those of them that are on
     the device already. gradients: at the step's peak. optimizer: AdamW's. activations: all else at the step's peak.
     kept: what is held for the backward when the forward has ended. evaluation: the most of an evaluation's forward,
-    beyond weights and optimizer. how: ``rehearsed``, or why the step was run in earnest, on a few rows.
+    beyond weights and optimizer. buckets: where several processes average their gradients, DistributedDataParallel's
+    copy of them. how: ``rehearsed``, or why the step was run in earnest, on a few rows.
     """
 
     weights: int
@@ -62,12 +63,13 @@ class Estimate:
     activations: int
     kept: int
     evaluation: int
+    buckets: int = 0
     how: str = "rehearsed"
 
     @property
     def peak(self) -> int:
         """The most at a time."""
-        return self.weights + self.optimizer + max(self.gradients + self.activations, self.evaluation)
+        return self.weights + self.optimizer + self.buckets + max(self.gradients + self.activations, self.evaluation)
 
     def fits(self, machine: Machine) -> bool | None:
         """Whether what is still to come fits into what is free; None where the system does not tell."""
@@ -78,7 +80,7 @@ class Estimate:
         parts = {
             "weights": self.weights,
             "activations": self.activations,
-            "gradients": self.gradients,
+            "gradients": self.gradients + self.buckets,
             "optimizer": self.optimizer,
         }
         told = ", ".join(f"{name} {readable_bytes(size)}" for name, size in parts.items())
@@ -90,7 +92,9 @@ class Estimate:
         return {"peak": self.peak, **asdict(self)}
 
 
-def estimate_memory(model: nn.Module, batch: Batch, step: Step = PLAIN, *, evaluation: Batch | None = None) -> Estimate:
+def estimate_memory(
+    model: nn.Module, batch: Batch, step: Step = PLAIN, *, evaluation: Batch | None = None, processes: int = 1
+) -> Estimate:
     """What training ``model`` with AdamW takes.
 
     Args:
@@ -98,6 +102,7 @@ def estimate_memory(model: nn.Module, batch: Batch, step: Step = PLAIN, *, evalu
         batch: the largest that comes.
         step: what is done with it.
         evaluation: the largest batch of an evaluation; None where there is none.
+        processes: how many train together.
 
     Raises:
         Exception: whatever the model raises on this batch, where it cannot be rehearsed.
@@ -117,6 +122,7 @@ def estimate_memory(model: nn.Module, batch: Batch, step: Step = PLAIN, *, evalu
         activations=counted.peak - counted.gradients,
         kept=counted.kept,
         evaluation=other,
+        buckets=report.trainable_bytes if processes > 1 else 0,
         how=how,
     )
 

@@ -43,8 +43,9 @@ class RunPlan:
 
     what: task, method and base. parameters: counts. file_bytes: of the adapter, or of the model where all of it is
     saved. rows, tokens: of train; tokens 0 where it has none. steps: of the optimizer, in all. epochs: in all. batch:
-    the shape of the largest. memory: None where it could not be found out, and ``unknown`` says why. knobs: what needs
-    less. notes: what the user has to know of data and model.
+    the shape of the largest. memory: None where it could not be found out, and ``unknown`` says why. sharded: whether
+    the processes share the frozen weights out. knobs: what needs less. notes: what the user has to know of data and
+    model.
     """
 
     what: str
@@ -61,6 +62,7 @@ class RunPlan:
     memory: Estimate | None
     machine: Machine
     unknown: str = ""
+    sharded: bool = False
     knobs: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -100,7 +102,10 @@ class RunPlan:
             have = f" of {readable_bytes(free)} that {self.machine.name} has for it"
         shape = " x ".join(map(str, self.batch))
         peak = f"{readable_bytes(self.memory.peak)}{have}"
-        lines = [f"memory: {peak} (at the peak: {self.memory.line()}; largest batch {shape})"]
+        each = " in each process" if self.processes > 1 else ""
+        lines = [f"memory{each}: {peak} (at the peak: {self.memory.line()}; largest batch {shape})"]
+        if self.sharded:
+            lines.append(f"once it is loaded, each process keeps 1/{self.processes} of the frozen weights")
         if self.memory.how != "rehearsed":
             lines.append(f"the memory was {self.memory.how}")
         if self.fits is False:
@@ -143,7 +148,7 @@ def plan_run(session: Session, knobs: Sequence[str] = ()) -> RunPlan:
     batch = prepared.collate(largest_rows(prepared.train, settings.training.batch_size))
     memory, unknown = None, ""
     try:
-        memory = _estimate(session, batch)
+        memory = _estimate(session, batch, processes)
     except Exception as error:  # whatever the model makes of the batch: it is told when the training starts
         unknown = f"{type(error).__name__}: {first_line(error)}"
     return RunPlan(
@@ -161,19 +166,20 @@ def plan_run(session: Session, knobs: Sequence[str] = ()) -> RunPlan:
         memory=memory,
         machine=machine_of(device),
         unknown=unknown,
+        sharded=settings.training.shard,
         knobs=tuple(knobs),
         notes=session.notes,
     )
 
 
-def _estimate(session: Session, batch: Any) -> Estimate:
+def _estimate(session: Session, batch: Any, processes: int) -> Estimate:
     settings, prepared = session.settings, session.prepared
     run = settings.training
     evaluation = None
     if prepared.validation is not None and run.eval_every is not None:
         evaluation = prepared.collate(largest_rows(prepared.validation, run.eval_batch_size or run.batch_size))
     step = Step(run.precision, run.accumulation, settings.model.gradient_checkpointing, session.loss)
-    return estimate_memory(session.model, batch, step, evaluation=evaluation)
+    return estimate_memory(session.model, batch, step, evaluation=evaluation, processes=processes)
 
 
 def largest_rows(rows: Any, count: int) -> list[Any]:
