@@ -25,21 +25,21 @@ DPI = 110
 PLACES = [(7, 0), (0, 9), (0, -9), (-7, 0), (7, 9), (7, -9), (-7, 9), (-7, -9), (0, 18), (0, -18), (14, 18), (14, -18)]
 
 
-def draw(comparison: Comparison, name: str, kind: str = "svg") -> bytes:
-    """One of :data:`PICTURES`; equal comparisons give equal bytes.
-
-    Args:
-        comparison: what was found.
-        name: of the picture.
-        kind: "svg" or "png".
-    """
+def draw(comparison: Comparison, name: str) -> dict[str, bytes]:
+    """One of :data:`PICTURES`, as ``svg`` and as ``png``; equal comparisons give equal bytes."""
     import matplotlib as mpl
 
     with mpl.rc_context(STYLE):
         figure = PICTURES[name](comparison)
-        out = io.BytesIO()
-        quiet: dict[str, Any] = {"Date": None} if kind == "svg" else {}
-        figure.savefig(out, format=kind, dpi=DPI, metadata=quiet)
+        figure.draw_without_rendering()  # lays it out, once for both
+        figure.set_layout_engine("none")
+        return {kind: _saved(figure, kind) for kind in ("svg", "png")}
+
+
+def _saved(figure: Figure, kind: str) -> bytes:
+    out = io.BytesIO()
+    quiet: dict[str, Any] = {"Date": None} if kind == "svg" else {}
+    figure.savefig(out, format=kind, dpi=DPI, metadata=quiet)
     return out.getvalue()
 
 

@@ -44,9 +44,8 @@ def write_comparison(comparison: Comparison, folder: Path) -> list[Path]:
         "comparison.csv": comparison.to_csv().encode(),
         "comparison.md": comparison.to_markdown().encode(),
         "runs.csv": comparison.runs_csv().encode(),
-        **{f"{name}.svg": picture for name, picture in drawn.items()},
-        **{f"{name}.png": draw(comparison, name, "png") for name in PICTURES},
-        "report.html": page(comparison, drawn).encode(),
+        **{f"{name}.{kind}": picture for name, both in drawn.items() for kind, picture in both.items()},
+        "report.html": page(comparison, {name: both["svg"] for name, both in drawn.items()}).encode(),
     }
     return publish(folder, files)
 
