@@ -67,7 +67,7 @@ def test_a_planted_bug_is_noticed(planted: str, zygote: Zygote, url: str, tmp_pa
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("crashes", [2, pytest.param(25, marks=pytest.mark.full)])
+@pytest.mark.parametrize("crashes", [2, pytest.param(15, marks=pytest.mark.full)])
 def test_a_server_that_crashes_keeps_what_it_acknowledged(crashes: int, zygote: Zygote, tmp_path: Path) -> None:
     """The server's processes are cut off in the middle, as by a crash, while two clients write."""
     if not has_postgres():

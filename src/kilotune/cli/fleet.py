@@ -1,0 +1,133 @@
+"""``kilotune fleet``: adapters of many users, trained together."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import ConfigError, gather
+from ..fleet import FleetReport, FleetSettings, StoreSink, fit, open_store
+from ..fleet.joint_progress import told_by
+from ..train.config_file import merged
+from ..train.settings import AdapterSettings, ModelSettings
+from ._output import Json, console, print_json, quiet_transformers, rows_table
+
+__all__ = ["app"]
+
+NO = 1
+app = typer.Typer(name="fleet", no_args_is_help=True, help="Train the adapters of many users together, over one base.")
+
+
+@app.callback()
+def _group() -> None:
+    """So that its one verb keeps its name."""
+
+
+def _pairs(flag: str, words: list[str] | None) -> dict[str, Any]:
+    for word in words or ():
+        if not all(word.partition("=")[:2]):
+            raise ConfigError(f"{flag} {word!r}: expected KEY=VALUE")
+    return merged({}, words or ())
+
+
+@app.command()
+def train(
+    model: Annotated[str, typer.Option("--model", "-m", help=ModelSettings.help_of("base"))],
+    data: Annotated[
+        Path,
+        typer.Option("--data", "-d", help="One file with a column that names the user, or a folder of a file each."),
+    ],
+    user_column: Annotated[
+        str | None, typer.Option(help="The column of that file; with a folder the files' names are the users'.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="A folder for the adapters, one of PEFT's each.")
+    ] = None,
+    store: Annotated[
+        str | None, typer.Option(help="Or the URL of an adapter store, as kilotune store takes it.")
+    ] = None,
+    namespace: Annotated[str, typer.Option(help="Whose adapters in the store.")] = "default",
+    alias: Annotated[str | None, typer.Option(help="Let this alias name the new versions in the store.")] = None,
+    method: Annotated[str, typer.Option(help="An adapter's method.")] = "vera",
+    option: Annotated[
+        list[str] | None, typer.Option("--option", help=f"KEY=VALUE: {AdapterSettings.help_of('options')} Repeatable.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help=f"KEY=VALUE, of {', '.join(FleetSettings.known())}. May be given again."),
+    ] = None,
+    column: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--column", help="ROLE=COLUMN, where a column is not called text, prompt, completion or messages."
+        ),
+    ] = None,
+    max_length: Annotated[int | None, typer.Option(help="Cut rows to so many tokens.")] = None,
+    validation_fraction: Annotated[
+        float, typer.Option(help="The part of each user's rows held out to evaluate.")
+    ] = 0.0,
+    state: Annotated[
+        Path | None, typer.Option(help="A folder for the training's state, so that --resume can go on with it.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the training in --state.")] = False,
+    progress: Annotated[
+        str, typer.Option(help="plain: lines; json: one JSON object a line; quiet: nothing.")
+    ] = "plain",
+    as_json: Json = False,
+) -> None:
+    """Train an adapter for each user of a causal language model, many in one batch, each as if it were alone.
+
+    A user whose data is broken fails alone; the exit code is then 1.
+    """
+    quiet_transformers()
+    if (output is None) == (store is None):
+        raise ConfigError("give --output FOLDER or --store URL, one of them")
+    if store is None and (alias is not None or namespace != "default"):
+        raise ConfigError("--alias and --namespace are of a store, and --output is a folder")
+    if as_json and progress == "json":
+        raise ConfigError("--json prints one document on stdout, and --progress json many lines; take one of them")
+    chosen = FleetSettings(**_pairs("--set", settings))
+    adapter = AdapterSettings(method=method, options=_pairs("--option", option))
+    telling = told_by(progress)
+    from ..fleet.joint_text import text_users
+
+    found = text_users(
+        model,
+        data,
+        user_column=user_column,
+        columns=_pairs("--column", column),
+        max_length=max_length,
+        fraction=validation_fraction,
+        seed=chosen.seed,
+    )
+    with ExitStack() as held:
+        sink: Any = output
+        if store is not None:
+            sink = StoreSink(held.enter_context(open_store(store, namespace=namespace)), alias)
+        config = adapter.config(task_type="CAUSAL_LM", base_model_name_or_path=model)
+        report = fit(
+            found.model, config, found, chosen, collate=found.collate, sink=sink, folder=state, resume=resume,
+            told=telling,
+        )  # fmt: skip
+    _show(report, as_json)
+    if report.failed:
+        raise typer.Exit(NO)
+
+
+def _show(report: FleetReport, as_json: bool) -> None:
+    if as_json:
+        print_json(report.to_dict())
+        return
+    endings: dict[str, int] = {}
+    for user in report.users:
+        endings[user.ended] = endings.get(user.ended, 0) + 1
+    rows = [(ending, str(count)) for ending, count in endings.items()]
+    rows += [("rows", f"{report.rows:,}"), ("joint steps", f"{report.steps:,}"), ("seconds", f"{report.seconds:.1f}")]
+    console().print(rows_table("users", [""], rows))
+    if report.failed:
+        faults = [f"{user.name}: {user.error}" for user in report.failed]
+        print(gather(f"{len(faults)} users failed:", faults), file=sys.stderr)
