@@ -426,7 +426,7 @@ class JointTraining:
         self._reports.append(report)
         self._failed += report.ended == "failed"
         last = {report.name: report.losses[-1]} if report.losses else {}
-        self._tell(report.ended, last, report.error)
+        self._tell(report.ended, last, report.name, report.error)
 
     def _save(self) -> None:
         assert self._state is not None
@@ -437,10 +437,10 @@ class JointTraining:
         self._state.save(self._steps, members, {name: tensor[slots] for name, tensor in tensors.items()})
         self._tell("save", {})
 
-    def _tell(self, kind: str, losses: dict[str, float], error: str | None = None) -> None:
+    def _tell(self, kind: str, losses: dict[str, float], name: str | None = None, error: str | None = None) -> None:
         if not self._told:
             return
         done, seconds = len(self._reports) - self._failed, time.monotonic() - self._begun
         counts = (self._steps, done, self._failed, len(self._queue), self._total, self._rows_done)
         for listener in self._told:
-            listener(Progress(kind, *counts, seconds, losses, error))
+            listener(Progress(kind, *counts, seconds, losses, name, error))

@@ -64,7 +64,7 @@ class Progress:
 
     kind: "step", "save", or how a user ended. step: joint steps so far. done, failed: users. active: in training now.
     total: users in all, or None where that is not known. rows, seconds: since this process began. losses: of the users
-    of this step, by name; of a user that ended, its last one.
+    of this step, by name; of a user that ended, its last one. name, error: of a user that ended.
     """
 
     kind: str
@@ -76,6 +76,7 @@ class Progress:
     rows: int
     seconds: float
     losses: Mapping[str, float]
+    name: str | None = None
     error: str | None = None
 
     @property
