@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -46,6 +47,32 @@ def test_a_model_and_a_file_are_enough(model: Path, data: Path, tmp_path: Path) 
     assert load_settings(tmp_path / "out" / "kilotune-train.yaml").model.base == str(model)
 
 
+def test_at_the_end_it_says_what_came_out_and_what_to_do_with_it(model: Path, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = [
+        "-m",
+        model,
+        "-d",
+        data,
+        "-o",
+        out,
+        "--set",
+        "training.device=cpu",
+        "--set",
+        "data.validation_fraction=0.25",
+    ]
+    done = kilotune("train", *words, "--set", "training.max_steps=2", "--progress", "plain")
+    assert done.exit_code == 0, done.stderr
+    first, scores, report, attempt = done.stdout.splitlines()
+    assert re.fullmatch(rf"the adapter of step \d: {out}, \d\.\d+ kB", first)
+    assert scores.startswith("validation: loss 4.")
+    assert report == f"report: {out / 'report.html'}"
+    assert attempt == f"try it: kilotune chat {out} --base {model}"
+    page = (out / "report.html").read_text()
+    assert str(model) in page
+    assert (out / "plots" / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_json_is_one_document_and_flags_reach_the_settings(model: Path, data: Path, tmp_path: Path) -> None:
     flags = ["--method", "lora", "--epochs", "1", "--lr", "1e-3", "--batch-size", "4", "--set", "adapter.options.r=2"]
     result = as_json("train", "-m", model, "-d", data, "-o", tmp_path / "out", *flags, *SHORT)
@@ -84,7 +111,7 @@ def test_json_lines_for_machines(model: Path, data: Path, tmp_path: Path) -> Non
     done = kilotune("train", "-m", model, "-d", data, "-o", tmp_path / "out", *short, "--set", "training.max_steps=2")
     events = [json.loads(line) for line in done.stdout.splitlines()]
     assert [event["event"] for event in events[:2]] == ["plan", "start"]
-    assert events[-1]["event"] == "end"
+    assert [event["event"] for event in events[-2:]] == ["end", "result"]
     assert "take one of them" in error("train", "-m", model, "-d", data, "-o", tmp_path / "b", *short, "--json")
 
 

@@ -57,6 +57,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.full
 def test_the_tutorials(folder: Path) -> None:
     for kind in ("llama", "bert", "vit"):
         shutil.copytree(model_folder(kind), folder / "models" / kind)

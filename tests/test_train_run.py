@@ -137,7 +137,14 @@ def test_a_pooler_that_the_files_lack_is_trained_and_saved(tmp_path: Path) -> No
 # -- the optimizer's steps -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "task"), TASK_CASES)
+# One model of each kind of loss in CI: its own count of labels, the mean over a batch, that over all tokens.
+ACCUMULATED = [
+    pytest.param(*case, marks=() if case in (TASK_CASES[0], TASK_CASES[3], TASK_CASES[-1]) else pytest.mark.full)
+    for case in TASK_CASES
+]
+
+
+@pytest.mark.parametrize(("kind", "task"), ACCUMULATED)
 def test_accumulated_batches_are_one_batch(kind: str, task: str, tmp_path: Path) -> None:
     data = rows_for(task, tmp_path, 8)
     found = []
@@ -157,8 +164,7 @@ def learning_rates(output: Path) -> list[float]:
     return [r["learning_rate"] for r in map(json.loads, lines) if r["kind"] == "train"]
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
-@pytest.mark.parametrize("warmup", [0.25, 3])
+@pytest.mark.parametrize(("schedule", "warmup"), [("linear", 3), ("cosine", 0.25), ("constant", 3)])
 def test_the_schedule_is_the_formula(schedule: str, warmup: float, tmp_path: Path) -> None:
     chosen = settings(
         "llama",
@@ -182,9 +188,9 @@ def test_the_usual_learning_rate_is_the_methods_own(tmp_path: Path) -> None:
     for method, rate in (("lora", 2e-4), ("vera", 4e-3), ("dvora", 4e-3)):
         output = tmp_path / method
         adapter = {"method": method, "options": {}}
-        run = {"learning_rate": None, "warmup": 0, "schedule": "constant"}
+        run = {"learning_rate": None, "warmup": 0, "schedule": "constant", "max_steps": 1}
         train(settings("llama", "causal-lm", data, output, adapter=adapter, training=run))
-        assert learning_rates(output) == [rate] * 8
+        assert learning_rates(output) == [rate]
 
 
 def test_head_and_second_factor_have_rates_of_their_own(tmp_path: Path) -> None:
@@ -228,7 +234,7 @@ def test_every_method_trains_by_its_name(method: str, tmp_path: Path) -> None:
         rows_for("causal-lm", tmp_path),
         tmp_path / "out",
         adapter={"method": method, "options": options},
-        training={"max_steps": 2},
+        training={"max_steps": 1, "warmup": 0},
     )
     session = open_session(chosen)
     before = output_of(session.model, session)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ConfigError
+from ..report import readable_bytes
 from ..train.config_file import merged, put, read_config, settings_from
 from ..train.progress import MODES
 from ..train.settings import TASK_NAMES, AdapterSettings, DataSettings, ModelSettings, TrainingSettings, TrainSettings
@@ -16,6 +18,7 @@ from ._completion import complete, complete_settings, complete_trained
 from ._output import Json, complain, print_json, quiet_transformers
 
 if TYPE_CHECKING:
+    from ..train.outcome import Result
     from ..train.planning import RunPlan
 
 __all__ = ["train"]
@@ -84,6 +87,7 @@ def train(
     stopped by whatever means, it goes on with --resume, to the same result. With --resume, --output is enough.
     """
     quiet_transformers()
+    from ..train.outcome import is_main
     from ..train.run import train as run
 
     flags = {
@@ -108,8 +112,31 @@ def train(
     except KeyboardInterrupt as stopped:
         complain(str(stopped) or "interrupted")
         raise typer.Exit(INTERRUPTED) from None
-    if as_json and result is not None:
+    if result is None or not is_main():
+        return
+    if as_json:
         print_json(result.to_dict())
+    elif chosen.logging.progress == "json":
+        print(json.dumps({"event": "result", **result.to_dict()}))
+    elif chosen.logging.progress != "quiet":
+        print("\n".join(_summary(chosen, result)))
+
+
+def _summary(settings: TrainSettings, result: Result) -> list[str]:
+    """What came out, where it is, and what to do with it."""
+    what = "the adapter" if settings.adapter.is_adapter else "the model"
+    scores = result.metrics.get("test") or result.metrics.get("best") or {}
+    told = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in scores.items())
+    split = "test" if "test" in result.metrics else "validation"
+    lines = [f"{what} of step {result.best_step}: {result.folder}, {readable_bytes(result.adapter_bytes)}"]
+    lines += [f"{split}: {told}"] if told else []
+    lines += [f"report: {result.folder / 'report.html'}"] if settings.logging.report else []
+    base = f" --base {settings.model.base}" if Path(settings.model.base).exists() else ""
+    if settings.adapter.is_adapter:
+        verb = "chat" if settings.task == "causal-lm" else "evaluate"
+        data = "" if verb == "chat" else " DATA"
+        lines.append(f"try it: kilotune {verb} {result.folder}{data}{base}")
+    return lines
 
 
 def _document(plan: RunPlan, preview: str) -> None:
