@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,21 @@ def weights(model: PeftModel) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in model.adapter_parameters()}
 
 
+def batches(case: str, size: int) -> dict[str, Any]:
+    """Arguments for batches of ``size`` rows in this process, an evaluation every two steps, and the best one kept."""
+    return {
+        "per_device_train_batch_size": size,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "loss",
+        # The small BERT has gradients of 1e-8, all rounding, which Adam would make as large as all others. Its loss is
+        # a mean over its own rows, whatever number of items the Trainer tells it.
+        "adam_epsilon": 1e-5,
+        "average_tokens_across_devices": CASES[case][2] is not CLASSES,
+    }
+
+
 def letters() -> Any:
     """A tokenizer of 32 tokens: one for each letter, and an end."""
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -71,14 +87,13 @@ def letters() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=words, **special)
 
 
-def nf4_llama(**options: Any) -> Any:
-    """The small Llama with its linear layers in NF4, as transformers loads it."""
-    import tempfile
-
+def nf4_llama(folder: str | None = None) -> Any:
+    """The small Llama with its linear layers in NF4, as transformers loads it; ``folder`` holds it already."""
     from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
-    with tempfile.TemporaryDirectory() as folder:
-        wide = tiny_llama()
-        wide.save_pretrained(folder)
-        scheme = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
-        return LlamaForCausalLM.from_pretrained(folder, quantization_config=scheme, device_map={"": "cpu"}, **options)
+    if folder is None:
+        with tempfile.TemporaryDirectory() as made:
+            tiny_llama().save_pretrained(made)
+            return nf4_llama(made)
+    scheme = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    return LlamaForCausalLM.from_pretrained(folder, quantization_config=scheme, device_map={"": "cpu"})

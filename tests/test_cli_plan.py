@@ -174,13 +174,16 @@ def verbs() -> Any:
 
 def test_every_verb_takes_json_and_explains_itself() -> None:
     assert {"demo", "plan", "inspect", "merge", "convert", "intrinsic-dimension", "train", "chat"} <= set(verbs())
-    for name, command in verbs().items():
+    groups = {name: group.commands for name, group in verbs().items() if hasattr(group, "commands")}
+    leaves = {(name,): command for name, command in verbs().items() if name not in groups}
+    leaves |= {(name, sub): command for name, own in groups.items() for sub, command in own.items()}
+    for name, command in leaves.items():
         options = {option for parameter in command.params for option in parameter.opts}
         assert "--json" in options, name
         assert command.help, name
         bare = [p.name for p in command.params if not getattr(p, "help", None) and p.name != "help"]
         assert bare == [], name
-        assert kilotune(name, "--help").exit_code == 0
+        assert kilotune(*name, "--help").exit_code == 0
 
 
 def test_the_help_of_options_is_the_configs_own() -> None:

@@ -28,9 +28,15 @@ def test_peft_is_absent_there() -> None:
     assert run.stdout.strip() == "absent", run.stderr
 
 
-@pytest.mark.parametrize("file", ["test_engines_trainer.py", "test_engines_sft.py"])
-@pytest.mark.parametrize("some", [CENTRAL, pytest.param("", marks=pytest.mark.full)], ids=["central", "all"])
-def test_it_holds_without_peft(some: str, file: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("file", "some"),
+    [
+        pytest.param("test_engines_trainer.py", CENTRAL, id="trainer"),
+        pytest.param("test_engines_trainer.py", "", id="trainer-all", marks=pytest.mark.full),
+        pytest.param("test_engines_sft.py", "", id="sft-all", marks=pytest.mark.full),
+    ],
+)
+def test_it_holds_without_peft(file: str, some: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "without_peft", "-p", "no:cacheprovider"]
     command += [f"--basetemp={tmp_path / 'base'}", "-k", some, str(HERE / file)]
     run = subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=HERE.parent)

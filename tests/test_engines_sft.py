@@ -29,7 +29,7 @@ CHAT = (
 def rows() -> Any:
     from datasets import Dataset
 
-    asked, answers = ["abc def", "hello you", "what is"], ["ghi", "me too", "it is"]
+    asked, answers = ["abc def", "hello you", "what is", "go"], ["ghi", "me too", "it is", "on and on"]
     return Dataset.from_dict({"prompt": asked * 4, "completion": answers * 4})
 
 

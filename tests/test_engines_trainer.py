@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -393,3 +394,15 @@ def test_the_options_in_a_checkpoint_are_json_beside_the_tensors(tmp_path: Path)
     for_trainer(adapted("vera")).save_pretrained(tmp_path / "checkpoint-1")
     held = bytes(load_file(tmp_path / "checkpoint-1" / STATE_NAME)["kilotune.options"].tolist())
     assert json.loads(held)["default"]["r"] == 4
+
+
+def test_the_page_s_example_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).resolve().parent.parent / "docs" / "engines.md").read_text(encoding="utf-8")
+    code = re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0]
+    assert "for_trainer(model)" in code
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"base": tiny_llama(), "rows": LINES}
+    exec(code.replace("save_steps=100", "use_cpu=True, report_to='none', disable_tqdm=True"), names)
+    assert {path.name for path in (tmp_path / "adapter").iterdir()} == {*ADAPTER, "training_args.bin"}
+    moved = [(value - 0.1).abs().max() for name, value in weights(names["model"]).items() if name.endswith("_d")]
+    assert max(moved) > 1e-4

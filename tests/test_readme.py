@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 from collections.abc import Iterator
@@ -35,8 +36,24 @@ def commands(page: Path) -> Iterator[list[str]]:
                 yield words
 
 
+# Pages whose Python takes the reader's own model and data by name: their imports are run here. The first two are run
+# whole by tests of their own (test_store_contract.py, test_using_docs.py).
+FRAGMENTS = {"store.md", "using.md", "fleet.md", "engines.md"}
+
+
 def python_pages() -> list[Path]:
-    return [page for page in PAGES if blocks(page, "python")]
+    return [page for page in PAGES if blocks(page, "python") and page.name not in FRAGMENTS]
+
+
+@pytest.mark.parametrize("name", sorted(FRAGMENTS))
+def test_what_fragments_import_is_there(name: str) -> None:
+    found = 0
+    for number, block in enumerate(blocks(ROOT / "docs" / name, "python")):
+        tree = ast.parse(block, f"{name}, python block {number}")
+        imports = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+        exec(compile(ast.Module(imports, []), f"{name}, python block {number}", "exec"), {})
+        found += len(imports)
+    assert found
 
 
 @pytest.fixture
@@ -116,7 +133,7 @@ def test_the_commands_of_the_page_exist(page: Path) -> None:
         elif words[0] == "python":
             assert (ROOT / words[1]).exists(), words
         else:
-            assert words[0] in {"pip", "git", "cd"}, f"nothing checks this command: {words}"
+            assert words[0] in {"pip", "git", "cd", "torchrun", "accelerate"}, f"nothing checks this command: {words}"
 
 
 def test_readme_names_every_verb() -> None:

@@ -351,7 +351,7 @@ def test_without_train_the_other_splits_are_there(texts: str) -> None:
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_the_trainer_learns_and_scores_alike_at_every_batch_size(texts: str, tmp_path: Path, packing: bool) -> None:
-    prepared = prepare(texts, max_length=32, validation_fraction=0.1, limit=200, packing=packing)
+    prepared = prepare(texts, max_length=32, validation_fraction=0.1, limit=100, packing=packing)
     model = llama()
     scores = {}
     for size in (3, 8):

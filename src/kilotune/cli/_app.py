@@ -23,6 +23,7 @@ VERBS = (
     "chat",
     "evaluate",
     "export",
+    "compare",
     "demo",
     "intrinsic-dimension",
     "plan",
@@ -30,8 +31,8 @@ VERBS = (
     "merge",
     "convert",
     "doctor",
-    "doctor",
     "store",
+    "fleet",
 )
 ERROR, INTERRUPTED = 2, 130
 

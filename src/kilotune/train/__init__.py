@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .inference import Answer, Chat, Sampling, Writer
     from .modules import fit_module
     from .outcome import Result
+    from .parallel import ignore_sharded, shard_base
     from .run import evaluate, fit, train
     from .session import Session, open_session
     from .settings import (
@@ -46,9 +47,11 @@ __all__ = [
     "fit",
     "fit_module",
     "for_trainer",
+    "ignore_sharded",
     "load_settings",
     "open_session",
     "settings_from",
+    "shard_base",
     "train",
 ]
 
@@ -58,6 +61,7 @@ _HOMES = {
     "inference": ("Answer", "Chat", "Sampling", "Writer"),
     "modules": ("fit_module",),
     "outcome": ("Result",),
+    "parallel": ("ignore_sharded", "shard_base"),
     "run": ("evaluate", "fit", "train"),
     "session": ("Session", "open_session"),
     "settings": tuple(name for name in __all__ if name.endswith("Settings")),

@@ -29,8 +29,8 @@ from ..errors import CheckpointError, ConfigError, MissingExtraError, Unsupporte
 from ..layer import AdaptedLayer
 from ..lent import lend, lend_module
 from ..model import AdapterModel
-from ..sharded import gathered
-from .parallel import ignore_sharded
+from ..sharded import gathered, is_unit
+from .parallel import check_averaged, ignore_sharded
 
 __all__ = ["STATE_NAME", "for_trainer"]
 
@@ -91,6 +91,8 @@ def for_trainer(model: AdapterModel) -> nn.Module:
     wide = _Wide(root)
     lend(root, "load_state_dict", _Loading(model, root, wide))
     lend(root, "_kilotune_head", root.register_forward_pre_hook(_check_head, with_kwargs=True))
+    if is_unit(base):
+        lend(root, "_kilotune_averaged", root.register_forward_pre_hook(check_averaged))
     lend(root, "_kilotune_wide", root.register_forward_pre_hook(wide))
     return root
 

@@ -11,16 +11,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any, final
 
+import torch
 from torch import nn
 
 from ..added import Added
 from ..errors import UnsupportedError
 from ..lent import lend
 from ..model import AdapterModel
-from ..sharded import is_sharded, is_unit
+from ..sharded import is_sharded, is_unit, processes
 from ..storage import storage_of
 
-__all__ = ["ignore_sharded", "shard_base"]
+__all__ = ["check_averaged", "ignore_sharded", "shard_base"]
 
 IGNORED = "_ddp_params_and_buffers_to_ignore"  # where DistributedDataParallel looks for what it is to leave alone
 
@@ -116,6 +117,26 @@ def ignore_sharded(model: nn.Module) -> None:
     """
     base = model.get_base_model() if isinstance(model, AdapterModel) else model
     lend(base, IGNORED, _Sharded(base))
+
+
+def check_averaged(root: nn.Module, args: tuple[Any, ...]) -> None:
+    """A hook before each forward: refuse to train an adapter whose gradients nobody averages.
+
+    Engines that shard by themselves put no DistributedDataParallel around a model that is sharded already, and leave it
+    as it is: each process would train an adapter of its own.
+
+    Raises:
+        UnsupportedError: training, several processes, and no DistributedDataParallel.
+
+    """
+    if not (root.training and torch.is_grad_enabled() and processes() > 1):
+        return
+    if nn.parallel.DistributedDataParallel._active_ddp_module is None:
+        raise UnsupportedError(
+            "the base is sharded and the adapter is whole in each process, so DistributedDataParallel has to average "
+            "its gradients; the engine was told to shard by itself (fsdp in TrainingArguments, accelerate's FSDP, "
+            "DeepSpeed) and leaves that out: turn it off there, or leave out shard_base"
+        )
 
 
 @final

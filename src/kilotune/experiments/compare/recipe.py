@@ -19,17 +19,15 @@ from ...train.fields import Section, setting, text
 from ...train.run import Session, evaluate, fit, open_session
 from ...train.settings import AdapterSettings, LogSettings, TrainSettings
 from ...train.tasks import Prepared
-from ...train.trainer import quiet, total_steps
+from ...train.trainer import best_by, quiet, total_steps
 from ...train.watching import Event, Listener
 from .problem import Bench, Contender, Problem, Score, Tick
 
 __all__ = ["Recipe", "RecipeSettings"]
 
-OURS = (
-    "seed",
-    "learning_rate",
-    "workers",
-)  # settings of a training that the comparison decides, or that decide nothing
+# Settings of a training that the comparison decides, or that decide nothing of its numbers.
+BETWEEN = ("eval_every", "save_every", "early_stopping", "load_best", "eval_batch_size", "best_metric")
+OURS = ("seed", "learning_rate", "workers", "keep_checkpoints", *BETWEEN)
 SHARES = ("accuracy", "f1", "precision", "recall", "exact")  # metrics that are shares of 1
 
 
@@ -44,10 +42,12 @@ class RecipeSettings(Section):
         "",
         text,
         "A config file of kilotune train, with validation and test data; from the folder of this config file. Its "
-        "adapter, learning_rate, seed and output are the comparison's.",
+        "adapter, learning_rate, seed, output and logging are the comparison's, and each run is trained to its end: "
+        "there are no evaluations in between, and no early stopping.",
     )
 
 
+RATIO = "training.lora_plus_ratio"
 BARE = Contender("full", "full")  # the model without an adapter
 
 
@@ -57,8 +57,9 @@ class Recipe(Problem):
 
     def __init__(self, settings: RecipeSettings) -> None:
         given = load_settings(Path(settings.config))
-        if given.adapter.start is not None:
-            raise ConfigError(f"{settings.config}: adapter.start: a comparison starts from the base")
+        for name, value in (("adapter.start", given.adapter.start), (RATIO, given.training.lora_plus_ratio)):
+            if value is not None:
+                raise ConfigError(f"{settings.config}: {name}: not all methods have it, so a comparison cannot")
         self.base = given
         first = _opened(self._settings(BARE, 1.0, given.training.seed, 1.0, None))
         self.prepared: Prepared = first.prepared
@@ -69,7 +70,7 @@ class Recipe(Problem):
                 f"data.{missing[0]}_fraction"
             )
         self.origin = hashlib.sha256(json.dumps(dict(first.start), sort_keys=True, default=str).encode()).hexdigest()
-        self.metric, self.larger_is_better = self.prepared.best_metric, self.prepared.greater_is_better
+        self.metric, self.larger_is_better = best_by(given, self.prepared)
         self.percent = self.metric.startswith(SHARES)
         self.steps = total_steps(given, self.prepared)
         self.name = f"{given.task}: {Path(settings.config).stem}"
@@ -90,7 +91,7 @@ class Recipe(Problem):
     ) -> TrainSettings:
         run, changes = self.base.training, {}
         if not contender.is_adapter:  # one rate is all that they have
-            changes = {"head_learning_rate": None, "lora_plus_ratio": None}
+            changes = {"head_learning_rate": None}
         steps = run.max_steps if folder is None else max(1, round(budget * self.steps))
         return self.base.replace(
             output=None if folder is None else str(folder),
@@ -99,12 +100,7 @@ class Recipe(Problem):
                 learning_rate=rate,
                 seed=seed,
                 max_steps=steps,
-                eval_every=None,
-                save_every=None,
-                early_stopping=None,
-                best_metric=None,
-                load_best=None,
-                eval_batch_size=None,
+                **dict.fromkeys(BETWEEN),
                 **changes,
             ),
             logging=LogSettings(progress="quiet", csv=False, report=False),
