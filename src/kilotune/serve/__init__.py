@@ -1,0 +1,1 @@
+"""Thousands of fine-tunes over one base model, answered in one batch, over HTTP."""

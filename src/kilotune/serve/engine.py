@@ -1,0 +1,171 @@
+"""What the HTTP service asks of an engine, and what it gets back. Plain data and one abstract class.
+
+An engine knows adapters by :class:`AdapterKey`: one version of one tenant's adapter, by its content. A request keeps
+the key that it was given, so replacing or deleting an adapter changes no request that runs.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, final
+
+__all__ = ["AdapterKey", "Engine", "EngineStats", "Finish", "Generation", "Sampling", "Token", "Vector"]
+
+Reason = Literal["stop", "length", "cancelled", "deadline", "error"]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class AdapterKey:
+    """One version of one adapter. sha256: of its contents, hexadecimal (:class:`~kilotune.fleet.store.Version`)."""
+
+    namespace: str
+    name: str
+    version: int
+    sha256: str
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How tokens are chosen.
+
+    max_tokens: at most so many. temperature: 0 takes the likeliest token. top_p: of the likeliest tokens that together
+    have this probability, in (0, 1]. top_k: of so many; None: of all. seed: the draws of a request with a seed depend
+    on the seed and on nothing else, whatever else is in the batch. stop: texts that end the answer, and are not part of
+    it. stop_token_ids: tokens that do, beside the model's own. ignore_eos: go on behind the model's end token.
+    logprobs: how many likeliest tokens come with each token; 0: only the token's own; None: no log-probabilities.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """One text to go on with. tenant: whom it counts for; deadline: of time.monotonic(), or None."""
+
+    id: str
+    tenant: str
+    adapter: AdapterKey | None
+    prompt: tuple[int, ...] = field(repr=False)
+    sampling: Sampling
+    deadline: float | None = None
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One token of an answer. text: what it adds, which may be empty while a character or a stop text is unfinished.
+
+    logprob: natural, of the model's own distribution (before temperature and top_p). top: the likeliest tokens
+    with theirs, best first.
+    """
+
+    id: int
+    text: str
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """The end of an answer, always the last thing of a stream.
+
+    text: what was held back and belongs to it. error: what went wrong, for reason "error" only, fit for the tenant.
+    prompt_tokens, completion_tokens: what is billed. cached_tokens: of the prompt, what was already in the cache.
+    """
+
+    reason: Reason
+    text: str = ""
+    error: str | None = None
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Vector:
+    """What an encoder gives for one text: an embedding (pooled), or a classifier's scores. tokens: of the text."""
+
+    values: tuple[float, ...]
+    tokens: int
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """An engine at one moment.
+
+    waiting, running: requests. tokens: generated since the start. cache: the share of it in use. resident: adapters on the device. slots: how many it can hold. steps: since the start.
+    """
+
+    waiting: int
+    running: int
+    tokens: int
+    steps: int
+    cache: float
+    resident: int
+    slots: int
+
+
+class Engine(ABC):
+    """Runs requests for many adapters in one batch. All methods may be called from any thread but where said."""
+
+    generates: bool
+    """Whether it takes :meth:`generate` (a causal language model)."""
+    embeds: bool
+    """Whether it takes :meth:`embed`."""
+    labels: tuple[str, ...] | None
+    """The names of a classifier's scores, or None where it takes no :meth:`classify`."""
+    max_length: int
+    """Tokens of prompt and answer together."""
+
+    @abstractmethod
+    def start(self) -> None:
+        """Load, warm up, and be ready to answer at once; returns when that is so."""
+
+    @abstractmethod
+    def stop(self, drain: float = 0.0) -> None:
+        """End. drain: seconds that running requests may still take; what is left then ends with "cancelled"."""
+
+    @abstractmethod
+    def healthy(self) -> str | None:
+        """None, or why it cannot answer any more."""
+
+    @abstractmethod
+    def stats(self) -> EngineStats:
+        """How it stands."""
+
+    @abstractmethod
+    def generate(self, request: Generation) -> AsyncIterator[Token | Finish]:
+        """The answer, token by token, with one :class:`Finish` at the end; for an asyncio loop.
+
+        Requests of different tenants share the engine fairly: one that sends many does not keep another waiting.
+        Leaving the iterator (``aclose``, a cancelled task) ends the request at the next step.
+        """
+
+    @abstractmethod
+    async def embed(self, tenant: str, adapter: AdapterKey | None, texts: Sequence[Sequence[int]]) -> list[Vector]:
+        """The embedding of each text (its tokens), batched with whatever else waits.
+
+        Raises:
+            AdapterError: the adapter is lost or broken.
+
+        """
+
+    @abstractmethod
+    async def classify(self, tenant: str, adapter: AdapterKey | None, texts: Sequence[Sequence[int]]) -> list[Vector]:
+        """The classifier's scores (logits) of each text; raises as :meth:`embed`."""
