@@ -109,7 +109,8 @@ class Vector:
 class EngineStats:
     """An engine at one moment.
 
-    waiting, running: requests. tokens: generated since the start. cache: the share of it in use. resident: adapters on the device. slots: how many it can hold. steps: since the start.
+    waiting, running: requests. tokens, steps: since the start. cache: the share of it in use. resident: adapters on the
+    device. slots: how many it can hold.
     """
 
     waiting: int
