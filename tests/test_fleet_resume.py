@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -25,6 +26,7 @@ CONFIG = VeraConfig(r=4, target_modules="all-linear")
 SETTINGS = FleetSettings(batch_size=2, users_per_step=2, epochs=2, learning_rate=0.05, save_every=2)
 
 
+@functools.cache
 def unbroken() -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """The adapters, and the reports by name, of the same training in one go."""
     kept = Kept()
@@ -32,12 +34,13 @@ def unbroken() -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     return kept.adapters, {user.name: user for user in report.users}
 
 
-def killed_until_done(place: Path, kind: str, seed: int, longest: float) -> int:
-    """How often it was killed; see fleet_worker.py."""
-    command = [sys.executable, str(HERE / "fleet_worker.py"), str(place), kind, str(seed), str(longest)]
+def killed_until_done(place: Path, kind: str, seed: int, least: int) -> list[Path]:
+    """The folders of the trainings, the last of which was killed ``least`` times or more; see fleet_worker.py."""
+    command = [sys.executable, str(HERE / "fleet_worker.py"), str(place), kind, str(seed), str(least)]
     result = subprocess.run(command, capture_output=True, text=True, cwd=HERE, check=False)
     assert result.returncode == 0, result.stderr
-    return int(result.stdout)
+    assert int(result.stdout) >= least
+    return sorted(path for path in place.iterdir() if path.is_dir())
 
 
 def check(place: Path, kind: str) -> None:
@@ -59,17 +62,16 @@ def check(place: Path, kind: str) -> None:
 
 
 def test_killed_at_random_moments(tmp_path: Path) -> None:
-    kills = killed_until_done(tmp_path, "store", seed=1, longest=0.8)
-    check(tmp_path, "store")
-    assert kills >= 3
+    for place in killed_until_done(tmp_path, "store", seed=1, least=3):
+        check(place, "store")
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("kind", ["folder", "store"])
 def test_killed_again_and_again(kind: str, seed: int, tmp_path: Path) -> None:
-    killed_until_done(tmp_path, kind, seed, longest=0.4)
-    check(tmp_path, kind)
+    for place in killed_until_done(tmp_path, kind, seed, least=8):
+        check(place, kind)
 
 
 # -- each place where it may stop ------------------------------------------------------------------------
