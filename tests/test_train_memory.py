@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import warnings
@@ -306,17 +307,17 @@ def test_several_processes_keep_a_copy_of_their_gradients(tmp_path: Path, monkey
     size = sum(p.numel() * p.element_size() for p in net.parameters())
     x, held = torch.randn(2, 200), list[nn.Module]()
 
-    def run(model: nn.Module) -> Callable[[], None]:
-        def step() -> None:
-            held.append(nn.parallel.DistributedDataParallel(net) if model is not net else net)
+    def run(several: bool) -> Callable[[], None]:
+        def step() -> None:  # parameters of its own: on those of an earlier one its buckets would be filled too
+            own = copy.deepcopy(net)
+            held.append(nn.parallel.DistributedDataParallel(own) if several else own)  # not freed within the next run
             held[-1](x).sum().backward()
-            net.zero_grad()
 
         return step
 
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
     try:
-        alone, together = (measured(run(model), monkeypatch) for model in (net, nn.Identity()))
+        alone, together = (measured(run(several), monkeypatch) for several in (False, True))
     finally:
         held.clear()
         dist.destroy_process_group()

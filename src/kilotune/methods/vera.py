@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, final
 
 import torch
@@ -111,6 +112,11 @@ class _VeraShared(Shared):
         return Pair(a[: extent.rank, : extent.inn], b[: extent.rank, : extent.out])
 
     def checksum(self) -> str:
+        """Of the matrices as defined; worked out once, for they never change."""
+        return self._checksum
+
+    @cached_property
+    def _checksum(self) -> str:
         ordered = sorted(self.needs, key=lambda source: self.needs[source])
         return pair_checksum(self.definition(source) for source in ordered)
 

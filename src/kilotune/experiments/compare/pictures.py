@@ -191,7 +191,7 @@ def _span(comparison: Comparison) -> tuple[float, float]:
     worst = min(min(values), start) if comparison.larger_is_better else max(start, fmean(values[:1]))
     best = max(values) if comparison.larger_is_better else min(values)
     low, high = _factor(comparison) * min(worst, best), _factor(comparison) * max(worst, best)
-    edge = 0.05 * (high - low)
+    edge = 0.05 * (high - low) or 0.05 * max(abs(high), 1.0)  # all runs may have one score
     return (low - edge if comparison.larger_is_better else 0.95 * low), (high + edge)
 
 
