@@ -1,0 +1,217 @@
+"""The application: routes, their errors, and the document that describes them."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from typing import Annotated, Any
+
+from fastapi import FastAPI, Query, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.utils import get_openapi
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp
+
+from ...errors import KilotuneError
+from ...fleet.store import Version
+from . import encoding, generating, managing, pages
+from .faults import ApiError, of_library, of_validation
+from .front import Front, noted
+from .schemas import ChatBody, CompletionBody
+from .service import Service
+
+__all__ = ["create_app"]
+
+ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+            },
+        }
+    },
+}
+STATUSES = {
+    400: "The request is wrong.",
+    401: "No valid key.",
+    403: "The key is not for this.",
+    404: "There is no such thing, for this key.",
+    408: "The body did not arrive in time.",
+    409: "It does not go with what is there.",
+    413: "The body is too large.",
+    422: "The adapter is damaged, of another base, or not fit to be served.",
+    429: "Too many answers at once; Retry-After says when to come again.",
+    500: "A fault of the service.",
+    503: "The store is away, or the service is ending; Retry-After says when to come again.",
+    504: "It was not done in time.",
+    507: "The disk is full.",
+}
+KNOWN = sorted({*CompletionBody.model_fields, *ChatBody.model_fields})
+MAX_PAGE = 1000
+
+
+def create_app(service: Service) -> ASGIApp:
+    """The whole service as an ASGI application, for an engine that has been started."""
+    app = FastAPI(
+        title="kilotune",
+        version=importlib.metadata.version("kilotune"),
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    errors: dict[int | str, dict[str, Any]] = {
+        status: {"description": text, "content": {"application/json": {"schema": ERROR}}}
+        for status, text in STATUSES.items()
+    }
+    _handlers(app)
+    _models(app, service, errors)
+    _health(app, service)
+    app.include_router(generating.routes(service, errors))
+    app.include_router(encoding.routes(service, errors))
+    app.include_router(managing.routes(service, errors))
+    app.include_router(pages.routes(service))
+    app.openapi = lambda: _document(app)  # type: ignore[method-assign]
+    return Front(app, service)
+
+
+# -- errors ------------------------------------------------------------------------------------------
+
+
+def _handlers(app: FastAPI) -> None:
+    def told(request: Request, error: ApiError) -> Response:
+        noted(request.scope).fields["error"] = error.code
+        return JSONResponse(error.document(), error.status, headers=error.headers)
+
+    @app.exception_handler(ApiError)
+    async def own(request: Request, error: ApiError) -> Response:
+        return told(request, error)
+
+    @app.exception_handler(KilotuneError)
+    async def library(request: Request, error: KilotuneError) -> Response:
+        return told(request, of_library(error))
+
+    @app.exception_handler(RequestValidationError)
+    async def validation(request: Request, error: RequestValidationError) -> Response:
+        return told(request, of_validation(error.errors(), KNOWN))
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> Response:
+        texts = {404: f"there is no {request.url.path}", 405: f"{request.url.path} takes no {request.method}"}
+        message = texts.get(error.status_code, str(error.detail))
+        return told(request, ApiError(error.status_code, message, headers=error.headers))
+
+
+# -- models ------------------------------------------------------------------------------------------
+
+
+def _model(service: Service, version: Version) -> dict[str, Any]:
+    more = {"version": version.version, "sha256": version.sha256, "tags": list(version.tags)}
+    return {
+        "id": version.name,
+        "object": "model",
+        "created": int(version.created.timestamp()),
+        "owned_by": "you",
+        "root": service.base,
+        "kilotune": more,
+    }
+
+
+def _base(service: Service) -> dict[str, Any]:
+    return {
+        "id": service.base,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "kilotune",
+        "root": service.base,
+        "kilotune": None,
+    }
+
+
+def _models(app: FastAPI, service: Service, errors: dict[int | str, dict[str, Any]]) -> None:
+    @app.get("/v1/models", operation_id="models", response_model=None, responses=errors, tags=["OpenAI"])
+    async def models(
+        request: Request,
+        after: Annotated[str | None, Query(max_length=400, description="Begin behind this name.")] = None,
+        limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = 100,
+    ) -> Response:
+        """The base, and the newest version of each of your adapters, by name; a page at a time."""
+        namespace = _namespace(request)
+        first = [] if after is not None else [_base(service)]
+        behind = None if after == service.base else after
+        count = limit - len(first) + 1
+        found = await service.ask(lambda: service.adapters.ls(namespace, after=behind, limit=count), "after")
+        data = [*first, *(_model(service, version) for version in found)]
+        more, data = len(data) > limit, data[:limit]
+        ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {"first_id": None, "last_id": None}
+        return JSONResponse({"object": "list", "data": data, "has_more": more, **ends})
+
+    @app.get("/v1/models/{model:path}", operation_id="model", response_model=None, responses=errors, tags=["OpenAI"])
+    async def model(request: Request, model: str) -> Response:
+        """The base, or one of your adapters: NAME, NAME/VERSION or NAME/ALIAS."""
+        if model == service.base:
+            return JSONResponse(_base(service))
+        namespace, (name, which) = _namespace(request), service.split(model)
+        info = await service.ask(lambda: service.adapters.info(namespace, name, which), "model")
+        aliases = await service.ask(lambda: service.adapters.aliases(namespace, name), "model")
+        document = _model(service, info)
+        document["id"], document["kilotune"]["aliases"] = model, aliases
+        return JSONResponse(document)
+
+    @app.get("/v1/usage", operation_id="usage", response_model=None, responses=errors, tags=["OpenAI"])
+    async def usage(request: Request) -> Response:
+        """Your own last answers in numbers."""
+        namespace = _namespace(request)
+        return JSONResponse({"namespace": namespace, **service.metrics.recent(namespace).to_dict()})
+
+
+def _namespace(request: Request) -> str:
+    caller = noted(request.scope).caller
+    assert caller is not None
+    assert caller.namespace is not None
+    return caller.namespace
+
+
+# -- health ------------------------------------------------------------------------------------------
+
+
+def _health(app: FastAPI, service: Service) -> None:
+    @app.get("/health", operation_id="health", response_model=None, tags=["health"])
+    async def health() -> Response:
+        """200 while the engine works; else the process is to be started anew."""
+        trouble = service.engine.healthy()
+        return JSONResponse({"status": "ok" if trouble is None else "failed"}, 200 if trouble is None else 503)
+
+    @app.get("/ready", operation_id="ready", response_model=None, tags=["health"])
+    async def ready() -> Response:
+        """200 while requests are taken."""
+        state = "failed" if service.engine.healthy() else "draining" if service.draining else "ok"
+        return JSONResponse({"status": state}, 200 if state == "ok" else 503)
+
+    @app.get("/metrics", operation_id="metrics", response_model=None, tags=["health"])
+    async def metrics() -> Response:
+        """For Prometheus; with a monitor's or a manager's key."""
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
+
+
+def _document(app: FastAPI) -> dict[str, Any]:
+    """OpenAPI's document, with the errors as they are and the key that is needed."""
+    if app.openapi_schema is None:
+        made = get_openapi(title=app.title, version=app.version, routes=app.routes, description=__doc__)
+        made["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        for path, operations in made["paths"].items():
+            for operation in operations.values():
+                if path not in ("/health", "/ready", "/"):
+                    operation["security"] = [{"key": []}]
+                if operation["responses"].get("422", {}).get("content", {}).get("application/json", {}) and (
+                    "HTTPValidationError" in str(operation["responses"]["422"])
+                ):
+                    del operation["responses"]["422"]
+        app.openapi_schema = made
+    return app.openapi_schema

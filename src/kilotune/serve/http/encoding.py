@@ -1,0 +1,108 @@
+"""``/v1/embeddings`` and ``/v1/classify``."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import time
+import uuid
+from array import array
+from typing import Any
+
+import torch
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+
+from ...errors import KilotuneError
+from ..engine import Vector
+from .faults import ApiError, of_library
+from .front import noted
+from .schemas import ClassifyBody, EmbeddingBody, InputBody
+from .service import Service
+
+__all__ = ["routes"]
+
+
+async def _vectors(service: Service, request: Request, body: InputBody, what: str) -> list[Vector]:
+    if len(body.inputs) > (most := service.settings.max_inputs):
+        raise ApiError(400, f"input: {len(body.inputs)} texts; a request has at most {most} here", param="input")
+    caller = noted(request.scope).caller
+    assert caller is not None
+    assert caller.namespace is not None
+    meant = await service.meant(caller, body.model)
+    texts = [await service.prompts.whole(text, "input") for text in body.inputs]
+    longest = min(service.engine.max_length, service.settings.max_prompt or service.engine.max_length)
+    for place, text in enumerate(texts):
+        if len(text) > longest:
+            told = f"input[{place}]: has {len(text)} tokens; this model takes {longest}"
+            raise ApiError(400, told, param="input", code="context_length_exceeded")
+    call = service.engine.embed if what == "embed" else service.engine.classify
+    noted(request.scope).fields |= {"model": body.model, "user": body.user, "inputs": len(texts)}
+    with service.gate.enter(caller.namespace, 1):
+        try:
+            async with asyncio.timeout(service.settings.max_seconds):
+                vectors = await call(caller.namespace, meant.adapter, texts)
+        except TimeoutError:
+            raise ApiError(504, "the answer was not done in time") from None
+        except KilotuneError as error:
+            raise of_library(error, "model") from error
+    tokens = sum(vector.tokens for vector in vectors)
+    noted(request.scope).fields["prompt_tokens"] = tokens
+    service.metrics.prompt.labels(service.metrics.label(caller.namespace)).inc(tokens)
+    return vectors
+
+
+def _usage(vectors: list[Vector]) -> dict[str, int]:
+    tokens = sum(vector.tokens for vector in vectors)
+    return {"prompt_tokens": tokens, "total_tokens": tokens}
+
+
+def routes(service: Service, errors: dict[int | str, dict[str, Any]]) -> APIRouter:
+    """The two routes."""
+    router = APIRouter(responses=errors, tags=["OpenAI"])
+
+    @router.post("/v1/embeddings", operation_id="embeddings", response_model=None)
+    async def embeddings(request: Request, body: EmbeddingBody) -> Response:
+        """Embed texts."""
+        if not service.engine.embeds:
+            raise ApiError(400, f"{service.base} makes no embeddings", param="model")
+        vectors = await _vectors(service, request, body, "embed")
+        size = len(vectors[0].values)
+        if body.dimensions not in (None, size):
+            raise ApiError(
+                400, f"dimensions: this model's embeddings have {size}, and cannot be cut", param="dimensions"
+            )
+        packed = body.encoding_format == "base64"
+        data = [
+            {"object": "embedding", "index": index, "embedding": _packed(one) if packed else list(one.values)}
+            for index, one in enumerate(vectors)
+        ]
+        return JSONResponse({"object": "list", "data": data, "model": body.model, "usage": _usage(vectors)})
+
+    @router.post("/v1/classify", operation_id="classify", response_model=None)
+    async def classify(request: Request, body: ClassifyBody) -> Response:
+        """Classify texts: each label's probability, and the likeliest label."""
+        labels = service.engine.labels
+        if labels is None:
+            raise ApiError(400, f"{service.base} is no classifier", param="model")
+        vectors = await _vectors(service, request, body, "classify")
+        data = []
+        for index, one in enumerate(vectors):
+            scores = torch.tensor(one.values, dtype=torch.float64)
+            chances = scores.softmax(0).tolist()
+            best = int(scores.argmax())
+            names = labels if len(labels) == len(chances) else tuple(f"LABEL_{i}" for i in range(len(chances)))
+            found = {"index": index, "label": names[best], "probs": chances, "scores": list(one.values)}
+            data.append({**found, "labels": list(names), "num_classes": len(chances)})
+        made = {"id": f"classify-{uuid.uuid4().hex}", "object": "list", "created": int(time.time())}
+        return JSONResponse({**made, "model": body.model, "data": data, "usage": _usage(vectors)})
+
+    return router
+
+
+def _packed(vector: Vector) -> str:
+    """As OpenAI's clients ask for it: float32, little-endian, in base64."""
+    values = array("f", vector.values)
+    if values.itemsize != 4:  # pragma: no cover
+        raise ApiError(500, "no float32 here")
+    return base64.b64encode(values.tobytes()).decode()

@@ -1,0 +1,138 @@
+"""Errors as OpenAI's clients expect them: ``{"error": {"message", "type", "param", "code"}}`` and a status."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, final
+
+from ...errors import (
+    AdapterError,
+    CheckpointError,
+    ConfigError,
+    KilotuneError,
+    ResourceError,
+    StoreError,
+    TargetError,
+    UnsupportedError,
+)
+
+__all__ = ["ApiError", "body_of", "of_library", "of_validation"]
+
+TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+CODES = {
+    401: "invalid_api_key",
+    403: "not_allowed",
+    404: "not_found",
+    405: "method_not_allowed",
+    408: "request_timeout",
+    409: "conflict",
+    413: "request_too_large",
+    415: "unsupported_media_type",
+    429: "rate_limit_exceeded",
+    500: "internal_error",
+    503: "unavailable",
+    504: "deadline_exceeded",
+}
+SHOWN = 10  # faults of one request that its error names
+
+
+@final
+class ApiError(Exception):
+    """What a request is answered with instead of what it asked for.
+
+    retry_after: seconds, rounded up to whole ones in the header. headers: more of them.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: float | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param = status, message, param
+        self.code = code or CODES.get(status)
+        more = {} if retry_after is None else {"Retry-After": str(max(1, math.ceil(retry_after)))}
+        challenge = {"WWW-Authenticate": "Bearer"} if status == 401 else {}
+        self.headers = {**challenge, **more, **(headers or {})}
+
+    @property
+    def kind(self) -> str:
+        """OpenAI's ``type``."""
+        return TYPES.get(self.status) or ("invalid_request_error" if self.status < 500 else "server_error")
+
+    def document(self) -> dict[str, Any]:
+        """The body."""
+        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
+
+
+def body_of(error: ApiError) -> bytes:
+    """The body as bytes; what a request brought may hold surrogates, which are escaped."""
+    return json.dumps(error.document(), ensure_ascii=True).encode()
+
+
+def of_library(error: KilotuneError, param: str | None = None) -> ApiError:
+    """The status of one of the library's own errors, whose messages are for the tenant as they stand."""
+    if isinstance(error, StoreError):
+        return ApiError(
+            503, "the store of adapters does not answer; try again", code="store_unavailable", retry_after=1
+        )
+    if isinstance(error, AdapterError):
+        return ApiError(404, str(error), param=param, code="model_not_found" if param == "model" else None)
+    if isinstance(error, CheckpointError):
+        return ApiError(422, str(error), param=param, code="invalid_adapter")
+    if isinstance(error, (ConfigError, TargetError, UnsupportedError)):
+        return ApiError(400, str(error), param=param)
+    if isinstance(error, ResourceError):
+        return ApiError(503, str(error), retry_after=1)
+    return ApiError(500, str(error))
+
+
+def of_validation(faults: Sequence[Mapping[str, Any]], known: Sequence[str] = ()) -> ApiError:
+    """One error for all that is wrong with a body, its path or its query; ``faults`` are pydantic's."""
+    lines, params = [], []
+    for fault in faults[:SHOWN]:
+        if fault["type"] == "json_invalid":
+            at = fault["loc"][-1]
+            return ApiError(400, f"the body is no JSON: {fault['ctx']['error']} at character {at}", code="invalid_json")
+        place = _place(fault["loc"])
+        if place not in params:
+            params.append(place)
+            lines.append(_line(place, fault, known))
+    more = len(faults) - len(faults[:SHOWN])
+    message = "; ".join(lines) + (f"; and {more} more" if more else "")
+    return ApiError(400, message, param=params[0] or None, code="invalid_value")
+
+
+def _place(loc: Sequence[Any]) -> str:
+    """``messages[0].content`` of ("body", "messages", 0, "UserMessage", "content")."""
+    text = ""
+    for part in loc[1:]:
+        if isinstance(part, int):
+            text += f"[{part}]"
+        elif not _is_branch(str(part)):
+            text += f".{part}" if text else str(part)
+    return text
+
+
+def _is_branch(part: str) -> bool:
+    """Whether a part of pydantic's path names a branch of a union, and nothing in the request."""
+    return "[" in part or "(" in part or part in ("str", "int", "list", "constrained-str") or part[:1].isupper()
+
+
+def _line(place: str, fault: Mapping[str, Any], known: Sequence[str]) -> str:
+    from ...errors import did_you_mean
+
+    if fault["type"] == "extra_forbidden":
+        return f"{place}: there is no such option.{did_you_mean(place.rsplit('.', 1)[-1], known)}"
+    if fault["type"] == "missing":
+        return f"{place or 'the body'}: is missing"
+    given = fault.get("input")
+    told = f", got {given!r:.80}" if isinstance(given, (str, int, float, bool)) or given is None else ""
+    return f"{place or 'the body'}: {fault['msg'][:1].lower()}{fault['msg'][1:]}{told}"

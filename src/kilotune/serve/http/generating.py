@@ -1,0 +1,208 @@
+"""``/v1/completions`` and ``/v1/chat/completions``."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, final
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from ..engine import Finish, Generation, Sampling, Token
+from .answers import Asked, Event, collect, ended_badly, events
+from .faults import ApiError
+from .front import noted
+from .keys import Key
+from .schemas import ChatBody, CompletionBody, GenerationBody
+from .service import Meant, Service, seed_of
+from .shapes import DONE, ChatShape, CompletionShape, Shape, event_of, usage_of
+
+__all__ = ["routes"]
+
+USUAL = 16  # OpenAI's own number of new tokens for a completion
+
+
+@final
+class EventStream(Response):
+    """A stream of events, sent from the request's own task, so that what it holds is let go of there."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncIterator[bytes]) -> None:
+        super().__init__(headers={"content-type": f"{self.media_type}; charset=utf-8"})
+        self._events = events
+        del self.headers["content-length"]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async for data in self._events:
+            await send({"type": "http.response.body", "body": data, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+@final
+class Run:
+    """One request on its way: what it asks the engine for, and how the answers are written."""
+
+    def __init__(
+        self, service: Service, request: Request, body: GenerationBody, generations: list[Generation], shape: Shape
+    ) -> None:
+        self.service, self.body, self.generations, self.shape = service, body, generations, shape
+        self.note = noted(request.scope)
+        self.note.fields |= {"model": body.model, "user": body.user, "answers": len(generations)}
+
+    async def answer(self) -> Response:
+        """The response; a stream's first event is waited for, so that what fails at once has its status."""
+        held, engine, metrics = self.note.held, self.service.engine, self.service.metrics
+        held.enter_context(self.service.gate.enter(self.generations[0].tenant, len(self.generations)))
+        asked = [Asked(engine.generate(one), one, metrics) for one in self.generations]
+        stream = await held.enter_async_context(contextlib.aclosing(events(asked)))
+        if self.body.stream:
+            first = await anext(stream)
+            if isinstance(first[1], Finish) and (error := ended_badly(first[1])) is not None:
+                raise error
+            return EventStream(self._written(first, stream, asked))
+        answers = await collect(stream, len(asked))
+        document = self.shape.whole(answers, self.body.choices)
+        self._count(asked, document["usage"])
+        return JSONResponse(document)
+
+    async def _written(
+        self, first: Event, stream: AsyncIterator[Event], asked: Sequence[Asked]
+    ) -> AsyncIterator[bytes]:
+        finishes: dict[int, Finish] = {}
+        begun: set[int] = set()
+        index, event = first
+        try:
+            while True:
+                text = b"" if index in begun else self.shape.begin(index)
+                begun.add(index)
+                if isinstance(event, Token):
+                    text += self.shape.token(index, event)
+                elif (error := ended_badly(event)) is not None:
+                    raise error
+                else:
+                    finishes[index] = event
+                    text += self.shape.end(index, event)
+                if len(finishes) == len(asked):
+                    break
+                if text:
+                    yield text
+                index, event = await anext(stream)
+        except ApiError as error:
+            self.note.fields["error"] = error.code
+            yield event_of(error.document()) + DONE
+            return
+        ordered = [finishes[i] for i in range(len(asked))]
+        self._count(asked, usage_of(ordered, self.body.choices))
+        await self.note.held.aclose()  # before the client knows, who may ask again at once
+        yield text + (self.shape.counts(ordered, self.body.choices) if self.shape.usage else b"") + DONE
+
+    def _count(self, asked: Sequence[Asked], usage: dict[str, Any]) -> None:
+        first = [one.first for one in asked if one.first is not None]
+        self.note.fields |= {
+            "prompt_tokens": usage["prompt_tokens"],
+            "completion_tokens": usage["completion_tokens"],
+            "first_token_ms": round(1000 * min(first), 1) if first else None,
+        }
+
+
+def _caller(request: Request) -> Key:
+    caller = noted(request.scope).caller
+    assert caller is not None  # the front let it in
+    return caller
+
+
+def _check_generates(service: Service) -> None:
+    if not service.engine.generates:
+        raise ApiError(400, f"{service.base} writes no text; it has /v1/embeddings or /v1/classify", param="model")
+
+
+def _sampling(body: GenerationBody, tokens: int, logprobs: int | None, choice: int) -> Sampling:
+    return Sampling(
+        max_tokens=tokens,
+        temperature=1.0 if body.temperature is None else body.temperature,
+        top_p=1.0 if body.top_p is None else body.top_p,
+        top_k=body.top_k,
+        seed=seed_of(body.seed, choice),
+        stop=body.stops,
+        stop_token_ids=tuple(body.stop_token_ids or ()),
+        ignore_eos=bool(body.ignore_eos),
+        logprobs=logprobs,
+    )
+
+
+async def _generations(
+    service: Service,
+    request: Request,
+    body: GenerationBody,
+    meant: Meant,
+    prompts: Sequence[tuple[int, ...]],
+    tokens: Sequence[int],
+    logprobs: int | None,
+) -> list[Generation]:
+    caller, deadline, name = _caller(request), service.deadline(body.timeout), noted(request.scope).id
+    return [
+        service.generation(f"{name}-{place}", caller, meant, prompt, _sampling(body, room, logprobs, choice), deadline)
+        for place, ((prompt, room), choice) in enumerate(
+            itertools.product(zip(prompts, tokens, strict=True), range(body.choices))
+        )
+    ]
+
+
+def routes(service: Service, errors: dict[int | str, dict[str, Any]]) -> APIRouter:
+    """The two routes."""
+    router = APIRouter(responses=errors, tags=["OpenAI"])
+
+    @router.post("/v1/completions", operation_id="completions", response_model=None)
+    async def completions(request: Request, body: CompletionBody) -> Response:
+        """Go on with a text."""
+        _check_generates(service)
+        _check_choices(service, len(body.prompts) * body.choices)
+        meant = await service.meant(_caller(request), body.model)
+        prompts = [await service.prompts.plain(prompt, "prompt") for prompt in body.prompts]
+        tokens = [service.room(prompt, body.max_tokens, USUAL, "prompt") for prompt in prompts]
+        echoes = None
+        if body.echo:
+            texts = [p if isinstance(p, str) else service.prompts.text(p) for p in body.prompts]
+            echoes = [text for text in texts for _ in range(body.choices)]
+        generations = await _generations(service, request, body, meant, prompts, tokens, body.logprobs)
+        shape = CompletionShape(*_common(service, "cmpl", body, body.logprobs is not None), echoes=echoes)
+        return await Run(service, request, body, generations, shape).answer()
+
+    @router.post("/v1/chat/completions", operation_id="chat", response_model=None)
+    async def chat(request: Request, body: ChatBody) -> Response:
+        """Answer a conversation."""
+        _check_generates(service)
+        _check_choices(service, body.choices)
+        meant = await service.meant(_caller(request), body.model)
+        messages = [
+            {"role": m.role, "content": m.text, **({} if m.name is None else {"name": m.name})} for m in body.messages
+        ]
+        prompt = await service.prompts.chat(messages)
+        tokens = service.room(prompt, body.limit, None, "messages")
+        logprobs = (body.top_logprobs or 0) if body.logprobs else None
+        generations = await _generations(service, request, body, meant, [prompt], [tokens], logprobs)
+        shape = ChatShape(*_common(service, "chatcmpl", body, bool(body.logprobs)))
+        return await Run(service, request, body, generations, shape).answer()
+
+    return router
+
+
+def _check_choices(service: Service, count: int) -> None:
+    if count > (most := service.settings.max_choices):
+        raise ApiError(
+            400, f"{count} answers asked for (prompts times n); a request has at most {most} here", param="n"
+        )
+
+
+def _common(
+    service: Service, prefix: str, body: GenerationBody, logprobs: bool
+) -> tuple[str, str, int, Any, bool, bool]:
+    usage = bool(body.stream_options and body.stream_options.include_usage)
+    return f"{prefix}-{uuid.uuid4().hex}", body.model, int(time.time()), service.prompts, logprobs, usage

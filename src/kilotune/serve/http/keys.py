@@ -1,0 +1,250 @@
+"""API keys: who may do what in which namespace. A file holds their SHA-256; a key itself is told once, when made.
+
+A key is 32 random bytes, so nobody finds one by trying, and a slow hash would only cost each request time::
+
+    {"format": 1, "keys": [{"id": "3f9c1a02", "sha256": "...", "role": "tenant", "namespace": "ann",
+                            "created": "2026-11-25T18:00:00+00:00", "note": "her laptop"}]}
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, final
+
+from ...errors import ConfigError, did_you_mean, nearest
+from ...fleet.store.names import check_namespace
+
+__all__ = [
+    "MANAGER",
+    "MONITOR",
+    "ROLES",
+    "TENANT",
+    "Key",
+    "Keyring",
+    "add_key",
+    "fixed_keys",
+    "read_keys",
+    "remove_key",
+]
+
+TENANT, MANAGER, MONITOR = "tenant", "manager", "monitor"
+ROLES = (TENANT, MANAGER, MONITOR)
+PREFIX = "kt-"
+LOOK = 1.0  # seconds between looks at the file
+MAX_NOTE = 200
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Key:
+    """Whom a key stands for.
+
+    id: names it in lists, and is no secret. sha256: of the key. role: "tenant" (the adapters of its namespace answer),
+    "manager" (puts, moves and deletes them) or "monitor" (reads the metrics). namespace: None is for managers and
+    monitors, and is all of them.
+    """
+
+    id: str
+    sha256: str
+    role: str
+    namespace: str | None
+    created: str
+    note: str = ""
+
+
+def digest(key: str) -> str:
+    """SHA-256 of a key, hexadecimal."""
+    return hashlib.sha256(key.encode(errors="surrogatepass")).hexdigest()
+
+
+def new_key(role: str, namespace: str | None, note: str = "") -> tuple[str, Key]:
+    """(a key that nobody has seen, what is kept of it).
+
+    Raises:
+        ConfigError: no such role, or a namespace that does not go with it.
+
+    """
+    if role not in ROLES:
+        raise ConfigError(f"role: expected one of {', '.join(ROLES)}, got {role!r}.{did_you_mean(role, ROLES)}")
+    if role == TENANT and namespace is None:
+        raise ConfigError("a tenant's key is of one namespace; give --namespace")
+    if role == MONITOR and namespace is not None:
+        raise ConfigError("a monitor's key is for the metrics of the whole service; leave --namespace out")
+    if namespace is not None:
+        check_namespace(namespace)
+    if len(note) > MAX_NOTE or any(ord(c) < 32 for c in note):
+        raise ConfigError(f"note: at most {MAX_NOTE} characters on one line, got {note!r:.300}")
+    name = secrets.token_hex(4)
+    key = f"{PREFIX}{name}-{secrets.token_urlsafe(32)}"
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    return key, Key(name, digest(key), role, namespace, now, note)
+
+
+# -- the file --------------------------------------------------------------------------------------
+
+
+def read_keys(path: str | Path) -> list[Key]:
+    """The keys in a file.
+
+    Raises:
+        ConfigError: it is not there, or is no file of keys.
+
+    """
+    path = Path(path)
+    try:
+        document = json.loads(path.read_bytes())
+        if not isinstance(document, dict) or document.get("format") != 1:
+            raise ValueError('expected an object with "format": 1')
+        keys = [_key(entry) for entry in document["keys"]]
+    except FileNotFoundError:
+        raise ConfigError(f"there is no file of keys {path}; make one with kilotune keys add {path}") from None
+    except OSError as error:
+        raise ConfigError(f"the file of keys {path} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{path} is no file of keys: {error}") from error
+    if len({key.id for key in keys}) < len(keys):
+        raise ConfigError(f"{path} is no file of keys: an id is there twice")
+    return keys
+
+
+def _key(entry: Any) -> Key:
+    values = {name: entry[name] for name in ("id", "sha256", "role", "namespace", "created")}
+    key = Key(**values, note=entry.get("note", ""))
+    if key.role not in ROLES or (key.role == TENANT and key.namespace is None):
+        raise ValueError(f"key {key.id!r}: role {key.role!r}, namespace {key.namespace!r}")
+    if not isinstance(key.sha256, str) or len(bytes.fromhex(key.sha256)) != 32:
+        raise ValueError(f"key {key.id!r}: sha256 is no SHA-256")
+    if key.namespace is not None:
+        check_namespace(key.namespace)
+    return key
+
+
+def add_key(path: str | Path, role: str, namespace: str | None, note: str = "") -> tuple[str, Key]:
+    """Make a key and write it into a file, which is made where it is not there; (the key, what was kept)."""
+    made = new_key(role, namespace, note)
+    with _changing(Path(path)) as keys:
+        keys.append(made[1])
+    return made
+
+
+def remove_key(path: str | Path, name: str) -> Key:
+    """Take a key out of a file; a running service forgets it within about a second.
+
+    Raises:
+        ConfigError: there is no key of that id.
+
+    """
+    if not Path(path).is_file():
+        read_keys(path)
+    with _changing(Path(path)) as keys:
+        found = next((key for key in keys if key.id == name), None)
+        if found is None:
+            close = nearest(name, [key.id for key in keys], 1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise ConfigError(f"{path} has no key {name!r}.{hint}")
+        keys.remove(found)
+    return found
+
+
+@contextmanager
+def _changing(path: Path) -> Iterator[list[Key]]:
+    """The file's keys, written back whole; one at a time."""
+    try:
+        with open(path.with_name(f".{path.name}.lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            keys = read_keys(path) if path.exists() else []
+            yield keys
+            _write(path, keys)
+    except OSError as error:
+        raise ConfigError(f"the file of keys {path} cannot be written: {error.strerror}") from error
+
+
+def _write(path: Path, keys: Sequence[Key]) -> None:
+    text = json.dumps({"format": 1, "keys": [asdict(key) for key in keys]}, indent=1, ensure_ascii=False)
+    descriptor, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # for its owner only
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as out:
+            out.write(f"{text}\n")
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        Path(aside).unlink(missing_ok=True)
+        raise
+
+
+# -- looking them up ---------------------------------------------------------------------------------
+
+
+@final
+class Keyring:
+    """The keys that are valid now: of a file, which is looked at again when it changes, or fixed ones.
+
+    A file that is being changed badly (no JSON, taken away) leaves the keys as they were; ``trouble`` says why.
+    """
+
+    def __init__(self, path: str | Path | None, fixed: Sequence[Key] = (), open_to: str | None = None) -> None:
+        """open_to: the namespace of who brings no key at all; None: nobody gets in without one."""
+        self._path = None if path is None else Path(path)
+        self._lock = threading.Lock()
+        self._fixed = tuple(fixed)
+        self.open_to = None if open_to is None else Key("", "", TENANT, open_to, "")
+        self.trouble: str | None = None
+        self._looked = time.monotonic()
+        self._stamp = self._of_file()
+        self._by_digest = self._index(read_keys(self._path) if self._path else [])
+
+    def _index(self, keys: Sequence[Key]) -> dict[str, Key]:
+        return {key.sha256: key for key in (*self._fixed, *keys)}
+
+    def _of_file(self) -> tuple[int, int, int] | None:
+        if self._path is None:
+            return None
+        try:
+            found = self._path.stat()
+        except OSError:
+            return None
+        return found.st_mtime_ns, found.st_ino, found.st_size
+
+    def find(self, key: str | None) -> Key | None:
+        """Whom a key stands for; None: nobody."""
+        self._look()
+        if key is None:
+            return self.open_to
+        # By its hash, of which who tries keys controls nothing, so how far the comparison gets tells nothing.
+        return self._by_digest.get(digest(key))
+
+    def _look(self) -> None:
+        if self._path is None or time.monotonic() - self._looked < LOOK or not self._lock.acquire(blocking=False):
+            return
+        try:
+            self._looked = time.monotonic()
+            stamp = self._of_file()
+            if stamp == self._stamp:
+                return
+            try:
+                self._by_digest = self._index(read_keys(self._path))
+            except ConfigError as error:
+                self.trouble = str(error)
+            else:
+                self._stamp, self.trouble = stamp, None
+        finally:
+            self._lock.release()
+
+
+def fixed_keys() -> tuple[str, tuple[Key, ...]]:
+    """A manager's key for a service without a file of keys: (the key, what is kept of it)."""
+    key, kept = new_key(MANAGER, None, "made for this run")
+    return key, (kept,)

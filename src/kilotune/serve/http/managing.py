@@ -1,0 +1,259 @@
+"""``/manage``: the adapters of the manager's namespaces, and the service itself."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import APIRouter, File, Form, Query, Request, UploadFile
+from fastapi.responses import JSONResponse, Response
+
+from ...checkpoint import CONFIG_NAME, WEIGHTS_NAME
+from ...errors import AdapterError, ConfigError
+from ...fleet.store import Version
+from ...fleet.store.base import Which
+from ...fleet.store.names import check_alias, check_metadata, check_name, check_namespace, check_tags, check_which
+from .faults import ApiError
+from .front import noted
+from .logs import log
+from .schemas import AliasesBody, NamesBody
+from .service import Service
+
+__all__ = ["routes"]
+
+MAX_PAGE = 1000
+CHUNK = 1 << 20
+
+
+def _space(request: Request, namespace: str) -> str:
+    """The namespace of the path, where the key may manage it; another one is as good as not there."""
+    caller = noted(request.scope).caller
+    assert caller is not None
+    if caller.namespace not in (None, namespace):
+        raise ApiError(403, f"this key manages the namespace {caller.namespace!r} only", param="namespace")
+    noted(request.scope).fields["managed"] = namespace
+    _fit(lambda: check_namespace(namespace), "namespace")
+    return namespace
+
+
+def _fit(check: Any, param: str) -> Any:
+    """What cannot be a name, an alias or a tag is a bad request, and not something that is not there."""
+    try:
+        return check()
+    except (AdapterError, ConfigError) as error:
+        raise ApiError(400, str(error), param=param) from error
+
+
+def _which(text: str | None) -> Which:
+    if text is None:
+        return None
+    found: Which = _fit(lambda: check_which(int(text) if text.isdecimal() and len(text) < 12 else text), "version")
+    return found
+
+
+def _shown(version: Version, aliases: Mapping[str, int] | None = None) -> dict[str, Any]:
+    document = version.to_dict()
+    if aliases is not None:
+        document["aliases"] = sorted(alias for alias, number in aliases.items() if number == version.version)
+    return document
+
+
+async def _keep(upload: UploadFile, place: Path) -> None:
+    """Write an upload to disk, a piece at a time."""
+    try:
+        with place.open("wb") as out:
+            while piece := await upload.read(CHUNK):
+                await asyncio.to_thread(out.write, piece)
+    except OSError as error:
+        raise ApiError(507, f"the adapter cannot be kept: {error.strerror}", code="disk_full") from error
+
+
+def _metadata(text: str | None) -> dict[str, Any]:
+    try:
+        found = json.loads(text or "{}")
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, f"metadata: expected a JSON object: {error}", param="metadata") from error
+    _fit(lambda: check_metadata(found), "metadata")
+    return dict(found)
+
+
+def _put_routes(router: APIRouter, service: Service) -> None:
+    @router.put("/{namespace}/adapters/{name}", operation_id="put_adapter", response_model=None, status_code=201)
+    async def put(
+        request: Request,
+        namespace: str,
+        name: str,
+        config: Annotated[UploadFile, File(description="adapter_config.json")],
+        weights: Annotated[UploadFile, File(description="adapter_model.safetensors")],
+        alias: Annotated[str | None, Form(description="Let this alias name the new version.")] = None,
+        tags: Annotated[list[str] | None, Form(description="Words to find it by.")] = None,
+        metadata: Annotated[str | None, Form(description="A JSON object.")] = None,
+    ) -> Response:
+        """Put an adapter as the newest version; once this answers 201 it is on disk, and answers requests."""
+        space = _space(request, namespace)
+        _fit(lambda: check_name(name), "name")
+        if name == service.base.partition("/")[0]:
+            raise ApiError(409, f"{name!r} is what the base is called here; take another name", param="name")
+        if alias is not None:
+            _fit(lambda: check_alias(alias), "alias")
+        _fit(lambda: check_tags(tags or ()), "tags")
+        more = _metadata(metadata)
+        folder = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="kilotune-put-"))
+        try:
+            await _keep(config, folder / CONFIG_NAME)
+            await _keep(weights, folder / WEIGHTS_NAME)
+            made = await service.ask(
+                lambda: service.adapters.put(space, name, folder, metadata=more, tags=tags or (), alias=alias)
+            )
+        except ApiError as error:
+            raise ApiError(
+                error.status, error.message.replace(f"{folder}/", ""), code=error.code, headers=error.headers
+            ) from error
+        finally:
+            await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+        log("put", namespace=space, name=name, version=made.version, alias=alias, request_id=noted(request.scope).id)
+        return JSONResponse(_shown(made), 201)
+
+
+def _delete_routes(router: APIRouter, service: Service) -> None:
+    @router.delete("/{namespace}/adapters/{name}", operation_id="delete_adapter", response_model=None)
+    async def delete(
+        request: Request,
+        namespace: str,
+        name: str,
+        version: Annotated[str | None, Query(description="A number, an alias or latest; without it all.")] = None,
+        force: Annotated[bool, Query(description="Even if an alias names the version.")] = False,
+    ) -> Response:
+        """Remove an adapter, or one version of it. Requests that run keep what they began with."""
+        space, which = _space(request, namespace), _which(version)
+        if force and version is None:
+            raise ApiError(400, "force: is for a version; the whole adapter takes its aliases along", param="force")
+        number: Which = "latest" if version == "latest" else which
+        try:
+            count = await service.ask(lambda: service.adapters.rm(space, name, number, force=force), "name")
+        except ApiError as error:
+            held = "is named by" in error.message
+            raise ApiError(409, error.message, param="version") if held else error from error
+        log("deleted", namespace=space, name=name, version=version, request_id=noted(request.scope).id)
+        return JSONResponse({"name": name, "removed": count})
+
+
+def _list_routes(router: APIRouter, service: Service) -> None:
+    @router.get("/{namespace}/adapters", operation_id="list_adapters", response_model=None)
+    async def ls(
+        request: Request,
+        namespace: str,
+        pattern: Annotated[str | None, Query(max_length=400, description="* ? [...] as in a shell.")] = None,
+        tag: Annotated[list[str] | None, Query(description="Only what has all of these.")] = None,
+        after: Annotated[str | None, Query(max_length=400, description="Begin behind this name.")] = None,
+        limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = 100,
+    ) -> Response:
+        """The newest version of each adapter, by name."""
+        space = _space(request, namespace)
+        tags = _fit(lambda: check_tags(tag or ()), "tag")
+        found = await service.ask(
+            lambda: service.adapters.ls(space, pattern, tags=tags, after=after, limit=limit + 1), "pattern"
+        )
+        shown = [_shown(version) for version in found[:limit]]
+        return JSONResponse({"adapters": shown, "more": len(found) > limit})
+
+    @router.get("/{namespace}/adapters/{name}", operation_id="show_adapter", response_model=None)
+    async def show(request: Request, namespace: str, name: str) -> Response:
+        """All versions of an adapter, with their aliases."""
+        space = _space(request, namespace)
+        _fit(lambda: check_name(name), "name")
+        aliases = await service.ask(lambda: service.adapters.aliases(space, name), "name")
+        versions = await service.ask(lambda: service.adapters.versions(space, name), "name")
+        return JSONResponse({"name": name, "versions": [_shown(one, aliases) for one in versions]})
+
+
+def _alias_routes(router: APIRouter, service: Service) -> None:
+    @router.post("/{namespace}/aliases/{alias}", operation_id="roll_out", response_model=None)
+    async def roll_out(request: Request, namespace: str, alias: str, body: AliasesBody) -> Response:
+        """Let an alias name a version of each of these adapters, for all or for none."""
+        space = _space(request, namespace)
+        _fit(lambda: check_alias(alias), "alias")
+        for which in body.versions.values():
+            _fit(lambda which=which: check_which(which), "versions")
+        moved = await service.ask(lambda: service.adapters.roll_out(space, alias, body.versions), "versions")
+        log("rolled out", namespace=space, alias=alias, adapters=len(moved), request_id=noted(request.scope).id)
+        return JSONResponse({"alias": alias, "versions": moved})
+
+    @router.post("/{namespace}/aliases/{alias}/back", operation_id="roll_back", response_model=None)
+    async def roll_back(request: Request, namespace: str, alias: str, body: NamesBody) -> Response:
+        """Let an alias name what it named before its last move, for all or for none."""
+        space = _space(request, namespace)
+        _fit(lambda: check_alias(alias), "alias")
+        try:
+            moved = await service.ask(lambda: service.adapters.roll_back(space, alias, body.names), "names")
+        except ApiError as error:
+            raise ApiError(409, error.message, param="names") if error.status == 404 else error from error
+        log("rolled back", namespace=space, alias=alias, adapters=len(moved), request_id=noted(request.scope).id)
+        return JSONResponse({"alias": alias, "versions": moved})
+
+    @router.delete("/{namespace}/adapters/{name}/aliases/{alias}", operation_id="unalias", response_model=None)
+    async def unalias(request: Request, namespace: str, name: str, alias: str) -> Response:
+        """Take an alias away; the version that it named stays."""
+        space = _space(request, namespace)
+        _fit(lambda: check_alias(alias), "alias")
+        await service.ask(lambda: service.adapters.unalias(space, name, alias), "name")
+        return JSONResponse({"name": name, "removed": alias})
+
+
+def _service_routes(router: APIRouter, service: Service) -> None:
+    @router.get("", operation_id="service", response_model=None)
+    async def show(request: Request) -> Response:
+        """The service as it stands."""
+        _for_all(request)
+        return JSONResponse(_standing(service))
+
+    @router.post("/drain", operation_id="drain", response_model=None)
+    async def drain(request: Request) -> Response:
+        """Take no new requests, and let those that run go on; /ready says 503 from now on."""
+        _for_all(request)
+        service.draining = True
+        log("draining", request_id=noted(request.scope).id)
+        return JSONResponse(_standing(service))
+
+    @router.delete("/drain", operation_id="undrain", response_model=None)
+    async def undrain(request: Request) -> Response:
+        """Take requests again."""
+        _for_all(request)
+        service.draining = False
+        log("taking requests again", request_id=noted(request.scope).id)
+        return JSONResponse(_standing(service))
+
+
+def _for_all(request: Request) -> None:
+    caller = noted(request.scope).caller
+    if caller is None or caller.namespace is not None:
+        raise ApiError(403, "this needs a manager's key that is of no single namespace")
+
+
+def _standing(service: Service) -> dict[str, Any]:
+    now = service.engine.stats()
+    return {
+        "base": service.base,
+        "draining": service.draining,
+        "engine": service.engine.healthy() or "ok",
+        "store": service.adapters.store_state() or "ok",
+        "keys": service.keys.trouble or "ok",
+        "answers": service.gate.count,
+        **{name: getattr(now, name) for name in now.__slots__},
+    }
+
+
+def routes(service: Service, errors: dict[int | str, dict[str, Any]]) -> APIRouter:
+    """All of them."""
+    router = APIRouter(prefix="/manage", responses=errors, tags=["management"])
+    _service_routes(router, service)
+    _put_routes(router, service)
+    _delete_routes(router, service)
+    _list_routes(router, service)
+    _alias_routes(router, service)
+    return router

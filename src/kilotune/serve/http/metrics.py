@@ -1,0 +1,134 @@
+"""What is counted: for Prometheus, with a bounded number of tenants, and each tenant's last minutes for the page."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator
+from typing import Any, final
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from ..engine import EngineStats
+
+__all__ = ["Metrics", "Recent"]
+
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+OTHER = "other"
+SPAN = 10  # seconds over which the page's rates are taken
+KEPT = 512  # first tokens and ends that percentiles are of
+TENANTS = 4096  # whose last minutes are kept
+
+
+@final
+class Recent:
+    """One tenant's last answers: tokens by second, and how long the last ones took."""
+
+    def __init__(self) -> None:
+        self.tokens: deque[tuple[int, int]] = deque(maxlen=SPAN + 1)
+        self.first: deque[float] = deque(maxlen=KEPT)
+        self.whole: deque[float] = deque(maxlen=KEPT)
+        self.running = self.requests = self.errors = 0
+
+    def add_token(self, now: float) -> None:
+        second = int(now)
+        if self.tokens and self.tokens[-1][0] == second:
+            self.tokens[-1] = (second, self.tokens[-1][1] + 1)
+        else:
+            self.tokens.append((second, 1))
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the page: times in seconds, None where there are none yet."""
+        since = int(time.monotonic()) - SPAN
+        return {
+            "tokens_per_second": sum(count for second, count in self.tokens if second >= since) / SPAN,
+            "running": self.running,
+            "requests": self.requests,
+            "errors": self.errors,
+            "first_token_p50": percentile(self.first, 0.5),
+            "first_token_p99": percentile(self.first, 0.99),
+            "answer_p50": percentile(self.whole, 0.5),
+            "answer_p99": percentile(self.whole, 0.99),
+        }
+
+
+def percentile(values: deque[float], part: float) -> float | None:
+    """The value that so great a part of them does not exceed."""
+    ordered = sorted(values)
+    return ordered[max(0, math.ceil(part * len(ordered)) - 1)] if ordered else None
+
+
+@final
+class _EngineGauges(Collector):
+    """The engine as it stands when somebody asks."""
+
+    def __init__(self, stats: Callable[[], EngineStats]) -> None:
+        self._stats = stats
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        now = self._stats()
+        for name, text, value in (
+            ("waiting", "Requests that wait in the engine.", now.waiting),
+            ("running", "Requests that the engine runs.", now.running),
+            ("cache_used", "The part of the key-value cache in use.", now.cache),
+            ("adapters_resident", "Adapters on the device.", now.resident),
+            ("adapter_slots", "Adapters that the device can hold.", now.slots),
+            ("generated_tokens", "Tokens generated since the start.", now.tokens),
+            ("steps", "Steps of the engine since the start.", now.steps),
+        ):
+            yield GaugeMetricFamily(f"kilotune_engine_{name}", text, value=value)
+
+
+@final
+class Metrics:
+    """Used on the loop's thread; tenants beyond the first ``tenants`` share one label."""
+
+    def __init__(self, tenants: int, stats: Callable[[], EngineStats]) -> None:
+        self.registry = CollectorRegistry()
+        self.registry.register(_EngineGauges(stats))
+        self._named: set[str] = set()
+        self._most = tenants
+        self._recent: OrderedDict[str, Recent] = OrderedDict()
+        to = self.registry
+        self.requests = Counter(
+            "kilotune_requests", "Requests, by route, status and tenant.", ("route", "status", "tenant"), registry=to
+        )
+        self.seconds = Histogram(
+            "kilotune_request_seconds", "Seconds of a request.", ("route",), buckets=SECONDS, registry=to
+        )
+        self.first = Histogram(
+            "kilotune_first_token_seconds", "Seconds to an answer's first token.", buckets=SECONDS, registry=to
+        )
+        self.between = Histogram(
+            "kilotune_token_seconds", "Seconds between two tokens of an answer.", buckets=SECONDS, registry=to
+        )
+        self.prompt = Counter("kilotune_prompt_tokens", "Tokens of prompts, by tenant.", ("tenant",), registry=to)
+        self.completion = Counter(
+            "kilotune_completion_tokens", "Tokens of answers, by tenant.", ("tenant",), registry=to
+        )
+        self.cached = Counter("kilotune_cached_tokens", "Of the prompts, tokens that were in the cache.", registry=to)
+
+    def label(self, tenant: str | None) -> str:
+        """A tenant's label: its own for the first ones, and no more labels however many come."""
+        if tenant is None:
+            return ""
+        if tenant not in self._named:
+            if len(self._named) >= self._most:
+                return OTHER
+            self._named.add(tenant)
+        return tenant
+
+    def recent(self, tenant: str) -> Recent:
+        """A tenant's last minutes."""
+        found = self._recent.pop(tenant, None) or Recent()
+        self._recent[tenant] = found
+        while len(self._recent) > TENANTS:
+            self._recent.popitem(last=False)
+        return found
+
+    def text(self) -> bytes:
+        """In Prometheus' text format."""
+        return generate_latest(self.registry)

@@ -1,0 +1,115 @@
+"""From what a request says to token numbers, as a training has them, and from token numbers to their texts."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import threading
+from collections.abc import Sequence
+from typing import Any, final
+
+from ...errors import first_line
+from ...train.rendering import Rendered, tokenize
+from .faults import ApiError
+
+__all__ = ["Prompts"]
+
+LONG = 4000  # characters of a text that is not tokenised on the loop's own thread
+INCOMPLETE = "\ufffd"  # what a tokenizer makes of a part of a character
+
+
+@final
+class Prompts:
+    """A tokenizer of the service's own. vocabulary: token numbers that the model has."""
+
+    def __init__(self, tokenizer: Any, vocabulary: int) -> None:
+        self._tokenizer = copy.deepcopy(tokenizer)  # fast tokenizers do not like two users in one instant
+        self._lock = threading.Lock()
+        self.vocabulary = vocabulary
+        ends = 0 if tokenizer.eos_token_id is None else 1
+        opening = tokenize(self._tokenizer, [Rendered("", ())], "all").examples[0].ids
+        self._opening = tuple(opening[: len(opening) - ends])
+        self._texts: dict[int, str] = {}
+
+    # -- to tokens -----------------------------------------------------------------------------------
+
+    async def plain(self, given: str | Sequence[int], param: str) -> tuple[int, ...]:
+        """A text as it stands, after what begins every text of this tokenizer; or token numbers as they are."""
+        if not isinstance(given, str):
+            return self._checked(given, param)
+        return self._checked((*self._opening, *await self._encode(given, False)), param)
+
+    async def whole(self, given: str | Sequence[int], param: str) -> tuple[int, ...]:
+        """A text for an encoder, between the tokens that its tokenizer puts around it."""
+        return self._checked(given if not isinstance(given, str) else await self._encode(given, True), param)
+
+    async def chat(self, messages: Sequence[dict[str, Any]]) -> tuple[int, ...]:
+        """A conversation in the model's template, up to where the answer begins.
+
+        Raises:
+            ApiError: there is no template, or it refuses these messages.
+
+        """
+        if not self._tokenizer.chat_template:
+            raise ApiError(400, "this model has no chat template; use /v1/completions", param="messages")
+        try:
+            text = await asyncio.to_thread(self._render, list(messages))
+        except Exception as error:  # templates raise what they like: jinja2's errors, and those of their own
+            raise ApiError(
+                400, f"the chat template refuses these messages: {first_line(error)}", param="messages"
+            ) from error
+        return self._checked(await self._encode(text, False), "messages")
+
+    def _render(self, messages: list[dict[str, Any]]) -> str:
+        with self._lock:
+            return str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+    async def _encode(self, text: str, special: bool) -> Sequence[int]:
+        if len(text) <= LONG and self._lock.acquire(blocking=False):
+            try:
+                return self._ids(text, special)
+            finally:
+                self._lock.release()
+        return await asyncio.to_thread(self._locked_ids, text, special)
+
+    def _locked_ids(self, text: str, special: bool) -> Sequence[int]:
+        with self._lock:
+            return self._ids(text, special)
+
+    def _ids(self, text: str, special: bool) -> Sequence[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ApiError(400, "the text holds half of a surrogate pair, which is no character") from None
+        found = self._tokenizer(
+            text, add_special_tokens=special, return_attention_mask=False, return_token_type_ids=False, verbose=False
+        )
+        return [*map(int, found["input_ids"])]
+
+    def _checked(self, ids: Sequence[int], param: str) -> tuple[int, ...]:
+        if not ids:
+            raise ApiError(
+                400, f"{param}: is empty, and this model begins no text with a token of its own", param=param
+            )
+        if (top := max(ids)) >= self.vocabulary:
+            raise ApiError(400, f"{param}: token {top}; the model has {self.vocabulary}", param=param)
+        return tuple(ids)
+
+    # -- to texts ------------------------------------------------------------------------------------
+
+    def token(self, number: int) -> str:
+        """The text of one token, as log-probabilities name it."""
+        if (text := self._texts.get(number)) is None:
+            text = self.text([number])
+            self._texts[number] = text
+        return text
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The text of tokens."""
+        with self._lock:
+            return str(self._tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+
+    def bytes_of(self, number: int) -> list[int] | None:
+        """The UTF-8 of one token; None where it is a part of a character only."""
+        text = self.token(number)
+        return None if INCOMPLETE in text else [*text.encode()]

@@ -1,0 +1,122 @@
+"""The process: its socket, its signals, and its end."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+from collections.abc import Callable
+from types import FrameType
+from typing import final
+
+import uvicorn
+
+from ...errors import ConfigError
+from .app import create_app
+from .logs import log
+from .service import Service
+from .settings import ServeSettings
+
+__all__ = ["listen", "run"]
+
+BACKLOG = 2048
+KEEP_ALIVE = 65  # seconds; longer than the usual proxies keep theirs, so that none sends into a closing one
+LAST = 5.0  # seconds for answers that were cut off to be told so
+
+
+def listen(settings: ServeSettings) -> socket.socket:
+    """A socket that listens, before anything slow is begun.
+
+    Raises:
+        ConfigError: the port is in use, or there is no such address.
+
+    """
+    host, port = settings.host, settings.port
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        made = socket.socket(family, socket.SOCK_STREAM)
+    except OSError as error:
+        raise ConfigError(f"serve.host: {host!r} is no address here: {error.strerror or error}") from error
+    try:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind(address)
+        made.listen(BACKLOG)
+    except OSError as error:
+        made.close()
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigError(
+                f"port {port} on {host} is in use; take another with --port, or --port 0 for a free one"
+            ) from error
+        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}") from error
+    made.setblocking(False)
+    return made
+
+
+def url_of(listening: socket.socket) -> str:
+    """Where the service is reached."""
+    host, port = listening.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+@final
+class _Server(uvicorn.Server):
+    """uvicorn, which ends as this service does: it stops taking requests, and lets those that run go on for a while."""
+
+    service: Service
+    drain_seconds: float
+    tell: Callable[[], None]
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.service.draining = True
+        if self.should_exit:  # asked again
+            self.force_exit = True
+        self.should_exit = True
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.tell()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self.service.draining = True
+        log("ending", answers=self.service.gate.count)
+        engine = asyncio.create_task(asyncio.to_thread(self.service.engine.stop, self.drain_seconds))
+        await super().shutdown(sockets)
+        if not self.force_exit:
+            await engine
+
+
+def run(service: Service, listening: socket.socket, ready: Callable[[str], None]) -> None:
+    """Serve until SIGTERM or SIGINT, then drain; a second one ends at once.
+
+    Args:
+        service: with an engine that has been started.
+        listening: from :func:`listen`.
+        ready: is told the URL once requests are taken.
+
+    """
+    url = url_of(listening)
+    config = uvicorn.Config(
+        create_app(service),
+        http="httptools",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE,
+        timeout_graceful_shutdown=int(service.settings.drain_seconds + LAST),
+        backlog=BACKLOG,
+    )
+    server = _Server(config)
+    server.service, server.drain_seconds = service, service.settings.drain_seconds
+
+    def tell() -> None:
+        log("serving", url=url, base=service.base)
+        ready(url)
+
+    server.tell = tell
+    try:
+        server.run(sockets=[listening])
+    finally:
+        service.close()
+        listening.close()
+    log("ended")

@@ -1,0 +1,210 @@
+"""What requests may say, as OpenAI's API has it. An option that is not served is refused, never passed over.
+
+Options of OpenAI's that change nothing at some value (``presence_penalty: 0``) are taken at that value.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, final
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+__all__ = [
+    "AliasesBody",
+    "ChatBody",
+    "ClassifyBody",
+    "CompletionBody",
+    "EmbeddingBody",
+    "GenerationBody",
+    "Message",
+    "NamesBody",
+]
+
+Text = Annotated[str, Field(max_length=4_000_000)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+Tokens = Annotated[list[TokenId], Field(min_length=1)]
+Stop = Annotated[str, Field(min_length=1, max_length=256)]
+Model = Annotated[str, Field(min_length=1, max_length=400, description="The base, NAME, NAME/VERSION or NAME/ALIAS.")]
+Which = Annotated[int, Field(ge=1, lt=2**31)] | Annotated[str, Field(min_length=1, max_length=100)] | None
+MAX_LOGPROBS = 20
+
+
+class Body(BaseModel):
+    """A request's body: nothing unknown in it, and no value bent into another type."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+@final
+class StreamOptions(Body):
+    """usage: a last event with the counts."""
+
+    include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
+
+
+@final
+class TextFormat(Body):
+    """The one format of answers that is served."""
+
+    type: Literal["text"]
+
+
+class GenerationBody(Body):
+    """What completions and chats have in common. top_k, ignore_eos, stop_token_ids and timeout are not OpenAI's."""
+
+    model: Model
+    n: int | None = Field(None, ge=1, le=128)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    user: str | None = Field(None, max_length=512, description="Whom of yours it is for; noted in the log.")
+    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    top_k: int | None = Field(None, ge=1, lt=2**31, description="Draw from so many of the likeliest tokens only.")
+    ignore_eos: bool | None = Field(None, description="Go on behind the model's end token.")
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] | None = None
+    timeout: float | None = Field(None, gt=0, le=86400, description="Seconds; then it ends with an error.")
+
+    @model_validator(mode="after")
+    def _streaming(self) -> GenerationBody:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options: only with stream: true")
+        return self
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """``stop`` as texts."""
+        return () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def choices(self) -> int:
+        """``n``, filled in."""
+        return self.n or 1
+
+
+@final
+class CompletionBody(GenerationBody):
+    """``/v1/completions``."""
+
+    prompt: Text | Tokens | Annotated[list[Text], Field(min_length=1)] | Annotated[list[Tokens], Field(min_length=1)]
+    max_tokens: int | None = Field(None, ge=1, lt=2**31)
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    echo: bool | None = None
+    best_of: int | None = Field(None, ge=1, le=128)
+    suffix: Literal[""] | None = None
+
+    @model_validator(mode="after")
+    def _served(self) -> CompletionBody:
+        if self.best_of is not None and self.best_of != self.choices:
+            raise ValueError("best_of: only the same as n is served")
+        if self.echo and self.logprobs is not None:
+            raise ValueError("echo: with logprobs it is not served, for the prompt's log-probabilities are not known")
+        return self
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """``prompt`` as a list."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        whole: list[Any] = self.prompt
+        return [whole] if isinstance(whole[0], int) else whole
+
+
+@final
+class Part(Body):
+    """A part of a message."""
+
+    type: Literal["text"]
+    text: Text
+
+
+@final
+class Message(Body):
+    """A message of a chat."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text | Annotated[list[Part], Field(min_length=1)]
+    name: str | None = Field(None, max_length=64)
+
+    @property
+    def text(self) -> str:
+        """The content as one text."""
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+@final
+class ChatBody(GenerationBody):
+    """``/v1/chat/completions``."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
+    max_tokens: int | None = Field(None, ge=1, lt=2**31)
+    max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    response_format: TextFormat | None = None
+    tools: Annotated[list[dict[str, Any]], Field(max_length=0)] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+
+    @model_validator(mode="after")
+    def _together(self) -> ChatBody:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs: only with logprobs: true")
+        if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
+            raise ValueError("max_tokens: the old name of max_completion_tokens; give one of them")
+        return self
+
+    @property
+    def limit(self) -> int | None:
+        """The most new tokens, where the request says so."""
+        return self.max_completion_tokens or self.max_tokens
+
+
+class InputBody(Body):
+    """Texts to be encoded."""
+
+    model: Model
+    input: Text | Tokens | Annotated[list[Text], Field(min_length=1)] | Annotated[list[Tokens], Field(min_length=1)]
+    user: str | None = Field(None, max_length=512)
+
+    @property
+    def inputs(self) -> list[str | list[int]]:
+        """``input`` as a list."""
+        if isinstance(self.input, str):
+            return [self.input]
+        whole: list[Any] = self.input
+        return [whole] if isinstance(whole[0], int) else whole
+
+
+@final
+class EmbeddingBody(InputBody):
+    """``/v1/embeddings``."""
+
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: int | None = Field(None, ge=1, lt=2**31)
+
+
+@final
+class ClassifyBody(InputBody):
+    """``/v1/classify``."""
+
+
+# -- management --------------------------------------------------------------------------------------
+
+
+@final
+class AliasesBody(Body):
+    """Which version an alias is to name, by adapter; null: the newest."""
+
+    versions: Annotated[dict[str, Which], Field(min_length=1, max_length=10_000)]
+
+
+@final
+class NamesBody(Body):
+    """Adapters whose alias is to name what it named before."""
+
+    names: Annotated[list[str], Field(min_length=1, max_length=10_000)]

@@ -1,0 +1,198 @@
+"""What the routes work with: an engine, its adapters, a tokenizer, and what each request is allowed."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar, final
+
+from ...errors import KilotuneError
+from ...fleet.store import Version
+from ...fleet.store.base import Adapter, Which
+from ..engine import AdapterKey, Engine, Generation, Sampling
+from .faults import ApiError, of_library
+from .gate import Gate
+from .keys import Key, Keyring
+from .metrics import Metrics
+from .prompts import Prompts
+from .settings import ServeSettings
+
+__all__ = ["Catalogue", "Meant", "Service"]
+
+T = TypeVar("T")
+THREADS = 32  # that wait for the store
+PATIENCE = 20.0  # seconds that a request waits for the store
+
+
+class Catalogue(Protocol):
+    """The adapters of all namespaces, as :class:`~kilotune.serve.adapters.AdapterRegistry` has them.
+
+    All methods are called from worker threads, and raise as those of :class:`~kilotune.fleet.AdapterStore`.
+    """
+
+    def resolve(self, namespace: str, name: str, which: Which) -> AdapterKey: ...
+    def put(
+        self,
+        namespace: str,
+        name: str,
+        adapter: Adapter,
+        *,
+        metadata: Mapping[str, Any] | None = None,
+        tags: Sequence[str] = (),
+        alias: str | None = None,
+    ) -> Version: ...
+    def info(self, namespace: str, name: str, which: Which = None) -> Version: ...
+    def versions(self, namespace: str, name: str) -> list[Version]: ...
+    def aliases(self, namespace: str, name: str) -> dict[str, int]: ...
+    def ls(
+        self,
+        namespace: str,
+        pattern: str | None = None,
+        *,
+        tags: Sequence[str] = (),
+        after: str | None = None,
+        limit: int | None = None,
+    ) -> list[Version]: ...
+    def rm(self, namespace: str, name: str, which: Which = None, *, force: bool = False) -> int: ...
+    def roll_out(self, namespace: str, alias: str, versions: Mapping[str, Which]) -> dict[str, int]: ...
+    def roll_back(self, namespace: str, alias: str, names: Iterable[str]) -> dict[str, int]: ...
+    def unalias(self, namespace: str, name: str, alias: str) -> None: ...
+    def store_state(self) -> str | None: ...
+    def close(self) -> None: ...
+
+
+@final
+@dataclass(frozen=True)
+class Meant:
+    """What a request's ``model`` names. model: as the request has it; adapter: None for the base alone."""
+
+    model: str
+    adapter: AdapterKey | None
+
+
+@final
+class Service:
+    """One base, its engine, and everybody's adapters."""
+
+    def __init__(
+        self, engine: Engine, adapters: Catalogue, prompts: Prompts, keys: Keyring, settings: ServeSettings, base: str
+    ) -> None:
+        """base: what requests call the base alone."""
+        self.engine, self.adapters, self.prompts, self.keys = engine, adapters, prompts, keys
+        self.settings, self.base = settings, base
+        self.gate = Gate(settings.max_requests, settings.max_requests_per_tenant)
+        self.metrics = Metrics(settings.metrics_tenants, engine.stats)
+        self.created = int(time.time())
+        self.draining = False
+        self._threads = ThreadPoolExecutor(THREADS, "kilotune-store")
+
+    def close(self) -> None:
+        """Let go of the threads and the store."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        self.adapters.close()
+
+    # -- the store -----------------------------------------------------------------------------------
+
+    async def ask(self, call: Callable[[], T], param: str | None = None) -> T:
+        """Run a call of :class:`Catalogue` beside the loop.
+
+        Raises:
+            ApiError: what the store says, in HTTP's terms; also where it says nothing for too long.
+
+        """
+        waiting = asyncio.get_running_loop().run_in_executor(self._threads, call)
+        try:
+            return await asyncio.wait_for(waiting, PATIENCE)
+        except TimeoutError:
+            raise ApiError(
+                503, "the store of adapters does not answer; try again", code="store_unavailable", retry_after=5
+            ) from None
+        except KilotuneError as error:
+            raise of_library(error, param) from error
+
+    async def meant(self, caller: Key, model: str) -> Meant:
+        """What ``model`` names for this caller: the base, or an adapter of the caller's own namespace."""
+        if model == self.base:
+            return Meant(model, None)
+        namespace, (name, which) = _namespace(caller), self.split(model)
+        try:
+            key = await self.ask(lambda: self.adapters.resolve(namespace, name, which), "model")
+        except ApiError as error:
+            if error.status != 404:
+                raise
+            raise ApiError(
+                404, f"the model {model!r} does not exist: {error.message}", param="model", code="model_not_found"
+            ) from error
+        return Meant(model, key)
+
+    def split(self, model: str) -> tuple[str, Which]:
+        """NAME, NAME/3 or NAME/alias as a name and a version; a name has no slash."""
+        name, slash, word = model.partition("/")
+        if not slash:
+            return name, self.settings.version
+        return name, int(word) if word.isdecimal() and word.isascii() and len(word) < 12 else word
+
+    # -- what a request may have -----------------------------------------------------------------------
+
+    def deadline(self, timeout: float | None) -> float:
+        """Until when, of time.monotonic()."""
+        return time.monotonic() + min(timeout or self.settings.max_seconds, self.settings.max_seconds)
+
+    def room(self, prompt: Sequence[int], wanted: int | None, usual: int | None, param: str) -> int:
+        """How many new tokens an answer to this prompt may have.
+
+        Args:
+            prompt: its tokens.
+            wanted: what the request says.
+            usual: where it says nothing; None: as many as there is room for.
+            param: what to name in an error.
+
+        """
+        longest = self.engine.max_length
+        most = self.settings.max_prompt or longest
+        told = f"this model takes {longest} tokens of prompt and answer together"
+        if len(prompt) > most:
+            told = told if most >= longest else f"this service takes prompts of {most} tokens"
+            raise ApiError(400, f"{told}; the prompt has {len(prompt)}", param=param, code="context_length_exceeded")
+        left = longest - len(prompt)
+        if wanted is not None and wanted > self.settings.max_tokens:
+            raise ApiError(
+                400, f"max_tokens: {wanted}; an answer has at most {self.settings.max_tokens} here", param="max_tokens"
+            )
+        if left < (wanted or 1):
+            more = "" if wanted is None else f" and {wanted} more are asked for"
+            raise ApiError(
+                400, f"{told}; the prompt has {len(prompt)}{more}", param=param, code="context_length_exceeded"
+            )
+        return wanted or min(left, self.settings.max_tokens, usual or left)
+
+    def generation(
+        self, request_id: str, caller: Key, meant: Meant, prompt: tuple[int, ...], sampling: Sampling, deadline: float
+    ) -> Generation:
+        """One answer to ask the engine for."""
+        return Generation(
+            id=request_id,
+            tenant=_namespace(caller),
+            adapter=meant.adapter,
+            prompt=prompt,
+            sampling=sampling,
+            deadline=deadline,
+        )
+
+
+def _namespace(caller: Key) -> str:
+    assert caller.namespace is not None  # the keys of tenants have one
+    return caller.namespace
+
+
+def seed_of(seed: int | None, choice: int) -> int | None:
+    """The seed of one of several answers; the first has the request's own, as a number from 0."""
+    if seed is None:
+        return None
+    if choice == 0 and seed >= 0:
+        return seed
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{choice}".encode(), digest_size=8).digest()) >> 1

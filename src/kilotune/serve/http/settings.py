@@ -1,0 +1,104 @@
+"""What the service is told when it starts: frozen, checked when built; each field's text is its option's help."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from ipaddress import ip_address
+from typing import Any, ClassVar, final
+
+from ...fleet.store.names import check_namespace, check_which
+from ...train.fields import Section, flag, number, or_none, setting, text
+
+__all__ = ["ServeSettings"]
+
+
+def _version(name: str, value: Any) -> list[str]:
+    try:
+        check_which(value)
+    except ValueError as error:
+        return [f"{name}: {error}"]
+    return []
+
+
+def _namespace(name: str, value: Any) -> list[str]:
+    try:
+        check_namespace(value)
+    except ValueError as error:
+        return [f"{name}: {error}"]
+    return []
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class ServeSettings(Section):
+    """How the service listens, whom it lets in, and what it allows each request."""
+
+    SECTION: ClassVar[str] = "serve"
+
+    host: str = setting("127.0.0.1", text, "The address to listen on; another than this machine's own needs --keys.")
+    port: int = setting(8000, number(0, 65535, whole=True), "The port; 0 takes a free one, which is then told.")
+    name: str | None = setting(
+        None, or_none(text), "What requests call the base alone as their model; null: the last part of its path."
+    )
+    keys: str | None = setting(
+        None,
+        or_none(text),
+        "The file of API keys, made by `kilotune keys add`; null: nobody needs one, on this machine only, and all "
+        "adapters are those of one namespace.",
+    )
+    namespace: str = setting("default", _namespace, "Whose adapters, where there are no keys.")
+    version: str | None = setting(
+        None, _version, "Which version is meant where a request names none: an alias such as live; null: the newest."
+    )
+    max_requests: int = setting(
+        1024, number(1, whole=True), "Answers that may run or wait at once; what comes on top gets 429."
+    )
+    max_requests_per_tenant: int = setting(128, number(1, whole=True), "The same for each namespace.")
+    max_choices: int = setting(64, number(1, whole=True), "Answers (prompts times n) that one request may ask for.")
+    max_inputs: int = setting(256, number(1, whole=True), "Texts that one request may have embedded or classified.")
+    max_tokens: int = setting(4096, number(1, whole=True), "The most new tokens that an answer may ask for.")
+    max_prompt: int | None = setting(
+        None, or_none(number(1, whole=True)), "The most tokens of a prompt; null: as many as the model takes."
+    )
+    max_body: int = setting(2 * 2**20, number(1, whole=True), "The most bytes of a request, adapters apart.")
+    max_adapter: int = setting(256 * 2**20, number(1, whole=True), "The most bytes of an adapter that is put.")
+    max_seconds: float = setting(600.0, number(0, above=True), "The longest that a request may take.")
+    body_seconds: float = setting(30.0, number(0, above=True), "How long a request's body may take to arrive.")
+    write_seconds: float = setting(
+        60.0, number(0, above=True), "A client that takes nothing of its answer for so long is dropped."
+    )
+    drain_seconds: float = setting(
+        30.0, number(0), "How long running requests may go on once the service is told to end."
+    )
+    metrics_tenants: int = setting(
+        100, number(0, whole=True), "So many namespaces are named in the metrics; the rest together are 'other'."
+    )
+    telemetry: bool = setting(False, flag, "A span of OpenTelemetry for each request; its own variables say where to.")
+
+    @classmethod
+    def together(cls, values: Mapping[str, Any]) -> list[str]:
+        faults = []
+        if values["keys"] is None and not is_local(values["host"]):
+            faults.append(
+                f"{cls.key('host')}: {values['host']!r} can be reached from other machines, so give --keys; "
+                "kilotune keys add makes them"
+            )
+        if values["keys"] is not None and values["namespace"] != "default":
+            faults.append(f"{cls.key('namespace')}: each key has its own, so it goes without --keys only")
+        if values["max_requests_per_tenant"] > values["max_requests"]:
+            faults.append(
+                f"{cls.key('max_requests_per_tenant')}: {values['max_requests_per_tenant']} is more than "
+                f"{cls.key('max_requests')}, {values['max_requests']}"
+            )
+        return faults
+
+
+def is_local(host: str) -> bool:
+    """Whether an address is reached from this machine only."""
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False
