@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
 from typer.testing import CliRunner, Result
 
+from cli_helpers import kilotune
 from generation_support import greedy, loaded, merged, pair
 from kilotune.cli import chat as verb
 from kilotune.cli.main import app
 from kilotune.errors import ConfigError
 from kilotune.train.inference import Chat, Sampling, Writer
-from train_support import LENGTH, sentence
+from kilotune.train.outcome import form_of
+from train_support import LENGTH, sentence, write_jsonl
 
 COUNT = 6
 ONE, TWO, THREE = sentence(3, 3), sentence(5, 3), sentence(8, 3)
@@ -233,3 +236,34 @@ def test_an_interrupt_before_any_word_leaves_no_trace(monkeypatch: pytest.Monkey
     talk = Chat(writer)
     assert talk.ask(ONE).reason == "interrupted"
     assert talk.messages == []
+
+
+# -- as it was trained ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["messages", "prompt", "text"])
+def test_it_is_talked_to_as_it_was_trained(kind: str, tmp_path: Path) -> None:
+    base, _ = pair("llama", True)
+    chats = [{"role": "user", "content": ONE}, {"role": "assistant", "content": TWO}]
+    row = {"messages": chats} if kind == "messages" else {"prompt": ONE, "completion": TWO} if kind == "prompt" else {}
+    data = write_jsonl(tmp_path / "rows.jsonl", [row or {"text": ONE}] * 2)
+    settings = ["--progress", "quiet", "--set", "training.max_steps=1", "--set", "logging.report=false"]
+    done = kilotune("train", "-m", base, "-d", data, "-o", tmp_path / "out", *settings, "--set", "training.device=cpu")
+    assert done.exit_code == 0, done.stderr
+    words = [str(tmp_path / "out"), "--base", str(base), "-n", "2", "--json"]
+
+    def template(verb: str, *more: str) -> bool:
+        result = CliRunner().invoke(app, [verb, *words, *more], input=f"{ONE}\n", catch_exceptions=False)
+        assert result.exit_code == 0, result.stderr
+        return bool(json.loads(result.stdout)["template"])
+
+    assert template("chat") is template("generate") is (kind == "messages")
+    assert template("chat", "--template") is template("generate", "--template") is True
+    assert template("chat", "--plain") is template("generate", "--plain") is False
+    assert template("chat", "--system", "x") is template("generate", "--system", "x") is True
+
+
+@pytest.mark.parametrize("said", ["", "[]", '{"form": 3}', "[" * 100_000])
+def test_a_result_that_says_nothing_of_it(said: str, tmp_path: Path) -> None:
+    (tmp_path / "result.json").write_text(said)
+    assert form_of(tmp_path) is None

@@ -16,6 +16,7 @@ from ..plan import DTYPES
 from ..train import models
 from ..train.fields import one_of
 from ..train.inference import Sampling, Writer, check_writes, tokenizer_of
+from ..train.outcome import form_of
 from ..train.scoring import check_base
 from ..train.settings import ModelSettings, TrainingSettings
 from ..train.tasks import TASKS
@@ -46,6 +47,8 @@ __all__ = [
     "show",
 ]
 
+MESSAGES = "messages"
+
 Adapter = Annotated[
     str, typer.Argument(help="An adapter's folder or hub id, or a folder with a whole model.", metavar="ADAPTER")
 ]
@@ -64,7 +67,7 @@ Plain = Annotated[
     typer.Option(
         "--plain/--template",
         help="Give the model each message as it stands, by itself; or the conversation in the chat template. Default: "
-        "the template, where the tokenizer has one.",
+        "as it was trained, where its folder says that; else the template, where the tokenizer has one.",
     ),
 ]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", help=Sampling.help_of("max_tokens"))]
@@ -115,11 +118,17 @@ class Weights:
 @final
 @dataclass(frozen=True)
 class Opened:
-    """A model that is ready to write, and where it is from."""
+    """A model that is ready to write, and where it is from. form: what the rows were that it learned from, if known."""
 
     writer: Writer
     adapter: str
     base: str
+    form: str | None
+
+    @property
+    def chats(self) -> bool | None:
+        """Whether it learned chats in the tokenizer's template; None: not known."""
+        return None if self.form is None else self.form == MESSAGES and bool(self.writer.tokenizer.chat_template)
 
 
 def open_writer(
@@ -149,16 +158,17 @@ def open_writer(
         if base is not None:
             raise ConfigError(f"--base: {adapter!r} is a whole model, and no adapter, so it has no base")
         model = _whole(adapter, weights)
-        return Opened(Writer(weights.placed(model), tokenizer_of(Path(adapter), adapter), sampling), adapter, adapter)
+        writer = Writer(weights.placed(model), tokenizer_of(Path(adapter), adapter), sampling)
+        return Opened(writer, adapter, adapter, form_of(Path(adapter)))
     file = open_adapter(adapter, adapter_revision)
     source, revision = base_of(file, base, revision)
-    models.load_config(weights.settings(source, revision))  # says best what to do where there is no such base
+    models.load_config(weights.settings(source, revision), "--base")  # says best what to do where there is no such base
     model = load_fitting_base(file, source, revision, weights.stored, weights.options(source))
     check_writes(model)
     check_base(model, weights.settings(source, revision), file.folder)
     tokenizer = tokenizer_of(file.folder, source, revision)
     adapted = PeftModel.from_pretrained(weights.placed(model), file.folder)
-    return Opened(Writer(adapted, tokenizer, sampling), adapter, source)
+    return Opened(Writer(adapted, tokenizer, sampling), adapter, source, form_of(file.folder))
 
 
 def is_whole_model(folder: str) -> bool:
@@ -169,8 +179,8 @@ def is_whole_model(folder: str) -> bool:
 
 def _whole(folder: str, weights: Weights) -> Any:
     settings = weights.settings(folder)
-    task = TASKS["seq2seq" if models.load_config(settings).is_encoder_decoder else "causal-lm"]()
-    return models.load_base(settings, task, None, models.device_of(weights.device)).model
+    task = TASKS["seq2seq" if models.load_config(settings, "ADAPTER").is_encoder_decoder else "causal-lm"]()
+    return models.load_base(settings, task, None, models.device_of(weights.device), "ADAPTER").model
 
 
 def alone(opened: Opened, wanted: bool) -> contextlib.AbstractContextManager[None]:

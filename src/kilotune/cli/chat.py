@@ -68,6 +68,8 @@ def chat(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop=tuple(stop or ())
     )
     opened = open_writer(adapter, adapter_revision, base, revision, Weights(dtype, quantization, device), sampling)
+    if plain is None and system is None and opened.chats is not None:
+        plain = not opened.chats
     talk = Chat(opened.writer, system, plain)
     keyboard = sys.stdin.isatty() and not as_json
     if keyboard:

@@ -47,8 +47,8 @@ def generate(
         bool | None,
         typer.Option(
             "--template/--plain",
-            help="Give the model the prompt in the chat template, as a user's message; or as it stands. Default: as it "
-            "stands, but for --system.",
+            help="Give the model the prompt in the chat template, as a user's message; or as it stands. Default: in "
+            "the template with --system, and where its folder says that it learned chats.",
         ),
     ] = None,
     max_tokens: MaxTokens = Sampling.max_tokens,
@@ -71,7 +71,9 @@ def generate(
     )
     text = prompt if prompt is not None else _piped()
     opened = open_writer(adapter, adapter_revision, base, revision, Weights(dtype, quantization, device), sampling)
-    chat = Chat(opened.writer, system, plain=system is None if template is None else not template)
+    if template is None:
+        template = system is not None or bool(opened.chats)
+    chat = Chat(opened.writer, system, plain=not template)
     with alone(opened, base_alone):
         answer = chat.ask(text, None if as_json else show)
     if as_json:

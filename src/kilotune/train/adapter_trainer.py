@@ -44,6 +44,7 @@ class Own:
         self.steps_per_epoch, self.loss = steps_per_epoch, loss
         self.normalises: bool | None = None  # whether the model divides its loss by the labels of a whole step
         self.still = [m for m in model.modules() if isinstance(m, _BatchNorm) and not _trains(m)]
+        self.losses: list[tuple[Tensor, Tensor]] = []  # of an evaluation: each batch's mean loss, and labels in it
 
     def groups(self) -> list[dict[str, Any]] | None:
         """The optimizer's groups; None where the model has no adapters, and the Trainer makes them."""
@@ -146,6 +147,45 @@ class AdapterTrainer(Seq2SeqTrainer):  # type: ignore[misc]  # transformers is u
             return (found[0] * share, found[1]) if return_outputs else found * share
         outputs = self.own.loss_of(model, inputs, self.own.loss)
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+    def prediction_step(
+        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None, **generation: Any
+    ) -> Any:
+        found = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **generation)
+        if found[0] is not None:
+            self.own.losses.append((found[0].detach().reshape(()), self._counted(inputs["labels"])))
+        return found
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: Any = None,
+        ignore_keys: Any = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        self.own.losses = []
+        found = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        if self.own.losses and f"{metric_key_prefix}_loss" in found.metrics:
+            found.metrics[f"{metric_key_prefix}_loss"] = self._mean_loss()
+        return found
+
+    def _counted(self, labels: Any) -> Tensor:
+        """How many labels a batch's loss is the mean of: not those that it passes over."""
+        if not isinstance(labels, Tensor):  # of a module of one's own
+            return torch.tensor(1.0, device=self.args.device)
+        if labels.is_floating_point():
+            return torch.tensor(float(labels.numel()), device=labels.device)
+        return (labels[..., 1:] if self._loss_shifts_labels else labels).ne(-100).sum()
+
+    def _mean_loss(self) -> float:
+        """The mean over all labels of an evaluation. The Trainer's is one over batches, each by its rows."""
+        losses, self.own.losses = self.own.losses, []
+        values = torch.stack([loss.float() for loss, _ in losses]).double()
+        counts = torch.stack([count.to(values.device) for _, count in losses]).double()
+        sums = torch.stack([(values * counts)[counts > 0].sum(), counts.sum()])  # without labels, a loss is no number
+        total, number = (self.accelerator.reduce(sums, "sum") if self.args.world_size > 1 else sums).tolist()
+        return total / number if number else float("nan")
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)

@@ -33,6 +33,7 @@ __all__ = [
     "set_padding",
 ]
 
+BASE = "model.base"
 HEAD_NAMES = tuple(dict.fromkeys(name for names in HEADS.values() for name in names))
 # Their position numbers begin after the padding's, so that many fewer tokens fit than max_position_embeddings says.
 OFFSET_POSITIONS = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "longformer", "data2vec-text")
@@ -81,41 +82,41 @@ def device_of(wanted: str) -> torch.device:
 # -- loading -----------------------------------------------------------------------------------------
 
 
-def load_config(settings: ModelSettings) -> Any:
-    """The base's transformers configuration, from a folder or a hub id.
+def load_config(settings: ModelSettings, name: str = BASE) -> Any:
+    """The base's transformers configuration, from a folder or a hub id; ``name`` is what the user calls that.
 
     Raises:
         ConfigError: there is no such folder, it holds no model, or the hub cannot give it; says what to do.
 
     """
-    _check_source(settings)
+    _check_source(settings, name)
     transformers = need_transformers("training")
-    with _told(settings, "configuration"):
+    with _told(settings, "configuration", name):
         return transformers.AutoConfig.from_pretrained(
             settings.base, revision=settings.revision, trust_remote_code=False
         )
 
 
-def _check_source(settings: ModelSettings) -> None:
+def _check_source(settings: ModelSettings, name: str) -> None:
     folder = Path(settings.base)
     if folder.is_dir():
         if settings.revision is not None:
             raise ConfigError(f"model.revision: {settings.base!r} is a folder here, so it has no revisions")
         if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
             raise ConfigError(
-                f"model.base: {settings.base!r} holds an adapter, not a model; to go on from it give its base as "
+                f"{name}: {settings.base!r} holds an adapter, not a model; to go on from it give its base as "
                 "model.base, and the adapter as adapter.start"
             )
         if not (folder / "config.json").is_file():
-            raise ConfigError(f"model.base: {settings.base!r} holds no config.json, so it is no model's folder")
+            raise ConfigError(f"{name}: {settings.base!r} holds no config.json, so it is no model's folder")
     elif folder.exists():
-        raise ConfigError(f"model.base: {settings.base!r} is a file; expected a folder with config.json, or a hub id")
+        raise ConfigError(f"{name}: {settings.base!r} is a file; expected a folder with config.json, or a hub id")
     elif not REPO_ID.fullmatch(settings.base):
-        raise ConfigError(f"model.base: {settings.base!r} is no folder here, and no hub id (owner/name)")
+        raise ConfigError(f"{name}: {settings.base!r} is no folder here, and no hub id (owner/name)")
 
 
 @contextlib.contextmanager
-def _told(settings: ModelSettings, what: str) -> Iterator[None]:
+def _told(settings: ModelSettings, what: str, name: str) -> Iterator[None]:
     """What transformers or the hub raise becomes one line of ours; they raise a dozen unrelated kinds."""
     try:
         yield
@@ -123,9 +124,9 @@ def _told(settings: ModelSettings, what: str) -> Iterator[None]:
         raise
     except Exception as error:
         if Path(settings.base).is_dir():
-            raise ConfigError(f"model.base: the {what} in {settings.base!r} cannot be had: {_line(error)}") from error
+            raise ConfigError(f"{name}: the {what} in {settings.base!r} cannot be had: {_line(error)}") from error
         raise ConfigError(
-            f"model.base: {settings.base!r} is no folder here, and its {what} cannot be had from the hub: "
+            f"{name}: {settings.base!r} is no folder here, and its {what} cannot be had from the hub: "
             f"{_line(error)} Without a network, fetch it on another machine (hf download {settings.base} --local-dir "
             "FOLDER) and give the folder, or point HF_HOME at a cache that has it; HF_HUB_OFFLINE=1 asks no network"
         ) from error
@@ -154,7 +155,9 @@ def limits_of(config: Any) -> Limits:
     )
 
 
-def load_base(settings: ModelSettings, task: Task, prepared: Prepared | None, device: torch.device) -> Loaded:
+def load_base(
+    settings: ModelSettings, task: Task, prepared: Prepared | None, device: torch.device, name: str = BASE
+) -> Loaded:
     """The base model with the task's head: on the CPU, or quantised on the fly and then on ``device``.
 
     Args:
@@ -162,12 +165,13 @@ def load_base(settings: ModelSettings, task: Task, prepared: Prepared | None, de
         task: decides the class of the model.
         prepared: the data, which decides the head's labels; None takes the head as it is.
         device: where quantised weights are made.
+        name: what the user calls the base.
 
     Raises:
         ConfigError: it cannot be had, or its files hold another architecture. MissingExtraError: a package is missing.
 
     """
-    _check_source(settings)
+    _check_source(settings, name)
     transformers = need_transformers("training")
     options = dict(task.model_options(prepared)) if prepared is not None else {}
     if settings.quantization != "none":
@@ -176,7 +180,7 @@ def load_base(settings: ModelSettings, task: Task, prepared: Prepared | None, de
     if settings.attention is not None:
         options["attn_implementation"] = settings.attention
     auto = getattr(transformers, task.auto_class)
-    with _told(settings, "model"):
+    with _told(settings, "model", name):
         model, info = auto.from_pretrained(
             settings.base,
             revision=settings.revision,
@@ -187,7 +191,7 @@ def load_base(settings: ModelSettings, task: Task, prepared: Prepared | None, de
             **options,
         )
     drawn = [*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])]
-    fresh = _fresh_modules(model, drawn, settings.base)
+    fresh = _fresh_modules(model, drawn, f"{name}: the weights in {settings.base!r}")
     notes = (f"new, and trained whole: {', '.join(fresh)} (the files have no such weights)",) if fresh else ()
     return Loaded(model, fresh, notes)
 
@@ -206,14 +210,14 @@ def quantised(settings: ModelSettings, transformers: Any) -> Any:
     )
 
 
-def _fresh_modules(model: nn.Module, keys: Iterable[str], base: str) -> tuple[str, ...]:
+def _fresh_modules(model: nn.Module, keys: Iterable[str], weights: str) -> tuple[str, ...]:
     """The modules that own the weights which the files lack; outermost heads are named whole."""
     names = model.state_dict()
     missing = sorted(key for key in keys if key in names)
     numbers = sum(names[key].numel() for key in missing)
     if numbers * 2 > sum(tensor.numel() for tensor in names.values()):
         raise ConfigError(
-            f"model.base: the weights in {base!r} do not belong to a {type(model).__name__}: {len(missing)} of its "
+            f"{weights} do not belong to a {type(model).__name__}: {len(missing)} of its "
             f"{len(names)} tensors are not there, such as {missing[0]}"
         )
     owners = dict.fromkeys(key.rpartition(".")[0] for key in missing)

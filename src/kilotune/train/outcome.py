@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 import statistics
 import sys
@@ -24,7 +25,7 @@ from .models import device_of
 from .session import Session
 from .trainer import generating
 
-__all__ = ["LABELS_NAME", "Result", "finish", "is_main", "save", "settle"]
+__all__ = ["LABELS_NAME", "Result", "finish", "form_of", "is_main", "save", "settle"]
 
 LABELS_NAME = "labels.json"
 
@@ -49,6 +50,7 @@ class Result:
         adapter_bytes: of the adapter's weights on disk; of the whole model's for the methods ``full`` and ``head``.
         peak_memory: bytes; on CUDA of tensors, elsewhere of the process.
         step_seconds: the median over the steps of this session; 0 where there were none.
+        form: what the rows of a model that writes are: messages, prompt, text or source; else None.
         history: one dict a record, as in logs/history.jsonl.
     """
 
@@ -61,12 +63,23 @@ class Result:
     adapter_bytes: int
     peak_memory: int
     step_seconds: float
+    form: str | None = None
     history: Sequence[Mapping[str, Any]] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """In plain JSON types, without the history, which has its own file."""
         values = {name: getattr(self, name) for name in (f.name for f in dataclasses.fields(self)) if name != "history"}
         return {**values, "folder": str(self.folder), "metrics": {k: dict(v) for k, v in self.metrics.items()}}
+
+
+def form_of(folder: Path) -> str | None:
+    """What the rows were that the model in ``folder`` learned from; None where no training is there that says it."""
+    try:
+        found = json.loads((folder / RESULT_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):  # the adapter may be from anywhere
+        return None
+    form = found.get("form") if isinstance(found, dict) else None
+    return form if isinstance(form, str) else None
 
 
 def settle(session: Session, trainer: Any) -> int:
@@ -110,6 +123,7 @@ def finish(session: Session, state: Any, best_step: int, history: History, steps
         adapter_bytes=0,
         peak_memory=_peak_memory(device_of(session.settings.training.device)),
         step_seconds=statistics.median(steps) if steps else 0.0,
+        form=session.prepared.form,
         history=tuple(history.records),
     )
     if not is_main():

@@ -53,5 +53,5 @@ def _load(auto: str, what: str, base: str, revision: str | None) -> Any:
             ) from error
         raise ConfigError(
             f"no {what} for {base!r}: it is no folder here, and the hub does not give it: {first_line(error)} Give "
-            "model.base a folder, or load the model once where there is a network and bring the cache (HF_HOME) here"
+            "a folder, or load the model once where there is a network and bring the cache (HF_HOME) here"
         ) from error

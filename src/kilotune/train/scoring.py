@@ -96,7 +96,8 @@ def open_scoring(settings: TrainSettings, folder: Path, labels: Sequence[str] | 
     """
     device = models.device_of(settings.training.device)
     task = TASKS[settings.task]()
-    config = models.load_config(settings.model)
+    called = "--base" if (folder / CONFIG_NAME).is_file() else "ADAPTER"
+    config = models.load_config(settings.model, called)
     own = any((folder / name).is_file() for name in PROCESSOR_FILES)
     processor = (
         task.load_processor(str(folder)) if own else task.load_processor(settings.model.base, settings.model.revision)
@@ -110,7 +111,7 @@ def open_scoring(settings: TrainSettings, folder: Path, labels: Sequence[str] | 
             "the order of their numbers: --labels a,b,c"
         )
     with advise_on_memory(settings, "while the base model was loaded"):
-        loaded = models.load_base(settings.model, task, prepared, device)
+        loaded = models.load_base(settings.model, task, prepared, device, called)
     models.set_padding(loaded.model, processor)
     model = loaded.model if not (folder / CONFIG_NAME).is_file() else _adapted(loaded, settings, task, folder)
     return Session(settings, model, processor, prepared, task, notes=prepared.notes)

@@ -83,6 +83,7 @@ class CausalLm(Task):
             tokens=splits["train"].tokens,
             notes=tuple(notes),
             preview=_preview(first, splits[first.name].examples[0], processor),
+            form=next(group[0] for group in self.roles if group[0] in first.columns),
         )
 
     def check_model(self, model: nn.Module, data: DataSettings) -> None:

@@ -73,6 +73,7 @@ class Seq2Seq(Task):
                 *(f"target: {note}" for note in notes_of(written)),
             ),
             preview=_preview(first, rows[first.name], processor),
+            form="source",
         )
 
 
