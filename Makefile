@@ -15,10 +15,14 @@ setup = command -v $(PYTHON) >/dev/null 2>&1 \
 # One thread a worker: JOBS workers with a thread pool each would only wait for one another.
 pytest = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(python) -m pytest -n $(JOBS) --dist worksteal
 
+# vLLM starts processes of its own, two at a time where the tests are of two workers.
+vllm_pytest = OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind \
+	.venv-vllm/bin/python -m pytest -c tests/vllm_plugin/pytest.ini tests/vllm_plugin
+
 .DEFAULT_GOAL := help
 # The parts of a target share one .venv and one terminal: in order, under `make -j` too.
 .NOTPARALLEL:
-.PHONY: help demo test test-full lint type format bench docs clean env-demo env-dev env-docs env-postgresql
+.PHONY: help demo test test-full test-vllm lint type format bench docs clean env-demo env-dev env-docs env-postgresql env-vllm
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -31,6 +35,9 @@ test: lint type env-postgresql  ## lint, types, and the tests that CI runs (unde
 
 test-full: lint type env-postgresql  ## everything, the slow tests too
 	$(pytest) -m "" $(ARGS)
+
+test-vllm: env-vllm  ## the vLLM plugin in a real vLLM on this CPU, in .venv-vllm (3.4 GB); everything: ARGS='-m ""'
+	$(vllm_pytest) $(ARGS)
 
 lint: env-dev  ## ruff: rules and format
 	$(python) -m ruff check --no-cache .
@@ -53,6 +60,9 @@ docs: env-docs  ## the documentation as a site in site/; a warning is an error
 clean:  ## remove what the tools made (.venv and runs/ stay)
 	rm -rf site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests benchmarks scripts -name __pycache__ -type d -prune -exec rm -rf {} +
+
+env-vllm: env-dev
+	@$(python) scripts/vllm_environment.py
 
 env-demo env-dev env-docs:
 	@$(setup) $(@:env-%=%)

@@ -53,6 +53,11 @@ class Fingerprint:
             model = model.get_base_model()
         return cls({name: _entry(name, value) for name, value in _parameters(model)})
 
+    @classmethod
+    def of_tensors(cls, parameters: Mapping[str, Tensor]) -> Fingerprint:
+        """Of the parameters by name, such as a checkpoint's files have them."""
+        return cls({name: _entry(name, value) for name, value in parameters.items()})
+
     @cached_property
     def sha256(self) -> str:
         """SHA-256 over all of it, hexadecimal."""

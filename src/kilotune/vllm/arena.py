@@ -1,0 +1,148 @@
+"""A row for each slot on the device, which token takes which, and the mathematics of VeRA for tokens of many adapters.
+
+::
+
+    rows 0 ... slots - 1     an adapter each
+    row slots                poison: for tokens of an adapter that is not there, which never get the base's answer
+    row slots + 1            zeros: for tokens of the base, and for padding
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..projections import Pair
+from .layout import Cut, Part
+
+__all__ = ["Arena", "FusedLayer", "Routes", "poison_row"]
+
+CACHED = ("k_proj", "v_proj")  # what these give is kept, and read by others once it is freed
+
+
+def poison_row(cut: Cut) -> Tensor:
+    """A local row (float32) that makes every logit NaN, and nothing that is kept in the key-value cache.
+
+    It is in the last layer only, and in none whose output is cached, so the NaN of one request never meets another.
+    """
+    row = torch.zeros(cut.numbers)
+    for name, parts in reversed(cut.layers.items()):
+        begin = cut.begins[name] + cut.rank * len(parts)
+        for part in parts:
+            size = part.rows[1] - part.rows[0]
+            if part.site.name.rpartition(".")[2] not in CACHED:
+                row[begin : begin + size] = math.nan
+                return row
+            begin += size
+        if name != list(cut.layers)[-1]:
+            break
+    return row
+
+
+@final
+class Arena:
+    """All adapters that are on the device: ``rows`` (slots + 2, numbers of a local row)."""
+
+    def __init__(self, slots: int, cut: Cut, device: torch.device, dtype: torch.dtype) -> None:
+        self.slots, self.poison, self.zero = slots, slots, slots + 1
+        self.rows = torch.zeros(slots + 2, cut.numbers, device=device, dtype=dtype)
+        self.rows[self.poison] = poison_row(cut).to(device, dtype)
+        self.rows[:slots] = self.rows[self.poison]
+        self.pair: Pair = cut.matrices(device, dtype)
+
+    def set_lora(self, index: int, lora_a: Tensor, lora_b: Tensor | None = None) -> None:
+        """Put an adapter's local row into a slot (the name is vLLM's)."""
+        self.rows[index].copy_(lora_a, non_blocking=True)
+
+    def reset_lora(self, index: int) -> None:
+        """Empty a slot: nobody gets anything of use from it."""
+        self.rows[index] = self.rows[self.poison]
+
+
+@final
+class Routes:
+    """Which row of the arena each token of a step takes. index: (tokens,), zeros behind those that there are."""
+
+    def __init__(self, tokens: int, arena: Arena) -> None:
+        self.arena = arena
+        self.index = torch.full((tokens,), arena.zero, dtype=torch.int64, device=arena.rows.device)
+        self._host = torch.full((tokens,), arena.zero, dtype=torch.int64)
+        self.idle = True
+        """Whether no token has an adapter."""
+
+    def set(self, ids: Sequence[int], slots: Sequence[int | None]) -> None:
+        """Route a step: ids are the adapter of each token (0: the base), slots the adapter in each slot."""
+        given = np.asarray(ids, dtype=np.int64)
+        distinct, inverse = np.unique(given, return_inverse=True)
+        places = {adapter: slot for slot, adapter in enumerate(slots) if adapter is not None}
+        chosen = np.array(
+            [self.arena.zero if i <= 0 else places.get(int(i), self.arena.poison) for i in distinct], dtype=np.int64
+        )
+        host = self._host.numpy()
+        host[: len(given)] = chosen[inverse] if len(given) else 0
+        host[len(given) :] = self.arena.zero
+        self.index.copy_(self._host)
+        self.idle = bool((distinct <= 0).all())
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Neighbouring parts of a fused layer with the same rows of B: one product for all of them."""
+
+    count: int
+    rows: tuple[int, int]
+    at: int
+    d: int
+    b: int
+
+
+@final
+class FusedLayer:
+    """What VeRA adds to one fused layer: A x once, and a product with B for each different part of B."""
+
+    def __init__(self, routes: Routes, rank: int, begin: int, parts: Sequence[Part]) -> None:
+        self.routes, self.rank = routes, rank
+        columns = {part.columns for part in parts}
+        if len(columns) != 1:
+            raise ValueError(f"parts of one layer with several inputs: {parts}")
+        self.columns = columns.pop()
+        self.end = begin + sum(rank + part.rows[1] - part.rows[0] for part in parts)
+        self.begin = begin
+        self.groups = tuple(_groups(parts, rank))
+
+    def add(self, x: Tensor, out: Tensor) -> None:
+        """Add each token's change to ``out`` (tokens, outputs), in place; x: (tokens, inputs)."""
+        tokens, rank = x.shape[0], self.rank
+        arena, index = self.routes.arena, self.routes.index[:tokens]
+        own = arena.rows[:, self.begin : self.end].index_select(0, index)
+        pair = arena.pair
+        mid = x @ pair.a[:, self.columns[0] : self.columns[1]].T
+        for group in self.groups:
+            count, (first, last) = group.count, group.rows
+            size = last - first
+            d = own[:, group.d : group.d + count * rank].view(tokens, count, rank)
+            b = own[:, group.b : group.b + count * size].view(tokens, count * size)
+            inner = (mid.unsqueeze(1) * d).view(tokens * count, rank)
+            change = (inner @ pair.b[:, first:last]).view(tokens, count * size)
+            out[:, group.at : group.at + count * size].addcmul_(change, b)
+
+
+def _groups(parts: Sequence[Part], rank: int) -> list[_Group]:
+    found: list[_Group] = []
+    at_b = rank * len(parts)
+    for i, part in enumerate(parts):
+        size = part.rows[1] - part.rows[0]
+        last = found[-1] if found else None
+        if last is not None and last.rows == part.rows and last.at + last.count * size == part.at:
+            found[-1] = _Group(last.count + 1, last.rows, last.at, last.d, last.b)
+        else:
+            found.append(_Group(1, part.rows, part.at, i * rank, at_b))
+        at_b += size
+    return found

@@ -1,0 +1,1 @@
+"""The parts that are classes of vLLM's own kind; to be imported where vLLM is."""
