@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .deltas import Delta, LowRank, Shift
 from .errors import UnsupportedError
-from .kernels.banked import lift_own, lift_shared, per_row
+from .kernels.banked import Owners, lift_own, lift_shared, per_row
 from .slots import BIAS, Slot, slot_key
 from .stacks import delta_of
 
@@ -37,19 +37,20 @@ class Cohort(ABC):
     """Adapters of one kind, and their rows.
 
     names: the adapters. rows: which rows of the route are theirs, (M,) int64, rising. index: (M,) int64, which of
-    ``names`` each of these belongs to.
+    ``names`` each of these belongs to. aligned: ``index`` is known to be 0, 1, ..., M - 1.
     """
 
-    def __init__(self, names: tuple[str, ...], rows: Tensor, index: Tensor) -> None:
+    def __init__(self, names: tuple[str, ...], rows: Tensor, index: Tensor, aligned: bool = False) -> None:
         self.names, self.rows, self.index = names, rows, index
-        self._spread: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
+        self._owners = Owners(index, len(names), 1) if aligned else Owners.of(index, len(names))
+        self._spread: dict[tuple[int, torch.device], tuple[Tensor, Owners]] = {}
 
-    def spread(self, times: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """``rows`` and ``index`` where each row of the route stands ``times`` times, one after the other."""
+    def spread(self, times: int, device: torch.device) -> tuple[Tensor, Owners]:
+        """``rows`` and who they belong to where each row of the route stands ``times`` times, one after the other."""
         if (times, device) not in self._spread:
             own = torch.arange(times, device=self.rows.device)
             rows = (self.rows.unsqueeze(1) * times + own).flatten().to(device)
-            self._spread[times, device] = rows, self.index.repeat_interleave(times).to(device)
+            self._spread[times, device] = rows, self._owners.spread(times, device)
         return self._spread[times, device]
 
     @abstractmethod
@@ -151,10 +152,10 @@ def changed_rows(layer: AdaptedLayer, route: Route, x: Tensor, y: Tensor) -> Ten
     total = flat_y.shape[0]
     pieces, places = [], []
     for cohort in here:
-        rows, index = cohort.spread(times, x.device)
+        rows, owners = cohort.spread(times, x.device)
         whole = rows.shape[0] == total
         own_x, own_y = (flat_x, flat_y) if whole else (flat_x.index_select(0, rows), flat_y.index_select(0, rows))
-        new = _changed(layer, cohort, index, own_x, own_y)
+        new = _changed(layer, cohort, owners, own_x, own_y)
         if whole:
             return new.view(y.shape)
         pieces.append(new)
@@ -167,7 +168,7 @@ def _name(cohort: Cohort, layer: AdaptedLayer) -> str:
     return "" if slot is None else slot.site.name
 
 
-def _changed(layer: AdaptedLayer, cohort: Cohort, index: Tensor, x: Tensor, y: Tensor) -> Tensor:
+def _changed(layer: AdaptedLayer, cohort: Cohort, owners: Owners, x: Tensor, y: Tensor) -> Tensor:
     """The rows of one cohort: x (M, ...), y (M, ..., out)."""
     slot = cohort.slot(layer)
     assert slot is not None
@@ -176,12 +177,12 @@ def _changed(layer: AdaptedLayer, cohort: Cohort, index: Tensor, x: Tensor, y: T
         params = cohort.params(layer)
         bias = params.pop(BIAS, None)
         delta = None if method is None else method.delta(slot.site, params, slot.shared)
-        changed = _stacked(layer, slot, delta, bias, index, x, y)
+        changed = _stacked(layer, slot, delta, bias, owners, x, y)
         if changed is not None:
             return changed
     pieces, places = [], []
     for which in range(len(cohort.names)):
-        rows = None if len(cohort.names) == 1 else (index == which).nonzero().squeeze(1)
+        rows = None if len(cohort.names) == 1 else (owners.index == which).nonzero().squeeze(1)
         own_x, own_y = (x, y) if rows is None else (x.index_select(0, rows), y.index_select(0, rows))
         new = _changed_by_one(layer, cohort.slot(layer, which) or slot, cohort.params(layer, which), own_x, own_y)
         if rows is None:
@@ -213,7 +214,7 @@ def bias_difference(layer: AdaptedLayer, bias: Tensor) -> Tensor:
 
 
 def _stacked(
-    layer: AdaptedLayer, slot: Slot, delta: Delta | None, bias: Tensor | None, index: Tensor, x: Tensor, y: Tensor
+    layer: AdaptedLayer, slot: Slot, delta: Delta | None, bias: Tensor | None, owners: Owners, x: Tensor, y: Tensor
 ) -> Tensor | None:
     """All rows in one pass; None where the deltas' form or the layer's kind has none."""
     kind, module = layer.kind, layer.base_layer
@@ -227,15 +228,13 @@ def _stacked(
         dropped = slot.drop(x) if kind.takes_dropout else x
         if delta.a.ndim == 2 and delta.b.ndim == 2:
             z = slot.first_product(dropped, delta.a, lambda: kind.project(module, dropped, delta.a))  # (M, ..., r)
-            y = lift_shared(y, z, delta.b, delta.mid, delta.out, delta.scale, index, axis)
+            y = lift_shared(y, z, delta.b, delta.mid, delta.out, delta.scale, owners, axis)
         elif kind.is_product(module, dropped):
-            mid, out = (None if t is None else t.index_select(0, index) for t in (delta.mid, delta.out))
-            a, b = (t if t.ndim == 2 else t.index_select(0, index) for t in (delta.a, delta.b))
-            y = y + lift_own(dropped, a, b, mid, out, delta.scale).to(y.dtype)
+            y = y + lift_own(dropped, delta.a, delta.b, delta.mid, delta.out, delta.scale, owners).to(y.dtype)
         else:
             return None
     for shift in shifts:
-        y = y + per_row(shift.index_select(0, index), y, axis).to(y.dtype)
+        y = y + per_row(owners.take(shift), y, axis).to(y.dtype)
     return y
 
 

@@ -43,10 +43,21 @@ Given = str | PathLike[str] | AdapterFile | Mapping[str, Tensor]
 
 @final
 class Resident(Cohort):
-    """Adapters of one bank: ``values`` (n, length) are their rows, in float32."""
+    """Adapters of one bank: ``values`` (n, length) are their rows, in float32.
 
-    def __init__(self, form: ResidentForm, names: tuple[str, ...], values: Tensor, rows: Tensor, index: Tensor) -> None:
-        super().__init__(names, rows, index)
+    aligned: there is a row of ``values`` (and a name) for each row of the cohort, in their order.
+    """
+
+    def __init__(
+        self,
+        form: ResidentForm,
+        names: tuple[str, ...],
+        values: Tensor,
+        rows: Tensor,
+        index: Tensor,
+        aligned: bool = False,
+    ) -> None:
+        super().__init__(names, rows, index, aligned)
         self.form, self.values = form, values
 
     def slot(self, layer: AdaptedLayer, which: int | None = None) -> Slot | None:
@@ -288,6 +299,30 @@ class AdapterBank(Source):
                     self._unpin(slot)
         own = tuple(names)
         yield [Group(own, lambda rows, index: Resident(self.form, own, values, rows, index))]
+
+    def hold(self, name: str, row: Tensor) -> int | None:
+        """The adapter's slot in the arena, which stays its until :meth:`release`; None where no slot is free of use.
+
+        Args:
+            name: the adapter's; where it is on the device already, ``row`` is not looked at.
+            row: its numbers (form.length,), as :meth:`ResidentForm.row` gives them. Nothing else keeps them here: once
+                released, it may be dropped to make room.
+
+        """
+        with self._lock:
+            slot = self._slot_of.get(name)
+            if slot is None:
+                if not self._free and all(self._pins[taken] for taken in self._slot_of.values()):
+                    return None
+                slot = self._place(name, row)
+            self._slot_of.move_to_end(name)
+            self._pins[slot] += 1
+            return slot
+
+    def release(self, slot: int) -> None:
+        """Give back what :meth:`hold` gave, once."""
+        with self._lock:
+            self._unpin(slot)
 
     def _unpin(self, slot: int) -> None:
         self._pins[slot] -= 1

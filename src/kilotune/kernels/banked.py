@@ -14,7 +14,8 @@ and the gradient of an adapter's vector is the sum over its rows. Kept for the b
 size; h b^T is made again. Sums run in float32 (float64 for float64), and first within a row, so that the numbers that a
 device may add in any order are as few as the rows.
 
-Where the factors are the adapters' own (LoRA's), :func:`lift_own` runs a product for each row.
+Where the factors are the adapters' own (LoRA's), :func:`lift_own` runs a batched product: the rows of an adapter are
+brought together, so that its factors are read where they are and not copied for each row.
 """
 
 from __future__ import annotations
@@ -27,7 +28,59 @@ from torch import Tensor
 
 from .lowrank import accumulate_dtype, plain
 
-__all__ = ["lift_own", "lift_shared", "per_row"]
+__all__ = ["Owners", "lift_own", "lift_shared", "per_row"]
+
+
+@final
+class Owners:
+    """Which of ``count`` adapters each of N rows belongs to.
+
+    Args:
+        index: (N,) int64, each in 0 ... count - 1.
+        count: the number of adapters.
+        even: rows of each adapter where they stand together, in the adapters' order, as many of each; None: they do
+            not, or nobody has looked (which on a GPU means to wait for it).
+
+    """
+
+    def __init__(self, index: Tensor, count: int, even: int | None) -> None:
+        self.index, self.count, self.even = index, count, even
+        self._padded: tuple[Tensor, Tensor, int] | None = None
+
+    @classmethod
+    def of(cls, index: Tensor, count: int) -> Owners:
+        """Looks whether they stand evenly, if that costs nothing."""
+        each, rest = divmod(index.shape[0], count)
+        if index.device.type != "cpu" or rest or not each:
+            return cls(index, count, None)
+        even = torch.equal(index, torch.arange(count).repeat_interleave(each))
+        return cls(index, count, each if even else None)
+
+    def spread(self, times: int, device: torch.device) -> Owners:
+        """Where each row stands ``times`` times, one after the other."""
+        index = self.index.repeat_interleave(times).to(device)
+        return Owners(index, self.count, None if self.even is None else self.even * times)
+
+    def take(self, vectors: Tensor) -> Tensor:
+        """Of vectors (count, n) each row's own: (N, n)."""
+        return vectors if self.even == 1 else vectors.index_select(0, self.index)
+
+    def padded(self) -> tuple[Tensor, Tensor, int]:
+        """(rows, back, each): ``rows`` (count * each,) has each adapter's rows together, and row 0 where it has fewer.
+
+        ``back`` (N,): where each row stands there.
+        """
+        if self._padded is None:
+            counts = torch.bincount(self.index, minlength=self.count)
+            each = int(counts.max())
+            order = self.index.argsort(stable=True)
+            sorted_index = self.index.index_select(0, order)
+            first = counts.cumsum(0) - counts
+            place = sorted_index * each + torch.arange(order.shape[0], device=order.device) - first[sorted_index]
+            rows = torch.zeros(self.count * each, dtype=order.dtype, device=order.device).index_copy_(0, place, order)
+            back = torch.empty_like(order).index_copy_(0, order, place)
+            self._padded = rows, back, each
+        return self._padded
 
 
 def per_row(vectors: Tensor, like: Tensor, axis: int) -> Tensor:
@@ -51,10 +104,10 @@ def lift_shared(
     mid: Tensor | None,
     out: Tensor | None,
     scale: float,
-    index: Tensor,
+    owners: Owners,
     axis: int = -1,
 ) -> Tensor:
-    """``y_i + scale * out[index_i] * (b (mid[index_i] * z_i))`` for each row i, in y's dtype.
+    """``y_i + scale * out[o_i] * (b (mid[o_i] * z_i))`` for each row i of adapter o_i, in y's dtype.
 
     Args:
         y: (N, ..., out), with the features on ``axis``.
@@ -63,33 +116,58 @@ def lift_shared(
         mid: (n, r) or None for ones.
         out: (n, out) or None for ones.
         scale: a scalar.
-        index: (N,) int64, each in 0 ... n - 1: which adapter's vectors a row takes.
+        owners: which adapter's vectors a row takes.
         axis: -1, or 1 where the axes behind it are places (a convolution's).
 
     """
+    index: Tensor | None = owners.index
+    shape = y.shape
+    if owners.even is not None and (axis == -1 or owners.even == 1):
+        index = None
+        if owners.even > 1:  # an adapter's rows are one
+            y, z = (t.reshape(owners.count, -1, t.shape[-1]) for t in (y, z))
     if plain() or not torch.is_grad_enabled():
-        return y + _change(z, b, mid, out, scale, index, axis).to(y.dtype)
+        return _changed(y, z, b, mid, out, scale, index, axis).view(shape)
     result: Tensor = _Shared.apply(y, z, b, mid, out, scale, index, axis)  # type: ignore[no-untyped-call]
-    return result
+    return result.view(shape)
 
 
-def lift_own(x: Tensor, a: Tensor, b: Tensor, mid: Tensor | None, out: Tensor | None, scale: float) -> Tensor:
-    """``scale * out_i * (b_i (mid_i * (a_i x_i)))`` for each row i of x (N, ..., in), as (N, ..., out).
+def lift_own(
+    x: Tensor, a: Tensor, b: Tensor, mid: Tensor | None, out: Tensor | None, scale: float, owners: Owners
+) -> Tensor:
+    """``scale * out[o_i] * (b[o_i] (mid[o_i] * (a[o_i] x_i)))`` for each row i, of adapter o_i: (N, ..., out).
 
     Args:
         x: (N, ..., in).
-        a: (N, r, in), or (r, in) for all rows.
-        b: (N, out, r), or (out, r).
-        mid: (N, r) or None.
-        out: (N, out) or None.
+        a: (n, r, in), or (r, in) for all rows.
+        b: (n, out, r), or (out, r).
+        mid: (n, r) or None.
+        out: (n, out) or None.
         scale: a scalar.
+        owners: which adapter's factors a row takes.
 
     """
     rows = x.flatten(1, -2) if x.ndim > 2 else x.unsqueeze(1)  # (N, T, in)
-    h = F.linear(rows, a) if a.ndim == 2 else torch.bmm(rows, a.transpose(1, 2))  # (N, T, r)
+    count, times, wide = rows.shape
+    shape = (*x.shape[:-1], b.shape[-2])
+    if owners.even is not None:
+        return _lifted(rows.reshape(owners.count, -1, wide), a, b, mid, out, scale).view(shape)
+    places, back, each = owners.padded()
+    if (places.shape[0] - count) * times > count * a.shape[-2]:  # less is copied where the factors are
+        a, b = (t if t.ndim == 2 else t.index_select(0, owners.index) for t in (a, b))
+        mid, out = (None if t is None else owners.take(t) for t in (mid, out))
+        return _lifted(rows, a, b, mid, out, scale).view(shape)
+    together = rows.index_select(0, places).view(owners.count, each * times, wide)
+    lifted = _lifted(together, a, b, mid, out, scale)
+    return lifted.view(places.shape[0], times, -1).index_select(0, back).view(shape)
+
+
+def _lifted(x: Tensor, a: Tensor, b: Tensor, mid: Tensor | None, out: Tensor | None, scale: float) -> Tensor:
+    """:func:`lift_own` of x (n, T, in) that are all of adapter n: (n, T, out)."""
+    h = F.linear(x, a) if a.ndim == 2 else torch.bmm(x, a.transpose(1, 2))  # (n, T, r)
     h = _scaled(h, mid, scale, -1)
-    h = F.linear(h, b) if b.ndim == 2 else torch.bmm(h, b.transpose(1, 2))  # (N, T, out)
-    return _scaled(h, out, 1.0, -1).view(*x.shape[:-1], h.shape[-1])
+    h = F.linear(h, b) if b.ndim == 2 else torch.bmm(h, b.transpose(1, 2))  # (n, T, out)
+    return _scaled(h, out, 1.0, -1)
 
 
 def _scaled(h: Tensor, vectors: Tensor | None, scale: float, axis: int) -> Tensor:
@@ -100,8 +178,8 @@ def _scaled(h: Tensor, vectors: Tensor | None, scale: float, axis: int) -> Tenso
     return (h * per_row(factor, h, axis)).to(h.dtype)
 
 
-def _taken(vectors: Tensor | None, index: Tensor) -> Tensor | None:
-    return None if vectors is None else vectors.index_select(0, index)  # (N, n)
+def _taken(vectors: Tensor | None, index: Tensor | None) -> Tensor | None:
+    return vectors if vectors is None or index is None else vectors.index_select(0, index)  # (N, n)
 
 
 def _product(h: Tensor, b: Tensor, axis: int) -> Tensor:
@@ -109,11 +187,22 @@ def _product(h: Tensor, b: Tensor, axis: int) -> Tensor:
     return F.linear(h, b) if axis == -1 else torch.matmul(b, h.flatten(2)).view(h.shape[0], -1, *h.shape[2:])
 
 
-def _change(
-    z: Tensor, b: Tensor, mid: Tensor | None, out: Tensor | None, scale: float, index: Tensor, axis: int
+def _changed(
+    y: Tensor,
+    z: Tensor,
+    b: Tensor,
+    mid: Tensor | None,
+    out: Tensor | None,
+    scale: float,
+    index: Tensor | None,
+    axis: int,
 ) -> Tensor:
     h = _scaled(z, _taken(mid, index), scale, axis)  # (N, ..., r)
-    return _scaled(_product(h, b, axis), _taken(out, index), 1.0, axis)  # (N, ..., out)
+    h = _product(h, b, axis)  # (N, ..., out)
+    if out is not None and h.dtype == out.dtype == y.dtype and not plain():
+        vectors = out if index is None else out.index_select(0, index)
+        return torch.addcmul(y, h, per_row(vectors, h, axis), out=h)  # h is nobody else's: one pass over memory
+    return y + _scaled(h, _taken(out, index), 1.0, axis).to(y.dtype)
 
 
 def _row_sums(product: Tensor, axis: int) -> Tensor:
@@ -125,7 +214,7 @@ def _row_sums(product: Tensor, axis: int) -> Tensor:
 
 @final
 class _Shared(torch.autograd.Function):
-    """The change of :func:`lift_shared`, added to y."""
+    """:func:`lift_shared`; index None: row i is adapter i's."""
 
     @staticmethod
     def forward(
@@ -136,12 +225,12 @@ class _Shared(torch.autograd.Function):
         mid: Tensor | None,
         out: Tensor | None,
         scale: float,
-        index: Tensor,
+        index: Tensor | None,
         axis: int,
     ) -> Tensor:
         ctx.save_for_backward(z, b, mid, out, index)
         ctx.scale, ctx.axis = scale, axis
-        return y + _change(z, b, mid, out, scale, index, axis).to(y.dtype)
+        return _changed(y, z, b, mid, out, scale, index, axis)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
@@ -163,7 +252,9 @@ class _Shared(torch.autograd.Function):
         return g if needs[0] else None, dz, None, grad_mid, grad_out, None, None, None
 
 
-def _gathered(rows: Tensor, like: Tensor, index: Tensor) -> Tensor:
+def _gathered(rows: Tensor, like: Tensor, index: Tensor | None) -> Tensor:
     """The sums of the rows (N, n) of each adapter: (n adapters, n), in the dtype of ``like``."""
+    if index is None:
+        return rows.to(like.dtype)
     total = torch.zeros(like.shape, dtype=rows.dtype, device=rows.device)
     return total.index_add_(0, index, rows).to(like.dtype)

@@ -1,0 +1,323 @@
+"""Every tenant's adapters: in the store, in main memory, on the device; and what a request's words mean.
+
+An adapter is known by its contents (:class:`~.engine.AdapterKey`), and its numbers are kept by tenant and contents. So
+a new version is another adapter: requests that run keep the one that they began with, and no batch mixes two versions.
+
+While the store is away, names that were resolved before go on to mean what they meant, and adapters that are in memory
+are served; everything else is a StoreError, which goes away with its cause.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, final
+
+import torch
+from torch import nn
+
+from ..checkpoint import parse
+from ..errors import AdapterError, CheckpointError, ConfigError, StoreError, did_you_mean
+from ..fleet.store import AdapterStore, Fingerprint, Version, open_store
+from ..fleet.store.base import Adapter, Which
+from ..fleet.store.names import check_name, check_which
+from ..fleet.store.preparing import contents_of
+from ..fleet.wrapping import wrap
+from .engine import AdapterKey
+from .residents import Residents, Row
+
+__all__ = ["AdapterRegistry"]
+
+T = TypeVar("T")
+HANDLES = 256  # of namespaces, that are kept open
+RESOLVED = 65_536  # names whose last meaning is remembered
+NEAR = 1000  # names among which the nearest ones are looked for
+# What a store says of an SQLite file or a server that is away, and an OSError of what lies beneath.
+AWAY = (StoreError, OSError)
+
+
+@final
+class AdapterRegistry:
+    """The adapters of all tenants, over one store and one model. From any thread; may wait for the store.
+
+    Args:
+        store: the store's URL, as :func:`~kilotune.fleet.open_store` takes it.
+        model: the base model; it is wrapped in place and frozen.
+        slots: how many adapters of one form the device holds at once.
+        forms: how many forms (method, options, layers) there may be at once.
+        whole: how many adapters that no bank can take (heads that are trained whole) there may be at once.
+        host_bytes: how much main memory adapters take that are not on the device.
+        max_norm: the largest L2 norm that a tensor of an adapter may have.
+        dtype: in which the device holds them: float32, bfloat16, float16.
+        packing: how the store keeps the numbers of what is put here.
+        timeout: seconds to wait for a store that is busy.
+
+    Raises:
+        StoreError: the store cannot be opened. ConfigError: an option.
+
+    """
+
+    def __init__(
+        self,
+        store: str | Path,
+        model: nn.Module,
+        *,
+        slots: int = 256,
+        forms: int = 4,
+        whole: int = 16,
+        host_bytes: int = 2**30,
+        max_norm: float = 1e4,
+        dtype: torch.dtype = torch.float32,
+        packing: str = "float32",
+        timeout: float = 10.0,
+    ) -> None:
+        faults = [f"{k}: expected at least 1, got {v}" for k, v in (("slots", slots), ("forms", forms)) if v < 1]
+        if faults or not max_norm > 0:
+            raise ConfigError("; ".join(faults) or f"max_norm: expected a number above 0, got {max_norm!r}")
+        self.url = str(store)
+        self.fingerprint = Fingerprint.of(model)
+        self.model = wrap(model).eval()
+        self.residents = Residents(self.model, slots=slots, forms=forms, whole=whole, dtype=dtype, max_norm=max_norm)
+        self.host_bytes, self._packing, self._timeout = host_bytes, packing, timeout
+        self._lock = threading.RLock()
+        self._handles: OrderedDict[str, AdapterStore] = OrderedDict()
+        self._rows: OrderedDict[str, Row] = OrderedDict()  # the least recently used first
+        self._row_bytes = 0
+        self._loading: dict[str, threading.Event] = {}
+        self._resolved: OrderedDict[tuple[str, str, Which], AdapterKey] = OrderedDict()
+        self._away: str | None = None
+        self._store("default")  # it must be there now; later it may come and go
+
+    # -- the store -------------------------------------------------------------------------------
+
+    def _store(self, namespace: str) -> AdapterStore:
+        with self._lock:
+            if namespace in self._handles:
+                self._handles.move_to_end(namespace)
+                return self._handles[namespace]
+        made = open_store(
+            self.url, namespace=namespace, base=self.fingerprint, packing=self._packing, timeout=self._timeout
+        )
+        with self._lock:
+            kept = self._handles.setdefault(namespace, made)
+            while len(self._handles) > HANDLES:
+                self._handles.popitem(last=False)  # who still uses it keeps it open
+        return kept
+
+    def _ask(self, namespace: str, question: Callable[[AdapterStore], T]) -> T:
+        """Ask the store, and remember whether it answered."""
+        try:
+            answer = question(self._store(namespace))
+        except AWAY as error:
+            self._away = str(error)
+            if isinstance(error, StoreError):
+                raise
+            raise StoreError(f"the store does not answer: {error}") from error
+        except AdapterError:
+            self._away = None
+            raise
+        self._away = None
+        return answer
+
+    def store_state(self) -> str | None:
+        """None, or why the store did not answer when it was asked last."""
+        return self._away
+
+    # -- what tenants ask ------------------------------------------------------------------------
+
+    def resolve(self, namespace: str, name: str, which: Which = None) -> AdapterKey:
+        """What a name means now; while the store is away, what it meant last.
+
+        Raises:
+            AdapterError: there is no such adapter in this namespace, with the nearest names of it alone.
+            StoreError: the store is away, and the name has not been resolved before.
+
+        """
+        place = (namespace, check_name(name), check_which(which))
+        try:
+            found = self._ask(namespace, lambda store: store.info(name, which))
+        except StoreError:
+            with self._lock:
+                known = self._resolved.get(place)
+            if known is None:
+                raise
+            return known
+        key = AdapterKey(namespace, name, found.version, found.sha256)
+        with self._lock:
+            self._resolved[place] = key
+            self._resolved.move_to_end(place)
+            while len(self._resolved) > RESOLVED:
+                self._resolved.popitem(last=False)
+        return key
+
+    def info(self, namespace: str, name: str, which: Which = None) -> Version:
+        """See :meth:`AdapterStore.info`."""
+        return self._ask(namespace, lambda store: store.info(name, which))
+
+    def versions(self, namespace: str, name: str) -> list[Version]:
+        """See :meth:`AdapterStore.versions`."""
+        return self._ask(namespace, lambda store: store.versions(name))
+
+    def aliases(self, namespace: str, name: str) -> dict[str, int]:
+        """See :meth:`AdapterStore.aliases`."""
+        return self._ask(namespace, lambda store: store.aliases(name))
+
+    def ls(
+        self,
+        namespace: str,
+        pattern: str | None = None,
+        *,
+        tags: Sequence[str] = (),
+        after: str | None = None,
+        limit: int | None = None,
+    ) -> list[Version]:
+        """The newest version of each adapter, by name; see :meth:`AdapterStore.ls`."""
+        return self._ask(namespace, lambda store: list(store.ls(pattern, tags=tags, after=after, limit=limit)))
+
+    def nearest(self, namespace: str, name: str) -> str:
+        """`` Did you mean 'x'?`` with a name of this namespace, or the empty string."""
+        found = self._ask(namespace, lambda store: [v.name for v in store.ls(limit=NEAR)])
+        return did_you_mean(name, found)
+
+    # -- what tenants change ---------------------------------------------------------------------
+
+    def put(
+        self,
+        namespace: str,
+        name: str,
+        adapter: Adapter,
+        *,
+        metadata: Mapping[str, Any] | None = None,
+        tags: Sequence[str] = (),
+        alias: str | None = None,
+    ) -> Version:
+        """Check an adapter whole, keep it as the newest version, and have it ready to answer.
+
+        Its files' hashes, base, configuration, shapes, frozen matrices, finite values and norms are checked before
+        anything is written; see :meth:`AdapterStore.put` for the arguments.
+
+        Raises:
+            CheckpointError, ConfigError, TargetError, UnsupportedError: it is damaged, or does not fit this model.
+            AdapterError: a name that cannot be one, or no room for another form now. StoreError: the store.
+
+        """
+        contents = contents_of(adapter)
+        what = f"adapter {check_name(name)!r}"
+        if contents.base is not None:
+            self.fingerprint.check(contents.base, what, _saved(contents.config))
+        file = parse(Path(name), contents.config, contents.tensors, contents.header)
+        self.residents.check(file, what)
+        version = self._ask(
+            namespace, lambda store: store.put(name, contents, metadata=metadata, tags=tags, alias=alias)
+        )
+        self.row(AdapterKey(namespace, name, version.version, version.sha256))
+        return version
+
+    def rm(self, namespace: str, name: str, which: Which = None, *, force: bool = False) -> int:
+        """See :meth:`AdapterStore.rm`; requests that run keep what they have."""
+        count = self._ask(namespace, lambda store: store.rm(name, which, force=force))
+        self._forget(namespace, [name])
+        return count
+
+    def roll_out(self, namespace: str, alias: str, versions: Mapping[str, Which]) -> dict[str, int]:
+        """See :meth:`AdapterStore.roll_out`."""
+        moved = self._ask(namespace, lambda store: store.roll_out(alias, versions))
+        self._forget(namespace, list(versions))
+        return moved
+
+    def roll_back(self, namespace: str, alias: str, names: Iterable[str]) -> dict[str, int]:
+        """See :meth:`AdapterStore.roll_back`."""
+        own = list(names)
+        moved = self._ask(namespace, lambda store: store.roll_back(alias, own))
+        self._forget(namespace, own)
+        return moved
+
+    def unalias(self, namespace: str, name: str, alias: str) -> None:
+        """See :meth:`AdapterStore.unalias`."""
+        self._ask(namespace, lambda store: store.unalias(name, alias))
+        self._forget(namespace, [name])
+
+    def _forget(self, namespace: str, names: Sequence[str]) -> None:
+        """What these names meant is not what they mean."""
+        gone = set(names)
+        with self._lock:
+            for place in [p for p in self._resolved if p[0] == namespace and p[1] in gone]:
+                del self._resolved[place]
+
+    # -- what the engine asks --------------------------------------------------------------------
+
+    def there(self, key: AdapterKey) -> Row | None:
+        """The adapter, if it is in memory; does not wait."""
+        name = _row_name(key)
+        with self._lock:
+            row = self._rows.get(name)
+            if row is None or row.home.closed:
+                return None
+            self._rows.move_to_end(name)
+            return row
+
+    def row(self, key: AdapterKey) -> Row:
+        """The adapter in main memory, read from the store where it is not; checked against its hash.
+
+        Raises:
+            AdapterError: it is not there any more. CheckpointError and others: it is broken. StoreError: the store.
+
+        """
+        name = _row_name(key)
+        while True:
+            if (row := self.there(key)) is not None:
+                return row
+            with self._lock:
+                waiting = self._loading.get(name)
+                if waiting is None:
+                    self._loading[name] = threading.Event()
+                    break
+            waiting.wait()
+        try:
+            row = self._read(key, name)
+            self._keep(row)
+            return row
+        finally:
+            with self._lock:
+                self._loading.pop(name).set()
+
+    def _read(self, key: AdapterKey, name: str) -> Row:
+        record = self._ask(key.namespace, lambda store: store.get(key.name, key.version))
+        if record.info.sha256 != key.sha256:
+            raise CheckpointError(
+                f"adapter {key.name!r}, version {key.version}: the store holds other contents than when it was named"
+            )
+        return self.residents.row(name, record.file(), f"adapter {key.name!r}, version {key.version}")
+
+    def _keep(self, row: Row) -> None:
+        with self._lock:
+            self._drop(row.name)
+            self._rows[row.name] = row
+            self._row_bytes += row.bytes
+            while self._row_bytes > self.host_bytes and len(self._rows) > 1:
+                self._drop(next(iter(self._rows)))
+
+    def _drop(self, name: str) -> None:
+        old = self._rows.pop(name, None)
+        if old is not None:
+            self._row_bytes -= old.bytes
+
+    def close(self) -> None:
+        """Let go of the store."""
+        with self._lock:
+            handles, self._handles = list(self._handles.values()), OrderedDict()
+        for handle in handles:
+            handle.close()
+
+
+def _row_name(key: AdapterKey) -> str:
+    """Unique to a tenant and the contents: tenants share no row, so that none can time another's."""
+    return hashlib.sha256(f"{key.sha256} {key.namespace}".encode()).hexdigest()
+
+
+def _saved(config: Mapping[str, Any]) -> tuple[str, ...]:
+    named = config.get("modules_to_save") or ()
+    return (named,) if isinstance(named, str) else tuple(named)

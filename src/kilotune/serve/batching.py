@@ -1,0 +1,433 @@
+"""The engine for language models: requests for many adapters in one batch, on transformers' continuous batching.
+
+::
+
+    generate() ──inbox──► engine's thread: take in ─► admit ─► step ─► tell ──events──► generate()
+       │                     waiting: FairQueue by tenant
+       └ reads the adapter (in a thread of its own pool) before the request may wait
+
+The thread alone touches the batch. It admits requests by turns of tenants (fairness.py), each with its adapter held on
+the device, runs one step of all, and tells each stream what is new. Where a tenant waits and another has all places,
+the other's newest request goes back to wait: it is computed again later from its tokens, and its stream sees nothing.
+
+A step that fails is run again, each request by itself, so that only those fail that fail alone. When the thread itself
+ends, everybody is told.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, KilotuneError, StoreError, UnsupportedError, first_line
+from .adapters import AdapterRegistry
+from .engine import AdapterKey, Engine, EngineStats, Finish, Generation, Token, Vector
+from .fairness import FairQueue
+from .paged import PagedBatch, PageSizes, Part
+from .residents import GoneError, Row
+from .runs import Again, Run
+from .sampling import Choice, choose
+
+__all__ = ["TransformersEngine"]
+
+LOADERS = 4  # threads that read adapters
+FATAL = 5  # steps in a row that fail with one request in them each, after which the engine gives up
+IDLE = 0.05  # seconds between looks at deadlines
+log = logging.getLogger("kilotune.serve")
+
+
+@final
+class TransformersEngine(Engine):
+    """See :class:`Engine`; for causal language models of transformers.
+
+    Args:
+        model: the model that ``adapters`` was made with.
+        tokenizer: of transformers, for the texts; None: tokens come without.
+        adapters: the adapters of all tenants.
+        max_running: requests that run at once.
+        max_length: tokens of prompt and answer together; by default what the model and the cache can take.
+        batch_tokens: tokens of one step; longer prompts take several.
+        cache_tokens: for which keys and values are kept, of all requests together; by default enough for
+            ``max_running`` requests of 512 tokens.
+        page: tokens of a page of the cache.
+
+    Raises:
+        ConfigError: an option. UnsupportedError: no causal language model.
+
+    """
+
+    generates = True
+    embeds = False
+    labels = None
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        adapters: AdapterRegistry,
+        *,
+        max_running: int = 64,
+        max_length: int | None = None,
+        batch_tokens: int = 512,
+        cache_tokens: int | None = None,
+        page: int = 16,
+    ) -> None:
+        for name, value in (("max_running", max_running), ("batch_tokens", batch_tokens), ("page", page)):
+            if value < 1:
+                raise ConfigError(f"{name}: expected a whole number, at least 1, got {value!r}")
+        base: Any = adapters.model.get_base_model()
+        if model is not base and model is not adapters.model:
+            raise ConfigError("the engine's model is not the one that its adapters were made with")
+        self._model, self._tokenizer, self._adapters = base, tokenizer, adapters
+        cache = max_running * 512 if cache_tokens is None else cache_tokens
+        self._sizes = PageSizes(
+            requests=max_running, batch_tokens=max(batch_tokens, max_running), cache_tokens=cache, page=page
+        )
+        config = base.config.get_text_config()
+        own = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or cache
+        self.max_length = min(own, cache // page * page, *([] if max_length is None else [max_length]))
+        self._vocabulary = int(config.vocab_size)
+        self._ends = _end_tokens(base)
+        self._batch: PagedBatch | None = None
+        self._queue: FairQueue[Run] = FairQueue()
+        self._running: dict[str, Run] = {}  # the oldest first
+        self._suspects: deque[Run] = deque()
+        self._inbox: deque[Run] = deque()
+        self._wake = threading.Event()
+        self._ids = itertools.count()
+        self._chosen: dict[str, Choice] = {}
+        self._loaders = ThreadPoolExecutor(LOADERS, thread_name_prefix="kilotune-adapters")
+        self._thread: threading.Thread | None = None
+        self._until: float | None = None  # when what runs is cancelled; None: go on
+        self._dead: str | None = "the engine has not been started"
+        self._tokens = self._steps = self._failures = 0
+
+    # -- Engine ----------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        if self._thread is not None:
+            return
+        self._batch = PagedBatch(self._model, self._sizes, self._owner, self._around, self._choose)
+        self._warm()
+        self._dead, self._until = None, None
+        self._thread = threading.Thread(target=self._run, name="kilotune-engine", daemon=True)
+        self._thread.start()
+
+    def _warm(self) -> None:
+        """What a first step takes longer for (threads, memory, kernels that are picked) is taken before."""
+        assert self._batch is not None
+        run = Run.warming()
+        self._running["warm"] = run
+        self._batch.add("warm", [0] * min(8, self.max_length - 1))
+        for _ in range(2):
+            with self._adapters.residents.turns.stepping():
+                self._batch.step()
+        self._running.clear()
+        self._batch.clear()
+
+    def stop(self, drain: float = 0.0) -> None:
+        if self._thread is None:
+            return
+        self._until = time.monotonic() + drain
+        self._wake.set()
+        self._thread.join()
+        self._thread = None
+        self._loaders.shutdown(wait=False, cancel_futures=True)
+        if self._batch is not None:
+            self._batch.close()
+            self._batch = None
+
+    def healthy(self) -> str | None:
+        return self._dead
+
+    def stats(self) -> EngineStats:
+        batch = self._batch
+        return EngineStats(
+            waiting=len(self._queue) + len(self._inbox) + len(self._suspects),
+            running=len(self._running),
+            tokens=self._tokens,
+            steps=self._steps,
+            cache=0.0 if batch is None else batch.used,
+            resident=self._adapters.residents.resident,
+            slots=self._adapters.residents.room,
+        )
+
+    async def generate(self, request: Generation) -> AsyncIterator[Token | Finish]:
+        self._check(request)
+        loop = asyncio.get_running_loop()
+        row = await self._row(request.adapter)
+        run = Run(request, row, loop, self._tokenizer, self._ends)
+        try:
+            while True:
+                self._send(run)
+                async for item in run.items():
+                    if isinstance(item, Again):
+                        break
+                    yield item
+                    if isinstance(item, Finish):
+                        return
+                run.row = await self._row(request.adapter)
+        finally:
+            run.left = True
+            self._wake.set()
+
+    async def embed(self, tenant: str, adapter: AdapterKey | None, texts: Sequence[Sequence[int]]) -> list[Vector]:
+        raise UnsupportedError("a language model that generates gives no embeddings; serve an encoder for them")
+
+    async def classify(self, tenant: str, adapter: AdapterKey | None, texts: Sequence[Sequence[int]]) -> list[Vector]:
+        raise UnsupportedError("a language model that generates classifies nothing; serve a classifier for that")
+
+    # -- requests, in the caller's thread ----------------------------------------------------------
+
+    def _check(self, request: Generation) -> None:
+        prompt, sampling = request.prompt, request.sampling
+        if not prompt or any(not 0 <= token < self._vocabulary for token in prompt):
+            raise ConfigError(f"prompt: expected at least one token, each in 0 ... {self._vocabulary - 1}")
+        if sampling.max_tokens < 1 or len(prompt) + sampling.max_tokens > self.max_length:
+            raise ConfigError(
+                f"max_tokens: expected 1 to {self.max_length - len(prompt)} behind a prompt of {len(prompt)} tokens "
+                f"(at most {self.max_length} together), got {sampling.max_tokens}"
+            )
+        if not (sampling.temperature >= 0 and 0 < sampling.top_p <= 1):
+            raise ConfigError("temperature: expected at least 0; top_p: expected a number in (0, 1]")
+        if (sampling.top_k is not None and sampling.top_k < 1) or (sampling.seed is not None and sampling.seed < 0):
+            raise ConfigError("top_k: expected at least 1; seed: expected at least 0")
+        if sampling.stop and self._tokenizer is None:
+            raise ConfigError("stop: needs a tokenizer, and the engine has none")
+
+    async def _row(self, key: AdapterKey | None) -> Row | None:
+        if key is None:
+            return None
+        row = self._adapters.there(key)
+        if row is None:
+            row = await asyncio.get_running_loop().run_in_executor(self._loaders, self._adapters.row, key)
+        return row
+
+    def _send(self, run: Run) -> None:
+        if self._dead is not None:
+            raise StoreError(f"the engine does not take requests: {self._dead}")
+        self._inbox.append(run)
+        self._wake.set()
+        if self._dead is not None:  # it ended in between, and may not have seen this one
+            run.tell([Finish("error", error=self._dead)])
+
+    # -- the thread ------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        reason = "the engine was stopped"
+        try:
+            while self._until is None or (self._work() and time.monotonic() < self._until):
+                self._take_in()
+                self._admit()
+                if self._running:
+                    self._step()
+                else:
+                    self._wake.wait(IDLE)
+                    self._wake.clear()
+        except BaseException as error:
+            reason = f"the engine ended with {type(error).__name__}: {first_line(error)}"
+            log.exception("the engine's thread ended")
+        finally:
+            self._dead = reason
+            for run in [*self._running.values(), *self._suspects, *self._queue.items(), *self._inbox]:
+                self._give_back(run)
+                run.tell([run.finish("cancelled")])
+            self._running.clear()
+            self._inbox.clear()
+
+    def _work(self) -> bool:
+        return bool(self._running or self._suspects or len(self._queue) or self._inbox)
+
+    def _take_in(self) -> None:
+        while self._inbox:
+            run = self._inbox.popleft()
+            self._queue.add(run.tenant, run)
+        now = time.monotonic()
+        for run in [*self._running.values(), *self._suspects, *self._queue.items()]:
+            if run.left:
+                self._end(run, "cancelled")
+            elif run.deadline is not None and now >= run.deadline:
+                self._end(run, "deadline")
+
+    def _end(self, run: Run, reason: Any, error: str | None = None) -> None:
+        """Take a request out, wherever it is, and tell its stream."""
+        if run.id in self._running:
+            self._stop(run)
+        elif run in self._suspects:
+            self._suspects.remove(run)
+        else:
+            self._queue.remove(run.tenant, run)
+        run.tell([run.finish(reason, error)])
+
+    def _stop(self, run: Run) -> None:
+        """Let a request run no more; its adapter may leave the device."""
+        assert self._batch is not None
+        self._batch.cancel(run.id)
+        del self._running[run.id]
+        self._queue.ended(run.tenant)
+        self._give_back(run)
+
+    def _give_back(self, run: Run) -> None:
+        if run.held is not None:
+            self._adapters.residents.release(run.held)
+            run.held = None
+
+    def _admit(self) -> None:
+        if self._suspects:
+            if not self._running:
+                self._start(self._suspects.popleft())
+            return
+        blocked: set[str] = set()
+        while tenants := [tenant for tenant in self._queue.turn() if tenant not in blocked]:
+            tenant = tenants[0]
+            run = self._queue.first(tenant)
+            if len(self._running) >= self._sizes.requests:
+                victim = self._victim(tenant)
+                if victim is None:
+                    blocked.add(tenant)
+                    continue
+                self._put_back(victim)
+            if self._running and not self._fits(run):
+                break
+            self._queue.pop(tenant)
+            if not self._start(run):
+                if not run.again:
+                    self._queue.add(tenant, run, first=True)
+                blocked.add(tenant)
+
+    def _fits(self, run: Run) -> bool:
+        """Whether the cache has room for the request's tokens of now, and prompts do not pile up."""
+        assert self._batch is not None
+        taken = sum(-(-(len(other.tokens) + 1) // self._batch.page) for other in self._running.values())
+        left = self._batch.capacity // self._batch.page * 0.9 - taken
+        prompts = sum(other.unread for other in self._running.values())
+        return -(-(len(run.tokens) + 1) // self._batch.page) <= left and prompts < self._sizes.batch_tokens
+
+    def _victim(self, tenant: str) -> Run | None:
+        """The newest request of the tenant with the most running, if ``tenant`` has none and the other several."""
+        if self._queue.running(tenant):
+            return None
+        run = max(reversed(self._running.values()), key=lambda other: self._queue.running(other.tenant))
+        return run if self._queue.running(run.tenant) > 1 else None
+
+    def _put_back(self, run: Run) -> None:
+        tenant = run.tenant
+        self._queue.add(tenant, run, first=True)
+        self._stop(run)
+
+    def _start(self, run: Run) -> bool:
+        """Let a request run; False where its adapter finds no room, or has to be read again (``run.again``)."""
+        assert self._batch is not None
+        if run.row is not None:
+            try:
+                run.held = self._adapters.residents.hold(run.row)
+            except GoneError:
+                run.again = True
+                run.tell([Again()])
+                return False
+            except KilotuneError as error:
+                run.again = True
+                run.tell([run.finish("error", first_line(error))])
+                return False
+            if run.held is None:
+                return False
+        run.begin(str(next(self._ids)))
+        self._running[run.id] = run
+        self._queue.started(run.tenant)
+        self._batch.add(run.id, run.tokens)
+        return True
+
+    # -- a step ----------------------------------------------------------------------------------
+
+    def _step(self) -> None:
+        assert self._batch is not None
+        try:
+            with self._adapters.residents.turns.stepping():
+                parts = self._batch.step()
+        except Exception as error:
+            log.exception("a step failed")
+            self._failed(error)
+            return
+        self._steps += 1
+        self._failures = 0
+        probing = self._suspects or any(run.suspect for run in self._running.values())
+        streams: dict[Any, list[tuple[Run, list[Any]]]] = {}
+        for part in parts:
+            run = self._running[part.id]
+            run.took(part)
+            self._queue.charge(run.tenant, part.tokens)
+            if part.last:
+                told = self._told(run, self._chosen.pop(part.id))
+                streams.setdefault(run.loop, []).append((run, told))
+        Run.tell_all(streams)
+        if probing:
+            for run in list(self._running.values()):
+                run.suspect = False
+                self._put_back(run)
+
+    def _told(self, run: Run, choice: Choice) -> list[Any]:
+        """What a new token means for its stream; ends the request where it is the last one."""
+        if not choice.finite:
+            self._stop(run)
+            return [run.finish("error", "the model's numbers are no longer finite with this adapter")]
+        self._tokens += 1
+        items, reason = run.push(choice)
+        if reason is not None:
+            self._stop(run)
+            items.append(run.finish(reason))
+        return items
+
+    def _failed(self, error: Exception) -> None:
+        """After a step that failed: who was alone in it has failed, else each is tried by itself."""
+        assert self._batch is not None
+        runs = list(self._running.values())
+        for run in runs:
+            self._stop(run)
+        self._batch.clear()
+        self._chosen.clear()
+        if len(runs) == 1:
+            self._failures += 1
+            runs[0].tell([runs[0].finish("error", f"the model failed: {type(error).__name__}")])
+            if self._failures >= FATAL:
+                raise error
+            return
+        for run in runs:
+            run.suspect = True
+        self._suspects.extend(runs)
+
+    def _owner(self, request: str) -> bytes:
+        return self._running[request].owner
+
+    @contextlib.contextmanager
+    def _around(self, parts: list[Part]) -> Iterator[None]:
+        whose = [(self._running[part.id].held if part.id else None, part.tokens) for part in parts]
+        route = self._adapters.residents.route(whose)
+        if route is None:
+            yield
+            return
+        with self._adapters.model.running(route):
+            yield
+
+    def _choose(self, ids: list[str], logits: Tensor) -> Tensor:
+        choices = choose(logits, [self._running[name].picker for name in ids])
+        self._chosen = dict(zip(ids, choices, strict=True))
+        return torch.tensor([choice.token for choice in choices], device=logits.device)
+
+
+def _end_tokens(model: Any) -> frozenset[int]:
+    """The tokens that end an answer, as ``generate`` takes them."""
+    found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    if found is None:
+        found = model.config.get_text_config().eos_token_id
+    return frozenset([] if found is None else [found] if isinstance(found, int) else found)

@@ -1,0 +1,214 @@
+"""transformers' continuous batching, driven step by step: paged attention, and who each token of a step belongs to.
+
+This is the one file that touches its internals (``transformers.generation.continuous_batching``); tested with
+transformers 5.23. What is used of them: ``init_continuous_batching``, the manager's ``_create_batch_processor``, the
+processor's ``prepare_next_batch``, ``_generation_step`` and ``update_batch``, the scheduler's waiting and cancelled
+requests, the cache's ``search_prefix_match`` and ``mark_complete_blocks``, and the model runner's ``_sample``.
+
+Why not its own thread: its loop ends all requests when one step fails, samples with one generator for all, and shares
+prefixes between whoever sends the same tokens. Here the engine's thread calls :meth:`PagedBatch.step`.
+
+Its default sizes take 14 to 45 seconds at the first call even for a tiny model on a CPU: it takes 60 % of the memory,
+most of it for an attention mask of 8,192 x (all tokens of the cache + 8,192) numbers, and writes the lowest number into
+each of them (a profile shows 99 % of the time in ``fill_``). Here both sizes are given, and it takes milliseconds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, MissingExtraError, UnsupportedError
+
+__all__ = ["PageSizes", "PagedBatch", "Part"]
+
+
+class Part(NamedTuple):
+    """One request's tokens in a step. id: the request. tokens: how many. last: whether it gets a new token.
+
+    cached: how many tokens of the request were in the cache already when the step began.
+    """
+
+    id: str
+    tokens: int
+    last: bool
+    cached: int
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class PageSizes:
+    """How much a batch may take.
+
+    requests: at once. batch_tokens: in one step. cache_tokens: kept for all requests together. page: tokens of a page
+    of the cache, of which a request takes whole ones; only whole pages are shared between equal prefixes.
+    """
+
+    requests: int
+    batch_tokens: int
+    cache_tokens: int
+    page: int
+
+
+@final
+class PagedBatch:
+    """Requests that run together, and one step of all of them. For one thread.
+
+    Args:
+        model: a causal language model of transformers.
+        sizes: how much it may take.
+        owner: (request's id) -> whose cache this is. Prefixes are shared between equal owners and no others.
+        around: (the parts of a step) -> a context in which its forward runs.
+        choose: (ids, logits (n, vocabulary) float32) -> the next token of each, (n,) int64.
+
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        sizes: PageSizes,
+        owner: Callable[[str], bytes],
+        around: Callable[[list[Part]], AbstractContextManager[None]],
+        choose: Callable[[list[str], Tensor], Tensor],
+    ) -> None:
+        self._model, self._owner, self._around, self._choose = model, owner, around, choose
+        self._secret = os.urandom(32)
+        self._salts: dict[str, list[int]] = {}
+        self._parts: list[Part] = []
+        self._manager: Any = _manager(model, sizes)
+        self._processor: Any = self._manager._create_batch_processor()
+        cache = self._processor.cache
+        self.page: int = next(iter(cache.cache_allocators.values())).tokens_per_page
+        self.capacity: int = min(ca.num_blocks * ca.tokens_per_page for ca in cache.cache_allocators.values())
+        self._processor.model_runner._sample = self._sample
+        cache.search_prefix_match = _salted_search(cache, self._salted)
+        cache.mark_complete_blocks = _salted_marks(cache, self._salted)
+
+    def add(self, request: str, tokens: Sequence[int]) -> None:
+        """Let a request wait for room; it goes on until it is cancelled."""
+        from transformers.generation.continuous_batching.requests import RequestState
+
+        state = RequestState(request_id=request, initial_tokens=list(tokens), max_new_tokens=None)
+        self._processor.scheduler.add_waiting_request(state)
+
+    def cancel(self, request: str) -> None:
+        """End a request; its part of the cache is free at the next step."""
+        self._processor.scheduler.set_request_cancellation(request)
+        self._salts.pop(request, None)
+
+    def step(self) -> list[Part]:
+        """Run one step of all requests that there is room for; the parts that ran, in the order of their tokens.
+
+        Raises:
+            Whatever the forward, ``around`` or ``choose`` raises; :meth:`clear` then.
+
+        """
+        processor = self._processor
+        if not processor.prepare_next_batch():
+            return []
+        inputs = processor.inputs_and_outputs
+        self._parts = [
+            Part(f.state.request_id, f.query_length, f.has_new_token, f.state.position_offset - f.query_length)
+            for f in inputs.requests_in_batch
+        ]
+        padding = inputs.num_q_tokens - sum(part.tokens for part in self._parts)
+        parts = [*self._parts, Part("", padding, False, 0)] if padding else self._parts
+        with self._around(parts):
+            processor._generation_step(self._model)
+        processor.update_batch()
+        return self._parts
+
+    def clear(self) -> None:
+        """Forget all requests, and all that is cached."""
+        processor = self._processor
+        processor.offloading_manager.free_all_waiting_cpu_caches()
+        processor.scheduler.reset()
+        processor.inputs_and_outputs.reset()
+        processor.cache.reset()
+        self._salts.clear()
+
+    def close(self) -> None:
+        """Free the cache."""
+        self._processor = None
+        self._manager.destroy()
+        self._manager = None
+
+    @property
+    def used(self) -> float:
+        """The share of the cache that is in use, or kept for prefixes."""
+        return 1.0 - float(self._processor.cache.compute_free_capacity())
+
+    def _sample(self, scores: Tensor, output_ids: Tensor) -> None:
+        """In place of the runner's own. scores: (1, requests of the step, vocabulary), those with a new token first."""
+        ids = [part.id for part in self._parts if part.last]
+        if ids:
+            output_ids[0, : len(ids)].copy_(self._choose(ids, scores[0, : len(ids)]))
+
+    def _salted(self, request: str, tokens: list[int]) -> list[int]:
+        """``tokens`` as they are looked up by: the first page is mixed with a secret of the owner's.
+
+        The hash of each page holds those before it, so no page of one owner is ever found for another. The secret is
+        drawn anew in each process: nobody can work out tokens whose hashes are equal.
+        """
+        salt = self._salts.get(request)
+        if salt is None:
+            key = hashlib.blake2b(self._owner(request), key=self._secret).digest()
+            stream = hashlib.shake_256(key).digest(4 * self.page)
+            salt = [int.from_bytes(stream[i : i + 4], "little") & 0x7FFFFFFF for i in range(0, 4 * self.page, 4)]
+            self._salts[request] = salt
+        return [token ^ mask for token, mask in zip(tokens, salt, strict=False)] + tokens[self.page :]
+
+
+def _manager(model: Any, sizes: PageSizes) -> Any:
+    try:
+        from transformers import GenerationConfig
+        from transformers.generation.configuration_utils import ContinuousBatchingConfig
+    except ImportError as error:
+        raise MissingExtraError("transformers", "serve", "serving") from error
+    if sizes.cache_tokens < sizes.page:
+        raise ConfigError(f"cache_tokens: expected at least one page ({sizes.page} tokens), got {sizes.cache_tokens}")
+    if getattr(type(model), "init_continuous_batching", None) is None:
+        raise UnsupportedError(
+            f"{type(model).__name__} has no continuous batching; serve a causal language model of transformers >= 5.23"
+        )
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    config = ContinuousBatchingConfig(
+        page_size=sizes.page,
+        num_blocks=max(1, sizes.cache_tokens // sizes.page),
+        max_batch_tokens=sizes.batch_tokens,
+        max_requests_per_batch=sizes.requests,
+        max_blocks_per_request=0 if on_cpu else None,
+        use_cuda_graph=False,  # routes differ from step to step
+        use_async_batching=False,
+        scheduler_type="fifo",
+    )
+    with torch.no_grad():
+        return model.init_continuous_batching(GenerationConfig(do_sample=False, eos_token_id=-1), config)
+
+
+def _salted_search(cache: Any, salted: Callable[[str, list[int]], list[int]]) -> Callable[[str, list[int]], int]:
+    own = cache.search_prefix_match
+
+    def search(request_id: str, prompt_ids: list[int]) -> int:
+        found: int = own(request_id, salted(request_id, prompt_ids))
+        return found
+
+    return search
+
+
+def _salted_marks(cache: Any, salted: Callable[[str, list[int]], list[int]]) -> Callable[[Any, dict[str, int]], None]:
+    def mark(state: Any, complete_blocks: dict[str, int]) -> None:
+        if not cache.allow_block_sharing or not complete_blocks:
+            return
+        tokens = salted(state.request_id, state.initial_tokens + state.generated_tokens)
+        for name, count in complete_blocks.items():
+            cache.cache_allocators[name].mark_complete_blocks(state.request_id, tokens, count)
+
+    return mark

@@ -1,0 +1,351 @@
+"""Adapters on the device: which forms there are, who uses which row, and the route of a step.
+
+::
+
+    Row      an adapter in main memory, checked against the model: its numbers, or the adapter itself
+    Held     an adapter on the device that stays there until it is given back: one running request has one
+    route    (Held or None, tokens) of a step -> what the layers of the model run
+
+Adapters of one form (method, options, layers) are rows of one bank; how many forms there are at once is bounded, and a
+form that nobody uses makes way. What cannot be a row (a head that is trained whole, a vector for the whole model) is
+put into the model itself, and of those only few.
+
+The model's modules change only between steps: :class:`Turns`.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from .. import inject
+from ..checkpoint import AdapterFile, match_tensors
+from ..config import AdapterConfig
+from ..errors import AdapterError, CheckpointError, UnsupportedError, gather
+from ..fleet.bank import AdapterBank, Resident
+from ..fleet.forms import NO_MATTER
+from ..model import PeftModel
+from ..routes import unroutable
+from ..routing import Cohort, Route, Stacked
+
+__all__ = ["GoneError", "Held", "Residents", "Row", "Turns"]
+
+# Rows of a step are gathered into one matrix, once for as long as the same requests run, where that takes no more.
+GATHERED = 64 * 2**20  # bytes
+
+
+@final
+class GoneError(AdapterError):
+    """The form of a row made way for another one: read the adapter again."""
+
+
+@final
+class Turns:
+    """Steps of the model, and changes of its modules: one at a time, and a change need not wait for long."""
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._busy = False
+        self._changes = 0
+
+    @contextmanager
+    def stepping(self) -> Iterator[None]:
+        """Run the model; changes that wait go first."""
+        with self._condition:
+            self._condition.wait_for(lambda: not self._busy and self._changes == 0)
+            self._busy = True
+        try:
+            yield
+        finally:
+            self._free()
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Change the model."""
+        with self._condition:
+            self._changes += 1
+            self._condition.wait_for(lambda: not self._busy)
+            self._changes -= 1
+            self._busy = True
+        try:
+            yield
+        finally:
+            self._free()
+
+    def _free(self) -> None:
+        with self._condition:
+            self._busy = False
+            self._condition.notify_all()
+
+
+@final
+class _Home:
+    """Where adapters of one form live: a bank; or the model itself, for one adapter that no bank can take."""
+
+    def __init__(self, bank: AdapterBank | None) -> None:
+        self.bank = bank
+        self.users = 0  # rows that are held
+        self.closed = False
+
+
+@final
+class Row:
+    """An adapter in main memory that fits the model. name: unique to its contents and tenant. bytes: what it takes."""
+
+    def __init__(self, name: str, home: _Home, values: Tensor | None, size: int) -> None:
+        self.name, self.home, self.values, self.bytes = name, home, values, size
+
+
+@final
+class Held:
+    """An adapter on the device; stays until :meth:`Residents.release`."""
+
+    def __init__(self, row: Row, slot: int) -> None:
+        self.row, self.slot = row, slot
+
+
+@final
+class Residents:
+    """The adapters of one model that are on its device. From any thread, but for :meth:`route`.
+
+    Args:
+        model: wrapped, without an adapter of its own.
+        slots: rows of each form's bank.
+        forms: how many forms there may be at once.
+        whole: how many adapters that no bank can take there may be at once.
+        dtype: of the banks.
+        max_norm: the largest L2 norm that a tensor of an adapter may have.
+
+    """
+
+    def __init__(
+        self, model: PeftModel, *, slots: int, forms: int, whole: int, dtype: torch.dtype, max_norm: float
+    ) -> None:
+        self.model, self.turns = model, Turns()
+        self.slots, self.forms, self.whole, self.dtype, self.max_norm = slots, forms, whole, dtype, max_norm
+        self._lock = threading.RLock()
+        self._changing = threading.Lock()
+        self._banks: OrderedDict[str, _Home] = OrderedDict()  # the least recently used first
+        self._wholes: OrderedDict[str, _Home] = OrderedDict()
+        self._unbanked: set[str] = set()  # forms that no bank takes
+        self._last: tuple[tuple[tuple[Held | None, int], ...], Route | None] | None = None
+
+    # -- rows ------------------------------------------------------------------------------------
+
+    def row(self, name: str, file: AdapterFile, what: str) -> Row:
+        """Check an adapter against the model, and make room for its form where it is a new one.
+
+        Args:
+            name: unique to its contents and its tenant.
+            file: the adapter.
+            what: what to call it in errors.
+
+        Raises:
+            CheckpointError, ConfigError, TargetError, UnsupportedError: it does not fit this model.
+            AdapterError: all forms are in use.
+
+        """
+        key = form_key(file.config)
+        if key not in self._unbanked:
+            try:
+                return self._banked(name, key, file, what)
+            except UnsupportedError:
+                self._unbanked.add(key)
+        return self._in_model(name, file, what)
+
+    def check(self, file: AdapterFile, what: str) -> None:
+        """Check an adapter as :meth:`row` does, and keep nothing of it but its form."""
+        key = form_key(file.config)
+        if key not in self._unbanked:
+            try:
+                self._banked("", key, file, what)
+            except UnsupportedError:
+                self._unbanked.add(key)
+            else:
+                return
+        self._check_whole(file, what)
+        base = self.model.get_base_model()
+        made = inject.plan(base, "trial", file.config.replace(inference_mode=True), file.method, strict=False)
+        match_tensors(file, made, type(base).__name__)
+
+    def _check_whole(self, file: AdapterFile, what: str) -> None:
+        if bad := [key for key, value in file.tensors.items() if not bool(torch.isfinite(value).all())]:
+            raise CheckpointError(gather(f"{what} holds values that are not finite:", bad))
+        self._check_norms(file.tensors, what)
+
+    def _banked(self, name: str, key: str, file: AdapterFile, what: str) -> Row:
+        home = self._home(key, file.config)
+        assert home.bank is not None
+        values = home.bank.form.row_of_file(file, what)
+        self._check_norms({p.name: values[p.begin : p.end] for p in home.bank.form.all_places()}, what)
+        return Row(name, home, values, values.numel() * values.element_size())
+
+    def _check_norms(self, tensors: Mapping[str, Tensor], what: str) -> None:
+        wrong = []
+        for key, value in tensors.items():
+            if value.is_floating_point() and not float(value.float().norm()) <= self.max_norm:
+                wrong.append(f"{key}: {float(value.float().norm()):.3g}")
+        if wrong:
+            raise CheckpointError(gather(f"{what}: norms above the bound of {self.max_norm:g}:", wrong, 5))
+
+    def _home(self, key: str, config: AdapterConfig) -> _Home:
+        with self._lock:
+            if key in self._banks:
+                self._banks.move_to_end(key)
+                return self._banks[key]
+        with self._changing:
+            with self._lock:
+                if key in self._banks:
+                    return self._banks[key]
+                full = len(self._banks) >= self.forms
+                idle = self._idle(self._banks, "forms of adapters", self.forms) if full else None
+                if idle is not None:
+                    self._banks.pop(idle[0])
+            with self.turns.changing():
+                if idle is not None and idle[1].bank is not None:
+                    idle[1].bank.close()
+                plain = config.replace(inference_mode=True)
+                home = _Home(AdapterBank(self.model, plain, slots=self.slots, dtype=self.dtype))
+                self.model.eval()
+            with self._lock:
+                self._banks[key] = home
+            return home
+
+    def _idle(self, homes: OrderedDict[str, _Home], what: str, limit: int) -> tuple[str, _Home]:
+        """The one used longest ago that nobody uses; it is closed to newcomers."""
+        for key, home in homes.items():
+            if home.users == 0:
+                home.closed = True
+                return key, home
+        raise AdapterError(f"all {limit} {what} that the server keeps at once are in use; try again later")
+
+    def _in_model(self, name: str, file: AdapterFile, what: str) -> Row:
+        with self._lock:
+            if name in self._wholes:
+                self._wholes.move_to_end(name)
+                return Row(name, self._wholes[name], None, 0)
+        self._check_whole(file, what)
+        with self._changing:
+            with self._lock:
+                full = len(self._wholes) >= self.whole
+                idle = self._idle(self._wholes, "adapters outside of banks", self.whole) if full else None
+                if idle is not None:
+                    self._wholes.pop(idle[0])
+            with self.turns.changing():
+                if idle is not None:
+                    self.model.delete_adapter(idle[0])
+                self.model.load_adapter(file, name)
+                if faults := unroutable(self.model.installed(name)):
+                    self.model.delete_adapter(name)
+                    raise UnsupportedError(gather(f"{what} cannot be served beside others:", faults))
+                self.model.eval()
+            with self._lock:
+                home = self._wholes[name] = _Home(None)
+            return Row(name, home, None, 0)
+
+    # -- holding ---------------------------------------------------------------------------------
+
+    def hold(self, row: Row) -> Held | None:
+        """Bring a row to the device and keep it there; None where all slots of its form are held.
+
+        Raises:
+            GoneError: its form made way meanwhile.
+
+        """
+        with self._lock:
+            home = row.home
+            if home.closed:
+                raise GoneError(f"the form of adapter {row.name!r} made way for another one")
+            slot: int | None = 0
+            if home.bank is not None:
+                assert row.values is not None
+                slot = home.bank.hold(row.name, row.values)
+            if slot is None:
+                return None
+            home.users += 1
+            return Held(row, slot)
+
+    def release(self, held: Held) -> None:
+        """Let the adapter go, once."""
+        with self._lock:
+            home = held.row.home
+            home.users -= 1
+            if home.bank is not None:
+                home.bank.release(held.slot)
+
+    @property
+    def resident(self) -> int:
+        """How many adapters are on the device."""
+        with self._lock:
+            return sum(len(home.bank) for home in self._banks.values() if home.bank is not None) + len(self._wholes)
+
+    @property
+    def room(self) -> int:
+        """How many adapters the device can hold with the forms that there are."""
+        with self._lock:
+            return max(1, len(self._banks)) * self.slots + self.whole
+
+    # -- routes ----------------------------------------------------------------------------------
+
+    def route(self, parts: Sequence[tuple[Held | None, int]], tokens: bool = True) -> Route | None:
+        """Who each token (or row) of a step goes to; None where all are of the base alone.
+
+        Args:
+            parts: whose, and how many tokens (or rows), in their order.
+            tokens: the rows of the model's inputs are tokens that are packed.
+
+        """
+        key = tuple(parts)
+        if self._last is not None and self._last[0] == key:
+            return self._last[1]
+        homes: dict[_Home, list[tuple[Held, int, int]]] = {}
+        at = 0
+        for held, count in parts:
+            if held is not None:
+                homes.setdefault(held.row.home, []).append((held, at, at + count))
+            at += count
+        cohorts = [self._cohort(home, own) for home, own in homes.items()]
+        route = Route(at, cohorts, tokens=tokens) if cohorts else None
+        self._last = (key, route)
+        return route
+
+    def _cohort(self, home: _Home, own: Sequence[tuple[Held, int, int]]) -> Cohort:
+        device = next(self.model.get_base_model().parameters()).device
+        rows = torch.cat([torch.arange(begin, end) for _, begin, end in own]).to(device)
+        if home.bank is None:
+            index = torch.zeros(rows.shape[0], dtype=torch.int64, device=device)
+            return Stacked((own[0][0].row.name,), rows, index)
+        bank = home.bank
+        count = rows.shape[0]
+        stacks = bank.form.made.method.stacks and count * bank.form.length * 4 <= GATHERED
+        if stacks and count > 1:
+            slots = torch.tensor([held.slot for held, begin, end in own for _ in range(end - begin)], device=device)
+            values = bank.arena.index_select(0, slots).float()
+            names = tuple(held.row.name for held, begin, end in own for _ in range(end - begin))
+            return Resident(bank.form, names, values, rows, torch.arange(count, device=device), aligned=True)
+        distinct = {slot: i for i, slot in enumerate(dict.fromkeys(held.slot for held, _, _ in own))}
+        names = tuple({held.slot: held.row.name for held, _, _ in own}[slot] for slot in distinct)
+        values = bank.arena.index_select(0, torch.tensor(list(distinct), device=device)).float()
+        index = torch.cat([torch.full((end - begin,), distinct[held.slot]) for held, begin, end in own])
+        return Resident(bank.form, names, values, rows, index.to(device))
+
+
+def form_key(config: AdapterConfig) -> str:
+    """Equal for configurations whose adapters can be rows of one bank."""
+    values = {
+        key: sorted(map(str, value)) if isinstance(value, (list, tuple, set, frozenset)) else value
+        for key, value in config.to_dict().items()
+        if key not in NO_MATTER and not key.endswith("dropout")
+    }
+    return json.dumps([type(config).__name__, values], sort_keys=True, default=_text)
+
+
+def _text(value: Any) -> str:
+    return repr(value)

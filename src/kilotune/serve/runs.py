@@ -1,0 +1,135 @@
+"""One request while it is in the engine, and the stream of what it gives to an asyncio loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any, final
+
+from .engine import Finish, Generation, Sampling, Token
+from .paged import Part
+from .residents import Held, Row
+from .sampling import Choice, Picker
+from .text import TextStream
+
+__all__ = ["Again", "Run"]
+
+
+@final
+class Again:
+    """In place of an end: the adapter has to be read again, and the request sent once more."""
+
+
+@final
+class Run:
+    """A request in the engine. The engine's thread writes it, but for ``left`` and ``row``.
+
+    id: of the present admission; tokens: the prompt and what was generated; unread: how many of them the present
+    admission has still to compute before it gets a new token.
+    """
+
+    def __init__(
+        self,
+        request: Generation,
+        row: Row | None,
+        loop: asyncio.AbstractEventLoop | None,
+        tokenizer: Any,
+        ends: frozenset[int],
+    ) -> None:
+        self.request, self.row, self.loop = request, row, loop
+        self.tenant, self.deadline, self.id = request.tenant, request.deadline, ""
+        sampling = request.sampling
+        self.picker = Picker(sampling)
+        self.tokens = list(request.prompt)
+        self.held: Held | None = None
+        self.left = self.again = self.suspect = False
+        self.unread = self.cached = 0
+        key = request.adapter
+        whose = "" if key is None else f"{key.namespace}\0{key.sha256}"
+        self.owner = f"{request.tenant}\0{whose}".encode()
+        self._ends = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else ends)
+        self._text = TextStream(tokenizer, request.prompt, sampling.stop)
+        self._fresh = True
+        self._stopped = False
+        self._items: deque[Token | Finish | Again] = deque()
+        self._ready = asyncio.Event()
+
+    @classmethod
+    def warming(cls) -> Run:
+        """Of nobody, for the steps before the first request."""
+        return cls(
+            Generation(id="", tenant="", adapter=None, prompt=(0,), sampling=Sampling(max_tokens=1, temperature=0.0)),
+            None,
+            None,
+            None,
+            frozenset(),
+        )
+
+    # -- the engine's side -----------------------------------------------------------------------
+
+    def begin(self, name: str) -> None:
+        """It is admitted, under this id."""
+        self.id, self.unread, self.again = name, len(self.tokens), False
+
+    def took(self, part: Part) -> None:
+        """A step computed a part of it."""
+        if self._fresh:
+            self.cached = min(part.cached, len(self.request.prompt))
+            self._fresh = False
+        self.unread = max(0, len(self.tokens) - part.cached - part.tokens)
+
+    def push(self, choice: Choice) -> tuple[list[Any], Any]:
+        """(what the new token tells the stream, why it is the last one or None)."""
+        self.tokens.append(choice.token)
+        if choice.token in self._ends:
+            return [Token(choice.token, "", choice.logprob, choice.top)], "stop"
+        text, self._stopped = self._text.push(choice.token)
+        items = [Token(choice.token, text, choice.logprob, choice.top)]
+        if self._stopped:
+            return items, "stop"
+        return items, "length" if self.made >= self.request.sampling.max_tokens else None
+
+    @property
+    def made(self) -> int:
+        """How many tokens were generated."""
+        return len(self.tokens) - len(self.request.prompt)
+
+    def finish(self, reason: Any, error: str | None = None) -> Finish:
+        """The end of its stream."""
+        text = "" if self._stopped else self._text.flush()
+        return Finish(reason, text, error, len(self.request.prompt), self.made, self.cached)
+
+    def tell(self, items: Sequence[Token | Finish | Again]) -> None:
+        """Give items to the stream, in its loop's thread."""
+        if self.loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens
+                self.loop.call_soon_threadsafe(self._put, items)
+
+    @staticmethod
+    def tell_all(streams: Mapping[Any, Sequence[tuple[Run, Sequence[Any]]]]) -> None:
+        """Give the items of a step to all streams, with one wake-up for each loop."""
+        for loop, told in streams.items():
+            if loop is not None:
+                with contextlib.suppress(RuntimeError):
+                    loop.call_soon_threadsafe(_put_all, told)
+
+    def _put(self, items: Sequence[Token | Finish | Again]) -> None:
+        self._items.extend(items)
+        self._ready.set()
+
+    # -- the stream's side -----------------------------------------------------------------------
+
+    async def items(self) -> AsyncIterator[Token | Finish | Again]:
+        """What comes; ends never by itself."""
+        while True:
+            await self._ready.wait()
+            self._ready.clear()
+            while self._items:
+                yield self._items.popleft()
+
+
+def _put_all(told: Sequence[tuple[Run, Sequence[Any]]]) -> None:
+    for run, items in told:
+        run._put(items)
