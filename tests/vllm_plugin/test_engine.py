@@ -1,4 +1,4 @@
-"""The plugin in a real engine, against transformers with our adapters: one engine for many tests, for it starts slowly."""
+"""The plugin in a real engine, against transformers with our adapters; one engine serves many tests, for it is slow."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def started(tmp: Path, kinds: dict[str, Kind] = KINDS, **options: Any) -> Iterat
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    """Two slots and room for three in memory, for five adapters: everything is put out and brought back all the time."""
+    """Two slots and room for three in memory, for five adapters: all are put out and brought back all the time."""
     yield from started(tmp_path_factory.mktemp("one"), max_loras=2, max_cpu_loras=3)
 
 

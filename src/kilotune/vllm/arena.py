@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
@@ -24,25 +25,36 @@ from .layout import Cut, Part
 __all__ = ["Arena", "FusedLayer", "Routes", "poison_row"]
 
 CACHED = ("k_proj", "v_proj")  # what these give is kept, and read by others once it is freed
+LARGE = 100.0  # far beyond what any adapter makes, and finite in float16 after a product or two
 
 
 def poison_row(cut: Cut) -> Tensor:
-    """A local row (float32) that makes every logit NaN, and nothing that is kept in the key-value cache.
+    """A local row (float32) that spoils every logit, and nothing that is kept in the key-value cache for others.
 
-    It is in the last layer only, and in none whose output is cached, so the NaN of one request never meets another.
+    NaN in a freed block of the cache would reach whoever gets the block next, for a mask multiplies by zero. So NaN is
+    in the model's last block only, and in a layer whose output is not cached. Where there is none among the targets,
+    large finite numbers stand in the last layer: they spoil the answer, and no other.
     """
     row = torch.zeros(cut.numbers)
-    for name, parts in reversed(cut.layers.items()):
-        begin = cut.begins[name] + cut.rank * len(parts)
-        for part in parts:
+    last = _block(next(reversed(cut.layers)))
+    if not cut.final:  # a later worker has the model's last block
+        return row
+    for name in reversed(cut.layers):
+        begin = cut.begins[name] + cut.rank * len(cut.layers[name])
+        for part in cut.layers[name] if _block(name) == last else ():
             size = part.rows[1] - part.rows[0]
             if part.site.name.rpartition(".")[2] not in CACHED:
                 row[begin : begin + size] = math.nan
                 return row
             begin += size
-        if name != list(cut.layers)[-1]:
-            break
+    row[cut.begins[next(reversed(cut.layers))] :] = LARGE
     return row
+
+
+def _block(name: str) -> str:
+    """``model.layers.3.self_attn.qkv_proj`` -> ``model.layers.3``; the name itself where no number is in it."""
+    match = re.match(r"(.*\.\d+)\.", name)
+    return match.group(1) if match else ""
 
 
 @final

@@ -133,11 +133,12 @@ class Part:
 class Cut:
     """Which numbers of a whole row are a worker's local one, and where each fused layer's begin.
 
-    layers: the parts of each fused layer, in the order of their outputs, by its name in the engine.
+    layers: the parts of each fused layer, in the order of their outputs, by its name in the engine, in the model's
+    order. final: whether the model's last layers are here.
     """
 
-    def __init__(self, rank: int, seed: int, layers: Mapping[str, Sequence[Part]]) -> None:
-        self.rank, self.seed = rank, seed
+    def __init__(self, rank: int, seed: int, layers: Mapping[str, Sequence[Part]], *, final: bool = True) -> None:
+        self.rank, self.seed, self.final = rank, seed, final
         self.layers = {name: tuple(parts) for name, parts in layers.items()}
         if not any(self.layers.values()):
             raise UnsupportedError("none of the targets is a layer of this model that can be adapted")

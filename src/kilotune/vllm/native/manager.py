@@ -12,7 +12,7 @@ from typing import Any, final
 
 import torch
 from torch import Tensor
-from vllm.distributed import get_world_group
+from vllm.distributed import get_pp_group, get_world_group
 from vllm.lora.layers import LoRAMapping
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.lora_weights import LoRALayerWeights
@@ -52,7 +52,7 @@ class VeraModelManager(LRUCacheLoRAModelManager):  # type: ignore[misc]  # vLLM 
         self.settings = Settings.of(vllm_config.additional_config[KEY])
         self._refuse_what_is_not_served()
         self.dtype: torch.dtype = self.lora_config.lora_dtype
-        self.cut = Cut(self.settings.rank, self.settings.seed, self._layers())
+        self.cut = Cut(self.settings.rank, self.settings.seed, self._layers(), final=get_pp_group().is_last_rank)
         self.arena = Arena(self.lora_slots, self.cut, self.device, self.dtype)
         tokens = max(max_num_batched_tokens, self.max_num_seqs, vllm_config.scheduler_config.max_num_batched_tokens)
         self.routes = Routes(tokens + 64, self.arena)
