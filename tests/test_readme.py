@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 WITH_COMMANDS = [*PAGES, ROOT / "CONTRIBUTING.md"]
 LONG = {"demo", "intrinsic-dimension", "init", "train", "chat", "generate", "evaluate", "export", "compare", "store"}
-LONG |= {"fleet", "doctor"}
+LONG |= {"fleet", "doctor", "serve", "keys"}
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 

@@ -33,6 +33,8 @@ VERBS = (
     "doctor",
     "store",
     "fleet",
+    "serve",
+    "keys",
 )
 ERROR, INTERRUPTED = 2, 130
 

@@ -31,13 +31,17 @@ FOR: Mapping[str, str] = {
     "accelerate": "kilotune train, compare",
     "bitsandbytes": "4-bit and int8 weights: model.quantization nf4, int8",
     "datasets": "data sets of the hub",
+    "fastapi": "kilotune serve",
     "gguf": "kilotune export to llama.cpp",
+    "httptools": "kilotune serve",
     "huggingface-hub": "models, adapters and data by hub id",
     "matplotlib": "reports and plots",
     "pillow": "images",
+    "prometheus-client": "the metrics of kilotune serve",
     "psycopg": "a store of adapters in PostgreSQL",
     "psycopg-pool": "a store of adapters in PostgreSQL, for several threads",
     "pyarrow": "Parquet files",
+    "python-multipart": "adapters that are put into kilotune serve",
     "pyyaml": "config files",
     "rich": "the command line, the progress bar",
     "sacrebleu": "the metrics of sequence to sequence",
@@ -47,13 +51,17 @@ FOR: Mapping[str, str] = {
     "torchao": "weights in torchao's formats",
     "transformers": "models of transformers",
     "typer": "the command line",
+    "uvicorn": "kilotune serve",
+    "uvloop": "kilotune serve",
 }
 """What goes missing with each package that an extra names."""
 MODULES: Mapping[str, str] = {
     "pillow": "PIL",
     "pyyaml": "yaml",
     "scikit-learn": "sklearn",
+    "prometheus-client": "prometheus_client",
     "psycopg-pool": "psycopg_pool",
+    "python-multipart": "python_multipart",
 }
 """Packages whose module has another name."""
 NOT_FOR_USERS = ("docs", "test", "dev", "all")

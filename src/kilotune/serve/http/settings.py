@@ -8,9 +8,9 @@ from ipaddress import ip_address
 from typing import Any, ClassVar, final
 
 from ...fleet.store.names import check_namespace, check_which
-from ...train.fields import Section, flag, number, or_none, setting, text
+from ...train.fields import Section, flag, number, one_of, or_none, setting, text
 
-__all__ = ["ServeSettings"]
+__all__ = ["EngineSettings", "ServeSettings"]
 
 
 def _version(name: str, value: Any) -> list[str]:
@@ -102,3 +102,45 @@ def is_local(host: str) -> bool:
         return ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings(Section):
+    """How the base and its adapters are held and run."""
+
+    SECTION: ClassVar[str] = "engine"
+
+    task: str = setting(
+        "auto",
+        one_of("auto", "generate", "embed", "classify"),
+        "What the base is for: generate, embed or classify; auto: as its config says.",
+    )
+    dtype: str = setting(
+        "auto",
+        one_of("auto", "float32", "bfloat16", "float16"),
+        "In what the base's weights are held. auto: as they were saved.",
+    )
+    device: str = setting("auto", one_of("auto", "cpu", "cuda"), "Where it runs. auto: on a GPU if there is one.")
+    revision: str | None = setting(None, or_none(text), "The base's revision, where it is a hub id.")
+    max_running: int = setting(64, number(1, whole=True), "How many answers are made at once; the rest waits.")
+    batch_tokens: int = setting(
+        512, number(1, whole=True), "Tokens of one step of the model; longer prompts take several steps."
+    )
+    cache_tokens: int | None = setting(
+        None,
+        or_none(number(1, whole=True)),
+        "For how many tokens keys and values are kept; null: 512 for each of max_running.",
+    )
+    slots: int = setting(256, number(1, whole=True), "How many adapters of one form the device holds at once.")
+    forms: int = setting(
+        4, number(1, whole=True), "How many forms of adapters (method, options, layers) there may be at once."
+    )
+    host_bytes: int = setting(
+        2**30, number(0, whole=True), "How much main memory adapters take that are not on the device."
+    )
+    max_norm: float = setting(1e4, number(0, above=True), "The largest norm that a tensor of an adapter may have.")
+    packing: str = setting(
+        "float32", one_of("float32", "bfloat16", "int8"), "How the store keeps the numbers of adapters that are put."
+    )
+    store_seconds: float = setting(10.0, number(0, above=True), "How long a store that is busy is waited for.")

@@ -1,0 +1,72 @@
+"""``kilotune keys``: the API keys of a service."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..serve.http.keys import ROLES, TENANT, Key, add_key, read_keys, remove_key
+from ._output import Json, console, print_json, rows_table
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    name="keys",
+    no_args_is_help=True,
+    help="Make, list and remove the API keys of kilotune serve. The file holds hashes; a key is shown once.",
+)
+
+File = Annotated[Path, typer.Argument(metavar="FILE", help="The file of keys, as kilotune serve --keys takes it.")]
+
+
+def _shown(key: Key) -> dict[str, Any]:
+    return {name: value for name, value in asdict(key).items() if name != "sha256"}
+
+
+@app.command()
+def add(
+    file: File,
+    namespace: Annotated[
+        str | None, typer.Option(help="Whose adapters it is for; a manager's may be left out: all of them.")
+    ] = None,
+    role: Annotated[
+        str,
+        typer.Option(help=f"{', '.join(ROLES)}: to ask adapters; to put, move and delete them; to read the metrics."),
+    ] = TENANT,
+    note: Annotated[str, typer.Option(help="A few words to know it by.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Make a key, and write its hash into FILE. It is printed now, and cannot be had again."""
+    key, kept = add_key(file, role, namespace, note)
+    if as_json:
+        print_json({**_shown(kept), "key": key})
+    else:
+        console().print(key, markup=False, soft_wrap=True)
+
+
+@app.command("ls")
+def ls(file: File, as_json: Json = False) -> None:
+    """List the keys of FILE."""
+    keys = read_keys(file)
+    if as_json:
+        print_json({"keys": [_shown(key) for key in keys]})
+        return
+    rows = [(key.id, key.role, key.namespace or "(all)", key.created[:19].replace("T", " "), key.note) for key in keys]
+    console().print(rows_table("", ("role", "namespace", "created (UTC)", "note"), rows, justify="left"))
+
+
+@app.command()
+def rm(
+    file: File,
+    name: Annotated[str, typer.Argument(metavar="ID", help="The key's id, as ls has it.")],
+    as_json: Json = False,
+) -> None:
+    """Take a key out of FILE; a running service refuses it from about a second later on."""
+    gone = remove_key(file, name)
+    if as_json:
+        print_json({"removed": _shown(gone)})
+    else:
+        console().print(f"removed {gone.id} ({gone.role}, {gone.namespace or 'all namespaces'})", markup=False)

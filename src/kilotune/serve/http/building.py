@@ -1,0 +1,118 @@
+"""From names and settings to a service whose engine runs: what the command line does, and each replica."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from ...errors import ConfigError, UnsupportedError
+from ...train.models import device_of, load_base, load_config
+from ...train.processors import load_tokenizer
+from ...train.settings import ModelSettings
+from ...train.tasks import TASKS
+from ..adapters import AdapterRegistry
+from ..batching import TransformersEngine
+from ..engine import Engine
+from .keys import Key, Keyring
+from .prompts import Prompts
+from .service import Service
+from .settings import EngineSettings, ServeSettings
+
+__all__ = ["build", "task_of"]
+
+CLASSES = {"generate": "causal-lm", "classify": "text-classification"}
+
+
+def build(
+    model: str, store: str, settings: ServeSettings, options: EngineSettings | None = None, more: tuple[Key, ...] = ()
+) -> Service:
+    """A service that is ready to answer: the base loaded, the store open, the engine warm.
+
+    Args:
+        model: the base's folder or hub id.
+        store: the store's URL.
+        settings: of the service; the file of keys is read here.
+        options: of the engine.
+        more: keys beside those of the file.
+
+    Raises:
+        KilotuneError: the base, the store, the keys or the settings cannot be had.
+
+    """
+    options = options or EngineSettings()
+    keys = Keyring(settings.keys, more, None if settings.keys else settings.namespace)
+    source = ModelSettings(base=model, revision=options.revision, dtype=options.dtype)
+    config = load_config(source)
+    task = task_of(config, options.task)
+    tokenizer = load_tokenizer(model, options.revision)
+    base = _base(source, task, options).eval()
+    with ExitStack() as held:
+        adapters = AdapterRegistry(
+            store,
+            base,
+            slots=options.slots,
+            forms=options.forms,
+            host_bytes=options.host_bytes,
+            max_norm=options.max_norm,
+            packing=options.packing,
+            timeout=options.store_seconds,
+        )
+        held.callback(adapters.close)
+        engine = _engine(task, adapters, tokenizer, options)
+        engine.start()
+        held.callback(engine.stop)
+        prompts = Prompts(tokenizer, int(base.get_input_embeddings().weight.shape[0]))
+        service = Service(engine, adapters, prompts, keys, settings, settings.name or _last(model))
+        held.pop_all()
+    return service
+
+
+def task_of(config: Any, wanted: str) -> str:
+    """What a base is for.
+
+    Raises:
+        ConfigError: it is for nothing that can be served.
+
+    """
+    if wanted != "auto":
+        return wanted
+    named = " ".join(getattr(config, "architectures", None) or ())
+    if "ForSequenceClassification" in named:
+        return "classify"
+    if "ForCausalLM" in named or "LMHeadModel" in named:
+        return "generate"
+    if "ForConditionalGeneration" in named or config.is_encoder_decoder:
+        raise ConfigError(f"a {config.model_type} ({named}) has an encoder and a decoder, and cannot be served yet")
+    return "embed"
+
+
+def _base(source: ModelSettings, task: str, options: EngineSettings) -> Any:
+    device = device_of(options.device)
+    if task in CLASSES:
+        return load_base(source, TASKS[CLASSES[task]](), None, device).model.to(device)
+    import transformers
+
+    from ...plan import DTYPES
+
+    dtype = "auto" if source.dtype == "auto" else DTYPES[source.dtype]
+    made = transformers.AutoModel.from_pretrained(source.base, revision=source.revision, dtype=dtype)
+    return made.to(device)
+
+
+def _engine(task: str, adapters: AdapterRegistry, tokenizer: Any, options: EngineSettings) -> Engine:
+    if task != "generate":
+        raise UnsupportedError(f"{task}: encoders are not served yet")
+    return TransformersEngine(
+        adapters.model.get_base_model(),
+        tokenizer,
+        adapters,
+        max_running=options.max_running,
+        batch_tokens=options.batch_tokens,
+        cache_tokens=options.cache_tokens,
+    )
+
+
+def _last(model: str) -> str:
+    """The last part of a path or a hub id."""
+    return Path(model.rstrip("/")).resolve().name if Path(model).exists() else model.rstrip("/").rpartition("/")[2]
