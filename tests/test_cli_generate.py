@@ -260,6 +260,13 @@ def test_a_tokenizer_of_another_model_is_noticed(tmp_path: Path) -> None:
         writer.write(writer.plain("kilotune"))
 
 
+@pytest.mark.parametrize("more", [(), ("--template",), ("--system", "x")])
+def test_half_a_character_is_no_text(more: tuple[str, ...]) -> None:
+    base, adapter = pair("llama", True)
+    said = error("generate", adapter, "caf\udcc3", "--base", base, *more)  # bytes of a command line that are no UTF-8
+    assert "the prompt holds '\\udcc3', which is half a character and no text" in said
+
+
 def test_an_empty_prompt() -> None:
     base, adapter = pair("gpt2")
     assert "the prompt is empty" in error("generate", adapter, "", "--base", base)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +15,12 @@ import torch
 from kilotune.errors import CheckpointError, ConfigError, DivergedError, KilotuneError, ResourceError
 from kilotune.train.checkpoints import newest
 from kilotune.train.config_file import settings_from
-from kilotune.train.guard import advise_on_memory
+from kilotune.train.guard import advise_on_memory, told_of_disk
 from kilotune.train.models import load_config
 from kilotune.train.run import Session, fit, open_session, train
 from kilotune.train.settings import ModelSettings, TrainSettings
-from train_support import LENGTH, model_folder, prompts, sentence, write_jsonl
+from kilotune.train.trainer import quiet
+from train_support import LENGTH, files_of_at_most, model_folder, prompts, sentence, write_jsonl
 
 FILE = "adapter_model.safetensors"
 
@@ -166,21 +165,6 @@ def test_other_errors_are_not_called_out_of_memory(data: Path, tmp_path: Path) -
 # -- disk ----------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def files_of_at_most(size: int) -> Iterator[None]:
-    """The system refuses to write files beyond ``size`` bytes, as it refuses to write on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    import signal
-
-    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, before)
-
-
 def sizes(checkpoint: Path) -> dict[str, int]:
     return {path.name: path.stat().st_size for path in checkpoint.iterdir()}
 
@@ -239,9 +223,53 @@ def test_an_output_that_cannot_be_written_to_is_one_line(data: Path, tmp_path: P
         pytest.skip("the superuser may write everywhere")
     tmp_path.chmod(0o500)
     try:
-        assert "cannot be written" in refused(settings(data, tmp_path / "out"), ResourceError)
+        assert "cannot be written: nobody but its owner" in refused(settings(data, tmp_path / "out"))
     finally:
         tmp_path.chmod(0o700)
+
+
+def test_an_output_in_a_file_is_refused_before_anything_is_loaded(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    said = refused(settings(data, tmp_path / "file" / "out"))
+    assert said.endswith(f"out cannot be written: {tmp_path / 'file'} is a file; take another folder")
+
+
+def test_no_room_for_the_logs_or_the_report_says_how_to_go_on(data: Path, whole: Path, tmp_path: Path) -> None:
+    chosen = settings(data, tmp_path / "out", training={"save_every": 4})
+    chosen = chosen.replace(logging=chosen.logging.replace(report=True))
+    with files_of_at_most(40_000):  # enough for all that is before the page
+        said = refused(chosen, ResourceError)
+    assert said.startswith("could not write the report into")
+    assert f"The last good checkpoint is kept: {newest(tmp_path / 'out' / 'checkpoints')}" in said
+    assert said.endswith("Make room, and go on with --resume")
+    with files_of_at_most(400):
+        said = refused(chosen.replace(output=str(tmp_path / "other")), ResourceError)
+    assert "start it again" in said
+    train(chosen, resume=True)
+    assert (tmp_path / "out" / FILE).read_bytes() == (whole / FILE).read_bytes()
+    assert (tmp_path / "out" / "report.html").is_file()
+
+
+def test_what_is_no_lack_of_room_is_not_called_so(tmp_path: Path) -> None:
+    (tmp_path / "there").write_text("")
+    with pytest.raises(ResourceError) as caught, told_of_disk(tmp_path / "new", "it", tmp_path):
+        (tmp_path / "there" / "file").write_text("")
+    assert "Not a directory" in str(caught.value)
+    assert str(caught.value).endswith("Mend that, and start it again")
+
+
+def test_tensorboard_s_thread_says_nothing_where_the_main_thread_does(capfd: pytest.CaptureFixture[str]) -> None:
+    def fails() -> None:
+        raise OSError("no room")
+
+    kind = type("Writer", (threading.Thread,), {"__module__": "tensorboard.summary.writer.event_file_writer"})
+    before = threading.excepthook
+    with quiet():
+        thread = kind(target=fails)
+        thread.start()
+        thread.join()
+    assert threading.excepthook is before
+    assert capfd.readouterr().err == ""
 
 
 # -- folders -------------------------------------------------------------------------------------------

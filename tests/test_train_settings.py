@@ -60,7 +60,7 @@ def test_all_faults_of_all_sections_are_reported_at_once() -> None:
         ("data.columns: there is no role 'promt'", "Did you mean 'prompt'?"),
         ("data.max_length: expected a whole number >= 2, got 1", ""),
         ("training.batch_size: expected a whole number >= 1, got 0", ""),
-        ("training.epochs: expected a number >= 0, got 'three'", ""),
+        ("training.epochs: expected a number above 0, got 'three'", ""),
         ("training.seed: expected a whole number >= 0, got True", ""),
         ("logging.csv: expected true or false, got 'yes'", ""),
     ):

@@ -244,6 +244,15 @@ def test_the_preview_shows_what_is_masked(tmp_path: Path) -> None:
     ]
 
 
+def test_the_preview_shows_what_would_do_something_to_a_terminal(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "odd.jsonl", [{"text": "xa\x1b[31mb\u202ec\r\nd\u2028e\tf"}])
+    assert prepare(path).preview.splitlines()[1:] == [
+        "      | x",
+        "learn > a\\x1b[31mb\\u202ec\\r\\n",
+        "learn > d\\u2028e\tf<|endoftext|>",
+    ]
+
+
 def test_a_long_preview_is_cut_in_the_middle(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "rows.jsonl", [{"prompt": "start " * 900, "completion": " the end"}])
     preview = prepare(path, limits=Limits(None, 1, 400), max_length=8000).preview
@@ -279,16 +288,18 @@ def test_bad_rows_are_named_together(tmp_path: Path) -> None:
         {"messages": "hello"},
         {"messages": [{"role": "user"}]},
         {},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "\udc00"}]}]},
     ]
     path = jsonl(tmp_path / "chats.jsonl", chats)
     text = fault(path, byte_level(chat_template=STRICT))
-    assert sorted(re.findall(r"chats.jsonl:(\d)", text)) == ["2", "3", "4", "5"]
+    assert sorted(re.findall(r"chats.jsonl:(\d)", text)) == ["2", "3", "4", "5", "6"]
     assert "the chat template refuses the messages: the first message must be a user's" in text
 
 
 @pytest.mark.parametrize(
     ("rows", "options", "message"),
     [
+        ([{"text": "half \ud83d"}], {}, r"holds '\\ud83d', which is half a character and no text"),
         ([{"messages": CHAT}], {}, "has no chat template, so messages cannot be rendered"),
         ([{"text": ""}, {"text": "a"}], {}, None),
         ([{"text": ""}], {"tokenizer": byte_level(eos_token=None)}, "no row has anything to learn"),

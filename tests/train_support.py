@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import functools
 import json
+import resource
+import signal
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -157,3 +161,16 @@ def pictures(folder: Path, count: int = 6, classes: tuple[str, ...] = ("dark", "
             pixels = chance.integers(0, 96, (16, 16, 3)) + 150 * number
             Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{index}.png")
     return folder
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """The system refuses to write files beyond ``size`` bytes, as it refuses to write on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)

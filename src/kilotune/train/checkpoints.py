@@ -47,6 +47,7 @@ __all__ = [
     "state_of",
     "write_json",
     "write_record",
+    "write_text",
 ]
 
 CHECKPOINTS, LOGS, PLOTS = "checkpoints", "logs", "plots"
@@ -84,8 +85,8 @@ def refuse_overwriting(folder: Path, sources: Mapping[str, str], *, resume: bool
         resume, force: what the user said.
 
     Raises:
-        ConfigError: it is a file; it is or contains a source; it is there and neither ``resume`` nor ``force``; nothing
-            in it can be resumed.
+        ConfigError: it is a file; it cannot be written; it is or contains a source; it is there and neither ``resume``
+            nor ``force``; nothing in it can be resumed.
 
     """
     if resume and force:
@@ -99,6 +100,10 @@ def refuse_overwriting(folder: Path, sources: Mapping[str, str], *, resume: bool
             )
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"output: {folder} is a file; expected a folder, or nothing")
+    place = next(path for path in (whole, *whole.parents) if path.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        why = f"{place} is a file" if not place.is_dir() else f"nobody but its owner may write into {place}"
+        raise ConfigError(f"output: {folder} cannot be written: {why}; take another folder")
     if resume and not (folder / CHECKPOINTS / RECORD_NAME).is_file():
         raise ConfigError(f"output: there is no training in {folder} to go on with; start it without --resume")
     if not resume and not force and folder.is_dir() and any(folder.iterdir()):
@@ -125,10 +130,15 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
         OSError: it cannot be written.
 
     """
+    write_text(path, json.dumps(values, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """The same for text."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(f".{path.name}.new")
     try:
-        fresh.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        fresh.write_text(text, encoding="utf-8")
         os.replace(fresh, path)
     finally:
         fresh.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 from ..errors import ConfigError, did_you_mean, gather
 from .tables import Table
 
-__all__ = ["Groups", "chats", "labels", "numbers", "optional", "resolve", "texts", "words"]
+__all__ = ["Groups", "chats", "labels", "numbers", "optional", "resolve", "sound", "texts", "words"]
 
 Groups = tuple[tuple[str, ...], ...]
 """Groups of roles, each of which is enough for a task; a role that ends in ``?`` may be missing."""
@@ -126,10 +127,24 @@ def _shown(value: Any) -> str:
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
+def sound(text: str) -> str:
+    """``text``, if it is whole: JSON and command lines can hold halves of characters, which no tokenizer takes.
+
+    Raises:
+        ValueError: it is not.
+
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"holds {text[error.start]!r}, which is half a character and no text") from None
+    return text
+
+
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError(f"is {_shown(value)}, and should be text")
-    return value
+    return sound(value)
 
 
 def _number(value: Any) -> float:
@@ -148,7 +163,7 @@ def _label(value: Any) -> str | int:
     if isinstance(value, bool | str):
         if value == "":
             raise ValueError("is empty, and should be a class")
-        return str(value)
+        return sound(str(value))
     if isinstance(value, int | np.integer):
         return int(value)
     if isinstance(value, float) and value.is_integer():  # tables keep whole numbers with gaps as floats
@@ -178,6 +193,7 @@ def _message(value: Any) -> dict[str, Any]:
     message = {key: item for key, item in value.items() if item is not None}  # tables fill missing keys with None
     if "content" not in message and "tool_calls" not in message:
         raise ValueError(f"is {_shown(value)}, and has no 'content'")
+    sound(json.dumps(message, ensure_ascii=False, default=str))
     return message
 
 
@@ -210,7 +226,7 @@ def words(table: Table, column: str, faults: list[str]) -> list[list[str]]:
     if names is not None:
         take = _list_of(lambda value: _class_name(_label(value), names), "classes")
     else:
-        take = _list_of(lambda value: str(_label(value)) if not isinstance(value, str) else value, "words")
+        take = _list_of(lambda value: sound(value) if isinstance(value, str) else str(_label(value)), "words")
     return _checked(table, column, take, faults)
 
 

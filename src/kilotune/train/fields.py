@@ -59,11 +59,10 @@ def number(low: float, high: float = float("inf"), *, whole: bool = False, above
 
     def faults(name: str, value: Any) -> list[str]:
         found = number_fault(name, value, low=low, high=high, whole=whole)
-        return (
-            [f"{name}: expected a number above {low:g}, got {value!r}"]
-            if not found and above and value == low
-            else found
-        )
+        if above and (found or value == low):
+            span = f"above {low:g}" + ("" if high == float("inf") else f" and at most {high:g}")
+            return [f"{name}: expected a number {span}, got {value!r}"]
+        return found
 
     return faults
 

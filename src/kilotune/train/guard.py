@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..errors import CheckpointError, ConfigError, DivergedError, KilotuneError, ResourceError, did_you_mean, first_line
-from .checkpoints import newest
+from .checkpoints import RECORD_NAME, newest
 from .settings import TrainSettings
 
 __all__ = [
@@ -26,11 +27,13 @@ __all__ = [
     "knobs_of",
     "refuse_metric",
     "told_of_disk",
+    "told_to_go_on",
 ]
 
 ROWS = "kilotune_rows"  # in a training batch: which rows of train it is made of
 SHOWN_ROWS = 16
 NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room, no more of one's share, no larger file
 # What torch.save says of a disk that takes no more, in one version or another.
 NO_DISK = ("PytorchStreamWriter", "iostream error", "file write failed", "No space left", "unexpected pos")
 
@@ -219,22 +222,52 @@ def told_of_disk(folder: Path, what: str, kept: Path) -> Iterator[None]:
         if not writing and not any(phrase in str(error) for phrase in NO_DISK):
             raise
         shutil.rmtree(folder, ignore_errors=True)
+        cause, full = _cause(error)
+        again = "go on with --resume" if (kept / RECORD_NAME).is_file() else "start it again"
+        do = f"Make room, and {again}" if full else f"Mend that, and {again}"
+        more = "; training.keep_checkpoints says how many are kept" if full and newest(kept) is not None else ""
         raise ResourceError(
-            f"{what} cannot be written to {folder}: {_cause(error)} ({_room(folder)}). {last_checkpoint(kept)} Make "
-            "room, and go on with --resume; training.keep_checkpoints says how many are kept"
+            f"{what} cannot be written to {folder}: {cause} ({_room(folder)}). {last_checkpoint(kept)} {do}{more}"
         ) from error
 
 
-def _cause(error: BaseException) -> str:
-    """The system's own words, wherever they are in the chain."""
+@contextlib.contextmanager
+def told_to_go_on(folder: Path, kept: Path) -> Iterator[None]:
+    """Any other file for which there is no room, a log or the report, ends in a line that says how to go on.
+
+    Args:
+        folder: the output.
+        kept: the folder of the checkpoints.
+
+    Raises:
+        ResourceError: instead of what it was.
+
+    """
+    try:
+        yield
+    except ResourceError:
+        raise
+    except (OSError, KilotuneError) as error:
+        cause, full = _cause(error)
+        if not full:
+            raise
+        what = f"cannot write into {folder}: {cause}" if isinstance(error, OSError) else first_line(error)
+        raise ResourceError(
+            f"{what} ({_room(folder)}). {last_checkpoint(kept)} Make room, and go on with --resume"
+        ) from error
+
+
+def _cause(error: BaseException) -> tuple[str, bool]:
+    """The system's own words, wherever they are in the chain; and whether it is for want of room."""
     inner: BaseException | None = error
     while inner is not None:
         if isinstance(inner, OSError) and inner.strerror:
-            return inner.strerror
+            return inner.strerror, inner.errno in FULL
         inner = inner.__cause__ or inner.__context__
+    text = first_line(error)
     if isinstance(error, RuntimeError):  # PyTorch does not pass the reason on
-        return f"the system takes no more bytes ({first_line(error)})"
-    return first_line(error)
+        return f"the system takes no more bytes ({text})", True
+    return text, any(f"os error {number}" in text for number in FULL)  # of safetensors
 
 
 def _room(folder: Path) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, ConfigError, UnsupportedError
 from ..model import PeftModel
+from .columns import sound
 from .fields import Section, number, or_none, setting
 from .models import limits_of
 from .processors import load_tokenizer
@@ -157,7 +158,13 @@ class Writer:
     # -- prompts -------------------------------------------------------------------------------------
 
     def plain(self, text: str) -> list[int]:
-        """The token numbers of a text as it stands, as training has the beginning of a text or a prompt."""
+        """The token numbers of a text as it stands, as training has the beginning of a text or a prompt.
+
+        Raises:
+            ConfigError: it holds halves of characters.
+
+        """
+        _check_text(text)
         if self._config.is_encoder_decoder:
             return [int(token) for token in self.tokenizer(text)["input_ids"]]
         ids = tokenize(self.tokenizer, [Rendered(text, ())], "all").examples[0].ids
@@ -167,9 +174,11 @@ class Writer:
         """The token numbers of a chat in the tokenizer's template, up to where the answer begins.
 
         Raises:
-            ConfigError: the tokenizer has no template, or it refuses these messages.
+            ConfigError: the tokenizer has no template, or it refuses these messages; they hold halves of characters.
 
         """
+        for message in messages:
+            _check_text(message["content"])
         if not self.tokenizer.chat_template:
             raise ConfigError("the tokenizer has no chat template, so there are no roles; give plain text (--plain)")
         try:
@@ -256,6 +265,13 @@ class Writer:
             if (token := getattr(source, "pad_token_id", None)) is not None:
                 return int(token)
         return self._ends[0] if self._ends else None
+
+
+def _check_text(text: str) -> None:
+    try:
+        sound(text)
+    except ValueError as error:
+        raise ConfigError(f"the prompt {error}") from None
 
 
 def _turn_end(tokenizer: Any) -> int | None:

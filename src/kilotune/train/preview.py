@@ -29,8 +29,17 @@ def indented(text: str) -> str:
 
 
 def _lines(text: str) -> Iterable[str]:
-    """The lines of a text; where one ends with a line break, that is shown, since it is a part of the tokens."""
-    return (line[:-1] + "\\n" if line.endswith("\n") else line for line in text.splitlines(keepends=True))
+    """The lines of a text; a line break that ends one is shown, since it is a part of the tokens.
+
+    So are characters that would do something to a terminal, or that nobody sees.
+    """
+    *lines, rest = ("".join(map(_visible, line)) for line in text.split("\n"))
+    return [*(f"{line}\\n" for line in lines), *([rest] if rest else [])]
+
+
+def _visible(character: str) -> str:
+    seen = character.isprintable() or character == "\t"
+    return character if seen else character.encode("unicode_escape").decode("ascii")
 
 
 def shortened(text: str) -> str:

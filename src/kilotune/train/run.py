@@ -29,7 +29,7 @@ from ..errors import ConfigError, did_you_mean
 from . import checkpoints, models
 from .checkpoints import CHECKPOINTS, LOGS, SETTINGS_NAME
 from .config_file import settings_text
-from .guard import advise_on_memory, knobs_of, told_of_disk
+from .guard import advise_on_memory, knobs_of, told_of_disk, told_to_go_on
 from .history import History, tensorboard_callback
 from .outcome import Result, finish, is_main, settle
 from .planning import RunPlan, plan_run
@@ -160,7 +160,7 @@ def fit(
         torch.cuda.reset_peak_memory_stats(device)
     stopper = Stopper(f"Go on with --resume: {folder} has all that is needed.", alone=_processes() == 1)
     unit = "tokens" if session.prepared.tokens else "rows"
-    with quiet(), watching([history, *listeners], unit=unit) as watcher, stopper:
+    with told_to_go_on(folder, kept), quiet(), watching([history, *listeners], unit=unit) as watcher, stopper:
         from .adapter_trainer import Flow
 
         flow = Flow(stopper, time.perf_counter)
@@ -176,8 +176,8 @@ def fit(
                     trainer.train(resume_from_checkpoint=None if from_checkpoint is None else str(from_checkpoint))
                 best_step = settle(session, trainer)
         result = finish(session, trainer.state, best_step, history, flow.seconds)
-    if settings.logging.report and is_main():
-        write_report(session, result, plan)
+        if settings.logging.report and is_main():
+            write_report(session, result, plan)
     return result
 
 
@@ -196,7 +196,7 @@ def _begin(session: Session, resume: bool) -> Path | None:
             with told_of_disk(kept, "what the training begins with", kept):
                 checkpoints.write_record(folder, settings, session.start)
                 if session.task is not None:  # a module of one's own has nothing that a file could say
-                    (folder / SETTINGS_NAME).write_text(settings_text(settings), encoding="utf-8")
+                    checkpoints.write_text(folder / SETTINGS_NAME, settings_text(settings))
     return checkpoints.newest(kept) if there and resume else None
 
 

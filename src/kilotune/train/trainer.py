@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -185,15 +186,22 @@ def _early_stopping(settings: TrainSettings) -> list[Any]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No log lines of transformers inside; afterwards it is as it was."""
+    """No log lines of transformers inside, nor traces of TensorBoard's thread; afterwards it is as it was."""
     from transformers.utils import logging
 
-    before = logging.get_verbosity()
+    before, hook = logging.get_verbosity(), threading.excepthook
     logging.set_verbosity_error()
+    threading.excepthook = lambda told: None if _writes_for_tensorboard(told.thread) else hook(told)
     try:
         yield
     finally:
         logging.set_verbosity(before)
+        threading.excepthook = hook
+
+
+def _writes_for_tensorboard(thread: threading.Thread | None) -> bool:
+    """Whether the main thread gets this thread's error anyway, with its next number for TensorBoard."""
+    return type(thread).__module__.startswith("tensorboard.")
 
 
 @contextlib.contextmanager
