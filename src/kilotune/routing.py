@@ -14,6 +14,7 @@ are not touched.
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, final
@@ -101,6 +102,21 @@ class Route:
     def __init__(self, count: int, cohorts: Sequence[Cohort], tokens: bool = False, multiples: bool = False) -> None:
         self.count, self.cohorts, self.tokens, self.multiples = count, tuple(cohorts), tokens, multiples
         self.names = frozenset(name for cohort in cohorts for name in cohort.names)
+        self._seen: tuple[weakref.ref[Tensor], int, dict[Cohort | None, Tensor]] | None = None
+
+    def own(self, x: Tensor, axes: int, cohort: Cohort | None, rows: Tensor | None) -> Tensor:
+        """``x`` with its leading axes as one, and of it ``rows`` (the cohort's), or all.
+
+        Layers that are fed by the same tensor get the same tensor, so that they see that they share a product.
+        """
+        if x.is_inference() or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return _picked(x, axes, rows)
+        if self._seen is None or self._seen[0]() is not x or self._seen[1] != x._version:
+            self._seen = (weakref.ref(x), x._version, {})
+        made = self._seen[2]
+        if cohort not in made:
+            made[cohort] = _picked(x, axes, rows)
+        return made[cohort]
 
     def layout(self, x: Tensor, y: Tensor, features: int, where: str) -> tuple[int, int]:
         """(leading axes of ``x`` and ``y`` that are to be one, times each row stands there).
@@ -148,19 +164,25 @@ def changed_rows(layer: AdaptedLayer, route: Route, x: Tensor, y: Tensor) -> Ten
     features = 0 if kind.input_features(module) == 0 and not x.is_floating_point() else 1
     where = f"{type(module).__name__} {_name(here[0], layer)!r}"
     axes, times = route.layout(x, y, features, where)
-    flat_x, flat_y = (t if axes == 1 else t.flatten(0, axes - 1) for t in (x, y))
+    flat_y = y if axes == 1 else y.flatten(0, axes - 1)
     total = flat_y.shape[0]
     pieces, places = [], []
     for cohort in here:
         rows, owners = cohort.spread(times, x.device)
         whole = rows.shape[0] == total
-        own_x, own_y = (flat_x, flat_y) if whole else (flat_x.index_select(0, rows), flat_y.index_select(0, rows))
+        own_x = route.own(x, axes, None if whole else cohort, None if whole else rows)
+        own_y = flat_y if whole else flat_y.index_select(0, rows)
         new = _changed(layer, cohort, owners, own_x, own_y)
         if whole:
             return new.view(y.shape)
         pieces.append(new)
         places.append(rows)
     return flat_y.index_copy(0, torch.cat(places), torch.cat(pieces)).view(y.shape)
+
+
+def _picked(x: Tensor, axes: int, rows: Tensor | None) -> Tensor:
+    flat = x if axes == 1 else x.flatten(0, axes - 1)
+    return flat if rows is None else flat.index_select(0, rows)
 
 
 def _name(cohort: Cohort, layer: AdaptedLayer) -> str:
