@@ -338,6 +338,18 @@ class Running:
         return self.clients[namespace]
 
 
+def batching(folder: Path, **options: Any) -> dict[str, Any]:
+    """The real engine and the real registry, for :func:`serving`."""
+    from kilotune.serve.adapters import AdapterRegistry
+    from kilotune.serve.batching import TransformersEngine
+
+    registry = AdapterRegistry(f"sqlite:///{folder / 'adapters.db'}", loaded("llama", base_folder()))
+    engine = TransformersEngine(
+        registry.model.get_base_model(), tokenizer(), registry, **{"max_running": 16, **options}
+    )
+    return {"engine": engine, "catalogue": registry}
+
+
 def keyring(*namespaces: str) -> tuple[Keyring, dict[str, str], str, str]:
     """(the ring, tenants' keys by namespace, a manager's, a monitor's)."""
     made = {space: new_key("tenant", space) for space in namespaces}

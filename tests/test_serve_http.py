@@ -6,13 +6,14 @@ import asyncio
 import json
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 import torch
 
-from http_support import BASE, Running, expected, prompt_ids, reference, serving, tokenizer
+from http_support import BASE, Running, batching, expected, prompt_ids, reference, serving, tokenizer
 from kilotune.train.inference import Writer
 
 PROMPT = "the cat sat on"
@@ -22,7 +23,8 @@ MESSAGES: Any = [{"role": "system", "content": "be brief"}, {"role": "user", "co
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    with serving(tmp_path_factory.mktemp("serve")) as made:
+    folder = tmp_path_factory.mktemp("serve")
+    with serving(folder, **batching(folder)) as made:
         yield made
 
 
@@ -137,7 +139,13 @@ def test_several_answers_stream_side_by_side(client: Any) -> None:
     assert whole.usage.completion_tokens > 10
 
 
-def test_sampling_goes_through_to_the_engine(running: Running) -> None:
+def test_a_plain_engine_serves_the_same_and_sees_what_the_request_says(tmp_path: Path) -> None:
+    with serving(tmp_path) as plain:
+        _sees_what_the_request_says(plain)
+        assert complete(plain.openai(), "letters").choices[0].text == expected(2, PROMPT, 10)
+
+
+def _sees_what_the_request_says(running: Running) -> None:
     more = {"top_k": 5, "ignore_eos": True, "stop_token_ids": [7], "timeout": 20}
     complete(running.openai(), temperature=0.7, top_p=0.4, seed=9, stop="x", count=3, extra_body=more)
     asked = running.engine.asked[-1]
@@ -184,7 +192,8 @@ def test_log_probabilities_of_a_chat_name_their_bytes(client: Any) -> None:
     assert all(entry.bytes is None or bytes(entry.bytes).decode() == entry.token for entry in content)
     assert all(entry.top_logprobs[0].token == entry.token for entry in content)
     none = client.chat.completions.create(model=BASE, messages=MESSAGES, max_tokens=4, temperature=0, logprobs=True)
-    assert [entry.logprob for entry in none.choices[0].logprobs.content] == [entry.logprob for entry in content]
+    values = [entry.logprob for entry in none.choices[0].logprobs.content]
+    assert values == pytest.approx([entry.logprob for entry in content], abs=1e-5)
     assert all(entry.top_logprobs == [] for entry in none.choices[0].logprobs.content)
 
 

@@ -16,7 +16,7 @@ from ...errors import KilotuneError
 from ...fleet.store import Version
 from . import encoding, generating, managing, pages
 from .faults import ApiError, of_library, of_validation
-from .front import Front, noted
+from .front import Front, internal, noted
 from .schemas import ChatBody, CompletionBody
 from .service import Service
 
@@ -96,6 +96,10 @@ def _handlers(app: FastAPI) -> None:
     @app.exception_handler(KilotuneError)
     async def library(request: Request, error: KilotuneError) -> Response:
         return told(request, of_library(error))
+
+    @app.exception_handler(Exception)
+    async def defect(request: Request, error: Exception) -> Response:
+        return told(request, internal(noted(request.scope).id))  # the front logs it
 
     @app.exception_handler(RequestValidationError)
     async def validation(request: Request, error: RequestValidationError) -> Response:

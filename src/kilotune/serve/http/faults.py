@@ -96,18 +96,19 @@ def of_library(error: KilotuneError, param: str | None = None) -> ApiError:
 
 def of_validation(faults: Sequence[Mapping[str, Any]], known: Sequence[str] = ()) -> ApiError:
     """One error for all that is wrong with a body, its path or its query; ``faults`` are pydantic's."""
-    lines, params = [], []
-    for fault in faults[:SHOWN]:
+    worst: dict[str, Mapping[str, Any]] = {}
+    for fault in faults:
         if fault["type"] == "json_invalid":
             at = fault["loc"][-1]
             return ApiError(400, f"the body is no JSON: {fault['ctx']['error']} at character {at}", code="invalid_json")
         place = _place(fault["loc"])
-        if place not in params:
-            params.append(place)
-            lines.append(_line(place, fault, known))
-    more = len(faults) - len(faults[:SHOWN])
-    message = "; ".join(lines) + (f"; and {more} more" if more else "")
-    return ApiError(400, message, param=params[0] or None, code="invalid_value")
+        # Of a value that may be of several types, what is said of the type that it has is what helps.
+        if place not in worst or worst[place]["type"].endswith("_type"):
+            worst[place] = fault
+    lines = [_line(place, fault, known) for place, fault in worst.items()]
+    more = len(lines) - SHOWN
+    message = "; ".join(lines[:SHOWN]) + (f"; and {more} more" if more > 0 else "")
+    return ApiError(400, message, param=next(iter(worst)) or None, code="invalid_value")
 
 
 def _place(loc: Sequence[Any]) -> str:

@@ -19,7 +19,7 @@ from .logs import log
 from .service import Service
 from .settings import is_local
 
-__all__ = ["Front", "Noted", "noted"]
+__all__ = ["Front", "Noted", "internal", "noted"]
 
 OPEN = frozenset({"/", "/health", "/ready", "/openapi.json"})
 MANAGE = "/manage"
@@ -85,7 +85,7 @@ class Front:
             await exchange.refuse(error)
         except Exception as error:
             log("failed", level=40, failed=error, request_id=note.id, path=scope["path"])
-            await exchange.refuse(ApiError(500, f"an internal error; the log has it as request {note.id}"))
+            await exchange.refuse(internal(note.id))
 
     # -- who asks ------------------------------------------------------------------------------------
 
@@ -101,7 +101,7 @@ class Front:
         roles = _roles(path)
         if caller.role not in roles:
             raise ApiError(403, f"this key is a {caller.role}'s; {path} needs that of a {' or '.join(roles)}")
-        if self.service.draining and (TENANT in roles or scope["method"] not in ("GET", "HEAD")):
+        if self.service.draining and TENANT in roles:
             raise ApiError(
                 503, "the service is about to end; ask another one", retry_after=5, headers={"Connection": "close"}
             )
@@ -241,6 +241,11 @@ class _Exchange:
         headers += [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         await self.send({"type": "http.response.start", "status": error.status, "headers": headers})
         await self.send({"type": "http.response.body", "body": body})
+
+
+def internal(request_id: str) -> ApiError:
+    """The error of a defect, which tells nothing of it."""
+    return ApiError(500, f"an internal error; the log has it as request {request_id}")
 
 
 def too_large(limit: int) -> ApiError:

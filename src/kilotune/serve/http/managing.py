@@ -73,6 +73,14 @@ async def _keep(upload: UploadFile, place: Path) -> None:
         raise ApiError(507, f"the adapter cannot be kept: {error.strerror}", code="disk_full") from error
 
 
+def folder_for_put() -> Path:
+    """A new folder in which an adapter is looked at before it goes into the store."""
+    try:
+        return Path(tempfile.mkdtemp(prefix="kilotune-put-"))
+    except OSError as error:
+        raise ApiError(507, f"the adapter cannot be kept: {error.strerror}", code="disk_full") from error
+
+
 def _metadata(text: str | None) -> dict[str, Any]:
     try:
         found = json.loads(text or "{}")
@@ -103,7 +111,7 @@ def _put_routes(router: APIRouter, service: Service) -> None:
             _fit(lambda: check_alias(alias), "alias")
         _fit(lambda: check_tags(tags or ()), "tags")
         more = _metadata(metadata)
-        folder = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="kilotune-put-"))
+        folder = await asyncio.to_thread(folder_for_put)
         try:
             await _keep(config, folder / CONFIG_NAME)
             await _keep(weights, folder / WEIGHTS_NAME)
