@@ -292,7 +292,13 @@ def test_bad_input(tmp_path: Path, classifier: Path, language: Path) -> None:
     (mine / "labels.json").write_text('{"labels": 3}')
     assert "labels.json is damaged" in error("evaluate", mine, classifier / "test.jsonl", *base)
     lm = ("evaluate", language / "out", language / "test.jsonl", "--base")
-    assert "is no folder here" in error(*lm, "owner/nothing")
+    assert "error: --base: 'owner/nothing' is no folder here" in error(*lm, "owner/nothing")
+    fits = model_folder("llama")
+    assert "--labels: causal-lm has no classes" in error(*lm, fits, "--labels", "a,b")
+    idle = error(*lm, fits, "--set", "data.train=x.jsonl", "--set", "training.epochs=1", "--set", "data.loss_on=all")
+    assert "data.train: has no effect on a score" in idle
+    assert "training.epochs: has no effect on a score" in idle
+    assert "loss_on: has no effect" not in idle
 
 
 def test_an_adapter_of_another_base(language: Path) -> None:

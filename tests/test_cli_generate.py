@@ -317,8 +317,26 @@ def test_faults_are_told_together() -> None:
 def test_a_base_that_cannot_be_reached(hub: str) -> None:
     _, adapter = pair("llama")
     text = error("generate", adapter, PROMPT, "--base", hub)
-    assert f"{hub!r} is no folder here" in text
-    assert "hf download" in text
+    assert f"error: --base: {hub!r} is no folder here" in text
+    assert f"hf download {hub} --local-dir FOLDER" in text
+    text = error("generate", hub, PROMPT)
+    assert f"{hub!r} is no folder here, and adapter_config.json cannot be had from the hub" in text
+    assert f"hf download {hub} --local-dir FOLDER" in text
+
+
+def test_options_go_by_their_own_names(tmp_path: Path) -> None:
+    base, adapter = pair("llama")
+    assert "error: --revision: " in error("generate", adapter, PROMPT, "--base", base, "--revision", "x")
+    if not torch.cuda.is_available():
+        assert "error: --device: cuda, but" in error("generate", adapter, PROMPT, "--base", base, "--device", "cuda")
+    text = error("generate", adapter, PROMPT, "--base", adapter)
+    assert text == f"error: --base: {str(adapter)!r} holds an adapter, not a model\n"
+    elsewhere = Path(shutil.copytree(adapter, tmp_path / "adapter"))
+    config = json.loads((elsewhere / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "no-such-base"
+    (elsewhere / "adapter_config.json").write_text(json.dumps(config))
+    text = error("generate", elsewhere, PROMPT)
+    assert text.startswith("error: the base that the adapter names (--base gives another): 'no-such-base' is no folder")
 
 
 def test_an_adapter_of_another_base(tmp_path: Path) -> None:

@@ -210,6 +210,8 @@ def test_init_overwrites_nothing_and_knows_its_tasks(tmp_path: Path) -> None:
     assert "Did you mean 'seq2seq'?" in error("init", "seq2sec", "-f", tmp_path / "d.yaml")
     assert "Did you mean 'lora'?" in error("init", "-f", tmp_path / "d.yaml", "--method", "loraa")
     assert not (tmp_path / "d.yaml").exists()
+    assert as_json("init", "-f", tmp_path / "new" / "c.yaml")["task"] == "causal-lm"
+    assert error("init", "-f", file / "c.yaml").startswith(f"error: cannot write {file / 'c.yaml'}: ")
 
 
 # -- a process of its own ------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ __all__ = [
     "first_line",
     "gather",
     "nearest",
+    "without_network",
 ]
 
 
@@ -92,6 +93,16 @@ def did_you_mean(name: str, options: Iterable[str]) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of another library's message, or the error's type where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def without_network(error: BaseException, repo: str) -> str:
+    """The first line of what the hub or its client says, and what to do where there is no network."""
+    text = first_line(error)
+    end = "" if text.endswith((".", "!", "?")) else "."
+    return (
+        f"{text}{end} Without a network, fetch it on another machine (hf download {repo} --local-dir FOLDER) and give "
+        "the folder, or point HF_HOME at a cache that has it; HF_HUB_OFFLINE=1 asks no network"
+    )
 
 
 def type_name(value: object) -> str:

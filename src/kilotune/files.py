@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-from .errors import CheckpointError, MissingExtraError, first_line
+from .errors import CheckpointError, MissingExtraError, without_network
 
 __all__ = [
     "CONFIG_NAME",
@@ -198,7 +198,7 @@ def _download(
             )
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
             raise CheckpointError(
-                f"{repo!r} is no folder here, and {name} cannot be had from the hub: {first_line(error)}"
+                f"{repo!r} is no folder here, and {name} cannot be had from the hub: {without_network(error, repo)}"
             ) from error
         folder = Path(found).parent
     return folder

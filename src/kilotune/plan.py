@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from . import checkpoint, stacks
 from .config import AdapterConfig
-from .errors import ConfigError, KilotuneError, MissingExtraError, did_you_mean, first_line
+from .errors import ConfigError, KilotuneError, MissingExtraError, did_you_mean, first_line, without_network
 from .inject import SavedModule, walk
 from .layer import AdaptedLayer
 from .methods import method_of
@@ -252,7 +252,7 @@ def _from_hub(source: str, revision: str | None, head: Head, built_in: Mapping[s
     except Exception as error:  # transformers and the hub raise a dozen unrelated kinds
         raise ConfigError(
             f"{source!r} is no file, folder or built-in model here.{hint} Taken as a hub id, its configuration cannot "
-            f"be had: {first_line(error)}"
+            f"be had: {without_network(error, source)}"
         ) from error
     return Base(source, f"hub: {source}", _on_meta(lambda: _instance(config, source, head)))
 

@@ -108,11 +108,11 @@ class Weights:
         if self.quantization == "none":
             return {}
         config = models.quantised(self.settings(source), models.need_transformers("quantising"))
-        return {"quantization_config": config, "device_map": {"": models.device_of(self.device)}}
+        return {"quantization_config": config, "device_map": {"": models.device_of(self.device, "--device")}}
 
     def placed(self, model: Any) -> Any:
         """The model on the device; quantised weights are there already."""
-        return model if self.quantization != "none" else model.to(models.device_of(self.device))
+        return model if self.quantization != "none" else model.to(models.device_of(self.device, "--device"))
 
 
 @final
@@ -162,7 +162,8 @@ def open_writer(
         return Opened(writer, adapter, adapter, form_of(Path(adapter)))
     file = open_adapter(adapter, adapter_revision)
     source, revision = base_of(file, base, revision)
-    models.load_config(weights.settings(source, revision), "--base")  # says best what to do where there is no such base
+    called = "--base" if base is not None else "the base that the adapter names (--base gives another)"
+    models.load_config(weights.settings(source, revision), called)  # says best what to do where there is no such base
     model = load_fitting_base(file, source, revision, weights.stored, weights.options(source))
     check_writes(model)
     check_base(model, weights.settings(source, revision), file.folder)
@@ -180,7 +181,7 @@ def is_whole_model(folder: str) -> bool:
 def _whole(folder: str, weights: Weights) -> Any:
     settings = weights.settings(folder)
     task = TASKS["seq2seq" if models.load_config(settings, "ADAPTER").is_encoder_decoder else "causal-lm"]()
-    return models.load_base(settings, task, None, models.device_of(weights.device), "ADAPTER").model
+    return models.load_base(settings, task, None, models.device_of(weights.device, "--device"), "ADAPTER").model
 
 
 def alone(opened: Opened, wanted: bool) -> contextlib.AbstractContextManager[None]:

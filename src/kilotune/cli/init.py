@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import ConfigError, did_you_mean
+from ..train.checkpoints import write_text
 from ..train.config_file import put, settings_from, starting_text
 from ..train.settings import TASK_NAMES, AdapterSettings, DataSettings, ModelSettings, TrainSettings
 from ._output import Json, print_json
@@ -47,7 +48,10 @@ def init(
     settings_from(values, "kilotune init")
     if file.exists() and not force:
         raise ConfigError(f"{file} is there; --force overwrites it, --file names another")
-    file.write_text(starting_text(values), encoding="utf-8")
+    try:
+        write_text(file, starting_text(values))
+    except OSError as error:
+        raise ConfigError(f"cannot write {file}: {error.strerror or error}") from error
     if as_json:
         print_json({"file": str(file), "task": task})
     else:

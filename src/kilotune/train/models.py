@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import AdapterConfig
-from ..errors import ConfigError, MissingExtraError, TargetError, UnsupportedError, first_line
+from ..errors import ConfigError, MissingExtraError, TargetError, UnsupportedError, first_line, without_network
 from ..files import REPO_ID
 from ..model import get_peft_model
 from ..plan import DTYPES
@@ -67,15 +67,15 @@ def need_transformers(purpose: str) -> Any:
     return transformers
 
 
-def device_of(wanted: str) -> torch.device:
-    """The device that ``training.device`` names.
+def device_of(wanted: str, name: str = "training.device") -> torch.device:
+    """The device that ``training.device`` names, or what else the user calls it.
 
     Raises:
         ConfigError: cuda, and there is none.
 
     """
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("training.device: cuda, but PyTorch sees no GPU here (kilotune doctor says more); use auto")
+        raise ConfigError(f"{name}: cuda, but PyTorch sees no GPU here (kilotune doctor says more); use auto")
     return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
 
 
@@ -101,12 +101,11 @@ def _check_source(settings: ModelSettings, name: str) -> None:
     folder = Path(settings.base)
     if folder.is_dir():
         if settings.revision is not None:
-            raise ConfigError(f"model.revision: {settings.base!r} is a folder here, so it has no revisions")
+            option = "model.revision" if name == BASE else "--revision"
+            raise ConfigError(f"{option}: {settings.base!r} is a folder here, so it has no revisions")
         if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-            raise ConfigError(
-                f"{name}: {settings.base!r} holds an adapter, not a model; to go on from it give its base as "
-                "model.base, and the adapter as adapter.start"
-            )
+            more = "; to go on from it give its base as model.base, and the adapter as adapter.start"
+            raise ConfigError(f"{name}: {settings.base!r} holds an adapter, not a model{more if name == BASE else ''}")
         if not (folder / "config.json").is_file():
             raise ConfigError(f"{name}: {settings.base!r} holds no config.json, so it is no model's folder")
     elif folder.exists():
@@ -124,17 +123,11 @@ def _told(settings: ModelSettings, what: str, name: str) -> Iterator[None]:
         raise
     except Exception as error:
         if Path(settings.base).is_dir():
-            raise ConfigError(f"{name}: the {what} in {settings.base!r} cannot be had: {_line(error)}") from error
+            raise ConfigError(f"{name}: the {what} in {settings.base!r} cannot be had: {first_line(error)}") from error
         raise ConfigError(
             f"{name}: {settings.base!r} is no folder here, and its {what} cannot be had from the hub: "
-            f"{_line(error)} Without a network, fetch it on another machine (hf download {settings.base} --local-dir "
-            "FOLDER) and give the folder, or point HF_HOME at a cache that has it; HF_HUB_OFFLINE=1 asks no network"
+            f"{without_network(error, settings.base)}"
         ) from error
-
-
-def _line(error: Exception) -> str:
-    text = first_line(error)
-    return text if text.endswith((".", "!", "?")) else f"{text}."
 
 
 def limits_of(config: Any) -> Limits:

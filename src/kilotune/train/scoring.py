@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError, ConfigError, did_you_mean
+from ..errors import CheckpointError, ConfigError, did_you_mean, gather
 from ..files import CONFIG_NAME
 from ..model import PeftModel
 from . import checkpoints, models
@@ -26,6 +26,13 @@ __all__ = ["check_base", "open_scoring", "scoring_settings"]
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", *TOKENIZER_FILES)
 # What of a training's settings also says how rows are read and scored; the rest is about its own data and its steps.
 KEPT = {"data": ("columns", "max_length", "loss_on"), "training": ("batch_size", "seed", "precision", "device")}
+# What else may be changed. The columns are named one by one: data.columns.text.
+USED = (
+    *(f"{part}.{name}" for part, names in KEPT.items() for name in names),
+    *(f"data.{name}" for name in ("format", "subset", "splits")),
+    *(f"training.{name}" for name in ("eval_batch_size", "workers")),
+    *(f"model.{name}" for name in ("dtype", "quantization", "attention")),
+)
 
 
 def scoring_settings(
@@ -66,7 +73,12 @@ def scoring_settings(
     values["model"] = {**_section(trained, "model"), "base": base, "revision": revision}
     values["adapter"] = {"method": _section(trained, "adapter").get("method", "lora")}
     values["data"]["test"] = list(data)
-    return settings_from(merged(values, changes), str(file) if trained else "the settings")
+    found = settings_from(merged(values, changes), str(file) if trained else "the settings")
+    changed = [change.partition("=")[0].strip() for change in changes]
+    if idle := [name for name in changed if name not in USED and name.rpartition(".")[0] not in USED]:
+        faults = [f"{name}: has no effect on a score" for name in idle]
+        raise ConfigError(gather("--set:", [*faults, f"what has: {', '.join(USED)}"]))
+    return found
 
 
 def _section(values: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -105,6 +117,8 @@ def open_scoring(settings: TrainSettings, folder: Path, labels: Sequence[str] | 
     known = _labels(folder) if labels is None else tuple(labels)
     limits = dataclasses.replace(models.limits_of(config), labels=known)
     prepared = task.prepare(settings.data, processor, limits, settings.training.seed)
+    if prepared.labels is None and labels is not None:
+        raise ConfigError(f"--labels: {settings.task} has no classes")
     if prepared.labels is not None and known is None:
         raise ConfigError(
             f"{folder} holds no {LABELS_NAME}, so it is not known which class has which number; give the classes in "
