@@ -1,1 +1,196 @@
+"use strict";
+// What this page shows is what the API answers; everything goes in as text, never as HTML.
 
+const $ = (id) => document.getElementById(id);
+const rates = [];
+const SECONDS = 120;
+let base = null;
+let after = null;
+let round = 0; // of the key in use: what an earlier key had asked for is dropped
+
+function headers() {
+  const key = sessionStorage.getItem("key");
+  return key ? { Authorization: `Bearer ${key}` } : {};
+}
+
+function trouble(text) {
+  $("trouble").hidden = !text;
+  $("trouble").textContent = text || "";
+}
+
+async function told(answer) {
+  const found = await answer.json().catch(() => null);
+  return (found && found.error && found.error.message) || `the service answered ${answer.status}`;
+}
+
+async function get(path) {
+  const answer = await fetch(path, { headers: headers() });
+  if (!answer.ok) throw Object.assign(new Error(await told(answer)), { status: answer.status });
+  return answer.json();
+}
+
+// -- adapters
+
+function cell(row, text) {
+  const made = row.insertCell();
+  made.textContent = text;
+  return made;
+}
+
+function show(model) {
+  const row = $("adapters").insertRow();
+  const button = document.createElement("button");
+  button.type = "button";
+  button.textContent = model.id;
+  button.addEventListener("click", () => { $("adapter").value = model.id; $("prompt").focus(); });
+  row.insertCell().append(button);
+  cell(row, model.kilotune.version);
+  cell(row, new Date(1000 * model.created).toISOString().slice(0, 19).replace("T", " "));
+  cell(row, model.kilotune.tags.join(", "));
+  cell(row, model.kilotune.sha256.slice(0, 12));
+  const option = document.createElement("option");
+  option.value = model.id;
+  $("names").append(option);
+  if (!$("adapter").value) $("adapter").value = model.id;
+}
+
+async function list(fresh) {
+  const mine = round;
+  const query = fresh || after === null ? "" : `&after=${encodeURIComponent(after)}`;
+  const page = await get(`/v1/models?limit=50${query}`);
+  if (mine !== round) return;
+  if (fresh) { $("adapters").replaceChildren(); $("names").replaceChildren(); }
+  for (const model of page.data) {
+    if (model.kilotune === null) { base = model.id; $("base-name").textContent = `Base: ${base}`; } else show(model);
+  }
+  after = page.last_id;
+  $("more").hidden = !page.has_more;
+  $("none").hidden = $("adapters").rows.length > 0;
+}
+
+// -- live
+
+const ms = (seconds) => seconds === null ? "-" : seconds < 1 ? `${Math.round(1000 * seconds)} ms` : `${seconds.toFixed(1)} s`;
+
+function draw() {
+  const most = Math.max(1, ...rates);
+  $("line").setAttribute("points", rates.map((rate, i) =>
+    `${(600 * (i + SECONDS - rates.length) / (SECONDS - 1)).toFixed(1)},${(85 - 80 * rate / most).toFixed(1)}`).join(" "));
+}
+
+async function live() {
+  const mine = round;
+  try {
+    const ready = await fetch("/ready");
+    const state = (await ready.json()).status;
+    $("state").textContent = { ok: "ready", draining: "about to end", failed: "failed" }[state] || state;
+    $("state").className = `tag ${ready.ok ? "ok" : "bad"}`;
+    if (base === null) return; // without a key that is let in there is nothing to ask for
+    const now = await get("/v1/usage");
+    if (mine !== round) return;
+    $("who").textContent = `namespace ${now.namespace}`;
+    $("rate").textContent = now.tokens_per_second.toFixed(1);
+    $("running").textContent = now.running;
+    $("requests").textContent = now.requests;
+    $("first").textContent = `${ms(now.first_token_p50)} (${ms(now.first_token_p99)})`;
+    $("whole").textContent = `${ms(now.answer_p50)} (${ms(now.answer_p99)})`;
+    rates.push(now.tokens_per_second);
+    if (rates.length > SECONDS) rates.shift();
+    draw();
+  } catch (error) {
+    if (error.status === undefined) { $("state").textContent = "not reached"; $("state").className = "tag bad"; }
+  }
+}
+
+// -- side by side
+
+async function ask(model, place, note) {
+  const chat = $("chat").checked;
+  const body = {
+    model, stream: true, stream_options: { include_usage: true }, max_tokens: Number($("tokens").value),
+    temperature: Number($("temperature").value),
+    ...(chat ? { messages: [{ role: "user", content: $("prompt").value }] } : { prompt: $("prompt").value }),
+  };
+  const began = performance.now();
+  let first = null;
+  place.textContent = "";
+  note.textContent = "...";
+  const answer = await fetch(chat ? "/v1/chat/completions" : "/v1/completions", {
+    method: "POST", headers: { ...headers(), "Content-Type": "application/json" }, body: JSON.stringify(body),
+  });
+  if (!answer.ok) { note.textContent = await told(answer); return; }
+  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "", usage = null, reason = null;
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) break;
+    const events = (rest + value).split("\n\n");
+    rest = events.pop();
+    for (const event of events) {
+      const data = event.replace(/^data: /, "");
+      if (data === "[DONE]") continue;
+      const part = JSON.parse(data);
+      if (part.error) { note.textContent = part.error.message; return; }
+      if (part.usage) usage = part.usage;
+      for (const choice of part.choices) {
+        const text = chat ? choice.delta.content : choice.text;
+        if (text) { if (first === null) first = performance.now(); place.append(text); }
+        reason = choice.finish_reason || reason;
+      }
+    }
+  }
+  const seconds = (performance.now() - began) / 1000;
+  const tokens = usage === null ? 0 : usage.completion_tokens;
+  note.textContent = `${tokens} tokens, first after ${ms(first === null ? null : (first - began) / 1000)}, ` +
+    `${(tokens / seconds).toFixed(1)} a second, ended by ${reason}`;
+}
+
+$("ask").addEventListener("submit", async (event) => {
+  event.preventDefault();
+  const adapter = $("adapter").value.trim();
+  if (base === null) { trouble("no base yet: is the key right?"); return; }
+  $("go").disabled = true;
+  trouble("");
+  $("adapter-name").textContent = adapter ? `Adapter: ${adapter}` : "Adapter";
+  try {
+    await Promise.all([
+      ask(base, $("base-answer"), $("base-note")),
+      adapter ? ask(adapter, $("adapter-answer"), $("adapter-note")) : Promise.resolve(),
+    ]);
+  } catch (error) {
+    trouble(`the service was not reached: ${error.message}`);
+  } finally {
+    $("go").disabled = false;
+    live();
+  }
+});
+
+// -- the key
+
+async function begin() {
+  round += 1;
+  base = after = null;
+  rates.length = 0;
+  $("who").textContent = "";
+  $("adapter").value = "";
+  trouble("");
+  try {
+    await list(true);
+  } catch (error) {
+    $("adapters").replaceChildren();
+    $("none").hidden = true;
+    trouble(error.message);
+  }
+  await live();
+}
+
+$("key-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  const key = $("key").value.trim();
+  if (key) sessionStorage.setItem("key", key); else sessionStorage.removeItem("key");
+  $("key").value = "";
+  begin();
+});
+$("more").addEventListener("click", () => list(false).catch((error) => trouble(error.message)));
+begin();
+setInterval(live, 1000);
