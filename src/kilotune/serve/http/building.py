@@ -6,13 +6,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from ...errors import ConfigError, UnsupportedError
+from ...errors import ConfigError
 from ...train.models import device_of, load_base, load_config
 from ...train.processors import load_tokenizer
 from ...train.settings import ModelSettings
 from ...train.tasks import TASKS
 from ..adapters import AdapterRegistry
 from ..batching import TransformersEngine
+from ..encoders import EncoderEngine, pooling_of
 from ..engine import Engine
 from .keys import Key, Keyring
 from .prompts import Prompts
@@ -59,7 +60,7 @@ def build(
             timeout=options.store_seconds,
         )
         held.callback(adapters.close)
-        engine = _engine(task, adapters, tokenizer, options)
+        engine = _engine(task, adapters, tokenizer, options, _folder(model, options.revision))
         engine.start()
         held.callback(engine.stop)
         prompts = Prompts(tokenizer, int(base.get_input_embeddings().weight.shape[0]))
@@ -100,17 +101,28 @@ def _base(source: ModelSettings, task: str, options: EngineSettings) -> Any:
     return made.to(device)
 
 
-def _engine(task: str, adapters: AdapterRegistry, tokenizer: Any, options: EngineSettings) -> Engine:
+def _engine(task: str, adapters: AdapterRegistry, tokenizer: Any, options: EngineSettings, folder: Path) -> Engine:
+    base = adapters.model.get_base_model()
     if task != "generate":
-        raise UnsupportedError(f"{task}: encoders are not served yet")
+        pooling = pooling_of(folder) if task == "embed" else None
+        return EncoderEngine(base, adapters, pooling=pooling, pad=tokenizer.pad_token_id)
     return TransformersEngine(
-        adapters.model.get_base_model(),
+        base,
         tokenizer,
         adapters,
         max_running=options.max_running,
         batch_tokens=options.batch_tokens,
         cache_tokens=options.cache_tokens,
     )
+
+
+def _folder(model: str, revision: str | None) -> Path:
+    """Where the base's small files are: what sentence-transformers says of the pooling is not in the config."""
+    if Path(model).is_dir():
+        return Path(model)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(model, revision=revision, allow_patterns=["modules.json", "*/config.json"]))
 
 
 def _last(model: str) -> str:

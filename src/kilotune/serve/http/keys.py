@@ -196,7 +196,7 @@ class Keyring:
     """
 
     def __init__(self, path: str | Path | None, fixed: Sequence[Key] = (), open_to: str | None = None) -> None:
-        """open_to: the namespace of who brings no key at all; None: nobody gets in without one."""
+        """open_to: the namespace of who brings none of the keys; None: nobody gets in without one."""
         self._path = None if path is None else Path(path)
         self._lock = threading.Lock()
         self._fixed = tuple(fixed)
@@ -224,7 +224,7 @@ class Keyring:
         if key is None:
             return self.open_to
         # By its hash, of which who tries keys controls nothing, so how far the comparison gets tells nothing.
-        return self._by_digest.get(digest(key))
+        return self._by_digest.get(digest(key)) or self.open_to  # clients of OpenAI's always bring some key
 
     def _look(self) -> None:
         if self._path is None or time.monotonic() - self._looked < LOOK or not self._lock.acquire(blocking=False):
