@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kilotune import AdapterConfig, LoraConfig, PeftModel, VeraConfig, get_config, get_peft_model
 from kilotune.checkpoint import read
-from kilotune.errors import AdapterError, CheckpointError, ConfigError, UnsupportedError
+from kilotune.errors import AdapterError, CheckpointError, ConfigError, ResourceError, UnsupportedError
 from kilotune.fleet import AdapterBank, wrap
 from models import Nested, base_bits, randomize, tiny_llama
 
@@ -342,12 +342,40 @@ def test_adapters_of_another_form_are_refused_and_change_nothing(tmp_path: Path)
 def test_names_are_checked() -> None:
     model = made(VERA, 1)
     bank = AdapterBank(model, VERA, slots=2)
-    for name in ("", "a/b", "default"):
+    for name in ("", "a/b", "default", "__base__"):
         with pytest.raises(AdapterError, match="name"):
             bank.put(name, vera_row(bank, 1.0))
     bank.put("ann", vera_row(bank, 1.0))
     with pytest.raises(AdapterError, match=r"'anm'.*'ann'"):
         model(torch.randn(1, 6), adapter_names=["anm"])
+
+
+def test_what_is_no_tensor_and_more_than_there_is_room_for() -> None:
+    bank = AdapterBank(wrap(Nested()), VERA, slots=2)
+    good = vera_row(bank, 1.0)
+    for wrong, message in [
+        (good["head.vera_lambda_b"].tolist(), "expected a tensor of real numbers, got builtins.list"),
+        (good["head.vera_lambda_b"] * 1j, "got torch.complex64"),
+        (good["head.vera_lambda_b"].to("meta"), "one without data"),
+        (good["head.vera_lambda_b"].double() * 1e300, "not finite"),
+    ]:
+        with pytest.raises(CheckpointError, match=message):
+            bank.put("u", {**good, "head.vera_lambda_b": wrong})  # type: ignore[dict-item]
+    model = wrap(Nested())
+    with pytest.raises(ResourceError, match=r"slots: 1000000000000 adapters of torch.float32 take 348 TB"):
+        AdapterBank(model, VERA, slots=10**12)
+    assert not model.adapted_layers()
+
+
+def test_a_bank_that_was_made_without_gradients_is_one_like_others() -> None:
+    model = wrap(Nested()).eval()
+    with torch.inference_mode():
+        bank = AdapterBank(model, VERA, slots=2)
+        bank.put("a", vera_row(bank, 0.3))
+    bank.put("b", vera_row(bank, 0.1))
+    x = torch.randn(2, 6, requires_grad=True)
+    bank.model(x, adapter_names=["a", "b"]).sum().backward()
+    assert x.grad is not None
 
 
 def test_closing_gives_the_layers_back() -> None:
@@ -358,3 +386,6 @@ def test_closing_gives_the_layers_back() -> None:
     assert not model.adapted_layers()
     with pytest.raises(AdapterError, match="no such"), model.route(["u"]):
         pass
+    with pytest.raises(AdapterError, match="closed"):
+        bank.put("u", {})
+    bank.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -220,6 +221,18 @@ def test_a_batch_of_another_size_is_refused() -> None:
             model(torch.randn(shape), adapter_names=["a0", "a1"])
 
 
+@pytest.mark.parametrize("beams", [1, 2])
+def test_a_generation_wants_a_name_for_each_row_of_its_input(beams: int) -> None:
+    model = with_adapters(tiny_llama(), [CONFIGS["vera"]] * 2)
+    ids = torch.randint(2, 32, (4, 5))
+    for names in (["a0", "a1"], ["a0"], ["a0"] * 8):  # rows of which each would be taken for several, or for a beam
+        for given in ({"input_ids": ids}, {"inputs": ids}, {"inputs_embeds": torch.randn(4, 5, 8)}):
+            with pytest.raises(AdapterError, match=f"each of 4 rows, got {len(names)}"):
+                model.generate(**given, adapter_names=names, max_new_tokens=2, num_beams=beams)
+        with pytest.raises(AdapterError, match="each of 4 rows"):
+            model.generate(ids, adapter_names=names, max_new_tokens=2, num_beams=beams)
+
+
 def test_sequence_first_models_are_refused() -> None:
     base = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=False), 1, enable_nested_tensor=False)
     model = with_adapters(base, [LoraConfig(r=2, target_modules=["linear1"])])
@@ -257,3 +270,59 @@ def test_the_route_ends_with_its_context_and_nests() -> None:
     with pytest.raises(KeyError), model.route(["a1", "a1"]):
         raise KeyError
     assert torch.equal(model(x), one)
+
+
+# -- who is in a route ---------------------------------------------------------------------------------
+
+
+def test_coroutines_have_routes_of_their_own() -> None:
+    model = with_adapters(Nested(), [CONFIGS["vera"]] * 2)
+    x = torch.randn(2, 6)
+    apart = {name: alone(model, name, lambda: model(x)) for name in ("a0", "a1", None)}
+    model.set_adapter("a1")
+    found: dict[str, Tensor] = {}
+
+    async def one(name: str | None, first: float, then: float) -> None:
+        with model.route([name, name]):
+            await asyncio.sleep(first)
+            found[f"{name}"] = model(x)
+            found[f"{name} in a thread"] = await asyncio.to_thread(model, x)
+            found[f"{name} in a task"] = await asyncio.create_task(plain())
+            await asyncio.sleep(then)
+
+    async def plain() -> Tensor:
+        await asyncio.sleep(0)
+        return model(x)  # type: ignore[no-any-return]
+
+    async def all_at_once() -> None:
+        await asyncio.gather(one("a0", 0.02, 0.0), one("a1", 0.01, 0.04), one(None, 0.0, 0.03), without())
+
+    async def without() -> None:
+        await asyncio.sleep(0.015)
+        found["without"] = model(x)
+
+    with torch.no_grad():
+        asyncio.run(all_at_once())
+        assert not model._state.routes
+        assert torch.equal(model(x), apart["a1"])
+    for name, output in apart.items():
+        for what in ("", " in a thread", " in a task"):
+            assert torch.allclose(found[f"{name}{what}"], output, atol=1e-6), f"{name}{what}"
+    assert torch.equal(found["without"], apart["a1"]), "the active adapter"
+
+
+def test_a_task_that_outlives_its_route_is_told_while_there_are_others() -> None:
+    model = with_adapters(Nested(), [CONFIGS["vera"]] * 2)
+
+    async def late() -> None:
+        await asyncio.sleep(0.01)
+        model(torch.randn(1, 6))
+
+    async def main() -> None:
+        with model.route(["a0"]):
+            task = asyncio.create_task(late())
+        with model.route(["a1"]):
+            await task
+
+    with pytest.raises(UnsupportedError, match="has ended"):
+        asyncio.run(main())

@@ -109,6 +109,8 @@ def check_adapter_name(name: object) -> str:
         raise AdapterError(f"adapter name {name!r}: must not be a path, because it names a folder; leave out / and \\")
     if name in (CONFIG_NAME, WEIGHTS_NAME):
         raise AdapterError(f"adapter name {name!r}: an adapter's files are called so; take another name")
+    if name == "__base__":
+        raise AdapterError(f"adapter name {name!r}: means a row without an adapter (model.route); take another name")
     size = len(name.encode(errors="replace"))
     if size > 200 or any(ord(c) < 32 or 0xD800 <= ord(c) < 0xE000 for c in name):
         raise AdapterError(

@@ -6,7 +6,6 @@ Names are looked up among the adapters in the model and in the sources that are 
 
 from __future__ import annotations
 
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -69,7 +68,7 @@ class RoutedModel(nn.Module, ABC):
 
     @contextmanager
     def route(self, names: Sequence[str | None], lengths: Sequence[int] | None = None) -> Iterator[None]:
-        """Inside this context, row i of each batch runs with adapter ``names[i]``; for this thread.
+        """Inside this context, row i of each batch runs with adapter ``names[i]``; in this thread and coroutine.
 
         ``model(..., adapter_names=names)`` and ``model.generate(..., adapter_names=names)`` do the same for one call.
         Which adapters are active does not matter here. Gradients reach the adapters that want them.
@@ -109,7 +108,7 @@ class RoutedModel(nn.Module, ABC):
 
     @contextmanager
     def running(self, route: Route) -> Iterator[None]:
-        """Inside this context forwards of this thread run ``route``: cohorts of whoever made it.
+        """Inside this context forwards run ``route``: cohorts of whoever made it.
 
         Raises:
             UnsupportedError: a model in which rows cannot be told apart. MergeError: adapters are merged.
@@ -118,16 +117,8 @@ class RoutedModel(nn.Module, ABC):
         if self._state.merged:
             raise MergeError(f"route(): {list(self._state.merged)} are merged into the weights; unmerge them first")
         self._check_rows_first()
-        thread, routes = threading.get_ident(), self._state.routes
-        before = routes.get(thread)
-        routes[thread] = route
-        try:
+        with self._state.running(route):
             yield
-        finally:
-            if before is None:
-                del routes[thread]
-            else:
-                routes[thread] = before
 
     def _route_of(
         self, names: list[str | None], lengths: Sequence[int] | None, multiples: bool, held: ExitStack
@@ -253,5 +244,14 @@ def generate(model: RoutedModel, own: Callable[..., Any], *args: Any, **kwargs: 
     """The base model's ``generate``, with ``adapter_names`` for the rows of its input."""
     if (names := kwargs.pop("adapter_names", None)) is None:
         return own(*args, **kwargs)
+    given = [*args[:1], *(kwargs.get(key) for key in ("inputs", "input_ids", "inputs_embeds", main_input_of(model)))]
+    rows = next((len(value) for value in given if isinstance(value, Tensor)), None)
+    if rows is not None and isinstance(names, Sequence) and rows != len(names):
+        raise AdapterError(f"generate(): expected an adapter name or None for each of {rows} rows, got {len(names)}")
     with model._routing(names, None, multiples=True):
         return own(*args, **kwargs)
+
+
+def main_input_of(model: RoutedModel) -> str:
+    """What transformers' models call the argument that has the rows."""
+    return str(getattr(model.model, "main_input_name", "input_ids"))

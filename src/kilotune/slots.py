@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, final
 
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 __all__ = ["BIAS", "ActiveState", "Merged", "Slot", "slot_key"]
 
 BIAS = "bias"
+# Which route the code that runs here is in, by model: of this thread, and of this coroutine where there are several.
+_HERE: ContextVar[Mapping[ActiveState, object]] = ContextVar("kilotune_routes")
 _TAKEN = frozenset(dir(nn.ModuleDict()))  # of an instance: those that __init__ sets as well
 
 
@@ -42,15 +46,29 @@ class ActiveState:
         self.merged: tuple[str, ...] = ()
         self.disabled = False
         self.way = Way.PICKED
-        self.routes: dict[int, Route] = {}  # by thread
+        self.routes: dict[
+            object, tuple[Route, object]
+        ] = {}  # by a key in _HERE: a route, and the key of the one around
         self.routed = False  # the last forward had a route
 
     @property
     def live(self) -> tuple[str, ...]:
         return () if self.disabled else self.active
 
+    @contextmanager
+    def running(self, route: Route) -> Iterator[None]:
+        """Inside this context :meth:`route` is ``route``, in this thread and coroutine and those that it starts."""
+        outside, key = _HERE.get({}), object()
+        self.routes[key] = route, outside.get(self)
+        _HERE.set({**outside, self: key})
+        try:
+            yield
+        finally:
+            del self.routes[key]
+            _HERE.set(outside)
+
     def route(self) -> Route | None:
-        """The route of this thread; None where there is none, or adapters are disabled.
+        """The route that this code is in; None where there is none, or adapters are disabled.
 
         A checkpoint's second forward may run in a thread of autograd's own, where the one route there is serves.
         """
@@ -61,18 +79,26 @@ class ActiveState:
         found: Route | None = self._route_here()
         return found
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiler cannot tell threads: these layers run plain
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiler cannot tell threads: such layers run plain
     def _route_here(self) -> Route | None:
         self.routed = True
-        found = self.routes.get(threading.get_ident())
-        if found is None and isinstance(threading.current_thread(), threading._DummyThread):
-            if len(self.routes) > 1:
+        key = _HERE.get({}).get(self)
+        if key is not None:
+            if key not in self.routes:
                 raise UnsupportedError(
-                    "route(): a backward runs in a thread of autograd's own while several threads have routes, so its "
-                    "rows cannot be told; run one training step at a time"
+                    "route(): the route in which this coroutine was started has ended; wait for it inside the context"
                 )
-            found = next(iter(self.routes.values()), None)
-        return found
+            return self.routes[key][0]
+        if not isinstance(threading.current_thread(), threading._DummyThread):
+            return None
+        around = {outer for _, outer in self.routes.values()}
+        inner = [found for key, (found, _) in self.routes.items() if key not in around]
+        if len(inner) > 1:
+            raise UnsupportedError(
+                "route(): a backward runs in a thread of autograd's own while several threads have routes, so its "
+                "rows cannot be told; run one training step at a time"
+            )
+        return next(iter(inner), None)
 
     def _check_not_again(self) -> None:
         """Refuse to run a routed forward a second time without its route, as a checkpoint does in the backward."""

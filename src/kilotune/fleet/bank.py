@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..checkpoint import AdapterFile, check_adapter_name, locate, read
 from ..config import AdapterConfig
-from ..errors import AdapterError, ConfigError, did_you_mean
+from ..errors import AdapterError, ConfigError, ResourceError, did_you_mean
 from ..layer import AdaptedLayer
 from ..model import AdapterModel
 from ..report import readable_bytes
@@ -79,13 +79,14 @@ class AdapterBank(Source):
         config: the configuration that all adapters of this bank have. A model may have several banks.
         slots: how many adapters the device holds at once. The arena takes slots * length * bytes of dtype, at once.
         dtype: of the arena: float32, or bfloat16 (or float16) for half the memory; what that rounding costs is measured
-            in docs/fleet.md. Adapters compute in float32 whatever it is.
+            in docs/routing.md. Adapters compute in float32 whatever it is.
         host_bytes: how much main memory those that the device has no room for may take.
         load: gives an adapter that is nowhere here, by its name; raises AdapterError where there is none. For example
             ``lambda name: store.get(name, "live").file()``.
 
     Raises:
         ConfigError: the options. UnsupportedError, TargetError: see :class:`~.forms.ResidentForm`.
+        ResourceError: the device has not got the memory.
 
     """
 
@@ -106,9 +107,18 @@ class AdapterBank(Source):
         if dtype not in DTYPES:
             raise ConfigError(f"dtype: expected one of {[str(d) for d in DTYPES]}, got {dtype!r}")
         self.model = model
-        self.form = ResidentForm(model, config, free_key(model))
+        with torch.inference_mode(False):  # what is made in that mode could be neither written nor trained through
+            self.form = ResidentForm(model, config, free_key(model))
         device = next(model.get_base_model().parameters()).device
-        self.arena = torch.zeros(slots, self.form.length, dtype=dtype, device=device)
+        try:
+            with torch.inference_mode(False):
+                self.arena = torch.zeros(slots, self.form.length, dtype=dtype, device=device)
+        except RuntimeError as error:
+            self.form.release()
+            size = readable_bytes(slots * self.form.length * dtype.itemsize)
+            raise ResourceError(
+                f"slots: {slots} adapters of {dtype} take {size}, and {device} has not got it"
+            ) from error
         self.host_bytes, self._load = host_bytes, load
         self._lock = threading.RLock()
         self._loading: dict[str, threading.Event] = {}
@@ -183,6 +193,8 @@ class AdapterBank(Source):
 
         """
         check_adapter_name(name)
+        if not self.slots:
+            raise AdapterError(f"put({name!r}): the bank is closed")
         if name in self.model.peft_config:
             raise AdapterError(f"the adapter name {name!r} is taken by an adapter in the model; take another")
         row = self._row(name, adapter)
@@ -369,8 +381,10 @@ class AdapterBank(Source):
                 self._loading.pop(name).set()
 
     def close(self) -> None:
-        """Take the bank out of the model and free its memory."""
+        """Take the bank out of the model and free its memory; closed once more, nothing happens."""
         with self._lock:
+            if not self.slots:
+                return
             self.model.detach(self)
             self.form.release()
             self._slot_of.clear()

@@ -19,7 +19,7 @@ from .. import storage
 from ..checkpoint import AdapterFile, match_tensors
 from ..config import AdapterConfig
 from ..deltas import Full
-from ..errors import CheckpointError, ConfigError, UnsupportedError, gather
+from ..errors import CheckpointError, ConfigError, UnsupportedError, gather, type_name
 from ..inject import Plan, apply, plan, remove, with_base_name
 from ..installed import Installed
 from ..layer import AdaptedLayer
@@ -149,6 +149,8 @@ class ResidentForm:
             given = tensors.get(name)
             if given is None:
                 faults.append(f"missing: {name} {shape}")
+            elif (fault := _no_numbers(given)) is not None:
+                faults.append(f"{name}: expected a tensor of real numbers, got {fault}")
             elif given.shape != shape:
                 faults.append(f"shape of {name}: expected {shape}, got {tuple(given.shape)}")
             else:
@@ -208,6 +210,14 @@ class ResidentForm:
     def release(self) -> None:
         """Take the form out of the model; layers without other adapters become what they were."""
         remove(self._model.get_base_model(), self._key, self.installed, self._model.projections)
+
+
+def _no_numbers(given: Any) -> str | None:
+    if not isinstance(given, Tensor):
+        return type_name(given)
+    if given.is_complex():
+        return str(given.dtype)
+    return "one without data (meta)" if given.is_meta else None
 
 
 def _plain(value: Any) -> Any:
