@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,9 @@ FORMS: dict[str, AdapterConfig] = {
 }
 
 
+@functools.cache
 def base_model(seed: int = 0, length: int = 256) -> Any:
-    """A random Llama of 2 blocks, width 32, vocabulary 64, with grouped heads."""
+    """A random Llama of 2 blocks, width 32, vocabulary 64, with grouped heads; the same object each time."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
@@ -48,6 +50,7 @@ def base_model(seed: int = 0, length: int = 256) -> Any:
     return model
 
 
+@functools.cache
 def adapter_of(base: Any, seed: int, form: str = "vera", size: float = 0.5) -> PeftModel:
     """A model of its own with one random adapter, over the same weights."""
     model = get_peft_model(copy.deepcopy(base), FORMS[form])
@@ -57,6 +60,11 @@ def adapter_of(base: Any, seed: int, form: str = "vera", size: float = 0.5) -> P
 
 def alone(model: Any, prompt: Sequence[int], count: int) -> list[int]:
     """Greedy tokens of ``generate``, for one prompt by itself."""
+    return list(_alone(model, tuple(prompt), count))
+
+
+@functools.cache
+def _alone(model: Any, prompt: tuple[int, ...], count: int) -> list[int]:
     ids = torch.tensor([list(prompt)])
     with torch.no_grad():
         out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False)
@@ -118,11 +126,11 @@ def answers(engine: Any, asked: Sequence[tuple[Any, ...]]) -> list[Answer]:
 class Served:
     """An engine over a base with adapters a0, a1, ... of tenant "t" in a store."""
 
-    def __init__(self, folder: Path, count: int = 4, forms: Sequence[str] = ("vera",), **options: Any) -> None:
+    def __init__(self, folder: Path, count: int = 4, kinds: Sequence[str] = ("vera",), **options: Any) -> None:
         engine = {k: options.pop(k) for k in ("max_running", "batch_tokens", "cache_tokens", "page") if k in options}
         tokenizer = options.pop("tokenizer", None)
         self.base = options.pop("base", None) or base_model()
-        self.models = [adapter_of(self.base, i + 1, forms[i % len(forms)]) for i in range(count)]
+        self.models = [adapter_of(self.base, i + 1, kinds[i % len(kinds)]) for i in range(count)]
         own = copy.deepcopy(self.base)
         self.registry = AdapterRegistry(f"sqlite:///{folder}/adapters.db", own, **options)
         self.keys = []

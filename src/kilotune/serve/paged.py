@@ -11,6 +11,10 @@ prefixes between whoever sends the same tokens. Here the engine's thread calls :
 Its default sizes take 14 to 45 seconds at the first call even for a tiny model on a CPU: it takes 60 % of the memory,
 most of it for an attention mask of 8,192 x (all tokens of the cache + 8,192) numbers, and writes the lowest number into
 each of them (a profile shows 99 % of the time in ``fill_``). Here both sizes are given, and it takes milliseconds.
+
+On a CPU its attention multiplies every query with the keys of all requests and masks most of them: work that grows with
+the square of the requests, and a masked value that is not a number still spoils the others (0 times NaN). There
+:func:`attend` reads each request's own keys.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ConfigError, MissingExtraError, UnsupportedError
@@ -83,6 +88,10 @@ class PagedBatch:
         self._salts: dict[str, list[int]] = {}
         self._parts: list[Part] = []
         self._manager: Any = _manager(model, sizes)
+        self._before: str = model.config._attn_implementation
+        self._own = _attends(model)
+        if self._own:
+            model.set_attn_implementation(_registered())
         self._processor: Any = self._manager._create_batch_processor()
         cache = self._processor.cache
         self.page: int = next(iter(cache.cache_allocators.values())).tokens_per_page
@@ -112,7 +121,12 @@ class PagedBatch:
         """
         processor = self._processor
         if not processor.prepare_next_batch():
-            return []
+            if not processor.scheduler.has_pending_requests():
+                return []
+            # It takes in no more after the cache was full, until a request ends by itself; ours never do.
+            processor.scheduler.block_new_requests = False
+            if not processor.prepare_next_batch():
+                raise RuntimeError("none of the requests finds room in the cache")
         inputs = processor.inputs_and_outputs
         self._parts = [
             Part(f.state.request_id, f.query_length, f.has_new_token, f.state.position_offset - f.query_length)
@@ -120,6 +134,8 @@ class PagedBatch:
         ]
         padding = inputs.num_q_tokens - sum(part.tokens for part in self._parts)
         parts = [*self._parts, Part("", padding, False, 0)] if padding else self._parts
+        if self._own:
+            processor.cache.kilotune_spans = spans_of(self._parts, inputs)
         with self._around(parts):
             processor._generation_step(self._model)
         processor.update_batch()
@@ -135,7 +151,9 @@ class PagedBatch:
         self._salts.clear()
 
     def close(self) -> None:
-        """Free the cache."""
+        """Free the cache, and leave the model as it was."""
+        if self._own:
+            self._model.set_attn_implementation(self._before)
         self._processor = None
         self._manager.destroy()
         self._manager = None
@@ -178,7 +196,7 @@ def _manager(model: Any, sizes: PageSizes) -> Any:
         raise UnsupportedError(
             f"{type(model).__name__} has no continuous batching; serve a causal language model of transformers >= 5.23"
         )
-    on_cpu = next(model.parameters()).device.type == "cpu"
+    on_cpu = model.device.type == "cpu"
     config = ContinuousBatchingConfig(
         page_size=sizes.page,
         num_blocks=max(1, sizes.cache_tokens // sizes.page),
@@ -212,3 +230,131 @@ def _salted_marks(cache: Any, salted: Callable[[str, list[int]], list[int]]) -> 
             cache.cache_allocators[name].mark_complete_blocks(state.request_id, tokens, count)
 
     return mark
+
+
+# -- attention on a CPU ------------------------------------------------------------------------------
+
+
+class Group(NamedTuple):
+    """Requests with one new token each, whose keys are about as many. rows: where they stand among the tokens, (R,).
+
+    places: (R, keys) of each request's keys in the cache; where it has fewer, its first one again. mask: (R, 1, 1,
+    keys), True where they are its own; None where all are.
+    """
+
+    rows: Tensor
+    places: Tensor
+    mask: Tensor | None
+
+
+class Span(NamedTuple):
+    """A request with several new tokens, from ``begin`` to ``end``. places: of its keys in the cache; None: the new."""
+
+    begin: int
+    end: int
+    places: Tensor | None
+
+
+def spans_of(parts: Sequence[Part], inputs: Any) -> tuple[list[Group], list[Span]]:
+    """Who of a step reads what, from its parts and the cache's places of the step's keys."""
+    reads = inputs.max_kv_read > 0
+    where = inputs.read_index_storage[0]
+    groups: dict[int, list[tuple[int, Tensor]]] = {}
+    spans = []
+    row = at = 0
+    for part in parts:
+        length = part.cached + part.tokens
+        places = where[at : at + length] if reads else None
+        if part.tokens == 1 and places is not None:
+            groups.setdefault(length.bit_length(), []).append((row, places))
+        else:
+            spans.append(Span(row, row + part.tokens, None if places is None else places.clone()))
+        row, at = row + part.tokens, at + length
+    return [_group(own) for own in groups.values()], spans
+
+
+def _group(own: Sequence[tuple[int, Tensor]]) -> Group:
+    rows = torch.tensor([row for row, _ in own])
+    lengths = torch.tensor([places.shape[0] for _, places in own])
+    most = int(lengths.max())
+    index = torch.stack([torch.cat([p, p[:1].expand(most - p.shape[0])]) for _, p in own])  # (R, most)
+    mask = None
+    if int(lengths.min()) < most:
+        mask = (torch.arange(most) < lengths.unsqueeze(1)).view(len(own), 1, 1, most)
+    return Group(rows, index, mask)
+
+
+def attend(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of a step, each request over its own keys.
+
+    query (1, heads, tokens, features) -> (1, tokens, heads, features)
+
+    Raises:
+        UnsupportedError: the model wants more of attention than this (soft caps, sinks, biases of positions).
+
+    """
+    if any(kwargs.get(word) is not None for word in ("softcap", "s_aux", "position_bias")):
+        raise UnsupportedError(
+            f"{type(module).__name__}: attention with soft caps, sinks or biases is not served on a CPU"
+        )
+    cache = kwargs["cache"]
+    allocator = cache.layer_to_allocator[module.layer_idx]
+    keys, values = allocator._kv_token_views[module.layer_idx]  # (places, key heads, features)
+    new_k, new_v = key[0].transpose(0, 1), value[0].transpose(0, 1)  # (tokens, key heads, features)
+    write = kwargs["write_index"][allocator.index]
+    keys.index_copy_(0, write, new_k)
+    values.index_copy_(0, write, new_v)
+    heads, shared = query.shape[1], key.shape[1]
+    own = query[0].transpose(0, 1)  # (tokens, heads, features)
+    out = torch.empty(own.shape[0], heads, value.shape[-1], dtype=query.dtype)
+    groups, spans = cache.kilotune_spans
+    for group in groups:
+        count, most = group.places.shape
+        flat = group.places.view(-1)
+        k, v = (t.index_select(0, flat).view(count, most, shared, -1).transpose(1, 2) for t in (keys, values))
+        q = own.index_select(0, group.rows).view(count, shared, heads // shared, -1)
+        got = F.scaled_dot_product_attention(q, k, v, attn_mask=group.mask, scale=scaling)
+        out.index_copy_(0, group.rows, got.reshape(count, heads, -1))
+    for begin, end, places in spans:
+        k, v = (
+            (new[begin:end] if places is None else kept.index_select(0, places)).transpose(0, 1).unsqueeze(0)
+            for new, kept in ((new_k, keys), (new_v, values))
+        )
+        out[begin:end] = _causal(query[:, :, begin:end], k, v, scaling)
+    return out.unsqueeze(0), None
+
+
+def _causal(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+    """One request: (1, heads, new, features) over (1, key heads, all, features), as (new, heads, features)."""
+    if (times := query.shape[1] // key.shape[1]) > 1:
+        key, value = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1)
+    new, count = query.shape[2], key.shape[2]
+    mask = None if new == count else torch.ones(new, count, dtype=torch.bool).tril(count - new)
+    got = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, is_causal=mask is None)
+    return got[0].transpose(0, 1)
+
+
+def _attends(model: Any) -> bool:
+    """Whether :func:`attend` is what the model's attention computes: full attention of every layer, on a CPU."""
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    special = getattr(config, "attn_logit_softcapping", None) or config.model_type in ("gpt_oss",)
+    sdpa = model.config._attn_implementation == "sdpa"
+    return model.device.type == "cpu" and sdpa and kinds == {"full_attention"} and not window and not special
+
+
+def _registered() -> str:
+    from transformers import AttentionInterface
+
+    AttentionInterface.register("kilotune_paged", attend)
+    return "kilotune_paged"
