@@ -14,7 +14,7 @@ from torch import nn
 
 from compare_toy import STEPS, Toy
 from kilotune import LoraConfig, VeraConfig, get_peft_model
-from kilotune.errors import CheckpointError, ConfigError
+from kilotune.errors import CheckpointError, ConfigError, ResourceError
 from kilotune.experiments.compare import costs as costs_module
 from kilotune.experiments.compare.costs import Floor, measure
 from kilotune.experiments.compare.problem import Bench, Contender
@@ -24,6 +24,7 @@ from kilotune.experiments.compare.search import Search
 from kilotune.experiments.compare.settings import CompareSettings, contenders_of
 from kilotune.experiments.compare.trials import COST, SEARCH, TEST, Trial
 from kilotune.experiments.run_store import Journal
+from train_support import files_of_at_most
 
 METHODS = ("full", "head", "lora", "vera")
 SETTINGS = CompareSettings(
@@ -206,6 +207,17 @@ def test_an_interrupted_comparison_goes_on_where_it_was(after: int, tmp_path: Pa
     idle = Toy()
     assert without_timings(run(idle, path)) == without_timings(whole)
     assert (idle.fitted, idle.tested) == ([], 0)
+
+
+@pytest.mark.parametrize("after", [0, 3])
+def test_a_full_disk_is_no_fault_of_a_method_and_nothing_is_lost(after: int, tmp_path: Path, whole: Comparison) -> None:
+    path = tmp_path / "runs.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        run(Toy(stop_after=after), path)
+    kept = path.stat().st_size
+    with files_of_at_most(kept + 40), pytest.raises(ResourceError, match=r"^could not keep a finished run in .*runs"):
+        run(Toy(), path)
+    assert without_timings(run(Toy(), path)) == without_timings(whole)
 
 
 def test_more_seeds_and_methods_cost_only_what_is_new(tmp_path: Path) -> None:

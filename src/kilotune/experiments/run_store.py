@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar, final
 
-from ..errors import CheckpointError, ConfigError, KilotuneError, gather
+from ..errors import CheckpointError, ConfigError, KilotuneError, ResourceError, gather
 
 __all__ = ["FULL", "START", "Journal", "Key", "Record", "Run", "RunStore"]
 
@@ -167,7 +167,7 @@ class Journal(Generic[R]):
                 out.flush()
                 os.fsync(out.fileno())
         except OSError as error:
-            raise KilotuneError(f"could not keep a finished run in {self.path}: {error}") from error
+            raise ResourceError(f"could not keep a finished run in {self.path}: {error}") from error
         self._good = self._size = self._good + len(text)
 
     def _read(self, path: Path) -> None:

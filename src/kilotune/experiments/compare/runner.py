@@ -20,7 +20,7 @@ from typing import Any, final
 
 import torch
 
-from ...errors import ConfigError, DivergedError, KilotuneError, gather
+from ...errors import ConfigError, DivergedError, KilotuneError, ResourceError, gather
 from ..data import Progress
 from ..run_store import Journal
 from .costs import Costs, Floor, measure
@@ -147,6 +147,8 @@ class _Runner:
             self._tell(f"{contender.name}: costs")
             try:
                 trial = self._kept(TrialKey(COST, contender.recipe, 0.0, 0.0, 0), taken(contender))
+            except ResourceError:  # no room for the run, or no memory: of no method's making
+                raise
             except KilotuneError as error:
                 faults.append(f"{contender.name}: {error}")
                 continue
