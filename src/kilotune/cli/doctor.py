@@ -43,6 +43,7 @@ FOR: Mapping[str, str] = {
     "pyarrow": "Parquet files",
     "python-multipart": "adapters that are put into kilotune serve",
     "pyyaml": "config files",
+    "ray": "replicas of kilotune serve",
     "rich": "the command line, the progress bar",
     "sacrebleu": "the metrics of sequence to sequence",
     "scikit-learn": "kilotune demo, the metrics of classification",
