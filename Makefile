@@ -33,8 +33,9 @@ demo: env-demo  ## fine-tune a small pretrained network with VeRA and LoRA on re
 test: lint type env-postgresql  ## lint, types, and the tests that CI runs (under 15 minutes on 2 cores)
 	$(pytest) $(ARGS)
 
-test-full: lint type env-postgresql  ## everything, the slow tests too
+test-full: lint type env-postgresql env-vllm  ## everything, the slow tests too, and all of those of the vLLM plugin
 	$(pytest) -m "" $(ARGS)
+	$(vllm_pytest) -m ""
 
 test-vllm: env-vllm  ## the vLLM plugin in a real vLLM on this CPU, in .venv-vllm (3.4 GB); everything: ARGS='-m ""'
 	$(vllm_pytest) $(ARGS)

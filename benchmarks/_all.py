@@ -42,6 +42,7 @@ RUNS = (
     Run(0.5, ("qlora_merge",)),
     Run(4, ("train_memory",)),
     Run(1, ("import_time",)),
+    Run(9, ("vllm_decode",)),
 )
 
 

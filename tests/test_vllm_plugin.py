@@ -7,6 +7,7 @@ import json
 import math
 import os
 import resource
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -459,6 +460,19 @@ def test_a_store_that_goes_away_and_comes_back(engine: SimpleNamespace) -> None:
     path.write_bytes(data)
     source._stores.clear()
     assert source.find("u1") is not None
+
+
+def test_a_folder_that_is_cleared_away_is_made_again(engine: SimpleNamespace) -> None:
+    """As by what cleans the system's temporary folder: the engine goes on."""
+    for number in range(2):
+        engine.store.put(f"u{number}", adapter(llama(), number))
+    source = engine.announce()
+    first = source.find("u0")
+    shutil.rmtree(run.folder())
+    assert source.find("u0") == first
+    second = source.find("u1")
+    assert second is not None
+    read_row(run.folder(), second.path)
 
 
 def test_nothing_is_served_before_all_workers_are_there(engine: SimpleNamespace) -> None:

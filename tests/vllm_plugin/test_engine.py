@@ -4,101 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 pytest.importorskip("vllm", reason="the tests of the plugin run in .venv-vllm: make test-vllm")
 
 import vllm_support as support
-from vllm_support import Answer, Kind
-
-TOLERANCE = 2e-6
-KINDS = {
-    "ann": Kind(),
-    "bob": Kind(),
-    "cid": Kind(rank=8),  # smaller than the engine's
-    "dora-less": Kind(targets=("q_proj", "v_proj")),
-    "eve": Kind(rank=4, targets=("down_proj", "o_proj")),
-}
-
-
-class Engine:
-    """An engine over a base and a store, with what transformers says beside it."""
-
-    def __init__(self, folder: Path, kinds: dict[str, Kind], *, workers: int = 1, kv_heads: int = 2, **options: Any):
-        from vllm import LLM
-
-        self.base = support.base(folder / "base", kv_heads=kv_heads)
-        self.url = f"sqlite:///{folder}/store.db"
-        self.store = support.store_of(self.url, self.base, kinds)
-        self.kinds = kinds
-        settings = {"rank": 16, "seed": support.SEED, "store": self.url, **options.pop("settings", {})}
-        self.llm = LLM(
-            str(self.base),
-            dtype=options.pop("dtype", "float32"),
-            enforce_eager=options.pop("enforce_eager", True),
-            enable_lora=True,
-            max_model_len=256,
-            max_num_seqs=options.pop("max_num_seqs", 32),
-            tensor_parallel_size=workers,
-            additional_config={"kilotune": settings},
-            **options,
-        )
-        self._models: dict[str | None, Any] = {None: support.load(self.base)}
-
-    def model(self, name: str | None) -> Any:
-        """The same in transformers."""
-        if name not in self._models:
-            self._models[name] = support.adapted(self.base, list(self.kinds).index(name), self.kinds[name])
-        return self._models[name]
-
-    def ask(self, prompts: list[list[int]], requests: list[Any], count: int = 16) -> list[Answer]:
-        """Greedy answers of one batch."""
-        from vllm import SamplingParams
-
-        params = SamplingParams(temperature=0, max_tokens=count, logprobs=0, ignore_eos=True)
-        texts = [{"prompt_token_ids": prompt} for prompt in prompts]
-        given = self.llm.generate(texts, params, lora_request=requests, use_tqdm=False)
-        found = []
-        for output in given:
-            tokens = tuple(output.outputs[0].token_ids)
-            logprobs = [step[token].logprob for token, step in zip(tokens, output.outputs[0].logprobs, strict=True)]
-            found.append(Answer(tokens, tuple(logprobs)))
-        return found
-
-    def request(self, name: str | None) -> Any:
-        from kilotune.vllm.native.resolver import adapter_request
-
-        return None if name is None else adapter_request(name)
-
-    def check(self, names: list[str | None], *, seed: int = 0, count: int = 16) -> None:
-        """One batch of mixed adapters is what transformers says of each alone, and not what the base says."""
-        prompts = support.prompts(len(names), seed)
-        answers = self.ask(prompts, [self.request(name) for name in names], count)
-        for name, prompt, got in zip(names, prompts, answers, strict=True):
-            expected = support.reference(self.model(name), prompt, count)
-            assert support.worst(got, expected) <= TOLERANCE, name
-            if name is not None:
-                assert support.worst(got, support.reference(self.model(None), prompt, count)) > 1e-3
-
-    def close(self) -> None:
-        self.llm.llm_engine.engine_core.shutdown()
-
-
-def started(tmp: Path, kinds: dict[str, Kind] = KINDS, **options: Any) -> Iterator[Engine]:
-    engine = Engine(tmp, kinds, **options)
-    yield engine
-    engine.close()
+from vllm_engine import KINDS, MIXED, TOLERANCE, Engine, started
 
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     """Two slots and room for three in memory, for five adapters: all are put out and brought back all the time."""
     yield from started(tmp_path_factory.mktemp("one"), max_loras=2, max_cpu_loras=3)
-
-
-MIXED = [None, *KINDS] * 4
 
 
 def test_base_and_more_adapters_than_slots_in_one_batch(engine: Engine) -> None:
@@ -192,11 +110,3 @@ def test_two_workers(tmp_path: Path, kv_heads: int) -> None:
             assert engine.llm.llm_engine.add_lora(LoRARequest("bad", number, "/nonexistent/row")) is False
         assert engine.llm.llm_engine.add_lora(engine.request("bob")) is True
         engine.check(MIXED[:6], seed=1)
-
-
-@pytest.mark.full
-def test_2048_slots_and_128_adapters_in_a_batch(tmp_path: Path) -> None:
-    kinds = {f"u{i}": Kind(rank=4) for i in range(128)}
-    options = {"max_loras": 2048, "max_cpu_loras": 2048, "max_num_seqs": 160}
-    for engine in started(tmp_path, kinds, **options):
-        engine.check([*kinds, None, None], count=4)

@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 import threading
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,102 +17,13 @@ pytest.importorskip("vllm", reason="the tests of the plugin run in .venv-vllm: m
 import openai
 import torch
 import vllm_support as support
-from vllm_support import Answer, Kind
+from vllm_server import KINDS, Server
+from vllm_support import Kind
 
 from kilotune import LoraConfig, VeraConfig, get_peft_model
 from kilotune.fleet.store import open_store
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-TOLERANCE = 2e-6
-KINDS = {"ann": Kind(), "bob": Kind(rank=8), "cid": Kind(targets=("q_proj", "v_proj")), "eve": Kind()}
-
-
-class Server:
-    """vLLM's server with the plugin, as a process of its own."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.base = support.base(folder / "base")
-        self.url = f"sqlite:///{folder}/store.db"
-        self.store = support.store_of(self.url, self.base, KINDS)
-        self.run = folder / "run"
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        words = ["--model", str(self.base), "--served-model-name", "base", "--dtype", "float32", "--enforce-eager"]
-        words += ["--max-model-len", "256", "--max-num-seqs", "32", "--max-loras", "3", "--max-cpu-loras", "4"]
-        words += ["--port", str(self.port), "--host", "127.0.0.1", "--store", self.url, "--rank", "16"]
-        words += ["--kilotune", json.dumps({"seed": support.SEED})]
-        self.log = folder / "server.log"
-        environment = {**os.environ, "KILOTUNE_VLLM_RUN": str(self.run)}
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "kilotune.vllm", *words], stdout=log, stderr=log, env=environment, cwd=folder
-            )
-        self.client = openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", max_retries=0)
-        self._models: dict[str, Any] = {"base": support.load(self.base)}
-
-    def get(self, path: str) -> tuple[int, str]:
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=5) as answer:
-                return answer.status, answer.read().decode()
-        except urllib.error.HTTPError as error:
-            return error.code, error.read().decode()
-        except OSError as error:
-            return 0, str(error)
-
-    def wait(self) -> None:
-        end = time.monotonic() + 600
-        while self.get("/health")[0] != 200:
-            assert self.process.poll() is None, self.log.read_text()[-4000:]
-            assert time.monotonic() < end, self.log.read_text()[-4000:]
-            time.sleep(0.5)
-
-    def model(self, name: str) -> Any:
-        if name not in self._models:
-            self._models[name] = support.adapted(self.base, list(KINDS).index(name), KINDS[name])
-        return self._models[name]
-
-    def ask(self, model: str, prompt: list[int], count: int = 12) -> Answer:
-        """A streamed greedy answer."""
-        tokens: list[int] = []
-        logprobs: list[float] = []
-        stream = self.client.completions.create(
-            model=model,
-            prompt=prompt,
-            max_tokens=count,
-            temperature=0,
-            logprobs=0,
-            stream=True,
-            extra_body={"ignore_eos": True, "return_token_ids": True},
-        )
-        for part in stream:
-            for choice in part.choices:
-                tokens += choice.token_ids or []
-                logprobs += choice.logprobs.token_logprobs if choice.logprobs else []
-        return Answer(tuple(tokens), tuple(logprobs))
-
-    def check(self, names: list[str], models: dict[str, Any] | None = None, seed: int = 0, count: int = 12) -> None:
-        """All at once, each its own answer."""
-        prompts = support.prompts(len(names), seed)
-        with ThreadPoolExecutor(len(names)) as pool:
-            answers = list(pool.map(self.ask, names, prompts, [count] * len(names)))
-        for name, prompt, answer in zip(names, prompts, answers, strict=True):
-            expected = support.reference((models or {}).get(name) or self.model(name), prompt, count)
-            assert support.worst(answer, expected) <= TOLERANCE, name
-
-    def alive(self) -> None:
-        assert self.process.poll() is None, self.log.read_text()[-4000:]
-        self.check(["base", "ann"], seed=9)
-
-    def close(self) -> None:
-        self.process.terminate()
-        try:
-            self.process.wait(30)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        self.store.close()
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 
 from ..errors import ConfigError, KilotuneError, MissingExtraError, UnsupportedError
+from . import run
 from .plugin import version_fault
 from .settings import KEY, STORE, Settings
 
@@ -78,6 +79,7 @@ def main(words: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return 2
     os.environ["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
+    run.begin_anew()
     sys.argv = [SERVER, *rest]
     runpy.run_module(SERVER, run_name="__main__")
     return 0

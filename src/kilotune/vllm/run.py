@@ -22,7 +22,20 @@ from ..errors import ConfigError, UnsupportedError
 from .layout import Layout, Site
 from .settings import KEY, Settings
 
-__all__ = ["RUN", "Served", "announce", "clear", "folder", "inherit", "lose", "lost", "mark_of", "served", "stamp"]
+__all__ = [
+    "RUN",
+    "Served",
+    "announce",
+    "begin_anew",
+    "clear",
+    "folder",
+    "inherit",
+    "lose",
+    "lost",
+    "mark_of",
+    "served",
+    "stamp",
+]
 
 RUN = "KILOTUNE_VLLM_RUN"
 
@@ -44,6 +57,14 @@ def folder() -> Path:
     return path
 
 
+def begin_anew() -> None:
+    """Forget what an engine that is no more has left in a folder that was named by the user."""
+    if path := os.environ.get(RUN):
+        for pattern in ("worker-*.json", "*.lost"):
+            for file in Path(path).glob(pattern):
+                file.unlink(missing_ok=True)
+
+
 def clear() -> None:
     """Remove the folder; for the process that named it, when it ends."""
     shutil.rmtree(os.environ[RUN], ignore_errors=True)
@@ -63,6 +84,7 @@ class Served:
 def announce(rank: int, world: int, model: str, dtype: torch.dtype, settings: Settings, sites: list[Site]) -> None:
     """Say that the worker ``rank`` of ``world`` serves these layers."""
     values = {
+        "pid": os.getpid(),
         "world": world,
         "model": model,
         "dtype": str(dtype).removeprefix("torch."),
@@ -95,6 +117,7 @@ def served() -> Served | None:
     while len(told) < world:
         try:
             told.append(json.loads((Path(os.environ[RUN]) / f"worker-{len(told)}.json").read_text()))
+            os.kill(told[-1]["pid"], 0)  # it may be what an engine that is no more has left
         except (OSError, KeyError):
             return None
         world = told[0]["world"]

@@ -65,7 +65,7 @@ class Source:
         """What the engine serves; None while (or where) the plugin is not active in all of its workers."""
         with self._lock:
             stamp = run.stamp()
-            if stamp is None or stamp != self._stamp:
+            if stamp is not None and stamp != self._stamp:  # None: the file was cleared away, and the engine goes on
                 self._served = run.served()
                 self._stamp = None if self._served is None else stamp
                 self._known.clear()  # rows of an engine that is no more
@@ -117,16 +117,17 @@ class Source:
         prefix = "" if served.settings.namespace is not None else f"{asked.namespace}/"
         pinned = f"{prefix}{info.name}@{info.version}.{info.sha256[:12]}"
         with self._lock:
-            if (known := self._known.get(pinned)) is None:
-                if len(self._admitted) >= served.settings.max_adapters:
-                    raise ResourceError(
-                        f"this engine has taken in {len(self._admitted)} adapters and takes no more; restart it, or "
-                        "raise max_adapters"
-                    )
-                path = self._write(asked, info, served)
-                known = Found(pinned, str(path))
-                self._admitted.add(path.name)
-                _remember(self._known, pinned, known)
+            known, count = self._known.get(pinned), len(self._admitted)
+        if known is None:
+            if count >= served.settings.max_adapters:
+                raise ResourceError(
+                    f"this engine has taken in {count} adapters and takes no more; restart it, or raise max_adapters"
+                )
+            # Others go on meanwhile; whoever does the same gets the same file.
+            known = Found(pinned, str(self._write(asked, info, served)))
+        with self._lock:
+            self._admitted.add(Path(known.path).name)
+            _remember(self._known, pinned, known)
             _remember(self._last, model, pinned)
             return known
 
@@ -144,9 +145,10 @@ class Source:
             raise StoreError(f"the row of {info.name!r} cannot be written: {error}") from error
 
     def _fingerprint(self, served: run.Served) -> Fingerprint:
-        if self._base is None:
-            self._base = fingerprint_of_files(served.model)
-        return self._base
+        with self._lock:
+            if self._base is None:
+                self._base = fingerprint_of_files(served.model)
+            return self._base
 
     def _store(self, namespace: str, served: run.Served) -> AdapterStore:
         with self._lock:
