@@ -260,7 +260,7 @@ def test_nothing_but_ours_is_printed(model: Path, data: Path, tmp_path: Path) ->
     process = start("train", "-m", model, "-d", data, "-o", tmp_path / "out", "--set", "training.device=cpu")
     stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 0
-    assert stdout == ""
+    assert [line.partition(":")[0] for line in stdout.splitlines()] == ["the adapter of step 6", "report", "try it"]
     assert stderr.startswith("causal-lm, vera on ")
     for word in ("torchao", "Loading weights", "Warning", "warning", "W1"):
         assert word not in stderr, stderr

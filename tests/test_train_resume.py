@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from kilotune.errors import ConfigError
-from kilotune.train.checkpoints import newest
+from kilotune.train.checkpoints import damage_of, newest
 from kilotune.train.config_file import settings_from
 from kilotune.train.run import fit, open_session, train
 from kilotune.train.settings import TrainSettings
@@ -180,6 +180,33 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over(
     assert newest(output / "checkpoints") == whole
     train(run_settings(base, data, output), resume=True)
     same_run(output, unbroken, EVALUATIONS)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_checkpoint_that_lost_a_file_is_told_and_passed_over(
+    name: str, base: Path, data: Path, unbroken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a machine that lost its power leaves it: the names are there, and what should be in the files is not."""
+    output = stopped_after(base, data, tmp_path / "out", 14)
+    checkpoint = newest(output / "checkpoints")
+    assert checkpoint is not None
+    whole = (checkpoint / name).read_bytes()
+    for left in (None, b"", whole[: len(whole) // 2], bytes(len(whole))):
+        (checkpoint / name).unlink(missing_ok=True)
+        if left is not None:
+            (checkpoint / name).write_bytes(left)
+        assert f"{name} " in str(damage_of(checkpoint))
+        assert newest(output / "checkpoints") != checkpoint
+    capsys.readouterr()
+    train(run_settings(base, data, output), resume=True)
+    assert f"warning: {checkpoint} is damaged, and passed over: {name} cannot be read" in capsys.readouterr().err
+    same_run(output, unbroken, EVALUATIONS)
+
+
+def test_another_number_of_processes_is_refused(stopped: Path, base: Path, data: Path) -> None:
+    record = stopped / "checkpoints" / "run.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "processes": 2}))
+    assert "the number of processes: it was 2, and is 1" in refused(run_settings(base, data, stopped))
 
 
 def stopped_after(base: Path, data: Path, output: Path, step: int) -> Path:

@@ -21,14 +21,16 @@ import json
 import os
 import re
 import shutil
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, ConfigError, gather
+from ..errors import CheckpointError, ConfigError, first_line, gather
 from ..files import CONFIG_NAME, WEIGHTS_NAME
 from .settings import SECTIONS, TrainSettings
 
@@ -39,10 +41,12 @@ __all__ = [
     "base_of_run",
     "check_same_run",
     "clear",
+    "damage_of",
     "drop_incomplete",
     "fingerprint",
     "is_finished",
     "newest",
+    "processes",
     "refuse_overwriting",
     "state_of",
     "write_json",
@@ -162,16 +166,41 @@ def _all(folder: Path) -> Iterator[tuple[int, Path]]:
     yield from sorted(((int(match.group(1)), path) for match, path in found if match and path.is_dir()), reverse=True)
 
 
+def damage_of(checkpoint: Path) -> str | None:
+    """What of a checkpoint is missing or cannot be read, as a machine that lost its power leaves it; None: nothing.
+
+    Only what tells whether a file has its beginning and its end is read.
+    """
+    if state_of(checkpoint) is None:
+        return f"{STATE_NAME} cannot be read"
+    weights = [*checkpoint.glob("model*.safetensors")]
+    states = [checkpoint / "optimizer.pt", checkpoint / "scheduler.pt", *checkpoint.glob("rng_state*.pth")]
+    if not weights or len(states) < 3:
+        return f"{'model.safetensors' if not weights else 'rng_state.pth'} is missing"
+    for path in (*weights, *states):
+        try:
+            with safe_open(path, framework="pt") if path in weights else zipfile.ZipFile(path):
+                pass
+        except FileNotFoundError:
+            return f"{path.name} is missing"
+        except (OSError, SafetensorError, zipfile.BadZipFile) as error:
+            return f"{path.name} cannot be read ({first_line(error)})"
+    return None
+
+
 def newest(folder: Path) -> Path | None:
     """The newest whole checkpoint in ``folder``."""
-    return next((path for _, path in _all(folder) if state_of(path) is not None), None)
+    return next((path for _, path in _all(folder) if damage_of(path) is None), None)
 
 
-def drop_incomplete(folder: Path) -> None:
-    """Take away what a kill or a full disk left of checkpoints."""
+def drop_incomplete(folder: Path) -> list[str]:
+    """Take away what a kill or a full disk left of checkpoints; what is damaged otherwise is told, a line each."""
+    told = []
     for _, path in _all(folder):
-        if state_of(path) is None:
+        if (damage := damage_of(path)) is not None:
+            told += [f"{path} is damaged, and passed over: {damage}"] if state_of(path) is not None else []
             shutil.rmtree(path)
+    return told
 
 
 def is_finished(state: Mapping[str, Any]) -> bool:
@@ -249,7 +278,13 @@ def write_record(folder: Path, settings: TrainSettings, found: Mapping[str, Any]
         OSError: it cannot be written.
 
     """
-    write_json(folder / CHECKPOINTS / RECORD_NAME, {"format": FORMAT, "settings": settings.to_dict(), **found})
+    record = {"format": FORMAT, "settings": settings.to_dict(), "processes": processes(), **found}
+    write_json(folder / CHECKPOINTS / RECORD_NAME, record)
+
+
+def processes() -> int:
+    """How many processes there are, as torchrun and accelerate say."""
+    return max(1, int(os.environ.get("WORLD_SIZE", "1")))
 
 
 def check_same_run(folder: Path, settings: TrainSettings, found: Mapping[str, Any] | None = None) -> None:
@@ -274,6 +309,8 @@ def check_same_run(folder: Path, settings: TrainSettings, found: Mapping[str, An
         for name in sorted({*before, *now} - set(FREE))
         if before.get(name) != now.get(name)
     ]
+    if (before_count := record.get("processes", processes())) != processes():
+        faults.append(f"the number of processes: it was {before_count}, and is {processes()}")
     if found is not None:
         names = {"rows": "the number of rows of train", "tokens": "the number of tokens of train"}
         faults += [

@@ -144,8 +144,9 @@ def _load_best(session: Session, trainer: Any) -> int:
     if not wanted or not best or best == state.global_step:
         return int(state.global_step)
     folder = session.folder / CHECKPOINTS / f"checkpoint-{best}"
-    if checkpoints.state_of(folder) is None:
-        raise CheckpointError(f"the best evaluation was at step {best}, and its checkpoint {folder} is gone")
+    if (damage := checkpoints.damage_of(folder)) is not None:
+        why = "is gone" if not folder.is_dir() else f"is damaged: {damage}"
+        raise CheckpointError(f"the best evaluation was at step {best}, and its checkpoint {folder} {why}")
     state.best_model_checkpoint = str(folder)
     trainer._load_best_model()
     return int(best)

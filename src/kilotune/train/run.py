@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
 import tempfile
 import time
@@ -158,7 +157,7 @@ def fit(
     device = models.device_of(settings.training.device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    stopper = Stopper(f"Go on with --resume: {folder} has all that is needed.", alone=_processes() == 1)
+    stopper = Stopper(f"Go on with --resume: {folder} has all that is needed.", alone=checkpoints.processes() == 1)
     unit = "tokens" if session.prepared.tokens else "rows"
     with told_to_go_on(folder, kept), quiet(), watching([history, *listeners], unit=unit) as watcher, stopper:
         from .adapter_trainer import Flow
@@ -191,7 +190,8 @@ def _begin(session: Session, resume: bool) -> Path | None:
             raise ConfigError(f"output: {folder} holds a training; go on with it (resume), or take another folder")
         if there:
             checkpoints.check_same_run(folder, settings, session.start)
-            checkpoints.drop_incomplete(kept)
+            for line in checkpoints.drop_incomplete(kept):
+                sys.stderr.write(f"warning: {line}\n")
         else:
             with told_of_disk(kept, "what the training begins with", kept):
                 checkpoints.write_record(folder, settings, session.start)
@@ -201,7 +201,7 @@ def _begin(session: Session, resume: bool) -> Path | None:
 
 
 def _check_processes(settings: TrainSettings) -> None:
-    if settings.training.shard and _processes() == 1:
+    if settings.training.shard and checkpoints.processes() == 1:
         raise ConfigError("training.shard: there is one process only; start several with torchrun or accelerate launch")
 
 
@@ -213,10 +213,6 @@ def _shard(session: Session) -> None:
 
     state = PartialState(cpu=session.settings.training.device == "cpu")  # makes the group that the Trainer uses
     shard_base(session.model.to(state.device))
-
-
-def _processes() -> int:
-    return max(1, int(os.environ.get("WORLD_SIZE", "1")))
 
 
 @contextlib.contextmanager
