@@ -37,6 +37,7 @@ RUNS = (
     Run(15, ("store", "--bars")),
     Run(0.2, ("store", "--packing")),
     Run(15, ("fleet", "--bars")),
+    Run(15, ("serving", "--bars")),
     Run(0.2, ("projections",)),
     Run(0.2, ("merge_loss",)),
     Run(0.5, ("qlora_merge",)),

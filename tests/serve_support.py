@@ -80,6 +80,19 @@ def greedy(count: int, **more: Any) -> Sampling:
     return Sampling(max_tokens=count, temperature=0.0, **more)
 
 
+@functools.cache
+def byte_tokenizer() -> Any:
+    """One token for each byte, so that a character may be several."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=made)
+
+
 class Answer:
     """A stream, read to its end."""
 
