@@ -31,6 +31,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ConfigError, MissingExtraError, UnsupportedError
+from ..layer import AdaptedLayer
+from ..saved import SavedModule
 
 __all__ = ["PageSizes", "PagedBatch", "Part"]
 
@@ -127,6 +129,10 @@ class PagedBatch:
             processor.scheduler.block_new_requests = False
             if not processor.prepare_next_batch():
                 raise RuntimeError("none of the requests finds room in the cache")
+        # A head that adapters change must see all tokens of the route, not only those that get a new one (None: as is).
+        head = self._model.get_output_embeddings()
+        adapted = isinstance(head, (AdaptedLayer, SavedModule))
+        processor.model_runner._model_supports_logits_to_keep = False if adapted else None
         inputs = processor.inputs_and_outputs
         self._parts = [
             Part(f.state.request_id, f.query_length, f.has_new_token, f.state.position_offset - f.query_length)
