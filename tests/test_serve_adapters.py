@@ -270,6 +270,16 @@ def test_a_busy_form_is_no_place_for_another(tmp_path: Path) -> None:
         served.registry.put("t", "lora", adapter_of(served.base, 1, "lora"))
 
 
+def test_no_form_makes_way_for_one_that_cannot_be_served(tmp_path: Path, folder: Path) -> None:
+    with Served(tmp_path, count=1, forms=1) as served:
+        broken(folder, "no layer of this model")
+        with pytest.raises(KilotuneError):
+            served.registry.put("t", "bad", folder)
+        assert served.registry.there(served.keys[0]) is not None
+        (got,) = answers(served.engine, [(prompt_of(1), greedy(4), served.keys[0], "t")])
+        assert got.ids == alone(served.models[0], prompt_of(1), 4)
+
+
 def test_one_read_for_many_who_ask_at_once(tmp_path: Path) -> None:
     with Served(tmp_path, count=1) as served:
         registry = served.registry

@@ -208,12 +208,19 @@ class Residents:
                 idle = self._idle(self._banks, "forms of adapters", self.forms) if full else None
                 if idle is not None:
                     self._banks.pop(idle[0])
-            with self.turns.changing():
-                if idle is not None and idle[1].bank is not None:
-                    idle[1].bank.close()
-                plain = config.replace(inference_mode=True)
-                home = _Home(AdapterBank(self.model, plain, slots=self.slots, dtype=self.dtype))
-                self.model.eval()
+            try:
+                with self.turns.changing():
+                    plain = config.replace(inference_mode=True)
+                    home = _Home(AdapterBank(self.model, plain, slots=self.slots, dtype=self.dtype))
+                    self.model.eval()
+                    if idle is not None and idle[1].bank is not None:
+                        idle[1].bank.close()
+            except BaseException:
+                if idle is not None:  # it makes way for no form that cannot be served
+                    with self._lock:
+                        idle[1].closed = False
+                        self._banks[idle[0]] = idle[1]
+                raise
             with self._lock:
                 self._banks[key] = home
             return home
