@@ -25,7 +25,6 @@ __all__ = [
     "first_line",
     "gather",
     "nearest",
-    "without_network",
 ]
 
 
