@@ -119,10 +119,10 @@ def test_tokens_of_several_adapters_get_their_own_change(workers: int) -> None:
             arena.set_lora(slot, cut.local(layout.row(numbers), layout.to_json()))
         routes = Routes(16, arena)
         routes.set(ids, [12, None, 11, 13])
-        FusedLayer(routes, RANK, cut.begins["l.qkv"], qkv(worker, workers)).add(x, fused[worker])
+        FusedLayer(routes, RANK, "l.qkv", qkv(worker, workers)).add(x, fused[worker])
         part = torch.zeros(7, 16)
         columns = down(worker, workers)[0].columns
-        FusedLayer(routes, RANK, cut.begins["l.down"], down(worker, workers)).add(inner[:, slice(*columns)], part)
+        FusedLayer(routes, RANK, "l.down", down(worker, workers)).add(inner[:, slice(*columns)], part)
         summed += part
     for token, number in enumerate(ids):
         if number == 0:
@@ -160,16 +160,39 @@ def test_an_adapter_that_is_not_there_is_neither_the_base_nor_another() -> None:
     assert routes.idle
 
 
+def test_the_products_compile_into_one_graph_that_follows_the_routes() -> None:
+    """A step that is compiled while nothing has an adapter serves those that come later."""
+    cut, arena = small_arena()
+    routes = Routes(8, arena)
+    fused = FusedLayer(routes, RANK, "l.qkv", qkv())
+    for slot in range(2):
+        arena.set_lora(slot, torch.randn(cut.numbers))
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def step(x: torch.Tensor) -> torch.Tensor:
+        out = torch.zeros(x.shape[0], 32)
+        fused.add(x, out)
+        return out
+
+    x = torch.randn(4, 16)
+    for ids in ([0, 0, 0, 0], [5, 0, 6, 5], [6, 6, 6, 0]):
+        routes.set(ids, [5, 6])
+        expected = torch.zeros(4, 32)
+        fused.add(x, expected)
+        torch.testing.assert_close(step(x), expected)
+        assert expected.any() == any(ids)
+
+
 def test_an_empty_slot_is_poison_and_poison_is_never_kept() -> None:
     """NaN in what the cache keeps would reach others, when its block is used again."""
     cut, arena = small_arena()
-    assert torch.equal(arena.rows[0].isnan(), poison_row(cut).isnan())
+    assert torch.equal(arena.row(0).isnan(), poison_row(cut).isnan())
     begin = cut.begins["l.down"] + RANK
     assert poison_row(cut).isnan().nonzero().flatten().tolist() == list(range(begin, begin + 16))
     arena.set_lora(0, torch.ones(cut.numbers))
     arena.reset_lora(0)
-    assert torch.equal(arena.rows[0].isnan(), poison_row(cut).isnan())
-    assert not arena.rows[arena.zero].any()
+    assert torch.equal(arena.row(0).isnan(), poison_row(cut).isnan())
+    assert not arena.row(arena.zero).any()
     alone = Cut(RANK, SEED, {"l.qkv": qkv()})
     assert poison_row(alone).isnan().nonzero().flatten().tolist() == list(range(3 * RANK, 3 * RANK + 16))  # q alone
 

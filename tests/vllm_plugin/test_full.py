@@ -32,12 +32,6 @@ def test_2048_slots_and_128_adapters_in_a_batch(tmp_path: Path) -> None:
         engine.check([*kinds, None, None], count=4)
 
 
-def test_pipeline_parallel(tmp_path: Path) -> None:
-    """Each worker has the numbers of its own layers."""
-    for engine in started(tmp_path, pipeline_parallel_size=2, max_loras=3):
-        engine.check(MIXED[:12])
-
-
 def test_vllms_own_lora_is_as_before_and_the_conversion_is_exact(tmp_path: Path) -> None:
     """The plugin is there, and nobody asked for it: stock LoRA, which the same adapters are converted to."""
     from vllm.lora.request import LoRARequest
@@ -87,11 +81,12 @@ def test_a_server_whose_workers_have_no_plugin_answers_nothing(tmp_path: Path) -
     """vLLM only logs that it did not load, and has its own LoRA in our place: then not even the base answers."""
     script = tmp_path / "without.py"
     script.write_text(
-        "import sys, runpy, kilotune.vllm.plugin as p, kilotune.vllm.__main__ as m\n"
-        "words = m.server_words(sys.argv[1:])\n"
-        "import os; os.environ.update(VLLM_PLUGINS='none', VLLM_ALLOW_RUNTIME_LORA_UPDATING='1')\n"
-        "sys.argv = ['x', *words]\n"
-        "if __name__ == '__main__': runpy.run_module(m.SERVER, run_name='__main__')\n"
+        "if __name__ == '__main__':\n"
+        "    import os, runpy, sys, kilotune.vllm.__main__ as launcher\n"
+        "    words = launcher.server_words(sys.argv[1:])\n"
+        "    os.environ.update(VLLM_PLUGINS='none', VLLM_ALLOW_RUNTIME_LORA_UPDATING='1')\n"
+        "    sys.argv = ['server', *words]\n"
+        "    runpy.run_module(launcher.SERVER, run_name='__main__')\n"
     )
     server = Server(tmp_path, script)
     try:

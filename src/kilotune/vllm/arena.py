@@ -59,22 +59,41 @@ def _block(name: str) -> str:
 
 @final
 class Arena:
-    """All adapters that are on the device: ``rows`` (slots + 2, numbers of a local row)."""
+    """All adapters that are on the device. blocks: (slots + 2, numbers of that layer) for each fused layer by name.
+
+    A tensor for each layer, because the rows of a wider one are gathered fifty times slower on a CPU.
+    """
 
     def __init__(self, slots: int, cut: Cut, device: torch.device, dtype: torch.dtype) -> None:
         self.slots, self.poison, self.zero = slots, slots, slots + 1
-        self.rows = torch.zeros(slots + 2, cut.numbers, device=device, dtype=dtype)
-        self.rows[self.poison] = poison_row(cut).to(device, dtype)
-        self.rows[:slots] = self.rows[self.poison]
+        ends = [*list(cut.begins.values())[1:], cut.numbers]
+        self._sizes = [end - begin for begin, end in zip(cut.begins.values(), ends)]
+        self.blocks = {
+            name: torch.zeros(slots + 2, size, device=device, dtype=dtype)
+            for name, size in zip(cut.layers, self._sizes)
+        }
+        self.device = device
         self.pair: Pair = cut.matrices(device, dtype)
+        self._spoilt = poison_row(cut).to(device, dtype)
+        for block, part in zip(self.blocks.values(), self._parts(self._spoilt)):
+            block[: slots + 1] = part
 
     def set_lora(self, index: int, lora_a: Tensor, lora_b: Tensor | None = None) -> None:
         """Put an adapter's local row into a slot (the name is vLLM's)."""
-        self.rows[index].copy_(lora_a, non_blocking=True)
+        row = lora_a.to(self.device, non_blocking=True)
+        for block, part in zip(self.blocks.values(), self._parts(row)):
+            block[index].copy_(part)
 
     def reset_lora(self, index: int) -> None:
         """Empty a slot: nobody gets anything of use from it."""
-        self.rows[index] = self.rows[self.poison]
+        self.set_lora(index, self._spoilt)
+
+    def _parts(self, row: Tensor) -> Sequence[Tensor]:
+        return torch.split(row, self._sizes)
+
+    def row(self, index: int) -> Tensor:
+        """What is in a slot, as a local row; a new tensor."""
+        return torch.cat([block[index] for block in self.blocks.values()])
 
 
 @final
@@ -83,7 +102,7 @@ class Routes:
 
     def __init__(self, tokens: int, arena: Arena) -> None:
         self.arena = arena
-        self.index = torch.full((tokens,), arena.zero, dtype=torch.int64, device=arena.rows.device)
+        self.index = torch.full((tokens,), arena.zero, dtype=torch.int64, device=arena.device)
         self._host = torch.full((tokens,), arena.zero, dtype=torch.int64)
         self.idle = True
         """Whether no token has an adapter."""
@@ -119,22 +138,19 @@ class _Group:
 class FusedLayer:
     """What VeRA adds to one fused layer: A x once, and a product with B for each different part of B."""
 
-    def __init__(self, routes: Routes, rank: int, begin: int, parts: Sequence[Part]) -> None:
-        self.routes, self.rank = routes, rank
+    def __init__(self, routes: Routes, rank: int, name: str, parts: Sequence[Part]) -> None:
+        self.routes, self.rank, self.block = routes, rank, routes.arena.blocks[name]
         columns = {part.columns for part in parts}
         if len(columns) != 1:
             raise ValueError(f"parts of one layer with several inputs: {parts}")
         self.columns = columns.pop()
-        self.end = begin + sum(rank + part.rows[1] - part.rows[0] for part in parts)
-        self.begin = begin
         self.groups = tuple(_groups(parts, rank))
 
     def add(self, x: Tensor, out: Tensor) -> None:
         """Add each token's change to ``out`` (tokens, outputs), in place; x: (tokens, inputs)."""
         tokens, rank = x.shape[0], self.rank
-        arena, index = self.routes.arena, self.routes.index[:tokens]
-        own = arena.rows[:, self.begin : self.end].index_select(0, index)
-        pair = arena.pair
+        own = self.block.index_select(0, self.routes.index[:tokens])
+        pair = self.routes.arena.pair
         mid = x @ pair.a[:, self.columns[0] : self.columns[1]].T
         for group in self.groups:
             count, (first, last) = group.count, group.rows

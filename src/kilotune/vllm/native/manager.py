@@ -79,9 +79,9 @@ class VeraModelManager(LRUCacheLoRAModelManager):  # type: ignore[misc]  # vLLM 
 
     def _create_lora_modules(self) -> None:
         for name, parts in self.cut.layers.items():
-            fused = FusedLayer(self.routes, self.cut.rank, self.cut.begins[name], parts)
+            fused = FusedLayer(self.routes, self.cut.rank, name, parts)
             replace_submodule(self.model, name, wrap(self.model.get_submodule(name), fused, self.routes))
-        # activate_adapter copies one row for each entry here.
+        # activate_adapter copies a row into a slot of each entry here: one.
         self.modules = {KEY: self.arena}
 
     def _add_adapter(self, lora: LoRAModel) -> None:
@@ -180,6 +180,10 @@ class VeraWorkerManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]  # vLL
     def remove_adapter(self, adapter_id: int) -> bool:
         self._paths.pop(adapter_id, None)
         return bool(self._adapter_manager.remove_adapter(adapter_id))
+
+    def remove_all_adapters(self) -> None:
+        self._paths.clear()
+        self._adapter_manager.remove_all_adapters()
 
     def pin_adapter(self, adapter_id: int) -> bool:
         try:
