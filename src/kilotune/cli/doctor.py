@@ -36,6 +36,8 @@ FOR: Mapping[str, str] = {
     "httptools": "kilotune serve",
     "huggingface-hub": "models, adapters and data by hub id",
     "matplotlib": "reports and plots",
+    "opentelemetry-exporter-otlp-proto-http": "serve.telemetry",
+    "opentelemetry-sdk": "serve.telemetry",
     "pillow": "images",
     "prometheus-client": "the metrics of kilotune serve",
     "psycopg": "a store of adapters in PostgreSQL",
@@ -57,6 +59,8 @@ FOR: Mapping[str, str] = {
 }
 """What goes missing with each package that an extra names."""
 MODULES: Mapping[str, str] = {
+    "opentelemetry-exporter-otlp-proto-http": "opentelemetry.exporter.otlp.proto.http",
+    "opentelemetry-sdk": "opentelemetry.sdk",
     "pillow": "PIL",
     "pyyaml": "yaml",
     "scikit-learn": "sklearn",

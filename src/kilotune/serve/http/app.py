@@ -8,7 +8,8 @@ from typing import Annotated, Any
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi.telemetry import TelemetryConfig
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
@@ -55,6 +56,7 @@ STATUSES = {
 }
 KNOWN = sorted({*CompletionBody.model_fields, *ChatBody.model_fields})
 MAX_PAGE = 1000
+QUIET: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}  # front.py does
 
 
 def create_app(service: Service) -> ASGIApp:
@@ -65,6 +67,7 @@ def create_app(service: Service) -> ASGIApp:
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
+        telemetry=QUIET,
     )
     errors: dict[int | str, dict[str, Any]] = {
         status: {"description": text, "content": {"application/json": {"schema": ERROR}}}
@@ -198,7 +201,9 @@ def _health(app: FastAPI, service: Service) -> None:
         state = "failed" if service.engine.healthy() else "draining" if service.draining else "ok"
         return JSONResponse({"status": state}, 200 if state == "ok" else 503)
 
-    @app.get("/metrics", operation_id="metrics", response_model=None, tags=["health"])
+    text = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
+
+    @app.get("/metrics", operation_id="metrics", response_class=PlainTextResponse, responses=text, tags=["health"])
     async def metrics() -> Response:
         """For Prometheus; with a monitor's or a manager's key."""
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")

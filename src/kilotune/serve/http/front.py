@@ -13,6 +13,7 @@ from typing import Any, final
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from . import tracing
 from .faults import ApiError, body_of
 from .keys import MANAGER, MONITOR, TENANT, Key
 from .logs import log
@@ -70,10 +71,18 @@ class Front:
         note = Noted(given if given and REQUEST_ID.fullmatch(given) else uuid.uuid4().hex, time.monotonic())
         scope.setdefault("state", {})["noted"] = note
         exchange = _Exchange(self.service, note, receive, send)
+        span = None
+        if self.service.tracer is not None:
+            names = {key.decode("latin-1"): value.decode("latin-1") for key, value in scope["headers"]}
+            span = tracing.begin(self.service.tracer, scope["method"], scope["path"], names)
         try:
             await self._run(scope, exchange)
         finally:
             self._tell(scope, note)
+            if span is not None:
+                namespace = None if note.caller is None else note.caller.namespace
+                told = {"request_id": note.id, "namespace": namespace, **note.fields}
+                tracing.end(span, scope["method"], note.route, note.status, told)
 
     async def _run(self, scope: Scope, exchange: _Exchange) -> None:
         note = exchange.note

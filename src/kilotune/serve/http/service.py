@@ -20,6 +20,7 @@ from .keys import Key, Keyring
 from .metrics import Metrics
 from .prompts import Prompts
 from .settings import ServeSettings
+from .tracing import tracer
 
 __all__ = ["Catalogue", "Meant", "Service"]
 
@@ -88,6 +89,7 @@ class Service:
         self.metrics = Metrics(settings.metrics_tenants, engine.stats)
         self.created = int(time.time())
         self.draining = False
+        self.tracer = tracer(settings.telemetry)
         self._threads = ThreadPoolExecutor(THREADS, "kilotune-store")
 
     def close(self) -> None:
