@@ -38,7 +38,7 @@ def commands(page: Path) -> Iterator[list[str]]:
 
 # Pages whose Python takes the reader's own model and data by name: their imports are run here. The first two are run
 # whole by tests of their own (test_store_contract.py, test_using_docs.py).
-FRAGMENTS = {"deploy.md", "store.md", "using.md", "fleet.md", "engines.md"}
+FRAGMENTS = {"deploy.md", "serve.md", "store.md", "using.md", "fleet.md", "engines.md"}
 
 
 def python_pages() -> list[Path]:

@@ -201,7 +201,7 @@ def _health(app: FastAPI, service: Service) -> None:
         state = "failed" if service.engine.healthy() else "draining" if service.draining else "ok"
         return JSONResponse({"status": state}, 200 if state == "ok" else 503)
 
-    text = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
+    text: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
 
     @app.get("/metrics", operation_id="metrics", response_class=PlainTextResponse, responses=text, tags=["health"])
     async def metrics() -> Response:

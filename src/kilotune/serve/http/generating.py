@@ -158,7 +158,9 @@ async def _generations(
 def routes(service: Service, errors: dict[int | str, dict[str, Any]]) -> APIRouter:
     """The two routes."""
     streams = {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {"schema": {"type": "string"}}}
-    both = {200: {"description": "The answer, or with stream its events.", "content": streams}}
+    both: dict[int | str, dict[str, Any]] = {
+        200: {"description": "The answer, or with stream its events.", "content": streams}
+    }
     router = APIRouter(responses={**errors, **both}, tags=["OpenAI"])
 
     @router.post("/v1/completions", operation_id="completions", response_model=None)
