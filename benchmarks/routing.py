@@ -39,6 +39,7 @@ from _models import Shape, build, linear_layers, sample, twin
 from kilotune.fleet import AdapterBank, wrap
 
 FEW = 4
+PEFT = "peft LoRA 8"
 PUTS = 200
 
 
@@ -107,7 +108,7 @@ def forwards(chosen: argparse.Namespace, progress: Progress) -> dict[str, Callab
         "mixed": lambda: few.model(input_ids=ids, adapter_names=names),
         "mixed, resident": lambda: many.model(input_ids=ids, adapter_names=names),
         "mixed LoRA 8": lambda: stacked.model(input_ids=ids, adapter_names=names),
-        "peft LoRA 8": lambda: theirs(input_ids=ids, adapter_names=names),
+        PEFT: lambda: theirs(input_ids=ids, adapter_names=names),
     }
 
 
@@ -166,7 +167,7 @@ def bars_of(times: Rounds, rank: int, put: Sequence[float]) -> list[Bar]:
         found = times.ratio(name, to)
         return None if found is None else found.median
 
-    faster = ratio("mixed", "peft LoRA 8")
+    faster = ratio("mixed", PEFT)
     return [
         Bar("mixed over one adapter", ratio("mixed", f"one VeRA {rank}"), 1.10),
         Bar("mixed over one adapter, routed", ratio("mixed", "one, routed"), 1.10),
@@ -205,10 +206,12 @@ def main(words: Sequence[str] | None = None) -> int:
     where = harness.title_of(harness.machine(device))
     tokens = chosen.rows * chosen.length
     print(f"\nhidden {chosen.hidden}, {chosen.layers} layers, {chosen.rows} rows, {tokens} tokens, {times}; {where}\n")
-    rows = [[name, str(times.ratio(name, "base")), str(times.ratio(name, "mixed"))] for name in runs]
-    print(harness.table(["forward", "time / base (quartiles)", "/ mixed"], rows))
+    rows = [
+        [name, *(str(times.ratio(name, to)) for to in ("base", "mixed")), str(times.ratio(PEFT, name))] for name in runs
+    ]
+    print(harness.table(["forward", "time / base (quartiles)", "/ mixed", "PEFT's time / this"], rows))
     print(f"\nput: {put[0] * 1e3:.3f} ms with {FEW} resident, {put[1] * 1e3:.3f} ms with {chosen.resident}")
-    body, stem = {"times": times, "put_seconds": put}, "routing-cpu-float32"
+    body, stem = {"times": times, "put_seconds": put}, f"routing-{chosen.hidden}-cpu-float32"
     written = [harness.write_results(chosen.out, stem, chosen, device, body), draw(times, where, chosen, stem)]
     print("written: " + ", ".join(path.name for path in written))
     return harness.judge(bars_of(times, chosen.rank, put)) if chosen.bars else 0

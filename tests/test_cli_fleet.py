@@ -85,6 +85,9 @@ def test_what_is_wrong_is_said(model: Path, one_file: Path, tmp_path: Path) -> N
     assert "say which of its columns names the user" in error(*start, *out)
     assert "Did you mean 'user'?" in error(*start, *out, "--user-column", "users")
     assert "Did you mean 'epochs'?" in error(*start, *out, "--set", "epoch=2")
+    empty = tmp_path / "empty.jsonl"
+    empty.touch()
+    assert "holds no rows" in error("fleet", "train", "-m", model, "-d", empty, *out, "--user-column", "user")
     assert "expected KEY=VALUE" in error(*start, *out, "--set", "epochs")
     assert "are of a store" in error(*start, *out, "--alias", "live")
     assert "is not there" in error("fleet", "train", "-m", model, "-d", tmp_path / "rows.json", *out)

@@ -17,7 +17,18 @@ from fleet_support import Kept, furthest, points, stacked
 from kilotune import VeraConfig
 from kilotune.errors import CheckpointError, ConfigError
 from kilotune.files import read_weights
-from kilotune.fleet import AdapterStore, Finished, FleetSettings, Sink, StoreSink, User, UserReport, fit, open_store
+from kilotune.fleet import (
+    AdapterStore,
+    Finished,
+    FleetSettings,
+    FolderSink,
+    Sink,
+    StoreSink,
+    User,
+    UserReport,
+    fit,
+    open_store,
+)
 from kilotune.fleet.joint_state import StateFolder
 from models import Nested
 
@@ -182,6 +193,27 @@ def test_another_training_is_not_gone_on_with(tmp_path: Path) -> None:
     go(Kept(), tmp_path, resume=True, users_per_step=1, save_every=9)  # what changes no adapter may change
     with pytest.raises(ConfigError, match="resume: needs the folder"):
         fit(Nested(), CONFIG, [], collate=stacked, sink=Kept(), resume=True)
+
+
+def test_two_are_not_at_one_training(tmp_path: Path) -> None:
+    """Both would write the state. A lock goes with its process, as all tests of kills need."""
+    seen: list[str] = []
+
+    def second(one: Finished) -> None:
+        with pytest.raises(ConfigError, match="another process is training in"):
+            go(Kept(), tmp_path, resume=True)
+        seen.append(one.name)
+
+    go(second, tmp_path)
+    assert len(seen) == 5
+    assert len(go(Kept(), tmp_path, resume=True).users) == 5
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="cannot make .*file for the state"):
+        go(Kept(), tmp_path / "file")
+    with pytest.raises(ConfigError, match="file is a file; adapters go into a folder"):
+        go(tmp_path / "file", tmp_path / "other")
+    with pytest.raises(ConfigError, match="is a file"):
+        go(FolderSink(tmp_path / "file"), tmp_path / "other")
 
 
 def test_data_that_changed_meanwhile_fails_alone_and_missing_users_are_named(tmp_path: Path) -> None:

@@ -200,6 +200,7 @@ class JointTraining:
                 "dtype": str(dtype),
             }
             self._state = StateFolder(self._folder, identity, self._resume)
+            held.callback(self._state.close)
 
     def _loop(self, users: Iterator[User]) -> None:
         self._restore(users)

@@ -6,6 +6,7 @@
       run.json             which training this is: its id, settings, configuration, base
       state.safetensors    the users in training as they were after a joint step: rows, AdamW's m and v, where they are
       finished.jsonl       a line for each user that has ended, written once its adapter is where it goes
+      .lock                held by the process that trains; it lets go of it however it ends
 
 The state is written beside itself and renamed. A user ends in this order: its adapter is acknowledged by the sink, its
 line is on disk, it leaves the state. Killed between the first two, the sink is asked whether it has the adapter; killed
@@ -19,7 +20,7 @@ import os
 import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, final
+from typing import IO, Any, final
 
 from safetensors.torch import save
 from torch import Tensor
@@ -30,7 +31,7 @@ from .users import UserReport
 
 __all__ = ["StateFolder"]
 
-RUN_NAME, STATE_NAME, FINISHED_NAME = "run.json", "state.safetensors", "finished.jsonl"
+RUN_NAME, STATE_NAME, FINISHED_NAME, LOCK_NAME = "run.json", "state.safetensors", "finished.jsonl", ".lock"
 FORMAT = 1
 FREE = ("users_per_step", "capacity", "save_every")  # settings that change no adapter
 
@@ -48,16 +49,32 @@ class StateFolder:
         run: the training's id. finished: who has ended, in order.
 
     Raises:
-        ConfigError: there is a training and ``resume`` is False, or it is another one. CheckpointError: damaged files.
+        ConfigError: there is a training and ``resume`` is False, or it is another one, or a process is at it now.
+        CheckpointError: damaged files.
 
     """
 
     def __init__(self, folder: str | os.PathLike[str], identity: Mapping[str, Any], resume: bool) -> None:
         self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        there = self.folder / RUN_NAME
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"folder: cannot make {self.folder} for the state: {error.strerror}") from error
+        self._lock = _locked(self.folder)
         self.finished: list[UserReport] = []
         self.steps = 0
+        try:
+            self._begin(identity, resume)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let another process go on with it."""
+        self._lock.close()
+
+    def _begin(self, identity: Mapping[str, Any], resume: bool) -> None:
+        there = self.folder / RUN_NAME
         if there.exists():
             if not resume:
                 raise ConfigError(
@@ -142,6 +159,23 @@ class StateFolder:
             return int(told["steps"]), list(told["members"]), tensors
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise CheckpointError(f"{path} is no state of a joint training: {error}") from error
+
+
+def _locked(folder: Path) -> IO[bytes]:
+    """A file that this process alone has open for writing: two at one training would both write its state."""
+    held = (folder / LOCK_NAME).open("ab")
+    try:
+        import fcntl
+    except ImportError:  # Windows: nothing is held, as the system has no such lock
+        return held
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        held.close()
+        raise ConfigError(f"folder: another process is training in {folder}; wait for it, or take another") from None
+    except OSError:  # a file system without locks
+        pass
+    return held
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -139,6 +139,8 @@ def _sources(data: Path, user_column: str | None, prepare: Callable[[str], Any])
     if user_column is None:
         raise ConfigError(f"user_column: {data} is one file, so say which of its columns names the user")
     table = read(str(data), name="data")
+    if not len(table):
+        raise ConfigError(f"data: {data} holds no rows")
     if user_column not in table.columns:
         hint = did_you_mean(user_column, table.columns)
         raise ConfigError(f"user_column: {data} has no column {user_column!r}.{hint} There: {', '.join(table.columns)}")

@@ -113,6 +113,8 @@ class FolderSink(Sink):
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ConfigError(f"sink: {self.folder} is a file; adapters go into a folder")
 
     def put(self, finished: Sequence[Finished]) -> list[str | None]:
         for one in finished:
