@@ -75,7 +75,7 @@ def create_app(service: Service) -> ASGIApp:
     }
     _handlers(app)
     _models(app, service, errors)
-    _health(app, service)
+    _health(app, service, errors)
     app.include_router(generating.routes(service, errors))
     app.include_router(encoding.routes(service, errors))
     app.include_router(managing.routes(service, errors))
@@ -188,7 +188,7 @@ def _namespace(request: Request) -> str:
 # -- health ------------------------------------------------------------------------------------------
 
 
-def _health(app: FastAPI, service: Service) -> None:
+def _health(app: FastAPI, service: Service, errors: dict[int | str, dict[str, Any]]) -> None:
     @app.get("/health", operation_id="health", response_model=None, tags=["health"])
     async def health() -> Response:
         """200 while the engine works; else the process is to be started anew."""
@@ -201,7 +201,7 @@ def _health(app: FastAPI, service: Service) -> None:
         state = "failed" if service.engine.healthy() else "draining" if service.draining else "ok"
         return JSONResponse({"status": state}, 200 if state == "ok" else 503)
 
-    text: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
+    text: dict[int | str, dict[str, Any]] = {**errors, 200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
 
     @app.get("/metrics", operation_id="metrics", response_class=PlainTextResponse, responses=text, tags=["health"])
     async def metrics() -> Response:
