@@ -22,7 +22,7 @@ vllm_pytest = OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind \
 .DEFAULT_GOAL := help
 # The parts of a target share one .venv and one terminal: in order, under `make -j` too.
 .NOTPARALLEL:
-.PHONY: help demo test test-full test-vllm lint type format bench docs clean env-demo env-dev env-docs env-postgresql env-vllm
+.PHONY: help demo test test-full test-vllm lint type format bench docs clean env-demo env-dev env-docs env-postgresql env-chromium env-vllm
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -30,10 +30,10 @@ help:  ## this list
 demo: env-demo  ## fine-tune a small pretrained network with VeRA and LoRA on real images; a report in runs/
 	@.venv/bin/kilotune demo $(ARGS)
 
-test: lint type env-postgresql  ## lint, types, and the tests that CI runs (under 15 minutes on 2 cores)
+test: lint type env-postgresql env-chromium  ## lint, types, and the tests that CI runs (under 20 minutes on 2 cores)
 	$(pytest) $(ARGS)
 
-test-full: lint type env-postgresql env-vllm  ## everything, the slow tests too, and all of those of the vLLM plugin
+test-full: lint type env-postgresql env-chromium env-vllm  ## everything, the slow tests too, and all of those of the vLLM plugin
 	$(pytest) -m "" $(ARGS)
 	$(vllm_pytest) -m ""
 
@@ -70,3 +70,6 @@ env-demo env-dev env-docs:
 
 env-postgresql: env-dev
 	@$(python) scripts/postgresql.py
+
+env-chromium: env-dev
+	@$(python) scripts/chromium.py

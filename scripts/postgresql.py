@@ -22,10 +22,10 @@ def installed(packages: Path = PACKAGES) -> bool:
     return shutil.which("initdb") is not None or any(packages.glob("*/bin/initdb"))
 
 
-def install() -> bool:
-    """Install Debian's package; False where that is not possible."""
+def install(package: str) -> bool:
+    """Install a package of Debian's; False where that is not possible."""
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    for words in (["update", "-qq"], ["install", "-y", "-qq", "--no-install-recommends", "postgresql"]):
+    for words in (["update", "-qq"], ["install", "-y", "-qq", "--no-install-recommends", package]):
         if subprocess.run(["apt-get", *words], env=environment, stdout=subprocess.DEVNULL).returncode:
             return False
     return True
@@ -39,7 +39,7 @@ def main() -> int:
         print("PostgreSQL is not installed: the tests of the store in PostgreSQL are skipped", flush=True)
         return 0
     print("installing PostgreSQL, for the tests of the store in it", flush=True)
-    if install() and installed():
+    if install("postgresql") and installed():
         return 0
     print("error: apt-get could not install the package postgresql (its message is above)", file=sys.stderr)
     return 1

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kilotune import KilotuneError, PeftModel, VeraConfig, get_peft_model
-from kilotune.errors import AdapterError, CheckpointError, StoreError
+from kilotune.errors import AdapterError, CheckpointError, ResourceError, StoreError
 from kilotune.fleet import open_store
 from kilotune.serve.adapters import AdapterRegistry
 from kilotune.serve.engine import AdapterKey
@@ -263,7 +263,7 @@ def test_a_busy_form_is_no_place_for_another(tmp_path: Path) -> None:
         row = served.registry.row(served.keys[0])
         held = served.registry.residents.hold(row)
         assert held is not None
-        with pytest.raises(AdapterError, match="try again later"):
+        with pytest.raises(ResourceError, match="try again later"):
             served.registry.put("t", "lora", adapter_of(served.base, 1, "lora"))
         assert [v.name for v in served.registry.ls("t")] == ["a0"]
         served.registry.residents.release(held)

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import AdapterError, ConfigError, StoreError, UnsupportedError, first_line, type_name
+from ..errors import AdapterError, ConfigError, ResourceError, StoreError, UnsupportedError, first_line, type_name
 from .adapters import AdapterRegistry
 from .engine import AdapterKey, Engine, EngineStats, Finish, Generation, Token, Vector
 from .fairness import FairQueue
@@ -229,7 +229,7 @@ class EncoderEngine(Engine):
                 return await self._once(tenant, adapter, texts)
             except GoneError:
                 continue
-        raise AdapterError("adapters of too many forms are in use; try again later")
+        raise ResourceError("adapters of too many forms are in use; try again later")
 
     async def _once(self, tenant: str, adapter: AdapterKey | None, texts: Sequence[Sequence[int]]) -> list[Vector]:
         loop = asyncio.get_running_loop()

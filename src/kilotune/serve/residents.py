@@ -28,7 +28,7 @@ from torch import Tensor
 from .. import inject
 from ..checkpoint import AdapterFile, match_tensors
 from ..config import AdapterConfig
-from ..errors import AdapterError, CheckpointError, UnsupportedError, gather
+from ..errors import AdapterError, CheckpointError, ResourceError, UnsupportedError, gather
 from ..fleet.bank import AdapterBank, Resident
 from ..fleet.forms import NO_MATTER
 from ..model import PeftModel
@@ -149,7 +149,7 @@ class Residents:
 
         Raises:
             CheckpointError, ConfigError, TargetError, UnsupportedError: it does not fit this model.
-            AdapterError: all forms are in use.
+            ResourceError: all forms are in use.
 
         """
         key = form_key(file.config)
@@ -231,7 +231,7 @@ class Residents:
             if home.users == 0:
                 home.closed = True
                 return key, home
-        raise AdapterError(f"all {limit} {what} that the server keeps at once are in use; try again later")
+        raise ResourceError(f"all {limit} {what} that the server keeps at once are in use; try again later")
 
     def _in_model(self, name: str, file: AdapterFile, what: str) -> Row:
         with self._lock:
