@@ -69,7 +69,7 @@ MODULES: Mapping[str, str] = {
     "python-multipart": "python_multipart",
 }
 """Packages whose module has another name."""
-NOT_FOR_USERS = ("docs", "test", "dev", "all")
+NOT_FOR_USERS = ("docs", "test", "dev", "all", "vllm")  # vLLM wants an environment of its own: docs/vllm.md
 REQUIREMENT = re.compile(r"([A-Za-z0-9._-]+)(?:\[[^\]]*\])? *([^;]*)(?:;.*extra == ['\"]([^'\"]+)['\"])?")
 FAILED = 1
 
