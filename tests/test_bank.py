@@ -178,23 +178,21 @@ def test_what_is_nowhere_is_loaded_and_dropped_again() -> None:
         bank.model(torch.randn(3, 6), adapter_names=["x", "xx", "xxx"])
 
 
-def test_a_million_random_comings_and_goings_leave_every_slot_in_use_or_free() -> None:
-    bank = AdapterBank(wrap(Nested()), VERA, slots=50)
-    row = torch.zeros(bank.form.length)
-    generator = random.Random(0)
-    there: dict[str, float] = {}
-    for step in range(20_000):  # a million in the full tier, below
-        _come_or_go(bank, row, generator, there, step)
-    _is_whole(bank, there)
+def test_random_comings_and_goings_leave_every_slot_in_use_or_free() -> None:
+    come_and_go(20_000, seed=0)
 
 
 @pytest.mark.full
 def test_a_million_of_them() -> None:
+    come_and_go(1_000_000, seed=1)
+
+
+def come_and_go(steps: int, seed: int) -> None:
     bank = AdapterBank(wrap(Nested()), VERA, slots=50)
     row = torch.zeros(bank.form.length)
-    generator = random.Random(1)
+    generator = random.Random(seed)
     there: dict[str, float] = {}
-    for step in range(1_000_000):
+    for step in range(steps):
         _come_or_go(bank, row, generator, there, step)
     _is_whole(bank, there)
 

@@ -201,7 +201,7 @@ class AdapterRegistry:
 
         Raises:
             CheckpointError, ConfigError, TargetError, UnsupportedError: it is damaged, or does not fit this model.
-            AdapterError: a name that cannot be one, or no room for another form now. StoreError: the store.
+            AdapterError: a name that cannot be one. ResourceError: no room for another form now. StoreError: the store.
 
         """
         contents = contents_of(adapter)
