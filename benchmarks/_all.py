@@ -36,7 +36,7 @@ RUNS = (
     Run(4, ("routing", "--bars")),
     Run(15, ("store", "--bars")),
     Run(0.2, ("store", "--packing")),
-    Run(15, ("fleet", "--bars")),
+    Run(5, ("fleet", "--bars")),
     Run(15, ("serving", "--bars")),
     Run(0.2, ("projections",)),
     Run(0.2, ("merge_loss",)),

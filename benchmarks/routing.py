@@ -211,7 +211,7 @@ def main(words: Sequence[str] | None = None) -> int:
     ]
     print(harness.table(["forward", "time / base (quartiles)", "/ mixed", "PEFT's time / this"], rows))
     print(f"\nput: {put[0] * 1e3:.3f} ms with {FEW} resident, {put[1] * 1e3:.3f} ms with {chosen.resident}")
-    body, stem = {"times": times, "put_seconds": put}, f"routing-{chosen.hidden}-cpu-float32"
+    body, stem = {"times": times, "put_seconds": put}, f"routing-{chosen.hidden}-r{chosen.rank}-cpu-float32"
     written = [harness.write_results(chosen.out, stem, chosen, device, body), draw(times, where, chosen, stem)]
     print("written: " + ", ".join(path.name for path in written))
     return harness.judge(bars_of(times, chosen.rank, put)) if chosen.bars else 0

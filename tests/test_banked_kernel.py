@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kilotune.kernels import banked
 from kilotune.kernels.banked import Owners, lift_own, lift_shared
 
 COUNT, RANK, INN, OUT = 3, 2, 5, 4
@@ -46,7 +47,17 @@ def test_factors_of_ones_own(index: list[int], tokens: tuple[int, ...], common: 
 @pytest.mark.parametrize("index", INDICES.values(), ids=INDICES)
 @pytest.mark.parametrize(("tokens", "axis"), [((), -1), ((7,), -1), ((2, 3), -1), ((7,), 1), ((2, 3), 1)], ids=str)
 @pytest.mark.parametrize("without", ["", "mid", "out"])
-def test_factors_of_all(index: list[int], tokens: tuple[int, ...], axis: int, without: str) -> None:
+@pytest.mark.parametrize("keeps", [False, True])
+def test_factors_of_all(
+    index: list[int],
+    tokens: tuple[int, ...],
+    axis: int,
+    without: str,
+    keeps: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(banked, "_keeps", lambda v, b: keeps)
+
     def shaped(features: int) -> Tensor:
         return random(len(index), *((*tokens, features) if axis == -1 else (features, *tokens)), grad=True)
 
@@ -66,6 +77,37 @@ def test_factors_of_all(index: list[int], tokens: tuple[int, ...], axis: int, wi
         plain = lift_shared(y, z, b, mid, out, 0.5, Owners.of(torch.tensor(index), COUNT), axis)
     assert torch.allclose(plain, torch.stack(rows), rtol=0, atol=1e-12)
     assert torch.equal(y, before), "the base's output was written into"
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_a_second_derivative(keeps: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(banked, "_keeps", lambda v, b: keeps)
+    owners = Owners.of(torch.tensor([0, 2, 2, 1]), COUNT)
+    y, z, b = random(4, 3, OUT, grad=True), random(4, 3, RANK, grad=True), random(OUT, RANK)
+    mid, out = random(COUNT, RANK, grad=True), random(COUNT, OUT, grad=True)
+
+    def run(y: Tensor, z: Tensor, mid: Tensor, out: Tensor) -> Tensor:
+        return lift_shared(y, z, b, mid, out, 0.5, owners)
+
+    assert torch.autograd.gradgradcheck(run, (y, z, mid, out))
+
+
+def test_the_change_is_kept_where_that_is_cheaper() -> None:
+    def sizes(rank: int, out: int) -> list[int]:
+        kept: list[int] = []
+
+        def pack(t: Tensor) -> Tensor:
+            kept.append(t.numel())
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            y, z = torch.zeros(2, 3, out), torch.zeros(2, 3, rank, requires_grad=True)
+            vectors = torch.ones(2, out, requires_grad=True)
+            lift_shared(y, z, torch.ones(out, rank), None, vectors, 1.0, Owners.of(torch.arange(2), 2))
+        return kept
+
+    assert 2 * 3 * 8 in sizes(rank=2, out=8)
+    assert 2 * 3 * 9 not in sizes(rank=2, out=9)
 
 
 def same(expected: Tensor, found: Tensor, leaves: list[Tensor | None]) -> None:

@@ -33,10 +33,11 @@ def causal_lm(output: Any, batch: Mapping[str, Tensor]) -> RowLoss:
 
     output: has ``logits`` (rows, tokens, vocabulary), or is that tensor. batch: ``labels`` (rows, tokens).
     """
-    logits, labels = _logits(output)[:, :-1], batch["labels"][:, 1:]
+    logits = _logits(output)
+    labels = F.pad(batch["labels"][:, 1:], (0, 1), value=-100)  # the labels move, not the logits, which are large
     _check(labels, logits.shape[-1])
-    each = F.cross_entropy(_wide(logits).transpose(1, 2), labels, ignore_index=-100, reduction="none")
-    return RowLoss(each.sum(1), (labels != -100).sum(1))
+    each = F.cross_entropy(_wide(logits).flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")
+    return RowLoss(each.view_as(labels).sum(1), (labels != -100).sum(1))
 
 
 def classification(output: Any, batch: Mapping[str, Tensor]) -> RowLoss:

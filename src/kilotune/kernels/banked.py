@@ -10,9 +10,9 @@ u = (g * v) b, where g = dL/dy and * goes over each row's tokens::
 
     dL/dz = s u * m        dL/dm_i = s sum_t u_it * z_it        dL/dv_i = s sum_t g_it * (h_it b^T)
 
-and the gradient of an adapter's vector is the sum over its rows. Kept for the backward: z, and nothing of the output's
-size; h b^T is made again. Sums run in float32 (float64 for float64), and first within a row, so that the numbers that a
-device may add in any order are as few as the rows.
+and the gradient of an adapter's vector is the sum over its rows. Kept for the backward: z; and h b^T, which is of the
+output's size, only where making it again costs more than keeping it (:func:`_keeps`). Sums run in float32 (float64 for
+float64), and first within a row, so that the numbers that a device may add in any order are as few as the rows.
 
 Where the factors are the adapters' own (LoRA's), :func:`lift_own` runs a batched product: the rows of an adapter are
 brought together, so that its factors are read where they are and not copied for each row.
@@ -198,15 +198,29 @@ def _changed(
     axis: int,
 ) -> Tensor:
     h = _scaled(z, _taken(mid, index), scale, axis)  # (N, ..., r)
-    h = _product(h, b, axis)  # (N, ..., out)
-    if out is not None and h.dtype == out.dtype == y.dtype and not plain():
-        vectors = out if index is None else out.index_select(0, index)
-        return torch.addcmul(y, h, per_row(vectors, h, axis), out=h)  # h is nobody else's: one pass over memory
-    return y + _scaled(h, _taken(out, index), 1.0, axis).to(y.dtype)
+    return _added(y, _product(h, b, axis), _taken(out, index), axis, own=True)
 
 
-def _row_sums(product: Tensor, axis: int) -> Tensor:
-    """The sum over all but rows and features: (N, ..., n) -> (N, n)."""
+def _added(y: Tensor, v: Tensor, out: Tensor | None, axis: int, own: bool) -> Tensor:
+    """``y + v * out`` in y's dtype; own: v is nobody else's, and may be written to."""
+    if out is not None and v.dtype == out.dtype == y.dtype and not plain():
+        vectors = per_row(out, v, axis)
+        # One pass over memory; without graph, as out= asks for it.
+        return torch.addcmul(y, v, vectors, out=v) if own else torch.addcmul(y, v, vectors)
+    return y + _scaled(v, out, 1.0, axis).to(y.dtype)
+
+
+def _keeps(v: Tensor, b: Tensor) -> bool:
+    """Whether h b^T is kept for the backward: on a CPU, whose memory is large and whose products are slow, and where
+    the product is no small part of the layer's own (for which r against out is the measure).
+    """
+    return v.device.type == "cpu" and 4 * b.shape[1] >= b.shape[0]
+
+
+def _row_sums(one: Tensor, other: Tensor, axis: int) -> Tensor:
+    """The sum of ``one * other`` (N, ..., n) over all but rows and features: (N, n), in float32 or wider."""
+    wide = accumulate_dtype(one.dtype)
+    product = one.to(wide) * other.to(wide)
     if product.ndim == 2:
         return product
     return product.flatten(1, -2).sum(1) if axis == -1 else product.flatten(2).sum(2)
@@ -228,27 +242,30 @@ class _Shared(torch.autograd.Function):
         index: Tensor | None,
         axis: int,
     ) -> Tensor:
-        ctx.save_for_backward(z, b, mid, out, index)
+        h = _scaled(z, _taken(mid, index), scale, axis)  # (N, ..., r)
+        v = _product(h, b, axis)  # (N, ..., out)
+        kept = v if ctx.needs_input_grad[4] and _keeps(v, b) else None
+        ctx.save_for_backward(z, b, mid, out, index, kept)
         ctx.scale, ctx.axis = scale, axis
-        return _changed(y, z, b, mid, out, scale, index, axis)
+        return _added(y, v, _taken(out, index), axis, own=kept is None)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
-        z, b, mid, out, index = ctx.saved_tensors
+        z, b, mid, out, index, v = ctx.saved_tensors
         scale, axis, needs = ctx.scale, ctx.axis, ctx.needs_input_grad
-        wide = accumulate_dtype(z.dtype)
         own_mid, own_out = _taken(mid, index), _taken(out, index)
         narrow = g.to(z.dtype)
         dz = grad_mid = grad_out = None
         if needs[1] or needs[3]:
             u = _product(_scaled(narrow, own_out, 1.0, axis), b.T, axis)  # (N, ..., r)
             if needs[3]:
-                grad_mid = _gathered(_row_sums(u.to(wide) * z.to(wide), axis) * scale, mid, index)
+                grad_mid = _gathered(_row_sums(u, z, axis) * scale, mid, index)
             if needs[1]:
                 dz = _scaled(u, own_mid, scale, axis)
         if needs[4]:
-            v = _product(_scaled(z, own_mid, scale, axis), b, axis)  # (N, ..., out)
-            grad_out = _gathered(_row_sums(narrow.to(wide) * v.to(wide), axis), out, index)
+            if v is None or torch.is_grad_enabled():  # with its graph, for a second derivative
+                v = _product(_scaled(z, own_mid, scale, axis), b, axis)  # (N, ..., out)
+            grad_out = _gathered(_row_sums(narrow, v, axis), out, index)
         return g if needs[0] else None, dz, None, grad_mid, grad_out, None, None, None
 
 
