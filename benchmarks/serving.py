@@ -1,7 +1,7 @@
 """Many adapters served at once beside the base alone: throughput, first tokens, and adapters put while it runs.
 
 python benchmarks/serving.py [--hidden 1024] [--layers 4] [--ranks 64,256] [--streams 64] [--tokens 32] [--rounds 5]
-                             [--registered 4096] [--requests 400] [--clients 8] [--puts 20] [--engine-only] [--bars]
+                             [--registered 4096] [--requests 800] [--clients 8] [--puts 20] [--engine-only] [--bars]
 
 The model is Llama-shaped, with random weights and a tokenizer of bytes; all its linear layers but the prediction are
 adapted with VeRA. It is saved to a temporary folder, and the store is an SQLite file there.
@@ -9,8 +9,9 @@ adapted with VeRA. It is saved to a temporary folder, and the store is an SQLite
 - **engine**: ``--streams`` requests at once, each of 32 tokens of prompt and ``--tokens`` of answer, for as many
   adapters and for the base alone, in turns on one engine in this process.
 - **HTTP**: the same through ``kilotune serve`` in a process of its own, streamed; this process is the client.
-- **first token**: ``--requests`` requests of ``--clients`` clients, each for an adapter drawn at random, with 16 and
-  with ``--registered`` adapters in the store; of the time to the first token what 99 of 100 stay within.
+- **first token**: ``--requests`` requests of ``--clients`` clients, each for an adapter drawn at random, to a server
+  with 16 and to one with ``--registered`` adapters in its store, in turns of 100; of the time to the first token what
+  99 of 100 stay within.
 - **put**: an adapter is put through the API, and answers: from the first byte of the put to the first token.
 
 ``--bars``: with adapters at least 0.75 of the base's throughput at r 64, at least 0.6 at r 256, at both levels; first
@@ -53,6 +54,7 @@ from kilotune.serve.http.keys import add_key
 
 PROMPT = 32
 FEW = 16
+TURN = 100  # requests before it is the other server's turn
 CPU = torch.device("cpu")
 SUM = "kilotune_sha256"
 LIMITS = {64: 0.75, 256: 0.6}
@@ -212,9 +214,9 @@ async def all_at_once(place: Place, names: Sequence[str], tokens: int) -> None:
 
 
 async def first_tokens(place: Place, names: Sequence[str], chosen: argparse.Namespace, seed: int) -> list[float]:
-    """Seconds to the first token, of clients that ask one thing after the other."""
+    """Seconds to the first token of a turn's requests, of clients that ask one thing after the other."""
     draws = random.Random(seed)
-    todo = iter([(i, draws.choice(names)) for i in range(chosen.requests)])
+    todo = iter([(i, draws.choice(names)) for i in range(seed * TURN, (seed + 1) * TURN)])
     found: list[float] = []
     async with place.client() as client:
 
@@ -265,20 +267,28 @@ def http_level(
             run()
         harness.take_turns(runs, chosen.rounds, CPU, times, progress, f"HTTP, r {rank}")
         if lone:
-            found["few"] = asyncio.run(first_tokens(place, names[:FEW], chosen, 1))
             folders = []
             for i in range(chosen.puts):
                 folders.append(folder / f"new{i}")
                 save(made, 10_000 + i, folders[-1])
             found["puts"] = asyncio.run(puts(place, folders))
-    if lone:
-        progress.show(f"registering {chosen.registered} adapters")
-        made.fill(many, chosen.registered)
-        with server(folder / "model", many, chosen.threads) as place:
-            asyncio.run(first_tokens(place, names[:FEW], argparse.Namespace(requests=32, clients=8), 2))
-            every = [f"u{i}" for i in range(chosen.registered)]
-            found["many"] = asyncio.run(first_tokens(place, every, chosen, 3))
+            progress.show(f"registering {chosen.registered} adapters")
+            made.fill(many, chosen.registered)
+            with server(folder / "model", many, chosen.threads) as other:
+                found["few"], found["many"] = both(place, other, chosen, progress)
     return {"times": times, **found}
+
+
+def both(few: Place, many: Place, chosen: argparse.Namespace, progress: Progress) -> tuple[list[float], list[float]]:
+    """First tokens of both servers, in turns after one that is not counted."""
+    every = [f"u{i}" for i in range(chosen.registered)]
+    found: tuple[list[float], list[float]] = ([], [])
+    turns = -(-chosen.requests // TURN)
+    for turn in range(turns + 1):
+        progress.show(f"first tokens, turn {turn} of {turns}")
+        for place, names, taken in ((few, every[:FEW], found[0]), (many, every, found[1]))[:: 1 if turn % 2 else -1]:
+            taken += asyncio.run(first_tokens(place, names, chosen, turn))[: None if turn else 0]
+    return found
 
 
 def save(made: Adapters, seed: int, folder: Path) -> None:
@@ -305,7 +315,7 @@ def options(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--streams", type=harness.positive, default=64)
     parser.add_argument("--tokens", type=harness.positive, default=32)
     parser.add_argument("--registered", type=harness.positive, default=4096)
-    parser.add_argument("--requests", type=harness.positive, default=400)
+    parser.add_argument("--requests", type=harness.positive, default=800)
     parser.add_argument("--clients", type=harness.positive, default=8)
     parser.add_argument("--puts", type=harness.positive, default=20)
     parser.add_argument("--engine-only", action="store_true", help="not through HTTP")

@@ -66,7 +66,7 @@ def test_rows_of_a_bank_are_what_the_adapters_are_alone(config: AdapterConfig, t
         base = Nested().eval()(x)
         for row, name in enumerate(names):
             own = base[row] if name is None else singles[int(name[1])](x)[row]
-            assert torch.allclose(routed[row], own, atol=1e-5), name
+            assert (routed[row] - own).abs().max() <= 1e-5 * own.abs().max(), name  # the products' order is the CPU's
             assert name is None or not torch.allclose(own, base[row], atol=1e-3)
 
 

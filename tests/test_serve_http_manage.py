@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
+import sqlite3
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +16,22 @@ import httpx2
 import pytest
 from safetensors.torch import load_file, save_file
 
+from generation_support import loaded
 from http_support import (
     BASE,
+    PlainEngine,
     Running,
     StoreCatalogue,
     adapter_folder,
+    base_folder,
     batching,
     expected,
     keyring,
     serving,
+    tokenizer,
 )
+from kilotune.fleet import wrap
+from kilotune.serve.engine import Finish, Generation, Token
 from test_serve_http_errors import GOOD, error
 
 PROMPT = "the cat sat on"
@@ -227,6 +235,31 @@ def test_a_full_disk_is_told_and_leaves_nothing(
     assert manager.get("/manage/ann/adapters", params={"pattern": "full"}).json()["adapters"] == []
 
 
+def test_a_full_disk_of_the_store_is_told_and_what_is_there_is_served(tmp_path: Path) -> None:
+    """SQLite itself says that it is full: the file may not grow."""
+    with serving(tmp_path, **batching(tmp_path)) as running, running.client(running.manager) as manager:
+        registry = running.service.adapters
+        store = registry._store("ann")
+        assert put(manager, "before", 3).status_code == 201
+
+        def full(connection: sqlite3.Connection) -> None:
+            pages = connection.execute("PRAGMA page_count").fetchone()[0]
+            connection.execute(f"PRAGMA max_page_count = {pages}")
+
+        for connection in store._idle:
+            full(connection)
+        told = error(put(manager, "after", 4), 507)
+        assert told["code"] == "disk_full"
+        assert "adapters.db" not in told["message"]
+        assert registry.store_state() is None
+        shown = [one["name"] for one in manager.get("/manage/ann/adapters").json()["adapters"]]
+        assert "before" in shown
+        assert "after" not in shown
+        with running.client(running.keys["ann"]) as ann:
+            answer = ann.post("/v1/completions", json={**GOOD, "model": "before"})
+            assert answer.json()["choices"][0]["text"] == expected(3, GOOD["prompt"], GOOD["max_tokens"])
+
+
 # -- how many at once --------------------------------------------------------------------------------
 
 
@@ -320,6 +353,42 @@ def test_a_body_that_does_not_come_is_not_waited_for(tmp_path: Path) -> None:
                 answer += piece
         assert answer.startswith(b"HTTP/1.1 408")
         assert b"request_timeout" in answer
+
+
+class Flooding(PlainEngine):
+    """An answer without an end, in large pieces."""
+
+    async def generate(self, request: Generation) -> AsyncIterator[Token | Finish]:
+        self.running += 1
+        try:
+            while True:
+                yield Token(5, "x" * 2**18, None, ())
+                await asyncio.sleep(0)
+        finally:
+            self.running -= 1
+
+
+def test_a_client_that_takes_nothing_of_its_answer_is_dropped(tmp_path: Path) -> None:
+    """What is between both fills, and then no longer is waited than ``write_seconds``."""
+    catalogue = StoreCatalogue(f"sqlite:///{tmp_path / 'adapters.db'}")
+    engine = Flooding(wrap(loaded("llama", base_folder())), tokenizer(), catalogue)
+    with serving(tmp_path, engine=engine, catalogue=catalogue, write_seconds=0.5) as running:
+        body = json.dumps({**GOOD, "stream": True}).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {running.keys['ann']}\r\n"
+        head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        with socket.create_connection(running.url.removeprefix("http://").split(":")) as connection:
+            connection.sendall(head.encode() + body)
+            wait_for(lambda: engine.running == 1)
+            wait_for(lambda: engine.running == 0 and running.service.gate.count == 0)
+            with running.client(running.monitor) as monitor:
+                assert 'status="499"' in monitor.get("/metrics").text
+
+
+def wait_for(holds: Callable[[], bool], seconds: float = 20.0) -> None:
+    until = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < until, "it does not come to that"
+        time.sleep(0.01)
 
 
 # -- health, draining, metrics -----------------------------------------------------------------------

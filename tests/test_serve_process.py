@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2
@@ -260,6 +261,25 @@ def test_a_port_that_is_in_use_is_told_before_anything_slow(tmp_path: Path) -> N
     assert f"port {port} on 127.0.0.1 is in use" in told
     assert "--port 0" in told
     assert not (tmp_path / "a.db").exists()
+
+
+def test_no_connection_is_taken_before_the_model_is_there() -> None:
+    """A probe is refused at once, and does not hang; who took the port meanwhile is told, too."""
+    from kilotune.errors import ConfigError
+    from kilotune.serve.http.running import listen, run
+    from kilotune.serve.http.settings import ServeSettings
+
+    with listen(ServeSettings(port=0)) as early:
+        port = early.getsockname()[1]
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port), timeout=5)
+        with listen(ServeSettings(port=port)) as quicker:
+            quicker.listen()
+            service: Any = SimpleNamespace(settings=ServeSettings(), close=lambda: None)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("kilotune.serve.http.running.create_app", lambda service: None)
+                with pytest.raises(ConfigError, match=f"port {port} on 127.0.0.1 is in use"):
+                    run(service, early, lambda url: None)
 
 
 @pytest.mark.parametrize(

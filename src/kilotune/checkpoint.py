@@ -54,6 +54,7 @@ __all__ = [
     "REPO_ID",
     "WEIGHTS_NAME",
     "AdapterFile",
+    "Wanted",
     "check_adapter_name",
     "locate",
     "match_tensors",
@@ -62,6 +63,7 @@ __all__ = [
     "read",
     "state_of",
     "tensors_checksum",
+    "wanted_of",
     "weights_of",
     "write",
 ]
@@ -354,9 +356,16 @@ def parse(
     return AdapterFile(folder, method.config, method, layered, extra, section, dict(metadata), doubled)
 
 
-def match_tensors(file: AdapterFile, made: Plan, base_name: str) -> dict[str, Tensor]:
-    """The file's tensors as :func:`kilotune.inject.apply` wants them, or one error with all that does not fit."""
-    wanted = _wanted(made)
+Wanted = Mapping[str, tuple[str, tuple[int, ...]]]
+"""The file's key -> (``<layer>.<parameter>``, the shape in the file)."""
+
+
+def match_tensors(file: AdapterFile, made: Plan, base_name: str, of_layers: Wanted | None = None) -> dict[str, Tensor]:
+    """The file's tensors as :func:`kilotune.inject.apply` wants them, or one error with all that does not fit.
+
+    of_layers: what :func:`wanted_of` says of ``made``, from who reads many adapters of one plan.
+    """
+    wanted = dict(wanted_of(made) if of_layers is None else of_layers)
     for name, module in made.saved.items():
         wanted.update({f"{name}.{k}": (f"{name}.{k}", tuple(v.shape)) for k, v in module.state_dict().items()})
     given = {k: v for k, v in file.tensors.items() if not (_redundant(k, made) or _repeats(k, file, made))}
@@ -406,8 +415,8 @@ def _doubled(config: Mapping[str, Any], metadata: Mapping[str, str]) -> bool:
     return "kilotune_format" not in metadata and version <= DOUBLES_UP_TO
 
 
-def _wanted(made: Plan) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """The file's key -> (``<layer>.<parameter>``, the shape in the file) for all that the layers need of a file."""
+def wanted_of(made: Plan) -> Wanted:
+    """All that the layers of a plan need of a file."""
     wanted: dict[str, tuple[str, tuple[int, ...]]] = {}
     everything = {**made.bias_only, **made.layers}
     names = file_names({name: (cast(LayerKind, c.kind), c.module) for name, c in everything.items()}, made.config)

@@ -203,9 +203,9 @@ class AdapterConfig(ABC):
         Unknown keys are accepted where they are switched off (None, False, empty; PEFT writes many) or listed
         as harmless; switched on, they are refused by name, because ignoring them would change the results.
         """
-        known, faults = {}, []
+        known, faults, names = {}, [], set(cls.option_names())
         for key, value in values.items():
-            if key in cls.option_names():
+            if key in names:
                 known[key] = value
             elif key not in HARMLESS_KEYS and value not in (None, False, "", [], {}):
                 faults.append(f"{key}={value!r}: {cls._unknown(key)}. If it is an option of PEFT, kilotune lacks it.")

@@ -19,6 +19,7 @@ __all__ = [
     "MissingExtraError",
     "ResourceError",
     "StoreError",
+    "StoreFullError",
     "TargetError",
     "UnsupportedError",
     "did_you_mean",
@@ -66,6 +67,10 @@ class ResourceError(KilotuneError):
 
 class StoreError(KilotuneError):
     """An adapter store cannot be opened, read or written: not there, busy, damaged, read-only or closed."""
+
+
+class StoreFullError(StoreError):
+    """The disk of an adapter store has no room: nothing was written, and what is there can be read."""
 
 
 class MissingExtraError(KilotuneError, ImportError):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import storage
-from ..checkpoint import AdapterFile, match_tensors
+from ..checkpoint import AdapterFile, Wanted, match_tensors, wanted_of
 from ..config import AdapterConfig
 from ..deltas import Full
 from ..errors import CheckpointError, ConfigError, UnsupportedError, gather, type_name
@@ -111,6 +111,7 @@ class ResidentForm:
         self._wanted = {place.name: place.shape for own in self.places.values() for place in own}
         self._by_layer = {layer: name for name, layer in self.installed.layers.items()}
         self._verified: set[str] = set()
+        self._in_file: Wanted | None = None
 
     @property
     def config(self) -> AdapterConfig:
@@ -187,7 +188,9 @@ class ResidentForm:
             method.verify(self.installed.shared)
             self._verified.add(expected)
         base = type(self._model.get_base_model()).__name__
-        return self.row(match_tensors(file, self.made, base), what)
+        if self._in_file is None:
+            self._in_file = wanted_of(self.made)
+        return self.row(match_tensors(file, self.made, base, self._in_file), what)
 
     def _check_config(self, file: AdapterFile, what: str) -> None:
         mine, theirs = self.config.to_dict(), file.config.to_dict()

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from ..checkpoint import parse
-from ..errors import AdapterError, CheckpointError, ConfigError, StoreError, did_you_mean
+from ..errors import AdapterError, CheckpointError, ConfigError, StoreError, StoreFullError, did_you_mean
 from ..fleet.store import AdapterStore, Fingerprint, Version, open_store
 from ..fleet.store.base import Adapter, Which
 from ..fleet.store.names import check_name, check_which
@@ -111,6 +111,9 @@ class AdapterRegistry:
         """Ask the store, and remember whether it answered."""
         try:
             answer = question(self._store(namespace))
+        except StoreFullError:  # what is there can be read
+            self._away = None
+            raise
         except AWAY as error:
             self._away = str(error)
             if isinstance(error, StoreError):

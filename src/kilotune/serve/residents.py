@@ -30,7 +30,7 @@ from ..checkpoint import AdapterFile, match_tensors
 from ..config import AdapterConfig
 from ..errors import AdapterError, CheckpointError, ResourceError, UnsupportedError, gather
 from ..fleet.bank import AdapterBank, Resident
-from ..fleet.forms import NO_MATTER
+from ..fleet.forms import NO_MATTER, ResidentForm
 from ..model import PeftModel
 from ..routes import unroutable
 from ..routing import Cohort, Route, Stacked
@@ -184,8 +184,16 @@ class Residents:
         home = self._home(key, file.config)
         assert home.bank is not None
         values = home.bank.form.row_of_file(file, what)
-        self._check_norms({p.name: values[p.begin : p.end] for p in home.bank.form.all_places()}, what)
+        self._check_norms_of_row(home.bank.form, values, what)
         return Row(name, home, values, values.numel() * values.element_size())
+
+    def _check_norms_of_row(self, form: ResidentForm, values: Tensor, what: str) -> None:
+        """All norms in one go, for this is done for each adapter that is read; one by one where one is too large."""
+        places = form.all_places()
+        lengths = torch.tensor([place.end - place.begin for place in places])
+        squares = torch.segment_reduce(values.square(), "sum", lengths=lengths)
+        if not bool((squares <= self.max_norm**2).all()):
+            self._check_norms({place.name: values[place.begin : place.end] for place in places}, what)
 
     def _check_norms(self, tensors: Mapping[str, Tensor], what: str) -> None:
         wrong = []
@@ -331,13 +339,13 @@ class Residents:
             return Stacked((own[0][0].row.name,), rows, index)
         bank = home.bank
         count = rows.shape[0]
+        distinct = {slot: i for i, slot in enumerate(dict.fromkeys(held.slot for held, _, _ in own))}
         stacks = bank.form.made.method.stacks and count * bank.form.length * 4 <= GATHERED
-        if stacks and count > 1:
+        if stacks and len(distinct) > 1:  # one alone is nothing to gather
             slots = torch.tensor([held.slot for held, begin, end in own for _ in range(end - begin)], device=device)
             values = bank.arena.index_select(0, slots).float()
             names = tuple(held.row.name for held, begin, end in own for _ in range(end - begin))
             return Resident(bank.form, names, values, rows, torch.arange(count, device=device), aligned=True)
-        distinct = {slot: i for i, slot in enumerate(dict.fromkeys(held.slot for held, _, _ in own))}
         names = tuple({held.slot: held.row.name for held, _, _ in own}[slot] for slot in distinct)
         values = bank.arena.index_select(0, torch.tensor(list(distinct), device=device)).float()
         index = torch.cat([torch.full((end - begin,), distinct[held.slot]) for held, begin, end in own])

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, final
 
-from ...errors import MissingExtraError, StoreError, first_line
+from ...errors import MissingExtraError, StoreError, StoreFullError, first_line
 from .fingerprint import Fingerprint
 from .records import Fault
 from .schema import FORMAT, Link, statements
@@ -182,6 +182,8 @@ class PostgresStore(SqlStore):
         except self._psycopg.errors.LockNotAvailable as error:
             text = f"others held what was to be changed for {self.timeout:g} seconds; try again later"
             raise StoreError(f"{self.url}: {text}") from error
+        except self._psycopg.errors.DiskFull as error:
+            raise StoreFullError(f"{self.url}: {first_line(error)}; nothing was written") from error
         except self._psycopg.Error as error:
             raise StoreError(f"{self.url}: {first_line(error)}") from error
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar, final
 from urllib.parse import quote
 
-from ...errors import StoreError
+from ...errors import StoreError, StoreFullError
 from .fingerprint import Fingerprint
 from .records import Fault
 from .schema import FORMAT, Link, statements
@@ -212,6 +212,8 @@ class SqliteStore(SqlStore):
             yield
         except sqlite3.Error as error:
             text = str(error)
+            if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
+                raise StoreFullError(f"{self.path}: {text}; nothing was written") from error
             if "locked" in text or "busy" in text:
                 text = f"others have written to it for {self.timeout:g} seconds on end ({text}); try again later"
             elif "unable to open" in text and self.read_only:

@@ -14,6 +14,7 @@ from ...errors import (
     KilotuneError,
     ResourceError,
     StoreError,
+    StoreFullError,
     TargetError,
     UnsupportedError,
 )
@@ -33,6 +34,7 @@ CODES = {
     429: "rate_limit_exceeded",
     500: "internal_error",
     503: "unavailable",
+    507: "disk_full",
     504: "deadline_exceeded",
 }
 SHOWN = 10  # faults of one request that its error names
@@ -79,6 +81,8 @@ def body_of(error: ApiError) -> bytes:
 
 def of_library(error: KilotuneError, param: str | None = None) -> ApiError:
     """The status of one of the library's own errors, whose messages are for the tenant as they stand."""
+    if isinstance(error, StoreFullError):
+        return ApiError(507, "the adapter cannot be kept: the store's disk is full; nothing was written")
     if isinstance(error, StoreError):
         return ApiError(
             503, "the store of adapters does not answer; try again", code="store_unavailable", retry_after=1

@@ -70,7 +70,7 @@ async def _keep(upload: UploadFile, place: Path) -> None:
             while piece := await upload.read(CHUNK):
                 await asyncio.to_thread(out.write, piece)
     except OSError as error:
-        raise ApiError(507, f"the adapter cannot be kept: {error.strerror}", code="disk_full") from error
+        raise ApiError(507, f"the adapter cannot be kept: {error.strerror}") from error
 
 
 def folder_for_put() -> Path:
@@ -78,7 +78,7 @@ def folder_for_put() -> Path:
     try:
         return Path(tempfile.mkdtemp(prefix="kilotune-put-"))
     except OSError as error:
-        raise ApiError(507, f"the adapter cannot be kept: {error.strerror}", code="disk_full") from error
+        raise ApiError(507, f"the adapter cannot be kept: {error.strerror}") from error
 
 
 def _metadata(text: str | None) -> dict[str, Any]:

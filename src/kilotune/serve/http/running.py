@@ -25,7 +25,9 @@ LAST = 5.0  # seconds for answers that were cut off to be told so
 
 
 def listen(settings: ServeSettings) -> socket.socket:
-    """A socket that listens, before anything slow is begun.
+    """A socket that has its port before anything slow is begun, and takes connections only once :func:`run` is there.
+
+    Until then a client, or a probe, is refused at once instead of waiting for a model that loads.
 
     Raises:
         ConfigError: the port is in use, or there is no such address.
@@ -40,16 +42,17 @@ def listen(settings: ServeSettings) -> socket.socket:
     try:
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.bind(address)
-        made.listen(BACKLOG)
     except OSError as error:
         made.close()
-        if error.errno == errno.EADDRINUSE:
-            raise ConfigError(
-                f"port {port} on {host} is in use; take another with --port, or --port 0 for a free one"
-            ) from error
-        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}") from error
+        raise _no_port(error, host, port) from error
     made.setblocking(False)
     return made
+
+
+def _no_port(error: OSError, host: str, port: int) -> ConfigError:
+    if error.errno == errno.EADDRINUSE:
+        return ConfigError(f"port {port} on {host} is in use; take another with --port, or --port 0 for a free one")
+    return ConfigError(f"cannot listen on {host}:{port}: {error.strerror}")
 
 
 def url_of(listening: socket.socket) -> str:
@@ -93,6 +96,9 @@ def run(service: Service, listening: socket.socket, ready: Callable[[str], None]
         listening: from :func:`listen`.
         ready: is told the URL once requests are taken.
 
+    Raises:
+        ConfigError: another process has taken the port meanwhile.
+
     """
     url = url_of(listening)
     config = uvicorn.Config(
@@ -115,6 +121,10 @@ def run(service: Service, listening: socket.socket, ready: Callable[[str], None]
 
     server.tell = tell
     try:
+        try:
+            listening.listen(BACKLOG)
+        except OSError as error:  # another process bound it meanwhile, and was quicker
+            raise _no_port(error, *listening.getsockname()[:2]) from error
         server.run(sockets=[listening])
     finally:
         service.close()
