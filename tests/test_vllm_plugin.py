@@ -33,6 +33,7 @@ from kilotune.vllm.plugin import TESTED, _factory, version_fault
 from kilotune.vllm.rows import Spill, read_row, row_name, write_row
 from kilotune.vllm.settings import Settings
 from kilotune.vllm.source import Found, Source
+from store_support import KINDS, new_url
 
 RANK, SEED = 6, 3
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -305,13 +306,15 @@ def test_the_fingerprint_of_the_files_is_that_of_the_model(tmp_path: Path, tied:
 
 
 @pytest.fixture
-def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
-    """A store, and a worker that said what it serves; no vLLM."""
+def engine(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[SimpleNamespace]:
+    """A store (of SQLite, or of the fixture's parameter), and a worker that said what it serves; no vLLM."""
     monkeypatch.setenv(run.RUN, str(tmp_path / "run"))
     monkeypatch.delenv("KILOTUNE_VLLM_STORE", raising=False)
     base = llama()
     base.save_pretrained(tmp_path / "base")
-    url = f"sqlite:///{tmp_path}/store.db"
+    url = new_url(getattr(request, "param", "sqlite"), request, tmp_path)
     store = open_store(url)
 
     def announce(**settings: Any) -> Source:
@@ -407,6 +410,7 @@ def test_other_frozen_matrices_are_noticed(engine: SimpleNamespace) -> None:
         engine.announce(require_base=False).find("other")
 
 
+@pytest.mark.parametrize("engine", KINDS, indirect=True)
 def test_names_versions_and_aliases(engine: SimpleNamespace) -> None:
     for number in range(2):
         engine.store.put("ann", adapter(llama(), number), alias="live" if number == 0 else None)
@@ -472,7 +476,7 @@ def test_a_store_that_goes_away_and_comes_back(engine: SimpleNamespace) -> None:
     source = engine.announce()
     here = source.find("u0")
     assert here is not None
-    path = engine.folder / "store.db"
+    path = engine.folder / "adapters.db"
     data = path.read_bytes()
     source._stores.clear()
     path.write_bytes(b"no database" * 1000)

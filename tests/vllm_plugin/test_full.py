@@ -22,6 +22,7 @@ from vllm_server import Server
 from vllm_support import Kind
 
 from kilotune.convert import to_lora
+from kilotune.fleet.store import open_store
 
 pytestmark = pytest.mark.full
 
@@ -75,6 +76,23 @@ def test_bfloat16(tmp_path: Path) -> None:
 def test_an_engine_that_cannot_serve_does_not_start(tmp_path: Path, options: dict[str, Any]) -> None:
     with pytest.raises(RuntimeError, match="Engine core initialization failed"):
         next(started(tmp_path, {"ann": Kind()}, **options))
+
+
+def test_experts_are_refused_at_the_start(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+    from vllm import LLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    more = {"num_key_value_heads": 2, "num_local_experts": 2, "max_position_embeddings": 256}
+    MixtralForCausalLM(MixtralConfig(vocab_size=support.VOCAB, **sizes, **more)).save_pretrained(tmp_path / "base")
+    support.tokenizer().save_pretrained(tmp_path / "base")
+    settings = {"rank": 16, "seed": support.SEED, "store": f"sqlite:///{tmp_path}/store.db"}
+    open_store(settings["store"]).close()
+    options = {"dtype": "float32", "enforce_eager": True, "enable_lora": True, "max_model_len": 128}
+    with pytest.raises(RuntimeError, match="Engine core initialization failed"):
+        LLM(str(tmp_path / "base"), additional_config={"kilotune": settings}, **options)
+    assert "mixtures of experts are not served by kilotune's plugin" in "".join(capfd.readouterr())
 
 
 def test_a_server_whose_workers_have_no_plugin_answers_nothing(tmp_path: Path) -> None:
