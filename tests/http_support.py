@@ -366,6 +366,7 @@ def serving(
     import uvicorn
 
     from kilotune.serve.http.running import listen, url_of
+    from kilotune.serve.http.wire import Wire
 
     catalogue = catalogue or StoreCatalogue(f"sqlite:///{folder / 'adapters.db'}")
     if engine is None:
@@ -379,7 +380,7 @@ def serving(
     service = Service(engine, catalogue, Prompts(tokenizer(), 96), keys, chosen, BASE)
     listening = listen(chosen)
     config = uvicorn.Config(
-        create_app(service), http="httptools", lifespan="off", log_config=None, access_log=False,
+        create_app(service), http=Wire, ws="none", lifespan="off", log_config=None, access_log=False,
         timeout_graceful_shutdown=2,
     )  # fmt: skip
     server = uvicorn.Server(config)

@@ -83,7 +83,7 @@ def test_a_chat_is_what_the_template_makes_of_it(client: Any) -> None:
 def test_a_prompt_has_the_tokens_that_training_gives_it(running: Running) -> None:
     writer = Writer(reference(None), tokenizer())
     for text in (PROMPT, "a", "  the  dog ", "the</s>cat", "ünï"):
-        assert list(asyncio.run(running.service.prompts.plain(text, "prompt"))) == writer.plain(text)
+        assert list(asyncio.run(running.service.prompts.plain(text, "prompt", "ann"))) == writer.plain(text)
 
 
 def test_token_numbers_are_a_prompt_too_and_there_may_be_several(client: Any) -> None:

@@ -75,13 +75,16 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": "the cat", "max_tokens": 63}, "prompt", "63 more are asked for"),
     ({"prompt": ""}, "prompt", "is empty"),
     ({"prompt": "\ud800"}, "prompt", "unicode"),
-    ({"best_of": 4}, "", "best_of"),
+    ({"best_of": 4}, "best_of", "best_of"),
     ({"suffix": "the end"}, "suffix", "suffix"),
-    ({"echo": True, "logprobs": 1}, "", "echo"),
+    ({"echo": True, "logprobs": 1}, "echo", "echo"),
     ({"presence_penalty": 0.5}, "presence_penalty", "less than or equal to 0"),
     ({"logit_bias": {"5": 3.0}}, "logit_bias", "at most 0"),
-    ({"stream_options": {"include_usage": True}}, "", "stream_options"),
+    ({"stream_options": {"include_usage": True}}, "stream_options", "only with stream"),
     ({"max_token": 3}, "max_token", "Did you mean 'max_tokens'?"),
+    ({"max_completion_tokens": 3}, "max_completion_tokens", "Did you mean 'max_tokens'?"),
+    ({"Model": "x"}, "Model", "Model: there is no such option. Did you mean 'model'?"),
+    ({"int": 3}, "int", "int: there is no such option"),
     ({"model": ""}, "model", "at least 1"),
     ({"model": None}, "model", "valid string"),
     ({"temperature": -1, "top_p": 9, "seed": "x"}, "seed", "temperature"),
@@ -134,18 +137,32 @@ def test_what_changes_nothing_is_taken(ann: httpx2.Client, change: dict[str, Any
     ("body", "kind", "part"),
     [
         (b"{", "application/json", "the body is no JSON"),
-        (b"\xff\xfe", "application/json", "body"),
+        (b'{"prompt": "\xff"}', "application/json", "not in UTF-8, at byte"),
+        (b'{"seed": ' + b"9" * 5000 + b"}", "application/json", "too many digits"),
         (b'{"model": NaN, "prompt": "x"}', "application/json", "model"),
         (b"", "application/json", "the body: is missing"),
         (b"[]", "application/json", "the body"),
         (b"null", "application/json", "the body"),
-        (json.dumps(GOOD).encode(), "text/plain", "the body"),
-        (b"[" * 5000, "application/json", "body"),
+        (b"[" * 5000, "application/json", "nested too deeply"),
     ],
 )
 def test_a_body_that_is_no_request(ann: httpx2.Client, body: bytes, kind: str, part: str) -> None:
     told = error(ann.post("/v1/completions", content=body, headers={"content-type": kind}), 400)
     assert part in told["message"]
+
+
+@pytest.mark.parametrize(
+    ("headers", "part"),
+    [
+        ({"content-type": "text/plain"}, "expected application/json, got 'text/plain'"),
+        ({}, "expected application/json, got ''"),
+        ({**JSON, "content-encoding": "gzip"}, "'gzip' is not taken"),
+    ],
+)
+def test_a_body_of_another_kind(ann: httpx2.Client, headers: dict[str, str], part: str) -> None:
+    told = error(ann.post("/v1/completions", content=json.dumps(GOOD).encode(), headers=headers), 415)
+    assert part in told["message"]
+    assert told["code"] == "unsupported_media_type"
 
 
 def test_a_body_that_is_too_large(ann: httpx2.Client) -> None:
@@ -422,4 +439,4 @@ def test_without_keys_it_is_open_to_this_machine_only(tmp_path: Path) -> None:
         assert client.get("/manage").status_code in (401, 403), "managing always needs a key"
         told = error(client.post("/v1/completions", json=GOOD, headers={"Host": "evil.example"}), 403)
         assert "evil.example" in told["message"]
-        error(client.post("/v1/completions", content=json.dumps(GOOD), headers={"content-type": "text/plain"}), 400)
+        error(client.post("/v1/completions", content=json.dumps(GOOD), headers={"content-type": "text/plain"}), 415)

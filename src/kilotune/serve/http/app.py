@@ -16,9 +16,9 @@ from starlette.types import ASGIApp
 from ...errors import KilotuneError
 from ...fleet.store import Version
 from . import encoding, generating, managing, pages
-from .faults import ApiError, of_library, of_validation
+from .faults import ApiError, of_library, of_parsing, of_validation
 from .front import Front, internal, noted
-from .schemas import ChatBody, CompletionBody
+from .schemas import ChatBody, ClassifyBody, CompletionBody, EmbeddingBody
 from .service import Service
 
 __all__ = ["create_app"]
@@ -47,6 +47,7 @@ STATUSES = {
     408: "The body did not arrive in time.",
     409: "It does not go with what is there.",
     413: "The body is too large.",
+    415: "The body is of another kind, or compressed.",
     422: "The adapter is damaged, of another base, or not fit to be served.",
     429: "Too many answers at once; Retry-After says when to come again.",
     500: "A fault of the service.",
@@ -54,7 +55,12 @@ STATUSES = {
     504: "It was not done in time.",
     507: "The disk is full.",
 }
-KNOWN = sorted({*CompletionBody.model_fields, *ChatBody.model_fields})
+KNOWN = {
+    "/v1/completions": sorted(CompletionBody.model_fields),
+    "/v1/chat/completions": sorted(ChatBody.model_fields),
+    "/v1/embeddings": sorted(EmbeddingBody.model_fields),
+    "/v1/classify": sorted(ClassifyBody.model_fields),
+}
 MAX_PAGE = 1000
 QUIET: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}  # front.py does
 
@@ -106,12 +112,19 @@ def _handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def validation(request: Request, error: RequestValidationError) -> Response:
-        return told(request, of_validation(error.errors(), KNOWN))
+        kind = request.headers.get("content-type", "")
+        if isinstance(error.body, bytes) and error.body:  # FastAPI parses no body of another kind
+            return told(
+                request, ApiError(415, f"the body's content-type: expected application/json, got {kind!r:.100}")
+            )
+        return told(request, of_validation(error.errors(), KNOWN.get(request.url.path, ())))
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
         texts = {404: f"there is no {request.url.path}", 405: f"{request.url.path} takes no {request.method}"}
         message = texts.get(error.status_code, str(error.detail))
+        if error.__cause__ is not None and error.status_code == 400:  # FastAPI says only that it could not parse it
+            return told(request, of_parsing(error.__cause__))
         return told(request, ApiError(error.status_code, message, headers=error.headers))
 
 

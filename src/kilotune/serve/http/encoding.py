@@ -18,7 +18,7 @@ from ..engine import Vector
 from .faults import ApiError, of_library
 from .front import noted
 from .schemas import ClassifyBody, EmbeddingBody, InputBody
-from .service import Service
+from .service import Service, namespace_of
 
 __all__ = ["routes"]
 
@@ -28,27 +28,27 @@ async def _vectors(service: Service, request: Request, body: InputBody, what: st
         raise ApiError(400, f"input: {len(body.inputs)} texts; a request has at most {most} here", param="input")
     caller = noted(request.scope).caller
     assert caller is not None
-    assert caller.namespace is not None
-    meant = await service.meant(caller, body.model)
-    texts = [await service.prompts.whole(text, "input") for text in body.inputs]
-    longest = min(service.engine.max_length, service.settings.max_prompt or service.engine.max_length)
-    for place, text in enumerate(texts):
-        if len(text) > longest:
-            told = f"input[{place}]: has {len(text)} tokens; this model takes {longest}"
-            raise ApiError(400, told, param="input", code="context_length_exceeded")
-    call = service.engine.embed if what == "embed" else service.engine.classify
-    noted(request.scope).fields |= {"model": body.model, "user": body.user, "inputs": len(texts)}
-    with service.gate.enter(caller.namespace, 1):
+    tenant = namespace_of(caller)
+    with service.gate.enter(tenant, 1):  # before anything slow is done
+        meant = await service.meant(caller, body.model)
+        texts = [await service.prompts.whole(text, "input", tenant) for text in body.inputs]
+        longest = min(service.engine.max_length, service.settings.max_prompt or service.engine.max_length)
+        for place, text in enumerate(texts):
+            if len(text) > longest:
+                told = f"input[{place}]: has {len(text)} tokens; this model takes {longest}"
+                raise ApiError(400, told, param="input", code="context_length_exceeded")
+        call = service.engine.embed if what == "embed" else service.engine.classify
+        noted(request.scope).fields |= {"model": body.model, "user": body.user, "inputs": len(texts)}
         try:
             async with asyncio.timeout(service.settings.max_seconds):
-                vectors = await call(caller.namespace, meant.adapter, texts)
+                vectors = await call(tenant, meant.adapter, texts)
         except TimeoutError:
             raise ApiError(504, "the answer was not done in time") from None
         except KilotuneError as error:
             raise of_library(error, "model") from error
     tokens = sum(vector.tokens for vector in vectors)
     noted(request.scope).fields["prompt_tokens"] = tokens
-    service.metrics.prompt.labels(service.metrics.label(caller.namespace)).inc(tokens)
+    service.metrics.prompt.labels(service.metrics.label(tenant)).inc(tokens)
     return vectors
 
 

@@ -19,7 +19,7 @@ from ...errors import (
     UnsupportedError,
 )
 
-__all__ = ["ApiError", "body_of", "of_library", "of_validation"]
+__all__ = ["ApiError", "body_of", "of_library", "of_parsing", "of_validation"]
 
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 CODES = {
@@ -34,8 +34,8 @@ CODES = {
     429: "rate_limit_exceeded",
     500: "internal_error",
     503: "unavailable",
-    507: "disk_full",
     504: "deadline_exceeded",
+    507: "disk_full",
 }
 SHOWN = 10  # faults of one request that its error names
 
@@ -98,6 +98,21 @@ def of_library(error: KilotuneError, param: str | None = None) -> ApiError:
     return ApiError(500, str(error))
 
 
+def of_parsing(error: BaseException) -> ApiError:
+    """Of a body that could not be taken apart at all."""
+    if isinstance(error, UnicodeDecodeError):
+        told = f"it is not in UTF-8, at byte {error.start}"
+    elif isinstance(error, RecursionError):
+        told = "it is nested too deeply"
+    elif isinstance(error, OSError):
+        return ApiError(507, f"the body cannot be kept: {error.strerror}")
+    elif "digits" in str(error):
+        told = "a number in it has too many digits"
+    else:
+        told = str(error)
+    return ApiError(400, f"the body cannot be read: {told}", code="invalid_json")
+
+
 def of_validation(faults: Sequence[Mapping[str, Any]], known: Sequence[str] = ()) -> ApiError:
     """One error for all that is wrong with a body, its path or its query; ``faults`` are pydantic's."""
     worst: dict[str, Mapping[str, Any]] = {}
@@ -105,30 +120,41 @@ def of_validation(faults: Sequence[Mapping[str, Any]], known: Sequence[str] = ()
         if fault["type"] == "json_invalid":
             at = fault["loc"][-1]
             return ApiError(400, f"the body is no JSON: {fault['ctx']['error']} at character {at}", code="invalid_json")
-        place = _place(fault["loc"])
+        place = _place(fault["loc"], fault["type"] == "extra_forbidden")
         # Of a value that may be of several types, what is said of the type that it has is what helps.
         if place not in worst or worst[place]["type"].endswith("_type"):
             worst[place] = fault
     lines = [_line(place, fault, known) for place, fault in worst.items()]
     more = len(lines) - SHOWN
     message = "; ".join(lines[:SHOWN]) + (f"; and {more} more" if more > 0 else "")
-    return ApiError(400, message, param=next(iter(worst)) or None, code="invalid_value")
+    return ApiError(400, message, param=next(iter(worst)) or _param(message), code="invalid_value")
 
 
-def _place(loc: Sequence[Any]) -> str:
-    """``messages[0].content`` of ("body", "messages", 0, "UserMessage", "content")."""
+def _param(message: str) -> str | None:
+    """``best_of`` of "best_of: only ...", which a check of several options together says."""
+    name, colon, _ = message.partition(":")
+    return name if colon and name.isidentifier() else None
+
+
+def _place(loc: Sequence[Any], whole: bool = False) -> str:
+    """``messages[0].content`` of ("body", "messages", 0, "UserMessage", "content"). whole: the last part is a name."""
     text = ""
-    for part in loc[1:]:
+    for at, part in enumerate(loc[1:], 2):
         if isinstance(part, int):
             text += f"[{part}]"
-        elif not _is_branch(str(part)):
+        elif (whole and at == len(loc)) or not _is_branch(str(part)):
             text += f".{part}" if text else str(part)
     return text
 
 
 def _is_branch(part: str) -> bool:
     """Whether a part of pydantic's path names a branch of a union, and nothing in the request."""
-    return "[" in part or "(" in part or part in ("str", "int", "list", "constrained-str") or part[:1].isupper()
+    return (
+        "[" in part
+        or "(" in part
+        or part in ("str", "int", "list", "constrained-str", "constrained-int")
+        or part[:1].isupper()
+    )
 
 
 def _line(place: str, fault: Mapping[str, Any], known: Sequence[str]) -> str:
@@ -138,6 +164,8 @@ def _line(place: str, fault: Mapping[str, Any], known: Sequence[str]) -> str:
         return f"{place}: there is no such option.{did_you_mean(place.rsplit('.', 1)[-1], known)}"
     if fault["type"] == "missing":
         return f"{place or 'the body'}: is missing"
+    if fault["type"] == "value_error" and not place:  # a check of several options together, which names them
+        return str(fault["ctx"]["error"])
     given = fault.get("input")
     told = f", got {given!r:.80}" if isinstance(given, (str, int, float, bool)) or given is None else ""
     return f"{place or 'the body'}: {fault['msg'][:1].lower()}{fault['msg'][1:]}{told}"

@@ -129,6 +129,9 @@ class Front:
         limit = self.service.settings.max_body
         if scope["path"].startswith(MANAGE) and scope["method"] == "PUT":
             limit = self.service.settings.max_adapter + 65536  # what is around the files
+        coding = _header(scope, b"content-encoding")
+        if coding is not None and coding.strip().lower() not in ("", "identity"):
+            raise ApiError(415, f"content-encoding: {coding!r:.100} is not taken; send the body as it is")
         length = _header(scope, b"content-length")
         if length is not None and length.isdecimal() and int(length) > limit:
             raise too_large(limit)

@@ -19,7 +19,7 @@ from .faults import ApiError
 from .front import noted
 from .keys import Key
 from .schemas import ChatBody, CompletionBody, GenerationBody
-from .service import Meant, Service, seed_of
+from .service import Meant, Service, namespace_of, seed_of
 from .shapes import DONE, ChatShape, CompletionShape, Shape, event_of, usage_of
 
 __all__ = ["routes"]
@@ -59,7 +59,6 @@ class Run:
     async def answer(self) -> Response:
         """The response; a stream's first event is waited for, so that what fails at once has its status."""
         held, engine, metrics = self.note.held, self.service.engine, self.service.metrics
-        held.enter_context(self.service.gate.enter(self.generations[0].tenant, len(self.generations)))
         asked = [Asked(engine.generate(one), one, metrics) for one in self.generations]
         stream = await held.enter_async_context(contextlib.aclosing(events(asked)))
         if self.body.stream:
@@ -167,9 +166,9 @@ def routes(service: Service, errors: dict[int | str, dict[str, Any]]) -> APIRout
     async def completions(request: Request, body: CompletionBody) -> Response:
         """Go on with a text."""
         _check_generates(service)
-        _check_choices(service, len(body.prompts) * body.choices)
+        tenant = _enter(service, request, len(body.prompts) * body.choices)
         meant = await service.meant(_caller(request), body.model)
-        prompts = [await service.prompts.plain(prompt, "prompt") for prompt in body.prompts]
+        prompts = [await service.prompts.plain(prompt, "prompt", tenant) for prompt in body.prompts]
         tokens = [service.room(prompt, body.max_tokens, USUAL, "prompt") for prompt in prompts]
         echoes = None
         if body.echo:
@@ -183,12 +182,12 @@ def routes(service: Service, errors: dict[int | str, dict[str, Any]]) -> APIRout
     async def chat(request: Request, body: ChatBody) -> Response:
         """Answer a conversation."""
         _check_generates(service)
-        _check_choices(service, body.choices)
+        tenant = _enter(service, request, body.choices)
         meant = await service.meant(_caller(request), body.model)
         messages = [
             {"role": m.role, "content": m.text, **({} if m.name is None else {"name": m.name})} for m in body.messages
         ]
-        prompt = await service.prompts.chat(messages)
+        prompt = await service.prompts.chat(messages, tenant)
         tokens = service.room(prompt, body.limit, None, "messages")
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         generations = await _generations(service, request, body, meant, [prompt], [tokens], logprobs)
@@ -198,11 +197,15 @@ def routes(service: Service, errors: dict[int | str, dict[str, Any]]) -> APIRout
     return router
 
 
-def _check_choices(service: Service, count: int) -> None:
+def _enter(service: Service, request: Request, count: int) -> str:
+    """Take places for so many answers, before anything slow is done for them; the tenant's name."""
     if count > (most := service.settings.max_choices):
         raise ApiError(
             400, f"{count} answers asked for (prompts times n); a request has at most {most} here", param="n"
         )
+    tenant = namespace_of(_caller(request))
+    noted(request.scope).held.enter_context(service.gate.enter(tenant, count))
+    return tenant
 
 
 def _common(

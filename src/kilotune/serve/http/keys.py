@@ -233,6 +233,7 @@ class Keyring:
             self._looked = time.monotonic()
             stamp = self._of_file()
             if stamp == self._stamp:
+                self.trouble = None  # it may have been away, and is back as it was
                 return
             try:
                 self._by_digest = self._index(read_keys(self._path))

@@ -1,12 +1,16 @@
-"""From what a request says to token numbers, as a training has them, and from token numbers to their texts."""
+"""From what a request says to token numbers, as a training has them, and from token numbers to their texts.
+
+Short texts are read at once. Long ones, which take up to seconds, are read beside the loop, one at a time and tenants
+in turn, so that nobody's long texts keep another's short ones waiting.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import copy
-import threading
-from collections.abc import Sequence
-from typing import Any, final
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, final
 
 from ...errors import first_line
 from ...train.rendering import Rendered, tokenize
@@ -14,6 +18,7 @@ from .faults import ApiError
 
 __all__ = ["Prompts"]
 
+T = TypeVar("T")
 LONG = 4000  # characters of a text that is not tokenised on the loop's own thread
 INCOMPLETE = "\ufffd"  # what a tokenizer makes of a part of a character
 
@@ -23,8 +28,10 @@ class Prompts:
     """A tokenizer of the service's own. vocabulary: token numbers that the model has."""
 
     def __init__(self, tokenizer: Any, vocabulary: int) -> None:
-        self._tokenizer = copy.deepcopy(tokenizer)  # fast tokenizers do not like two users in one instant
-        self._lock = threading.Lock()
+        # Fast tokenizers do not like two users in one instant: one is for the loop's thread, one for long texts.
+        self._tokenizer, self._beside = copy.deepcopy(tokenizer), copy.deepcopy(tokenizer)
+        self._turn = asyncio.Lock()
+        self._turns: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
         self.vocabulary = vocabulary
         ends = 0 if tokenizer.eos_token_id is None else 1
         opening = tokenize(self._tokenizer, [Rendered("", ())], "all").examples[0].ids
@@ -33,17 +40,17 @@ class Prompts:
 
     # -- to tokens -----------------------------------------------------------------------------------
 
-    async def plain(self, given: str | Sequence[int], param: str) -> tuple[int, ...]:
+    async def plain(self, given: str | Sequence[int], param: str, tenant: str) -> tuple[int, ...]:
         """A text as it stands, after what begins every text of this tokenizer; or token numbers as they are."""
         if not isinstance(given, str):
             return self._checked(given, param)
-        return self._checked((*self._opening, *await self._encode(given, False)), param)
+        return self._checked((*self._opening, *await self._encode(given, False, tenant)), param)
 
-    async def whole(self, given: str | Sequence[int], param: str) -> tuple[int, ...]:
+    async def whole(self, given: str | Sequence[int], param: str, tenant: str) -> tuple[int, ...]:
         """A text for an encoder, between the tokens that its tokenizer puts around it."""
-        return self._checked(given if not isinstance(given, str) else await self._encode(given, True), param)
+        return self._checked(given if not isinstance(given, str) else await self._encode(given, True, tenant), param)
 
-    async def chat(self, messages: Sequence[dict[str, Any]]) -> tuple[int, ...]:
+    async def chat(self, messages: Sequence[dict[str, Any]], tenant: str) -> tuple[int, ...]:
         """A conversation in the model's template, up to where the answer begins.
 
         Raises:
@@ -53,38 +60,28 @@ class Prompts:
         if not self._tokenizer.chat_template:
             raise ApiError(400, "this model has no chat template; use /v1/completions", param="messages")
         try:
-            text = await asyncio.to_thread(self._render, list(messages))
+            text = await self._in_turn(tenant, lambda: _rendered(self._beside, list(messages)))
         except Exception as error:  # templates raise what they like: jinja2's errors, and those of their own
             raise ApiError(
                 400, f"the chat template refuses these messages: {first_line(error)}", param="messages"
             ) from error
-        return self._checked(await self._encode(text, False), "messages")
+        return self._checked(await self._encode(text, False, tenant), "messages")
 
-    def _render(self, messages: list[dict[str, Any]]) -> str:
-        with self._lock:
-            return str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    async def _encode(self, text: str, special: bool, tenant: str) -> Sequence[int]:
+        if len(text) <= LONG:
+            return _ids(self._tokenizer, text, special)
+        return await self._in_turn(tenant, lambda: _ids(self._beside, text, special))
 
-    async def _encode(self, text: str, special: bool) -> Sequence[int]:
-        if len(text) <= LONG and self._lock.acquire(blocking=False):
+    async def _in_turn(self, tenant: str, call: Callable[[], T]) -> T:
+        """Run a call beside the loop. One of each tenant waits for its turn, so that they go round."""
+        own = self._turns.setdefault(tenant, asyncio.Lock())
+        async with own, self._turn:
+            work = asyncio.ensure_future(asyncio.to_thread(call))
             try:
-                return self._ids(text, special)
-            finally:
-                self._lock.release()
-        return await asyncio.to_thread(self._locked_ids, text, special)
-
-    def _locked_ids(self, text: str, special: bool) -> Sequence[int]:
-        with self._lock:
-            return self._ids(text, special)
-
-    def _ids(self, text: str, special: bool) -> Sequence[int]:
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise ApiError(400, "the text holds half of a surrogate pair, which is no character") from None
-        found = self._tokenizer(
-            text, add_special_tokens=special, return_attention_mask=False, return_token_type_ids=False, verbose=False
-        )
-        return [*map(int, found["input_ids"])]
+                return await asyncio.shield(work)
+            except asyncio.CancelledError:
+                await asyncio.wait([work])  # the thread has the tokenizer still
+                raise
 
     def _checked(self, ids: Sequence[int], param: str) -> tuple[int, ...]:
         if not ids:
@@ -106,10 +103,24 @@ class Prompts:
 
     def text(self, ids: Sequence[int]) -> str:
         """The text of tokens."""
-        with self._lock:
-            return str(self._tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+        return str(self._tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
 
     def bytes_of(self, number: int) -> list[int] | None:
         """The UTF-8 of one token; None where it is a part of a character only."""
         text = self.token(number)
         return None if INCOMPLETE in text else [*text.encode()]
+
+
+def _rendered(tokenizer: Any, messages: list[dict[str, Any]]) -> str:
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+
+def _ids(tokenizer: Any, text: str, special: bool) -> Sequence[int]:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ApiError(400, "the text holds half of a surrogate pair, which is no character") from None
+    found = tokenizer(
+        text, add_special_tokens=special, return_attention_mask=False, return_token_type_ids=False, verbose=False
+    )
+    return [*map(int, found["input_ids"])]

@@ -16,6 +16,7 @@ from .app import create_app
 from .logs import log
 from .service import Service
 from .settings import ServeSettings
+from .wire import Wire
 
 __all__ = ["listen", "run"]
 
@@ -103,7 +104,8 @@ def run(service: Service, listening: socket.socket, ready: Callable[[str], None]
     url = url_of(listening)
     config = uvicorn.Config(
         create_app(service),
-        http="httptools",
+        http=Wire,
+        ws="none",
         lifespan="off",
         log_config=None,
         access_log=False,

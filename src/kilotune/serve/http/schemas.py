@@ -1,6 +1,7 @@
 """What requests may say, as OpenAI's API has it. An option that is not served is refused, never passed over.
 
-Options of OpenAI's that change nothing at some value (``presence_penalty: 0``) are taken at that value.
+Options of OpenAI's that change nothing at some value (``presence_penalty: 0``) are taken at that value. A list stops at
+its first wrong element: an error for each of a million would keep everybody waiting.
 """
 
 from __future__ import annotations
@@ -22,17 +23,27 @@ __all__ = [
 
 Text = Annotated[str, Field(max_length=4_000_000)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-Tokens = Annotated[list[TokenId], Field(min_length=1)]
+Tokens = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+Texts = Annotated[list[Text], Field(min_length=1, fail_fast=True)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 Model = Annotated[str, Field(min_length=1, max_length=400, description="The base, NAME, NAME/VERSION or NAME/ALIAS.")]
 Which = Annotated[int, Field(ge=1, lt=2**31)] | Annotated[str, Field(min_length=1, max_length=100)] | None
 MAX_LOGPROBS = 20
+MAX_OPTIONS = 100
 
 
 class Body(BaseModel):
     """A request's body: nothing unknown in it, and no value bent into another type."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few(cls, given: Any) -> Any:
+        """One error for a flood of unknown options, not one for each."""
+        if isinstance(given, dict) and len(given) > MAX_OPTIONS:
+            raise ValueError(f"an object with {len(given)} options; there are fewer than {MAX_OPTIONS}")
+        return given
 
 
 @final
@@ -91,7 +102,7 @@ class GenerationBody(Body):
 class CompletionBody(GenerationBody):
     """``/v1/completions``."""
 
-    prompt: Text | Tokens | Annotated[list[Text], Field(min_length=1)] | Annotated[list[Tokens], Field(min_length=1)]
+    prompt: Text | Tokens | Texts | Annotated[list[Tokens], Field(min_length=1, fail_fast=True)]
     max_tokens: int | None = Field(None, ge=1, lt=2**31)
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: bool | None = None
@@ -128,7 +139,7 @@ class Message(Body):
     """A message of a chat."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[Part], Field(min_length=1)]
+    content: Text | Annotated[list[Part], Field(min_length=1, fail_fast=True)]
     name: str | None = Field(None, max_length=64)
 
     @property
@@ -141,7 +152,7 @@ class Message(Body):
 class ChatBody(GenerationBody):
     """``/v1/chat/completions``."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=4096, fail_fast=True)]
     max_tokens: int | None = Field(None, ge=1, lt=2**31)
     max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
     logprobs: bool | None = None
@@ -168,7 +179,7 @@ class InputBody(Body):
     """Texts to be encoded."""
 
     model: Model
-    input: Text | Tokens | Annotated[list[Text], Field(min_length=1)] | Annotated[list[Tokens], Field(min_length=1)]
+    input: Text | Tokens | Texts | Annotated[list[Tokens], Field(min_length=1, fail_fast=True)]
     user: str | None = Field(None, max_length=512)
 
     @property

@@ -22,7 +22,7 @@ from .prompts import Prompts
 from .settings import ServeSettings
 from .tracing import tracer
 
-__all__ = ["Catalogue", "Meant", "Service"]
+__all__ = ["Catalogue", "Meant", "Service", "namespace_of", "seed_of"]
 
 T = TypeVar("T")
 THREADS = 32  # that wait for the store
@@ -120,7 +120,7 @@ class Service:
         """What ``model`` names for this caller: the base, or an adapter of the caller's own namespace."""
         if model == self.base:
             return Meant(model, None)
-        namespace, (name, which) = _namespace(caller), self.split(model)
+        namespace, (name, which) = namespace_of(caller), self.split(model)
         try:
             key = await self.ask(lambda: self.adapters.resolve(namespace, name, which), "model")
         except ApiError as error:
@@ -178,7 +178,7 @@ class Service:
         """One answer to ask the engine for."""
         return Generation(
             id=request_id,
-            tenant=_namespace(caller),
+            tenant=namespace_of(caller),
             adapter=meant.adapter,
             prompt=prompt,
             sampling=sampling,
@@ -186,7 +186,8 @@ class Service:
         )
 
 
-def _namespace(caller: Key) -> str:
+def namespace_of(caller: Key) -> str:
+    """Whose the requests with this key are."""
     assert caller.namespace is not None  # the keys of tenants have one
     return caller.namespace
 

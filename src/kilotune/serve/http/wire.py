@@ -1,0 +1,60 @@
+"""What a client sends before its request is known: bounded, and refused in OpenAI's shape where it is no HTTP."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from typing import final
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from .faults import ApiError, body_of
+
+__all__ = ["MAX_HEAD", "Wire"]
+
+MAX_HEAD = 64 * 1024  # bytes of a request's line and headers
+
+
+@final
+class Wire(HttpToolsProtocol):
+    """uvicorn's protocol for one connection, which by itself keeps headers without end, of whoever sends them."""
+
+    _moved = False  # whether the piece at hand began or ended a message or its headers, or brought a part of a body
+    _since = 0  # bytes of pieces that did none of it: of headers, of what follows a body, or between requests
+
+    def data_received(self, data: bytes) -> None:
+        self._moved = False
+        super().data_received(data)
+        self._since = 0 if self._moved else self._since + len(data)
+        if self._since > MAX_HEAD and not self.transport.is_closing():
+            told = f"the request's line and headers are larger than {MAX_HEAD} bytes"
+            self._refuse(ApiError(431, told, code="headers_too_large"))
+
+    def on_message_begin(self) -> None:
+        self._moved = True
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        self._moved = True
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._moved = True
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._moved = True
+        super().on_message_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(ApiError(400, "what was sent is no HTTP/1.1 request that can be read", code="invalid_http"))
+
+    def _refuse(self, error: ApiError) -> None:
+        body = body_of(error)
+        lines = [
+            f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}",
+            "content-type: application/json",
+            f"content-length: {len(body)}",
+            "connection: close",
+        ]
+        self.transport.write("\r\n".join([*lines, "", ""]).encode() + body)
+        self.transport.close()
