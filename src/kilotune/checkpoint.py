@@ -28,7 +28,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from . import stacks
 from .config import ALL_LINEAR, FORMAT_VERSION, SECTION, AdapterConfig
 from .deltas import Role
-from .errors import AdapterError, CheckpointError, ConfigError, gather
+from .errors import AdapterError, CheckpointError, ConfigError, gather, has_control
 from .files import (
     CONFIG_NAME,
     REPO_ID,
@@ -114,7 +114,7 @@ def check_adapter_name(name: object) -> str:
     if name == "__base__":
         raise AdapterError(f"adapter name {name!r}: means a row without an adapter (model.route); take another name")
     size = len(name.encode(errors="replace"))
-    if size > 200 or any(ord(c) < 32 or 0xD800 <= ord(c) < 0xE000 for c in name):
+    if size > 200 or has_control(name):
         raise AdapterError(
             f"adapter name {name!r}: at most 200 bytes in UTF-8 (got {size}), no control characters and no surrogates"
         )

@@ -114,6 +114,11 @@ def type_name(value: object) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
+def has_control(text: str) -> bool:
+    """Whether there are surrogates, or characters that steer a terminal: C0, DEL, C1."""
+    return any(ord(c) < 32 or 127 <= ord(c) < 160 or 0xD800 <= ord(c) < 0xE000 for c in text)
+
+
 def gather(headline: str, faults: Sequence[str], limit: int = 20) -> str:
     """One message for several faults: the headline, then one indented line per fault (at most ``limit``)."""
     shown = [f"  - {fault}" for fault in faults[:limit]]

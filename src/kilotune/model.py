@@ -25,7 +25,7 @@ from .merging import MergePrecisionWarning, MergeReport
 from .methods import LoraConfig, VeraConfig
 from .projections import Projections
 from .report import ParameterReport, count_parameters
-from .routes import RoutedModel, Source, generate
+from .routes import RoutedModel, Source, check_rows, generate
 from .slots import ActiveState, slot_key
 from .tree import own_modules
 
@@ -75,6 +75,7 @@ class AdapterModel(RoutedModel, ABC):
         """The base model's forward, with the active adapters; ``adapter_names``: as in :meth:`route`, for this call."""
         if (names := kwargs.pop("adapter_names", None)) is None:
             return self.model(*args, **kwargs)
+        check_rows(names, args, kwargs)
         with self.route(names):
             return self.model(*args, **kwargs)
 
@@ -257,6 +258,7 @@ class AdapterModel(RoutedModel, ABC):
 
         """
         name = self._known(adapter_name)
+        self._state.refuse_in_route(f"delete adapter {name!r}", name)
         if name in self._state.merged:
             raise MergeError(f"adapter {name!r} is merged into the weights; call unmerge_adapter() before deleting it")
         inject.remove(self.model, name, self._installed.pop(name), self.projections)
@@ -426,6 +428,7 @@ class AdapterModel(RoutedModel, ABC):
     def _check_enabled(self, purpose: str) -> None:
         if self._state.disabled:
             raise MergeError(f"cannot {purpose} inside disable_adapter(); leave its context first")
+        self._state.refuse_in_route(purpose)
 
 
 @final

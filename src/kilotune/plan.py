@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,17 @@ from .methods import method_of
 from .model import PeftModel, get_peft_model
 from .report import ParameterReport, count_parameters
 
-__all__ = ["BUILT_IN", "DTYPES", "AdapterCosts", "Base", "BuiltIn", "Head", "costs", "file_bytes", "load_base"]
+__all__ = [
+    "BUILT_IN",
+    "DTYPES",
+    "AdapterCosts",
+    "Base",
+    "BuiltIn",
+    "Head",
+    "costs",
+    "file_bytes",
+    "load_base",
+]
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -418,6 +428,21 @@ def _slot(layer: AdaptedLayer) -> Any:
 
 def file_bytes(adapted: PeftModel) -> int:
     """The size that the adapter's adapter_model.safetensors would have, from its real export with no data."""
+    file = in_file(adapted)
+    return _safetensors_bytes(file.tensors, file.metadata)
+
+
+@final
+class InFile(NamedTuple):
+    """A file's tensors with no data, by key; of these the biases and modules saved whole; its header's metadata."""
+
+    tensors: Mapping[str, Tensor]
+    whole: frozenset[str]
+    metadata: Mapping[str, str]
+
+
+def in_file(adapted: PeftModel) -> InFile:
+    """What the file of the model's one adapter would hold."""
     slots = {name: _slot(layer) for name, layer in adapted.adapted_layers().items()}
     own = {name: slot for name, slot in slots.items() if slot.method is not None}
     params = {name: {key: _blank(p) for key, p in slot.own().items()} for name, slot in own.items()}
@@ -425,16 +450,17 @@ def file_bytes(adapted: PeftModel) -> int:
     installed = adapted.installed("default")
     export = stacks.export(some.method, {name: slot.site for name, slot in own.items()}, params, some.shared)
     tensors = checkpoint.in_file_form(export.tensors, installed, params)
+    whole: dict[str, Tensor] = {}
     for name, slot in slots.items():
         if slot.trained_bias is not None:
-            tensors[checkpoint.bias_place(name, installed)] = slot.trained_bias
+            whole[checkpoint.bias_place(name, installed)] = slot.trained_bias
     for name, module, _ in walk(adapted.model):
         if isinstance(module, SavedModule):
             twin = next(iter(module.copies.values()))
-            tensors.update({f"{checkpoint.PREFIX}{name}.{key}": value for key, value in twin.state_dict().items()})
+            whole.update({f"{checkpoint.PREFIX}{name}.{key}": value for key, value in twin.state_dict().items()})
     projections = None if export.checksum is None else CHECKSUM
     metadata = checkpoint.header_metadata(CHECKSUM, CHECKSUM, projections, export.header)
-    return _safetensors_bytes(tensors, metadata)
+    return InFile({**tensors, **whole}, frozenset(whole), metadata)
 
 
 def _blank(like: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from .installed import Installed
 from .routing import Cohort, Route, Stacked
 from .slots import ActiveState
 
-__all__ = ["BASE", "Group", "RoutedModel", "Source", "unroutable"]
+__all__ = ["BASE", "Group", "RoutedModel", "Source", "check_rows", "unroutable"]
 
 BASE = "__base__"
 """PEFT's name for a row of the base alone; None says the same."""
@@ -196,6 +196,8 @@ def _checked(names: Sequence[str | None], lengths: Sequence[int] | None) -> list
     if wrong or not names:
         raise AdapterError(f"route(): expected a name or None for each row, got {', '.join(wrong) or 'no rows'}")
     if lengths is not None:
+        if not isinstance(lengths, Sequence):
+            raise AdapterError(f"route(): lengths: expected a list of whole numbers, got {lengths!r}")
         bad = [n for n in lengths if isinstance(n, bool) or not isinstance(n, int) or n < 0]
         if bad or len(lengths) != len(names) or sum(lengths) == 0:
             raise AdapterError(
@@ -250,6 +252,16 @@ def generate(model: RoutedModel, own: Callable[..., Any], *args: Any, **kwargs: 
         raise AdapterError(f"generate(): expected an adapter name or None for each of {rows} rows, got {len(names)}")
     with model._routing(names, None, multiples=True):
         return own(*args, **kwargs)
+
+
+def check_rows(names: object, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Refuse names for a call none of whose tensors has as many rows.
+
+    Layers cannot tell: one that sees twice as many rows as there are names may be one that sees two tokens of each.
+    """
+    rows = [len(value) for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim]
+    if rows and isinstance(names, Sequence) and len(names) not in rows:
+        raise AdapterError(f"adapter_names: expected a name or None for each of {rows[0]} rows, got {len(names)}")
 
 
 def main_input_of(model: RoutedModel) -> str:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .deltas import Delta
-from .errors import MergeError, UnsupportedError
+from .errors import AdapterError, MergeError, UnsupportedError
 from .inputs import SharedInput
 from .kernels.ways import Way
 from .methods import Method, Shared, Site
@@ -66,6 +66,15 @@ class ActiveState:
         finally:
             del self.routes[key]
             _HERE.set(outside)
+
+    def refuse_in_route(self, what: str, name: str | None = None) -> None:
+        """Refuse to change what an open route runs: adapter ``name``, or (None) any adapter and the weights."""
+        used = sorted({n for route, _ in list(self.routes.values()) for n in route.names})
+        if self.routes and (name is None or name in used):
+            raise AdapterError(
+                f"cannot {what} while a route is open{f' that names {used}' if used else ''}, which would go on with "
+                "something else; leave its context first"
+            )
 
     def route(self) -> Route | None:
         """The route that this code is in; None where there is none, or adapters are disabled.

@@ -241,8 +241,8 @@ def _scale_rows(scales: list[Scale]) -> list[tuple[str, ...]]:
         for packing in first.store:
             rows.append((f"  in a store, {packing}", *(readable_bytes(own.store[packing]) for own in scales)))
     if first.memory is not None:
-        for dtype in first.resident or ():
-            held = [f"{(own.resident or {})[dtype]:,}" for own in scales]
+        for dtype in ("float32", "bfloat16"):
+            held = ["not in a bank" if own.resident is None else f"{own.resident[dtype]:,}" for own in scales]
             rows.append((f"resident in {readable_bytes(first.memory)}, {dtype}", *held))
     if first.hours is not None:
         rows.append((f"hours of one machine at {first.rate:g} users/min", *(f"{own.hours:,.1f}" for own in scales)))

@@ -58,7 +58,7 @@ def _metadata(words: Sequence[str] | None) -> dict[str, Any]:
             raise ConfigError(f"--metadata {word!r}: expected key=value")
         try:
             found[key] = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             found[key] = value
     return found
 
@@ -269,7 +269,7 @@ def gc(
     """Remove old versions (with --keep), and what nobody uses any more."""
     if compact and dry_run:
         raise ConfigError("--compact changes the store, and --dry-run changes nothing")
-    unused = None if unused_days is None else timedelta(days=unused_days)
+    unused = None if unused_days is None else _days(unused_days)
     with open_store(store, namespace=namespace, read_only=dry_run) as opened:
         found = opened.gc(keep=keep, unused_for=unused, compact=compact, dry_run=dry_run)
     if as_json:
@@ -278,6 +278,13 @@ def gc(
     shared = f"{found.forms} forms, {found.bases} bases, {found.frozen} frozen tensors"
     what = "would remove" if dry_run else "removed"
     console().print(f"{what} {found.versions} versions ({readable_bytes(found.bytes)}), {shared}", markup=False)
+
+
+def _days(count: float) -> timedelta:
+    try:
+        return timedelta(days=count)
+    except (OverflowError, ValueError):
+        raise ConfigError(f"--unused-days: expected a number of days below 1e9, got {count:g}") from None
 
 
 # -- in bulk ---------------------------------------------------------------------------------------

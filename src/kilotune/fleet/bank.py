@@ -290,7 +290,7 @@ class AdapterBank(Source):
                 self._give_back(slot)
 
     def _unknown(self, names: Sequence[str]) -> AdapterError:
-        return AdapterError(f"the bank has no adapter {names[0]!r}.{did_you_mean(names[0], self.names())}")
+        return AdapterError(f"the bank has no adapter {names[0]!r}.{did_you_mean(str(names[0]), self.names())}")
 
     # -- routes ----------------------------------------------------------------------------------
 
@@ -381,10 +381,18 @@ class AdapterBank(Source):
                 self._loading.pop(name).set()
 
     def close(self) -> None:
-        """Take the bank out of the model and free its memory; closed once more, nothing happens."""
+        """Take the bank out of the model and free its memory; closed once more, nothing happens.
+
+        Raises:
+            AdapterError: a route that runs its adapters is open.
+
+        """
         with self._lock:
             if not self.slots:
                 return
+            open_routes = [route for route, _ in list(self.model._state.routes.values())]
+            if any(isinstance(c, Resident) and c.form is self.form for route in open_routes for c in route.cohorts):
+                raise AdapterError("close(): a route that runs this bank's adapters is open; leave its context first")
             self.model.detach(self)
             self.form.release()
             self._slot_of.clear()

@@ -28,7 +28,7 @@ from ..routes import unroutable
 from ..slots import Slot
 from ..tree import own_modules
 
-__all__ = ["Place", "ResidentForm"]
+__all__ = ["Place", "ResidentForm", "numbers_in_a_bank"]
 
 # Options that say where an adapter comes from or what is done with it, and not what it computes.
 NO_MATTER = ("base_model_name_or_path", "inference_mode", "revision", "save_projection", "init_weights", "task_type")
@@ -155,7 +155,8 @@ class ResidentForm:
             elif given.shape != shape:
                 faults.append(f"shape of {name}: expected {shape}, got {tuple(given.shape)}")
             else:
-                parts.append(given if given.ndim == 1 else given.reshape(-1))
+                flat = given if given.ndim == 1 else given.reshape(-1)
+                parts.append(flat if flat.dtype.itemsize > 1 else flat.float())  # 8-bit floats cannot be joined
         if faults:
             raise CheckpointError(gather(f"{what} is not of this bank's form:", faults, len(faults)))
         with torch.no_grad():
@@ -215,11 +216,20 @@ class ResidentForm:
         remove(self._model.get_base_model(), self._key, self.installed, self._model.projections)
 
 
+def numbers_in_a_bank(installed: Installed) -> int | None:
+    """How many numbers a row of a bank of such adapters has; None where they cannot be in one."""
+    if installed.method.makes is Full or installed.saved or installed.shared.trained or unroutable(installed):
+        return None
+    return sum(p.numel() for slot in installed.slots().values() for p in slot._parameters.values() if p is not None)
+
+
 def _no_numbers(given: Any) -> str | None:
     if not isinstance(given, Tensor):
         return type_name(given)
     if given.is_complex():
         return str(given.dtype)
+    if given.is_quantized or given.is_nested or given.layout is not torch.strided:
+        return f"one that is {'quantized' if given.is_quantized else 'nested' if given.is_nested else 'sparse'}"
     return "one without data (meta)" if given.is_meta else None
 
 

@@ -17,7 +17,7 @@ from typing import Any, final
 import numpy as np
 from torch import Tensor, nn
 
-from ..errors import ConfigError, KilotuneError, did_you_mean
+from ..errors import ConfigError, KilotuneError, did_you_mean, gather
 from ..train.models import device_of, limits_of, load_base, load_config, set_padding
 from ..train.readers import read
 from ..train.settings import DataSettings, ModelSettings
@@ -112,7 +112,7 @@ def text_users(
     def prepare(path: str) -> Any:
         return task.prepare(common.replace(train=path), processor, limits, seed)
 
-    sources = _sources(Path(data), user_column, prepare)
+    sources = _sources(Path(data), user_column, common.columns, prepare)
     model = load_base(settings, task, None, place).model.to(place)
     set_padding(model, processor)
     return TextUsers(model, _collator(processor, limits), sources)
@@ -125,7 +125,9 @@ def _collator(processor: Any, limits: Limits) -> Callable[[list[Any]], Mapping[s
     return PaddedBatch({"input_ids": pad_token(processor, limits), "labels": IGNORED})
 
 
-def _sources(data: Path, user_column: str | None, prepare: Callable[[str], Any]) -> list[_Source]:
+def _sources(
+    data: Path, user_column: str | None, columns: Mapping[str, str], prepare: Callable[[str], Any]
+) -> list[_Source]:
     if not data.exists():
         near = did_you_mean(data.name, (item.name for item in data.parent.iterdir())) if data.parent.is_dir() else ""
         raise ConfigError(f"data: {data} is not there.{near}")
@@ -135,6 +137,7 @@ def _sources(data: Path, user_column: str | None, prepare: Callable[[str], Any])
         files = sorted(path for path in data.iterdir() if path.is_file() and not path.name.startswith("."))
         if not files:
             raise ConfigError(f"data: {data} holds no files")
+        _refuse_doubles(data, files)
         return [_Source(_user_of(path), _bound(prepare, str(path))) for path in files]
     if user_column is None:
         raise ConfigError(f"user_column: {data} is one file, so say which of its columns names the user")
@@ -144,7 +147,20 @@ def _sources(data: Path, user_column: str | None, prepare: Callable[[str], Any])
     if user_column not in table.columns:
         hint = did_you_mean(user_column, table.columns)
         raise ConfigError(f"user_column: {data} has no column {user_column!r}.{hint} There: {', '.join(table.columns)}")
+    if lacking := [name for name in columns.values() if name not in table.columns]:
+        hint = did_you_mean(lacking[0], table.columns)
+        raise ConfigError(f"columns: {data} has no column {lacking[0]!r}.{hint} There: {', '.join(table.columns)}")
     return _of_table(table, user_column, prepare)
+
+
+def _refuse_doubles(data: Path, files: Sequence[Path]) -> None:
+    """Two files of one user: only one of them could be trained, and nobody has said which."""
+    named: dict[str, list[str]] = {}
+    for path in files:
+        named.setdefault(_user_of(path), []).append(path.name)
+    faults = [f"{user!r}: {', '.join(names)}" for user, names in named.items() if len(names) > 1]
+    if faults:
+        raise ConfigError(gather(f"data: {data} has several files for one user; keep one of each:", faults))
 
 
 def _bound(prepare: Callable[[str], Any], path: str) -> Callable[[], Any]:
@@ -162,8 +178,12 @@ def _of_table(table: Table, column: str, prepare: Callable[[str], Any]) -> list[
     rows: dict[str, list[int]] = {}
     nobody = []
     for number, user in enumerate(table.values(column)):
-        if user is None or user == "":
-            nobody.append(table.places[number])
+        named = isinstance(user, str | int | np.integer) and not isinstance(user, bool)
+        if not named or not str(user).strip():
+            what = (
+                "" if user is None or isinstance(user, str) else f" (it has {user!r:.60}, expected a text or a number)"
+            )
+            nobody.append(f"{table.places[number]}{what}")
         else:
             rows.setdefault(str(user), []).append(number)
     if nobody:

@@ -8,13 +8,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
-import torch
 from torch import nn
 
 from ..config import AdapterConfig
 from ..errors import ConfigError, did_you_mean, gather
 from ..model import get_peft_model
+from ..plan import in_file
+from .forms import numbers_in_a_bank
 from .store.packing import PACKINGS, Layout
+from .store.preparing import is_common
 
 __all__ = ["Scale", "parse_bytes", "parse_count", "scale"]
 
@@ -31,10 +33,11 @@ UNITS = {
 class Scale:
     """What ``users`` adapters of one form cost.
 
-    numbers: of one adapter. store: packing -> bytes of all users' numbers in a store (beside them it keeps names,
-    metadata and its index: at most a tenth more for adapters of 6 KB, less for larger ones). resident: dtype -> how
-    many adapters a bank holds in ``memory`` bytes; None where no memory is given. hours: to train all users at
-    ``rate`` users a minute and machine; None where no rate is given.
+    numbers: of one adapter, what it does not train but has for itself included. store: packing -> bytes of all users'
+    numbers in a store (beside them it keeps names, metadata and its index: at most a tenth more for adapters of 6 KB,
+    less for larger ones). resident: dtype -> how many adapters a bank holds in ``memory`` bytes; None where no memory
+    is given, and where such adapters cannot be in a bank. hours: to train all users at ``rate`` users a minute and
+    machine; None where no rate is given.
     """
 
     users: int
@@ -76,18 +79,19 @@ def scale(
         raise ConfigError(gather("the plan's numbers:", faults) if len(faults) > 1 else faults[0])
     adapted = get_peft_model(model, config.replace(inference_mode=False))
     try:
-        own = {name: torch.empty(p.shape, device="meta") for name, p in adapted.adapter_parameters()}
+        installed = adapted.installed("default")
+        file, in_a_bank = in_file(adapted), numbers_in_a_bank(installed)
+        own = {key: value for key, value in file.tensors.items() if not is_common(key, installed.method)}
     finally:
         adapted.unload()
-    sizes = {packing: Layout.of(own, packing).size for packing in PACKINGS}
-    numbers = sum(p.numel() for p in own.values())
+    layouts = {packing: Layout.of(own, packing, file.whole) for packing in PACKINGS}
     resident = None
-    if memory is not None:
-        resident = {"float32": memory // (4 * numbers), "bfloat16": memory // (2 * numbers)}
+    if memory is not None and in_a_bank is not None:
+        resident = {"float32": memory // (4 * in_a_bank), "bfloat16": memory // (2 * in_a_bank)}
     return Scale(
         users=users,
-        numbers=numbers,
-        store={packing: users * size for packing, size in sizes.items()},
+        numbers=layouts["float32"].numbers,
+        store={packing: users * layout.size for packing, layout in layouts.items()},
         memory=memory,
         resident=resident,
         rate=rate,
@@ -102,8 +106,9 @@ def parse_count(text: str, what: str) -> int:
         ConfigError: it is none.
 
     """
+    plain = re.sub(r"(?<=\d)[_,](?=\d{3}(?!\d))", "", text)  # 2,000 is a number; 1,5 is half of one in many places
     try:
-        value = float(text.replace("_", "").replace(",", ""))
+        value = math.nan if "_" in plain else float(plain)
     except ValueError:
         value = math.nan
     if not math.isfinite(value) or value != int(value):
@@ -123,4 +128,7 @@ def parse_bytes(text: str, what: str) -> int:
     if found is None or unit is None:
         near = "" if found is None else did_you_mean(found[2], UNITS)
         raise ConfigError(f"{what}: expected a size such as 24GiB or 80GB, got {text!r}.{near}")
-    return int(float(found[1]) * UNITS[unit])
+    number = float(found[1])
+    if not math.isfinite(number):
+        raise ConfigError(f"{what}: {text!r:.40} is more than any machine has; expected a size such as 24GiB")
+    return int(number * UNITS[unit])

@@ -22,7 +22,7 @@ from ...checkpoint import CONFIG_NAME, WEIGHTS_NAME
 from ...errors import AdapterError, CheckpointError, ConfigError, KilotuneError, StoreError, did_you_mean
 from .base import Adapter, AdapterStore, Item, Which
 from .fingerprint import Fingerprint
-from .names import check_name, check_namespace, check_tags, check_which, literal_prefix, matches
+from .names import check_limit, check_name, check_namespace, check_tags, check_which, literal_prefix, matches
 from .preparing import Preparer, folder_contents
 from .reading import moment
 from .records import Collected, Fault, Record, Stats, Version
@@ -132,8 +132,8 @@ class FolderStore(AdapterStore):
     ) -> Iterator[Version]:
         if check_tags(tags):
             raise StoreError(f"{self.path} is a folder, and adapters in folders have no tags")
-        found = (self.info(name) for name in self.names(pattern) if name > (after or ""))
-        return found if limit is None else islice(found, limit)
+        start, most = "" if after is None else check_name(after), check_limit(limit)
+        return islice((self.info(name) for name in self.names(pattern) if name > start), most)
 
     def names(self, pattern: str | None = None) -> Iterator[str]:
         prefix, names = literal_prefix(pattern), self._names()

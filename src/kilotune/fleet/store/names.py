@@ -5,13 +5,15 @@ from __future__ import annotations
 import fnmatch
 import json
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 
 from ...checkpoint import check_adapter_name
-from ...errors import AdapterError
+from ...errors import AdapterError, ConfigError, has_control
 
 __all__ = [
     "check_alias",
+    "check_limit",
     "check_metadata",
     "check_name",
     "check_namespace",
@@ -71,7 +73,7 @@ def _word(what: str, word: object) -> str:
     if not isinstance(word, str) or not word:
         raise AdapterError(f"{what}: expected a non-empty word, got {word!r}")
     size = len(word.encode(errors="replace"))
-    if size > MAX_WORD or any(ord(c) < 32 or 0xD800 <= ord(c) < 0xE000 for c in word):
+    if size > MAX_WORD or has_control(word):
         raise AdapterError(
             f"{what} {word!r}: at most {MAX_WORD} bytes in UTF-8 (got {size}), no control characters, no surrogates"
         )
@@ -109,6 +111,15 @@ def check_which(version: object) -> int | str | None:
     return version
 
 
+def check_limit(limit: object) -> int | None:
+    """At most how many; None: all."""
+    if limit is None:
+        return None
+    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
+        raise ConfigError(f"limit: expected a whole number from 1, got {limit!r}")
+    return min(limit, sys.maxsize)
+
+
 def literal_prefix(pattern: object) -> str:
     """What every name that the pattern matches begins with; all do with the empty text."""
     if pattern is None:
@@ -116,7 +127,7 @@ def literal_prefix(pattern: object) -> str:
     if not isinstance(pattern, str):
         raise AdapterError(f"pattern: expected a name or a shell's pattern, got {pattern!r}")
     text = str(_plain(pattern))
-    if any(ord(c) < 32 or 0xD800 <= ord(c) < 0xE000 for c in text):
+    if has_control(text):
         raise AdapterError(f"pattern {text!r}: no control characters and no surrogates")
     return re.split(r"[*?\[]", text, maxsplit=1)[0]
 

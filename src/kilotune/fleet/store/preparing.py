@@ -25,13 +25,14 @@ from ...config import SECTION
 from ...errors import AdapterError, CheckpointError, ConfigError, type_name
 from ...files import read_config, read_weights, tensors_checksum
 from ...kinds import KINDS
+from ...methods import Method
 from ...model import AdapterModel
 from .fingerprint import Fingerprint
 from .names import check_metadata, check_name, check_tags
 from .packing import Layout, check_packing
 from .records import SUM, Contents, Form, Record, canonical
 
-__all__ = ["Preparer", "Ready", "contents_of", "folder_contents"]
+__all__ = ["Preparer", "Ready", "contents_of", "folder_contents", "is_common"]
 
 CACHED = 256  # kinds of adapters whose form is remembered
 
@@ -158,7 +159,7 @@ def _without_weights(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _new_form(contents: Contents, base: Fingerprint | None, packing: str) -> tuple[Form, tuple[str, ...]]:
     file = parse(Path("the adapter"), contents.config, contents.tensors, contents.header)
-    shared = tuple(key for key in contents.tensors if _is_frozen(key, file))
+    shared = tuple(key for key in contents.tensors if is_common(key, file.method))
     own = {key: value for key, value in contents.tensors.items() if key not in shared}
     layout = Layout.of(own, packing, _saved_whole(file, own))
     header = {key: value for key, value in contents.header.items() if key != SUM}
@@ -176,10 +177,11 @@ def _with_frozen(form: Form, frozen: Mapping[str, Tensor]) -> Form:
     return Form(form.config, form.header, form.layout, sums, form.base)
 
 
-def _is_frozen(key: str, file: AdapterFile) -> bool:
-    """Whether a tensor belongs to no layer and is not trained: those that adapters of one seed have in common."""
-    short = key.removeprefix(PREFIX) if key.startswith(PREFIX) else key.removeprefix(EXTRA_PREFIX)
-    return short in file.extra and short not in file.method.shared_keys
+def is_common(key: str, method: Method[Any]) -> bool:
+    """Whether a file's key is of no layer and not trained: of those that adapters of one seed have in common."""
+    if key.startswith(PREFIX):
+        return key.rpartition(".")[2] in method.file_only
+    return key.removeprefix(EXTRA_PREFIX) not in method.shared_keys
 
 
 def _saved_whole(file: AdapterFile, tensors: Mapping[str, Tensor]) -> frozenset[str]:

@@ -20,7 +20,16 @@ from ...errors import AdapterError, ConfigError, KilotuneError, StoreError, gath
 from . import reading, upkeep, writing
 from .base import Adapter, AdapterStore, Item, Which
 from .fingerprint import Fingerprint
-from .names import check_alias, check_name, check_namespace, check_tags, check_which, literal_prefix, matches
+from .names import (
+    check_alias,
+    check_limit,
+    check_name,
+    check_namespace,
+    check_tags,
+    check_which,
+    literal_prefix,
+    matches,
+)
 from .packing import check_packing
 from .preparing import Preparer, Ready
 from .reading import Forms, Row
@@ -269,9 +278,9 @@ class SqlStore(AdapterStore, ABC):
         after: str | None = None,
         limit: int | None = None,
     ) -> Iterator[Version]:
-        words, start = check_tags(tags), "" if after is None else check_name(after)
+        words, start, most = check_tags(tags), "" if after is None else check_name(after), check_limit(limit)
         found = self._listed(pattern, words, versions, start)
-        return found if limit is None else islice(found, _positive("limit", limit))
+        return islice(found, most)
 
     def names(self, pattern: str | None = None) -> Iterator[str]:
         pages = self._pages(literal_prefix(pattern))

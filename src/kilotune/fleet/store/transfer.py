@@ -139,6 +139,8 @@ def export_adapters(
     """
     run = _Run(source, source, None, None, done)
     root = Path(folder)
+    if root.exists() and not root.is_dir():
+        raise ConfigError(f"cannot export to {root}: it is a file, expected a folder or nothing")
     for record in run.records(source.names(pattern), version):
         place = root / record.info.name
         try:

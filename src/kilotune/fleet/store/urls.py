@@ -51,7 +51,9 @@ def open_store(
     if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not 0 <= timeout < 1e6:
         raise ConfigError(f"timeout: expected a number of seconds from 0, got {timeout!r}")
     known = base if isinstance(base, Fingerprint) or base is None else Fingerprint.of(base)
-    text = str(url)
+    text = str(url) if isinstance(url, str | Path) else ""
+    if not text or text == "file://":
+        raise ConfigError(f"{url!r} names no store: expected {FORMS}")
     scheme = match.group(1).lower() if (match := re.match(r"([A-Za-z][A-Za-z0-9+]*):", text)) else ""
     if scheme == "sqlite":
         from .sqlite import SqliteStore
@@ -81,9 +83,9 @@ def _strange(url: str, scheme: str, path: Path) -> str:
 
 
 def _sqlite_path(url: str) -> Path:
-    if not url.startswith("sqlite:///"):
+    if not url.lower().startswith("sqlite:///"):
         raise ConfigError(f"{url!r}: expected three slashes and a path, as in sqlite:///adapters.db")
-    path = url.removeprefix("sqlite:///")
+    path = url[len("sqlite:///") :]
     if "?" in path or "#" in path or "\0" in path:
         raise ConfigError(f"{url!r}: the path of an SQLite file must be without ? and #, and it takes no options")
     if path in ("", ":memory:") or path.endswith("/"):
@@ -93,7 +95,10 @@ def _sqlite_path(url: str) -> Path:
 
 def _without_password(url: str) -> str:
     """For messages. A password may also stand among the options."""
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:  # the URL is not repeated: it may hold a password
+        raise ConfigError(f"the store's URL cannot be read: {error}; expected {FORMS}") from None
     place = parts.netloc
     if "@" in place:
         who, _, host = place.rpartition("@")
