@@ -13,13 +13,15 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
 
-from http_support import BASE, Running, adapter_folder, batching, expected, serving
+from http_support import BASE, adapter_folder, base_folder, batching, expected, serving
+from test_serve_process import keys, process
 
 PROMPTS = ("the cat sat on", "a small house", "once more")
 STILL = {("ann", "poems"): 1, ("ann", "letters"): 2, ("bob", "secret-plans"): 3, ("carl", BASE): None}
@@ -37,10 +39,19 @@ WRONG: list[tuple[dict[str, Any], int]] = [
 answer_of = functools.lru_cache(maxsize=None)(expected)
 
 
+@dataclass(frozen=True)
+class Place:
+    """A service. keys: by namespace; manager: for all of them."""
+
+    url: str
+    keys: dict[str, str]
+    manager: str
+
+
 class Soak:
     """What goes on, by threads; faults: what must not have been."""
 
-    def __init__(self, running: Running, seconds: float) -> None:
+    def __init__(self, running: Place, seconds: float) -> None:
         self.running, self.until = running, time.monotonic() + seconds
         self.done: Counter[str] = Counter()
         self.faults: list[str] = []
@@ -129,29 +140,24 @@ class Soak:
         time.sleep(0.01)
 
 
-def memory() -> int:
-    """Bytes that this process has in memory now."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def memory(pid: int) -> int:
+    """Bytes that a process has in memory now."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def soak(folder: Path, seconds: float) -> tuple[Soak, int, int]:
-    """(what went on; memory after the first third, and at the end)."""
-    with serving(folder, **batching(folder)) as running:
-        for prompt in PROMPTS:
-            for seed in (None, *SEEDS):
-                answer_of(seed, prompt, COUNT)
-        first = Soak(running, seconds / 3)
-        first.run()
-        before = memory()
-        rest = Soak(running, 2 * seconds / 3)
-        rest.run()
-        until = time.monotonic() + 30
-        while (stats := running.engine.stats()).running + stats.waiting and time.monotonic() < until:
-            time.sleep(0.05)
-        assert (stats.running, stats.waiting) == (0, 0), "requests of clients that left still run"
-        assert running.engine.healthy() is None
-        rest.faults += first.faults
-        return rest, before, memory()
+def soak(place: Place, pid: int, seconds: float) -> tuple[Soak, int, int]:
+    """(what went on; the service's memory after the first third, and at the end)."""
+    for prompt in PROMPTS:
+        for seed in (None, *SEEDS):
+            answer_of(seed, prompt, COUNT)
+    first = Soak(place, seconds / 3)
+    first.run()
+    before = memory(pid)
+    rest = Soak(place, 2 * seconds / 3)
+    rest.run()
+    rest.faults += first.faults
+    rest.done += first.done
+    return rest, before, memory(pid)
 
 
 def check(done: Soak, before: int, after: int, allowed: int) -> None:
@@ -161,10 +167,29 @@ def check(done: Soak, before: int, after: int, allowed: int) -> None:
 
 
 def test_a_short_soak(tmp_path: Path) -> None:
-    check(*soak(tmp_path, 9.0), allowed=96 * 2**20)
+    """In this process, where one can see that nothing is left over."""
+    with serving(tmp_path, **batching(tmp_path)) as running:
+        found = soak(Place(running.url, running.keys, running.manager), os.getpid(), 9.0)
+        until = time.monotonic() + 30
+        while (stats := running.engine.stats()).running + stats.waiting and time.monotonic() < until:
+            time.sleep(0.05)
+        assert (stats.running, stats.waiting) == (0, 0), "requests of clients that left still run"
+        assert running.engine.healthy() is None
+    check(*found, allowed=96 * 2**20)
 
 
 @pytest.mark.full
 @pytest.mark.timeout(int(LONG) + 600)
-def test_a_long_soak(tmp_path: Path) -> None:
-    check(*soak(tmp_path, LONG), allowed=64 * 2**20)
+def test_a_long_soak(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """``kilotune serve`` in a process of its own."""
+    path, tenants, manager = keys(tmp_path, "ann", "bob", "carl")
+    with process(base_folder(), tmp_path / "adapters.db", tmp_path, "--keys", str(path), "--name", BASE) as served:
+        for (space, name), seed in STILL.items():
+            if seed is not None:
+                assert served.put(manager, space, name, adapter_folder(seed)).status_code == 201
+        done, before, after = soak(Place(served.url, tenants, manager), served.process.pid, LONG)
+        with capsys.disabled():
+            print(f"\nsoak of {LONG:g} s: {dict(done.done)}; {before / 2**20:.0f} MiB, then {after / 2**20:.0f} MiB")
+        check(done, before, after, allowed=64 * 2**20)
+        levels = {line["level"] for line in served.lines() if line.get("event") != "request"}
+        assert levels <= {"info", "INFO"}, levels
