@@ -17,7 +17,9 @@ import httpx2
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from http_support import Running, prompt_ids, serving, tokenizer
+from http_support import Running, adapter_folder, prompt_ids, serving, tokenizer
+from kilotune.errors import StoreError
+from kilotune.fleet import open_store
 from kilotune.serve.http import keys as keys_module
 from kilotune.serve.http import prompts as prompts_module
 from kilotune.serve.http.keys import Keyring, add_key
@@ -251,3 +253,39 @@ def test_a_file_of_keys_that_is_back_as_it_was_is_no_trouble(tmp_path: Path, mon
     os.rename(aside, path)
     assert ring.find(key) is not None
     assert ring.trouble is None
+
+
+@pytest.mark.parametrize(
+    "change", [{"id": []}, {"id": 5}, {"note": {}}, {"created": None}, {"role": []}, {"namespace": 5}]
+)
+def test_a_file_of_keys_with_values_of_another_kind_leaves_the_keys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(keys_module, "LOOK", 0.0)
+    path = tmp_path / "keys.json"
+    key, _ = add_key(path, "tenant", "ann")
+    ring = Keyring(path)
+    document = json.loads(path.read_text())
+    document["keys"].append({**document["keys"][0], "id": "other", **change})
+    path.write_text(json.dumps(document))
+    assert ring.find(key) is not None
+    assert "is no file of keys" in str(ring.trouble)
+
+
+# -- the store ---------------------------------------------------------------------------------------
+
+
+def test_nothing_is_acknowledged_into_a_store_that_was_taken_away_or_replaced(tmp_path: Path) -> None:
+    path, aside = tmp_path / "adapters.db", tmp_path / "aside.db"
+    with open_store(f"sqlite:///{path}", namespace="ann") as store:
+        store.put("before", adapter_folder(1))
+        os.rename(path, aside)
+        for what in ("is not there any more", "was replaced by another file"):
+            with pytest.raises(StoreError, match=what):
+                store.put("lost", adapter_folder(2))
+            with pytest.raises(StoreError, match=what):
+                store.info("before")
+            path.write_bytes(b"")
+        os.rename(aside, path)
+        store.put("after", adapter_folder(2))
+        assert [one.name for one in store.ls()] == ["after", "before"]

@@ -103,6 +103,7 @@ class SqliteStore(SqlStore):
             raise StoreError(f"cannot make a store at {path}: there is no folder {path.parent}")
         with self._guarded():
             first = self._first()
+        self._file = _identity(self.path)
         self._taken = 1
         self._give_back(first)
         self._enlist()
@@ -184,6 +185,7 @@ class SqliteStore(SqlStore):
     def _take(self) -> sqlite3.Connection:
         with self._lock:
             self._open()
+            self._check_file()
             self._taken += 1
             if self._idle:
                 return self._idle.pop()
@@ -195,6 +197,12 @@ class SqliteStore(SqlStore):
             self._give_back(None)
             raise
         return made
+
+    def _check_file(self) -> None:
+        """Refuse to go on with a file that is no longer at its path: what is written there is lost at the end."""
+        if (now := _identity(self.path)) != self._file:
+            what = "is not there any more" if now is None else "was replaced by another file"
+            raise StoreError(f"{self.path} {what} since it was opened; put it back, or open the store anew")
 
     def _give_back(self, connection: sqlite3.Connection | None) -> None:
         with self._lock:
@@ -298,6 +306,15 @@ class SqliteStore(SqlStore):
             return faults + [Fault("(the store)", None, f"a row of {row[0]} refers to nothing") for row in lost[:20]]
 
         yield from self._read(work)
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Which file a path leads to."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _can_lock(path: Path) -> bool:

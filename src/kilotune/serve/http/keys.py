@@ -122,6 +122,8 @@ def read_keys(path: str | Path) -> list[Key]:
 def _key(entry: Any) -> Key:
     values = {name: entry[name] for name in ("id", "sha256", "role", "namespace", "created")}
     key = Key(**values, note=entry.get("note", ""))
+    if wrong := [name for name in ("id", "created", "note") if not isinstance(getattr(key, name), str)]:
+        raise ValueError(f"key {key.id!r}: {wrong[0]} is no text")
     if key.role not in ROLES or (key.role == TENANT and key.namespace is None):
         raise ValueError(f"key {key.id!r}: role {key.role!r}, namespace {key.namespace!r}")
     if not isinstance(key.sha256, str) or len(bytes.fromhex(key.sha256)) != 32:
