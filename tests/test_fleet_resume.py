@@ -195,6 +195,24 @@ def test_another_training_is_not_gone_on_with(tmp_path: Path) -> None:
         fit(Nested(), CONFIG, [], collate=stacked, sink=Kept(), resume=True)
 
 
+def test_another_sink_is_not_gone_on_with(tmp_path: Path) -> None:
+    """Who has ended is passed over: with another sink their adapters would be nowhere, and nobody would say so."""
+    go(tmp_path / "adapters", tmp_path / "state")
+    with pytest.raises(ConfigError, match="the adapter of 'u.', whom this training has seen to the end, is not there"):
+        go(tmp_path / "other", tmp_path / "state", resume=True)
+    assert not (tmp_path / "other").exists()
+    (tmp_path / "adapters").rename(tmp_path / "moved")
+    assert len(go(tmp_path / "moved", tmp_path / "state", resume=True).users) == 5
+    with open_store(f"sqlite:///{tmp_path / 'a.db'}") as store:
+        go(StoreSink(store), tmp_path / "second")
+        go(StoreSink(store), tmp_path / "second", resume=True)
+    with (
+        open_store(f"sqlite:///{tmp_path / 'b.db'}") as store,
+        pytest.raises(ConfigError, match="go on with the sink of before"),
+    ):
+        go(StoreSink(store), tmp_path / "second", resume=True)
+
+
 def test_two_are_not_at_one_training(tmp_path: Path) -> None:
     """Both would write the state. A lock goes with its process, as all tests of kills need."""
     seen: list[str] = []

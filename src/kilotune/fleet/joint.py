@@ -41,6 +41,8 @@ from .users import FleetReport, Progress, User, UserReport
 
 __all__ = ["JointTraining", "fit"]
 
+LOOKED_FOR = 8  # adapters of those who ended last, of which one must be in the sink
+
 
 def fit(
     model: nn.Module,
@@ -283,6 +285,7 @@ class JointTraining:
             self._known.add(report.name)
             self._reports.append(report)
             self._failed += report.ended == "failed"
+        self._refuse_another_sink(self._state)
         self._steps, saved, tensors = self._state.load()
         waiting = {one["name"]: i for i, one in enumerate(saved) if one["name"] not in self._before}
         if len(waiting) > self.settings.at_once:
@@ -311,6 +314,15 @@ class JointTraining:
         self._queue.extend(found[name] for name in waiting)
         with self._lock:
             self._added.extendleft(reversed(new))
+
+    def _refuse_another_sink(self, state: StateFolder) -> None:
+        """Who has ended is passed over, so their adapters would be missing where these go."""
+        good = [report.name for report in state.finished if report.ended in ("done", "stopped early")][-LOOKED_FOR:]
+        if good and self._sink.remembers and not any(self._sink.find(name, state.run) for name in good):
+            raise ConfigError(
+                f"sink: the adapter of {good[-1]!r}, whom this training has seen to the end, is not there; go on with "
+                f"the sink of before, or begin anew in another folder than {state.folder}"
+            )
 
     # -- one step ------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 from ..errors import CheckpointError, ConfigError, KilotuneError, StoreError, type_name
 from ..files import WEIGHTS_NAME, read_weights, write
@@ -34,7 +34,9 @@ class Finished:
 
 
 class Sink(ABC):
-    """Takes finished adapters."""
+    """Takes finished adapters. remembers: whether :meth:`find` finds them again."""
+
+    remembers: ClassVar[bool] = False
 
     @abstractmethod
     def put(self, finished: Sequence[Finished]) -> list[str | None]:
@@ -75,6 +77,8 @@ class StoreSink(Sink):
 
     """
 
+    remembers = True
+
     def __init__(self, store: AdapterStore, alias: str | None = None, tags: Sequence[str] = ()) -> None:
         if store.read_only:
             raise ConfigError(f"sink: the store {store.url} is open for reading only")
@@ -110,6 +114,8 @@ class StoreSink(Sink):
 @final
 class FolderSink(Sink):
     """A folder for each adapter, in PEFT's layout, under ``folder``; an adapter of the same name is replaced."""
+
+    remembers = True
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
