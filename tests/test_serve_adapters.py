@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import shutil
 import threading
@@ -13,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kilotune import KilotuneError, PeftModel, VeraConfig, get_peft_model
-from kilotune.errors import AdapterError, CheckpointError, ResourceError, StoreError
+from kilotune import KilotuneError, LoraConfig, PeftModel, VeraConfig, get_peft_model
+from kilotune.errors import AdapterError, CheckpointError, ConfigError, ResourceError, StoreError
 from kilotune.fleet import open_store
 from kilotune.serve.adapters import AdapterRegistry
 from kilotune.serve.engine import AdapterKey
@@ -36,7 +37,6 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def registry(tmp_path: Path) -> Any:
-    import copy
 
     made = AdapterRegistry(f"sqlite:///{tmp_path}/a.db", copy.deepcopy(base_model()), max_norm=100.0)
     yield made
@@ -142,6 +142,44 @@ def test_nothing_of_a_refused_form_stays_in_the_model(registry: AdapterRegistry,
     assert [name for name, _ in registry.model.named_modules()] == before
 
 
+@pytest.mark.parametrize("rank", [5000, 2**31 - 1])
+def test_a_rank_that_its_file_does_not_have_takes_no_memory(
+    registry: AdapterRegistry, tmp_path: Path, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rank stands in a configuration that anybody can write; the tensors are small."""
+    model = get_peft_model(copy.deepcopy(base_model()), LoraConfig(r=2, target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path / "lora")
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    tensors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    save_file(tensors, tmp_path / "lora" / "adapter_model.safetensors")  # as PEFT writes it: without checksums
+    (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps({**config, "r": rank}))
+
+    def never(*given: object, **more: object) -> object:
+        raise AssertionError("a bank was made for it")
+
+    monkeypatch.setattr("kilotune.serve.residents.AdapterBank", never)
+    with pytest.raises(ConfigError, match=f"has rank {rank}; this server takes at most 4096"):
+        registry.put("ann", "giant", tmp_path / "lora")
+    (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps({**config, "r": 4000}))
+    with pytest.raises(CheckpointError, match="shape of"):
+        registry.put("ann", "giant", tmp_path / "lora")
+    assert registry.ls("ann") == []
+
+
+def test_large_adapters_get_fewer_slots_and_too_large_ones_none(tmp_path: Path, folder: Path) -> None:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    row = 4 * sum(tensor.numel() for tensor in tensors.values())  # it has vectors alone
+    for bytes_, slots in ((3 * row + 1, 3), (row, 1)):
+        made = AdapterRegistry(f"sqlite:///{tmp_path}/a.db", copy.deepcopy(base_model()), slots=8, form_bytes=bytes_)
+        made.put("ann", "mine", folder)
+        assert made.residents.room == slots + made.residents.whole
+        made.close()
+    made = AdapterRegistry(f"sqlite:///{tmp_path}/a.db", copy.deepcopy(base_model()), form_bytes=row - 1)
+    with pytest.raises(ConfigError, match="form_bytes"):
+        made.put("ann", "other", folder)
+    made.close()
+
+
 def test_a_head_and_a_whole_vector_are_served_from_the_model(tmp_path: Path) -> None:
     base = base_model()
     own: list[PeftModel] = []
@@ -169,7 +207,6 @@ def test_a_head_and_a_whole_vector_are_served_from_the_model(tmp_path: Path) -> 
 
 
 def adapter_with_head(base: Any, seed: int) -> PeftModel:
-    import copy
 
     model = get_peft_model(copy.deepcopy(base), VeraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"]))
     randomize(model, seed=seed, scale=0.3)

@@ -51,6 +51,8 @@ class AdapterRegistry:
         whole: how many adapters that no bank can take (heads that are trained whole) there may be at once.
         host_bytes: how much main memory adapters take that are not on the device.
         max_norm: the largest L2 norm that a tensor of an adapter may have.
+        max_rank: the largest rank that an adapter may have.
+        form_bytes: what the adapters of one form take on the device at most; large ones get fewer slots.
         dtype: in which the device holds them: float32, bfloat16, float16.
         packing: how the store keeps the numbers of what is put here.
         timeout: seconds to wait for a store that is busy.
@@ -70,17 +72,29 @@ class AdapterRegistry:
         whole: int = 16,
         host_bytes: int = 2**30,
         max_norm: float = 1e4,
+        max_rank: int = 4096,
+        form_bytes: int = 4 * 2**30,
         dtype: torch.dtype = torch.float32,
         packing: str = "float32",
         timeout: float = 10.0,
     ) -> None:
-        faults = [f"{k}: expected at least 1, got {v}" for k, v in (("slots", slots), ("forms", forms)) if v < 1]
+        least = {"slots": slots, "forms": forms, "max_rank": max_rank, "form_bytes": form_bytes}
+        faults = [f"{name}: expected at least 1, got {value}" for name, value in least.items() if value < 1]
         if faults or not max_norm > 0:
             raise ConfigError("; ".join(faults) or f"max_norm: expected a number above 0, got {max_norm!r}")
         self.url = str(store)
         self.fingerprint = Fingerprint.of(model)
         self.model = wrap(model).eval()
-        self.residents = Residents(self.model, slots=slots, forms=forms, whole=whole, dtype=dtype, max_norm=max_norm)
+        self.residents = Residents(
+            self.model,
+            slots=slots,
+            forms=forms,
+            whole=whole,
+            dtype=dtype,
+            max_norm=max_norm,
+            max_rank=max_rank,
+            form_bytes=form_bytes,
+        )
         self.host_bytes, self._packing, self._timeout = host_bytes, packing, timeout
         self._lock = threading.RLock()
         self._handles: OrderedDict[str, AdapterStore] = OrderedDict()

@@ -28,10 +28,11 @@ from torch import Tensor
 from .. import inject
 from ..checkpoint import AdapterFile, match_tensors
 from ..config import AdapterConfig
-from ..errors import AdapterError, CheckpointError, ResourceError, UnsupportedError, gather
+from ..errors import AdapterError, CheckpointError, ConfigError, ResourceError, UnsupportedError, gather
 from ..fleet.bank import AdapterBank, Resident
 from ..fleet.forms import NO_MATTER, ResidentForm
 from ..model import PeftModel
+from ..report import readable_bytes
 from ..routes import unroutable
 from ..routing import Cohort, Route, Stacked
 
@@ -122,14 +123,25 @@ class Residents:
         whole: how many adapters that no bank can take there may be at once.
         dtype: of the banks.
         max_norm: the largest L2 norm that a tensor of an adapter may have.
+        max_rank: the largest rank. form_bytes: what the rows of one form may take; large ones get fewer slots.
 
     """
 
     def __init__(
-        self, model: PeftModel, *, slots: int, forms: int, whole: int, dtype: torch.dtype, max_norm: float
+        self,
+        model: PeftModel,
+        *,
+        slots: int,
+        forms: int,
+        whole: int,
+        dtype: torch.dtype,
+        max_norm: float,
+        max_rank: int,
+        form_bytes: int,
     ) -> None:
         self.model, self.turns = model, Turns()
         self.slots, self.forms, self.whole, self.dtype, self.max_norm = slots, forms, whole, dtype, max_norm
+        self.max_rank, self.form_bytes = max_rank, form_bytes
         self._lock = threading.RLock()
         self._changing = threading.Lock()
         self._banks: OrderedDict[str, _Home] = OrderedDict()  # the least recently used first
@@ -152,6 +164,7 @@ class Residents:
             ResourceError: all forms are in use.
 
         """
+        self._check_rank(file.config, what)
         key = form_key(file.config)
         if key not in self._unbanked:
             try:
@@ -162,6 +175,7 @@ class Residents:
 
     def check(self, file: AdapterFile, what: str) -> None:
         """Check an adapter as :meth:`row` does, and keep nothing of it but its form."""
+        self._check_rank(file.config, what)
         key = form_key(file.config)
         if key not in self._unbanked:
             try:
@@ -171,9 +185,33 @@ class Residents:
             else:
                 return
         self._check_whole(file, what)
+        self._planned(file)
+
+    def _planned(self, file: AdapterFile) -> inject.Plan:
+        """What the adapter would be in the model, its shapes checked; nothing is made for it."""
         base = self.model.get_base_model()
         made = inject.plan(base, "trial", file.config.replace(inference_mode=True), file.method, strict=False)
         match_tensors(file, made, type(base).__name__)
+        return made
+
+    def _check_rank(self, config: AdapterConfig, what: str) -> None:
+        values = config.to_dict()
+        ranks = [values.get("r"), *dict(values.get("rank_pattern") or {}).values()]
+        largest = max((rank for rank in ranks if isinstance(rank, int)), default=0)
+        if largest > self.max_rank:
+            raise ConfigError(f"{what} has rank {largest}; this server takes at most {self.max_rank} (max_rank)")
+
+    def _slots_of(self, file: AdapterFile, what: str) -> int:
+        """How many rows the bank of a new form gets; its file is seen to fit before memory is taken for it."""
+        shapes = [shape for own in self._planned(file).shapes.values() for shape in own.values()]
+        size = sum(torch.Size(shape).numel() for shape in shapes) * self.dtype.itemsize
+        slots = min(self.slots, self.form_bytes // max(size, 1))
+        if slots < 1:
+            raise ConfigError(
+                f"{what} takes {readable_bytes(size)} on the device; all adapters of a form together may take "
+                f"{readable_bytes(self.form_bytes)} (form_bytes)"
+            )
+        return slots
 
     def _check_whole(self, file: AdapterFile, what: str) -> None:
         if bad := [key for key, value in file.tensors.items() if not bool(torch.isfinite(value).all())]:
@@ -181,7 +219,7 @@ class Residents:
         self._check_norms(file.tensors, what)
 
     def _banked(self, name: str, key: str, file: AdapterFile, what: str) -> Row:
-        home = self._home(key, file.config)
+        home = self._home(key, file, what)
         assert home.bank is not None
         values = home.bank.form.row_of_file(file, what)
         self._check_norms_of_row(home.bank.form, values, what)
@@ -203,11 +241,12 @@ class Residents:
         if wrong:
             raise CheckpointError(gather(f"{what}: norms above the bound of {self.max_norm:g}:", wrong, 5))
 
-    def _home(self, key: str, config: AdapterConfig) -> _Home:
+    def _home(self, key: str, file: AdapterFile, what: str) -> _Home:
         with self._lock:
             if key in self._banks:
                 self._banks.move_to_end(key)
                 return self._banks[key]
+        slots = self._slots_of(file, what)
         with self._changing:
             with self._lock:
                 if key in self._banks:
@@ -218,8 +257,8 @@ class Residents:
                     self._banks.pop(idle[0])
             try:
                 with self.turns.changing():
-                    plain = config.replace(inference_mode=True)
-                    home = _Home(AdapterBank(self.model, plain, slots=self.slots, dtype=self.dtype))
+                    plain = file.config.replace(inference_mode=True)
+                    home = _Home(AdapterBank(self.model, plain, slots=slots, dtype=self.dtype))
                     self.model.eval()
                     if idle is not None and idle[1].bank is not None:
                         idle[1].bank.close()
@@ -305,7 +344,8 @@ class Residents:
     def room(self) -> int:
         """How many adapters the device can hold with the forms that there are."""
         with self._lock:
-            return max(1, len(self._banks)) * self.slots + self.whole
+            banks = [home.bank.slots for home in self._banks.values() if home.bank is not None]
+            return (sum(banks) or self.slots) + self.whole
 
     # -- routes ----------------------------------------------------------------------------------
 

@@ -56,6 +56,8 @@ def build(
             forms=options.forms,
             host_bytes=options.host_bytes,
             max_norm=options.max_norm,
+            max_rank=options.max_rank,
+            form_bytes=options.form_bytes,
             packing=options.packing,
             timeout=options.store_seconds,
         )

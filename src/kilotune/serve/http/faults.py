@@ -82,7 +82,7 @@ def body_of(error: ApiError) -> bytes:
 def of_library(error: KilotuneError, param: str | None = None) -> ApiError:
     """The status of one of the library's own errors, whose messages are for the tenant as they stand."""
     if isinstance(error, StoreFullError):
-        return ApiError(507, "the adapter cannot be kept: the store's disk is full; nothing was written")
+        return ApiError(507, "the store's disk is full; nothing was changed")
     if isinstance(error, StoreError):
         return ApiError(
             503, "the store of adapters does not answer; try again", code="store_unavailable", retry_after=1

@@ -140,6 +140,12 @@ class EngineSettings(Section):
         2**30, number(0, whole=True), "How much main memory adapters take that are not on the device."
     )
     max_norm: float = setting(1e4, number(0, above=True), "The largest norm that a tensor of an adapter may have.")
+    max_rank: int = setting(4096, number(1, whole=True), "The largest rank that an adapter may have.")
+    form_bytes: int = setting(
+        4 * 2**30,
+        number(1, whole=True),
+        "How much of the device the adapters of one form take at most; large ones get fewer slots.",
+    )
     packing: str = setting(
         "float32", one_of("float32", "bfloat16", "int8"), "How the store keeps the numbers of adapters that are put."
     )
