@@ -289,6 +289,8 @@ def test_no_connection_is_taken_before_the_model_is_there() -> None:
         (["--host", "no.such.host.invalid"], "give --keys"),
         (["--keys", "none.json"], "there is no file of keys none.json"),
         (["--set", "max_requests=0"], "max_requests"),
+        (["--set", "form_bytes=1.5"], "form_bytes: expected a whole number of bytes, at least 1, got 1.5"),
+        (["--set", "host_bytes=9000000000", "--task", "sing"], "generate, embed, classify"),  # and nothing of the bytes
         (["--set", "max_request=5"], "Did you mean 'max_requests'?"),
         (["--set", "port=5"], "has an option of its own"),
         (["--task", "sing"], "generate, embed, classify"),
@@ -301,6 +303,7 @@ def test_what_cannot_be_started_is_one_line(tmp_path: Path, more: Sequence[str],
     given |= dict(zip(more[::2], more[1::2]))
     told = error("serve", *[word for pair in given.items() for word in pair])
     assert part in told
+    assert "host_bytes" not in told
 
 
 def test_keys_on_the_command_line(tmp_path: Path) -> None:

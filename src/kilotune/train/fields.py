@@ -24,6 +24,7 @@ __all__ = [
     "or_none",
     "paths",
     "setting",
+    "size",
     "shown",
     "text",
     "warmup",
@@ -63,6 +64,16 @@ def number(low: float, high: float = float("inf"), *, whole: bool = False, above
             span = f"above {low:g}" + ("" if high == float("inf") else f" and at most {high:g}")
             return [f"{name}: expected a number {span}, got {value!r}"]
         return found
+
+    return faults
+
+
+def size(low: int) -> Fault:
+    """A whole number of bytes, at least ``low``; as large as memory may be."""
+
+    def faults(name: str, value: Any) -> list[str]:
+        good = isinstance(value, int) and not isinstance(value, bool) and value >= low
+        return [] if good else [f"{name}: expected a whole number of bytes, at least {low}, got {value!r}"]
 
     return faults
 

@@ -8,7 +8,7 @@ from ipaddress import ip_address
 from typing import Any, ClassVar, final
 
 from ...fleet.store.names import check_namespace, check_which
-from ...train.fields import Section, flag, number, one_of, or_none, setting, text
+from ...train.fields import Section, flag, number, one_of, or_none, setting, size, text
 
 __all__ = ["EngineSettings", "ServeSettings"]
 
@@ -136,14 +136,12 @@ class EngineSettings(Section):
     forms: int = setting(
         4, number(1, whole=True), "How many forms of adapters (method, options, layers) there may be at once."
     )
-    host_bytes: int = setting(
-        2**30, number(0, whole=True), "How much main memory adapters take that are not on the device."
-    )
+    host_bytes: int = setting(2**30, size(0), "How much main memory adapters take that are not on the device.")
     max_norm: float = setting(1e4, number(0, above=True), "The largest norm that a tensor of an adapter may have.")
     max_rank: int = setting(4096, number(1, whole=True), "The largest rank that an adapter may have.")
     form_bytes: int = setting(
         4 * 2**30,
-        number(1, whole=True),
+        size(1),
         "How much of the device the adapters of one form take at most; large ones get fewer slots.",
     )
     packing: str = setting(
