@@ -24,8 +24,8 @@ __all__ = [
     "or_none",
     "paths",
     "setting",
-    "size",
     "shown",
+    "size",
     "text",
     "warmup",
 ]
