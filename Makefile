@@ -30,7 +30,7 @@ help:  ## this list
 demo: env-demo  ## fine-tune a small pretrained network with VeRA and LoRA on real images; a report in runs/
 	@.venv/bin/kilotune demo $(ARGS)
 
-test: lint type env-postgresql env-chromium  ## lint, types, and the tests that CI runs (under 20 minutes on 2 cores)
+test: lint type env-postgresql env-chromium  ## lint, types, and the tests that CI runs (under 25 minutes on 2 cores)
 	$(pytest) $(ARGS)
 
 test-full: lint type env-postgresql env-chromium env-vllm  ## everything, the slow tests too, and all of those of the vLLM plugin

@@ -192,7 +192,7 @@ def test_a_score_that_is_no_number_counts_as_diverged() -> None:
 # -- interrupted and resumed -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("after", [0, 9, 22])
+@pytest.mark.parametrize("after", [9, *(pytest.param(n, marks=pytest.mark.full) for n in (0, 22))])
 def test_an_interrupted_comparison_goes_on_where_it_was(after: int, tmp_path: Path, whole: Comparison) -> None:
     path, stops = tmp_path / "runs.jsonl", Toy(stop_after=after)
     with pytest.raises(KeyboardInterrupt):

@@ -144,7 +144,11 @@ def run(folder: Path, script: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=200, check=False)
 
 
-@pytest.mark.parametrize("part", PARTS, ids=lambda part: part.name)
+@pytest.mark.parametrize(
+    "part",
+    [PARTS[0], *(pytest.param(part, marks=pytest.mark.full) for part in PARTS[1:])],
+    ids=lambda part: part.name,
+)
 def test_the_file_taken_out_and_added_as_the_page_says_is_all_there_is(part: Part, tmp_path: Path) -> None:
     folder, file = part.name.split(".")
     text = examples()[part.name]

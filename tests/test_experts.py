@@ -384,7 +384,7 @@ def test_bfloat16(family: str, implementation: str) -> None:
 
 
 @pytest.mark.parametrize("implementation", ["batched_mm", "grouped_mm"])
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("family", ["mixtral", pytest.param("gpt_oss", marks=pytest.mark.full)])
 @pytest.mark.parametrize("method", ["lora", "vera"])
 def test_compile(family: str, implementation: str, method: str) -> None:
     """In one graph, forward and backward, where transformers' own experts compile (its "eager" loop does not)."""

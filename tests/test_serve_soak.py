@@ -29,7 +29,8 @@ SEEDS = (1, 2, 3, 4)
 COUNT = 6
 LONG = float(os.environ.get("KILOTUNE_SOAK", "600"))
 WRONG: list[tuple[dict[str, Any], int]] = [
-    ({"content": b"{"}, 400),
+    ({"content": b"{", "headers": {"Content-Type": "application/json"}}, 400),
+    ({"content": b"{"}, 415),
     ({"json": {"model": "secret-plans", "prompt": "x"}}, 404),  # bob's, by ann
     ({"json": {"model": "poems", "prompt": "x", "temperature": -1}}, 400),
     ({"json": {"model": "poems", "prompt": "word " * 500}}, 400),
@@ -134,7 +135,7 @@ class Soak:
 
     def wrong(self, chance: random.Random, client: httpx2.Client) -> None:
         what, status = chance.choice(WRONG)
-        got = client.post("/v1/completions", **{"headers": self.key("ann"), **what})
+        got = client.post("/v1/completions", **{**what, "headers": self.key("ann") | what.get("headers", {})})
         assert got.status_code == status, (what, got.status_code, got.text)
         assert got.json()["error"]["message"]
         time.sleep(0.01)
