@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -51,13 +52,19 @@ def source_modules(package: Path) -> dict[str, Path]:
     return found
 
 
+@functools.cache
+def import_nodes(source: str) -> list[ast.Import | ast.ImportFrom]:
+    """All imports of a file, which the tests below read again and again."""
+    return [node for node in ast.walk(ast.parse(source)) if isinstance(node, (ast.Import, ast.ImportFrom))]
+
+
 def imports(module: str, source: str, is_package: bool, known: set[str]) -> Iterator[tuple[int, str]]:
     """(line, module of kilotune) for every import, those inside functions and for types included."""
     home = module.split(".") if is_package else module.split(".")[:-1]
-    for node in ast.walk(ast.parse(source)):
+    for node in import_nodes(source):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, a.name) for a in node.names if a.name.split(".")[0] == "kilotune")
-        elif isinstance(node, ast.ImportFrom):
+        else:
             base = home[: len(home) + 1 - node.level] if node.level else []
             base = [*base, *(node.module or "").split(".")] if node.module else base
             if base[:1] != ["kilotune"]:
