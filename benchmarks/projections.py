@@ -12,7 +12,7 @@ import time
 import numpy as np
 import torch
 
-from kilotune.projections import unit_rows
+from kilotune.projections.matrices import unit_rows
 
 
 def peft_rows(seed: int, rows: int, columns: int) -> None:
@@ -45,7 +45,7 @@ def main() -> None:
     ours, theirs = seconds_of_rounds(chosen.rounds, chosen.rows, chosen.columns)
     million = chosen.rows * chosen.columns / 1e6
     print(f"{chosen.rows} rows of {chosen.columns}, {million:.1f} M numbers, {chosen.rounds} rounds, one core")
-    for name, times in (("kilotune.projections.unit_rows", ours), ("torch uniform_ (PEFT's way)", theirs)):
+    for name, times in (("kilotune.projections.matrices.unit_rows", ours), ("torch uniform_ (PEFT's way)", theirs)):
         middle = statistics.median(times)
         span = f"{min(times):.3f} to {max(times):.3f} s"
         print(f"  {name:32} median {middle:.3f} s ({span}), {million / middle:.0f} M numbers a second")

@@ -43,13 +43,13 @@ import _harness as harness
 import kilotune
 from _harness import Bar, Progress, Rounds
 from _models import Shape, build, twin
-from kilotune.checkpoint import state_of
+from kilotune.checkpoints.peft_layout import state_of
 from kilotune.fleet import open_store
 from kilotune.fleet.store import Contents, Fingerprint
 from kilotune.fleet.store.base import Item
-from kilotune.serve.adapters import AdapterRegistry
-from kilotune.serve.batching import TransformersEngine
-from kilotune.serve.engine import AdapterKey, Generation, Sampling
+from kilotune.serve.engine.continuous_batching import TransformersEngine
+from kilotune.serve.engine.interface import AdapterKey, Generation, Sampling
+from kilotune.serve.engine.tenant_adapters import AdapterRegistry
 from kilotune.serve.http.keys import add_key
 
 PROMPT = 32

@@ -215,7 +215,7 @@ def write_rows(kind: str, path: Path, chosen: argparse.Namespace) -> Path:
 
 def settings_of(case: Case, base: Path, rows: Path, output: Path, chosen: argparse.Namespace) -> Any:
     """The settings of one case."""
-    from kilotune.train import settings as s
+    from kilotune.train.settings import sections as s
 
     options: dict[str, Any] = {"r": case.rank} if case.rank else {}
     if case.method != "full" and case.method != "head":
@@ -248,8 +248,8 @@ def settings_of(case: Case, base: Path, rows: Path, output: Path, chosen: argpar
 
 def measure(case: Case, folder: Path, chosen: argparse.Namespace, device: torch.device) -> Measured:
     """Plan one training, and run it."""
-    from kilotune.train.planning import plan_run
     from kilotune.train.run import fit, open_session
+    from kilotune.train.running.planning import plan_run
 
     base = write_base(case.kind, folder / f"base-{case.kind}", chosen)
     rows = write_rows(case.kind, folder / f"{case.kind}.jsonl", chosen)

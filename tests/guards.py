@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from kilotune import AdapterConfig, PeftModel, get_peft_model
-from kilotune.model import AdapterModel
-from kilotune.projections import Projections
+from kilotune.model.adapter_model import AdapterModel
+from kilotune.projections.matrices import Projections
 from models import bits, disk, places, randomize
 
 Make = Callable[[], nn.Module]

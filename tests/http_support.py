@@ -26,7 +26,7 @@ from kilotune import PeftModel, VeraConfig, get_peft_model
 from kilotune.errors import AdapterError
 from kilotune.fleet import wrap
 from kilotune.fleet.store import AdapterStore, Version, open_store
-from kilotune.serve.engine import AdapterKey, Engine, EngineStats, Finish, Generation, Token, Vector
+from kilotune.serve.engine.interface import AdapterKey, Engine, EngineStats, Finish, Generation, Token, Vector
 from kilotune.serve.http.app import create_app
 from kilotune.serve.http.keys import Key, Keyring, new_key
 from kilotune.serve.http.prompts import Prompts
@@ -340,8 +340,8 @@ class Running:
 
 def batching(folder: Path, **options: Any) -> dict[str, Any]:
     """The real engine and the real registry, for :func:`serving`."""
-    from kilotune.serve.adapters import AdapterRegistry
-    from kilotune.serve.batching import TransformersEngine
+    from kilotune.serve.engine.continuous_batching import TransformersEngine
+    from kilotune.serve.engine.tenant_adapters import AdapterRegistry
 
     registry = AdapterRegistry(f"sqlite:///{folder / 'adapters.db'}", loaded("llama", base_folder()))
     engine = TransformersEngine(
@@ -365,8 +365,8 @@ def serving(
     """A service with the tiny base, over a store in ``folder``; ann has the adapters of seeds 1 and 2, bob one of 3."""
     import uvicorn
 
-    from kilotune.serve.http.running import listen, url_of
-    from kilotune.serve.http.wire import Wire
+    from kilotune.serve.http.connections import Wire
+    from kilotune.serve.http.process import listen, url_of
 
     catalogue = catalogue or StoreCatalogue(f"sqlite:///{folder / 'adapters.db'}")
     if engine is None:

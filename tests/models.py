@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from kilotune.model import AdapterModel
+from kilotune.model.adapter_model import AdapterModel
 
 
 def mlp(bias: bool = True, seed: int = 0) -> nn.Sequential:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 def build(folder: str, store: str, keys: str) -> object:
     """A service of the tiny base that stands in ``folder``."""
-    from kilotune.serve.http.building import build as built
     from kilotune.serve.http.settings import ServeSettings
+    from kilotune.serve.http.startup import build as built
 
     return built(folder, store, ServeSettings(keys=keys, name="tiny"))
 

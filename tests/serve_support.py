@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from kilotune import AdapterConfig, LoraConfig, PeftModel, VeraConfig, get_peft_model
-from kilotune.serve.adapters import AdapterRegistry
-from kilotune.serve.batching import TransformersEngine
-from kilotune.serve.engine import AdapterKey, Finish, Generation, Sampling, Token
+from kilotune.serve.engine.continuous_batching import TransformersEngine
+from kilotune.serve.engine.interface import AdapterKey, Finish, Generation, Sampling, Token
+from kilotune.serve.engine.tenant_adapters import AdapterRegistry
 from models import randomize
 
 VOCABULARY = 64

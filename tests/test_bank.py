@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kilotune import AdapterConfig, LoraConfig, PeftModel, VeraConfig, get_config, get_peft_model
-from kilotune.checkpoint import read
+from kilotune.checkpoints.peft_layout import read
 from kilotune.errors import AdapterError, CheckpointError, ConfigError, ResourceError, UnsupportedError
 from kilotune.fleet import AdapterBank, wrap
 from models import Nested, base_bits, randomize, tiny_llama

@@ -15,8 +15,8 @@ from generation_support import greedy, loaded, merged, pair
 from kilotune.cli import chat as verb
 from kilotune.cli.main import app
 from kilotune.errors import ConfigError
-from kilotune.train.inference import Chat, Sampling, Writer
-from kilotune.train.outcome import form_of
+from kilotune.train.results.outcome import form_of
+from kilotune.train.use.text_generation import Chat, Sampling, Writer
 from train_support import LENGTH, sentence, write_jsonl
 
 COUNT = 6
@@ -191,7 +191,7 @@ def test_at_a_keyboard_faults_end_the_message_and_not_the_chat(
 def test_ctrl_c_stops_an_answer_and_keeps_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from kilotune.train import inference
+    from kilotune.train.use import text_generation as inference
 
     base, adapter = pair("llama", True)
     writer = Writer(merged("llama", base, adapter), AutoTokenizer.from_pretrained(base), Sampling(max_tokens=COUNT))
@@ -224,7 +224,7 @@ def test_ctrl_c_stops_an_answer_and_keeps_it(
 
 
 def test_an_interrupt_before_any_word_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
-    from kilotune.train import inference
+    from kilotune.train.use import text_generation as inference
 
     base, adapter = pair("llama", True)
     writer = Writer(merged("llama", base, adapter), AutoTokenizer.from_pretrained(base), Sampling(max_tokens=COUNT))

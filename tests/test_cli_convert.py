@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from cli_helpers import as_json, distance, error, gpt2, kilotune, llama, logits, saved, shake
 from kilotune import LoraConfig, PeftModel, VeraConfig, get_peft_model
-from kilotune.checkpoint import CONFIG_NAME, WEIGHTS_NAME
-from kilotune.report import count_parameters
+from kilotune.checkpoints.peft_layout import CONFIG_NAME, WEIGHTS_NAME
+from kilotune.model.parameter_report import count_parameters
 
 pytestmark = [
     # PEFT reads an attribute that transformers has renamed since.

@@ -15,8 +15,8 @@ from typer.testing import CliRunner, Result
 from experiment_support import binary_members, cifar_batches, tar_gz
 from kilotune.cli.demo import demo
 from kilotune.errors import ConfigError, KilotuneError, MissingExtraError
-from kilotune.experiments import demo as experiment
-from kilotune.experiments import page
+from kilotune.experiments.demo import experiment as experiment
+from kilotune.experiments.demo import page
 
 TINY = ("--seeds", "1", "--epochs", "1", "--adapt-epochs", "1")
 

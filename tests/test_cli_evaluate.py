@@ -23,9 +23,9 @@ from transformers import (
 
 from cli_helpers import as_json, error, kilotune
 from kilotune import LoraConfig, PeftModel, get_peft_model
-from kilotune.train.config_file import settings_from
+from kilotune.train.results.scoring import scoring_settings
 from kilotune.train.run import train
-from kilotune.train.scoring import scoring_settings
+from kilotune.train.settings.config_file import settings_from
 from train_support import model_folder, pictures, prompts, sentence, write_jsonl
 
 CLOSE = 1e-5

@@ -25,7 +25,7 @@ from generation_support import PROMPT, greedy, loaded, merged, pair
 from kilotune import PeftModel, VeraConfig, get_peft_model
 from kilotune.cli.main import app
 from kilotune.errors import CheckpointError, ConfigError
-from kilotune.train.inference import Sampling, Writer
+from kilotune.train.use.text_generation import Sampling, Writer
 from train_support import LENGTH, model_folder, sentence
 
 COUNT = 12
@@ -213,7 +213,7 @@ def test_no_piece_is_half_a_character_or_the_beginning_of_a_stop() -> None:
     tokenizer = _bytes()
     ids = tokenizer(text)["input_ids"]
     assert any("\ufffd" in tokenizer.decode(ids[:i]) for i in range(len(ids)))
-    from kilotune.train.inference import _Stream
+    from kilotune.train.use.text_generation import _Stream
 
     pieces: list[str] = []
     stream = _Stream(tokenizer, ["STOP never"], pieces.append)
@@ -412,7 +412,7 @@ def test_a_keyboard_gets_no_silence(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_ctrl_c_keeps_what_was_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    from kilotune.train import inference
+    from kilotune.train.use import text_generation as inference
 
     base, adapter = pair("llama")
     put, calls = inference._Stream.put, []

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from cli_helpers import as_json, error, kilotune, llama, saved, shake
 from kilotune import LoraConfig, VeraConfig, get_peft_model
-from kilotune.checkpoint import CONFIG_NAME, WEIGHTS_NAME
+from kilotune.checkpoints.peft_layout import CONFIG_NAME, WEIGHTS_NAME
 from kilotune.cli import _adapter
 from models import untie
 

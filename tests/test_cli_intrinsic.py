@@ -12,7 +12,8 @@ import pytest
 
 from cli_helpers import as_json, error, kilotune
 from experiment_support import binary_members, cifar_batches, tar_gz
-from kilotune.experiments import dimension_report, tasks
+from kilotune.experiments.dimension import report as dimension_report
+from kilotune.experiments.images import tasks
 
 VERB = "intrinsic-dimension"
 FOLDER = Path("runs/intrinsic-dimension-digits-scratch")
@@ -158,8 +159,8 @@ def test_without_matplotlib_one_line_says_what_to_install(monkeypatch: pytest.Mo
 
 
 def test_help_names_every_default() -> None:
-    from kilotune.experiments.intrinsic_dimension import Search
-    from kilotune.experiments.tasks import ImageSettings
+    from kilotune.experiments.dimension.search import Search
+    from kilotune.experiments.images.tasks import ImageSettings
 
     text = re.sub(r"[│\s]+", " ", kilotune(VERB, "--help").stdout)
     search, settings = Search(), ImageSettings()

@@ -19,7 +19,7 @@ from transformers import (
 
 from cli_helpers import as_json, bert, distance, error, gpt2, kilotune, llama, logits, roberta, saved, shake
 from kilotune import LoraConfig, PeftModel, VeraConfig, get_peft_model
-from kilotune.checkpoint import WEIGHTS_NAME
+from kilotune.checkpoints.peft_layout import WEIGHTS_NAME
 from kilotune.cli import _adapter
 from kilotune.cli import merge as verb
 

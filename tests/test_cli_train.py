@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from cli_helpers import as_json, error, kilotune
-from kilotune.train.config_file import load_settings
-from kilotune.train.settings import TASK_NAMES
+from kilotune.train.settings.config_file import load_settings
+from kilotune.train.settings.sections import TASK_NAMES
 from train_support import model_folder, pictures, prompts, sentence, write_jsonl
 
 FILE = "adapter_model.safetensors"

@@ -18,8 +18,8 @@ from kilotune.experiments.compare import costs
 from kilotune.experiments.compare.problem import METHOD_NAMES, Contender
 from kilotune.experiments.compare.recipe import Recipe, RecipeSettings
 from kilotune.experiments.compare.settings import ALL_METHODS, load_comparison
-from kilotune.train.config_file import load_settings
 from kilotune.train.run import train
+from kilotune.train.settings.config_file import load_settings
 from train_support import model_folder, sentence, write_jsonl
 
 ROOT = Path(__file__).resolve().parent.parent

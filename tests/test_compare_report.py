@@ -191,7 +191,7 @@ def test_scores_that_are_far_apart_and_fall_and_failures_can_be_drawn() -> None:
 def test_labels_do_not_lie_on_each_other() -> None:
     import matplotlib as mpl
 
-    from kilotune.experiments.charts import STYLE
+    from kilotune._ui.charts import STYLE
 
     rows = [row(f"method-{i}", [0.80 + 0.002 * i], 1000 + 40 * i) for i in range(6)]
     with mpl.rc_context(STYLE):

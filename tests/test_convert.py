@@ -23,7 +23,7 @@ from kilotune import (
     VeraConfig,
     get_peft_model,
 )
-from kilotune.checkpoint import WEIGHTS_NAME
+from kilotune.checkpoints.peft_layout import WEIGHTS_NAME
 from kilotune.convert import hollow, to_kilotune, to_lora, to_peft, truncate
 
 pytestmark = [
@@ -99,7 +99,7 @@ def test_vera_is_exactly_a_lora_of_the_same_rank(tmp_path: Path, variant: str) -
 
 def test_the_factors_are_those_of_the_paper(tmp_path: Path) -> None:
     """lora_B lora_A against diag(b) B diag(d) A, written out from the definition of the matrices."""
-    from kilotune.projections import unit_rows
+    from kilotune.projections.matrices import unit_rows
 
     model = adapted("nested")
     to_lora(model).save(tmp_path)
@@ -373,7 +373,7 @@ def test_hollow_weights_take_no_memory() -> None:
 
 
 def test_a_failed_conversion_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    from kilotune import checkpoint
+    from kilotune.checkpoints import peft_layout as checkpoint
 
     model = adapted("nested")
     want = copy.deepcopy(model.state_dict())

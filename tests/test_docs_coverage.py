@@ -18,7 +18,7 @@ PUBLIC_MODULES = (
     "kilotune.errors",
     "kilotune.fleet.store",
     "kilotune.plan",
-    "kilotune.report",
+    "kilotune.model.parameter_report",
     "kilotune.train",
 )
 

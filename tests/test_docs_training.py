@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from cli_helpers import kilotune
-from kilotune.train.config_file import starting_text
-from kilotune.train.settings import USUAL_RATES, usual_rate
+from kilotune.train.settings.config_file import starting_text
+from kilotune.train.settings.sections import USUAL_RATES, usual_rate
 from train_support import model_folder, prompts, write_jsonl
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"

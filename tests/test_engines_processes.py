@@ -18,7 +18,7 @@ from torch import distributed as dist
 from cli_helpers import kilotune
 from engine_support import CASES, adapted, arguments, batches, letters, nf4_llama, weights
 from kilotune import PeftModel
-from kilotune.train.hf import STATE_NAME, for_trainer
+from kilotune.train.trainer.for_trainer import STATE_NAME, for_trainer
 from models import disk, tiny_llama
 from test_engines_sft import rows
 from test_engines_sharding import HERE, launch

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from engine_support import adapted, arguments, letters, nf4_llama, weights
 from kilotune import LoraConfig, PeftModel, get_config, get_peft_model
 from kilotune.errors import UnsupportedError
-from kilotune.train.hf import STATE_NAME, for_trainer
+from kilotune.train.trainer.for_trainer import STATE_NAME, for_trainer
 from models import bits, tiny_llama
 
 pytest.importorskip("trl")

@@ -16,8 +16,8 @@ from torch import distributed as dist
 
 from kilotune import LoraConfig, VeraConfig, get_peft_model
 from kilotune.errors import UnsupportedError
-from kilotune.sharded import is_sharded, processes, whole
-from kilotune.train.parallel import blocks, ignore_sharded, shard_base
+from kilotune.storage.sharded import is_sharded, processes, whole
+from kilotune.train.trainer.parallel import blocks, ignore_sharded, shard_base
 from models import Nested, randomize
 
 HERE = Path(__file__).resolve().parent

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from engine_support import CASES, IDS, LINES, adapted, arguments, nf4_llama, weights
 from kilotune import LoraConfig, PeftModel, VeraConfig, get_config, get_peft_model
 from kilotune.errors import CheckpointError, ConfigError
-from kilotune.train.hf import STATE_NAME, for_trainer
+from kilotune.train.trainer.for_trainer import STATE_NAME, for_trainer
 from models import bits, randomize, tiny_llama
 
 pytest.importorskip("accelerate")

@@ -15,10 +15,10 @@ import torch
 
 from experiment_support import BATCHES, Batch, binary_batch, binary_members, cifar_batches, python_members, tar_gz
 from kilotune.errors import KilotuneError
-from kilotune.experiments import cifar
-from kilotune.experiments.cifar import ARCHIVE_URL, cifar10, download
-from kilotune.experiments.data import Data
-from kilotune.experiments.pickled import read_batch
+from kilotune.experiments.images import cifar
+from kilotune.experiments.images.cifar import ARCHIVE_URL, cifar10, download
+from kilotune.experiments.images.digits_data import Data
+from kilotune.experiments.images.pickled import read_batch
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import torch
 from sklearn.datasets import load_digits
 
 from kilotune.errors import MissingExtraError
-from kilotune.experiments.data import Data, ImageSet, digits
+from kilotune.experiments.images.digits_data import Data, ImageSet, digits
 
 
 @pytest.fixture(scope="module")

@@ -19,14 +19,14 @@ from safetensors.torch import load
 
 from kilotune import PeftModel, VeraConfig
 from kilotune.errors import KilotuneError
-from kilotune.experiments import demo as experiment
-from kilotune.experiments import page as report
-from kilotune.experiments import tuning
-from kilotune.experiments.convnet import VERA_WIDTHS, build
-from kilotune.experiments.data import ImageSet
-from kilotune.experiments.results import AdapterFacts, Check, DemoResult, MethodRun, SeedRun, checks_of, spread
-from kilotune.experiments.settings import METHODS, DemoSettings, choose
-from kilotune.experiments.training import Recipe, one_thread
+from kilotune.experiments.demo import experiment as experiment
+from kilotune.experiments.demo import page as report
+from kilotune.experiments.demo import tuning
+from kilotune.experiments.demo.results import AdapterFacts, Check, DemoResult, MethodRun, SeedRun, checks_of, spread
+from kilotune.experiments.demo.settings import METHODS, DemoSettings, choose
+from kilotune.experiments.images.convnet import VERA_WIDTHS, build
+from kilotune.experiments.images.digits_data import ImageSet
+from kilotune.experiments.images.training import Recipe, one_thread
 
 TINY = DemoSettings(seeds=1, epochs=1, adapt_epochs=1)
 

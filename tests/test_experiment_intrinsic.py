@@ -22,12 +22,12 @@ from torch import nn
 
 from kilotune import IntrinsicConfig, get_peft_model
 from kilotune.errors import CheckpointError, ConfigError, DivergedError, KilotuneError
-from kilotune.experiments.dimension_report import score_chart, score_page, write_dimension_report
-from kilotune.experiments.dimension_results import DimensionResult, smallest_reaching
-from kilotune.experiments.intrinsic_dimension import TUNING_SEED, Search, measure, run_settings
+from kilotune.experiments.dimension.report import score_chart, score_page, write_dimension_report
+from kilotune.experiments.dimension.results import DimensionResult, smallest_reaching
+from kilotune.experiments.dimension.search import TUNING_SEED, Search, measure, run_settings
+from kilotune.experiments.images.tasks import ImageSettings, ImageTask, Scores, Task, Tick
+from kilotune.experiments.images.training import logits_of, one_thread
 from kilotune.experiments.run_store import Key, Run, RunStore
-from kilotune.experiments.tasks import ImageSettings, ImageTask, Scores, Task, Tick
-from kilotune.experiments.training import logits_of, one_thread
 
 ONE_RATE: dict[str, Any] = {"rates": (1.0,), "full_rates": (1.0,)}
 

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from kilotune.errors import ConfigError, KilotuneError
-from kilotune.experiments.data import ImageSet
-from kilotune.experiments.settings import DemoSettings, choose
-from kilotune.experiments.training import (
+from kilotune.experiments.demo.settings import DemoSettings, choose
+from kilotune.experiments.images.digits_data import ImageSet
+from kilotune.experiments.images.training import (
     Recipe,
     accuracy_among,
     count_steps,

@@ -25,8 +25,8 @@ from kilotune.convert import to_lora
 from kilotune.deltas import Need
 from kilotune.errors import ConfigError, MergeError, TargetError, UnsupportedError
 from kilotune.kinds.experts import Experts, StandIn
+from kilotune.layers.adapted_parameters import AdaptedParameters, UntrainedExpertsWarning
 from kilotune.methods import METHODS, PRESETS
-from kilotune.parameters import AdaptedParameters, UntrainedExpertsWarning
 from kilotune.plan import costs
 from models import Snapshot, bits, randomize
 
@@ -289,7 +289,7 @@ def test_whole_models(family: str, tmp_path: Path) -> None:
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     merged = again.merge_and_unload()
-    assert not any(isinstance(m, (AdaptedParameters, kilotune.layer.AdaptedLayer)) for m in merged.modules())
+    assert not any(isinstance(m, (AdaptedParameters, kilotune.layers.adapted.AdaptedLayer)) for m in merged.modules())
     with torch.no_grad():
         close(merged(ids).logits, output, 1e-5)
 

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from conformance.quantised import INN, OUT, STORAGE_SCHEMES, StorageCase, _named, weight_of
-from kilotune import LoraConfig, PeftModel, VeraConfig, fusion, get_peft_model
+from kilotune import LoraConfig, PeftModel, VeraConfig, get_peft_model
 from kilotune.config import AdapterConfig
 from kilotune.kernels.lowrank import Factors
 from kilotune.kernels.ways import Way
+from kilotune.layers import fusion
 from kilotune.storage import bnb8, storage_of
 from kilotune.storage.torchao import _TorchAO
 from models import randomize

@@ -15,8 +15,8 @@ from torch import Tensor
 import fleet_worker
 from fleet_support import Kept, furthest, points, stacked
 from kilotune import VeraConfig
+from kilotune.checkpoints.files import read_weights
 from kilotune.errors import CheckpointError, ConfigError
-from kilotune.files import read_weights
 from kilotune.fleet import (
     AdapterStore,
     Finished,
@@ -29,7 +29,7 @@ from kilotune.fleet import (
     fit,
     open_store,
 )
-from kilotune.fleet.joint_state import StateFolder
+from kilotune.fleet.joint.saved_state import StateFolder
 from models import Nested
 
 HERE = Path(__file__).parent

@@ -17,20 +17,13 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from kilotune import (
-    AdapterConfig,
-    BitfitConfig,
-    BottleneckConfig,
-    LoraConfig,
-    VeraConfig,
-    fusion,
-    get_peft_model,
-)
+from kilotune import AdapterConfig, BitfitConfig, BottleneckConfig, LoraConfig, VeraConfig, get_peft_model
 from kilotune.errors import ConfigError
 from kilotune.kernels import lowrank, ways
 from kilotune.kernels.lowrank import Factors
 from kilotune.kernels.ways import WAYS, Choice, Way
-from kilotune.model import AdapterModel
+from kilotune.layers import fusion
+from kilotune.model.adapter_model import AdapterModel
 from models import mlp, randomize, tiny_gpt2, tiny_llama, trained
 from test_lowrank_kernel import keeping, storages
 

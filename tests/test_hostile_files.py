@@ -20,15 +20,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from kilotune import (
-    CheckpointError,
-    LoraConfig,
-    PeftModel,
-    VeraConfig,
-    checkpoint,
-    files,
-    get_peft_model,
-)
+from kilotune import CheckpointError, LoraConfig, PeftModel, VeraConfig, get_peft_model
+from kilotune.checkpoints import files
+from kilotune.checkpoints import peft_layout as checkpoint
 from models import Snapshot, disk, mlp, randomize, untie
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

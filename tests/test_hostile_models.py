@@ -14,18 +14,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kilotune import (
-    LoraConfig,
-    MergeError,
-    PeftModel,
-    TargetError,
-    UnsupportedError,
-    VeraConfig,
-    get_peft_model,
-)
-from kilotune.layer import AdaptedLayer
-from kilotune.model import AdapterModel
-from kilotune.saved import SavedModule
+from kilotune import LoraConfig, MergeError, PeftModel, TargetError, UnsupportedError, VeraConfig, get_peft_model
+from kilotune.layers.adapted import AdaptedLayer
+from kilotune.layers.saved_module import SavedModule
+from kilotune.model.adapter_model import AdapterModel
 from kilotune.storage.dense import Dense
 from models import Nested, Snapshot, bits, mlp, randomize, tiny_llama
 

@@ -24,7 +24,7 @@ from kilotune import (
     get_peft_model,
 )
 from kilotune.methods.vera import Vera
-from kilotune.projections import PortableSource, Projections, unit_rows
+from kilotune.projections.matrices import PortableSource, Projections, unit_rows
 from models import Snapshot, disk, mlp, randomize
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -19,10 +19,10 @@ from kilotune import (
     TargetError,
     UnsupportedError,
     VeraConfig,
-    checkpoint,
     get_config,
     get_peft_model,
 )
+from kilotune.checkpoints import peft_layout as checkpoint
 from kilotune.convert import rewrite, to_kilotune, to_lora, to_peft
 from kilotune.kinds import kind_of
 from models import Snapshot, bits, disk, randomize, tiny_llama
@@ -96,7 +96,7 @@ def test_channels_last_and_inputs_without_a_batch(config: Any) -> None:
 
 
 def test_vera_s_gain_counts_the_inputs_that_one_output_sees() -> None:
-    """sqrt(6 / fan_in), fan_in = in / groups * taps, as in nn.init.kaiming_uniform_ of the weight."""
+    """sqrt(6 / fan_in), fan_in = in / groups * kernel, as in nn.init.kaiming_uniform_ of the weight."""
     sites = [
         (nn.Conv2d(6, 4, 3, groups=2), 27),
         (nn.Conv1d(6, 4, 5), 30),

@@ -22,7 +22,7 @@ from kilotune import (
     VeraConfig,
     get_peft_model,
 )
-from kilotune.projections import Projections
+from kilotune.projections.matrices import Projections
 from models import Nested, Snapshot, mlp, randomize, trained
 
 X = torch.linspace(-1, 1, 24).view(4, 6)

@@ -23,10 +23,10 @@ from kilotune import (
     PeftModel,
     VeraConfig,
     VeraModel,
-    checkpoint,
-    files,
     get_peft_model,
 )
+from kilotune.checkpoints import files
+from kilotune.checkpoints import peft_layout as checkpoint
 from models import Nested, Snapshot, disk, mlp, randomize
 
 X = torch.linspace(-1, 1, 24).view(4, 6)

@@ -20,7 +20,7 @@ from kilotune import (
     VeraConfig,
     get_peft_model,
 )
-from kilotune.layer import AdaptedLayer
+from kilotune.layers.adapted import AdaptedLayer
 from models import Nested, Snapshot, bits, mlp, places, randomize
 
 X = torch.linspace(-1, 1, 24).view(4, 6)

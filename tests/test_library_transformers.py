@@ -13,7 +13,7 @@ from torch import nn
 
 from guards import adapters_act
 from kilotune import AdapterConfig, ConfigError, LoraConfig, PeftModel, TaskType, VeraConfig, get_peft_model
-from kilotune.saved import SavedModule
+from kilotune.layers.saved_module import SavedModule
 from models import bits, randomize, tiny_classifier, tiny_gpt2, tiny_llama, trained
 
 pytest.importorskip("transformers")

@@ -23,8 +23,8 @@ from kilotune import (
     VeraModel,
     get_peft_model,
 )
-from kilotune.layer import AdaptedLayer
-from kilotune.saved import SavedModule
+from kilotune.layers.adapted import AdaptedLayer
+from kilotune.layers.saved_module import SavedModule
 from models import Nested, Snapshot, mlp, places, randomize, trained
 
 X = torch.linspace(-1, 1, 24).view(4, 6)

@@ -30,9 +30,9 @@ from kilotune import (
     VeraConfig,
     get_peft_model,
 )
-from kilotune.layer import AdaptedLayer
-from kilotune.model import AdapterModel
-from kilotune.projections import Extent, PortableSource, Projections
+from kilotune.layers.adapted import AdaptedLayer
+from kilotune.model.adapter_model import AdapterModel
+from kilotune.projections.matrices import Extent, PortableSource, Projections
 from kilotune.storage.dense import Dense
 from models import Block, Nested, tiny_classifier, tiny_llama
 
@@ -189,13 +189,13 @@ def settle_all(self: Projections, before: Any, now: Any) -> None:
 @pytest.mark.parametrize(
     ("case", "owner", "attribute", "planted", "where"),
     [
-        ("vera", AdapterModel, "_settle_gradients", over_all, {"switch", "delete the active one"}),
+        ("vera", AdapterModel, "_set_requires_grad", over_all, {"switch", "delete the active one"}),
         ("vera", AdapterModel, "load_adapter", load_and_eval(AdapterModel.load_adapter), {"load"}),
         ("vera", Projections, "_recount", settle_all, {"add", "load", "delete"}),
-        ("vera", "kilotune.model", "own_modules", nn.Module.modules, {"add", "load"}),
-        ("intrinsic", "kilotune.model", "base_modules", nn.Module.modules, {"load"}),
+        ("vera", "kilotune.model.peft_model", "own_modules", nn.Module.modules, {"add", "load"}),
+        ("intrinsic", "kilotune.model.peft_model", "base_modules", nn.Module.modules, {"load"}),
         ("blocks around layers", "kilotune.kinds.block", "base_modules", nn.Module.modules, {"add"}),
-        ("a bias around a layer", "kilotune.targets", "base_modules", nn.Module.modules, {"add", "load"}),
+        ("a bias around a layer", "kilotune.injection.targets", "base_modules", nn.Module.modules, {"add", "load"}),
     ],
 )
 def test_planted_work_on_every_adapter_is_found(

@@ -15,8 +15,8 @@ from torch import nn
 from cli_helpers import BERT, LLAMA, llama
 from kilotune import ConfigError, LoraConfig, MissingExtraError, TargetError, VeraConfig, get_peft_model
 from kilotune.config import AdapterConfig
+from kilotune.model.parameter_report import count_parameters
 from kilotune.plan import BUILT_IN, AdapterCosts, Base, Head, costs, load_base
-from kilotune.report import count_parameters
 
 QUERY_VALUE = ["query", "value"]
 

@@ -12,14 +12,17 @@ import torch
 from torch import Tensor, nn
 
 import guards
-from kilotune import LoraConfig, VeraConfig, checkpoint, files, get_peft_model, tree
+from kilotune import LoraConfig, VeraConfig, get_peft_model
+from kilotune.checkpoints import files
+from kilotune.checkpoints import peft_layout as checkpoint
+from kilotune.injection import tree
 from kilotune.kernels import lowrank
-from kilotune.layer import AdaptedLayer
+from kilotune.layers.adapted import AdaptedLayer
+from kilotune.layers.slot import Slot
 from kilotune.methods import Shared, Site
 from kilotune.methods.vera import Vera
-from kilotune.model import AdapterModel
-from kilotune.projections import Pair, Projections
-from kilotune.slots import Slot
+from kilotune.model.adapter_model import AdapterModel
+from kilotune.projections.matrices import Pair, Projections
 from models import Nested, disk, mlp, randomize
 
 X = torch.linspace(-1, 1, 24).view(4, 6)
@@ -198,7 +201,7 @@ def test_planted_deepcopy_of_the_frozen_matrices(monkeypatch: Patch) -> None:
 
 
 def two(monkeypatch: Patch, settle: Callable[[AdapterModel], None]) -> AdapterModel:
-    monkeypatch.setattr(AdapterModel, "_settle_gradients", settle)
+    monkeypatch.setattr(AdapterModel, "_set_requires_grad", settle)
     model = get_peft_model(mlp(), LoraConfig(r=2, target_modules=["0"]), "a")
     model.add_adapter("b", LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
     model.set_adapter("a")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import kilotune
-from kilotune.projections import Extent, Pair, PortableSource, Projections, unit_rows
+from kilotune.projections.matrices import Extent, Pair, PortableSource, Projections, unit_rows
 from models import Nested
 
 CPU, META = torch.device("cpu"), torch.device("meta")

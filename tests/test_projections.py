@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kilotune.errors import CheckpointError, ConfigError
-from kilotune.projections import (
+from kilotune.projections.matrices import (
     Extent,
     Pair,
     PeftSource,

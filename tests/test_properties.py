@@ -12,16 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from kilotune import (
-    AdapterConfig,
-    KilotuneError,
-    LoraConfig,
-    PeftModel,
-    VeraConfig,
-    checkpoint,
-    get_peft_model,
-)
-from kilotune.projections import Extent
+from kilotune import AdapterConfig, KilotuneError, LoraConfig, PeftModel, VeraConfig, get_peft_model
+from kilotune.checkpoints import peft_layout as checkpoint
+from kilotune.projections.matrices import Extent
 from models import Nested, bits, mlp, randomize
 
 sizes = st.integers(1, 40)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from kilotune import LoraConfig, VeraConfig, count_parameters, get_peft_model
-from kilotune.report import readable_bytes
+from kilotune.model.parameter_report import readable_bytes
 from models import Nested, mlp, tiny_llama
 
 

@@ -13,7 +13,7 @@ from cli_helpers import error, kilotune, llama
 from kilotune import AdapterError, ConfigError, MergeError, VeraConfig, get_config, get_peft_model
 from kilotune.errors import CheckpointError
 from kilotune.fleet import AdapterBank, open_store, wrap
-from kilotune.fleet.joint_text import text_users
+from kilotune.fleet.joint.users_from_files import text_users
 from kilotune.fleet.scale import parse_bytes, parse_count, scale
 from kilotune.fleet.store import export_adapters
 from kilotune.fleet.store.packing import PACKINGS

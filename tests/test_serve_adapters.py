@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from kilotune import KilotuneError, LoraConfig, PeftModel, VeraConfig, get_peft_model
 from kilotune.errors import AdapterError, CheckpointError, ConfigError, ResourceError, StoreError
 from kilotune.fleet import open_store
-from kilotune.serve.adapters import AdapterRegistry
-from kilotune.serve.engine import AdapterKey
-from kilotune.serve.residents import Turns
+from kilotune.serve.engine.device_adapters import Turns
+from kilotune.serve.engine.interface import AdapterKey
+from kilotune.serve.engine.tenant_adapters import AdapterRegistry
 from models import randomize
 from serve_support import Served, adapter_of, alone, answer, answers, base_model, greedy, prompt_of
 
@@ -157,7 +157,7 @@ def test_a_rank_that_its_file_does_not_have_takes_no_memory(
     def never(*given: object, **more: object) -> object:
         raise AssertionError("a bank was made for it")
 
-    monkeypatch.setattr("kilotune.serve.residents.AdapterBank", never)
+    monkeypatch.setattr("kilotune.serve.engine.device_adapters.AdapterBank", never)
     with pytest.raises(ConfigError, match=f"has rank {rank}; this server takes at most 4096"):
         registry.put("ann", "giant", tmp_path / "lora")
     (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps({**config, "r": 4000}))

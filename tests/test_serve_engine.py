@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from kilotune.errors import ConfigError, StoreError
-from kilotune.serve.engine import AdapterKey, Finish, Generation, Sampling
+from kilotune.serve.engine.interface import AdapterKey, Finish, Generation, Sampling
 from serve_support import Served, adapter_of, alone, answer, answers, base_model, greedy, prompt_of
 
 

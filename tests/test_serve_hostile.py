@@ -22,10 +22,10 @@ from kilotune.errors import StoreError
 from kilotune.fleet import open_store
 from kilotune.serve.http import keys as keys_module
 from kilotune.serve.http import prompts as prompts_module
+from kilotune.serve.http.connections import MAX_HEAD
 from kilotune.serve.http.keys import Keyring, add_key
 from kilotune.serve.http.prompts import LONG, Prompts
 from kilotune.serve.http.schemas import ChatBody, CompletionBody, EmbeddingBody
-from kilotune.serve.http.wire import MAX_HEAD
 from test_serve_http_errors import GOOD, error
 
 
@@ -191,7 +191,7 @@ def test_headers_that_are_too_large_are_told() -> None:
     """Where the client reads before it sends on."""
     from types import SimpleNamespace
 
-    from kilotune.serve.http.wire import Wire
+    from kilotune.serve.http.connections import Wire
 
     written: list[bytes] = []
     transport: Any = SimpleNamespace(write=written.append, close=lambda: None, is_closing=lambda: bool(written))

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from http_support import BASE, Running, batching, expected, prompt_ids, reference, serving, tokenizer
-from kilotune.train.inference import Writer
+from kilotune.train.use.text_generation import Writer
 
 PROMPT = "the cat sat on"
 NAMES = [(BASE, None), ("poems", 1), ("letters", 2), ("poems/live", 1), ("poems/1", 1)]

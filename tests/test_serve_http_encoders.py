@@ -20,8 +20,8 @@ from cli_helpers import shake
 from kilotune import PeftModel, VeraConfig, get_peft_model
 from kilotune.errors import ConfigError
 from kilotune.fleet import open_store
-from kilotune.serve.http.building import build, task_of
 from kilotune.serve.http.settings import EngineSettings, ServeSettings
+from kilotune.serve.http.startup import build, task_of
 from train_support import model_folder, sentence
 
 TEXTS = [sentence(i, 3 + i) for i in range(3)]
@@ -40,7 +40,7 @@ def served(store: str, task: str) -> Iterator[Any]:
     import uvicorn
 
     from kilotune.serve.http.app import create_app
-    from kilotune.serve.http.running import listen, url_of
+    from kilotune.serve.http.process import listen, url_of
 
     settings = ServeSettings(port=0, name="bert", namespace="ann")
     listening = listen(settings)
@@ -119,8 +119,8 @@ def test_a_classifiers_head_is_its_adapters(tmp_path: Path) -> None:
 
 
 def test_base64_is_what_openais_client_unpacks() -> None:
-    from kilotune.serve.engine import Vector
-    from kilotune.serve.http.encoding import _packed
+    from kilotune.serve.engine.interface import Vector
+    from kilotune.serve.http.embedding_routes import _packed
 
     values = (1.5, -0.25, 3e-8)
     back = np.frombuffer(base64.b64decode(_packed(Vector(values, 3))), dtype="<f4")

@@ -31,7 +31,7 @@ from http_support import (
     tokenizer,
 )
 from kilotune.fleet import wrap
-from kilotune.serve.engine import Finish, Generation, Token
+from kilotune.serve.engine.interface import Finish, Generation, Token
 from test_serve_http_errors import GOOD, error
 
 PROMPT = "the cat sat on"
@@ -227,7 +227,7 @@ def test_an_upload_that_is_none(manager: httpx2.Client) -> None:
 def test_a_full_disk_is_told_and_leaves_nothing(
     running: Running, manager: httpx2.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from kilotune.serve.http import managing
+    from kilotune.serve.http import management_routes as managing
 
     monkeypatch.setattr(managing, "folder_for_put", lambda: Path("/dev/full"))
     told = error(put(manager, "full", 4), 507)

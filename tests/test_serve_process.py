@@ -266,7 +266,7 @@ def test_a_port_that_is_in_use_is_told_before_anything_slow(tmp_path: Path) -> N
 def test_no_connection_is_taken_before_the_model_is_there() -> None:
     """A probe is refused at once, and does not hang; who took the port meanwhile is told, too."""
     from kilotune.errors import ConfigError
-    from kilotune.serve.http.running import listen, run
+    from kilotune.serve.http.process import listen, run
     from kilotune.serve.http.settings import ServeSettings
 
     with listen(ServeSettings(port=0)) as early:
@@ -277,7 +277,7 @@ def test_no_connection_is_taken_before_the_model_is_there() -> None:
             quicker.listen()
             service: Any = SimpleNamespace(settings=ServeSettings(), close=lambda: None)
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("kilotune.serve.http.running.create_app", lambda service: None)
+                patch.setattr("kilotune.serve.http.process.create_app", lambda service: None)
                 with pytest.raises(ConfigError, match=f"port {port} on 127.0.0.1 is in use"):
                     run(service, early, lambda url: None)
 

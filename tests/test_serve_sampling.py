@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from kilotune.serve.engine import Sampling
-from kilotune.serve.fairness import FairQueue
-from kilotune.serve.sampling import CANDIDATES, Picker, choose
-from kilotune.serve.text import TextStream
+from kilotune.serve.engine.fairness import FairQueue
+from kilotune.serve.engine.interface import Sampling
+from kilotune.serve.engine.sampling import CANDIDATES, Picker, choose
+from kilotune.serve.engine.text_stream import TextStream
 from serve_support import byte_tokenizer as tokenizer
 
 DRAWS = 800

@@ -26,10 +26,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from kilotune import LoraConfig, PeftModel, VeraConfig, get_peft_model, inputs
-from kilotune.inputs import SharedInput, join
-from kilotune.projections import Projections
-from kilotune.slots import Slot
+from kilotune import LoraConfig, PeftModel, VeraConfig, get_peft_model
+from kilotune.layers import shared_inputs as inputs
+from kilotune.layers.shared_inputs import SharedInput, join
+from kilotune.layers.slot import Slot
+from kilotune.projections.matrices import Projections
 from models import randomize, tiny_gpt2, tiny_llama
 
 INN, RANK = 8, 5
@@ -1356,6 +1357,6 @@ def test_planted_identity(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_planted_a_place_for_each_group(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kilotune.inject.join", _apart)
+    monkeypatch.setattr("kilotune.injection.inject.join", _apart)
     with pytest.raises(AssertionError, match="z of other layers are kept"):
         one_at_a_time()

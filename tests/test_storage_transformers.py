@@ -13,7 +13,7 @@ from torch import nn
 from cli_helpers import as_json, error
 from conformance.quantised import STORAGE_SCHEMES
 from kilotune import Ia3Config, LoraConfig, PeftModel, VeraConfig, get_peft_model
-from kilotune.layer import AdaptedLayer
+from kilotune.layers.adapted import AdaptedLayer
 from kilotune.storage import storage_of
 from models import tiny_llama
 

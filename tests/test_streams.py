@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conformance.one_vector import dense_matrix, indices, words
-from kilotune import streams
 from kilotune.errors import ConfigError
+from kilotune.projections import streams
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "projections.md"
 LAST_SEED = 2**64 - 1

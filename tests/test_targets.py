@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from kilotune import LoraConfig, TargetError, UnsupportedError, VeraConfig, get_peft_model
+from kilotune.candidates import candidates, matches_names
 from kilotune.deltas import Need
-from kilotune.inject import plan, walk
-from kilotune.targets import DEFAULT_TARGETS, candidates, explain, matches_names
+from kilotune.injection.inject import plan, walk
+from kilotune.injection.targets import DEFAULT_TARGETS, explain
 from models import Nested, Snapshot, mlp, tiny_llama
 
 ALL = ["stem", "blocks.0.mix.up", "blocks.0.mix.down", "blocks.1.mix.up", "blocks.1.mix.down", "head"]

@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from kilotune.errors import CheckpointError, ConfigError, DivergedError, KilotuneError, ResourceError
-from kilotune.train.checkpoints import newest
-from kilotune.train.config_file import settings_from
-from kilotune.train.guard import advise_on_memory, told_of_disk
-from kilotune.train.models import load_config
 from kilotune.train.run import Session, fit, open_session, train
-from kilotune.train.settings import ModelSettings, TrainSettings
-from kilotune.train.trainer import quiet
+from kilotune.train.running.base_model import load_config
+from kilotune.train.settings.config_file import settings_from
+from kilotune.train.settings.sections import ModelSettings, TrainSettings
+from kilotune.train.trainer.failures import advise_on_memory, told_of_disk
+from kilotune.train.trainer.from_settings import quiet
+from kilotune.train.trainer.output_folder import newest
 from train_support import LENGTH, files_of_at_most, model_folder, prompts, sentence, write_jsonl
 
 FILE = "adapter_model.safetensors"
@@ -187,7 +187,7 @@ def test_a_full_disk_is_one_line_and_the_training_goes_on_from_the_last_checkpoi
     output = tmp_path / "out"
     chosen = settings(data, output, training={"save_every": 4})
     session = open_session(chosen)
-    from kilotune.train.watching import Event, Listener
+    from kilotune.train.running.watching import Event, Listener
 
     class Fills(Listener):
         """The disk fills up when the first checkpoint is written."""

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 import kilotune
-from kilotune.train.ledger import Ledger
-from kilotune.train.memory import Estimate, Machine, estimate_memory, machine_of
-from kilotune.train.planning import largest_rows, plan_run
-from kilotune.train.rehearsal import PLAIN, CannotRehearse, Step, count_real, rehearse
-from kilotune.train.rows import Ragged, Rows
-from kilotune.train.session import Session, open_session
-from kilotune.train.settings import (
+from kilotune.train.data.rows import Ragged, Rows
+from kilotune.train.running.memory import Estimate, Machine, estimate_memory, machine_of
+from kilotune.train.running.memory_ledger import Ledger
+from kilotune.train.running.planning import largest_rows, plan_run
+from kilotune.train.running.rehearsal import PLAIN, CannotRehearse, Step, count_real, rehearse
+from kilotune.train.running.session import Session, open_session
+from kilotune.train.settings.sections import (
     AdapterSettings,
     DataSettings,
     LogSettings,

@@ -12,8 +12,8 @@ import transformers
 from torch import nn
 
 from kilotune.errors import UnsupportedError
-from kilotune.train.batches import PackedBatch, PaddedBatch
-from kilotune.train.packing import pack, packed_batch, refuse_leaks
+from kilotune.train.data.batches import PackedBatch, PaddedBatch
+from kilotune.train.data.packing import pack, packed_batch, refuse_leaks
 
 VOCABULARY = 120
 SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from kilotune.errors import ConfigError, MissingExtraError
-from kilotune.train.progress import MODES, progress_for, readable_seconds
-from kilotune.train.watching import Event, Listener, memory_in_use, watching, without_own_output
+from kilotune.train.running.progress import MODES, progress_for, readable_seconds
+from kilotune.train.running.watching import Event, Listener, memory_in_use, watching, without_own_output
 
 
 @final
@@ -289,7 +289,7 @@ def test_auto_is_a_bar_on_a_terminal_and_lines_elsewhere(monkeypatch: pytest.Mon
 def test_a_mode_that_is_not_there() -> None:
     with pytest.raises(ConfigError, match=r"logging\.progress: expected one of auto, .*Did you mean 'plain'\?"):
         progress_for("plian")
-    from kilotune.train.settings import LogSettings
+    from kilotune.train.settings.sections import LogSettings
 
     for mode in MODES:
         assert LogSettings(progress=mode).progress == mode, "what the settings take is what there is"

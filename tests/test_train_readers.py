@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from kilotune.errors import ConfigError
-from kilotune.train import readers
-from kilotune.train.readers import read
+from kilotune.train.data import readers
+from kilotune.train.data.readers import read
 from train_data import jsonl
 
 ROWS = [

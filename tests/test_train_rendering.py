@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from kilotune.errors import ConfigError
-from kilotune.train.rendering import ChatTemplate, Example, Rendered, render_pair, render_text, tokenize
+from kilotune.train.data.rendering import ChatTemplate, Example, Rendered, render_pair, render_text, tokenize
 from train_data import byte_level, corpus, metaspace, word_piece
 
 CHATML = (

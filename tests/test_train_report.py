@@ -14,15 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kilotune._page import facts
+from kilotune._ui.pages import facts
 from kilotune.errors import KilotuneError, MissingExtraError
-from kilotune.train import plots
-from kilotune.train.outcome import Result
-from kilotune.train.planning import plan_run
-from kilotune.train.report import page, require_for, write_report
+from kilotune.train.results import plots
+from kilotune.train.results.outcome import Result
+from kilotune.train.results.report import page, require_for, write_report
 from kilotune.train.run import fit, open_session
-from kilotune.train.session import Session
-from kilotune.train.settings import (
+from kilotune.train.running.planning import plan_run
+from kilotune.train.running.session import Session
+from kilotune.train.settings.sections import (
     AdapterSettings,
     DataSettings,
     LogSettings,

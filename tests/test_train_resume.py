@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 
 from kilotune.errors import ConfigError
-from kilotune.train.checkpoints import damage_of, newest
-from kilotune.train.config_file import settings_from
 from kilotune.train.run import fit, open_session, train
-from kilotune.train.settings import TrainSettings
-from kilotune.train.stopping import Stopped
-from kilotune.train.watching import Event, Listener
+from kilotune.train.running.watching import Event, Listener
+from kilotune.train.settings.config_file import settings_from
+from kilotune.train.settings.sections import TrainSettings
+from kilotune.train.trainer.output_folder import damage_of, newest
+from kilotune.train.trainer.stopping import Stopped
 from train_support import model_folder, prompts, write_jsonl
 
 FILE = "adapter_model.safetensors"
@@ -110,7 +110,7 @@ def processes() -> Any:
     """Processes that begin with transformers imported, so that a kill costs no ten seconds."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["kilotune.train.run", "kilotune.train.adapter_trainer", "transformers.models.llama"]
+        ["kilotune.train.run", "kilotune.train.trainer.adapter_trainer", "transformers.models.llama"]
     )
     return context
 

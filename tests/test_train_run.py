@@ -14,13 +14,13 @@ from safetensors.torch import load_file
 import kilotune
 from kilotune.errors import ConfigError, TargetError
 from kilotune.methods import METHODS, PRESETS
-from kilotune.train.checkpoints import newest
-from kilotune.train.config_file import settings_from
-from kilotune.train.models import load_base, set_padding
 from kilotune.train.run import Session, evaluate, fit, open_session, train
-from kilotune.train.settings import TrainSettings
+from kilotune.train.running.base_model import load_base, set_padding
+from kilotune.train.running.watching import Event, Listener
+from kilotune.train.settings.config_file import settings_from
+from kilotune.train.settings.sections import TrainSettings
 from kilotune.train.tasks import TASKS
-from kilotune.train.watching import Event, Listener
+from kilotune.train.trainer.output_folder import newest
 from train_support import model_folder, pictures, prompts, sentence, write_jsonl
 
 FILE = "adapter_model.safetensors"
@@ -197,7 +197,7 @@ def test_head_and_second_factor_have_rates_of_their_own(tmp_path: Path) -> None:
     task = "text-classification"
     run = {"head_learning_rate": 3e-3, "lora_plus_ratio": 16, "learning_rate": 1e-4, "weight_decay": 0.1}
     session = open_session(settings("bert", task, rows_for(task, tmp_path), tmp_path / "out", training=run))
-    from kilotune.train.trainer import make_trainer
+    from kilotune.train.trainer.from_settings import make_trainer
 
     trainer = make_trainer(session.settings, session.model, session.prepared, tmp_path / "run")
     groups = {group["name"]: group for group in trainer.create_optimizer().param_groups}
@@ -453,7 +453,7 @@ def test_evaluate_says_which_splits_there_are(tmp_path: Path) -> None:
 
 
 def test_head_alone_needs_a_head(tmp_path: Path) -> None:
-    from kilotune.train.models import Loaded, adapt
+    from kilotune.train.running.base_model import Loaded, adapt
 
     chosen = settings("llama", "causal-lm", tmp_path, tmp_path, adapter={"method": "head", "options": {}})
     with pytest.raises(TargetError, match="no head that is known by its name"):

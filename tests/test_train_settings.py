@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from kilotune.errors import ConfigError
 from kilotune.methods import METHODS, PRESETS
-from kilotune.train.config_file import load_settings, merged, settings_from, settings_text, starting_text
-from kilotune.train.settings import (
+from kilotune.train.settings.config_file import load_settings, merged, settings_from, settings_text, starting_text
+from kilotune.train.settings.sections import (
     METHOD_NAMES,
     SECTIONS,
     TASK_NAMES,

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from kilotune.errors import ConfigError
-from kilotune.train import columns
-from kilotune.train.readers import read
-from kilotune.train.splits import Part, load_splits, shown
+from kilotune.train.data import columns
+from kilotune.train.data.readers import read
+from kilotune.train.data.splits import Part, load_splits, shown
 from train_data import jsonl, settings
 
 LM = (("messages",), ("prompt", "completion"), ("text",))

@@ -11,9 +11,9 @@ import pytest
 
 from kilotune.errors import ConfigError
 from kilotune.train import metrics
-from kilotune.train.readers import FORMATS
-from kilotune.train.settings import ROLES, TASK_NAMES
-from kilotune.train.splits import load_splits
+from kilotune.train.data.readers import FORMATS
+from kilotune.train.data.splits import load_splits
+from kilotune.train.settings.sections import ROLES, TASK_NAMES
 from kilotune.train.tasks import TASKS, Limits
 from test_train_rendering import CHATML
 from train_data import byte_level, jsonl, settings

@@ -18,7 +18,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from kilotune.errors import ConfigError
-from kilotune.train.images import open_image
+from kilotune.train.data.images import open_image
 from kilotune.train.tasks import TASKS, Limits, Prepared
 from train_data import jsonl, settings
 

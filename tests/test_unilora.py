@@ -18,15 +18,8 @@ from torch import Tensor, nn
 
 import kilotune
 from conformance.one_vector import indices
-from kilotune import (
-    CheckpointError,
-    ConfigError,
-    LoraConfig,
-    PeftModel,
-    UnsupportedError,
-    checkpoint,
-    get_peft_model,
-)
+from kilotune import CheckpointError, ConfigError, LoraConfig, PeftModel, UnsupportedError, get_peft_model
+from kilotune.checkpoints import peft_layout as checkpoint
 from kilotune.convert import rewrite, to_lora, to_peft
 from kilotune.methods import UniLoraConfig
 

@@ -15,10 +15,10 @@ from cli_helpers import llama, shake
 from kilotune import get_config, get_peft_model
 from kilotune.cli.main import app
 from kilotune.errors import KilotuneError
-from kilotune.train.config_file import settings_from
-from kilotune.train.exporting import export_lora
-from kilotune.train.gguf_lora import FAMILIES, gguf_lora
 from kilotune.train.run import train
+from kilotune.train.settings.config_file import settings_from
+from kilotune.train.use.gguf_lora import FAMILIES, gguf_lora
+from kilotune.train.use.lora_export import export_lora
 from train_support import model_folder, prompts, write_jsonl
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "using.md"

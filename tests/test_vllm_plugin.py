@@ -23,16 +23,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from kilotune import LoraConfig, VeraConfig, get_peft_model
 from kilotune.errors import CheckpointError, ConfigError, KilotuneError, ResourceError, StoreError, UnsupportedError
 from kilotune.fleet.store import AdapterStore, Fingerprint, open_store
-from kilotune.projections import unit_rows
-from kilotune.vllm import run
+from kilotune.projections.matrices import unit_rows
+from kilotune.vllm import worker_status as run
+from kilotune.vllm.adapter_source import Found, Source
 from kilotune.vllm.arena import Arena, FusedLayer, Routes, poison_row
-from kilotune.vllm.checkpoint import check_base, fingerprint_of_files
+from kilotune.vllm.base_fingerprint import check_base, fingerprint_of_files
 from kilotune.vllm.gate import Gate
 from kilotune.vllm.layout import Cut, Layout, Part, Site
 from kilotune.vllm.plugin import TESTED, _factory, version_fault
-from kilotune.vllm.rows import Spill, read_row, row_name, write_row
+from kilotune.vllm.row_files import Spill, read_row, row_name, write_row
 from kilotune.vllm.settings import Settings
-from kilotune.vllm.source import Found, Source
 from store_support import KINDS, new_url
 
 RANK, SEED = 6, 3

@@ -17,7 +17,7 @@ from typing import Any
 import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from kilotune.train.settings import DataSettings
+from kilotune.train.settings.sections import DataSettings
 
 MODULES = (argparse, ast, inspect, json, logging, tarfile, textwrap, functools)
 CHAT_TOKENS = ["<|im_start|>", "<|im_end|>"]

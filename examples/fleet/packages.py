@@ -31,7 +31,7 @@ from torch import Tensor
 
 from kilotune import VeraConfig
 from kilotune.fleet import AdapterBank, Finished, FleetSettings, User, fit, wrap
-from kilotune.fleet.losses import causal_lm
+from kilotune.fleet.joint.losses import causal_lm
 
 PERSONAL = "personal"
 READ_BY_BASE = ("sympy", "networkx", "scikit-learn", "scipy", "kilotune")
@@ -206,7 +206,7 @@ def scores(
 
 def bank_of(model: Any, adapters: dict[str, dict[str, Any]], dtype: torch.dtype) -> AdapterBank:
     """All adapters, in slots of ``dtype``."""
-    from kilotune.checkpoint import parse
+    from kilotune.checkpoints.peft_layout import parse
 
     bank = AdapterBank(wrap(model), CONFIG, slots=sum(map(len, adapters.values())), dtype=dtype)
     for held in adapters.values():

@@ -2,33 +2,39 @@
 
 from __future__ import annotations
 
-from .config import AdapterConfig, TaskType
-from .errors import (
-    AdapterError,
-    CheckpointError,
-    ConfigError,
-    KilotuneError,
-    MergeError,
-    MissingExtraError,
-    TargetError,
-    UnsupportedError,
-)
-from .methods import (
-    METHODS,
-    BitfitConfig,
-    BottleneckConfig,
-    Ia3Config,
-    IntrinsicConfig,
-    LoraConfig,
-    LoraXsConfig,
-    UniLoraConfig,
-    VeraConfig,
-    get_config,
-)
-from .model import LoraModel, MergePrecisionWarning, PeftModel, VeraModel, get_peft_model
-from .optimizer import optimizer_groups
-from .parameters import TiedTableWarning, UntrainedExpertsWarning
-from .report import ParameterReport, count_parameters
+from typing import TYPE_CHECKING
+
+from ._lazy import lazy
+
+if TYPE_CHECKING:
+    from .config import AdapterConfig, TaskType
+    from .errors import (
+        AdapterError,
+        CheckpointError,
+        ConfigError,
+        KilotuneError,
+        MergeError,
+        MissingExtraError,
+        TargetError,
+        UnsupportedError,
+    )
+    from .layers.adapted_parameters import TiedTableWarning, UntrainedExpertsWarning
+    from .methods import (
+        METHODS,
+        BitfitConfig,
+        BottleneckConfig,
+        Ia3Config,
+        IntrinsicConfig,
+        LoraConfig,
+        LoraXsConfig,
+        UniLoraConfig,
+        VeraConfig,
+        get_config,
+    )
+    from .model.optimizer_groups import optimizer_groups
+    from .model.parameter_report import ParameterReport, count_parameters
+    from .model.peft_model import LoraModel, PeftModel, VeraModel, get_peft_model
+from .model.merging import MergePrecisionWarning
 
 __version__ = "0.1.0"
 
@@ -64,3 +70,37 @@ __all__ = [
     "get_peft_model",
     "optimizer_groups",
 ]
+
+__getattr__, __dir__ = lazy(
+    __name__,
+    {
+        "config": ("AdapterConfig", "TaskType"),
+        "errors": (
+            "AdapterError",
+            "CheckpointError",
+            "ConfigError",
+            "KilotuneError",
+            "MergeError",
+            "MissingExtraError",
+            "TargetError",
+            "UnsupportedError",
+        ),
+        "layers.adapted_parameters": ("TiedTableWarning", "UntrainedExpertsWarning"),
+        "methods": (
+            "METHODS",
+            "BitfitConfig",
+            "BottleneckConfig",
+            "Ia3Config",
+            "IntrinsicConfig",
+            "LoraConfig",
+            "LoraXsConfig",
+            "UniLoraConfig",
+            "VeraConfig",
+            "get_config",
+        ),
+        "model.optimizer_groups": ("optimizer_groups",),
+        "model.parameter_report": ("ParameterReport", "count_parameters"),
+        "model.merging": ("MergePrecisionWarning",),
+        "model.peft_model": ("LoraModel", "PeftModel", "VeraModel", "get_peft_model"),
+    },
+)

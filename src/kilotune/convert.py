@@ -23,19 +23,20 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint, inject
-from ._progress import track
+from ._ui.progress import track
+from .candidates import matches_names
+from .checkpoints import peft_layout as checkpoint
 from .config import SECTION, AdapterConfig
 from .deltas import LowRank, Role
 from .errors import CheckpointError, ConfigError, UnsupportedError, gather
-from .inject import Installed
+from .injection import inject
+from .injection.inject import Installed
 from .methods import LoraConfig, Site, UniLoraConfig, VeraConfig
 from .methods.lora import Lora
 from .methods.unilora import UniLora
 from .methods.vera import Vera
-from .model import PeftModel
-from .projections import Extent, PeftSource, PortableSource, Projections, StoredSource
-from .targets import matches_names
+from .model.peft_model import PeftModel
+from .projections.matrices import Extent, PeftSource, PortableSource, Projections, StoredSource
 
 __all__ = ["Conversion", "hollow", "rewrite", "to_kilotune", "to_lora", "to_peft", "truncate"]
 

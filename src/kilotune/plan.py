@@ -18,14 +18,15 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint, stacks
+from .checkpoints import peft_layout as checkpoint
 from .config import AdapterConfig
 from .errors import ConfigError, KilotuneError, MissingExtraError, did_you_mean, first_line, without_network
-from .inject import SavedModule, walk
-from .layer import AdaptedLayer
+from .injection.inject import SavedModule, walk
+from .layers import stacked_sites as stacks
+from .layers.adapted import AdaptedLayer
 from .methods import method_of
-from .model import PeftModel, get_peft_model
-from .report import ParameterReport, count_parameters
+from .model.parameter_report import ParameterReport, count_parameters
+from .model.peft_model import PeftModel, get_peft_model
 
 __all__ = [
     "BUILT_IN",

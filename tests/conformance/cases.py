@@ -26,19 +26,24 @@ Layer = tuple[Array, Array | None]  # the canonical matrix (out, in) and the bia
 class Params(dict[str, Array]):
     """An adapter's tensors in one layer by name, frozen and model-wide ones too; and where the layer stands.
 
-    fan_in, taps: as in ``Site``. index: the place of the layer's matrix among all of the adapter. shapes: (out, in)
-    of all of them, in order.
+    fan_in, kernel_positions: as in ``Site``. index: the place of the layer's matrix among all of the adapter. shapes:
+    (out, in) of all of them, in order.
     """
 
     fan_in: int = 0
-    taps: int = 1
+    kernel_positions: int = 1
     index: int = 0
     shapes: tuple[tuple[int, int], ...] = ()
 
     def like(self, values: Mapping[str, Array], index: int) -> Params:
         """Other values, of the matrix ``index``."""
         other = Params(values)
-        other.fan_in, other.taps, other.index, other.shapes = self.fan_in, self.taps, index, self.shapes
+        other.fan_in, other.kernel_positions, other.index, other.shapes = (
+            self.fan_in,
+            self.kernel_positions,
+            index,
+            self.shapes,
+        )
         return other
 
 
@@ -76,8 +81,8 @@ class KindCase:
     features: (out, in) of the matrix. keyword: the name of its forward's input, where it has one.
 
     sample: the shape of one input without its leading dimensions; by default (in,). ids: inputs are whole numbers
-    below this. forms: how many of the input forms of checks.forms it takes at least. fan_in, taps: as in ``Site``.
-    matrices: the number of experts. net: puts the layer, as ``layer``, into a module of one input and one output.
+    below this. forms: how many of the input forms of checks.forms it takes at least. fan_in, kernel_positions: as in
+    ``Site``. matrices: the number of experts. net: puts the layer, as ``layer``, into a module of one input and output.
     targets: the config's options that take the layer. counts: method -> (config) -> numbers, where it is not what
     the method's formula says. whole: instead of ``dense``, where several layers are adapted or the net holds other
     weights: (base net, x, {name of an adapted layer: (matrix, bias)}) -> y. kind: where no module is of it.
@@ -98,7 +103,7 @@ class KindCase:
     ids: int = 0
     forms: int = 6
     fan_in: int = 0
-    taps: int = 1
+    kernel_positions: int = 1
     matrices: int = 0
     net: Callable[[nn.Module], nn.Module] = Net
     targets: Mapping[str, Any] = field(default_factory=lambda: {"target_modules": ["layer"]})

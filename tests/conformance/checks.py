@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from conformance.cases import Array, Layer, Params
 from conformance.cells import CELLS, COUNTS, FORMULAS, ON_OUTPUT, Cell
-from kilotune.layer import AdaptedLayer
-from kilotune.model import AdapterModel
+from kilotune.layers.adapted import AdaptedLayer
+from kilotune.model.adapter_model import AdapterModel
 from models import is_base, plain_name
 
 __all__ = ["EPSILON", "adapted", "bound", "count", "data", "dense", "every_cell", "forms", "layer_of", "layers_of"]
@@ -200,7 +200,7 @@ def _params(cell: Cell, model: AdapterModel, name: str) -> Params:
     assert slot is not None
     wide = {key: p for key, p in model.adapter_parameters() if key in model_wide(model)}
     found = Params({key: _array(p) for key, p in (*slot.named_parameters(), *wide.items())})
-    found.fan_in, found.taps = cell.kind_case.fan_in, cell.kind_case.taps
+    found.fan_in, found.kernel_positions = cell.kind_case.fan_in, cell.kind_case.kernel_positions
     return found
 
 

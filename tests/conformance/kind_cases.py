@@ -54,12 +54,12 @@ def _convolved(
     mode: str,
 ) -> Array:
     """A convolution (strictly: a correlation) of x (batch, in, space...), tap by tap."""
-    taps, dims = weight.shape[2:], weight.ndim - 2
+    kernel_positions, dims = weight.shape[2:], weight.ndim - 2
     x = np.pad(x, [(0, 0), (0, 0), *padding], mode=_PADS[mode])
-    sizes = [(n - d * (k - 1) - 1) // s + 1 for n, d, k, s in zip(x.shape[2:], dilation, taps, stride)]
+    sizes = [(n - d * (k - 1) - 1) // s + 1 for n, d, k, s in zip(x.shape[2:], dilation, kernel_positions, stride)]
     y = np.zeros((len(x), len(weight), *sizes))
     out, inn = len(weight) // groups, x.shape[1] // groups
-    for tap in itertools.product(*map(range, taps)):
+    for tap in itertools.product(*map(range, kernel_positions)):
         window = tuple(
             slice(t * d, t * d + s * (n - 1) + 1, s) for t, d, s, n in zip(tap, dilation, stride, sizes, strict=True)
         )
@@ -84,7 +84,7 @@ def _convolution(
     **options: Any,
 ) -> KindCase:
     """A case of a convolution; ``sides``: what is added to the axes where ``padding`` is a word."""
-    dims, taps = len(kernel), int(np.prod(kernel))
+    dims, kernel_positions = len(kernel), int(np.prod(kernel))
     stride, dilation = options.get("stride", (1,) * dims), options.get("dilation", (1,) * dims)
     given = options.get("padding", (0,) * dims)
     padding = [(p, p) for p in given] if sides is None else list(sides)
@@ -101,10 +101,10 @@ def _convolution(
         run,
         lambda w: w.reshape(out, -1),
         name,
-        features=(out, inn // groups * taps),
+        features=(out, inn // groups * kernel_positions),
         sample=(inn, *space),
         forms=4,
-        taps=taps,
+        kernel_positions=kernel_positions,
         deep=False,
         axes=(-1 - dims,),
         counts={"ia3": lambda config: inn // groups if config.feedforward_modules else out},

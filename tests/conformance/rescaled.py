@@ -30,8 +30,8 @@ def ia3(params: Params, config: Any, weight: Array, bias: Array | None) -> Layer
     if "ia3_rows" in params:
         rows = params["ia3_rows"].ravel()
         return rows[:, None] * weight, None if bias is None else rows * bias
-    taps = params.taps
-    spread = np.array([[value] * taps for value in params["ia3_cols"].ravel()]).ravel()
+    kernel_positions = params.kernel_positions
+    spread = np.array([[value] * kernel_positions for value in params["ia3_cols"].ravel()]).ravel()
     return weight * spread, bias
 
 

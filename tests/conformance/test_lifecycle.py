@@ -17,7 +17,7 @@ from conformance.cells import CELLS, Cell
 from conformance.checks import adapted, bound, count, data, dense, every_cell, layer_of, layers_of
 from kilotune import MergeError, MergePrecisionWarning, PeftModel, UnsupportedError, get_peft_model
 from kilotune.deltas import Shift
-from kilotune.layer import AdaptedLayer
+from kilotune.layers.adapted import AdaptedLayer
 from models import Snapshot, base_bits, bits, disk, is_base, places, plain_name, randomize, value_bits
 
 

@@ -11,7 +11,7 @@ from conformance.checks import EPSILON, adapted, bound, data, every_cell
 from conformance.quantised import INN, QUANTISED
 from conformance.quantised import Cell as QuantisedCell
 from kilotune.errors import UnsupportedError
-from kilotune.model import AdapterModel
+from kilotune.model.adapter_model import AdapterModel
 from models import randomize
 
 NAMES: list[str | None] = ["other", None, "default", "other"]

@@ -16,7 +16,7 @@ from conformance.cells import FORMULAS, METHOD_CASES, PLAIN_STORAGES, delta_of
 from conformance.quantised import INN, OUT, QUANTISED, STORAGE_SCHEMES, Cell, weight_of
 from kilotune import MergeError, MergePrecisionWarning, PeftModel, UnsupportedError, get_peft_model
 from kilotune.deltas import Residual
-from kilotune.layer import AdaptedLayer
+from kilotune.layers.adapted import AdaptedLayer
 from kilotune.storage import STORAGES, storage_of
 from models import disk
 

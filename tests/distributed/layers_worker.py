@@ -23,8 +23,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kilotune import AdapterConfig, LoraConfig, PeftModel, VeraConfig, get_config, get_peft_model
 from kilotune.errors import KilotuneError
-from kilotune.sharded import is_sharded
-from kilotune.train.parallel import shard_base
+from kilotune.storage.sharded import is_sharded
+from kilotune.train.trainer.parallel import shard_base
 from models import Nested, disk, randomize
 
 FOLDER = Path(sys.argv[1])

@@ -21,9 +21,9 @@ from torch import Tensor
 from engine_support import CASES, adapted, arguments, batches, letters, nf4_llama
 from kilotune import PeftModel
 from kilotune.errors import UnsupportedError
-from kilotune.sharded import is_sharded, whole
-from kilotune.train.hf import for_trainer
-from kilotune.train.parallel import shard_base
+from kilotune.storage.sharded import is_sharded, whole
+from kilotune.train.trainer.for_trainer import for_trainer
+from kilotune.train.trainer.parallel import shard_base
 from test_engines_sft import rows
 
 warnings.filterwarnings("ignore", category=FutureWarning)

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 import kilotune
-from kilotune import deltas, inject, kinds, layer
+from kilotune import deltas, kinds
 from kilotune.deltas import LowRank
+from kilotune.injection import inject
+from kilotune.layers import adapted as layer
 from kilotune.methods import Export, Lora, Vera, vera
-from kilotune.projections import PeftSource
+from kilotune.projections.matrices import PeftSource
 from peft_parity.files import check_ours_to_peft, check_peft_to_ours
 from peft_parity.oracle import Twins, check_forward, check_gradients, check_merge, check_training, twins
 from peft_parity.test_selection import check_same_modules
@@ -268,7 +270,7 @@ def test_planted_in_reading(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     """A of a file read with the gain of the portable matrices."""
     options: dict[str, Any] = {"r": 5, "target_modules": "all-linear"}
     check_peft_to_ours("mlp", "vera", torch.float32, options, tmp_path / "right")
-    from kilotune.projections import StoredSource
+    from kilotune.projections.matrices import StoredSource
 
     monkeypatch.setattr(StoredSource, "gain", lambda self, rank, inn: (6 / inn) ** 0.5)
     with pytest.raises(AssertionError, match="output"):

@@ -18,10 +18,10 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 import kilotune
-from kilotune.inject import plan, walk
+from kilotune.injection.inject import plan, walk
+from kilotune.injection.targets import DEFAULT_TARGETS
+from kilotune.layers.saved_module import SavedModule
 from kilotune.methods import Lora, Vera
-from kilotune.saved import SavedModule
-from kilotune.targets import DEFAULT_TARGETS
 from peft_parity.oracle import BASES, HEADED, METHODS, assert_same, base, check_forward, quiet, twins
 
 

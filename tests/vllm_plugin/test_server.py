@@ -60,7 +60,10 @@ def trained(server: Server, text: str, steps: int = 40) -> tuple[Any, float, flo
 
 
 def test_two_adapters_trained_on_real_text_and_put_into_the_running_server(server: Server) -> None:
-    texts = {"lawyer": (ROOT / "LICENSE").read_text(), "coder": (ROOT / "src/kilotune/projections.py").read_text()}
+    texts = {
+        "lawyer": (ROOT / "LICENSE").read_text(),
+        "coder": (ROOT / "src/kilotune/projections/matrices.py").read_text(),
+    }
     models = {}
     for name, text in texts.items():
         models[name], before, after = trained(server, text)

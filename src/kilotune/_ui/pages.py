@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-from .errors import KilotuneError
+from ..errors import KilotuneError
 
 __all__ = ["check_folder", "document", "facts", "figure", "publish", "section", "table"]
 

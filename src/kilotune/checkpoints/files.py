@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-from .errors import CheckpointError, MissingExtraError, without_network
+from ..errors import CheckpointError, MissingExtraError, without_network
 
 __all__ = [
     "CONFIG_NAME",

@@ -25,10 +25,18 @@ import torch
 from torch import Tensor
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from . import stacks
-from .config import ALL_LINEAR, FORMAT_VERSION, SECTION, AdapterConfig
-from .deltas import Role
-from .errors import AdapterError, CheckpointError, ConfigError, gather, has_control
+from ..candidates import matches_names
+from ..config import ALL_LINEAR, FORMAT_VERSION, SECTION, AdapterConfig
+from ..deltas import Role
+from ..errors import AdapterError, CheckpointError, ConfigError, gather, has_control
+from ..injection.inject import Installed, Plan, part_of
+from ..kinds import LayerKind
+from ..layers import stacked_sites as stacks
+from ..layers.adapted_parameters import file_names
+from ..layers.slot import BIAS
+from ..methods import Method, load_method, method_of_file
+from ..storage import Storage
+from ..storage.sharded import whole_parts
 from .files import (
     CONFIG_NAME,
     REPO_ID,
@@ -40,14 +48,6 @@ from .files import (
     within,
     write,
 )
-from .inject import Installed, Plan, part_of
-from .kinds import LayerKind
-from .methods import Method, load_method, method_of_file
-from .parameters import file_names
-from .sharded import whole_parts
-from .slots import BIAS
-from .storage import Storage
-from .targets import matches_names
 
 __all__ = [
     "CONFIG_NAME",
@@ -361,7 +361,7 @@ Wanted = Mapping[str, tuple[str, tuple[int, ...]]]
 
 
 def match_tensors(file: AdapterFile, made: Plan, base_name: str, of_layers: Wanted | None = None) -> dict[str, Tensor]:
-    """The file's tensors as :func:`kilotune.inject.apply` wants them, or one error with all that does not fit.
+    """The file's tensors as :func:`..injection.inject.apply` wants them, or one error with all that does not fit.
 
     of_layers: what :func:`wanted_of` says of ``made``, from who reads many adapters of one plan.
     """

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from . import checkpoint
-from .installed import Installed
-from .sharded import gathered, is_sharded
+from ..injection.installed_adapter import Installed
+from ..storage.sharded import gathered, is_sharded
+from . import peft_layout as checkpoint
 
 __all__ = ["save"]
 
@@ -22,7 +22,7 @@ def save(
     Args:
         adapters: by folder.
         is_main_process: False writes nothing, and only takes part in gathering what is sharded.
-        values: of parameters that are gathered already, by ``id`` (see :func:`kilotune.sharded.gathered`).
+        values: of parameters that are gathered already, by ``id`` (see :func:`kilotune.storage.sharded.gathered`).
 
     """
     modules = [module for installed in adapters.values() for module in installed.modules()]

@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import REPO_ID, AdapterFile, locate, match_tensors, read
+from ..candidates import inside
+from ..checkpoints.peft_layout import REPO_ID, AdapterFile, locate, match_tensors, read
 from ..errors import CheckpointError, ConfigError, TargetError, gather
-from ..inject import plan as plan_adapter
+from ..injection.inject import plan as plan_adapter
+from ..injection.targets import HEADS
 from ..plan import DTYPES, Base, BuiltIn, Head, load_base
-from ..targets import HEADS, inside
 from .plan import models
 
 __all__ = ["base_of", "check_out", "fitting_base", "head_labels", "load_fitting_base", "open_adapter"]

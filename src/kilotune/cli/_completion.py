@@ -27,7 +27,7 @@ complete_methods = complete(_methods)
 
 
 def _trained() -> list[str]:
-    from ..train.settings import METHOD_NAMES
+    from ..train.settings.sections import METHOD_NAMES
 
     return list(METHOD_NAMES)
 
@@ -37,7 +37,7 @@ complete_trained = complete(_trained)
 
 
 def _settings() -> list[str]:
-    from ..train.settings import SECTIONS, TrainSettings
+    from ..train.settings.sections import SECTIONS, TrainSettings
 
     own = [f"{name}=" for name in TrainSettings.names()]
     return own + [f"{name}.{key}=" for name, section in SECTIONS.items() for key in section.names()]

@@ -9,17 +9,17 @@ from typing import Annotated, Any, final
 
 import typer
 
+from ..checkpoints.files import CONFIG_NAME
 from ..errors import ConfigError, gather
-from ..files import CONFIG_NAME
-from ..model import PeftModel
+from ..model.peft_model import PeftModel
 from ..plan import DTYPES
-from ..train import models
-from ..train.fields import one_of
-from ..train.inference import Sampling, Writer, check_writes, tokenizer_of
-from ..train.outcome import form_of
-from ..train.scoring import check_base
-from ..train.settings import ModelSettings, TrainingSettings
+from ..train.results.outcome import form_of
+from ..train.results.scoring import check_base
+from ..train.running import base_model as models
+from ..train.settings.fields import one_of
+from ..train.settings.sections import ModelSettings, TrainingSettings
 from ..train.tasks import TASKS
+from ..train.use.text_generation import Sampling, Writer, check_writes, tokenizer_of
 from ._adapter import base_of, load_fitting_base, open_adapter
 from ._output import quiet_transformers
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..errors import ConfigError, KilotuneError, did_you_mean
-from ..train.inference import Answer, Chat, Sampling
+from ..train.use.text_generation import Answer, Chat, Sampling
 from ._output import Json, complain, print_json, warn
 from ._writing import (
     Adapter,

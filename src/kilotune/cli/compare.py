@@ -80,11 +80,11 @@ def _names(text: str | None) -> tuple[str, ...]:
 def _run(
     settings: CompareSettings, problem: Problem, contenders: tuple[Contender, ...], folder: Path, restart: bool
 ) -> tuple[Comparison, Path]:
-    from ..experiments.charts import require_matplotlib
+    from .._ui.charts import require_matplotlib
+    from .._ui.pages import check_folder
     from ..experiments.compare.report import write_comparison
     from ..experiments.compare.runner import compare, run_settings
     from ..experiments.compare.trials import Trial
-    from ..experiments.page import check_folder
     from ..experiments.run_store import Journal
 
     require_matplotlib()

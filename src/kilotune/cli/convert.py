@@ -9,12 +9,12 @@ from typing import Annotated, final
 
 import typer
 
-from ..checkpoint import AdapterFile
+from ..checkpoints.peft_layout import AdapterFile
 from ..convert import Conversion, hollow, rewrite, to_kilotune, to_lora, to_peft
 from ..errors import ConfigError
 from ..methods import VeraConfig
-from ..model import PeftModel
-from ..report import readable_bytes
+from ..model.parameter_report import readable_bytes
+from ..model.peft_model import PeftModel
 from ._adapter import base_of, check_out, fitting_base, open_adapter
 from ._output import Json, console, print_json, quiet_transformers, rows_table
 

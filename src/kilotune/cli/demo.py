@@ -16,8 +16,8 @@ from rich.table import Table
 from ._output import Json, complain, console, print_json, rows_table
 
 if TYPE_CHECKING:
-    from ..experiments.data import Progress as Report
-    from ..experiments.results import DemoResult
+    from ..experiments.demo.results import DemoResult
+    from ..experiments.images.digits_data import Progress as Report
 
 __all__ = ["DataSet", "demo", "progress_bar"]
 
@@ -77,10 +77,11 @@ def demo(
 
     Exits with 1 when the adapted classes do not gain, the others do not pay, or any other check fails.
     """
-    from ..experiments.charts import require_matplotlib
-    from ..experiments.demo import run
-    from ..experiments.page import check_folder, write_report
-    from ..experiments.settings import choose
+    from .._ui.charts import require_matplotlib
+    from .._ui.pages import check_folder
+    from ..experiments.demo.experiment import run
+    from ..experiments.demo.page import write_report
+    from ..experiments.demo.settings import choose
 
     chosen = {
         "data_dir": data_dir,
@@ -148,8 +149,8 @@ def _show(result: DemoResult, report: Path) -> None:
 
 
 def _accuracy_table(result: DemoResult) -> Table:
-    from ..experiments.results import spread
-    from ..experiments.settings import LABELS, METHODS
+    from ..experiments.demo.results import spread
+    from ..experiments.demo.settings import LABELS, METHODS
 
     settings = result.settings
     adapted = ", ".join(result.class_names[c] for c in settings.classes)
@@ -171,7 +172,7 @@ def _accuracy_table(result: DemoResult) -> Table:
 
 
 def _count_table(result: DemoResult) -> Table:
-    from ..experiments.settings import LABELS
+    from ..experiments.demo.settings import LABELS
 
     rows = [
         (

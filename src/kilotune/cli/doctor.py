@@ -21,8 +21,8 @@ import torch
 import typer
 
 from ..errors import first_line
-from ..report import readable_bytes
-from ..train.memory import Machine, machine_of
+from ..model.parameter_report import readable_bytes
+from ..train.running.memory import Machine, machine_of
 from ._output import Json, console, print_json, rows_table
 
 __all__ = ["doctor"]

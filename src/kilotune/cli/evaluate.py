@@ -10,9 +10,9 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import ConfigError
-from ..model import PeftModel
-from ..train.scoring import open_scoring, scoring_settings
-from ..train.session import Session
+from ..model.peft_model import PeftModel
+from ..train.results.scoring import open_scoring, scoring_settings
+from ..train.running.session import Session
 from ._adapter import base_of, open_adapter
 from ._output import Json, console, print_json, quiet_transformers, rows_table, warn
 from ._writing import Adapter, AdapterRevision, Alone, Base, Revision, is_whole_model
@@ -101,8 +101,8 @@ def _alone(session: Session, wanted: bool) -> contextlib.AbstractContextManager[
 
 
 def _scores(session: Session, generate: bool) -> dict[str, float]:
-    from ..train.progress import progress_for
     from ..train.run import evaluate as score
+    from ..train.running.progress import progress_for
 
     progress = progress_for("bar" if sys.stderr.isatty() else "quiet")
     return score(session, "test", generate, listeners=[progress])

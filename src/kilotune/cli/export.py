@@ -8,14 +8,14 @@ from typing import Annotated, Any, final
 
 import typer
 
-from ..checkpoint import AdapterFile
+from ..checkpoints.peft_layout import AdapterFile
 from ..convert import hollow
 from ..errors import CheckpointError, ConfigError, did_you_mean
-from ..model import PeftModel
+from ..model.parameter_report import readable_bytes
+from ..model.peft_model import PeftModel
 from ..plan import DTYPES
-from ..report import readable_bytes
-from ..train.exporting import export_lora
-from ..train.gguf_lora import gguf_lora, write_gguf
+from ..train.use.gguf_lora import gguf_lora, write_gguf
+from ..train.use.lora_export import export_lora
 from . import merge
 from ._adapter import base_of, check_out, fitting_base, open_adapter
 from ._output import Json, console, print_json, quiet_transformers, warn

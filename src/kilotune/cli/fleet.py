@@ -11,9 +11,9 @@ import typer
 
 from ..errors import ConfigError, gather
 from ..fleet import FleetReport, FleetSettings, StoreSink, fit, open_store
-from ..fleet.joint_progress import told_by
-from ..train.config_file import merged
-from ..train.settings import AdapterSettings, ModelSettings
+from ..fleet.joint.progress import told_by
+from ..train.settings.config_file import merged
+from ..train.settings.sections import AdapterSettings, ModelSettings
 from ._output import Json, console, print_json, quiet_transformers, rows_table
 
 __all__ = ["app"]
@@ -93,7 +93,7 @@ def train(
     chosen = FleetSettings(**_pairs("--set", settings))
     adapter = AdapterSettings(method=method, options=_pairs("--option", option))
     telling = told_by(progress)
-    from ..fleet.joint_text import text_users
+    from ..fleet.joint.users_from_files import text_users
 
     found = text_users(
         model,

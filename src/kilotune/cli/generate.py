@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import ConfigError
-from ..train.inference import Answer, Chat, Sampling
+from ..train.use.text_generation import Answer, Chat, Sampling
 from ._output import Json, print_json
 from ._writing import (
     Adapter,

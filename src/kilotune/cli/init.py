@@ -8,9 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import ConfigError, did_you_mean
-from ..train.checkpoints import write_text
-from ..train.config_file import put, settings_from, starting_text
-from ..train.settings import TASK_NAMES, AdapterSettings, DataSettings, ModelSettings, TrainSettings
+from ..train.settings.config_file import put, settings_from, starting_text
+from ..train.settings.sections import TASK_NAMES, AdapterSettings, DataSettings, ModelSettings, TrainSettings
+from ..train.trainer.output_folder import write_text
 from ._output import Json, print_json
 
 __all__ = ["init"]

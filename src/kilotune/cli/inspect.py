@@ -10,13 +10,13 @@ import torch
 import typer
 from safetensors import SafetensorError, safe_open
 
-from ..checkpoint import WEIGHTS_NAME, AdapterFile, tensors_checksum
+from ..checkpoints.peft_layout import WEIGHTS_NAME, AdapterFile, tensors_checksum
 from ..errors import CheckpointError, ConfigError
 from ..kinds import KINDS
 from ..methods import Method, make_method
-from ..model import PeftModel
+from ..model.parameter_report import readable_bytes
+from ..model.peft_model import PeftModel
 from ..plan import Base
-from ..report import readable_bytes
 from ._adapter import fitting_base, open_adapter
 from ._output import Json, complain, console, print_json, quiet_transformers, rows_table
 

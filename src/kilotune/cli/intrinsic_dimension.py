@@ -15,10 +15,10 @@ from ._output import Json, console, print_json, rows_table
 from .demo import DataSet, progress_bar
 
 if TYPE_CHECKING:
-    from ..experiments.dimension_results import DimensionResult, Level, Outcome
-    from ..experiments.intrinsic_dimension import Search
+    from ..experiments.dimension.results import DimensionResult, Level, Outcome
+    from ..experiments.dimension.search import Search
+    from ..experiments.images.tasks import ImageSettings, ImageTask
     from ..experiments.run_store import RunStore
-    from ..experiments.tasks import ImageSettings, ImageTask
 
 __all__ = ["intrinsic_dimension"]
 
@@ -138,7 +138,7 @@ def _settings(
     batch: int,
     pretrain_epochs: int | None,
 ) -> ImageSettings:
-    from ..experiments.tasks import ImageSettings
+    from ..experiments.images.tasks import ImageSettings
 
     if start is Start.scratch and pretrain_epochs is not None:
         raise ConfigError("--pretrain-epochs is for --from pretrained")
@@ -163,7 +163,7 @@ def _search(
     seed: int,
     values: dict[str, Any],
 ) -> Search:
-    from ..experiments.intrinsic_dimension import STRUCTURES, Search
+    from ..experiments.dimension.search import STRUCTURES, Search
 
     return Search(
         structures=STRUCTURES if structure is Structure.both else (structure.value,),
@@ -184,10 +184,10 @@ def _numbers(option: str, text: str | None) -> tuple[float, ...] | None:
 
 
 def _measure(settings: ImageSettings, search: Search, folder: Path, restart: bool) -> tuple[DimensionResult, Path]:
-    from ..experiments.charts import require_matplotlib
-    from ..experiments.dimension_report import write_dimension_report
-    from ..experiments.intrinsic_dimension import measure, run_settings
-    from ..experiments.page import check_folder
+    from .._ui.charts import require_matplotlib
+    from .._ui.pages import check_folder
+    from ..experiments.dimension.report import write_dimension_report
+    from ..experiments.dimension.search import measure, run_settings
     from ..experiments.run_store import RunStore
 
     require_matplotlib()
@@ -209,7 +209,7 @@ def _measure(settings: ImageSettings, search: Search, folder: Path, restart: boo
 
 def _task(settings: ImageSettings, errors: Console) -> ImageTask:
     """Reads the pictures; where that takes long, with a progress bar."""
-    from ..experiments.tasks import ImageTask
+    from ..experiments.images.tasks import ImageTask
 
     if settings.data == "digits":
         return ImageTask.of(settings)

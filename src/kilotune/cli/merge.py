@@ -15,11 +15,12 @@ import torch
 import typer
 from torch import nn
 
-from ..checkpoint import AdapterFile
+from ..checkpoints.peft_layout import AdapterFile
 from ..errors import CheckpointError, ConfigError, did_you_mean, gather
-from ..model import MergePrecisionWarning, PeftModel
+from ..model.merging import MergePrecisionWarning
+from ..model.parameter_report import count_parameters, readable_bytes
+from ..model.peft_model import PeftModel
 from ..plan import DTYPES
-from ..report import count_parameters, readable_bytes
 from ..storage import storage_of
 from ._adapter import base_of, check_out, load_fitting_base, open_adapter
 from ._output import Json, console, print_json, quiet_transformers, warn

@@ -13,8 +13,8 @@ from ..config import AdapterConfig, TaskType
 from ..errors import ConfigError, did_you_mean, gather
 from ..fleet.scale import Scale, parse_bytes, parse_count, scale
 from ..methods import METHODS, PRESETS, get_config
+from ..model.parameter_report import readable_bytes
 from ..plan import BUILT_IN, DTYPES, AdapterCosts, Base, BuiltIn, Head, costs, load_base
-from ..report import readable_bytes
 from ._completion import complete, complete_methods
 from ._output import Json, console, print_json, quiet_transformers, rows_table
 
@@ -26,7 +26,7 @@ USUAL = ("lora", "vera")  # planned where no method is named: those whose size -
 
 def models() -> dict[str, BuiltIn]:
     """The built-in models, and the convolutional networks of ``kilotune demo``."""
-    from ..experiments.convnet import LORA_WIDTHS, VERA_WIDTHS, ConvNet
+    from ..experiments.images.convnet import LORA_WIDTHS, VERA_WIDTHS, ConvNet
 
     nets = {"tutorial-vera": VERA_WIDTHS, "tutorial-lora": LORA_WIDTHS}
     text = "the convolutional network of `kilotune demo`"

@@ -10,8 +10,8 @@ import typer
 from ..errors import ConfigError, MissingExtraError
 from ..serve.http.keys import fixed_keys
 from ..serve.http.settings import EngineSettings, ServeSettings
-from ..train.config_file import merged
-from ..train.settings import ModelSettings
+from ..train.settings.config_file import merged
+from ..train.settings.sections import ModelSettings
 from ._output import Json, print_json, quiet_transformers
 
 __all__ = ["serve"]
@@ -60,9 +60,9 @@ def serve(
         settings or [],
     )
     try:
-        from ..serve.http.building import build
         from ..serve.http.logs import set_up
-        from ..serve.http.running import listen, run
+        from ..serve.http.process import listen, run
+        from ..serve.http.startup import build
     except ImportError as error:
         if (error.name or "kilotune").partition(".")[0] == "kilotune":
             raise

@@ -13,7 +13,7 @@ import typer
 
 from ..errors import ConfigError
 from ..fleet.store import AdapterStore, Moved, copy_adapters, export_adapters, open_store
-from ..report import readable_bytes
+from ..model.parameter_report import readable_bytes
 from ._output import Json, console, print_json, rows_table, warn
 
 __all__ = ["app"]

@@ -10,16 +10,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ConfigError
-from ..report import readable_bytes
-from ..train.config_file import merged, put, read_config, settings_from
-from ..train.progress import MODES
-from ..train.settings import TASK_NAMES, AdapterSettings, DataSettings, ModelSettings, TrainingSettings, TrainSettings
+from ..model.parameter_report import readable_bytes
+from ..train.running.progress import MODES
+from ..train.settings.config_file import merged, put, read_config, settings_from
+from ..train.settings.sections import (
+    TASK_NAMES,
+    AdapterSettings,
+    DataSettings,
+    ModelSettings,
+    TrainingSettings,
+    TrainSettings,
+)
 from ._completion import complete, complete_settings, complete_trained
 from ._output import Json, complain, print_json, quiet_transformers
 
 if TYPE_CHECKING:
-    from ..train.outcome import Result
-    from ..train.planning import RunPlan
+    from ..train.results.outcome import Result
+    from ..train.running.planning import RunPlan
 
 __all__ = ["train"]
 
@@ -87,7 +94,7 @@ def train(
     stopped by whatever means, it goes on with --resume, to the same result. With --resume, --output is enough.
     """
     quiet_transformers()
-    from ..train.outcome import is_main
+    from ..train.results.outcome import is_main
     from ..train.run import train as run
 
     flags = {
@@ -144,7 +151,7 @@ def _document(plan: RunPlan, preview: str) -> None:
 
 
 def _settings(config: Path | None, flags: Mapping[str, Any], overrides: list[str], resume: bool) -> TrainSettings:
-    from ..train.checkpoints import SETTINGS_NAME
+    from ..train.trainer.output_folder import SETTINGS_NAME
 
     given = {name: value for name, value in flags.items() if value not in (None, [])}
     where = "the command line" if config is None else str(config)

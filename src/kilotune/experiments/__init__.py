@@ -1,1 +1,5 @@
-"""Experiments that show what the library does: the tutorials' network (``kilotune demo``)."""
+"""What `kilotune demo`, `compare` and `intrinsic-dimension` run: experiments that show what the library does.
+
+Each is a room of its own; images/ has the data, network and training that they share. Stands on everything but the
+command line. Begin in demo/experiment.py.
+"""

@@ -1,15 +1,24 @@
-"""Very many adapters over one base model: where they are kept, and how they run and train together."""
+"""Very many adapters over one base model: where they are kept, and how they run and train together.
+
+store/ keeps them, bank/ has thousands on the model's device for mixed batches, joint/ trains many users' at once.
+Stands on train/ and all below it. Begin reading in bank/adapter_bank.py.
+"""
 
 from __future__ import annotations
 
-from .bank import AdapterBank
-from .joint import JointTraining, fit
-from .joint_settings import FleetSettings
-from .losses import RowLoss
-from .sinks import Finished, FolderSink, Sink, StoreSink
-from .store import AdapterStore, Fingerprint, Record, Version, open_store
-from .users import FleetReport, Progress, User, UserReport
-from .wrapping import wrap
+from typing import TYPE_CHECKING
+
+from .._lazy import lazy
+
+if TYPE_CHECKING:
+    from .bank.adapter_bank import AdapterBank
+    from .joint.joint_training import JointTraining, fit
+    from .joint.losses import RowLoss
+    from .joint.settings import FleetSettings
+    from .joint.sinks import Finished, FolderSink, Sink, StoreSink
+    from .joint.users import FleetReport, Progress, User, UserReport
+    from .joint.wrapping import wrap
+    from .store import AdapterStore, Fingerprint, Record, Version, open_store
 
 __all__ = [
     "AdapterBank",
@@ -32,3 +41,17 @@ __all__ = [
     "open_store",
     "wrap",
 ]
+
+__getattr__, __dir__ = lazy(
+    __name__,
+    {
+        "bank.adapter_bank": ("AdapterBank",),
+        "joint.joint_training": ("JointTraining", "fit"),
+        "joint.losses": ("RowLoss",),
+        "joint.settings": ("FleetSettings",),
+        "joint.sinks": ("Finished", "FolderSink", "Sink", "StoreSink"),
+        "joint.users": ("FleetReport", "Progress", "User", "UserReport"),
+        "joint.wrapping": ("wrap",),
+        "store": ("AdapterStore", "Fingerprint", "Record", "Version", "open_store"),
+    },
+)

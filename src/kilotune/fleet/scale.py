@@ -12,9 +12,9 @@ from torch import nn
 
 from ..config import AdapterConfig
 from ..errors import ConfigError, did_you_mean, gather
-from ..model import get_peft_model
+from ..model.peft_model import get_peft_model
 from ..plan import in_file
-from .forms import numbers_in_a_bank
+from .bank.forms import numbers_in_a_bank
 from .store.packing import PACKINGS, Layout
 from .store.preparing import is_common
 

@@ -14,15 +14,14 @@ from typing import Any, cast, final
 import torch
 from torch import Tensor, nn
 
-from .config import AdapterConfig
-from .deltas import Need
-from .errors import TargetError, UnsupportedError, did_you_mean, gather
-from .inputs import join
-from .installed import Installed, check_compatible
-from .kinds import LayerKind
-from .layer import AdaptedLayer
-from .methods import Method, Shared, Site, make_method
-from .parameters import (
+from ..candidates import Candidate, candidates, inside, matches_names, saved_whole
+from ..config import AdapterConfig
+from ..deltas import Need
+from ..errors import TargetError, UnsupportedError, did_you_mean, gather
+from ..kinds import LayerKind
+from ..layers.active import ActiveState
+from ..layers.adapted import AdaptedLayer
+from ..layers.adapted_parameters import (
     AdaptedParameters,
     check_apart,
     host_of,
@@ -31,23 +30,16 @@ from .parameters import (
     trains_bias,
     warn_of_untrained,
 )
-from .projections import Projections
-from .saved import SavedModule, check_trainable
-from .sharded import whole, whole_copy
-from .slots import BIAS, ActiveState, Slot, slot_key
-from .stacks import members, start
-from .storage import Storage
-from .targets import (
-    HEADS,
-    Candidate,
-    candidates,
-    inside,
-    matches_names,
-    read_by_parent,
-    resolve_targets,
-    saved_whole,
-    select,
-)
+from ..layers.saved_module import SavedModule, check_trainable
+from ..layers.shared_inputs import join
+from ..layers.slot import BIAS, Slot, slot_key
+from ..layers.stacked_sites import members, start
+from ..methods import Method, Shared, Site, make_method
+from ..projections.matrices import Projections
+from ..storage import Storage
+from ..storage.sharded import whole, whole_copy
+from .installed_adapter import Installed, check_compatible
+from .targets import HEADS, read_by_parent, resolve_targets, select
 from .tree import check_base, is_parameter, put_in_place, unwrapped, walk
 
 __all__ = ["Installed", "Plan", "SavedModule", "apply", "check_base", "check_compatible", "plan", "remove", "walk"]

@@ -8,15 +8,15 @@ from typing import Any, final
 
 from torch import nn
 
-from .config import AdapterConfig
-from .deltas import Delta
-from .errors import UnsupportedError, gather
-from .layer import AdaptedLayer
-from .methods import Method, Shared
-from .saved import SavedModule
-from .slots import Slot, slot_key
+from ..config import AdapterConfig
+from ..deltas import Delta
+from ..errors import UnsupportedError, gather
+from ..layers.adapted import AdaptedLayer
+from ..layers.saved_module import SavedModule
+from ..layers.slot import Slot, slot_key
+from ..methods import Method, Shared
 
-__all__ = ["Installed", "check_compatible", "settle_gradients"]
+__all__ = ["Installed", "check_compatible", "set_requires_grad"]
 
 
 @final
@@ -68,7 +68,7 @@ class Installed:
                 parameter.requires_grad_(False)
 
 
-def settle_gradients(adapters: Mapping[str, Installed], perhaps_trained: set[str], active: Sequence[str]) -> None:
+def set_requires_grad(adapters: Mapping[str, Installed], perhaps_trained: set[str], active: Sequence[str]) -> None:
     """Let the active adapters train, unless they are for inference only, and take all gradients from the others.
 
     Args:

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
 from torch import nn
 
-from .added import base_modules
-from .config import ALL_BIASED, ALL_LINEAR, AdapterConfig
-from .deltas import Need
-from .errors import ConfigError, TargetError, did_you_mean, gather, nearest
-from .kinds import KINDS, LayerKind, kind_of
-from .storage import STORAGES, Storage, storage_of
+from ..added_modules import base_modules
+from ..candidates import Candidate, inside, matches_names
+from ..config import ALL_BIASED, ALL_LINEAR, AdapterConfig
+from ..deltas import Need
+from ..errors import ConfigError, TargetError, did_you_mean, gather, nearest
+from ..kinds import KINDS
+from ..storage import STORAGES
 
 __all__ = ["DEFAULT_TARGETS", "Verdict", "explain", "read_by_parent", "resolve_targets", "select"]
 
@@ -62,22 +63,6 @@ DEFAULT_TARGETS: dict[str, tuple[str, ...]] = {
 
 @final
 @dataclass(frozen=True)
-class Candidate:
-    """A module of the base model by its dotted name; ``parent`` is the class that holds it.
-
-    gained: its bias is not the base's, but came with an adapter that is merged now.
-    """
-
-    name: str
-    module: nn.Module
-    parent: type[nn.Module]
-    kind: LayerKind | None
-    storage: Storage | None
-    gained: bool = False
-
-
-@final
-@dataclass(frozen=True)
 class Verdict:
     """Whether a module is taken, and the reason; ``matched`` when its name fits the targets."""
 
@@ -85,11 +70,6 @@ class Verdict:
     taken: bool
     matched: bool
     reason: str
-
-
-def candidates(modules: Iterable[tuple[str, nn.Module, type[nn.Module]]]) -> list[Candidate]:
-    """Look up kind and storage of each (name, module, class of its parent)."""
-    return [Candidate(name, m, parent, kind_of(m), storage_of(m)) for name, m, parent in modules]
 
 
 def resolve_targets(
@@ -170,26 +150,6 @@ def select(
     for candidate in taken:
         once.setdefault(id(candidate.module), candidate)
     return list(once.values())
-
-
-def matches_names(names: Sequence[str] | str | None, name: str) -> bool:
-    """PEFT's rule: a string is a regular expression for the whole name; a list holds names or their ends."""
-    if not names:
-        return False
-    if isinstance(names, str):
-        return re.fullmatch(names, name) is not None
-    return any(name == n or name.endswith(f".{n}") for n in names)
-
-
-def saved_whole(names: Sequence[str] | None, name: str) -> bool:
-    """PEFT's rule for modules_to_save: any name that ends so, with no dot before it ('norm': 'input_layernorm' too)."""
-    return any(name.endswith(n) for n in names or ())
-
-
-def inside(names: Sequence[str] | None, name: str) -> bool:
-    """Whether modules_to_save takes ``name`` or a module that it lies in."""
-    parts = name.split(".")
-    return any(saved_whole(names, ".".join(parts[:i])) for i in range(1, len(parts) + 1))
 
 
 def _verdict(c: Candidate, config: AdapterConfig, needs: frozenset[Need], heads: frozenset[str]) -> Verdict:

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from .added import Added, base_modules
-from .errors import UnsupportedError
-from .layer import AdaptedLayer
-from .parameters import AdaptedParameters
-from .projections import Projections
-from .saved import SavedModule
+from ..added_modules import Added, base_modules
+from ..errors import UnsupportedError
+from ..layers.adapted import AdaptedLayer
+from ..layers.adapted_parameters import AdaptedParameters
+from ..layers.saved_module import SavedModule
+from ..projections.matrices import Projections
 
 __all__ = ["check_base", "is_parameter", "own_modules", "put_in_place", "unwrapped", "walk"]
 

@@ -6,7 +6,7 @@
                M = H G Pi H B: B signs, Pi a permutation, G Gaussians, H Walsh-Hadamard (nothing normalised)
     dense      v (p,) ──► U v, U (rows, p) uniform in [-1, 1)
 
-The numbers are those of :mod:`kilotune.streams`. Both maps are operators of torch of their own
+The numbers are those of :mod:`kilotune.projections.streams`. Both maps are operators of torch of their own
 (``kilotune::project`` and its transpose): autograd keeps nothing but sizes for the backward, and torch.compile takes
 them as they are. The streams drawn are kept per device up to :data:`KEEP_BYTES`; what does not fit is drawn anew at
 each use, which is slow, and correct.
@@ -24,7 +24,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from .. import streams
+from ..projections import streams
 from .hadamard import hadamard
 
 __all__ = ["KEEP_BYTES", "Held", "Projection", "kept_bytes", "padded"]

@@ -1,4 +1,8 @@
-"""Layer kinds. To add one: write one file with a :class:`LayerKind`, and list it here."""
+"""Layer kinds. To add one: write one file with a :class:`LayerKind`, and list it here.
+
+A kind says how a layer's weight is seen as the matrix (out, in). It knows nothing of methods and storages, and its file
+imports `_base.py` and the floors below. Begin in linear.py.
+"""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ class LayerKind(ABC):
         """How many columns of the matrix one input meets at once: all of them, but 1 in an embedding."""
         return self.features(module)[1]
 
-    def taps(self, module: nn.Module) -> int:
+    def kernel_positions(self, module: nn.Module) -> int:
         """How many neighbouring columns of the matrix belong to one input feature: a convolution's kernel size."""
         return 1
 

@@ -1,8 +1,8 @@
 """What the convolutions of one, two and three dimensions share.
 
-The canonical matrix is the weight with its input channels and its kernel's taps in one axis,
-(out, in / groups * taps). Its rows form as many blocks as there are groups, and block g meets the input channels of
-group g only. A first factor (r, in / groups * taps) has no such blocks: it runs on every group, and its r outputs of
+The canonical matrix is the weight with its input channels and its kernel's positions in one axis,
+(out, in / groups * kernel). Its rows form as many blocks as there are groups, and block g meets the input channels of
+group g only. A first factor (r, in / groups * kernel) has no such blocks: it runs on every group, and its r outputs of
 group g go to block g of the second factor. So the low-rank change of a grouped convolution is the same product
 b a as anywhere else, and no dense matrix is built.
 """
@@ -25,7 +25,7 @@ _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 class Convolution(LayerKind):
-    """y = weight * x + bias, weight (out, in / groups, taps...), x (batch, in, space...) or (in, space...).
+    """y = weight * x + bias, weight (out, in / groups, kernel...), x (batch, in, space...) or (in, space...).
 
     Whatever the layer does with its input (stride, dilation, padding and its mode) is done with the factors too.
     """
@@ -47,12 +47,13 @@ class Convolution(LayerKind):
         )
 
     def features(self, module: nn.Module) -> tuple[int, int]:
-        return _number(module, "out_channels"), _number(module, "in_channels") // _groups(module) * self.taps(module)
+        inn = _number(module, "in_channels") // _groups(module) * self.kernel_positions(module)
+        return _number(module, "out_channels"), inn
 
     def groups(self, module: nn.Module) -> int:
         return _groups(module)
 
-    def taps(self, module: nn.Module) -> int:
+    def kernel_positions(self, module: nn.Module) -> int:
         return math.prod(_kernel(module))
 
     def input_features(self, module: nn.Module) -> int:
@@ -77,10 +78,10 @@ class Convolution(LayerKind):
         return self._convolve(module, x, self.native(module, matrix))
 
     def project(self, module: nn.Module, x: Tensor, matrix: Tensor) -> Tensor:
-        weight = self.native(module, matrix)  # (r, in / groups, taps...)
+        weight = self.native(module, matrix)  # (r, in / groups, kernel...)
         groups = _groups(module)
         if groups > 1:
-            weight = weight.repeat(groups, *[1] * (weight.ndim - 1))  # (groups * r, in / groups, taps...)
+            weight = weight.repeat(groups, *[1] * (weight.ndim - 1))  # (groups * r, in / groups, kernel...)
         return self._convolve(module, x, weight)
 
     def feature_axis(self, module: nn.Module, y: Tensor) -> int | None:
@@ -139,7 +140,7 @@ class Convolution(LayerKind):
         groups = _groups(module)
         if role is Role.FIRST:
             parts = tensor.reshape(groups, -1, groups, tensor.shape[1] // groups, *_kernel(module))
-            own = torch.stack([parts[g, :, g] for g in range(groups)])  # (groups, r / groups, in / groups, taps...)
+            own = torch.stack([parts[g, :, g] for g in range(groups)])  # (groups, r / groups, in / groups, kernel...)
             if parts.count_nonzero() != own.count_nonzero():
                 raise CheckpointError(
                     f"its first factor mixes the channels of the {groups} groups of this {type(module).__name__}, so "

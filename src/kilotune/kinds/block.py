@@ -8,7 +8,7 @@ from typing import Any, ClassVar, final
 
 from torch import Tensor, nn
 
-from ..added import base_modules, named_base_modules
+from ..added_modules import base_modules, named_base_modules
 from ..deltas import Need
 from ..errors import UnsupportedError
 from ._base import NoMatrix

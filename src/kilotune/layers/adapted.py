@@ -20,18 +20,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..added_modules import Added
+from ..deltas import Delta, Full, LowRank, Rescale, Residual, Shift
+from ..errors import MergeError, UnsupportedError
+from ..kernels.lowrank import accumulate_dtype, lift, no_autocast, scale_features
+from ..kinds import LayerKind
+from ..methods import Site
+from ..storage import Kept, Storage
+from ..storage.sharded import is_sharded, whole_parts
 from . import fusion
-from .added import Added
-from .deltas import Delta, Full, LowRank, Rescale, Residual, Shift
-from .errors import MergeError, UnsupportedError
+from .active import ActiveState
 from .fusion import leading
-from .kernels.lowrank import accumulate_dtype, lift, no_autocast, scale_features
-from .kinds import LayerKind
-from .methods import Site
 from .routing import changed_rows
-from .sharded import is_sharded, whole_parts
-from .slots import BIAS, ActiveState, Merged, Slot, slot_key
-from .storage import Kept, Storage
+from .slot import BIAS, Merged, Slot, slot_key
 
 __all__ = ["AdaptedLayer", "Merged"]
 
@@ -99,7 +100,7 @@ class AdaptedLayer(nn.Module):
             inn,
             *reads,
             fan_in=kind.fan_in(module),
-            taps=kind.taps(module),
+            kernel_positions=kind.kernel_positions(module),
             matrices=kind.matrices(module),
             output=kind.output_features(module),
             input=kind.input_features(module),

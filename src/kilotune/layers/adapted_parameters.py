@@ -18,16 +18,17 @@ from typing import Any, cast, final
 
 from torch import nn
 
-from .config import ALL_BIASED, ALL_LINEAR, AdapterConfig
-from .deltas import Need
-from .errors import MergeError, TargetError, UnsupportedError, gather, nearest
-from .kinds import LayerKind, kind_of
-from .kinds.experts import READ_ELSEWHERE, Experts, run_with
-from .layer import AdaptedLayer
-from .slots import BIAS, ActiveState, slot_key
-from .storage import Storage
-from .storage.dense import Dense
-from .targets import Candidate, matches_names
+from ..candidates import Candidate, matches_names
+from ..config import ALL_BIASED, ALL_LINEAR, AdapterConfig
+from ..deltas import Need
+from ..errors import MergeError, TargetError, UnsupportedError, gather, nearest
+from ..kinds import LayerKind, kind_of
+from ..kinds.experts import READ_ELSEWHERE, Experts, run_with
+from ..storage import Storage
+from ..storage.dense import Dense
+from .active import ActiveState
+from .adapted import AdaptedLayer
+from .slot import BIAS, slot_key
 
 __all__ = [
     "AdaptedParameters",

@@ -13,13 +13,13 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from .deltas import Delta, LowRank, Rescale
-from .kernels import lowrank, ways
-from .kernels.lowrank import NARROW, Factors, autocast_dtype
-from .kernels.ways import Choice, Way
-from .kinds import LayerKind
-from .slots import Slot
-from .storage import Storage
+from ..deltas import Delta, LowRank, Rescale
+from ..kernels import lowrank, ways
+from ..kernels.lowrank import NARROW, Factors, autocast_dtype
+from ..kernels.ways import Choice, Way
+from ..kinds import LayerKind
+from ..storage import Storage
+from .slot import Slot
 
 __all__ = ["factors_of", "leading", "run"]
 

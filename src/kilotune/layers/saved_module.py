@@ -7,12 +7,13 @@ from typing import Any, cast, final
 
 from torch import nn
 
-from .added import Added
-from .errors import TargetError, gather
+from ..added_modules import Added
+from ..errors import TargetError, gather
+from ..storage import storage_of
+from ..storage.sharded import is_unit
+from .active import ActiveState
 from .routing import run_saved
-from .sharded import is_unit
-from .slots import BIAS, ActiveState, slot_key
-from .storage import storage_of
+from .slot import BIAS, slot_key
 
 __all__ = ["SavedModule", "check_trainable"]
 

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor  # `import torch` has loaded it
 
-from .kernels.lowrank import autocast_dtype
+from ..kernels.lowrank import autocast_dtype
 
 __all__ = ["SharedInput", "join"]
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .deltas import Delta, Full, LowRank, Rescale, Shift
-from .errors import UnsupportedError
-from .methods import Export, Method, Shared, Site
+from ..deltas import Delta, Full, LowRank, Rescale, Shift
+from ..errors import UnsupportedError
+from ..methods import Export, Method, Shared, Site
 
 __all__ = ["delta_of", "export", "members", "start"]
 

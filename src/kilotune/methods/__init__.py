@@ -1,4 +1,8 @@
-"""Methods. To add one: write one file with its config and its mathematics, and list it here."""
+"""Methods. To add one: write one file with its config and its mathematics, and list it here.
+
+A method says what delta its parameters make of a layer's matrix (out, in). It knows nothing of kinds and storages, and
+its file imports `_base.py` and the floors below. Begin in bitfit.py, the shortest, or vera.py.
+"""
 
 from __future__ import annotations
 

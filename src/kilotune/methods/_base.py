@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..config import AdapterConfig, bool_faults, option
 from ..deltas import Delta, Role
 from ..errors import CheckpointError
-from ..projections import Projections
+from ..projections.matrices import Projections
 
 __all__ = ["Export", "LowRankConfig", "Method", "Shared", "Site"]
 
@@ -29,7 +29,7 @@ class Site:
 
     name: its dotted name in the base model; out, inn: the canonical matrix's shape; read: the matrix
     (out, in) as floats; dtype, device: where the layer computes, asked anew each time; fan_in: how many
-    columns of the matrix one input meets at once (inn; 1 in an embedding, whose input picks one); taps: how
+    columns of the matrix one input meets at once (inn; 1 in an embedding, whose input picks one); kernel_positions: how
     many neighbouring columns belong to one input feature (a convolution's kernel size); matrices: how many
     matrices of this shape stand in front of one another (the experts of one parameter), 0 for one alone; stack:
     the name of the site that this one is a matrix of, if any; pattern_name: the name that patterns are held against
@@ -47,7 +47,7 @@ class Site:
     dtype: Callable[[], torch.dtype] = field(repr=False)
     device: Callable[[], torch.device] = field(repr=False)
     fan_in: int = 0
-    taps: int = 1
+    kernel_positions: int = 1
     matrices: int = 0
     stack: str = ""
     pattern_name: str = ""

@@ -18,8 +18,8 @@ from torch import Tensor
 from ..deltas import Delta, LowRank, Rescale, Role
 from ..errors import ConfigError
 from ..kernels.lowrank import accumulate_dtype, no_autocast
-from ..projections import Projections
-from ..sharded import processes
+from ..projections.matrices import Projections
+from ..storage.sharded import processes
 from ._base import Export, LowRankConfig, Method, Shared, Site
 
 __all__ = ["FILE_PREFIX", "MAGNITUDE", "Dora", "row_norms"]

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..config import ALL_LINEAR, AdapterConfig, Names, bool_faults, option, regex_faults
 from ..deltas import Delta, Rescale, Role
 from ..errors import ConfigError, did_you_mean
-from ..projections import Projections
+from ..projections.matrices import Projections
 from ._base import Method, Shared, Site
 
 __all__ = ["Ia3", "Ia3Config"]
@@ -172,7 +172,7 @@ class Ia3(Method[Ia3Config]):
 
     def init(self, site: Site, shared: Shared) -> dict[str, Tensor]:
         inputs = self.is_feedforward(site)
-        shape = (1, site.inn // site.taps) if inputs else (site.out, 1)
+        shape = (1, site.inn // site.kernel_positions) if inputs else (site.out, 1)
         scale = torch.ones(shape, device=site.device(), dtype=torch.float32)
         if not self.config.init_ia3_weights:
             scale.normal_()
@@ -181,8 +181,8 @@ class Ia3(Method[Ia3Config]):
     def delta(self, site: Site, params: Mapping[str, Tensor], shared: Shared) -> Rescale:
         if ROWS in params:
             return Rescale(rows=params[ROWS].flatten(), scale_bias=True)
-        cols = params[COLS].flatten()  # (in / taps,)
-        return Rescale(cols=cols if site.taps == 1 else cols.repeat_interleave(site.taps))
+        cols = params[COLS].flatten()  # (in / kernel positions,)
+        return Rescale(cols=cols if site.kernel_positions == 1 else cols.repeat_interleave(site.kernel_positions))
 
 
 def _own(forward: Names, targets: Sequence[str] | str) -> Names | str:

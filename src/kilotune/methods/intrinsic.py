@@ -26,7 +26,7 @@ from ..config import AdapterConfig, Names, number_fault, option
 from ..deltas import Delta, Full, Role
 from ..errors import CheckpointError, ConfigError, did_you_mean
 from ..kernels.projected import Held, Projection, padded
-from ..projections import SEED_LIMIT, Projections
+from ..projections.matrices import SEED_LIMIT, Projections
 from ._base import Export, Method, Shared, Site
 from ._order import in_order, order_faults, order_option
 

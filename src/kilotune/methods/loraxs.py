@@ -19,7 +19,7 @@ from torch import Tensor
 from ..config import AdapterConfig, Names, bool_faults, number_fault, option, rate_fault
 from ..deltas import Delta, LowRank, Role
 from ..errors import CheckpointError, ConfigError, did_you_mean, gather
-from ..projections import MATRIX_A, SEED_LIMIT, Extent, PortableSource, Projections, unit_rows
+from ..projections.matrices import MATRIX_A, SEED_LIMIT, Extent, PortableSource, Projections, unit_rows
 from ._base import Export, LowRankConfig, Method, Shared, Site
 
 __all__ = ["LoraXs", "LoraXsConfig", "frozen_factors"]

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from ..config import AdapterConfig, Names, bool_faults, number_fault, option, rate_fault
 from ..deltas import Delta, LowRank
 from ..errors import CheckpointError, ConfigError, gather
-from ..projections import SEED_LIMIT, Projections
-from ..streams import balanced_indices
+from ..projections.matrices import SEED_LIMIT, Projections
+from ..projections.streams import balanced_indices
 from ._base import Export, LowRankConfig, Method, Shared, Site
 from ._order import in_order, order_faults, order_option
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..config import AdapterConfig, Names, bool_faults, number_fault, option, rate_fault
 from ..deltas import Delta, LowRank
 from ..errors import CheckpointError, ConfigError
-from ..projections import (
+from ..projections.matrices import (
     SEED_LIMIT,
     Extent,
     Pair,

@@ -1,4 +1,4 @@
-"""The models users hold: get_peft_model, PeftModel, VeraModel, LoraModel. The vocabulary is PEFT's."""
+"""AdapterModel: a base model with adapters in it, and all that one does with it. The vocabulary is PEFT's."""
 
 from __future__ import annotations
 
@@ -9,27 +9,31 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar, Self, final
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import nn
 
-from . import checkpoint, inject, lent, merging, saving, storage
-from .added import Added, base_modules
-from .config import AdapterConfig
-from .errors import AdapterError, ConfigError, MergeError, did_you_mean, type_name
-from .installed import Installed, check_compatible, settle_gradients
-from .kernels.ways import Way
-from .layer import AdaptedLayer
-from .merging import MergePrecisionWarning, MergeReport
-from .methods import LoraConfig, VeraConfig
-from .projections import Projections
-from .report import ParameterReport, count_parameters
-from .routes import RoutedModel, Source, check_rows, generate
-from .slots import ActiveState, slot_key
-from .tree import own_modules
+from .. import storage
+from ..added_modules import Added, base_modules
+from ..checkpoints import peft_layout as checkpoint
+from ..checkpoints import saving
+from ..config import AdapterConfig
+from ..errors import AdapterError, ConfigError, MergeError, did_you_mean, type_name
+from ..injection import inject
+from ..injection.installed_adapter import Installed, check_compatible, set_requires_grad
+from ..injection.tree import own_modules
+from ..kernels.ways import Way
+from ..layers.active import ActiveState
+from ..layers.adapted import AdaptedLayer
+from ..layers.slot import slot_key
+from ..projections.matrices import Projections
+from . import base_overrides, merging
+from .merging import MergeReport
+from .parameter_report import ParameterReport, count_parameters
+from .routed_model import RoutedModel, Source, check_rows, generate
 
-__all__ = ["AdapterModel", "LoraModel", "MergePrecisionWarning", "PeftModel", "VeraModel", "get_peft_model"]
+__all__ = ["DEFAULT", "AdapterModel"]
 
 DEFAULT = "default"
 
@@ -225,10 +229,10 @@ class AdapterModel(RoutedModel, ABC):
             )
         check_compatible({name: self._installed[name] for name in names})
         self._state.active = names
-        self._settle_gradients()
+        self._set_requires_grad()
 
-    def _settle_gradients(self) -> None:
-        settle_gradients(self._installed, self._perhaps_trained, self._state.active)
+    def _set_requires_grad(self) -> None:
+        set_requires_grad(self._installed, self._perhaps_trained, self._state.active)
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
         """As of any module: all parameters, the base's too; the next :meth:`set_adapter` sees to the adapters'."""
@@ -266,7 +270,7 @@ class AdapterModel(RoutedModel, ABC):
             del self.shared_parameters[key]
         left = tuple(n for n in self._state.active if n != name)
         self._state.active = left or tuple(islice(self._installed, 1))
-        self._settle_gradients()
+        self._set_requires_grad()
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -376,7 +380,7 @@ class AdapterModel(RoutedModel, ABC):
         for owner in list(self.projections.owners()):
             self.projections.release(owner)
         storage.release(own_modules(self.model))
-        lent.take_back(self.model)
+        base_overrides.remove_overrides(self.model)
         return self.model
 
     # -- files -----------------------------------------------------------------------------------
@@ -429,70 +433,3 @@ class AdapterModel(RoutedModel, ABC):
         if self._state.disabled:
             raise MergeError(f"cannot {purpose} inside disable_adapter(); leave its context first")
         self._state.refuse_in_route(purpose)
-
-
-@final
-class VeraModel(AdapterModel):
-    """A model with VeRA adapters (arXiv 2310.11454): ``VeraModel(model, config, adapter_name)``."""
-
-    configs: ClassVar[tuple[type[AdapterConfig], ...]] = (VeraConfig,)
-
-
-@final
-class LoraModel(AdapterModel):
-    """A model with LoRA adapters (arXiv 2106.09685): ``LoraModel(model, config, adapter_name)``."""
-
-    configs: ClassVar[tuple[type[AdapterConfig], ...]] = (LoraConfig,)
-
-
-@final
-class PeftModel(AdapterModel):
-    """A model with adapters of any method, mixed as one likes."""
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        model: nn.Module,
-        model_id: str | os.PathLike[str] | checkpoint.AdapterFile,
-        adapter_name: str = DEFAULT,
-        is_trainable: bool = False,
-        *,
-        revision: str | None = None,
-        subfolder: str | None = None,
-        token: str | None = None,
-        cache_dir: str | None = None,
-        local_files_only: bool = False,
-    ) -> PeftModel:
-        """Put a saved adapter (see :meth:`load_adapter`) into a base model; it is active.
-
-        Raises:
-            CheckpointError: the files are damaged or unsafe, or do not fit; the model is then untouched.
-
-        """
-        wrapped = cls.__new__(cls)
-        nn.Module.__init__(wrapped)
-        wrapped._take(model)
-        wrapped.load_adapter(
-            model_id,
-            adapter_name,
-            is_trainable,
-            revision=revision,
-            subfolder=subfolder,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-        )
-        wrapped._activate((adapter_name,))
-        return wrapped
-
-
-def get_peft_model(model: nn.Module, peft_config: AdapterConfig, adapter_name: str = DEFAULT) -> PeftModel:
-    """Put an adapter into ``model`` (in place, its weights frozen) and return the model to train.
-
-    Args:
-        model: any ``nn.Module``.
-        peft_config: for example ``VeraConfig(r=256, target_modules="all-linear")``.
-        adapter_name: the adapter's name.
-
-    """
-    return PeftModel(model, peft_config, adapter_name)

@@ -1,7 +1,6 @@
-"""What a base model is lent while adapters are in it, so that it answers other libraries right; taken back by
-``unload()``.
+"""What a base model answers other libraries while adapters are in it; ``unload()`` takes all of it away again.
 
-A value that is lent hides the class's own attribute of that name, on this one object.
+An override hides the class's own attribute of that name, on this one object.
 """
 
 from __future__ import annotations
@@ -11,29 +10,29 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from .added import Added
+from ..added_modules import Added
 
-__all__ = ["lend", "lend_module", "take_back"]
+__all__ = ["attach_module", "override", "remove_overrides"]
 
-LENT = "_kilotune_lent"  # name -> [what the object had of its own before], or [] where it had nothing
+OVERRIDES = "_kilotune_overrides"  # name -> [what the object had of its own before], or [] where it had nothing
 
 
-def lend(base: nn.Module, name: str, value: Any) -> None:
+def override(base: nn.Module, name: str, value: Any) -> None:
     """Let ``base`` answer ``name`` with ``value``: no module and no tensor. A hook's handle lets the hook be taken."""
     own = base.__dict__
-    own.setdefault(LENT, {}).setdefault(name, [own[name]] if name in own else [])
+    own.setdefault(OVERRIDES, {}).setdefault(name, [own[name]] if name in own else [])
     own[name] = value
 
 
-def lend_module(base: nn.Module, name: str, module: Added) -> None:
+def attach_module(base: nn.Module, name: str, module: Added) -> None:
     """Hang ``module`` into ``base``, where nothing is called so, so that its parameters are among the base's."""
-    base.__dict__.setdefault(LENT, {})[name] = []
+    base.__dict__.setdefault(OVERRIDES, {})[name] = []
     base._modules[name] = module
 
 
-def take_back(base: nn.Module) -> None:
-    """Leave ``base`` as it was before anything was lent."""
-    for name, before in base.__dict__.pop(LENT, {}).items():
+def remove_overrides(base: nn.Module) -> None:
+    """Leave ``base`` as it was before anything was overridden."""
+    for name, before in base.__dict__.pop(OVERRIDES, {}).items():
         base._modules.pop(name, None)
         value = base.__dict__.pop(name, None)
         if isinstance(value, RemovableHandle):

@@ -11,14 +11,15 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from ._progress import track
-from .errors import MergeError, gather
-from .inject import Installed, check_compatible, strip
-from .layer import AdaptedLayer, Merged
-from .saved import SavedModule
-from .sharded import SHARDED, is_sharded, is_unit
-from .slots import ActiveState, Slot
-from .storage import forget_quantisation, is_pretrained, storage_of, unknown_scheme
+from .._ui.progress import track
+from ..errors import MergeError, gather
+from ..injection.inject import Installed, check_compatible, strip
+from ..layers.active import ActiveState
+from ..layers.adapted import AdaptedLayer, Merged
+from ..layers.saved_module import SavedModule
+from ..layers.slot import Slot
+from ..storage import forget_quantisation, is_pretrained, storage_of, unknown_scheme
+from ..storage.sharded import SHARDED, is_sharded, is_unit
 
 __all__ = [
     "LayerError",
@@ -357,7 +358,7 @@ class DenseModel:
             )
 
     def put_in(self, saved: Callable[[SavedModule], nn.Module]) -> None:
-        """Take the wrappers out and put the new weights in; ``saved``: see :func:`~kilotune.inject.strip`."""
+        """Take the wrappers out and put the new weights in; ``saved``: see :func:`~kilotune.injection.inject.strip`."""
         for layer in self._layers.values():
             layer.unmerge()
         for tensor, value in self._cast.values():

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from .config import number_fault
-from .deltas import Role
-from .errors import AdapterError, ConfigError, gather
-from .model import AdapterModel
-from .slots import BIAS
+from ..config import number_fault
+from ..deltas import Role
+from ..errors import AdapterError, ConfigError, gather
+from ..layers.slot import BIAS
+from .adapter_model import AdapterModel
 
 __all__ = ["optimizer_groups"]
 

@@ -9,12 +9,12 @@ from typing import Any, cast, final
 
 from torch import Tensor, nn
 
-from .inject import walk
-from .layer import AdaptedLayer
-from .projections import Projections
-from .saved import SavedModule
-from .slots import Slot
-from .storage import size_of
+from ..injection.inject import walk
+from ..layers.adapted import AdaptedLayer
+from ..layers.saved_module import SavedModule
+from ..layers.slot import Slot
+from ..projections.matrices import Projections
+from ..storage import size_of
 
 __all__ = ["ParameterReport", "count_parameters", "readable_bytes"]
 

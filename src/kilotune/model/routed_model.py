@@ -14,11 +14,11 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor, nn
 
-from .added import base_modules
-from .errors import AdapterError, MergeError, UnsupportedError, did_you_mean, gather
-from .installed import Installed
-from .routing import Cohort, Route, Stacked
-from .slots import ActiveState
+from ..added_modules import base_modules
+from ..errors import AdapterError, MergeError, UnsupportedError, did_you_mean, gather
+from ..injection.installed_adapter import Installed
+from ..layers.active import ActiveState
+from ..layers.route import Cohort, Route, Stacked
 
 __all__ = ["BASE", "Group", "RoutedModel", "Source", "check_rows", "unroutable"]
 

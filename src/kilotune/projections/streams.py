@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from .errors import ConfigError
-from .projections import check_seed
+from ..errors import ConfigError
+from .matrices import check_seed
 
 __all__ = ["balanced_indices", "dense_rows", "gaussians", "permutations", "raw_words", "signs"]
 

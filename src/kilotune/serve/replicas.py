@@ -23,7 +23,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any, final
 
 from ..errors import ConfigError, MissingExtraError
-from .http.faults import ApiError, body_of
+from .http.http_errors import ApiError, body_of
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send

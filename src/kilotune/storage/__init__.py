@@ -1,4 +1,8 @@
-"""Weight storages. To add one: write one file with a :class:`Storage`, and list it here."""
+"""Ways of keeping weights. To add one: write one file with a :class:`Storage`, and list it here.
+
+A storage reads a frozen weight as floats and writes it back. It knows nothing of methods and kinds, and its file
+imports `_base.py`, sharded.py and errors.py. Begin in dense.py.
+"""
 
 from __future__ import annotations
 

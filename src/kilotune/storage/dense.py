@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor  # `import torch` has loaded it
 
 from ..errors import UnsupportedError
-from ..sharded import SHARDED, is_sharded
 from ._base import Kept, Storage
+from .sharded import SHARDED, is_sharded
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

@@ -1,6 +1,7 @@
 """Fine-tuning on one's own data: recipes that drive transformers' Trainer. Importing this needs no extra.
 
-::
+Begin in run.py: a fine-tuning from its settings to its files. Rooms, from below: settings, data (with metrics.py),
+tasks, trainer, running, use, results. Stands on model/, convert.py, plan.py and below::
 
     from kilotune.train import load_settings, train
 
@@ -9,19 +10,17 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from .._lazy import lazy
 
 if TYPE_CHECKING:
-    from .config_file import load_settings, settings_from
-    from .hf import for_trainer
-    from .inference import Answer, Chat, Sampling, Writer
-    from .modules import fit_module
-    from .outcome import Result
-    from .parallel import ignore_sharded, shard_base
+    from .own_module import fit_module
+    from .results.outcome import Result
     from .run import evaluate, fit, train
-    from .session import Session, open_session
-    from .settings import (
+    from .running.session import Session, open_session
+    from .settings.config_file import load_settings, settings_from
+    from .settings.sections import (
         AdapterSettings,
         DataSettings,
         LogSettings,
@@ -29,6 +28,9 @@ if TYPE_CHECKING:
         TrainingSettings,
         TrainSettings,
     )
+    from .trainer.for_trainer import for_trainer
+    from .trainer.parallel import ignore_sharded, shard_base
+    from .use.text_generation import Answer, Chat, Sampling, Writer
 
 __all__ = [
     "AdapterSettings",
@@ -55,22 +57,24 @@ __all__ = [
     "train",
 ]
 
-_HOMES = {
-    "config_file": ("load_settings", "settings_from"),
-    "hf": ("for_trainer",),
-    "inference": ("Answer", "Chat", "Sampling", "Writer"),
-    "modules": ("fit_module",),
-    "outcome": ("Result",),
-    "parallel": ("ignore_sharded", "shard_base"),
-    "run": ("evaluate", "fit", "train"),
-    "session": ("Session", "open_session"),
-    "settings": tuple(name for name in __all__ if name.endswith("Settings")),
-}
-
-
-def __getattr__(name: str) -> Any:
-    """Import a public name when it is asked for: the command line's help needs few of them."""
-    home = next((module for module, names in _HOMES.items() if name in names), None)
-    if home is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{home}", __name__), name)
+__getattr__, __dir__ = lazy(
+    __name__,
+    {
+        "own_module": ("fit_module",),
+        "results.outcome": ("Result",),
+        "run": ("evaluate", "fit", "train"),
+        "running.session": ("Session", "open_session"),
+        "settings.config_file": ("load_settings", "settings_from"),
+        "settings.sections": (
+            "AdapterSettings",
+            "DataSettings",
+            "LogSettings",
+            "ModelSettings",
+            "TrainingSettings",
+            "TrainSettings",
+        ),
+        "trainer.for_trainer": ("for_trainer",),
+        "trainer.parallel": ("ignore_sharded", "shard_base"),
+        "use.text_generation": ("Answer", "Chat", "Sampling", "Writer"),
+    },
+)

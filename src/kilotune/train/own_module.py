@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
 from ..errors import ConfigError, gather, type_name
-from . import checkpoints
-from .models import Loaded, adapt
-from .progress import progress_for
 from .run import Result, fit
-from .session import Session, check_splits, set_seed
-from .settings import AdapterSettings, LogSettings, ModelSettings, TrainingSettings, TrainSettings
+from .running.base_model import Loaded, adapt
+from .running.progress import progress_for
+from .running.session import Session, check_splits, set_seed
+from .settings.sections import AdapterSettings, LogSettings, ModelSettings, TrainingSettings, TrainSettings
 from .tasks import Prepared
-from .trainer import best_by
+from .trainer import output_folder as checkpoints
+from .trainer.from_settings import best_by
 
 __all__ = ["fit_module"]
 
@@ -64,7 +64,7 @@ def fit_module(
         collate: makes a batch, ``(inputs, labels)``, of rows.
         resume: go on with the training in ``output``.
         progress: as ``logging.progress``.
-        training: fields of :class:`kilotune.train.settings.TrainingSettings`: ``epochs``, ``batch_size``, ...
+        training: fields of :class:`kilotune.train.settings.sections.TrainingSettings`: ``epochs``, ``batch_size``, ...
 
     Returns:
         The model with its trained adapter, and what it came to.

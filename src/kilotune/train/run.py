@@ -25,20 +25,21 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError, did_you_mean
-from . import checkpoints, models
-from .checkpoints import CHECKPOINTS, LOGS, SETTINGS_NAME
-from .config_file import settings_text
-from .guard import advise_on_memory, knobs_of, told_of_disk, told_to_go_on
-from .history import History, tensorboard_callback
-from .outcome import Result, finish, is_main, settle
-from .planning import RunPlan, plan_run
-from .progress import progress_for
-from .report import require_for, write_report
-from .session import Session, open_session
-from .settings import SPLITS, TrainSettings
-from .stopping import Stopper
-from .trainer import best_by, generating, make_trainer, quiet
-from .watching import SPEEDS, Listener, watching, without_own_output
+from .results.outcome import Result, finish, is_main, take_best
+from .results.report import require_for, write_report
+from .running import base_model as models
+from .running.history import History, tensorboard_callback
+from .running.planning import RunPlan, plan_run
+from .running.progress import progress_for
+from .running.session import Session, open_session
+from .running.watching import SPEEDS, Listener, watching, without_own_output
+from .settings.config_file import settings_text
+from .settings.sections import SPLITS, TrainSettings
+from .trainer import output_folder as checkpoints
+from .trainer.failures import advise_on_memory, knobs_of, told_of_disk, told_to_go_on
+from .trainer.from_settings import best_by, generating, make_trainer, quiet
+from .trainer.output_folder import CHECKPOINTS, LOGS, SETTINGS_NAME
+from .trainer.stopping import Stopper
 
 __all__ = ["Result", "Session", "evaluate", "fit", "open_session", "train"]
 
@@ -135,7 +136,7 @@ def fit(
         resume: go on from the newest checkpoint in the folder, if there is one; the weights at the end are those of an
             unbroken run.
         callbacks: more callbacks of transformers' Trainer.
-        listeners: hear what happens beside the history; see :mod:`kilotune.train.watching`.
+        listeners: hear what happens beside the history; see :mod:`kilotune.train.running.watching`.
         plan: for the report, which holds it against what came.
 
     Raises:
@@ -160,7 +161,7 @@ def fit(
     stopper = Stopper(f"Go on with --resume: {folder} has all that is needed.", alone=checkpoints.processes() == 1)
     unit = "tokens" if session.prepared.tokens else "rows"
     with told_to_go_on(folder, kept), quiet(), watching([history, *listeners], unit=unit) as watcher, stopper:
-        from .adapter_trainer import Flow
+        from .trainer.adapter_trainer import Flow
 
         flow = Flow(stopper, time.perf_counter)
         boards = [tensorboard_callback(folder / LOGS / "tensorboard", step)] if settings.logging.tensorboard else []
@@ -173,7 +174,7 @@ def fit(
                     _take_state(trainer, from_checkpoint)
                 else:
                     trainer.train(resume_from_checkpoint=None if from_checkpoint is None else str(from_checkpoint))
-                best_step = settle(session, trainer)
+                best_step = take_best(session, trainer)
         result = finish(session, trainer.state, best_step, history, flow.seconds)
         if settings.logging.report and is_main():
             write_report(session, result, plan)
@@ -209,7 +210,7 @@ def _shard(session: Session) -> None:
     """Leave each process a part of the frozen weights."""
     from accelerate import PartialState
 
-    from .parallel import shard_base
+    from .trainer.parallel import shard_base
 
     state = PartialState(cpu=session.settings.training.device == "cpu")  # makes the group that the Trainer uses
     shard_base(session.model.to(state.device))

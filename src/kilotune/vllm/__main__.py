@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 
 from ..errors import ConfigError, KilotuneError, MissingExtraError, UnsupportedError
-from . import run
+from . import worker_status as run
 from .plugin import version_fault
 from .settings import KEY, STORE, Settings
 

@@ -12,10 +12,10 @@ from typing import Any, final
 
 from ..errors import AdapterError, CheckpointError, ConfigError, ResourceError, StoreError
 from ..fleet.store import AdapterStore, Fingerprint, Version, open_store
-from . import run
+from . import worker_status as run
 from .admission import row_of
-from .checkpoint import fingerprint_of_files
-from .rows import write_row
+from .base_fingerprint import fingerprint_of_files
+from .row_files import write_row
 from .settings import STORE
 
 __all__ = ["Found", "Source", "shared"]

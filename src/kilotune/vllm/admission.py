@@ -9,13 +9,13 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..checkpoint import AdapterFile
+from ..checkpoints.peft_layout import AdapterFile
 from ..errors import CheckpointError, UnsupportedError, did_you_mean, gather
 from ..fleet.store import Fingerprint, Record
 from ..methods.vera import Vera, VeraConfig
-from ..projections import Extent, PortableSource, pair_checksum
-from .checkpoint import check_base
-from .run import Served
+from ..projections.matrices import Extent, PortableSource, pair_checksum
+from .base_fingerprint import check_base
+from .worker_status import Served
 
 __all__ = ["row_of"]
 

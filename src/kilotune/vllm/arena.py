@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..projections import Pair
+from ..projections.matrices import Pair
 from .layout import Cut, Part
 
 __all__ = ["Arena", "FusedLayer", "Routes", "poison_row"]

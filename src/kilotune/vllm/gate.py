@@ -16,8 +16,8 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, Final, final
 
 from ..errors import CheckpointError, ConfigError, KilotuneError, ResourceError, StoreError, UnsupportedError
-from . import run
-from .source import Found, Source, shared
+from . import worker_status as run
+from .adapter_source import Found, Source, shared
 
 __all__ = ["Gate"]
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, UnsupportedError
-from ..projections import Extent, Pair, PortableSource
+from ..projections.matrices import Extent, Pair, PortableSource
 
 __all__ = ["Cut", "Layout", "Part", "Site"]
 
@@ -83,7 +83,7 @@ class Layout:
 
     @cached_property
     def exponent(self) -> int:
-        """A is held smaller by 2 to this power, and d larger (:class:`~kilotune.projections.Pair`)."""
+        """A is held smaller by 2 to this power, and d larger (:class:`~kilotune.projections.matrices.Pair`)."""
         return self.source.exponent(self.extent)
 
     def row(self, numbers: Mapping[str, tuple[Tensor, Tensor]]) -> Tensor:

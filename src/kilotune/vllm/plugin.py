@@ -13,7 +13,7 @@ import re
 from typing import Any, Final
 
 from ..errors import UnsupportedError
-from . import run
+from . import worker_status as run
 from .settings import KEY
 
 __all__ = ["TESTED", "active", "register", "version_fault"]

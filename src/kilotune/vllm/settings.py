@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, final
 
 from ..errors import ConfigError, did_you_mean, gather
-from ..projections import SEED_LIMIT
+from ..projections.matrices import SEED_LIMIT
 
 __all__ = ["KEY", "LINEAR", "STORE", "Settings"]
 

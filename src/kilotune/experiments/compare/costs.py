@@ -26,8 +26,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ...model import AdapterModel
-from ...report import count_parameters
+from ...model.adapter_model import AdapterModel
+from ...model.parameter_report import count_parameters
 from .problem import Bench
 
 __all__ = ["Costs", "Floor", "measure"]

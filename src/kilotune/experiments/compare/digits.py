@@ -8,9 +8,9 @@ from typing import Any, ClassVar, final
 
 from torch import Tensor, nn
 
-from ...train.fields import Section, number, setting
-from ..tasks import ImageSettings, ImageTask
-from ..training import logits_of, train
+from ...train.settings.fields import Section, number, setting
+from ..images.tasks import ImageSettings, ImageTask
+from ..images.training import logits_of, train
 from .problem import ModuleProblem, Score, Tick
 
 __all__ = ["Digits", "DigitsSettings"]

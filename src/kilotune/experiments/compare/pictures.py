@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from ..charts import INK, STYLE, blank_figure, tidy
+from ..._ui.charts import INK, STYLE, blank_figure, tidy
 from .results import Comparison, Row
 
 if TYPE_CHECKING:

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from ...config import AdapterConfig, FrozenDict
 from ...errors import ConfigError
 from ...methods import METHODS, PRESETS, get_config
-from ...model import get_peft_model
-from ...train.settings import WHOLE_METHODS
+from ...model.peft_model import get_peft_model
+from ...train.settings.sections import WHOLE_METHODS
 
 __all__ = ["METHOD_NAMES", "WHOLE_METHODS", "Bench", "Contender", "ModuleProblem", "Problem", "Score", "Tick"]
 

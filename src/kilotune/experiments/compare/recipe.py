@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from ...config import FrozenDict
 from ...errors import ConfigError
-from ...train.config_file import load_settings
-from ...train.fields import Section, setting, text
 from ...train.run import Session, evaluate, fit, open_session
-from ...train.settings import AdapterSettings, LogSettings, TrainSettings
+from ...train.running.watching import Event, Listener
+from ...train.settings.config_file import load_settings
+from ...train.settings.fields import Section, setting, text
+from ...train.settings.sections import AdapterSettings, LogSettings, TrainSettings
 from ...train.tasks import Prepared
-from ...train.trainer import best_by, quiet, total_steps
-from ...train.watching import Event, Listener
+from ...train.trainer.from_settings import best_by, quiet, total_steps
 from .problem import Bench, Contender, Problem, Score, Tick
 
 __all__ = ["Recipe", "RecipeSettings"]

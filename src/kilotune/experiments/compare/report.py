@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ..page import document, figure, publish, section, table
+from ..._ui.pages import document, figure, publish, section, table
 from .pictures import PICTURES, draw
 from .results import LEGEND, Comparison
 

@@ -21,7 +21,7 @@ from typing import Any, final
 import torch
 
 from ...errors import ConfigError, DivergedError, KilotuneError, ResourceError, gather
-from ..data import Progress
+from ..images.digits_data import Progress
 from ..run_store import Journal
 from .costs import Costs, Floor, measure
 from .problem import Contender, Problem, Score

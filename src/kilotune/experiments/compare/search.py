@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
-from ...train.fields import Section, number, setting
+from ...train.settings.fields import Section, number, setting
 
 __all__ = ["Found", "Search", "Try", "Worth", "halve"]
 

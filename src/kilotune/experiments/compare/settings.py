@@ -9,8 +9,8 @@ from typing import Any, ClassVar, final
 
 from ...config import FrozenDict
 from ...errors import ConfigError, did_you_mean, gather
-from ...train.config_file import merged, read_config
-from ...train.fields import Section, freeze, mapping, number, setting
+from ...train.settings.config_file import merged, read_config
+from ...train.settings.fields import Section, freeze, mapping, number, setting
 from .digits import Digits, DigitsSettings
 from .problem import METHOD_NAMES, Contender, Problem
 from .recipe import Recipe, RecipeSettings

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, final
 
 from ...config import FrozenDict
 from ...errors import ConfigError, did_you_mean
-from ...train.fields import Section, mapping, setting, text
+from ...train.settings.fields import Section, mapping, setting, text
 from .problem import Problem
 
 __all__ = ["YoursSettings", "load_yours"]

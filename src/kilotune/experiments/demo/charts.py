@@ -1,4 +1,4 @@
-"""The demo report's pictures, as SVG or PNG bytes; how charts look is in ``kilotune._charts``."""
+"""The demo report's pictures, as SVG or PNG bytes; how charts look is in ``kilotune._ui.charts``."""
 
 from __future__ import annotations
 
@@ -8,25 +8,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .._charts import INK, STYLE, blank_figure, png, require_matplotlib, svg, tidy
+from ..._ui.charts import INK, STYLE, blank_figure, png, require_matplotlib, svg, tidy
 from .results import Curve, DemoResult
 from .settings import LABELS, METHODS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = [
-    "COLOURS",
-    "INK",
-    "STYLE",
-    "accuracy_chart",
-    "blank_figure",
-    "loss_chart",
-    "require_matplotlib",
-    "sample_strip",
-    "svg",
-    "tidy",
-]
+__all__ = ["COLOURS", "accuracy_chart", "loss_chart", "require_matplotlib", "sample_strip"]
 
 COLOURS: Mapping[str, str] = MappingProxyType({"vera": "#0072B2", "lora": "#D55E00", "full": "#009E73"})
 """Told apart by colour-blind readers too (Okabe and Ito's palette)."""

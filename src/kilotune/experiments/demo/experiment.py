@@ -23,24 +23,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..config import AdapterConfig
-from ..methods import LoraConfig, VeraConfig
-from ..model import MergePrecisionWarning, PeftModel, get_peft_model
-from ..report import count_parameters
-from .cifar import cifar10
-from .convnet import LORA_WIDTHS, VERA_WIDTHS, ConvNet, build
-from .data import Data, ImageSet, Progress, digits
+from ...config import AdapterConfig
+from ...methods import LoraConfig, VeraConfig
+from ...model.merging import MergePrecisionWarning
+from ...model.parameter_report import count_parameters
+from ...model.peft_model import PeftModel, get_peft_model
+from ..images.cifar import cifar10
+from ..images.convnet import LORA_WIDTHS, VERA_WIDTHS, ConvNet, build
+from ..images.digits_data import Data, ImageSet, Progress, digits
+from ..images.training import accuracy_among, count_steps, logits_of, one_thread, per_class, thin, train
 from .results import AdapterFacts, Counts, DemoResult, MethodRun, SeedRun
 from .settings import LORA_ALPHA, LORA_RANK, METHODS, VERA_D_INITIAL, VERA_RANK, DemoSettings
-from .training import (
-    accuracy_among,
-    count_steps,
-    logits_of,
-    one_thread,
-    per_class,
-    thin,
-    train,
-)
 
 __all__ = ["adapted", "adapter_config", "count", "run"]
 

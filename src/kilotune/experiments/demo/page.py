@@ -8,12 +8,12 @@ from html import escape
 from pathlib import Path
 from statistics import fmean
 
-from .._page import check_folder, document, facts, figure, publish, section, table
+from ..._ui.pages import document, facts, figure, publish, section, table
 from .charts import accuracy_chart, loss_chart, sample_strip
 from .results import Counts, DemoResult, spread
 from .settings import LABELS, LORA_RANK, METHODS, VERA_RANK
 
-__all__ = ["check_folder", "document", "figure", "page", "publish", "section", "table", "write_report"]
+__all__ = ["page", "write_report"]
 
 
 def page(result: DemoResult) -> str:
@@ -259,7 +259,7 @@ def _notes(result: DemoResult) -> str:
         ),
         (
             "The learning rates were chosen per method on a held-out quarter of the digits' adapted training pictures"
-            " (<code>python -m kilotune.experiments.tuning</code>), never on the test pictures. VeRA's is some ten"
+            " (<code>python -m kilotune.experiments.demo.tuning</code>), never on the test pictures. VeRA's is some ten"
             f" times LoRA's: its vectors scale fixed random matrices, and have to travel further.{untuned}"
         ),
         (

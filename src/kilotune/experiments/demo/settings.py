@@ -9,9 +9,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, final
 
-from ..errors import ConfigError, did_you_mean, gather
-from .cifar import CLASS_NAMES as CIFAR_NAMES
-from .training import Recipe
+from ...errors import ConfigError, did_you_mean, gather
+from ..images.cifar import CLASS_NAMES as CIFAR_NAMES
+from ..images.training import Recipe
 
 __all__ = ["CLASS_NAMES", "DEFAULTS", "LABELS", "METHODS", "DemoSettings", "choose"]
 
@@ -22,7 +22,7 @@ VERA_D_INITIAL = 0.1
 LORA_RANK = 4
 LORA_ALPHA = 4
 DIGITS_RATES: Mapping[str, float] = MappingProxyType({"vera": 3e-2, "lora": 3e-3, "full": 1e-3})
-"""By held-out loss (:mod:`kilotune.experiments.tuning`). For VeRA 0.05 does as well, and 0.1 diverges on most seeds."""
+"""By held-out loss (:mod:`.tuning`). For VeRA 0.05 does as well, and 0.1 diverges on most seeds."""
 CIFAR_RATES: Mapping[str, float] = MappingProxyType({"vera": 1e-2, "lora": 1e-3, "full": 1e-3})
 """The tutorials' rate for LoRA and full fine-tuning, ten times that for VeRA; not tuned."""
 CLASS_NAMES: Mapping[str, tuple[str, ...]] = MappingProxyType(

@@ -1,4 +1,4 @@
-"""How the learning rates of the experiment were chosen; run ``python -m kilotune.experiments.tuning``.
+"""How the learning rates of the experiment were chosen; run ``python -m kilotune.experiments.demo.tuning``.
 
 A quarter of the adapted classes' training pictures is held out. Each method is run at several rates on the
 rest, over three seeds, and judged by the cross-entropy on what was held out. The test pictures, on which the
@@ -15,12 +15,12 @@ from types import MappingProxyType
 
 from torch import nn
 
-from ..errors import KilotuneError
-from .convnet import VERA_WIDTHS, ConvNet, build
-from .data import ImageSet, digits
-from .demo import adapted
+from ...errors import KilotuneError
+from ..images.convnet import VERA_WIDTHS, ConvNet, build
+from ..images.digits_data import ImageSet, digits
+from ..images.training import Recipe, logits_of, one_thread, train
+from .experiment import adapted
 from .settings import DemoSettings
-from .training import Recipe, logits_of, one_thread, train
 
 __all__ = ["RATES", "held_out_loss", "main"]
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from .charts import INK, STYLE, blank_figure, svg, tidy
-from .dimension_results import DimensionResult, Level, Outcome
-from .page import document, figure, publish, section, table
+from ..._ui.charts import INK, STYLE, blank_figure, svg, tidy
+from ..._ui.pages import document, figure, publish, section, table
+from .results import DimensionResult, Level, Outcome
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any, final
 
-from .run_store import Run
+from ..run_store import Run
 
 __all__ = ["DimensionResult", "Level", "Outcome", "smallest_reaching"]
 

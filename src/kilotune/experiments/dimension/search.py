@@ -27,14 +27,14 @@ from typing import Any, final
 import torch
 from torch import nn
 
-from ..errors import ConfigError, DivergedError, KilotuneError, did_you_mean, gather
-from ..methods import IntrinsicConfig
-from ..model import get_peft_model
-from .data import Progress
-from .dimension_results import DimensionResult, Level, Outcome
-from .run_store import FULL, START, Key, Run, RunStore
-from .tasks import Scores, Task, Tick
-from .training import one_thread
+from ...errors import ConfigError, DivergedError, KilotuneError, did_you_mean, gather
+from ...methods import IntrinsicConfig
+from ...model.peft_model import get_peft_model
+from ..images.digits_data import Progress
+from ..images.tasks import Scores, Task, Tick
+from ..images.training import one_thread
+from ..run_store import FULL, START, Key, Run, RunStore
+from .results import DimensionResult, Level, Outcome
 
 __all__ = ["STRUCTURES", "Search", "measure", "run_settings"]
 

@@ -2,7 +2,7 @@
 
 Nothing is ever unpacked to the disk: an archive's members are looked up by name and read into memory, so a
 path in an archive cannot point anywhere, and links are ignored. The Python version's pickles are not
-unpickled (see :mod:`kilotune.experiments.pickled`).
+unpickled (see :mod:`kilotune.experiments.images.pickled`).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..errors import KilotuneError, gather
-from .data import Data, ImageSet, Progress
+from ...errors import KilotuneError, gather
+from .digits_data import Data, ImageSet, Progress
 from .pickled import read_batch
 
 __all__ = ["ARCHIVE_SHA256", "ARCHIVE_URL", "CLASS_NAMES", "cache_folder", "cifar10", "download"]

@@ -1,7 +1,7 @@
 """Images for the experiment: scikit-learn's digits, scaled up to the size of CIFAR-10's pictures.
 
 Both data sets come as :class:`ImageSet`, 8-bit pictures (N, 3, 32, 32) with labels (N,), so that nothing
-after this module knows which one it has. CIFAR-10 itself is read by :mod:`kilotune.experiments.cifar`.
+after this module knows which one it has. CIFAR-10 itself is read by :mod:`kilotune.experiments.images.cifar`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import MissingExtraError
+from ...errors import MissingExtraError
 
 __all__ = ["Data", "ImageSet", "Progress", "digits"]
 

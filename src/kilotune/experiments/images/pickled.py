@@ -16,7 +16,7 @@ from typing import Any, final
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import KilotuneError
+from ...errors import KilotuneError
 
 __all__ = ["read_batch"]
 

@@ -15,10 +15,10 @@ from typing import Any, ClassVar, final
 import torch
 from torch import nn
 
-from ..errors import ConfigError, did_you_mean, gather
+from ...errors import ConfigError, did_you_mean, gather
 from .cifar import cifar10
 from .convnet import LORA_WIDTHS, ConvNet, build
-from .data import ImageSet, Progress, digits
+from .digits_data import ImageSet, Progress, digits
 from .training import Recipe, count_steps, logits_of, train
 
 __all__ = ["STARTS", "ImageSettings", "ImageTask", "Scores", "Task", "Tick"]

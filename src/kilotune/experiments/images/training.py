@@ -11,8 +11,8 @@ from typing import Literal, final
 import torch
 from torch import Tensor, nn
 
-from ..errors import DivergedError
-from .data import ImageSet
+from ...errors import DivergedError
+from .digits_data import ImageSet
 
 __all__ = ["Recipe", "accuracy_among", "count_steps", "logits_of", "one_thread", "per_class", "thin", "train"]
 

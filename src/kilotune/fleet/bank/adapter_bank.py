@@ -24,15 +24,14 @@ from typing import final
 import torch
 from torch import Tensor
 
-from ..checkpoint import AdapterFile, check_adapter_name, locate, read
-from ..config import AdapterConfig
-from ..errors import AdapterError, ConfigError, ResourceError, did_you_mean
-from ..layer import AdaptedLayer
-from ..model import AdapterModel
-from ..report import readable_bytes
-from ..routes import Group, Source
-from ..routing import Cohort
-from ..slots import Slot
+from ...checkpoints.peft_layout import AdapterFile, check_adapter_name, locate, read
+from ...config import AdapterConfig
+from ...errors import AdapterError, ConfigError, ResourceError, did_you_mean
+from ...layers.route import Cohort, RoutedLayer
+from ...layers.slot import Slot
+from ...model.adapter_model import AdapterModel
+from ...model.parameter_report import readable_bytes
+from ...model.routed_model import Group, Source
 from .forms import ResidentForm
 
 __all__ = ["AdapterBank", "Resident", "free_key"]
@@ -60,10 +59,10 @@ class Resident(Cohort):
         super().__init__(names, rows, index, aligned)
         self.form, self.values = form, values
 
-    def slot(self, layer: AdaptedLayer, which: int | None = None) -> Slot | None:
+    def slot(self, layer: RoutedLayer, which: int | None = None) -> Slot | None:
         return self.form.slot_of(layer)
 
-    def params(self, layer: AdaptedLayer, which: int | None = None) -> dict[str, Tensor]:
+    def params(self, layer: RoutedLayer, which: int | None = None) -> dict[str, Tensor]:
         if which is None:
             return self.form.params(layer, self.values)
         one = self.form.params(layer, self.values[which : which + 1])

@@ -15,18 +15,18 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from .. import storage
-from ..checkpoint import AdapterFile, Wanted, match_tensors, wanted_of
-from ..config import AdapterConfig
-from ..deltas import Full
-from ..errors import CheckpointError, ConfigError, UnsupportedError, gather, type_name
-from ..inject import Plan, apply, plan, remove, with_base_name
-from ..installed import Installed
-from ..layer import AdaptedLayer
-from ..model import AdapterModel
-from ..routes import unroutable
-from ..slots import Slot
-from ..tree import own_modules
+from ... import storage
+from ...checkpoints.peft_layout import AdapterFile, Wanted, match_tensors, wanted_of
+from ...config import AdapterConfig
+from ...deltas import Full
+from ...errors import CheckpointError, ConfigError, UnsupportedError, gather, type_name
+from ...injection.inject import Plan, apply, plan, remove, with_base_name
+from ...injection.installed_adapter import Installed
+from ...injection.tree import own_modules
+from ...layers.route import RoutedLayer
+from ...layers.slot import Slot
+from ...model.adapter_model import AdapterModel
+from ...model.routed_model import unroutable
 
 __all__ = ["Place", "ResidentForm", "numbers_in_a_bank"]
 
@@ -109,7 +109,7 @@ class ResidentForm:
             slot._parameters.clear()  # a row brings them
         self.length = at
         self._wanted = {place.name: place.shape for own in self.places.values() for place in own}
-        self._by_layer = {layer: name for name, layer in self.installed.layers.items()}
+        self._by_layer: dict[RoutedLayer, str] = {layer: name for name, layer in self.installed.layers.items()}
         self._verified: set[str] = set()
         self._in_file: Wanted | None = None
 
@@ -118,12 +118,12 @@ class ResidentForm:
         """With targets filled in."""
         return self.made.config
 
-    def slot_of(self, layer: AdaptedLayer) -> Slot | None:
+    def slot_of(self, layer: RoutedLayer) -> Slot | None:
         """The slot in ``layer``; None where the form does not change it."""
         name = self._by_layer.get(layer)
         return None if name is None else self.slots.get(name)
 
-    def params(self, layer: AdaptedLayer, rows: Tensor) -> dict[str, Tensor]:
+    def params(self, layer: RoutedLayer, rows: Tensor) -> dict[str, Tensor]:
         """The parameters in ``layer`` of the adapters whose rows (n, length) these are, stacked in front; views."""
         return {place.key: place.of(rows) for place in self.places[self._by_layer[layer]]}
 

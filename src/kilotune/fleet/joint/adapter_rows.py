@@ -16,11 +16,11 @@ from typing import final
 import torch
 from torch import Tensor
 
-from ..deltas import Role
-from ..slots import BIAS
-from ..stacks import start
-from .forms import ResidentForm
-from .joint_settings import FleetSettings
+from ...deltas import Role
+from ...layers.slot import BIAS
+from ...layers.stacked_sites import start
+from ..bank.forms import ResidentForm
+from .settings import FleetSettings
 
 __all__ = ["Rows", "start_row"]
 

@@ -7,13 +7,13 @@ from contextlib import ExitStack, contextmanager
 
 from torch import Tensor, nn
 
-from ..checkpoint import state_of
-from ..config import AdapterConfig
-from ..errors import ConfigError, type_name
-from ..model import AdapterModel
-from .bank import free_key
-from .forms import ResidentForm
-from .store import Contents, Fingerprint
+from ...checkpoints.peft_layout import state_of
+from ...config import AdapterConfig
+from ...errors import ConfigError, type_name
+from ...model.adapter_model import AdapterModel
+from ..bank.adapter_bank import free_key
+from ..bank.forms import ResidentForm
+from ..store import Contents, Fingerprint
 from .wrapping import wrap
 
 __all__ = ["contents_of", "form_in", "prepared"]

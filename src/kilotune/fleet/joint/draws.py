@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..projections import check_seed
-from ..streams import raw_words
+from ...projections.matrices import check_seed
+from ...projections.streams import raw_words
 
 __all__ = ["dropped", "order"]
 

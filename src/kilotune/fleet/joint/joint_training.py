@@ -25,18 +25,18 @@ from typing import Any, final
 import torch
 from torch import nn
 
-from ..config import AdapterConfig
-from ..errors import AdapterError, ConfigError, UnsupportedError, did_you_mean
-from ..model import AdapterModel
-from .joint_base import contents_of, form_in, prepared
-from .joint_members import Member, admitted, broken
-from .joint_pass import Collate, Outcome, Part, Passes
-from .joint_rows import Rows, start_row
-from .joint_settings import FleetSettings
-from .joint_state import StateFolder
+from ...config import AdapterConfig
+from ...errors import AdapterError, ConfigError, UnsupportedError, did_you_mean
+from ...model.adapter_model import AdapterModel
+from ..store import AdapterStore, Fingerprint
+from .adapter_rows import Rows, start_row
+from .base import contents_of, form_in, prepared
 from .losses import Loss, loss_of
+from .members import Member, admitted, broken
+from .mixed_pass import Collate, Outcome, Part, Passes
+from .saved_state import StateFolder
+from .settings import FleetSettings
 from .sinks import Finished, Sink, sink_of
-from .store import AdapterStore, Fingerprint
 from .users import FleetReport, Progress, User, UserReport
 
 __all__ = ["JointTraining", "fit"]
@@ -120,7 +120,7 @@ class JointTraining:
         self._free = list(range(self.settings.at_once - 1, -1, -1))
         self._steps = self._rows_done = self._failed = self._good = 0
         self._total: int | None = None
-        self._settled = False  # whether members and rows agree, so that the state may be written
+        self._consistent = False  # whether members and rows agree, so that the state may be written
 
     # -- from other threads ------------------------------------------------------------------------
 
@@ -175,7 +175,7 @@ class JointTraining:
             try:
                 self._loop(iter(users))
             except BaseException:
-                if self._settled and self._state is not None:
+                if self._consistent and self._state is not None:
                     self._save()
                 raise
             finally:
@@ -207,7 +207,7 @@ class JointTraining:
     def _loop(self, users: Iterator[User]) -> None:
         self._restore(users)
         while True:
-            self._settled = True
+            self._consistent = True
             self._admit(users)
             self._deliver()
             if not self._queue:
@@ -216,9 +216,9 @@ class JointTraining:
                         self._open = False
                         break
                 continue
-            self._settled = False
+            self._consistent = False
             self._step()
-            self._settled = True
+            self._consistent = True
             self._deliver()
             if self._state is not None and self._steps % self.settings.save_every == 0:
                 self._save()

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, final
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import ConfigError, did_you_mean
+from ...errors import ConfigError, did_you_mean
 
 __all__ = ["LOSSES", "Loss", "RowLoss", "causal_lm", "classification", "loss_of"]
 

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, final
 
-from ..checkpoint import check_adapter_name
-from ..errors import KilotuneError, first_line
-from ..projections import check_seed
+from ...checkpoints.peft_layout import check_adapter_name
+from ...errors import KilotuneError, first_line
+from ...projections.matrices import check_seed
+from ..store.names import check_metadata
 from .draws import order
-from .joint_settings import FleetSettings
-from .store.names import check_metadata
+from .settings import FleetSettings
 from .users import User, UserReport
 
 __all__ = ["Member", "admitted", "broken"]

@@ -15,14 +15,13 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from ..errors import ResourceError, UnsupportedError, first_line
-from ..layer import AdaptedLayer
-from ..model import AdapterModel
-from ..routing import Cohort, Route
-from ..slots import Slot
+from ...errors import ResourceError, UnsupportedError, first_line
+from ...layers.route import Cohort, Route, RoutedLayer
+from ...layers.slot import Slot
+from ...model.adapter_model import AdapterModel
+from ..bank.forms import ResidentForm
+from .adapter_rows import Rows
 from .draws import dropped
-from .forms import ResidentForm
-from .joint_rows import Rows
 from .losses import Loss, RowLoss
 
 __all__ = ["Collate", "Outcome", "Part", "Passes", "Trained"]
@@ -88,7 +87,7 @@ class Trained(Cohort):
         for place, part in zip(places, parts):
             self._params[place.layer][place.key] = part.view(len(names), *place.shape)
 
-    def slot(self, layer: AdaptedLayer, which: int | None = None) -> Slot | None:
+    def slot(self, layer: RoutedLayer, which: int | None = None) -> Slot | None:
         slot = self.form.slot_of(layer)
         if slot is None or self.draws is None:
             return slot
@@ -99,7 +98,7 @@ class Trained(Cohort):
             self._slots[key] = own
         return self._slots[key]
 
-    def params(self, layer: AdaptedLayer, which: int | None = None) -> dict[str, Tensor]:
+    def params(self, layer: RoutedLayer, which: int | None = None) -> dict[str, Tensor]:
         slot = self.form.slot_of(layer)
         assert slot is not None
         own = self._params[slot.site.name]

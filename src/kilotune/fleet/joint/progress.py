@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import TextIO, final
 
-from ..errors import ConfigError, did_you_mean
+from ...errors import ConfigError, did_you_mean
 from .users import Progress
 
 __all__ = ["MODES", "told_by"]

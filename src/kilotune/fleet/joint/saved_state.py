@@ -25,8 +25,8 @@ from typing import IO, Any, final
 from safetensors.torch import save
 from torch import Tensor
 
-from ..errors import CheckpointError, ConfigError, gather
-from ..files import read_weights
+from ...checkpoints.files import read_weights
+from ...errors import CheckpointError, ConfigError, gather
 from .users import UserReport
 
 __all__ = ["StateFolder"]

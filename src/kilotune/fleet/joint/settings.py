@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
-from ..config import AdapterConfig, number_fault
-from ..methods import METHODS
-from ..train.fields import EPOCH, Section, flag, interval, number, one_of, or_none, setting, warmup
-from ..train.settings import usual_rate
+from ...config import AdapterConfig, number_fault
+from ...methods import METHODS
+from ...train.settings.fields import EPOCH, Section, flag, interval, number, one_of, or_none, setting, warmup
+from ...train.settings.sections import usual_rate
 
 __all__ = ["FleetSettings"]
 

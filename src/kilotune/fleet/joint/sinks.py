@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, final
 
-from ..errors import CheckpointError, ConfigError, KilotuneError, StoreError, type_name
-from ..files import WEIGHTS_NAME, read_weights, write
-from .store import AdapterStore, Contents, Item
+from ...checkpoints.files import WEIGHTS_NAME, read_weights, write
+from ...errors import CheckpointError, ConfigError, KilotuneError, StoreError, type_name
+from ..store import AdapterStore, Contents, Item
 from .users import UserReport
 
 __all__ = ["CallSink", "Finished", "FolderSink", "Sink", "StoreSink", "sink_of"]

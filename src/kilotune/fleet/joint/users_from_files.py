@@ -17,12 +17,12 @@ from typing import Any, final
 import numpy as np
 from torch import Tensor, nn
 
-from ..errors import ConfigError, KilotuneError, did_you_mean, gather
-from ..train.models import device_of, limits_of, load_base, load_config, set_padding
-from ..train.readers import read
-from ..train.settings import DataSettings, ModelSettings
-from ..train.tables import Table
-from ..train.tasks import TASKS, Limits
+from ...errors import ConfigError, KilotuneError, did_you_mean, gather
+from ...train.data.readers import read
+from ...train.data.tables import Table
+from ...train.running.base_model import device_of, limits_of, load_base, load_config, set_padding
+from ...train.settings.sections import DataSettings, ModelSettings
+from ...train.tasks import TASKS, Limits
 from .users import User
 
 __all__ = ["TextUsers", "text_users"]
@@ -119,8 +119,8 @@ def text_users(
 
 
 def _collator(processor: Any, limits: Limits) -> Callable[[list[Any]], Mapping[str, Tensor]]:
-    from ..train.batches import IGNORED, PaddedBatch
-    from ..train.lengths import pad_token
+    from ...train.data.batches import IGNORED, PaddedBatch
+    from ...train.data.token_limits import pad_token
 
     return PaddedBatch({"input_ids": pad_token(processor, limits), "labels": IGNORED})
 

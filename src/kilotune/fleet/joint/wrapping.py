@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..model import PeftModel
+from ...model.peft_model import PeftModel
 
 __all__ = ["wrap"]
 

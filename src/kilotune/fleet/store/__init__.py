@@ -1,12 +1,21 @@
-"""Where thousands of adapters are kept: by name and version, in one SQLite file, in PostgreSQL, or in folders."""
+"""Where thousands of adapters are kept: by name and version, in one SQLite file, in PostgreSQL, or in folders.
+
+base.py says what every store does, urls.py opens one. sql.py is the store in a database, sqlite.py and postgres.py
+only connect and lock. The way of an adapter's file into a row is in ARCHITECTURE.md. Of fleet/ nothing is used here.
+"""
 
 from __future__ import annotations
 
-from .base import AdapterStore, Item
-from .fingerprint import Fingerprint
-from .records import Collected, Contents, Fault, Form, Moved, Record, Stats, Version
-from .transfer import copy_adapters, export_adapters
-from .urls import open_store
+from typing import TYPE_CHECKING
+
+from ..._lazy import lazy
+
+if TYPE_CHECKING:
+    from .base import AdapterStore, Item
+    from .fingerprint import Fingerprint
+    from .records import Collected, Contents, Fault, Form, Moved, Record, Stats, Version
+    from .transfer import copy_adapters, export_adapters
+    from .urls import open_store
 
 __all__ = [
     "AdapterStore",
@@ -24,3 +33,14 @@ __all__ = [
     "export_adapters",
     "open_store",
 ]
+
+__getattr__, __dir__ = lazy(
+    __name__,
+    {
+        "base": ("AdapterStore", "Item"),
+        "fingerprint": ("Fingerprint",),
+        "records": ("Collected", "Contents", "Fault", "Form", "Moved", "Record", "Stats", "Version"),
+        "transfer": ("copy_adapters", "export_adapters"),
+        "urls": ("open_store",),
+    },
+)

@@ -17,7 +17,7 @@ from typing import Any, Self, final
 from torch import Tensor
 
 from ...errors import KilotuneError
-from ...model import AdapterModel
+from ...model.adapter_model import AdapterModel
 from .fingerprint import Fingerprint
 from .records import Collected, Contents, Fault, Form, Record, Stats, Version
 

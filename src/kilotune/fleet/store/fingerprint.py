@@ -18,11 +18,11 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
+from ...candidates import inside
 from ...errors import CheckpointError, ConfigError, MergeError, UnsupportedError, gather, type_name
-from ...model import AdapterModel
-from ...saved import SavedModule
-from ...targets import inside
-from ...tree import is_parameter, unwrapped, walk
+from ...injection.tree import is_parameter, unwrapped, walk
+from ...layers.saved_module import SavedModule
+from ...model.adapter_model import AdapterModel
 
 __all__ = ["Fingerprint"]
 

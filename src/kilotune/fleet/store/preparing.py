@@ -11,7 +11,8 @@ from typing import Any, final
 
 from torch import Tensor
 
-from ...checkpoint import (
+from ...checkpoints.files import read_config, read_weights, tensors_checksum
+from ...checkpoints.peft_layout import (
     CONFIG_NAME,
     EXTRA_PREFIX,
     PREFIX,
@@ -23,10 +24,9 @@ from ...checkpoint import (
 )
 from ...config import SECTION
 from ...errors import AdapterError, CheckpointError, ConfigError, type_name
-from ...files import read_config, read_weights, tensors_checksum
 from ...kinds import KINDS
 from ...methods import Method
-from ...model import AdapterModel
+from ...model.adapter_model import AdapterModel
 from .fingerprint import Fingerprint
 from .names import check_metadata, check_name, check_tags
 from .packing import Layout, check_packing

@@ -19,10 +19,10 @@ from typing import Any, final
 
 from torch import Tensor
 
-from ...checkpoint import AdapterFile, parse
+from ...checkpoints.files import tensors_checksum, write
+from ...checkpoints.peft_layout import AdapterFile, parse
 from ...errors import CheckpointError
-from ...files import tensors_checksum, write
-from ...targets import HEADS
+from ...injection.targets import HEADS
 from .fingerprint import Fingerprint
 from .packing import Layout
 

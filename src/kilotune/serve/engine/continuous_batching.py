@@ -30,14 +30,14 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, KilotuneError, StoreError, UnsupportedError, first_line
-from .adapters import AdapterRegistry
-from .engine import AdapterKey, Engine, EngineStats, Finish, Generation, Token, Vector
+from ...errors import ConfigError, KilotuneError, StoreError, UnsupportedError, first_line
+from .device_adapters import GoneError, Row
 from .fairness import FairQueue
-from .paged import PagedBatch, PageSizes, Part
-from .residents import GoneError, Row
-from .runs import Again, Run
+from .interface import AdapterKey, Engine, EngineStats, Finish, Generation, Token, Vector
+from .paged_attention import PagedBatch, PageSizes, Part
+from .running_requests import Again, Run
 from .sampling import Choice, choose
+from .tenant_adapters import AdapterRegistry
 
 __all__ = ["TransformersEngine"]
 

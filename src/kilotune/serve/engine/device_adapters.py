@@ -25,16 +25,16 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from .. import inject
-from ..checkpoint import AdapterFile, match_tensors
-from ..config import AdapterConfig
-from ..errors import AdapterError, CheckpointError, ConfigError, ResourceError, UnsupportedError, gather
-from ..fleet.bank import AdapterBank, Resident
-from ..fleet.forms import NO_MATTER, ResidentForm
-from ..model import PeftModel
-from ..report import readable_bytes
-from ..routes import unroutable
-from ..routing import Cohort, Route, Stacked
+from ...checkpoints.peft_layout import AdapterFile, match_tensors
+from ...config import AdapterConfig
+from ...errors import AdapterError, CheckpointError, ConfigError, ResourceError, UnsupportedError, gather
+from ...fleet.bank.adapter_bank import AdapterBank, Resident
+from ...fleet.bank.forms import NO_MATTER, ResidentForm
+from ...injection import inject
+from ...layers.route import Cohort, Route, Stacked
+from ...model.parameter_report import readable_bytes
+from ...model.peft_model import PeftModel
+from ...model.routed_model import unroutable
 
 __all__ = ["GoneError", "Held", "Residents", "Row", "Turns"]
 

@@ -22,11 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import AdapterError, ConfigError, ResourceError, StoreError, UnsupportedError, first_line, type_name
-from .adapters import AdapterRegistry
-from .engine import AdapterKey, Engine, EngineStats, Finish, Generation, Token, Vector
+from ...errors import AdapterError, ConfigError, ResourceError, StoreError, UnsupportedError, first_line, type_name
+from .device_adapters import GoneError, Held, Row
 from .fairness import FairQueue
-from .residents import GoneError, Held, Row
+from .interface import AdapterKey, Engine, EngineStats, Finish, Generation, Token, Vector
+from .tenant_adapters import AdapterRegistry
 
 __all__ = ["EncoderEngine", "Pooling", "pooling_of"]
 

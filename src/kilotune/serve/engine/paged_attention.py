@@ -30,9 +30,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import ConfigError, MissingExtraError, UnsupportedError
-from ..layer import AdaptedLayer
-from ..saved import SavedModule
+from ...errors import ConfigError, MissingExtraError, UnsupportedError
+from ...layers.adapted import AdaptedLayer
+from ...layers.saved_module import SavedModule
 
 __all__ = ["PageSizes", "PagedBatch", "Part"]
 

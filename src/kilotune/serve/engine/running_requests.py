@@ -8,11 +8,11 @@ from collections import deque
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, final
 
-from .engine import Finish, Generation, Sampling, Token
-from .paged import Part
-from .residents import Held, Row
+from .device_adapters import Held, Row
+from .interface import Finish, Generation, Sampling, Token
+from .paged_attention import Part
 from .sampling import Choice, Picker
-from .text import TextStream
+from .text_stream import TextStream
 
 __all__ = ["Again", "Run"]
 

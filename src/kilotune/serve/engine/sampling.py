@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .engine import Sampling
+from .interface import Sampling
 
 __all__ = ["Choice", "Picker", "choose"]
 

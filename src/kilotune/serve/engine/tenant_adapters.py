@@ -19,15 +19,15 @@ from typing import Any, TypeVar, final
 import torch
 from torch import nn
 
-from ..checkpoint import parse
-from ..errors import AdapterError, CheckpointError, ConfigError, StoreError, StoreFullError, did_you_mean
-from ..fleet.store import AdapterStore, Fingerprint, Version, open_store
-from ..fleet.store.base import Adapter, Which
-from ..fleet.store.names import check_name, check_which
-from ..fleet.store.preparing import contents_of
-from ..fleet.wrapping import wrap
-from .engine import AdapterKey
-from .residents import Residents, Row
+from ...checkpoints.peft_layout import parse
+from ...errors import AdapterError, CheckpointError, ConfigError, StoreError, StoreFullError, did_you_mean
+from ...fleet.joint.wrapping import wrap
+from ...fleet.store import AdapterStore, Fingerprint, Version, open_store
+from ...fleet.store.base import Adapter, Which
+from ...fleet.store.names import check_name, check_which
+from ...fleet.store.preparing import contents_of
+from .device_adapters import Residents, Row
+from .interface import AdapterKey
 
 __all__ = ["AdapterRegistry"]
 

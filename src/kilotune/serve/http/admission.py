@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import final
 
-from .faults import ApiError
+from .http_errors import ApiError
 
 __all__ = ["Gate"]
 

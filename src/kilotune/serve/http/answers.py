@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import final
 
 from ...errors import KilotuneError
-from ..engine import Finish, Generation, Token
-from .faults import ApiError, of_library
+from ..engine.interface import Finish, Generation, Token
+from .http_errors import ApiError, of_library
 from .metrics import Metrics
 
 __all__ = ["Answer", "Asked", "Event", "collect", "ended_badly", "events"]

@@ -7,7 +7,7 @@ from typing import final
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from .faults import ApiError, body_of
+from .http_errors import ApiError, body_of
 
 __all__ = ["MAX_HEAD", "Wire"]
 

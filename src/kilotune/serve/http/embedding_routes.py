@@ -14,9 +14,9 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from ...errors import KilotuneError
-from ..engine import Vector
-from .faults import ApiError, of_library
-from .front import noted
+from ..engine.interface import Vector
+from .http_errors import ApiError, of_library
+from .middleware import noted
 from .schemas import ClassifyBody, EmbeddingBody, InputBody
 from .service import Service, namespace_of
 

@@ -13,14 +13,14 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from ..engine import Finish, Generation, Sampling, Token
+from ..engine.interface import Finish, Generation, Sampling, Token
 from .answers import Asked, Event, collect, ended_badly, events
-from .faults import ApiError
-from .front import noted
+from .http_errors import ApiError
 from .keys import Key
+from .middleware import noted
+from .response_shapes import DONE, ChatShape, CompletionShape, Shape, event_of, usage_of
 from .schemas import ChatBody, CompletionBody, GenerationBody
 from .service import Meant, Service, namespace_of, seed_of
-from .shapes import DONE, ChatShape, CompletionShape, Shape, event_of, usage_of
 
 __all__ = ["routes"]
 

@@ -13,14 +13,14 @@ from typing import Annotated, Any
 from fastapi import APIRouter, File, Form, Query, Request, UploadFile
 from fastapi.responses import JSONResponse, Response
 
-from ...checkpoint import CONFIG_NAME, WEIGHTS_NAME
+from ...checkpoints.peft_layout import CONFIG_NAME, WEIGHTS_NAME
 from ...errors import AdapterError, ConfigError
 from ...fleet.store import Version
 from ...fleet.store.base import Which
 from ...fleet.store.names import check_alias, check_metadata, check_name, check_namespace, check_tags, check_which
-from .faults import ApiError
-from .front import noted
+from .http_errors import ApiError
 from .logs import log
+from .middleware import noted
 from .schemas import AliasesBody, NamesBody
 from .service import Service
 

@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from ..engine import EngineStats
+from ..engine.interface import EngineStats
 
 __all__ = ["Metrics", "Recent"]
 

@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from . import tracing
-from .faults import ApiError, body_of
+from .http_errors import ApiError, body_of
 from .keys import MANAGER, MONITOR, TENANT, Key
 from .logs import log
 from .service import Service

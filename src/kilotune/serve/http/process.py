@@ -13,10 +13,10 @@ import uvicorn
 
 from ...errors import ConfigError
 from .app import create_app
+from .connections import Wire
 from .logs import log
 from .service import Service
 from .settings import ServeSettings
-from .wire import Wire
 
 __all__ = ["listen", "run"]
 

@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, final
 
 from ...errors import first_line
-from ...train.rendering import Rendered, tokenize
-from .faults import ApiError
+from ...train.data.rendering import Rendered, tokenize
+from .http_errors import ApiError
 
 __all__ = ["Prompts"]
 

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, final
 
-from ..engine import Finish, Token
+from ..engine.interface import Finish, Token
 from .answers import Answer
 from .prompts import Prompts
 

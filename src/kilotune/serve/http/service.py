@@ -13,9 +13,9 @@ from typing import Any, Protocol, TypeVar, final
 from ...errors import KilotuneError
 from ...fleet.store import Version
 from ...fleet.store.base import Adapter, Which
-from ..engine import AdapterKey, Engine, Generation, Sampling
-from .faults import ApiError, of_library
-from .gate import Gate
+from ..engine.interface import AdapterKey, Engine, Generation, Sampling
+from .admission import Gate
+from .http_errors import ApiError, of_library
 from .keys import Key, Keyring
 from .metrics import Metrics
 from .prompts import Prompts
@@ -30,7 +30,7 @@ PATIENCE = 20.0  # seconds that a request waits for the store
 
 
 class Catalogue(Protocol):
-    """The adapters of all namespaces, as :class:`~kilotune.serve.adapters.AdapterRegistry` has them.
+    """The adapters of all namespaces, as :class:`~kilotune.serve.engine.tenant_adapters.AdapterRegistry` has them.
 
     All methods are called from worker threads, and raise as those of :class:`~kilotune.fleet.AdapterStore`.
     """

@@ -8,7 +8,7 @@ from ipaddress import ip_address
 from typing import Any, ClassVar, final
 
 from ...fleet.store.names import check_namespace, check_which
-from ...train.fields import Section, flag, number, one_of, or_none, setting, size, text
+from ...train.settings.fields import Section, flag, number, one_of, or_none, setting, size, text
 
 __all__ = ["EngineSettings", "ServeSettings"]
 

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigError
-from ...train.models import device_of, load_base, load_config
-from ...train.processors import load_tokenizer
-from ...train.settings import ModelSettings
+from ...train.data.processors import load_tokenizer
+from ...train.running.base_model import device_of, load_base, load_config
+from ...train.settings.sections import ModelSettings
 from ...train.tasks import TASKS
-from ..adapters import AdapterRegistry
-from ..batching import TransformersEngine
-from ..encoders import EncoderEngine, pooling_of
-from ..engine import Engine
+from ..engine.continuous_batching import TransformersEngine
+from ..engine.encoders import EncoderEngine, pooling_of
+from ..engine.interface import Engine
+from ..engine.tenant_adapters import AdapterRegistry
 from .keys import Key, Keyring
 from .prompts import Prompts
 from .service import Service

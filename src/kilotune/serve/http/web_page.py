@@ -7,7 +7,7 @@ from importlib.resources import files
 from fastapi import APIRouter
 from fastapi.responses import Response
 
-from .faults import ApiError
+from .http_errors import ApiError
 from .service import Service
 
 __all__ = ["routes"]

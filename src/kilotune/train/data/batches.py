@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
+from ...errors import ConfigError
 from .packing import packed_batch
 
 __all__ = ["IGNORED", "PackedBatch", "PaddedBatch", "StackedBatch"]
@@ -52,7 +52,7 @@ def _filled(values: Sequence[Any], fill: int) -> Tensor:
 @final
 @dataclass(frozen=True)
 class PackedBatch:
-    """Sequences of several rows each, as :func:`kilotune.train.packing.packed_batch` makes them."""
+    """Sequences of several rows each, as :func:`kilotune.train.data.packing.packed_batch` makes them."""
 
     pad: int
 

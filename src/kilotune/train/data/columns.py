@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ConfigError, did_you_mean, gather
+from ...errors import ConfigError, did_you_mean, gather
 from .tables import Table
 
 __all__ = ["Groups", "chats", "labels", "numbers", "optional", "resolve", "sound", "texts", "words"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import ConfigError, MissingExtraError, did_you_mean, first_line
+from ...errors import ConfigError, MissingExtraError, did_you_mean, first_line
 from .tables import Places, Table
 
 __all__ = ["as_table", "read_hub"]

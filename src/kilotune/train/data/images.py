@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, MissingExtraError, first_line, gather
+from ...errors import ConfigError, MissingExtraError, first_line, gather
 from .tables import Places, Table
 
 __all__ = ["IMAGE_SUFFIXES", "image_fault", "image_folder", "open_image"]

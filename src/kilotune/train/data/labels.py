@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ..errors import ConfigError, did_you_mean, gather
+from ...errors import ConfigError, did_you_mean, gather
 from .splits import Part, shown
 
 __all__ = ["class_names", "counted", "in_order", "numbered"]

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import UnsupportedError, first_line
+from ...errors import UnsupportedError, first_line
 
 __all__ = ["pack", "packed_batch", "refuse_leaks"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, MissingExtraError, first_line
+from ...errors import ConfigError, MissingExtraError, first_line
 
 __all__ = ["load_image_processor", "load_tokenizer"]
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from ..errors import ConfigError, MissingExtraError, did_you_mean, first_line, gather
+from ...errors import ConfigError, MissingExtraError, did_you_mean, first_line, gather
 from .images import IMAGE_SUFFIXES, image_folder
 from .tables import Places, Table, together
 

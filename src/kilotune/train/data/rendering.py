@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import islice, pairwise
 from typing import Any, final
 
-from ..errors import ConfigError, first_line
+from ...errors import ConfigError, first_line
 
 __all__ = ["ChatTemplate", "Example", "Rendered", "Tokenized", "render_pair", "render_text", "tokenize"]
 

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
 
-from ..errors import ConfigError, gather
+from ...errors import ConfigError, gather
 from .columns import Groups, labels, resolve
 from .readers import HUB, read
 from .tables import Numbers, Table
 
 if TYPE_CHECKING:
-    from .settings import DataSettings
+    from ..settings.sections import DataSettings
 
 __all__ = ["SPLITS", "Part", "load_splits", "shown"]
 

@@ -9,7 +9,7 @@ from typing import Any, final
 
 import numpy as np
 
-from ..errors import ConfigError, gather
+from ...errors import ConfigError, gather
 
 __all__ = ["Places", "Table", "together"]
 

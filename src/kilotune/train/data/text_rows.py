@@ -10,13 +10,13 @@ import numpy as np
 
 from . import columns
 from .batches import PaddedBatch
-from .lengths import check_vocabulary, longest, pad_token, share
 from .rows import Ragged, Rows
 from .splits import Part
+from .token_limits import check_vocabulary, longest, pad_token, share
 
 if TYPE_CHECKING:
-    from .settings import DataSettings
-    from .tasks._base import Limits
+    from ..settings.sections import DataSettings
+    from .prepared import Limits
 
 __all__ = ["EncodedTexts", "Texts", "encode_parts", "encode_texts", "notes_of", "padded", "read_texts", "rows_with"]
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError, gather
+from ...errors import ConfigError, gather
 
 if TYPE_CHECKING:
-    from .settings import DataSettings
-    from .tasks._base import Limits
+    from ..settings.sections import DataSettings
+    from .prepared import Limits
 
 __all__ = ["check_vocabulary", "longest", "pad_token", "refuse_unused", "share"]
 

@@ -16,16 +16,16 @@ from typing import Any, final
 import torch
 from safetensors.torch import save_file
 
-from ..errors import CheckpointError
-from . import checkpoints
-from .checkpoints import CHECKPOINTS, RESULT_NAME
-from .guard import told_of_disk
-from .history import History
-from .models import device_of
-from .session import Session
-from .trainer import generating
+from ...errors import CheckpointError
+from ..running.base_model import device_of
+from ..running.history import History
+from ..running.session import Session
+from ..trainer import output_folder as checkpoints
+from ..trainer.failures import told_of_disk
+from ..trainer.from_settings import generating
+from ..trainer.output_folder import CHECKPOINTS, RESULT_NAME
 
-__all__ = ["LABELS_NAME", "Result", "finish", "form_of", "is_main", "save", "settle"]
+__all__ = ["LABELS_NAME", "Result", "finish", "form_of", "is_main", "save", "take_best"]
 
 LABELS_NAME = "labels.json"
 
@@ -82,7 +82,7 @@ def form_of(folder: Path) -> str | None:
     return form if isinstance(form, str) else None
 
 
-def settle(session: Session, trainer: Any) -> int:
+def take_best(session: Session, trainer: Any) -> int:
     """Put the best evaluation's weights into the model, if that is wanted, and score the test split.
 
     Returns:
@@ -104,7 +104,7 @@ def finish(session: Session, state: Any, best_step: int, history: History, steps
     Args:
         session: whose model is the result.
         state: the Trainer's, at the end.
-        best_step: from :func:`settle`.
+        best_step: from :func:`take_best`.
         history: of all sessions.
         steps: seconds of each step of this session.
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .._charts import COLOURS, INK, STYLE, blank_figure, png, tidy
+from ..._ui.charts import COLOURS, INK, STYLE, blank_figure, png, tidy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,7 +30,7 @@ def draw(history: Sequence[Record], best_step: int | None = None) -> dict[str, b
     """The pictures by name; a name is missing where nothing of it was measured.
 
     Args:
-        history: the records of :class:`kilotune.train.history.History`.
+        history: the records of :class:`kilotune.train.running.history.History`.
         best_step: whose weights are the result; marked.
 
     """

@@ -17,19 +17,19 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .._charts import require_matplotlib
-from .._page import document, facts, figure, publish, section, table
-from ..errors import MissingExtraError
-from ..report import readable_bytes
-from .config_file import settings_text
+from ..._ui.charts import require_matplotlib
+from ..._ui.pages import document, facts, figure, publish, section, table
+from ...errors import MissingExtraError
+from ...model.parameter_report import readable_bytes
+from ..running.progress import readable_seconds
+from ..settings.config_file import settings_text
+from ..settings.sections import LogSettings
 from .plots import draw
-from .progress import readable_seconds
-from .settings import LogSettings
 
 if TYPE_CHECKING:
+    from ..running.planning import RunPlan
+    from ..running.session import Session
     from .outcome import Result
-    from .planning import RunPlan
-    from .session import Session
 
 __all__ = ["REPORT_NAME", "page", "require_for", "write_report"]
 

@@ -8,18 +8,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError, ConfigError, did_you_mean, gather
-from ..files import CONFIG_NAME
-from ..model import PeftModel
-from . import checkpoints, models
-from .checkpoints import SETTINGS_NAME
-from .config_file import merged, read_config, settings_from
-from .guard import advise_on_memory
-from .inference import TOKENIZER_FILES
+from ...checkpoints.files import CONFIG_NAME
+from ...errors import CheckpointError, ConfigError, did_you_mean, gather
+from ...model.peft_model import PeftModel
+from ..running import base_model as models
+from ..running.session import Session
+from ..settings.config_file import merged, read_config, settings_from
+from ..settings.sections import TASK_NAMES, ModelSettings, TrainSettings
+from ..tasks import TASKS, Task
+from ..trainer import output_folder as checkpoints
+from ..trainer.failures import advise_on_memory
+from ..trainer.output_folder import SETTINGS_NAME
+from ..use.text_generation import TOKENIZER_FILES
 from .outcome import LABELS_NAME
-from .session import Session
-from .settings import TASK_NAMES, ModelSettings, TrainSettings
-from .tasks import TASKS, Task
 
 __all__ = ["check_base", "open_scoring", "scoring_settings"]
 

@@ -11,14 +11,14 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from ..config import AdapterConfig
-from ..errors import ConfigError, MissingExtraError, TargetError, UnsupportedError, first_line, without_network
-from ..files import REPO_ID
-from ..model import get_peft_model
-from ..plan import DTYPES
-from ..targets import HEADS
-from .settings import ModelSettings, TrainSettings
-from .tasks import Limits, Prepared, Task
+from ...checkpoints.files import REPO_ID
+from ...config import AdapterConfig
+from ...errors import ConfigError, MissingExtraError, TargetError, UnsupportedError, first_line, without_network
+from ...injection.targets import HEADS
+from ...model.peft_model import get_peft_model
+from ...plan import DTYPES
+from ..settings.sections import ModelSettings, TrainSettings
+from ..tasks import Limits, Prepared, Task
 
 __all__ = [
     "Loaded",

@@ -25,7 +25,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO, final
 
-from ..errors import CheckpointError, KilotuneError, MissingExtraError
+from ...errors import CheckpointError, KilotuneError, MissingExtraError
 from .watching import Event, Listener
 
 __all__ = ["CSV_NAME", "JSONL_NAME", "History", "read_history", "tensorboard_callback"]

@@ -19,14 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import first_line
-from ..model import AdapterModel
-from ..plan import file_bytes
-from ..report import ParameterReport, count_parameters, readable_bytes
+from ...errors import first_line
+from ...model.adapter_model import AdapterModel
+from ...model.parameter_report import ParameterReport, count_parameters, readable_bytes
+from ...plan import file_bytes
+from ..data.rows import Ragged, Rows
+from ..trainer.from_settings import steps_of_epoch, total_steps
 from .memory import Estimate, Machine, estimate_memory, machine_of
 from .rehearsal import Step
-from .rows import Ragged, Rows
-from .trainer import steps_of_epoch, total_steps
 
 if TYPE_CHECKING:
     from .session import Session

@@ -20,8 +20,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, TextIO, final
 
-from ..errors import ConfigError, MissingExtraError, did_you_mean
-from ..report import readable_bytes
+from ...errors import ConfigError, MissingExtraError, did_you_mean
+from ...model.parameter_report import readable_bytes
 from .watching import Event, Listener
 
 __all__ = ["MODES", "progress_for", "readable_seconds"]

@@ -31,9 +31,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ..errors import KilotuneError, first_line
-from ..projections import Projections
-from .ledger import Ledger
+from ...errors import KilotuneError, first_line
+from ...projections.matrices import Projections
+from .memory_ledger import Ledger
 
 __all__ = ["PLAIN", "CannotRehearse", "Counted", "Step", "count_real", "held_tensors", "rehearse"]
 

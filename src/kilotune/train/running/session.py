@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING, Any, final
 
 from torch import nn
 
-from ..errors import ConfigError, gather
-from . import checkpoints, models
-from .guard import advise_on_memory
-from .settings import TrainSettings
-from .starting import start_from
-from .tasks import TASKS, Prepared, Task
+from ...errors import ConfigError, gather
+from ..settings.sections import TrainSettings
+from ..tasks import TASKS, Prepared, Task
+from ..trainer import output_folder as checkpoints
+from ..trainer.failures import advise_on_memory
+from . import base_model as models
+from .start_adapter import start_from
 
 if TYPE_CHECKING:
-    from .adapter_trainer import Loss
+    from ..trainer.adapter_trainer import Loss
 
 __all__ = ["Session", "check_splits", "open_session", "set_seed"]
 
@@ -35,7 +36,7 @@ class Session:
         task: what is learned; None for a module of one's own.
         loss: for modules that compute none.
         notes: what the user has to know, the data's notes included.
-        start: tells the base and the data from others; see :func:`kilotune.train.checkpoints.fingerprint`.
+        start: tells the base and the data from others; see :func:`kilotune.train.trainer.output_folder.fingerprint`.
     """
 
     settings: TrainSettings

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..checkpoint import locate, read
-from ..errors import CheckpointError, ConfigError, KilotuneError
-from ..methods import PRESETS, method_of
-from ..model import PeftModel
-from . import checkpoints
-from .models import Loaded
-from .settings import TrainSettings
+from ...checkpoints.peft_layout import locate, read
+from ...errors import CheckpointError, ConfigError, KilotuneError
+from ...methods import PRESETS, method_of
+from ...model.peft_model import PeftModel
+from ..settings.sections import TrainSettings
+from ..trainer import output_folder as checkpoints
+from .base_model import Loaded
 
 __all__ = ["start_from"]
 

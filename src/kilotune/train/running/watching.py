@@ -23,7 +23,7 @@ from typing import Any, final
 
 import torch
 
-from ..errors import MissingExtraError
+from ...errors import MissingExtraError
 
 __all__ = ["Event", "Listener", "memory_in_use", "watching", "without_own_output"]
 

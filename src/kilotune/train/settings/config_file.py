@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, MissingExtraError, gather, nearest
-from ..methods import METHODS
+from ...errors import ConfigError, MissingExtraError, gather, nearest
+from ...methods import METHODS
 from .fields import Section, freeze
-from .settings import SECTIONS, AdapterSettings, TrainSettings, between
+from .sections import SECTIONS, AdapterSettings, TrainSettings, between
 
 __all__ = ["load_settings", "merged", "read_config", "settings_from", "settings_text", "starting_text"]
 

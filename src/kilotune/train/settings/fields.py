@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
-from ..config import FrozenDict, number_fault
-from ..errors import ConfigError, did_you_mean, gather
+from ...config import FrozenDict, number_fault
+from ...errors import ConfigError, did_you_mean, gather
 
 __all__ = [
     "EPOCH",

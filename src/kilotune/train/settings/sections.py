@@ -1,7 +1,7 @@
 """What a fine-tuning is run with. Frozen, checked when built, every fault reported with the nearest valid name.
 
 The text beside each field is its only home: ``kilotune init`` writes it into the config file, the command line and
-docs/training.md show it. Plain values, YAML and overrides are read in :mod:`kilotune.train.config_file`.
+docs/training.md show it. Plain values, YAML and overrides are read in :mod:`kilotune.train.settings.config_file`.
 """
 
 from __future__ import annotations
@@ -10,23 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast, final
 
-from ..config import AdapterConfig, FrozenDict
-from ..errors import ConfigError, did_you_mean, gather
-from ..methods import METHODS, PRESETS, get_config
-from .fields import (
-    EPOCH,
-    Section,
-    flag,
-    interval,
-    mapping,
-    number,
-    one_of,
-    or_none,
-    paths,
-    setting,
-    text,
-    warmup,
-)
+from ...config import AdapterConfig, FrozenDict
+from ...errors import ConfigError, did_you_mean, gather
+from ...methods import METHODS, PRESETS, get_config
+from .fields import EPOCH, Section, flag, interval, mapping, number, one_of, or_none, paths, setting, text, warmup
 
 __all__ = [
     "TASK_NAMES",

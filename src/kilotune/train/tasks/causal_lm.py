@@ -11,18 +11,20 @@ import numpy as np
 from torch import nn
 
 from ...errors import ConfigError, gather
-from .. import columns, metrics, packing
-from ..batches import IGNORED, PackedBatch, PaddedBatch
-from ..lengths import check_vocabulary, longest, pad_token, refuse_unused, share
-from ..preview import masked
-from ..processors import load_tokenizer
-from ..rendering import ChatTemplate, Example, Rendered, render_pair, render_text, tokenize
-from ..rows import Ragged, Rows
-from ..splits import Part, load_splits, shown
-from ._base import Limits, Predictions, Prepared, Task
+from .. import metrics
+from ..data import columns, packing
+from ..data.batches import IGNORED, PackedBatch, PaddedBatch
+from ..data.prepared import Limits, Predictions, Prepared
+from ..data.preview import masked
+from ..data.processors import load_tokenizer
+from ..data.rendering import ChatTemplate, Example, Rendered, render_pair, render_text, tokenize
+from ..data.rows import Ragged, Rows
+from ..data.splits import Part, load_splits, shown
+from ..data.token_limits import check_vocabulary, longest, pad_token, refuse_unused, share
+from ._base import Task
 
 if TYPE_CHECKING:
-    from ..settings import DataSettings
+    from ..settings.sections import DataSettings
 
 __all__ = ["CausalLm"]
 

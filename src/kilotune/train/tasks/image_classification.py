@@ -9,17 +9,19 @@ from typing import TYPE_CHECKING, Any, ClassVar, final
 from torch.utils.data import Dataset
 
 from ...errors import ConfigError, gather
-from .. import columns, metrics
-from ..batches import StackedBatch
-from ..images import image_fault, open_image
-from ..labels import class_names, counted, numbered
-from ..lengths import refuse_unused
-from ..processors import load_image_processor
-from ..splits import Part, load_splits, shown
-from ._base import Limits, Predictions, Prepared, Row, Task
+from .. import metrics
+from ..data import columns
+from ..data.batches import StackedBatch
+from ..data.images import image_fault, open_image
+from ..data.labels import class_names, counted, numbered
+from ..data.prepared import Limits, Predictions, Prepared, Row
+from ..data.processors import load_image_processor
+from ..data.splits import Part, load_splits, shown
+from ..data.token_limits import refuse_unused
+from ._base import Task
 
 if TYPE_CHECKING:
-    from ..settings import DataSettings
+    from ..settings.sections import DataSettings
 
 __all__ = ["ImageClassification", "Pictures"]
 

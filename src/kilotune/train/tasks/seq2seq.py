@@ -8,18 +8,20 @@ from typing import TYPE_CHECKING, Any, ClassVar, final
 import numpy as np
 
 from ...errors import ConfigError, gather
-from .. import columns, metrics
-from ..batches import IGNORED, PaddedBatch
-from ..lengths import check_vocabulary, longest, pad_token, refuse_unused
-from ..preview import indented, masked
-from ..processors import load_tokenizer
-from ..rows import Rows
-from ..splits import Part, load_splits, shown
-from ..text_rows import Texts, encode_texts, notes_of
-from ._base import Limits, Predictions, Prepared, Task
+from .. import metrics
+from ..data import columns
+from ..data.batches import IGNORED, PaddedBatch
+from ..data.prepared import Limits, Predictions, Prepared
+from ..data.preview import indented, masked
+from ..data.processors import load_tokenizer
+from ..data.rows import Rows
+from ..data.splits import Part, load_splits, shown
+from ..data.text_rows import Texts, encode_texts, notes_of
+from ..data.token_limits import check_vocabulary, longest, pad_token, refuse_unused
+from ._base import Task
 
 if TYPE_CHECKING:
-    from ..settings import DataSettings
+    from ..settings.sections import DataSettings
 
 __all__ = ["Seq2Seq"]
 

@@ -8,17 +8,19 @@ from typing import TYPE_CHECKING, Any, ClassVar, final
 import numpy as np
 
 from ...errors import ConfigError, gather
-from .. import columns, metrics
-from ..labels import class_names, counted, numbered
-from ..lengths import refuse_unused
-from ..preview import indented
-from ..processors import load_tokenizer
-from ..splits import load_splits, shown
-from ..text_rows import encode_parts, notes_of, padded, read_texts, rows_with
-from ._base import Limits, Predictions, Prepared, Task
+from .. import metrics
+from ..data import columns
+from ..data.labels import class_names, counted, numbered
+from ..data.prepared import Limits, Predictions, Prepared
+from ..data.preview import indented
+from ..data.processors import load_tokenizer
+from ..data.splits import load_splits, shown
+from ..data.text_rows import encode_parts, notes_of, padded, read_texts, rows_with
+from ..data.token_limits import refuse_unused
+from ._base import Task
 
 if TYPE_CHECKING:
-    from ..settings import DataSettings
+    from ..settings.sections import DataSettings
 
 __all__ = ["TextClassification"]
 

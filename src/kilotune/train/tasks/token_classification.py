@@ -10,17 +10,19 @@ from typing import TYPE_CHECKING, Any, ClassVar, final
 import numpy as np
 
 from ...errors import ConfigError, gather
-from .. import columns, metrics
-from ..batches import IGNORED, PaddedBatch
-from ..labels import class_names, counted, numbered
-from ..lengths import check_vocabulary, longest, pad_token, refuse_unused, share
-from ..processors import load_tokenizer
-from ..rows import Ragged, Rows
-from ..splits import Part, load_splits, shown
-from ._base import Limits, Predictions, Prepared, Task
+from .. import metrics
+from ..data import columns
+from ..data.batches import IGNORED, PaddedBatch
+from ..data.labels import class_names, counted, numbered
+from ..data.prepared import Limits, Predictions, Prepared
+from ..data.processors import load_tokenizer
+from ..data.rows import Ragged, Rows
+from ..data.splits import Part, load_splits, shown
+from ..data.token_limits import check_vocabulary, longest, pad_token, refuse_unused, share
+from ._base import Task
 
 if TYPE_CHECKING:
-    from ..settings import DataSettings
+    from ..settings.sections import DataSettings
 
 __all__ = ["TokenClassification"]
 

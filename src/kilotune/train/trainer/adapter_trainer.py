@@ -1,7 +1,7 @@
 """The one file that is built on transformers' classes: the Trainer with our methods, and its callback.
 
-Importing it needs transformers; :mod:`kilotune.train.trainer` does that where it is used. Tested with transformers 5.19
-and 5.23.
+Importing it needs transformers; :mod:`.from_settings` does that where it is used. Tested with transformers 5.19 and
+5.23.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
 
-from ..model import AdapterModel
-from ..optimizer import optimizer_groups
-from .guard import Guard, Numbered, NumberedCollate, refuse_metric, told_of_disk
-from .settings import TrainSettings
+from ...model.adapter_model import AdapterModel
+from ...model.optimizer_groups import optimizer_groups
+from ..settings.sections import TrainSettings
+from .failures import Guard, Numbered, NumberedCollate, refuse_metric, told_of_disk
 from .stopping import Stopper
 
 __all__ = ["AdapterTrainer", "Flow", "Loss", "Own"]

@@ -14,9 +14,17 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..errors import CheckpointError, ConfigError, DivergedError, KilotuneError, ResourceError, did_you_mean, first_line
-from .checkpoints import RECORD_NAME, newest
-from .settings import TrainSettings
+from ...errors import (
+    CheckpointError,
+    ConfigError,
+    DivergedError,
+    KilotuneError,
+    ResourceError,
+    did_you_mean,
+    first_line,
+)
+from ..settings.sections import TrainSettings
+from .output_folder import RECORD_NAME, newest
 
 __all__ = [
     "ROWS",

@@ -2,8 +2,8 @@
 
 A Trainer knows two kinds of models with adapters: PEFT's own class, which it tells with ``isinstance`` where PEFT is
 installed, and a transformers model that says of itself that adapters are in it. Ours is the second kind: the base
-model, with the adapters in it, goes to the Trainer, and is lent some answers (:func:`for_trainer`). They are the same
-whether PEFT is installed or not.
+model, with the adapters in it, goes to the Trainer, and some of its attributes are overridden (:func:`for_trainer`).
+They are the same whether PEFT is installed or not.
 
 What touches internals of transformers stands here; tested with transformers 5.23 and TRL 1.16.
 """
@@ -24,12 +24,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from ..checkpoint import BOOKKEEPING
-from ..errors import CheckpointError, ConfigError, MissingExtraError, UnsupportedError, gather, type_name
-from ..layer import AdaptedLayer
-from ..lent import lend, lend_module
-from ..model import AdapterModel
-from ..sharded import gathered, is_unit
+from ...checkpoints.peft_layout import BOOKKEEPING
+from ...errors import CheckpointError, ConfigError, MissingExtraError, UnsupportedError, gather, type_name
+from ...layers.adapted import AdaptedLayer
+from ...model.adapter_model import AdapterModel
+from ...model.base_overrides import attach_module, override
+from ...storage.sharded import gathered, is_unit
 from .parallel import check_averaged, ignore_sharded
 
 __all__ = ["STATE_NAME", "for_trainer"]
@@ -81,19 +81,19 @@ def for_trainer(model: AdapterModel) -> nn.Module:
     if "save_pretrained" in base.__dict__:  # handed over before
         return base
     if isinstance(base, PreTrainedModel):
-        lend_module(base, SHARED, model.shared_parameters)
+        attach_module(base, SHARED, model.shared_parameters)
     else:
         root = _as_pretrained(model)
-    lend(root, "_hf_peft_config_loaded", True)
-    lend(root, LOADED_SHARDED, False)
+    override(root, "_hf_peft_config_loaded", True)
+    override(root, LOADED_SHARDED, False)
     ignore_sharded(root)
-    lend(root, "save_pretrained", _Saving(model, root))
+    override(root, "save_pretrained", _Saving(model, root))
     wide = _Wide(root)
-    lend(root, "load_state_dict", _Loading(model, root, wide))
-    lend(root, "_kilotune_head", root.register_forward_pre_hook(_check_head, with_kwargs=True))
+    override(root, "load_state_dict", _Loading(model, root, wide))
+    override(root, "_kilotune_head", root.register_forward_pre_hook(_check_head, with_kwargs=True))
     if is_unit(base):
-        lend(root, "_kilotune_averaged", root.register_forward_pre_hook(check_averaged))
-    lend(root, "_kilotune_wide", root.register_forward_pre_hook(wide))
+        override(root, "_kilotune_averaged", root.register_forward_pre_hook(check_averaged))
+    override(root, "_kilotune_wide", root.register_forward_pre_hook(wide))
     return root
 
 

@@ -1,10 +1,10 @@
 """A Trainer of transformers' for the settings of a fine-tuning. The loop, the schedule and the files are theirs.
 
 What is ours: the optimizer's groups (:func:`kilotune.optimizer_groups`), a look at each step before the weights change
-(:mod:`kilotune.train.guard`), a checkpoint for each best evaluation, errors for full disks, and frozen batch norms that
-stay as they are. How the Trainer comes to save adapters only is in :mod:`kilotune.train.hf`.
+(:mod:`.failures`), a checkpoint for each best evaluation, errors for full disks, and frozen batch norms that
+stay as they are. How the Trainer comes to save adapters only is in :mod:`.for_trainer`.
 
-What touches internals of transformers stands in those and in :mod:`kilotune.train.adapter_trainer`.
+What touches internals of transformers stands in those and in :mod:`kilotune.train.trainer.adapter_trainer`.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..errors import MissingExtraError
-from ..model import AdapterModel
-from .fields import EPOCH
-from .guard import Guard
-from .hf import for_trainer
-from .settings import TrainSettings
-from .tasks import Prepared
+from ...errors import MissingExtraError
+from ...model.adapter_model import AdapterModel
+from ..settings.fields import EPOCH
+from ..settings.sections import TrainSettings
+from ..tasks import Prepared
+from .failures import Guard
+from .for_trainer import for_trainer
 
 if TYPE_CHECKING:
     from .adapter_trainer import Loss

@@ -30,9 +30,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, ConfigError, first_line, gather
-from ..files import CONFIG_NAME, WEIGHTS_NAME
-from .settings import SECTIONS, TrainSettings
+from ...checkpoints.files import CONFIG_NAME, WEIGHTS_NAME
+from ...errors import CheckpointError, ConfigError, first_line, gather
+from ..settings.sections import SECTIONS, TrainSettings
 
 __all__ = [
     "CHECKPOINTS",

@@ -14,12 +14,12 @@ from typing import Any, final
 import torch
 from torch import nn
 
-from ..added import Added
-from ..errors import UnsupportedError
-from ..lent import lend
-from ..model import AdapterModel
-from ..sharded import is_sharded, is_unit, processes
-from ..storage import storage_of
+from ...added_modules import Added
+from ...errors import UnsupportedError
+from ...model.adapter_model import AdapterModel
+from ...model.base_overrides import override
+from ...storage import storage_of
+from ...storage.sharded import is_sharded, is_unit, processes
 
 __all__ = ["check_averaged", "ignore_sharded", "shard_base"]
 
@@ -116,7 +116,7 @@ def ignore_sharded(model: nn.Module) -> None:
 
     """
     base = model.get_base_model() if isinstance(model, AdapterModel) else model
-    lend(base, IGNORED, _Sharded(base))
+    override(base, IGNORED, _Sharded(base))
 
 
 def check_averaged(root: nn.Module, args: tuple[Any, ...]) -> None:

@@ -23,13 +23,13 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from ..convert import low_rank_deltas, truncate
-from ..deltas import LowRank
-from ..errors import CheckpointError, MissingExtraError, UnsupportedError, gather
-from ..installed import Installed
-from ..methods import LoraConfig
-from ..model import PeftModel
-from .exporting import check_low_rank, check_rank
+from ...convert import low_rank_deltas, truncate
+from ...deltas import LowRank
+from ...errors import CheckpointError, MissingExtraError, UnsupportedError, gather
+from ...injection.installed_adapter import Installed
+from ...methods import LoraConfig
+from ...model.peft_model import PeftModel
+from .lora_export import check_low_rank, check_rank
 
 __all__ = ["FAMILIES", "Family", "GgufLora", "gguf_lora", "write_gguf"]
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, final
 
-from ..convert import Conversion, to_lora, to_peft
-from ..deltas import LowRank, Residual
-from ..errors import ConfigError, UnsupportedError
-from ..installed import Installed
-from ..methods import LoraConfig
-from ..model import PeftModel
+from ...convert import Conversion, to_lora, to_peft
+from ...deltas import LowRank, Residual
+from ...errors import ConfigError, UnsupportedError
+from ...injection.installed_adapter import Installed
+from ...methods import LoraConfig
+from ...model.peft_model import PeftModel
 
 __all__ = ["LoraExport", "check_low_rank", "check_rank", "export_lora"]
 

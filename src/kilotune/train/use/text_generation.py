@@ -12,13 +12,13 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, ConfigError, UnsupportedError
-from ..model import PeftModel
-from .columns import sound
-from .fields import Section, number, or_none, setting
-from .models import limits_of
-from .processors import load_tokenizer
-from .rendering import Rendered, tokenize
+from ...errors import CheckpointError, ConfigError, UnsupportedError
+from ...model.peft_model import PeftModel
+from ..data.columns import sound
+from ..data.processors import load_tokenizer
+from ..data.rendering import Rendered, tokenize
+from ..running.base_model import limits_of
+from ..settings.fields import Section, number, or_none, setting
 
 __all__ = ["Answer", "Chat", "Sampling", "Writer", "check_writes", "tokenizer_of"]
 

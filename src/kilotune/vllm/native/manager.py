@@ -24,10 +24,10 @@ from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.models import supports_multimodal
 
 from ...errors import UnsupportedError, first_line
-from .. import run
+from .. import worker_status as run
 from ..arena import Arena, FusedLayer, Routes
 from ..layout import Cut, Part
-from ..rows import Spill, read_row
+from ..row_files import Spill, read_row
 from ..settings import KEY, Settings
 from .layers import parts_of, wrap
 

@@ -10,7 +10,7 @@ from vllm.lora.request import LoRARequest
 from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
 
 from ...errors import AdapterError
-from ..source import shared
+from ..adapter_source import shared
 
 __all__ = ["NAME", "StoreResolver", "adapter_request", "register_resolver"]
 
