@@ -43,8 +43,8 @@ plain floats alone.
 
 def tables() -> tuple[Any, Any]:
     """The cells of the conformance tests: (in plain floats, quantised)."""
-    sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
-    return importlib.import_module("conformance.cells"), importlib.import_module("conformance.quantised")
+    sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
+    return importlib.import_module("tests.conformance.cells"), importlib.import_module("tests.conformance.quantised")
 
 
 class Reasons:

@@ -33,7 +33,7 @@ def _seeded() -> None:
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Any]:
     """A PostgreSQL server of this worker's own (postgres_server.Server)."""
-    from postgres_server import running
+    from tests.support.postgres_server import running
 
     with running() as server:
         yield server

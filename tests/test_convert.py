@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from cli_helpers import distance, gpt2, llama, logits, shake, tokens
 from kilotune import (
     AdapterError,
     CheckpointError,
@@ -25,6 +24,7 @@ from kilotune import (
 )
 from kilotune.checkpoints.peft_layout import WEIGHTS_NAME
 from kilotune.convert import hollow, to_kilotune, to_lora, to_peft, truncate
+from tests.support.cli_helpers import distance, gpt2, llama, logits, shake, tokens
 
 pytestmark = [
     # PEFT reads an attribute that transformers has renamed since.

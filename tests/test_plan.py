@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import nn
 
-from cli_helpers import BERT, LLAMA, llama
 from kilotune import ConfigError, LoraConfig, MissingExtraError, TargetError, VeraConfig, get_peft_model
 from kilotune.config import AdapterConfig
 from kilotune.model.parameter_report import count_parameters
 from kilotune.plan import BUILT_IN, AdapterCosts, Base, Head, costs, load_base
+from tests.support.cli_helpers import BERT, LLAMA, llama
 
 QUERY_VALUE = ["query", "value"]
 

@@ -16,14 +16,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from tests.conformance import residuals
+from tests.conformance.cases import Array, KindCase, Layer, MethodCase, Params
+from tests.conformance.kind_cases import KIND_CASES
+from tests.conformance.one_vector import one_intrinsic, unilora
+from tests.conformance.rescaled import dora, ia3, loraxs
+from tests.conformance.toys import TOYS
 from torch import nn
 
-from conformance import residuals
-from conformance.cases import Array, KindCase, Layer, MethodCase, Params
-from conformance.kind_cases import KIND_CASES
-from conformance.one_vector import one_intrinsic, unilora
-from conformance.rescaled import dora, ia3, loraxs
-from conformance.toys import TOYS
 from kilotune import AdapterConfig, PeftModel, get_config, get_peft_model
 from kilotune.deltas import Delta
 from kilotune.kinds import KINDS, LayerKind

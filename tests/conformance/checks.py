@@ -7,13 +7,13 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 import torch
+from tests.conformance.cases import Array, Layer, Params
+from tests.conformance.cells import CELLS, COUNTS, FORMULAS, ON_OUTPUT, Cell
+from tests.support.models import is_base, plain_name
 from torch import Tensor, nn
 
-from conformance.cases import Array, Layer, Params
-from conformance.cells import CELLS, COUNTS, FORMULAS, ON_OUTPUT, Cell
 from kilotune.layers.adapted import AdaptedLayer
 from kilotune.model.adapter_model import AdapterModel
-from models import is_base, plain_name
 
 __all__ = ["EPSILON", "adapted", "bound", "count", "data", "dense", "every_cell", "forms", "layer_of", "layers_of"]
 

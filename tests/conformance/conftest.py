@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from tests.conformance.toys import TOYS
 
-from conformance.toys import TOYS
 from kilotune.methods import METHODS
 
 

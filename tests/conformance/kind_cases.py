@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from tests.conformance.cases import INN, OUT, Array, KindCase, Layer
+from tests.conformance.residuals import attention_counts
+from tests.support import moe
 from torch import Tensor, nn
 
-import moe
-from conformance.cases import INN, OUT, Array, KindCase, Layer
-from conformance.residuals import attention_counts
 from kilotune.deltas import Need
 from kilotune.kinds.experts import Experts
 

@@ -28,7 +28,7 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 
 def words(seed: int, matrix: int, site: int, count: int) -> list[int]:
     """The first words of a site's stream."""
-    from conformance.cells import philox  # cells.py imports this file
+    from tests.conformance.cells import philox  # cells.py imports this file
 
     found: list[int] = []
     while len(found) < count:

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from tests.conformance.cases import MethodCase
+from tests.conformance.cells import METHOD_CASES, config_of, delta_of
 from torch import Tensor, nn
 
-from conformance.cases import MethodCase
-from conformance.cells import METHOD_CASES, config_of, delta_of
 from kilotune import AdapterConfig, PeftModel, get_peft_model
 from kilotune.kinds import KINDS
 from kilotune.storage import Storage, storage_of

@@ -7,8 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-
-from conformance.cases import Array, MethodCase, Params
+from tests.conformance.cases import Array, MethodCase, Params
 
 __all__ = ["CASES", "COUNTS", "attention_counts", "bottleneck"]
 

@@ -7,11 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
-
-from conformance.cells import CELLS, Cell
-from conformance.checks import (
+from tests.conformance.cells import CELLS, Cell
+from tests.conformance.checks import (
     EPSILON,
     adapted,
     bound,
@@ -23,9 +20,12 @@ from conformance.checks import (
     layer_of,
     layers_of,
 )
+from tests.support.models import trained
+from torch import Tensor, nn
+from torch.func import functional_call
+
 from kilotune import get_peft_model
 from kilotune.deltas import LowRank, Residual
-from models import trained
 
 ONE_INPUT = [cell for cell in CELLS if cell.kind_case.keyword]
 FLOAT_INPUT = [cell for cell in CELLS if not cell.kind_case.ids]

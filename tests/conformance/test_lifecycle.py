@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.conformance.cases import Net
+from tests.conformance.cells import CELLS, Cell
+from tests.conformance.checks import adapted, bound, count, data, dense, every_cell, layer_of, layers_of
+from tests.support.models import Snapshot, base_bits, bits, disk, is_base, places, plain_name, randomize, value_bits
 from torch import nn  # noqa: F401
 
-from conformance.cases import Net
-from conformance.cells import CELLS, Cell
-from conformance.checks import adapted, bound, count, data, dense, every_cell, layer_of, layers_of
 from kilotune import MergeError, MergePrecisionWarning, PeftModel, UnsupportedError, get_peft_model
 from kilotune.deltas import Shift
 from kilotune.layers.adapted import AdaptedLayer
-from models import Snapshot, base_bits, bits, disk, is_base, places, plain_name, randomize, value_bits
 
 
 def _merges(cell: Cell) -> bool:

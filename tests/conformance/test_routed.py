@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.conformance.cells import CELLS, Cell
+from tests.conformance.checks import EPSILON, adapted, bound, data, every_cell
+from tests.conformance.quantised import INN, QUANTISED
+from tests.conformance.quantised import Cell as QuantisedCell
+from tests.support.models import randomize
 from torch import Tensor
 
-from conformance.cells import CELLS, Cell
-from conformance.checks import EPSILON, adapted, bound, data, every_cell
-from conformance.quantised import INN, QUANTISED
-from conformance.quantised import Cell as QuantisedCell
 from kilotune.errors import UnsupportedError
 from kilotune.model.adapter_model import AdapterModel
-from models import randomize
 
 NAMES: list[str | None] = ["other", None, "default", "other"]
 # A weight that is one for all rows, or tokens that are regrouped inside.

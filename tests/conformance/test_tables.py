@@ -6,8 +6,7 @@ import fnmatch
 
 import numpy as np
 import pytest
-
-from conformance.cells import (
+from tests.conformance.cells import (
     ALL,
     CELLS,
     COUNTS,
@@ -21,12 +20,13 @@ from conformance.cells import (
     philox,
     unit_matrix,
 )
+from tests.support.models import bits
+
 from kilotune import KilotuneError, TargetError, UnsupportedError, get_peft_model
 from kilotune.deltas import Full, LowRank, Rescale, Residual, Shift
 from kilotune.kinds import KINDS, kind_of
 from kilotune.methods import METHODS, PRESETS
 from kilotune.storage import STORAGES
-from models import bits
 
 
 def test_every_listed_part_is_in_the_tables() -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.conformance.toys import RescaleConfig
 from torch import nn
 
-from conformance.toys import RescaleConfig
 from kilotune import LoraConfig, PeftModel, UnsupportedError, get_peft_model
 
 X = torch.linspace(-1, 1, 12, dtype=torch.float64).view(2, 6)

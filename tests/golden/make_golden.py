@@ -25,9 +25,9 @@ import transformers
 from safetensors.torch import load_file
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(HERE.parent.parent))
 
-from golden.net import base, fill, inputs  # noqa: E402 - after the path
+from tests.golden.net import base, fill, inputs  # noqa: E402 - after the path
 
 BFLOAT16 = "bfloat16"
 COMMON = {

@@ -14,12 +14,8 @@ import peft
 import pytest
 import torch
 from peft.tuners.lora.layer import MultiheadAttention as PeftAttention
-from torch import Tensor, nn
-
-import kilotune
-from kilotune import TargetError
-from peft_parity.files import check_acts, check_outputs, check_peft_to_ours, files, peft_load, scrambled
-from peft_parity.oracle import (
+from tests.peft_parity.files import check_acts, check_outputs, check_peft_to_ours, files, peft_load, scrambled
+from tests.peft_parity.oracle import (
     LAYERED,
     Fed,
     assert_close,
@@ -32,6 +28,10 @@ from peft_parity.oracle import (
     run,
     twins,
 )
+from torch import Tensor, nn
+
+import kilotune
+from kilotune import TargetError
 
 
 class Sequences(Fed):

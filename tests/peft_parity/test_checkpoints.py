@@ -10,10 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from torch import Tensor, nn
-
-import kilotune
-from peft_parity.files import (
+from tests.peft_parity.files import (
     check_ours_to_peft,
     check_outputs,
     check_peft_to_ours,
@@ -21,7 +18,7 @@ from peft_parity.files import (
     peft_load,
     scrambled,
 )
-from peft_parity.oracle import (
+from tests.peft_parity.oracle import (
     IDS,
     METHODS,
     assert_close,
@@ -33,6 +30,9 @@ from peft_parity.oracle import (
     scramble,
     twins,
 )
+from torch import Tensor, nn
+
+import kilotune
 
 TARGETS: dict[str, Any] = {
     "llama": None,

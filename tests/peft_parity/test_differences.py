@@ -12,12 +12,8 @@ from typing import Any
 import peft
 import pytest
 import torch
-from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
-
-import kilotune
-from peft_parity.files import check_outputs, files
-from peft_parity.oracle import (
+from tests.peft_parity.files import check_outputs, files
+from tests.peft_parity.oracle import (
     METHODS,
     Twins,
     assert_close,
@@ -28,6 +24,10 @@ from peft_parity.oracle import (
     run,
     twins,
 )
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import kilotune
 
 ALL: dict[str, Any] = {"r": 4, "target_modules": "all-linear"}
 

@@ -8,12 +8,8 @@ from typing import Any
 import peft
 import pytest
 import torch
-from torch import Tensor, nn
-
-import kilotune
-from kilotune.methods.dora import MAGNITUDE
-from peft_parity.files import check_peft_to_ours, files, scrambled
-from peft_parity.oracle import (
+from tests.peft_parity.files import check_peft_to_ours, files, scrambled
+from tests.peft_parity.oracle import (
     Twins,
     assert_close,
     assert_same,
@@ -27,6 +23,10 @@ from peft_parity.oracle import (
     run,
     twins,
 )
+from torch import Tensor, nn
+
+import kilotune
+from kilotune.methods.dora import MAGNITUDE
 
 TARGETS: dict[str, dict[str, Any]] = {
     "llama": {"target_modules": None},

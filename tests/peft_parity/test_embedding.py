@@ -9,20 +9,8 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers import (
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    GPTBigCodeConfig,
-    GPTBigCodeForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
-
-import kilotune
-from kilotune import CheckpointError
-from peft_parity.files import check_outputs, check_peft_to_ours, files, peft_load, scrambled
-from peft_parity.oracle import (
+from tests.peft_parity.files import check_outputs, check_peft_to_ours, files, peft_load, scrambled
+from tests.peft_parity.oracle import (
     IDS,
     LAYERED,
     SIZES,
@@ -39,6 +27,18 @@ from peft_parity.oracle import (
     run,
     twins,
 )
+from torch import Tensor, nn
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPTBigCodeConfig,
+    GPTBigCodeForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+import kilotune
+from kilotune import CheckpointError
 
 WORDS = torch.tensor([[1, 4, 4, 2, 9], [0, 2, 4, 7, 7]])
 

@@ -13,12 +13,8 @@ from peft.utils.constants import (
     TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING,
     TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
 )
-from torch import Tensor, nn
-
-import kilotune
-from kilotune.methods.ia3 import ARCHITECTURES
-from peft_parity.files import files, peft_load
-from peft_parity.oracle import (
+from tests.peft_parity.files import files, peft_load
+from tests.peft_parity.oracle import (
     assert_all_close,
     assert_close,
     assert_same,
@@ -29,6 +25,10 @@ from peft_parity.oracle import (
     run,
     weights_of,
 )
+from torch import Tensor, nn
+
+import kilotune
+from kilotune.methods.ia3 import ARCHITECTURES
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "llama": {},

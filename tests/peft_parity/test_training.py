@@ -7,9 +7,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-
-import kilotune
-from peft_parity.oracle import (
+from tests.peft_parity.oracle import (
     BASES,
     IDS,
     METHODS,
@@ -29,6 +27,8 @@ from peft_parity.oracle import (
     scramble,
     twins,
 )
+
+import kilotune
 
 # OPT and Llama with their default targets; the others with layers of several shapes.
 TARGETS: dict[str, dict[str, Any]] = {

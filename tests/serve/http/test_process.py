@@ -1,0 +1,351 @@
+"""``kilotune serve`` as people run it: a process, with its signals, kills and what is in its way."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib
+import io
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx2
+import openai
+import pytest
+import torch
+from tests.support.cli_helpers import as_json, error
+from tests.support.http_support import adapter_folder, base_folder, expected
+from tests.support.paths import ROOT
+
+from kilotune import PeftModel
+from kilotune.fleet import open_store
+from kilotune.train import (
+    AdapterSettings,
+    DataSettings,
+    LogSettings,
+    ModelSettings,
+    TrainingSettings,
+    TrainSettings,
+    train,
+)
+
+PROMPT = "the cat sat on"
+
+
+class Served:
+    """A running process."""
+
+    def __init__(self, process: subprocess.Popen[str], document: dict[str, Any], log: Path) -> None:
+        self.process, self.url, self.document, self.log = process, document["url"], document, log
+
+    def lines(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
+
+    def put(self, key: str, space: str, name: str, folder: Path, **fields: str) -> httpx2.Response:
+        files = {
+            "config": (folder / "adapter_config.json").read_bytes(),
+            "weights": (folder / "adapter_model.safetensors").read_bytes(),
+        }
+        headers = {"Authorization": f"Bearer {key}"}
+        where = f"{self.url}/manage/{space}/adapters/{name}"
+        return httpx2.put(where, files=files, data=fields, headers=headers, timeout=30)
+
+
+def words(base: Path, store: Path, *more: str) -> list[str]:
+    return [
+        sys.executable, "-m", "kilotune.cli.main", "serve", "--model", str(base), "--store", f"sqlite:///{store}",
+        "--port", "0", "--json", *more,
+    ]  # fmt: skip
+
+
+@contextmanager
+def process(base: Path, store: Path, folder: Path, *more: str) -> Iterator[Served]:
+    log = folder / f"log-{time.monotonic_ns()}"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
+    with log.open("w") as out:
+        made = subprocess.Popen(
+            words(base, store, *more), stdout=subprocess.PIPE, stderr=out, text=True, env=environment
+        )
+    assert made.stdout is not None
+    try:
+        told = ""
+        while not told.endswith("}\n"):
+            line = made.stdout.readline()
+            assert line, log.read_text()
+            told += line
+        yield Served(made, json.loads(told), log)
+    finally:
+        if made.poll() is None:
+            made.kill()
+        made.wait(20)
+        made.stdout.close()
+
+
+def keys(folder: Path, *spaces: str) -> tuple[Path, dict[str, str], str]:
+    path = folder / "keys.json"
+    tenants = {space: as_json("keys", "add", path, "--namespace", space)["key"] for space in spaces}
+    return path, tenants, as_json("keys", "add", path, "--role", "manager")["key"]
+
+
+# -- done when ---------------------------------------------------------------------------------------
+
+
+def texts() -> dict[str, list[str]]:
+    """Two tenants' own writing: the Zen of Python, and the terms of the Apache license."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        sys.modules.pop("this", None)
+        importlib.import_module("this")
+    zen = [line for line in printed.getvalue().splitlines() if line]
+    terms = [line.strip() for line in (ROOT / "LICENSE").read_text().splitlines() if len(line.strip()) > 50]
+    return {"ann": zen, "bob": terms[:60]}
+
+
+def pretrained(folder: Path) -> Path:
+    """A small base that has read both, with a tokenizer of its own."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    lines = [line for own in texts().values() for line in own]
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<pad>", "<s>", "</s>"]
+    made.train_from_iterator(
+        lines,
+        trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, special_tokens=special, show_progress=False),
+    )
+    names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, **names)
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=128, **sizes, **ids))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    given = tokenizer(lines, return_tensors="pt", padding=True)
+    for step in range(60):
+        rows = torch.arange(step * 16, step * 16 + 16) % len(lines)
+        labels = given["input_ids"][rows].masked_fill(given["attention_mask"][rows] == 0, -100)
+        loss = model(
+            input_ids=given["input_ids"][rows], attention_mask=given["attention_mask"][rows], labels=labels
+        ).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.save_pretrained(folder)
+    return folder
+
+
+def trained(base: Path, space: str, folder: Path) -> Path:
+    """The tenant's adapter, by what ``kilotune train`` runs."""
+    rows = folder / f"{space}.jsonl"
+    rows.write_text("".join(json.dumps({"text": line}) + "\n" for line in texts()[space]))
+    settings = TrainSettings(
+        output=str(folder / space),
+        model=ModelSettings(base=str(base)),
+        data=DataSettings(train=str(rows)),
+        adapter=AdapterSettings(method="vera", options={"r": 64, "target_modules": "all-linear"}),
+        training=TrainingSettings(max_steps=60, batch_size=8, learning_rate=0.02),
+        logging=LogSettings(progress="quiet"),
+    )
+    train(settings)
+    return folder / space
+
+
+def alone(base: Path, adapter: Path | None, prompt: str, count: int) -> tuple[str, float]:
+    """(what the adapter, or the base, writes by itself in transformers; its loss on the Zen)."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model = (model if adapter is None else PeftModel.from_pretrained(model, adapter)).eval()
+    ids = tokenizer(prompt, return_tensors="pt")
+    with torch.no_grad():
+        made = model.generate(**ids, do_sample=False, max_new_tokens=count)
+        losses = [
+            model(**(i := tokenizer(line, return_tensors="pt")), labels=i["input_ids"]).loss for line in texts()["ann"]
+        ]
+    text = tokenizer.decode(made[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+    return str(text), float(torch.stack(losses).mean())
+
+
+def test_two_tenants_train_put_and_get_their_own_answers_in_one_mixed_stream(tmp_path: Path) -> None:
+    base = pretrained(tmp_path / "base")
+    folders = {space: trained(base, space, tmp_path) for space in texts()}
+    path, tenants, manager = keys(tmp_path, *folders)
+    prompts = ["Beautiful is", "You may", "Now is better", "Licensor"]
+    wanted = {(space, prompt): alone(base, folders[space], prompt, 12)[0] for space in folders for prompt in prompts}
+    losses = [alone(base, adapter, "a", 1)[1] for adapter in (folders["ann"], None, folders["bob"])]
+    assert losses[0] < 0.95 * losses[1], f"the training has taught ann's adapter her text: {losses}"
+    assert losses[0] < 0.95 * losses[2]
+    assert sum(wanted["ann", prompt] != wanted["bob", prompt] for prompt in prompts) >= 2
+    with process(base, tmp_path / "adapters.db", tmp_path, "--keys", str(path)) as served:
+        for space, folder in folders.items():
+            made = served.put(manager, space, "mine", folder, alias="live")
+            assert made.status_code == 201, made.text
+
+        async def ask(client: Any, prompt: str, stream: bool) -> str:
+            made = await client.completions.create(
+                model="mine/live", prompt=prompt, max_tokens=12, temperature=0, stream=stream
+            )
+            if not stream:
+                return str(made.choices[0].text)
+            return "".join([event.choices[0].text async for event in made])
+
+        async def all_of_them() -> list[str]:
+            clients = {
+                space: openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key=tenants[space], max_retries=0)
+                for space in folders
+            }
+            found = await asyncio.gather(*(ask(clients[space], prompt, stream) for space, prompt, stream in asks))
+            for client in clients.values():
+                await client.close()
+            return list(found)
+
+        asks = [(space, prompt, stream) for stream in (True, False) for prompt in prompts for space in folders] * 2
+        assert asyncio.run(all_of_them()) == [wanted[space, prompt] for space, prompt, _ in asks]
+
+
+# -- its life ----------------------------------------------------------------------------------------
+
+
+def complete(url: str, key: str, model: str, **more: Any) -> httpx2.Response:
+    body = {"model": model, "prompt": PROMPT, "max_tokens": 6, "temperature": 0, **more}
+    return httpx2.post(f"{url}/v1/completions", json=body, headers={"Authorization": f"Bearer {key}"}, timeout=30)
+
+
+def test_what_was_acknowledged_survives_a_kill_and_a_term_ends_it_well(tmp_path: Path) -> None:
+    store = tmp_path / "adapters.db"
+    with process(base_folder(), store, tmp_path) as served:
+        manager = served.document["manager_key"]
+        for seed in (1, 2):
+            assert served.put(manager, "default", f"a{seed}", adapter_folder(seed)).status_code == 201
+        served.process.kill()  # nothing more is written after the answer
+    with process(base_folder(), store, tmp_path, "--set", "drain_seconds=20") as served:
+        for seed in (1, 2):
+            made = complete(served.url, "any", f"a{seed}").json()
+            assert made["choices"][0]["text"] == expected(seed, PROMPT, 6)
+        assert complete(served.url, served.document["manager_key"], "a1").status_code == 403
+        body = {"model": "a1", "prompt": PROMPT, "max_tokens": 50, "ignore_eos": True, "stream": True}
+        with httpx2.stream("POST", f"{served.url}/v1/completions", json=body, timeout=30) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            served.process.send_signal(signal.SIGTERM)
+            rest = [line for line in lines if line]
+        assert rest[-1] == "data: [DONE]"
+        assert "error" not in rest[-2]
+        assert served.process.wait(20) == 0
+        events = [line["event"] for line in served.lines()]
+        assert events[0] == "serving"
+        assert events[-1] == "ended"
+        assert events.count("request") == 4
+    with pytest.raises(httpx2.ConnectError):
+        complete(served.url, "any", "a1")
+
+
+def test_a_port_that_is_in_use_is_told_before_anything_slow(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        told = error("serve", "--model", tmp_path / "no-model", "--store", f"sqlite:///{tmp_path}/a.db", "--port", port)
+    assert f"port {port} on 127.0.0.1 is in use" in told
+    assert "--port 0" in told
+    assert not (tmp_path / "a.db").exists()
+
+
+def test_no_connection_is_taken_before_the_model_is_there() -> None:
+    """A probe is refused at once, and does not hang; who took the port meanwhile is told, too."""
+    from kilotune.errors import ConfigError
+    from kilotune.serve.http.process import listen, run
+    from kilotune.serve.http.settings import ServeSettings
+
+    with listen(ServeSettings(port=0)) as early:
+        port = early.getsockname()[1]
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port), timeout=5)
+        with listen(ServeSettings(port=port)) as quicker:
+            quicker.listen()
+            service: Any = SimpleNamespace(settings=ServeSettings(), close=lambda: None)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("kilotune.serve.http.process.create_app", lambda service: None)
+                with pytest.raises(ConfigError, match=f"port {port} on 127.0.0.1 is in use"):
+                    run(service, early, lambda url: None)
+
+
+@pytest.mark.parametrize(
+    ("more", "part"),
+    [
+        (["--host", "0.0.0.0"], "give --keys"),
+        (["--host", "no.such.host.invalid"], "give --keys"),
+        (["--keys", "none.json"], "there is no file of keys none.json"),
+        (["--set", "max_requests=0"], "max_requests"),
+        (["--set", "form_bytes=1.5"], "form_bytes: expected a whole number of bytes, at least 1, got 1.5"),
+        (["--set", "host_bytes=9000000000", "--task", "sing"], "generate, embed, classify"),  # and nothing of the bytes
+        (["--set", "max_request=5"], "Did you mean 'max_requests'?"),
+        (["--set", "port=5"], "has an option of its own"),
+        (["--task", "sing"], "generate, embed, classify"),
+        (["--model", "no/folder/here"], "no folder here"),
+        (["--store", "mysql://x"], "no store of the kind 'mysql'"),
+    ],
+)
+def test_what_cannot_be_started_is_one_line(tmp_path: Path, more: Sequence[str], part: str) -> None:
+    given = {"--model": str(base_folder()), "--store": f"sqlite:///{tmp_path}/a.db", "--port": "0"}
+    given |= dict(zip(more[::2], more[1::2]))
+    told = error("serve", *[word for pair in given.items() for word in pair])
+    assert part in told
+    assert "host_bytes" not in told
+
+
+def test_keys_on_the_command_line(tmp_path: Path) -> None:
+    path, tenants, _ = keys(tmp_path, "ann")
+    listed = as_json("keys", "ls", path)["keys"]
+    assert [(key["role"], key["namespace"]) for key in listed] == [("tenant", "ann"), ("manager", None)]
+    assert "sha256" not in listed[0]
+    assert as_json("keys", "rm", path, listed[0]["id"])["removed"]["namespace"] == "ann"
+    assert [key["role"] for key in as_json("keys", "ls", path)["keys"]] == ["manager"]
+    assert "one namespace" in error("keys", "add", path)
+    assert tenants["ann"].startswith("kt-")
+
+
+# -- kills, many of them -----------------------------------------------------------------------------
+
+
+@pytest.mark.full
+def test_kills_at_any_moment_lose_nothing_that_was_acknowledged(tmp_path: Path) -> None:
+    """Puts while the process is killed; each that was answered with 201 is there afterwards, and no half one."""
+    store, chance = tmp_path / "adapters.db", random.Random(5)
+    acknowledged: dict[str, int] = {}
+    number = 0
+    for _ in range(6):
+        with process(base_folder(), store, tmp_path) as served:
+            manager, end = served.document["manager_key"], time.monotonic() + chance.uniform(0.05, 1.0)
+            killer = subprocess.Popen(["sh", "-c", f"sleep {end - time.monotonic():.3f}; kill -9 {served.process.pid}"])
+            while served.process.poll() is None:
+                number += 1
+                seed = 1 + number % 4
+                try:
+                    made = served.put(manager, "default", f"n{number}", adapter_folder(seed))
+                except httpx2.HTTPError:
+                    break
+                if made.status_code == 201:
+                    acknowledged[f"n{number}"] = seed
+            killer.wait()
+    assert len(acknowledged) >= 6
+    with open_store(f"sqlite:///{store}") as opened:
+        assert list(opened.verify()) == []
+        names = set(opened.names())
+        assert set(acknowledged) <= names
+        assert len(names - set(acknowledged)) <= 6
+    with process(base_folder(), store, tmp_path) as served:
+        for name, seed in chance.sample(sorted(acknowledged.items()), 6):
+            assert complete(served.url, "any", name).json()["choices"][0]["text"] == expected(seed, PROMPT, 6)
