@@ -43,7 +43,7 @@ import _harness as harness
 import kilotune
 from _harness import Bar, Progress, Rounds
 from _models import Shape, build, twin
-from kilotune.checkpoints.peft_layout import state_of
+from kilotune.checkpoints.writing import state_of
 from kilotune.fleet import open_store
 from kilotune.fleet.store import Contents, Fingerprint
 from kilotune.fleet.store.base import Item

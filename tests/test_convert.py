@@ -22,7 +22,7 @@ from kilotune import (
     VeraConfig,
     get_peft_model,
 )
-from kilotune.checkpoints.peft_layout import WEIGHTS_NAME
+from kilotune.checkpoints.files import WEIGHTS_NAME
 from kilotune.convert import hollow, to_kilotune, to_lora, to_peft, truncate
 from tests.support.cli_helpers import distance, gpt2, llama, logits, shake, tokens
 
@@ -373,7 +373,7 @@ def test_hollow_weights_take_no_memory() -> None:
 
 
 def test_a_failed_conversion_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    from kilotune.checkpoints import peft_layout as checkpoint
+    from kilotune.checkpoints import writing
 
     model = adapted("nested")
     want = copy.deepcopy(model.state_dict())
@@ -381,7 +381,7 @@ def test_a_failed_conversion_leaves_the_model_as_it_was(monkeypatch: pytest.Monk
     def broken(*args: Any) -> None:
         raise UnsupportedError("planted")
 
-    monkeypatch.setattr(checkpoint, "state_of", broken)
+    monkeypatch.setattr(writing, "state_of", broken)
     for convert in (to_lora, to_kilotune):
         with pytest.raises(UnsupportedError, match="planted"):
             convert(model)

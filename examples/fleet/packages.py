@@ -206,12 +206,13 @@ def scores(
 
 def bank_of(model: Any, adapters: dict[str, dict[str, Any]], dtype: torch.dtype) -> AdapterBank:
     """All adapters, in slots of ``dtype``."""
-    from kilotune.checkpoints.peft_layout import parse
+    from kilotune.checkpoints.files import TwoFiles
+    from kilotune.checkpoints.reading import parse
 
     bank = AdapterBank(wrap(model), CONFIG, slots=sum(map(len, adapters.values())), dtype=dtype)
     for held in adapters.values():
         for name, one in held.items():
-            bank.put(name, parse(Path(name), dict(one.config), dict(one.tensors), dict(one.header)))
+            bank.put(name, parse(TwoFiles(Path(name), one.config, one.tensors, one.header)))
     return bank
 
 

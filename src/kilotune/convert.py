@@ -25,7 +25,10 @@ from torch import Tensor, nn
 
 from ._ui.progress import track
 from .candidates import matches_names
-from .checkpoints import peft_layout as checkpoint
+from .checkpoints import writing
+from .checkpoints.files import tensors_checksum, write
+from .checkpoints.peft_layout import PREFIX, config_checksum, header_metadata
+from .checkpoints.reading import AdapterFile
 from .config import SECTION, AdapterConfig
 from .deltas import LowRank, Role
 from .errors import CheckpointError, ConfigError, UnsupportedError, gather
@@ -64,7 +67,7 @@ class Conversion:
 
     def save(self, folder: str | Path) -> None:
         """Write the adapter to ``folder``, atomically."""
-        checkpoint.write(Path(folder), *self.state)
+        write(Path(folder), *self.state)
 
 
 def hollow(model: nn.Module) -> nn.Module:
@@ -277,7 +280,7 @@ def _lora_state(
             own = slots[name].own()
             own["lora_A"].data.copy_(a)
             own["lora_B"].data.copy_(b)
-        return checkpoint.state_of(new)
+        return writing.state_of(new)
 
 
 # -- PEFT's layout ---------------------------------------------------------------------------------
@@ -289,7 +292,7 @@ def to_peft(model: PeftModel, adapter_name: str = "default") -> Conversion:
     config = installed.config
     if isinstance(config, UniLoraConfig) and isinstance(installed.method, UniLora) and config.generator == "portable":
         whole = config.replace(save_indices=True)
-        state = checkpoint.state_of(replace(installed, config=whole, method=UniLora(whole)))
+        state = writing.state_of(replace(installed, config=whole, method=UniLora(whole)))
         return Conversion(state, "unilora with all its indices in the file", {})
     if not isinstance(config, VeraConfig) or config.use_dora:
         same = _same(installed)
@@ -324,7 +327,7 @@ def _in_blocks(installed: Installed, same: Conversion) -> Conversion:
         module, site = layer.base_layer, layer.site(name)
         groups, rank = layer.kind.groups(module), method.rank(site)
         for parameter, value in slots[name].own().items() if groups > 1 else ():
-            key = f"{checkpoint.PREFIX}{name}.{layer.kind.file_key(module, method.keys[parameter])}"
+            key = f"{PREFIX}{name}.{layer.kind.file_key(module, method.keys[parameter])}"
             tensors[key] = layer.kind.to_blocks(module, method.roles[parameter], value.detach().cpu()).contiguous()
         alpha = method.scale(site) * (math.sqrt(groups * rank) if method.config.use_rslora else groups * rank)
         ranks[name], alphas[name] = groups * rank, alpha
@@ -332,10 +335,10 @@ def _in_blocks(installed: Installed, same: Conversion) -> Conversion:
     config["rank_pattern"] = {f"^{re.escape(name)}": rank for name, rank in ranks.items()}
     config["alpha_pattern"] = {f"^{re.escape(name)}": alpha for name, alpha in alphas.items()}
     checksums = (
-        checkpoint.tensors_checksum(tensors),
-        checkpoint.config_checksum(config, installed.config.option_names()),
+        tensors_checksum(tensors),
+        config_checksum(config, installed.config.option_names()),
     )
-    metadata = {**metadata, **checkpoint.header_metadata(*checksums, None)}
+    metadata = {**metadata, **header_metadata(*checksums, None)}
     what = f"lora with grouped convolutions in PEFT's form, at groups times their rank: {', '.join(grouped)}"
     return Conversion((config, tensors, metadata), what, {})
 
@@ -364,10 +367,10 @@ def to_kilotune(model: PeftModel, adapter_name: str = "default") -> Conversion:
         what = f"vera of rank {small.r}, portable matrices from the seed, sharing={small.sharing!r}"
         return Conversion(_reseeded(model, installed, small, vectors), what, {})
     what = f"vera of rank {config.r}; its matrices come from no seed that is known here, so they stay in the file"
-    return Conversion(checkpoint.state_of(installed), what, {})
+    return Conversion(writing.state_of(installed), what, {})
 
 
-def rewrite(file: checkpoint.AdapterFile) -> Conversion:
+def rewrite(file: AdapterFile) -> Conversion:
     """An adapter whose form is the same in PEFT and here, written anew by us, with checksums; needs no base.
 
     Raises:
@@ -381,10 +384,10 @@ def rewrite(file: checkpoint.AdapterFile) -> Conversion:
         )
     if deep := sorted(key for key, value in file.tensors.items() if "lora_A" in key and value.ndim > 2):
         raise UnsupportedError(f"{deep[0]} is of a convolution; give the base, whose groups decide PEFT's form of it")
-    tensors = {f"{checkpoint.PREFIX}{key}": value for key, value in file.tensors.items()}
+    tensors = {f"{PREFIX}{key}": value for key, value in file.tensors.items()}
     config = file.config.to_dict()
-    checksums = checkpoint.tensors_checksum(tensors), checkpoint.config_checksum(config, file.config.option_names())
-    metadata = checkpoint.header_metadata(*checksums, None, file.config.ours())
+    checksums = tensors_checksum(tensors), config_checksum(config, file.config.option_names())
+    metadata = header_metadata(*checksums, None, file.config.ours())
     return Conversion((config, tensors, metadata), _same_text(file.method.name), {})
 
 
@@ -393,7 +396,7 @@ def _same_text(method: str) -> str:
 
 
 def _same(installed: Installed) -> Conversion:
-    state, name = checkpoint.state_of(installed), installed.method.name
+    state, name = writing.state_of(installed), installed.method.name
     ours = SECTION in state[0]
     return Conversion(state, f"{name}: {'only kilotune has a form for it' if ours else SAME_FORM}", {})
 
@@ -401,7 +404,7 @@ def _same(installed: Installed) -> Conversion:
 def _vera_state(installed: Installed, config: VeraConfig) -> State:
     """The files of a VeRA adapter under a config that only says otherwise how it is written."""
     assert isinstance(installed.method, Vera)
-    return checkpoint.state_of(replace(installed, config=config, method=Vera(config, installed.method.stored)))
+    return writing.state_of(replace(installed, config=config, method=Vera(config, installed.method.stored)))
 
 
 def _is_drawn_by_peft(stored: StoredSource, seed: int) -> bool:
@@ -460,4 +463,4 @@ def _reseeded(model: PeftModel, installed: Installed, config: VeraConfig, d: Map
             for key, parameter in slots[name].own().items():
                 changed = d is not None and key == "vera_lambda_d"
                 parameter.data.copy_(d[name] if changed and d is not None else before[name].own()[key].detach())
-        return checkpoint.state_of(new)
+        return writing.state_of(new)

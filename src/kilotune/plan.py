@@ -18,7 +18,9 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor, nn
 
-from .checkpoints import peft_layout as checkpoint
+from .checkpoints.files import REPO_ID
+from .checkpoints.peft_layout import PREFIX, header_metadata
+from .checkpoints.writing import bias_place, in_file_form
 from .config import AdapterConfig
 from .errors import ConfigError, KilotuneError, MissingExtraError, did_you_mean, first_line, without_network
 from .injection.inject import SavedModule, walk
@@ -255,7 +257,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _from_hub(source: str, revision: str | None, head: Head, built_in: Mapping[str, BuiltIn]) -> Base:
     hint = did_you_mean(source, built_in)
-    if not checkpoint.REPO_ID.fullmatch(source):
+    if not REPO_ID.fullmatch(source):
         raise ConfigError(f"{source!r} is no file, folder, built-in model or hub id (owner/name).{hint}")
     transformers = _need_transformers(f"{source!r} is not built in; reading it from the hub")
     try:
@@ -450,17 +452,17 @@ def in_file(adapted: PeftModel) -> InFile:
     some = next(iter(own.values()))
     installed = adapted.installed("default")
     export = stacks.export(some.method, {name: slot.site for name, slot in own.items()}, params, some.shared)
-    tensors = checkpoint.in_file_form(export.tensors, installed, params)
+    tensors = in_file_form(export.tensors, installed, params)
     whole: dict[str, Tensor] = {}
     for name, slot in slots.items():
         if slot.trained_bias is not None:
-            whole[checkpoint.bias_place(name, installed)] = slot.trained_bias
+            whole[bias_place(name, installed)] = slot.trained_bias
     for name, module, _ in walk(adapted.model):
         if isinstance(module, SavedModule):
             twin = next(iter(module.copies.values()))
-            whole.update({f"{checkpoint.PREFIX}{name}.{key}": value for key, value in twin.state_dict().items()})
+            whole.update({f"{PREFIX}{name}.{key}": value for key, value in twin.state_dict().items()})
     projections = None if export.checksum is None else CHECKSUM
-    metadata = checkpoint.header_metadata(CHECKSUM, CHECKSUM, projections, export.header)
+    metadata = header_metadata(CHECKSUM, CHECKSUM, projections, export.header)
     return InFile({**tensors, **whole}, frozenset(whole), metadata)
 
 

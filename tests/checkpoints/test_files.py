@@ -26,8 +26,7 @@ from kilotune import (
     VeraModel,
     get_peft_model,
 )
-from kilotune.checkpoints import files
-from kilotune.checkpoints import peft_layout as checkpoint
+from kilotune.checkpoints import files, writing
 
 X = torch.linspace(-1, 1, 24).view(4, 6)
 FILES = ["adapter_config.json", "adapter_model.safetensors"]
@@ -368,14 +367,14 @@ def test_an_adapter_that_cannot_be_written_out_stops_before_the_first_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = several()
-    real = checkpoint.state_of
+    real = writing.state_of
 
     def broken(installed: Any) -> Any:
         if installed.adapter == "third":
             raise CheckpointError("cannot be exported")
         return real(installed)
 
-    monkeypatch.setattr(checkpoint, "state_of", broken)
+    monkeypatch.setattr(writing, "state_of", broken)
     refusal_leaves_the_disk(tmp_path, lambda: model.save_pretrained(tmp_path / "x"))
 
 

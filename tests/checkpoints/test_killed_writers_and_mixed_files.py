@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 from kilotune import CheckpointError, LoraConfig, PeftModel, VeraConfig, get_peft_model
 from kilotune.checkpoints import files
-from kilotune.checkpoints import peft_layout as checkpoint
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 APART = "adapter_config.json and .* do not belong together"
@@ -270,8 +269,7 @@ def test_files_replaced_while_they_are_read(
     old, new = lora(4), vera()
     known = {"old": old(X), "new": new(X)}
     old.save_pretrained(tmp_path)
-    owner = checkpoint if hasattr(checkpoint, step) else files
-    real = getattr(owner, step)
+    real = getattr(files, step)
 
     def interrupted(*args: Any) -> Any:
         if step == "read_weights":
@@ -280,7 +278,7 @@ def test_files_replaced_while_they_are_read(
         new.save_pretrained(tmp_path)
         return result
 
-    monkeypatch.setattr(owner, step, interrupted)
+    monkeypatch.setattr(files, step, interrupted)
     assert loaded_is_one_of(tmp_path, known) == found
     monkeypatch.undo()
     assert loaded_is_one_of(tmp_path, known) == "new"
@@ -311,11 +309,11 @@ def test_planted_reading_that_opens_the_weights_twice(tmp_path: Path, monkeypatc
         expected = metadata_of(path.parent)["kilotune_sha256"]
         new.save_pretrained(tmp_path)
         tensors = load_file(path)
-        if checkpoint.tensors_checksum(tensors) != expected:
+        if files.tensors_checksum(tensors) != expected:
             raise CheckpointError(f"{path} is damaged")
         return tensors, metadata_of(path.parent)
 
-    monkeypatch.setattr(checkpoint, "read_weights", twice)
+    monkeypatch.setattr(files, "read_weights", twice)
     with pytest.raises(AssertionError, match="a false alarm: .* is damaged"):
         loaded_is_one_of(tmp_path, {"old": old(X), "new": new(X)})
 

@@ -23,7 +23,7 @@ from kilotune import (
     get_config,
     get_peft_model,
 )
-from kilotune.checkpoints import peft_layout as checkpoint
+from kilotune.checkpoints.reading import open_adapter
 from kilotune.convert import rewrite, to_kilotune, to_lora, to_peft
 from kilotune.kinds import kind_of
 
@@ -344,4 +344,4 @@ def test_a_file_of_convolutions_is_not_rewritten_without_the_base(tmp_path: Path
     model = get_peft_model(Words(), LoraConfig(r=4, target_modules=ALL))
     model.save_pretrained(tmp_path)
     with pytest.raises(UnsupportedError, match=r"mix\.lora_A\.weight is of a convolution; give the base"):
-        rewrite(checkpoint.read(tmp_path))
+        rewrite(open_adapter(tmp_path))

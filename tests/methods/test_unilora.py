@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import kilotune
 from kilotune import CheckpointError, ConfigError, LoraConfig, PeftModel, UnsupportedError, get_peft_model
-from kilotune.checkpoints import peft_layout as checkpoint
+from kilotune.checkpoints.reading import open_adapter
 from kilotune.convert import rewrite, to_lora, to_peft
 from kilotune.methods import UniLoraConfig
 
@@ -332,7 +332,7 @@ def test_it_can_be_written_as_a_lora_and_for_peft(tmp_path: Path) -> None:
     assert again.peft_config["default"].generator == "stored"
     assert torch.equal(again(X.float()), y)
     assert torch.equal(model(X.float()), y)
-    file = checkpoint.read(tmp_path / "peft")
+    file = open_adapter(tmp_path / "peft")
     with pytest.raises(UnsupportedError, match="unilora: needs the base's shapes"):  # its vector belongs to no layer
         rewrite(file)
 

@@ -14,8 +14,7 @@ from tests.support.models import Nested, disk, mlp, randomize
 from torch import Tensor, nn
 
 from kilotune import LoraConfig, VeraConfig, get_peft_model
-from kilotune.checkpoints import files
-from kilotune.checkpoints import peft_layout as checkpoint
+from kilotune.checkpoints import files, writing
 from kilotune.injection import tree
 from kilotune.kernels import lowrank
 from kilotune.layers.adapted import AdaptedLayer
@@ -257,17 +256,17 @@ def test_planted_saving_in_16_bits(monkeypatch: Patch) -> None:
 
     monkeypatch.setattr(files, "save_file", rounded)
     monkeypatch.setattr(files, "tensors_checksum", lambda tensors: "")
-    monkeypatch.setattr(checkpoint, "tensors_checksum", lambda tensors: "")
+    monkeypatch.setattr(writing, "tensors_checksum", lambda tensors: "")
     caught(lambda: guards.saved_is_loaded(mlp, LORA, X), "the loaded adapter gives other outputs")
 
 
 def test_planted_write_that_is_not_atomic(monkeypatch: Patch, tmp_path: Path) -> None:
     def in_place(folder: Path, config: Any, tensors: Any, metadata: Any) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / checkpoint.WEIGHTS_NAME).write_bytes(b"half")
+        (folder / files.WEIGHTS_NAME).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "write", in_place)
+    monkeypatch.setattr(writing, "write", in_place)
     model = get_peft_model(mlp(), LORA)
     caught(
         lambda: guards.refusal_leaves_the_disk(tmp_path, lambda: model.save_pretrained(tmp_path / "x")), "half-written"

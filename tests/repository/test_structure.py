@@ -288,6 +288,36 @@ def test_public_names_are_listed_alike(sources: Sources) -> None:
         assert [public for _, public in homes if f"{name}.{public}" in sources] == [], name
 
 
+def named_in_walks(page: str) -> tuple[set[str], set[tuple[str, str]]]:
+    """The files and folders that ARCHITECTURE.md names, and the (file, name in it) pairs."""
+    text = " ".join(page.split())
+    places = set(re.findall(r"`([\w/]+/|[\w/]+\.py)`", text))
+    pairs = {(file, name) for file, name in re.findall(r"`([\w/]+\.py)` `([\w.]+)`", text)}
+    return places, pairs
+
+
+def lost(page: str, package: Path) -> list[str]:
+    """What of it is not in the package, nor in the repository."""
+    places, pairs = named_in_walks(page)
+    files = {place for place in places if not (package / place).exists() and not (ROOT / place).exists()}
+    shared = {place for place in files if "/" not in place and list(package.rglob(place))}
+    names = [
+        f"{file}: {name}"
+        for file, name in sorted(pairs)
+        if (package / file).exists()
+        and not re.search(rf"\b(?:class|def) {name.rpartition('.')[2]}\b", (package / file).read_text(encoding="utf-8"))
+    ]
+    return [*sorted(files - shared), *names]
+
+
+def test_what_the_walks_name_is_there() -> None:
+    page = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    assert len(named_in_walks(page)[1]) > 30
+    assert lost(page, PACKAGE) == []
+    assert lost(page.replace("`parse`", "`no_such_name`"), PACKAGE) == ["checkpoints/reading.py: no_such_name"]
+    assert lost(page.replace("`fleet/joint/losses.py`", "`fleet/losses_gone.py`"), PACKAGE) == ["fleet/losses_gone.py"]
+
+
 # -- sizes and shapes ----------------------------------------------------------------------------------
 
 

@@ -15,24 +15,30 @@ import shutil
 import struct
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, final
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-from ..errors import CheckpointError, MissingExtraError, without_network
+from ..config import FORMAT_VERSION, SECTION
+from ..errors import AdapterError, CheckpointError, MissingExtraError, has_control, without_network
 
 __all__ = [
     "CONFIG_NAME",
     "REPO_ID",
     "WEIGHTS_NAME",
+    "TwoFiles",
+    "check_adapter_name",
     "locate",
     "read_config",
+    "read_files",
     "read_weights",
     "tensors_checksum",
+    "weights_of",
     "within",
     "write",
 ]
@@ -42,6 +48,39 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format
 MAX_CONFIG = 10_000_000
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class TwoFiles:
+    """What an adapter's two files say, in their own words.
+
+    folder: where they are from, for messages. config: the object of adapter_config.json. tensors: under the file's own
+    keys (``base_model.model....``). header: the metadata of adapter_model.safetensors.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+    header: Mapping[str, str]
+
+
+def check_adapter_name(name: object) -> str:
+    """Return ``name`` if it can name an adapter and its folder, else raise AdapterError."""
+    if not isinstance(name, str) or not name:
+        raise AdapterError(f"adapter name: expected a non-empty string, got {name!r}")
+    if "/" in name or "\\" in name or name in (".", ".."):
+        raise AdapterError(f"adapter name {name!r}: must not be a path, because it names a folder; leave out / and \\")
+    if name in (CONFIG_NAME, WEIGHTS_NAME):
+        raise AdapterError(f"adapter name {name!r}: an adapter's files are called so; take another name")
+    if name == "__base__":
+        raise AdapterError(f"adapter name {name!r}: means a row without an adapter (model.route); take another name")
+    size = len(name.encode(errors="replace"))
+    if size > 200 or has_control(name):
+        raise AdapterError(
+            f"adapter name {name!r}: at most 200 bytes in UTF-8 (got {size}), no control characters and no surrogates"
+        )
+    return name
 
 
 def tensors_checksum(tensors: Mapping[str, Tensor]) -> str:
@@ -202,6 +241,31 @@ def _download(
             ) from error
         folder = Path(found).parent
     return folder
+
+
+def read_files(folder: Path) -> TwoFiles:
+    """The two files in ``folder``, each checked by itself.
+
+    Raises:
+        CheckpointError: one is not there, damaged, or leads out of the folder.
+
+    """
+    config = read_config(folder / CONFIG_NAME)
+    tensors, header = read_weights(weights_of(folder, config))
+    return TwoFiles(folder, config, tensors, header)
+
+
+def weights_of(folder: Path, config: Mapping[str, Any]) -> Path:
+    """The file that holds the weights, after our part of the config was checked."""
+    section = config.get(SECTION, {})
+    if not isinstance(section, dict):
+        raise CheckpointError(f"{folder / CONFIG_NAME}: {SECTION!r}: expected an object, got {section!r}")
+    if (version := section.get("format", FORMAT_VERSION)) != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{folder / CONFIG_NAME}: format {version!r}, but this version reads format {FORMAT_VERSION}; "
+            "a newer kilotune is needed"
+        )
+    return within(folder, str(section.get("weights", WEIGHTS_NAME)), f"{CONFIG_NAME}: weights")
 
 
 def within(folder: Path, relative: str, what: str) -> Path:

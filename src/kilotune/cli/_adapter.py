@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ..candidates import inside
-from ..checkpoints.peft_layout import REPO_ID, AdapterFile, locate, match_tensors, read
+from ..checkpoints import reading
+from ..checkpoints.files import REPO_ID
+from ..checkpoints.fitting import match_tensors
+from ..checkpoints.reading import AdapterFile
 from ..errors import CheckpointError, ConfigError, TargetError, gather
 from ..injection.inject import plan as plan_adapter
 from ..injection.targets import HEADS
@@ -24,7 +27,7 @@ def open_adapter(adapter: str, revision: str | None) -> AdapterFile:
     """The adapter's files, from a folder or a hub id, checked."""
     if revision is not None and Path(adapter).exists():
         raise ConfigError(f"--adapter-revision {revision!r}: {adapter!r} is a folder here, so it has no revisions")
-    return read(locate(adapter, revision=revision))
+    return reading.open_adapter(adapter, revision)
 
 
 def base_of(file: AdapterFile, given: str | None, revision: str | None) -> tuple[str, str | None]:

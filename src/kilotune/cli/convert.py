@@ -9,7 +9,7 @@ from typing import Annotated, final
 
 import typer
 
-from ..checkpoints.peft_layout import AdapterFile
+from ..checkpoints.reading import AdapterFile
 from ..convert import Conversion, hollow, rewrite, to_kilotune, to_lora, to_peft
 from ..errors import ConfigError
 from ..methods import VeraConfig

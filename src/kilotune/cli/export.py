@@ -8,7 +8,7 @@ from typing import Annotated, Any, final
 
 import typer
 
-from ..checkpoints.peft_layout import AdapterFile
+from ..checkpoints.reading import AdapterFile
 from ..convert import hollow
 from ..errors import CheckpointError, ConfigError, did_you_mean
 from ..model.parameter_report import readable_bytes

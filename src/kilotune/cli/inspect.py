@@ -10,7 +10,8 @@ import torch
 import typer
 from safetensors import SafetensorError, safe_open
 
-from ..checkpoints.peft_layout import WEIGHTS_NAME, AdapterFile, tensors_checksum
+from ..checkpoints.files import WEIGHTS_NAME, tensors_checksum
+from ..checkpoints.reading import AdapterFile
 from ..errors import CheckpointError, ConfigError
 from ..kinds import KINDS
 from ..methods import Method, make_method
@@ -99,7 +100,7 @@ def _projections(file: AdapterFile, base: Base | None) -> tuple[str, str | None]
     if base is None:
         return NEEDS_BASE, None
     try:
-        PeftModel.from_pretrained(base.model, file.folder)
+        PeftModel.from_pretrained(base.model, file)
     except CheckpointError as error:  # it fits, so only the matrices are left to be wrong
         return MISMATCH, f"projections: {MISMATCH}: {error}"
     return VERIFIED, None

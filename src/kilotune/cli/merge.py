@@ -15,7 +15,7 @@ import torch
 import typer
 from torch import nn
 
-from ..checkpoints.peft_layout import AdapterFile
+from ..checkpoints.reading import AdapterFile
 from ..errors import CheckpointError, ConfigError, did_you_mean, gather
 from ..model.merging import MergePrecisionWarning
 from ..model.parameter_report import count_parameters, readable_bytes

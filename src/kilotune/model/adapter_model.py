@@ -16,8 +16,10 @@ from torch import nn
 
 from .. import storage
 from ..added_modules import Added, base_modules
-from ..checkpoints import peft_layout as checkpoint
-from ..checkpoints import saving
+from ..checkpoints import writing
+from ..checkpoints.files import check_adapter_name
+from ..checkpoints.fitting import match_tensors
+from ..checkpoints.reading import AdapterFile, open_adapter
 from ..config import AdapterConfig
 from ..errors import AdapterError, ConfigError, MergeError, did_you_mean, type_name
 from ..injection import inject
@@ -179,7 +181,7 @@ class AdapterModel(RoutedModel, ABC):
 
     def load_adapter(
         self,
-        model_id: str | os.PathLike[str] | checkpoint.AdapterFile,
+        model_id: str | os.PathLike[str] | AdapterFile,
         adapter_name: str,
         is_trainable: bool = False,
         *,
@@ -199,14 +201,14 @@ class AdapterModel(RoutedModel, ABC):
 
         """
         self._check_new_name(adapter_name)
-        file = checkpoint.obtain(model_id, revision, subfolder, token, cache_dir, local_files_only)
+        file = open_adapter(model_id, revision, subfolder, token, cache_dir, local_files_only)
         if not isinstance(file.config, self.configs):
             raise ConfigError(
                 f"{type(self).__name__} cannot load a {type(file.config).__name__} adapter; use PeftModel"
             )
         config = file.config.replace(inference_mode=not is_trainable)
         made = inject.plan(self.model, adapter_name, config, file.method, strict=False)
-        tensors = checkpoint.match_tensors(file, made, type(self.model).__name__)
+        tensors = match_tensors(file, made, type(self.model).__name__)
         self._install(made, tensors)
         if not is_trainable and any(module.training for module in base_modules(self)):
             self.eval()  # reaches every adapter, so only where it changes something
@@ -410,7 +412,7 @@ class AdapterModel(RoutedModel, ABC):
             raise AdapterError("save_pretrained: there is no adapter to save")
         root = Path(save_directory)
         folders = {name: root if name == DEFAULT else root / name for name in names}
-        saving.save({folder: self._installed[name] for name, folder in folders.items()}, is_main_process)
+        writing.save({folder: self._installed[name] for name, folder in folders.items()}, is_main_process)
 
     # -- checks ----------------------------------------------------------------------------------
 
@@ -425,7 +427,7 @@ class AdapterModel(RoutedModel, ABC):
         return list(dict.fromkeys(self._known(name) for name in listed))  # a name given twice counts once
 
     def _check_new_name(self, name: str) -> None:
-        checkpoint.check_adapter_name(name)
+        check_adapter_name(name)
         if name in self._installed:
             raise AdapterError(f"the adapter name {name!r} is taken; delete_adapter({name!r}) first, or take another")
 

@@ -7,7 +7,7 @@ from typing import ClassVar, final
 
 from torch import nn
 
-from ..checkpoints import peft_layout as checkpoint
+from ..checkpoints.reading import AdapterFile
 from ..config import AdapterConfig
 from ..methods import LoraConfig, VeraConfig
 from .adapter_model import DEFAULT, AdapterModel
@@ -37,7 +37,7 @@ class PeftModel(AdapterModel):
     def from_pretrained(
         cls,
         model: nn.Module,
-        model_id: str | os.PathLike[str] | checkpoint.AdapterFile,
+        model_id: str | os.PathLike[str] | AdapterFile,
         adapter_name: str = DEFAULT,
         is_trainable: bool = False,
         *,

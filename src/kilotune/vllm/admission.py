@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..checkpoints.peft_layout import AdapterFile
+from ..checkpoints.reading import AdapterFile
 from ..errors import CheckpointError, UnsupportedError, did_you_mean, gather
 from ..fleet.store import Fingerprint, Record
 from ..methods.vera import Vera, VeraConfig

@@ -14,7 +14,7 @@ from tests.support.models import Nested, base_bits, randomize, tiny_llama
 from torch import Tensor
 
 from kilotune import AdapterConfig, LoraConfig, PeftModel, VeraConfig, get_config, get_peft_model
-from kilotune.checkpoints.peft_layout import read
+from kilotune.checkpoints.reading import open_adapter
 from kilotune.errors import AdapterError, CheckpointError, ConfigError, ResourceError, UnsupportedError
 from kilotune.fleet import AdapterBank, wrap
 
@@ -59,7 +59,7 @@ def test_rows_of_a_bank_are_what_the_adapters_are_alone(config: AdapterConfig, t
     bank.put("u0", tmp_path)
     bank.put("u1", tensors_of(singles[1]))
     singles[2].save_pretrained(tmp_path / "two")
-    bank.put("u2", read(tmp_path / "two"))
+    bank.put("u2", open_adapter(tmp_path / "two"))
     names = ["u2", None, "u0", "u1", "u2"]
     with torch.no_grad():
         routed = bank.model(x, adapter_names=names)

@@ -24,7 +24,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-from ...checkpoints.peft_layout import AdapterFile, check_adapter_name, locate, read
+from ...checkpoints.files import check_adapter_name
+from ...checkpoints.reading import AdapterFile, open_adapter
 from ...config import AdapterConfig
 from ...errors import AdapterError, ConfigError, ResourceError, did_you_mean
 from ...layers.route import Cohort, RoutedLayer
@@ -207,7 +208,7 @@ class AdapterBank(Source):
             return self.form.row_of_file(adapter, what)
         if isinstance(adapter, Mapping):
             return self.form.row(adapter, what)
-        return self.form.row_of_file(read(locate(adapter)), what)
+        return self.form.row_of_file(open_adapter(adapter), what)
 
     def _place(self, name: str, row: Tensor) -> int:
         """Write a row into a slot that nobody reads, then let the name point to it."""

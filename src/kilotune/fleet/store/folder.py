@@ -18,7 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn, final
 
-from ...checkpoints.peft_layout import CONFIG_NAME, WEIGHTS_NAME
+from ...checkpoints.files import CONFIG_NAME, WEIGHTS_NAME
 from ...errors import AdapterError, CheckpointError, ConfigError, KilotuneError, StoreError, did_you_mean
 from .base import Adapter, AdapterStore, Item, Which
 from .fingerprint import Fingerprint

@@ -5,23 +5,16 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, final
 
 from torch import Tensor
 
-from ...checkpoints.files import read_config, read_weights, tensors_checksum
-from ...checkpoints.peft_layout import (
-    CONFIG_NAME,
-    EXTRA_PREFIX,
-    PREFIX,
-    AdapterFile,
-    locate,
-    parse,
-    state_of,
-    weights_of,
-)
+from ...checkpoints.files import locate, read_files, tensors_checksum
+from ...checkpoints.peft_layout import EXTRA_PREFIX, PREFIX
+from ...checkpoints.reading import AdapterFile
+from ...checkpoints.writing import state_of
 from ...config import SECTION
 from ...errors import AdapterError, CheckpointError, ConfigError, type_name
 from ...kinds import KINDS
@@ -102,7 +95,7 @@ class Preparer:
             known = self._known.get((kind, None if base is None else base.sha256))
         if known is not None:
             return known
-        made = _new_form(Contents(config, contents.tensors, contents.header, base), self.base, packing)
+        made = _new_form(replace(contents, config=config), self.base, packing)
         with self._lock:
             if len(self._known) >= CACHED:
                 self._known.clear()
@@ -135,9 +128,8 @@ def contents_of(adapter: object, adapter_name: str | None = None) -> Contents:
 
 def folder_contents(folder: Path) -> Contents:
     """PEFT's two files, with the checksums in them held against the numbers."""
-    config = read_config(folder / CONFIG_NAME)
-    tensors, header = read_weights(weights_of(folder, config))
-    return Contents(config, tensors, header)
+    files = read_files(folder)
+    return Contents(files.config, files.tensors, files.header)
 
 
 def _of_model(model: AdapterModel, adapter_name: str | None) -> Contents:
@@ -158,7 +150,7 @@ def _without_weights(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _new_form(contents: Contents, base: Fingerprint | None, packing: str) -> tuple[Form, tuple[str, ...]]:
-    file = parse(Path("the adapter"), contents.config, contents.tensors, contents.header)
+    file = contents.file
     shared = tuple(key for key in contents.tensors if is_common(key, file.method))
     own = {key: value for key, value in contents.tensors.items() if key not in shared}
     layout = Layout.of(own, packing, _saved_whole(file, own))

@@ -19,8 +19,8 @@ from typing import Any, final
 
 from torch import Tensor
 
-from ...checkpoints.files import tensors_checksum, write
-from ...checkpoints.peft_layout import AdapterFile, parse
+from ...checkpoints.files import TwoFiles, tensors_checksum, write
+from ...checkpoints.reading import AdapterFile, parse
 from ...errors import CheckpointError
 from ...injection.targets import HEADS
 from .fingerprint import Fingerprint
@@ -39,16 +39,28 @@ def canonical(value: Any) -> str:
 @final
 @dataclass(frozen=True, eq=False)
 class Contents:
-    """An adapter as its two files have it, wherever it came from.
+    """An adapter on its way into a store: what its two files say, wherever it came from.
 
     config: the object of adapter_config.json. tensors: under the file's own keys (``base_model.model....``).
     header: the metadata of adapter_model.safetensors. base: the model that it was trained on, where that is known.
+    where: what errors call it.
     """
 
     config: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
     header: Mapping[str, str]
     base: Fingerprint | None = None
+    where: Path = Path("the adapter")
+
+    @cached_property
+    def file(self) -> AdapterFile:
+        """The adapter in them, checked; made once, however often it is asked for.
+
+        Raises:
+            CheckpointError, ConfigError: they are no adapter.
+
+        """
+        return parse(TwoFiles(self.where, self.config, self.tensors, self.header))
 
 
 @final
@@ -168,7 +180,7 @@ class Record:
         """
         tensors = self.tensors()
         where = Path(f"{self.info.name} (version {self.info.version})")
-        return parse(where, self.config, tensors, self.header(tensors))
+        return parse(TwoFiles(where, self.config, tensors, self.header(tensors)))
 
     def save(self, folder: str | Path) -> None:
         """Write PEFT's two files into ``folder``, whole or not at all."""

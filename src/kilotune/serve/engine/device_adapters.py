@@ -25,7 +25,8 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from ...checkpoints.peft_layout import AdapterFile, match_tensors
+from ...checkpoints.fitting import match_tensors
+from ...checkpoints.reading import AdapterFile
 from ...config import AdapterConfig
 from ...errors import AdapterError, CheckpointError, ConfigError, ResourceError, UnsupportedError, gather
 from ...fleet.bank.adapter_bank import AdapterBank, Resident

@@ -13,13 +13,13 @@ import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, final
 
 import torch
 from torch import nn
 
-from ...checkpoints.peft_layout import parse
 from ...errors import AdapterError, CheckpointError, ConfigError, StoreError, StoreFullError, did_you_mean
 from ...fleet.joint.wrapping import wrap
 from ...fleet.store import AdapterStore, Fingerprint, Version, open_store
@@ -221,12 +221,11 @@ class AdapterRegistry:
             AdapterError: a name that cannot be one. ResourceError: no room for another form now. StoreError: the store.
 
         """
-        contents = contents_of(adapter)
+        contents = replace(contents_of(adapter), where=Path(name))
         what = f"adapter {check_name(name)!r}"
         if contents.base is not None:
             self.fingerprint.check(contents.base, what, _saved(contents.config))
-        file = parse(Path(name), contents.config, contents.tensors, contents.header)
-        self.residents.check(file, what)
+        self.residents.check(contents.file, what)
         version = self._ask(
             namespace, lambda store: store.put(name, contents, metadata=metadata, tags=tags, alias=alias)
         )

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, File, Form, Query, Request, UploadFile
 from fastapi.responses import JSONResponse, Response
 
-from ...checkpoints.peft_layout import CONFIG_NAME, WEIGHTS_NAME
+from ...checkpoints.files import CONFIG_NAME, WEIGHTS_NAME
 from ...errors import AdapterError, ConfigError
 from ...fleet.store import Version
 from ...fleet.store.base import Which

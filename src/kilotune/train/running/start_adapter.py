@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ...checkpoints.peft_layout import locate, read
+from ...checkpoints.reading import open_adapter
 from ...errors import CheckpointError, ConfigError, KilotuneError
 from ...methods import PRESETS, method_of
 from ...model.peft_model import PeftModel
@@ -24,18 +24,17 @@ def start_from(loaded: Loaded, settings: TrainSettings) -> tuple[PeftModel, tupl
 
     """
     start, base = str(settings.adapter.start), settings.model.base
-    folder = locate(start)
-    file = read(folder)
+    file = open_adapter(start)
     method = method_of(file.config).name
     if method != PRESETS.get(settings.adapter.method, (settings.adapter.method, {}))[0]:
         raise ConfigError(f"adapter.method is {settings.adapter.method!r}, and the adapter in {start!r} is {method!r}")
     named = file.config.base_model_name_or_path
     trained = f"adapter.start: {start!r} was trained on {named!r}, and model.base is {base!r}"
-    before = checkpoints.base_of_run(folder, settings.model.to_dict())
+    before = checkpoints.base_of_run(file.folder, settings.model.to_dict())
     if before is not None and before != checkpoints.base_digest(loaded.model, loaded.fresh):
         raise CheckpointError(f"{trained}: its weights are others")
     try:
-        model = PeftModel.from_pretrained(loaded.model, folder, is_trainable=True)
+        model = PeftModel.from_pretrained(loaded.model, file, is_trainable=True)
     except KilotuneError as error:
         lines = [line.strip(" -") for line in str(error).splitlines()]
         more = f" (and {len(lines) - 2} more)" if len(lines) > 2 else ""

@@ -1,0 +1,156 @@
+"""An adapter's file held against a model: every tensor in its place, or one error with all that does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from ..deltas import Role
+from ..errors import CheckpointError, gather
+from ..injection.inject import Plan, part_of
+from ..kinds import LayerKind
+from ..layers.adapted_parameters import file_names
+from ..layers.slot import BIAS
+from ..storage import Storage
+from ..storage.sharded import whole_parts
+from .peft_layout import bias_key, bias_name_in_file
+from .reading import AdapterFile
+
+__all__ = ["Wanted", "match_tensors", "wanted_of"]
+
+# PEFT with bias="all" also writes these copies of a bias that it saves under the module's own key.
+REDUNDANT = (".modules_to_save.", ".original_module.")
+
+Wanted = Mapping[str, tuple[str, tuple[int, ...]]]
+"""The file's key -> (``<layer>.<parameter>``, the shape in the file)."""
+
+
+def match_tensors(file: AdapterFile, made: Plan, base_name: str, of_layers: Wanted | None = None) -> dict[str, Tensor]:
+    """The file's tensors as :func:`..injection.inject.apply` wants them, or one error with all that does not fit.
+
+    of_layers: what :func:`wanted_of` says of ``made``, from who reads many adapters of one plan.
+    """
+    wanted = dict(wanted_of(made) if of_layers is None else of_layers)
+    for name, module in made.saved.items():
+        wanted.update({f"{name}.{k}": (f"{name}.{k}", tuple(v.shape)) for k, v in module.state_dict().items()})
+    given = {k: v for k, v in file.tensors.items() if not (_redundant(k, made) or _repeats(k, file, made))}
+    bases = {key: weight for key in given if (weight := _base_weight(key, made)) is not None}
+    tables = {key: _is_base_weight(given[key], weight) for key, weight in bases.items()}
+    given = {key: value for key, value in given.items() if key not in tables}
+    exact = _exact_buffers(made)
+    faults = [f"missing: {key} {shape}" for key, (_, shape) in wanted.items() if key not in given]
+    faults += [f"unexpected: {key} {tuple(value.shape)}" for key, value in given.items() if key not in wanted]
+    faults += [f"{key}: the file has another base weight than this model" for key, same in tables.items() if not same]
+    faults += [
+        f"shape of {key}: the model expects {wanted[key][1]}, the file has {tuple(value.shape)}"
+        for key, value in given.items()
+        if key in wanted and tuple(value.shape) not in (wanted[key][1], _peft_shape(made, wanted[key][0]))
+    ]
+    faults += [
+        f"type of {key}: expected a floating-point tensor, the file has {value.dtype}"
+        for key, value in given.items()
+        if key in wanted and key not in exact and not value.is_floating_point()
+    ]
+    if faults:
+        base = file.config.base_model_name_or_path
+        trained = f"; it was trained on {base!r}" if base else ""
+        raise CheckpointError(
+            gather(f"the adapter in {file.folder} does not fit this {base_name}{trained}:", faults, len(faults))
+        )
+    found = {target: _from_file(made, target, given[key]) for key, (target, _) in wanted.items()}
+    if file.doubled:
+        for target, (name, key) in {target: _split(target) for target in found}.items():
+            if part_of(name, made.layers) and made.method.roles.get(key) is Role.SECOND:
+                found[target] = 2 * found[target]
+    return found
+
+
+def _split(target: str) -> tuple[str, str]:
+    name, _, key = target.rpartition(".")
+    return name, key
+
+
+def wanted_of(made: Plan) -> Wanted:
+    """All that the layers of a plan need of a file."""
+    wanted: dict[str, tuple[str, tuple[int, ...]]] = {}
+    everything = {**made.bias_only, **made.layers}
+    names = file_names({name: (cast(LayerKind, c.kind), c.module) for name, c in everything.items()}, made.config)
+    for name, shapes in made.shapes.items():
+        candidate = made.layers.get(name) or made.bias_only[name]
+        kind, storage = cast(LayerKind, candidate.kind), cast(Storage, candidate.storage)
+        for key, shape in shapes.items():
+            if key == BIAS:
+                own = bias_key(made.method if name in made.layers else None, storage)
+                wanted[f"{bias_name_in_file(name, kind, names)}.{own}"] = (f"{name}.{key}", shape)
+            elif key not in made.method.rebuilt:
+                own = made.method.keys[key]
+                role = made.method.roles.get(key, Role.OTHER)
+                formed = kind.to_file(candidate.module, role, torch.empty(shape, device="meta"))
+                place = f"{names[name]}.{kind.file_key(candidate.module, own)}"
+                wanted[place] = (f"{name}.{key}", tuple(formed.shape))
+    return wanted
+
+
+def _from_file(made: Plan, target: str, tensor: Tensor) -> Tensor:
+    name, _, key = target.rpartition(".")
+    if name not in made.layers or key == BIAS:
+        return tensor
+    candidate = made.layers[name]
+    role = made.method.roles.get(key, Role.OTHER)
+    kind = cast(LayerKind, candidate.kind)
+    if tuple(tensor.shape) == _peft_shape(made, target):
+        try:
+            return kind.from_blocks(candidate.module, role, tensor)
+        except CheckpointError as error:
+            raise CheckpointError(f"{target}: {error}") from None
+    return kind.from_file(candidate.module, role, tensor).reshape(made.shapes[name][key])
+
+
+def _peft_shape(made: Plan, target: str) -> tuple[int, ...] | None:
+    """The shape that PEFT gives a tensor for which this layer has another form as well."""
+    name, _, key = target.rpartition(".")
+    if name not in made.layers or key == BIAS:
+        return None
+    candidate, role = made.layers[name], made.method.roles.get(key, Role.OTHER)
+    return cast(LayerKind, candidate.kind).peft_shape(candidate.module, role, made.shapes[name][key])
+
+
+def _base_weight(key: str, made: Plan) -> Tensor | None:
+    """The base's weight that ``key`` names: PEFT writes an embedding's beside an adapter on "embed_tokens"."""
+    name, _, last = key.rpartition(".base_layer.")
+    candidate = made.layers.get(name)
+    if candidate is None or candidate.storage is None or last != candidate.storage.weight_name:
+        return None
+    return candidate.storage.read(candidate.module, whole_parts(candidate.storage.keep(candidate.module))).detach()
+
+
+def _is_base_weight(value: Tensor, weight: Tensor) -> bool:
+    if weight.shape != value.shape or weight.device.type == "meta":
+        return weight.shape == value.shape
+    return torch.equal(weight.cpu().to(value.dtype), value)
+
+
+def _exact_buffers(made: Plan) -> set[str]:
+    """What modules saved whole keep in other than floats, such as the number of batches that a norm has seen."""
+    return {
+        f"{name}.{key}"
+        for name, module in made.saved.items()
+        for key, value in module.state_dict().items()
+        if not value.is_floating_point()
+    }
+
+
+def _redundant(key: str, made: Plan) -> bool:
+    return any(key.startswith(f"{name}{part}") for name in made.saved for part in REDUNDANT)
+
+
+def _repeats(key: str, file: AdapterFile, made: Plan) -> bool:
+    """Whether ``key`` is a tied bias that the file holds under its layer's name as well, with equal values."""
+    module, _, last = key.rpartition(".")
+    if last != BIAS or module not in made.tied:
+        return False
+    others = [file.tensors.get(f"{made.tied[module]}.{end}") for end in (BIAS, f"base_layer.{BIAS}")]
+    return any(other is not None and torch.equal(other, file.tensors[key]) for other in others)

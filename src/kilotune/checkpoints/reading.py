@@ -1,0 +1,123 @@
+"""Reading an adapter, the one way in: :func:`open_adapter`. What a model is, nobody here knows.
+
+::
+
+    open_adapter
+      files.locate        a folder or a hub id -> its folder
+      files.read_files    the two files, each checked by itself: TwoFiles
+      parse               PEFT's layout -> config, method, and tensors by layer: AdapterFile
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+from torch import Tensor
+
+from ..config import SECTION, AdapterConfig
+from ..errors import CheckpointError, ConfigError, gather
+from ..methods import Method, load_method, method_of_file
+from .files import CONFIG_NAME, TwoFiles, locate, read_files, weights_of
+from .peft_layout import EXTRA_PREFIX, PREFIX, config_checksum, header_options
+
+__all__ = ["AdapterFile", "open_adapter", "parse"]
+
+DOUBLES_UP_TO = (0, 21, 2)  # the last PEFT for which that is known
+
+
+@final
+@dataclass(frozen=True)
+class AdapterFile:
+    """An adapter as it was read, not yet held against a model.
+
+    files: what its two files say. tensors: PEFT's keys without prefix (``fc1.vera_lambda_b``); extra: those that belong
+    to no layer. section: our part of the config. doubled: see :func:`_doubled`.
+    """
+
+    files: TwoFiles
+    config: AdapterConfig
+    method: Method[Any]
+    tensors: dict[str, Tensor]
+    extra: dict[str, Tensor]
+    section: dict[str, Any]
+    doubled: bool
+
+    @property
+    def folder(self) -> Path:
+        """Where it was read from, for messages."""
+        return self.files.folder
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """The header's of the weights."""
+        return self.files.header
+
+
+def open_adapter(
+    source: str | os.PathLike[str] | AdapterFile,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    token: str | None = None,
+    cache_dir: str | None = None,
+    local_files_only: bool = False,
+) -> AdapterFile:
+    """The adapter in a folder or under a hub id (see :func:`locate`); ``source`` itself where it was read already."""
+    options = {"revision": revision, "subfolder": subfolder, "token": token, "cache_dir": cache_dir}
+    if not isinstance(source, AdapterFile):
+        return parse(read_files(locate(source, **options, local_files_only=local_files_only)))
+    if given := [name for name, value in options.items() if value is not None]:
+        raise ConfigError(f"{', '.join(given)}: for a folder or a hub id only; {source.folder} has been read already")
+    return source
+
+
+def parse(files: TwoFiles) -> AdapterFile:
+    """The adapter that two files hold, checked as far as can be without a model.
+
+    Raises:
+        CheckpointError, ConfigError: they are no adapter, or do not belong together.
+
+    """
+    folder, whole, tensors, metadata = files.folder, files.config, files.tensors, files.header
+    values, weights = dict(whole), weights_of(folder, whole)
+    section = values.pop(SECTION, {})
+    ours = {key: value for key, value in section.items() if key not in ("format", "weights")}
+    ours.update(header_options(weights, metadata))
+    try:
+        method_cls = method_of_file(str(values.get("peft_type")))
+        config = method_cls.config_cls.from_file(values, ours)
+    except ConfigError as error:
+        raise ConfigError(f"{folder / CONFIG_NAME}: {error}") from error
+    expected = metadata.get("kilotune_config_sha256")
+    if expected not in (None, config_checksum(whole, config.option_names())):
+        raise CheckpointError(
+            f"{folder}: {CONFIG_NAME} and {weights.name} do not belong together: one of them was changed, or writing "
+            "them was cut off between the two; save the adapter again"
+        )
+    layered = {k.removeprefix(PREFIX): v for k, v in tensors.items() if k.startswith(PREFIX)}
+    rest = {k: v for k, v in tensors.items() if not k.startswith(PREFIX)}
+    strange = sorted(k for k in rest if not k.startswith(EXTRA_PREFIX))
+    if strange:
+        raise CheckpointError(gather(f"{weights}: keys that do not begin with {EXTRA_PREFIX!r}:", strange))
+    extra = {k.removeprefix(EXTRA_PREFIX): v for k, v in rest.items()}
+    if exact := sorted(k for k, v in rest.items() if not v.is_floating_point()):
+        raise CheckpointError(gather(f"{weights}: expected floating-point tensors:", exact))
+    brought = {k: layered.pop(k) for k in list(layered) if k.rpartition(".")[2] in method_cls.file_only}
+    extra.update(brought)
+    method = load_method(config, extra, metadata.get("kilotune_projections_sha256"))
+    doubled = _doubled(whole, metadata)
+    return AdapterFile(files, method.config, method, layered, extra, section, doubled)
+
+
+def _doubled(config: Mapping[str, Any], metadata: Mapping[str, str]) -> bool:
+    """Whether a PEFT wrote the file that adds the change of an attention's out_proj twice (huggingface/peft#3774).
+
+    With twice the second factor the adapter does here what it did where it was trained.
+    """
+    numbers = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", str(config.get("peft_version", "")))
+    version = tuple(int(number or 0) for number in numbers.groups()) if numbers else (0, 0, 0)
+    return "kilotune_format" not in metadata and version <= DOUBLES_UP_TO

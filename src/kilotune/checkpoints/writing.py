@@ -1,0 +1,159 @@
+"""Adapters of a model to disk: what an adapter is in PEFT's layout, and its two files written, whole or not at all."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from ..candidates import matches_names
+from ..config import ALL_LINEAR, FORMAT_VERSION, SECTION, AdapterConfig
+from ..deltas import Role
+from ..injection.inject import Installed, part_of
+from ..layers import stacked_sites as stacks
+from ..layers.adapted_parameters import file_names
+from ..storage.sharded import gathered, is_sharded
+from .files import tensors_checksum, write
+from .peft_layout import (
+    NOT_FOR_PEFT,
+    OUT_PROJ_ALONE,
+    PREFIX,
+    SELECTION,
+    bias_key,
+    bias_name_in_file,
+    config_checksum,
+    full_key,
+    header_metadata,
+)
+
+__all__ = ["bias_place", "in_file_form", "save", "state_of"]
+
+
+def save(
+    adapters: Mapping[Path, Installed], is_main_process: bool = True, values: Mapping[int, Tensor] | None = None
+) -> None:
+    """Write adapters, each into its folder.
+
+    Args:
+        adapters: by folder.
+        is_main_process: False writes nothing, and only takes part in gathering what is sharded.
+        values: of parameters that are gathered already, by ``id`` (see :func:`kilotune.storage.sharded.gathered`).
+
+    """
+    modules = [module for installed in adapters.values() for module in installed.modules()]
+    if not (is_main_process or any(is_sharded(p) for module in modules for p in module.parameters(recurse=False))):
+        return
+    with gathered(modules, values):
+        states = {folder: state_of(installed) for folder, installed in adapters.items()}  # all, before any is written
+    for folder, state in states.items() if is_main_process else ():
+        write(folder, *state)
+
+
+def state_of(installed: Installed) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
+    """(adapter_config.json, tensors under PEFT's keys, header metadata) of an adapter in a model."""
+    sites = {name: layer.site(name) for name, layer in installed.layers.items()}
+    slots = installed.slots()
+    params = {name: slot.own() for name, slot in slots.items() if slot.method is not None}
+    export = stacks.export(installed.method, sites, params, installed.shared)
+    tensors = in_file_form(export.tensors, installed, params)
+    for name, slot in slots.items():
+        if slot.trained_bias is not None:
+            tensors[bias_place(name, installed)] = slot.trained_bias
+    for name, saved in installed.saved.items():
+        twin = saved.copies[installed.key]
+        tensors.update({f"{PREFIX}{name}.{key}": value for key, value in twin.state_dict().items()})
+    # A clone each: views and tied tensors cannot be written, and what is written must not change meanwhile.
+    tensors = {key: value.detach().cpu().clone().contiguous() for key, value in sorted(tensors.items())}
+    config = {**installed.config.to_dict(), **export.config}
+    config["fan_in_fan_out"] = any(layer.kind.stores_in_out for layer in installed.layers.values())
+    section = _with_parameters(export.section, installed.config, config)
+    if section is None and any(_never_called(name, installed) for name in params):
+        section = {"target_modules": config["target_modules"]}
+        config["target_modules"] = [OUT_PROJ_ALONE]
+    if section is not None:
+        config[SECTION] = {"format": FORMAT_VERSION, **section}
+    elif SELECTION & set(installed.config.ours()) or _taken_otherwise(installed, list(params)):
+        # PEFT lacks the key for this method, or would take others: name the layers themselves.
+        own = [name for name in params if not part_of(name, installed.layers)]  # it adds the parts by itself
+        exact = "|".join(re.escape(name) for name in own)  # a list would match the ends of other names too
+        config["target_modules"] = exact
+        config.update((key, None) for key in ("layers_to_transform", "layers_pattern") if key in config)
+        if any(layer.kind.with_it for layer in installed.layers.values()) and "exclude_modules" in (
+            ours := installed.config.ours()
+        ):  # the parts of an attention come with it, so leaving one out must stay said
+            config[SECTION] = {"format": FORMAT_VERSION, "exclude_modules": ours["exclude_modules"]}
+    checksums = tensors_checksum(tensors), config_checksum(config, installed.config.option_names())
+    return config, tensors, header_metadata(*checksums, export.checksum, export.header)
+
+
+def in_file_form(
+    tensors: Mapping[str, Tensor], installed: Installed, params: Mapping[str, Mapping[str, Tensor]]
+) -> dict[str, Tensor]:
+    """The tensors under the keys, and in the shapes, that PEFT has for each kind of layer."""
+    result = {full_key(key, params): value for key, value in tensors.items()}
+    formed: dict[str, Tensor] = {}
+    names = _names_in_file(installed)
+    for name, own in params.items():
+        layer, method = installed.layers[name], installed.method
+        for parameter in own:
+            key = method.keys[parameter]
+            if (value := result.pop(f"{PREFIX}{name}.{key}", None)) is not None:
+                role = method.roles.get(parameter, Role.OTHER)
+                place = f"{PREFIX}{names[name]}.{layer.kind.file_key(layer.base_layer, key)}"
+                formed[place] = layer.kind.to_file(layer.base_layer, role, value)
+    return {**result, **formed}
+
+
+def _names_in_file(installed: Installed) -> dict[str, str]:
+    layers = {name: (layer.kind, layer.base_layer) for name, layer in installed.layers.items()}
+    return file_names(layers, installed.config)
+
+
+def bias_place(name: str, installed: Installed) -> str:
+    """The key in the file of the bias that is trained in layer ``name``."""
+    layer, slot = installed.layers[name], installed.slots()[name]
+    key = bias_key(slot.method, layer.storage)
+    return f"{PREFIX}{bias_name_in_file(name, layer.kind, _names_in_file(installed))}.{key}"
+
+
+def _with_parameters(
+    section: dict[str, Any] | None, config: AdapterConfig, values: dict[str, Any]
+) -> dict[str, Any] | None:
+    """Our section, with the target parameters of a method for which PEFT has no such option.
+
+    PEFT would leave them out without a word: it gets targets that match nothing, so that it refuses the file.
+    """
+    ours = config.ours()
+    if not config.target_parameters or "target_parameters" not in ours:
+        return section
+    if section is None:
+        section = {"target_modules": values["target_modules"]}
+        values["target_modules"] = [NOT_FOR_PEFT]
+    return {**section, **{key: ours[key] for key in ("exclude_modules", "target_parameters") if key in ours}}
+
+
+def _never_called(name: str, installed: Installed) -> bool:
+    layer = installed.layers[name].base_layer
+    return isinstance(layer, NonDynamicallyQuantizableLinear) and not part_of(name, installed.layers)
+
+
+def _taken_otherwise(installed: Installed, layers: Sequence[str]) -> bool:
+    """Whether PEFT would take other layers: other blocks, or an attention's out_proj by its name and the attention."""
+    config = installed.config
+    parts = [name for name in layers if part_of(name, installed.layers)]
+    named = config.target_modules == ALL_LINEAR or any(matches_names(config.target_modules, name) for name in parts)
+    return bool(parts and named) or _blocks_differ(config, layers)
+
+
+def _blocks_differ(config: AdapterConfig, layers: Sequence[str]) -> bool:
+    """Whether PEFT reads layers_to_transform otherwise: not for whole names in the list, nor for blocks at the root."""
+    blocks = config.block_indices
+    if blocks is None:
+        return False
+    seen = [re.match(r".*?\.[^.]*\.(\d+)\.", name) for name in layers]
+    at_root = config.layers_pattern is None and any(m is None or int(m.group(1)) not in blocks for m in seen)
+    return at_root or any(re.search(r"(^|\.)\d+\.", target) for target in config.target_modules or ())
