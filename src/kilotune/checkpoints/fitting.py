@@ -29,7 +29,7 @@ Wanted = Mapping[str, tuple[str, tuple[int, ...]]]
 
 
 def match_tensors(file: AdapterFile, made: Plan, base_name: str, of_layers: Wanted | None = None) -> dict[str, Tensor]:
-    """The file's tensors as :func:`..injection.inject.apply` wants them, or one error with all that does not fit.
+    """The file's tensors as ``inject.apply`` wants them, or one error with all that does not fit.
 
     of_layers: what :func:`wanted_of` says of ``made``, from who reads many adapters of one plan.
     """

@@ -1,7 +1,7 @@
 """``model.route(names)``: which adapter each row of a batch goes to.
 
 Names are looked up among the adapters in the model and in the sources that are attached to it (the banks of
-``kilotune.fleet``). How a layer then runs is :mod:`.routing`'s.
+``kilotune.fleet``). How a layer then runs is said in layers/routing.py.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SEQUENCE_FIRST = frozenset({"xlnet"})
 
 @final
 class Group(NamedTuple):
-    """Adapters that can run as one. make: gives their cohort, from the rows and the index of :class:`.Cohort`."""
+    """Adapters that can run as one. make: gives their cohort, from the rows and the index of a Cohort."""
 
     names: tuple[str, ...]
     make: Callable[[Tensor, Tensor], Cohort]

@@ -6,8 +6,8 @@
                   next rows of each | one batch, one forward | each one's own loss, clipping, AdamW | evaluation
               ──► ended: adapter to the sink, report, next user
 
-Only the rows' numbers differ between users, so the base runs once for all of them (routing.py), and a member's gradient
-is its row of the gradient of the sum of all losses: no member's loss depends on another's numbers.
+Only the rows' numbers differ between users, so the base runs once for all of them (layers/routing.py), and a member's
+gradient is its row of the gradient of the sum of all losses: no member's loss depends on another's numbers.
 
 The base runs in eval mode: its own dropout is off. Dropout on an adapter's input draws from streams of the user's own.
 """

@@ -73,7 +73,12 @@ KNOWN = {
     "/v1/classify": sorted(ClassifyBody.model_fields),
 }
 MAX_PAGE = 1000
-QUIET: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}  # front.py does
+QUIET: TelemetryConfig = {
+    "tracing": False,
+    "metrics": False,
+    "logs": False,
+    "auto_configure": False,
+}  # middleware.py does
 
 
 def create_app(service: Service) -> ASGIApp:

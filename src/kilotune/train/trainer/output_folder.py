@@ -8,7 +8,7 @@
       result.json                                        the numbers, written last
       checkpoints/run.json                               what the run began with: held against it before a resume
       checkpoints/checkpoint-120/                        adapter, optimizer, schedule, RNG, data position
-      logs/, plots/, report.html                         see history.py and report.py
+      logs/, plots/, report.html                         see running/history.py, results/report.py
 
 transformers writes ``trainer_state.json`` last, so a checkpoint in which that can be read is whole; others are what a
 kill or a full disk left, and are passed over.
