@@ -16,7 +16,7 @@ from .running.progress import progress_for
 from .running.session import Session, check_splits, set_seed
 from .settings.sections import AdapterSettings, LogSettings, ModelSettings, TrainingSettings, TrainSettings
 from .tasks import Prepared
-from .trainer import output_folder as checkpoints
+from .trainer import output_folder
 from .trainer.from_settings import best_by
 
 __all__ = ["fit_module"]
@@ -83,11 +83,11 @@ def fit_module(
         training=TrainingSettings(best_metric=best_metric, **training),
         logging=LogSettings(progress=progress, report=False),
     )
-    checkpoints.refuse_overwriting(Path(output), {}, resume=resume, force=False)
+    output_folder.refuse_overwriting(Path(output), {}, resume=resume, force=False)
     prepared = _prepared(train, validation, test, metrics, collate)
     check_splits(settings, prepared)
     set_seed(settings.training.seed)
-    start = checkpoints.fingerprint(module, train, 0)
+    start = output_folder.fingerprint(module, train, 0)
     model = adapt(Loaded(module), settings, None)
     session = Session(settings, model, None, prepared, None, loss=loss, start=start)
     shown = progress_for(progress, better=best_by(settings, prepared))

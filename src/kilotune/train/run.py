@@ -35,7 +35,7 @@ from .running.session import Session, open_session
 from .running.watching import SPEEDS, Listener, watching, without_own_output
 from .settings.config_file import settings_text
 from .settings.sections import SPLITS, TrainSettings
-from .trainer import output_folder as checkpoints
+from .trainer import output_folder
 from .trainer.failures import advise_on_memory, knobs_of, told_of_disk, told_to_go_on
 from .trainer.from_settings import best_by, generating, make_trainer, quiet
 from .trainer.output_folder import CHECKPOINTS, LOGS, SETTINGS_NAME
@@ -75,9 +75,9 @@ def train(
     _check_processes(settings)
     require_for(settings.logging)
     if is_main():
-        checkpoints.refuse_overwriting(folder, _sources(settings), resume=resume, force=force)
+        output_folder.refuse_overwriting(folder, _sources(settings), resume=resume, force=force)
         if resume:
-            checkpoints.check_same_run(folder, settings)  # before minutes of loading
+            output_folder.check_same_run(folder, settings)  # before minutes of loading
     session = open_session(settings)
     plan = plan_run(session, knobs_of(settings)) if is_main() else None
     if plan is not None and (show is not None or dry_run or settings.logging.progress != "quiet"):
@@ -85,7 +85,7 @@ def train(
     if dry_run:
         return None
     if force and is_main():
-        checkpoints.clear(folder)
+        output_folder.clear(folder)
     shown = progress_for(settings.logging.progress, better=best_by(settings, session.prepared))
     return fit(session, resume, listeners=[shown, *listeners], plan=plan)
 
@@ -152,13 +152,13 @@ def fit(
     from_checkpoint = _begin(session, resume)
     if settings.training.shard:
         _shard(session)
-    state = None if from_checkpoint is None else checkpoints.state_of(from_checkpoint)
+    state = None if from_checkpoint is None else output_folder.state_of(from_checkpoint)
     step = None if state is None else int(state["global_step"])
     history = History(folder / LOGS, resume_step=step if resume else None, csv=settings.logging.csv)
     device = models.device_of(settings.training.device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    stopper = Stopper(f"Go on with --resume: {folder} has all that is needed.", alone=checkpoints.processes() == 1)
+    stopper = Stopper(f"Go on with --resume: {folder} has all that is needed.", alone=output_folder.processes() == 1)
     unit = "tokens" if session.prepared.tokens else "rows"
     with told_to_go_on(folder, kept), quiet(), watching([history, *listeners], unit=unit) as watcher, stopper:
         from .trainer.adapter_trainer import Flow
@@ -170,7 +170,7 @@ def fit(
             trainer = make_trainer(settings, session.model, session.prepared, kept, loss=session.loss, callbacks=hooks)
             without_own_output(trainer)
             with advise_on_memory(settings, "while training", trainer.own.guard):
-                if from_checkpoint is not None and state is not None and checkpoints.is_finished(state):
+                if from_checkpoint is not None and state is not None and output_folder.is_finished(state):
                     _take_state(trainer, from_checkpoint)
                 else:
                     trainer.train(resume_from_checkpoint=None if from_checkpoint is None else str(from_checkpoint))
@@ -185,24 +185,24 @@ def _begin(session: Session, resume: bool) -> Path | None:
     """Write down what the run begins with, or find the checkpoint that it goes on from."""
     settings, folder = session.settings, session.folder
     kept = folder / CHECKPOINTS
-    there = (kept / checkpoints.RECORD_NAME).is_file()
+    there = (kept / output_folder.RECORD_NAME).is_file()
     if is_main():
         if there and not resume:
             raise ConfigError(f"output: {folder} holds a training; go on with it (resume), or take another folder")
         if there:
-            checkpoints.check_same_run(folder, settings, session.start)
-            for line in checkpoints.drop_incomplete(kept):
+            output_folder.check_same_run(folder, settings, session.start)
+            for line in output_folder.drop_incomplete(kept):
                 sys.stderr.write(f"warning: {line}\n")
         else:
             with told_of_disk(kept, "what the training begins with", kept):
-                checkpoints.write_record(folder, settings, session.start)
+                output_folder.write_record(folder, settings, session.start)
                 if session.task is not None:  # a module of one's own has nothing that a file could say
-                    checkpoints.write_text(folder / SETTINGS_NAME, settings_text(settings))
-    return checkpoints.newest(kept) if there and resume else None
+                    output_folder.write_text(folder / SETTINGS_NAME, settings_text(settings))
+    return output_folder.newest(kept) if there and resume else None
 
 
 def _check_processes(settings: TrainSettings) -> None:
-    if settings.training.shard and checkpoints.processes() == 1:
+    if settings.training.shard and output_folder.processes() == 1:
         raise ConfigError("training.shard: there is one process only; start several with torchrun or accelerate launch")
 
 
@@ -233,7 +233,7 @@ def _take_state(trainer: Any, checkpoint: Path) -> None:
     from transformers import TrainerState
 
     trainer._load_from_checkpoint(str(checkpoint))
-    trainer.state = TrainerState.load_from_json(str(checkpoint / checkpoints.STATE_NAME))
+    trainer.state = TrainerState.load_from_json(str(checkpoint / output_folder.STATE_NAME))
 
 
 # -- evaluate ------------------------------------------------------------------------------------------

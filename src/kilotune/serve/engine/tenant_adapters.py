@@ -1,7 +1,8 @@
 """Every tenant's adapters: in the store, in main memory, on the device; and what a request's words mean.
 
 An adapter is known by its contents (:class:`~.interface.AdapterKey`), and its numbers are kept by tenant and contents.
-So a new version is another adapter: requests that run keep the one that they began with, and no batch mixes two versions.
+So a new version is another adapter: requests that run keep the one that they began with, and no batch mixes two
+versions.
 
 While the store is away, names that were resolved before go on to mean what they meant, and adapters that are in memory
 are served; everything else is a StoreError, which goes away with its cause.

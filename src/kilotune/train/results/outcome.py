@@ -20,7 +20,7 @@ from ...errors import CheckpointError
 from ..running.base_model import device_of
 from ..running.history import History
 from ..running.session import Session
-from ..trainer import output_folder as checkpoints
+from ..trainer import output_folder
 from ..trainer.failures import told_of_disk
 from ..trainer.from_settings import generating
 from ..trainer.output_folder import CHECKPOINTS, RESULT_NAME
@@ -132,7 +132,7 @@ def finish(session: Session, state: Any, best_step: int, history: History, steps
         save(session, folder)
         weights = [path for path in folder.glob("*.safetensors") if path.is_file()]
         result = dataclasses.replace(result, adapter_bytes=sum(path.stat().st_size for path in weights))
-        checkpoints.write_json(folder / RESULT_NAME, result.to_dict())
+        output_folder.write_json(folder / RESULT_NAME, result.to_dict())
     return result
 
 
@@ -144,7 +144,7 @@ def _load_best(session: Session, trainer: Any) -> int:
     if not wanted or not best or best == state.global_step:
         return int(state.global_step)
     folder = session.folder / CHECKPOINTS / f"checkpoint-{best}"
-    if (damage := checkpoints.damage_of(folder)) is not None:
+    if (damage := output_folder.damage_of(folder)) is not None:
         why = "is gone" if not folder.is_dir() else f"is damaged: {damage}"
         raise CheckpointError(f"the best evaluation was at step {best}, and its checkpoint {folder} {why}")
     state.best_model_checkpoint = str(folder)
@@ -190,4 +190,4 @@ def save(session: Session, folder: Path) -> None:
     if session.processor is not None:
         session.processor.save_pretrained(folder)
     if session.prepared.labels is not None:
-        checkpoints.write_json(folder / LABELS_NAME, {"labels": list(session.prepared.labels)})
+        output_folder.write_json(folder / LABELS_NAME, {"labels": list(session.prepared.labels)})

@@ -16,7 +16,7 @@ from ..running.session import Session
 from ..settings.config_file import merged, read_config, settings_from
 from ..settings.sections import TASK_NAMES, ModelSettings, TrainSettings
 from ..tasks import TASKS, Task
-from ..trainer import output_folder as checkpoints
+from ..trainer import output_folder
 from ..trainer.failures import advise_on_memory
 from ..trainer.output_folder import SETTINGS_NAME
 from ..use.text_generation import TOKENIZER_FILES
@@ -155,8 +155,8 @@ def check_base(model: Any, settings: ModelSettings, folder: Path, fresh: Sequenc
         CheckpointError: they are others.
 
     """
-    before = None if settings.quantization != "none" else checkpoints.base_of_run(folder, settings.to_dict())
-    if before is not None and before != checkpoints.base_digest(model, fresh):
+    before = None if settings.quantization != "none" else output_folder.base_of_run(folder, settings.to_dict())
+    if before is not None and before != output_folder.base_digest(model, fresh):
         raise CheckpointError(
             f"the adapter in {folder} was trained on another base than {settings.base!r}: the weights are others"
         )

@@ -11,8 +11,8 @@ costs is not modelled here at all::
 Where a model does what depends on its numbers (the routing of an expert layer), fakes cannot go on:
 :class:`CannotRehearse`, and :func:`count_real` runs the step in earnest, on a smaller batch if that is wanted.
 
-What touches internals of torch and transformers stands here and in memory_ledger.py; tested with torch 2.13 and transformers
-5.23.
+What touches internals of torch and transformers stands here and in memory_ledger.py; tested with torch 2.13 and
+transformers 5.23.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from torch import nn
 from ...errors import ConfigError, gather
 from ..settings.sections import TrainSettings
 from ..tasks import TASKS, Prepared, Task
-from ..trainer import output_folder as checkpoints
+from ..trainer import output_folder
 from ..trainer.failures import advise_on_memory
 from . import base_model as models
 from .start_adapter import start_from
@@ -90,7 +90,7 @@ def open_session(settings: TrainSettings, prepared: Prepared | None = None) -> S
     models.set_padding(loaded.model, processor)
     task.check_model(loaded.model, settings.data)
     rows: Any = prepared.train
-    start = checkpoints.fingerprint(loaded.model, rows, prepared.tokens, loaded.fresh)
+    start = output_folder.fingerprint(loaded.model, rows, prepared.tokens, loaded.fresh)
     notes: tuple[str, ...] = ()
     if settings.adapter.start is None:
         model = models.adapt(loaded, settings, task)

@@ -9,7 +9,7 @@ from ...errors import CheckpointError, ConfigError, KilotuneError
 from ...methods import PRESETS, method_of
 from ...model.peft_model import PeftModel
 from ..settings.sections import TrainSettings
-from ..trainer import output_folder as checkpoints
+from ..trainer import output_folder
 from .base_model import Loaded
 
 __all__ = ["start_from"]
@@ -30,8 +30,8 @@ def start_from(loaded: Loaded, settings: TrainSettings) -> tuple[PeftModel, tupl
         raise ConfigError(f"adapter.method is {settings.adapter.method!r}, and the adapter in {start!r} is {method!r}")
     named = file.config.base_model_name_or_path
     trained = f"adapter.start: {start!r} was trained on {named!r}, and model.base is {base!r}"
-    before = checkpoints.base_of_run(file.folder, settings.model.to_dict())
-    if before is not None and before != checkpoints.base_digest(loaded.model, loaded.fresh):
+    before = output_folder.base_of_run(file.folder, settings.model.to_dict())
+    if before is not None and before != output_folder.base_digest(loaded.model, loaded.fresh):
         raise CheckpointError(f"{trained}: its weights are others")
     try:
         model = PeftModel.from_pretrained(loaded.model, file, is_trainable=True)
