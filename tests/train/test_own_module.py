@@ -145,7 +145,7 @@ def test_gone_on_with_it_ends_with_the_same_bits(tmp_path: Path) -> None:
 
         def close(self) -> None: ...
 
-    from kilotune.train import fit_module as modules
+    from kilotune.train import own_module as modules
 
     run = {**OPTIONS, "save_every": 2}
     loss = nn.functional.cross_entropy

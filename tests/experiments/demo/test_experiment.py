@@ -20,6 +20,7 @@ from safetensors.torch import load
 from kilotune import PeftModel, VeraConfig
 from kilotune.errors import KilotuneError
 from kilotune.experiments.demo import experiment as experiment
+from kilotune._ui import pages
 from kilotune.experiments.demo import page as report
 from kilotune.experiments.demo import tuning
 from kilotune.experiments.demo.results import AdapterFacts, Check, DemoResult, MethodRun, SeedRun, checks_of, spread
@@ -384,7 +385,7 @@ def test_writing_fails_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(os, "fdopen", fails_second)
     with pytest.raises(KilotuneError, match=r"could not write the report into .*: disk full"):
-        report.publish(tmp_path, {"a": b"new", "b": b"new"})
+        pages.publish(tmp_path, {"a": b"new", "b": b"new"})
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a": b"old"}
 
 
@@ -392,8 +393,8 @@ def test_a_folder_that_cannot_be_written_is_found_before_the_run(tmp_path: Path)
     (tmp_path / "file").write_text("")
     for place in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(KilotuneError, match="is a file"):
-            report.check_folder(place)
-    report.check_folder(tmp_path / "not" / "yet")
+            pages.check_folder(place)
+    pages.check_folder(tmp_path / "not" / "yet")
     assert list(tmp_path.iterdir()) == [tmp_path / "file"]
 
 

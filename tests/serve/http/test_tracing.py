@@ -34,7 +34,7 @@ def test_a_span_for_each_request(tmp_path: Path) -> None:
     assert first.parent is not None
     assert format(first.parent.span_id, "016x") == PARENT.split("-")[2]
     told = dict(first.attributes or {})
-    assert (told["http.response.status_code"], told["kilotune.namespace"], told["kilotune.model.peft_model"]) == (
+    assert (told["http.response.status_code"], told["kilotune.namespace"], told["kilotune.model"]) == (
         200,
         "ann",
         "poems",
