@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load
 
 from kilotune import PeftModel, VeraConfig
+from kilotune._ui.pages import check_folder
 from kilotune.errors import KilotuneError
 from kilotune.experiments.demo import experiment as experiment
 from kilotune.experiments.demo import page as report
@@ -392,8 +393,8 @@ def test_a_folder_that_cannot_be_written_is_found_before_the_run(tmp_path: Path)
     (tmp_path / "file").write_text("")
     for place in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(KilotuneError, match="is a file"):
-            report.check_folder(place)
-    report.check_folder(tmp_path / "not" / "yet")
+            check_folder(place)
+    check_folder(tmp_path / "not" / "yet")
     assert list(tmp_path.iterdir()) == [tmp_path / "file"]
 
 
