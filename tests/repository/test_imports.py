@@ -16,6 +16,7 @@ PACKAGE = ROOT / "src" / "kilotune"
 OPTIONAL = (
     "accelerate",
     "huggingface_hub",
+    "jinja2",
     "matplotlib",
     "peft",
     "rich",

@@ -5,13 +5,11 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING, Any
 
-from ..errors import MissingExtraError
-
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["COLOURS", "INK", "STYLE", "blank_figure", "png", "require_matplotlib", "svg", "tidy"]
+__all__ = ["COLOURS", "INK", "STYLE", "blank_figure", "png", "svg", "tidy"]
 
 INK = "#2B2F36"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -27,18 +25,6 @@ STYLE: dict[Any, Any] = {
     "xtick.color": INK,
     "ytick.color": INK,
 }
-
-
-def require_matplotlib(extra: str = "demo", purpose: str = "The demo's report") -> None:
-    """Fail at once, rather than after a minute of training, when the charts cannot be drawn.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
-    """
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise MissingExtraError("matplotlib", extra, purpose) from error
 
 
 def blank_figure(width: float, height: float) -> Figure:

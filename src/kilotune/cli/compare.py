@@ -80,14 +80,13 @@ def _names(text: str | None) -> tuple[str, ...]:
 def _run(
     settings: CompareSettings, problem: Problem, contenders: tuple[Contender, ...], folder: Path, restart: bool
 ) -> tuple[Comparison, Path]:
-    from .._ui.charts import require_matplotlib
-    from .._ui.pages import check_folder
+    from .._ui.pages import check_folder, require_packages
     from ..experiments.compare.report import write_comparison
     from ..experiments.compare.runner import compare, run_settings
     from ..experiments.compare.trials import Trial
     from ..experiments.run_store import Journal
 
-    require_matplotlib()
+    require_packages()
     check_folder(folder)
     journal = Journal(folder / STORE, run_settings(problem, settings.threads), Trial.from_dict, restart)
     errors = Console(stderr=True)

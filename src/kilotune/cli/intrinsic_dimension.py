@@ -184,13 +184,12 @@ def _numbers(option: str, text: str | None) -> tuple[float, ...] | None:
 
 
 def _measure(settings: ImageSettings, search: Search, folder: Path, restart: bool) -> tuple[DimensionResult, Path]:
-    from .._ui.charts import require_matplotlib
-    from .._ui.pages import check_folder
+    from .._ui.pages import check_folder, require_packages
     from ..experiments.dimension.report import write_dimension_report
     from ..experiments.dimension.search import measure, run_settings
     from ..experiments.run_store import RunStore
 
-    require_matplotlib()
+    require_packages()
     check_folder(folder)
     errors = Console(stderr=True)
     store: RunStore | None = None

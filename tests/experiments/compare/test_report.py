@@ -149,6 +149,15 @@ def test_all_files_are_written_and_hold_together(tmp_path: Path) -> None:
     _check_html(text)
 
 
+def test_names_are_escaped(tmp_path: Path) -> None:
+    hostile = "<script>alert(1)</script>"
+    write_comparison(comparison(GOOD, row(hostile, [0.2, 0.3], edge="lowest"), title=hostile), tmp_path)
+    text = (tmp_path / "report.html").read_text()
+    assert "<script" not in text
+    assert text.count("&lt;script&gt;alert(1)&lt;/script&gt;") == 5, "both titles, a note, and a row of both tables"
+    _check_html(text)
+
+
 def _check_html(text: str) -> None:
     open_tags: list[str] = []
 

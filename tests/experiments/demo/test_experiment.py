@@ -18,9 +18,9 @@ import torch
 from safetensors.torch import load
 
 from kilotune import PeftModel, VeraConfig
+from kilotune._ui import pages
 from kilotune.errors import KilotuneError
 from kilotune.experiments.demo import experiment as experiment
-from kilotune._ui import pages
 from kilotune.experiments.demo import page as report
 from kilotune.experiments.demo import tuning
 from kilotune.experiments.demo.results import AdapterFacts, Check, DemoResult, MethodRun, SeedRun, checks_of, spread

@@ -616,6 +616,16 @@ def test_the_report_holds_what_was_measured(small: DimensionResult, tmp_path: Pa
     assert not re.search(r"(src|href)=\"(?!data:)", (tmp_path / "report.html").read_text())
 
 
+def test_names_are_escaped(small: DimensionResult) -> None:
+    hostile = "<script>alert(1)</script>"
+    settings = {**small.settings, hostile: hostile}
+    text = score_page(dataclasses.replace(small, task=hostile, metric='" onload="', settings=settings), b"")
+    assert "<script" not in text
+    assert text.count("&lt;script&gt;alert(1)&lt;/script&gt;") == 4, "both titles, a setting and its value"
+    assert 'onload="' not in text
+    Text().feed(text)
+
+
 def test_equal_results_draw_equal_pictures(small: DimensionResult) -> None:
     assert score_chart(small) == score_chart(small)
     assert score_chart(small).startswith(b"<?xml")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import dataclasses
 import math
-import re
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,7 +14,6 @@ import numpy as np
 import pytest
 from tests.support.train_support import model_folder, sentence, write_jsonl
 
-from kilotune._ui.pages import facts
 from kilotune.errors import KilotuneError, MissingExtraError
 from kilotune.train.results import plots
 from kilotune.train.results.outcome import Result
@@ -205,6 +203,19 @@ def test_a_page_without_evaluations_or_plan(done: tuple[Session, Result, Any]) -
     assert not read.images
 
 
+def test_names_are_escaped(done: tuple[Session, Result, Any]) -> None:
+    session, result, plan = done
+    hostile = "<script>alert(1)</script>"
+    prepared = dataclasses.replace(session.prepared, labels=[hostile, "b"], preview=hostile)
+    model = dataclasses.replace(session.settings.model, base="models/<b>base")
+    settings = session.settings.replace(model=model)
+    text = page(dataclasses.replace(session, prepared=prepared, settings=settings, notes=[hostile]), result, plan, {})
+    assert "<script" not in text
+    assert text.count("&lt;script&gt;alert(1)&lt;/script&gt;") == 3
+    assert "<h1>lora on &lt;b&gt;base</h1>" in text
+    Reader(text)
+
+
 def test_a_folder_that_cannot_be_written_to(done: tuple[Session, Result, Any], tmp_path: Path) -> None:
     session, result, plan = done
     (tmp_path / "file").write_text("")
@@ -217,6 +228,7 @@ def test_a_folder_that_cannot_be_written_to(done: tuple[Session, Result, Any], t
 def test_what_is_asked_for_and_not_installed_is_told_before(monkeypatch: pytest.MonkeyPatch) -> None:
     require_for(LogSettings(progress="bar", tensorboard=True))
     cases = {
+        "jinja2": (LogSettings(report=True), r"logging\.report needs .*'jinja2'.*kilotune\[train\]"),
         "matplotlib.figure": (LogSettings(report=True), r"logging\.report needs .*'matplotlib'.*kilotune\[train\]"),
         "rich.progress": (LogSettings(progress="bar"), r"logging\.progress bar needs .*'rich'.*kilotune\[cli\]"),
         "torch.utils.tensorboard": (
@@ -230,7 +242,3 @@ def test_what_is_asked_for_and_not_installed_is_told_before(monkeypatch: pytest.
             with pytest.raises(MissingExtraError, match=message):
                 require_for(settings)
             require_for(LogSettings(progress="plain", tensorboard=False, report=False))
-
-
-def test_facts_are_escaped() -> None:
-    assert re.sub(r"\s", "", facts({"a<b": "c&d"})) == "<dl><dt>a&lt;b</dt><dd>c&amp;d</dd></dl>"

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..._ui.charts import INK, STYLE, blank_figure, png, require_matplotlib, svg, tidy
+from ..._ui.charts import INK, STYLE, blank_figure, png, svg, tidy
 from .results import Curve, DemoResult
 from .settings import LABELS, METHODS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["COLOURS", "accuracy_chart", "loss_chart", "require_matplotlib", "sample_strip"]
+__all__ = ["COLOURS", "accuracy_chart", "loss_chart", "sample_strip"]
 
 COLOURS: Mapping[str, str] = MappingProxyType({"vera": "#0072B2", "lora": "#D55E00", "full": "#009E73"})
 """Told apart by colour-blind readers too (Okabe and Ito's palette)."""

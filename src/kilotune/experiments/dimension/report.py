@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from html import escape
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from ..._ui.charts import INK, STYLE, blank_figure, svg, tidy
-from ..._ui.pages import document, figure, publish, section, table
+from ..._ui.pages import publish, render
 from .results import DimensionResult, Level, Outcome
 
 if TYPE_CHECKING:
@@ -80,92 +79,51 @@ def _draw(axis: Axes, outcome: Outcome, factor: int, symbol: str) -> None:
 
 def score_page(result: DimensionResult, chart: bytes) -> str:
     """The whole page, as HTML text."""
-    caption = (
-        "Score on the validation data over d. Lines are medians over the seeds, shades reach from the worst to the"
-        " best, dots are the seeds. The answer is the smallest d tried that reaches the dashed line together with"
-        " every larger d tried."
-    )
-    alt = f"Validation {result.metric} over the number of trained dimensions, with the threshold"
-    return document(
-        f"kilotune intrinsic-dimension: {result.task}",
-        [
-            _head(result),
-            section("Score over d", figure(chart, "svg+xml", alt, caption)),
-            section("Every d tried", "".join(_levels(result, outcome) for outcome in result.outcomes)),
-            section("How it was measured", _how(result)),
-            section("Settings", _settings(result)),
+    settings = {**result.settings, **result.settings["search"]}
+    del settings["search"]
+    return render(
+        __package__,
+        "report.html",
+        task=result.task,
+        metric=result.metric,
+        percent=result.percent,
+        share=f"{100 * result.share:g}",
+        scores={
+            "full": result.shown(result.full.median),
+            "wanted": result.shown(result.threshold),
+            "start": result.shown(result.start_median),
+        },
+        answers=result.answers,
+        notes=result.notes,
+        chart=chart,
+        outcomes=[
+            {
+                "name": outcome.structure.upper(),
+                "rows": [_row(result, level, outcome) for level in outcome.levels],
+            }
+            for outcome in result.outcomes
         ],
+        full=_row(result, result.full),
+        layers=result.layers,
+        weights=f"{result.weights:,}",
+        trained_in_full=f"{result.trained_in_full:,}",
+        settings={name.replace("_", " "): _plain(value) for name, value in settings.items()},
     )
 
 
-def _head(result: DimensionResult) -> str:
-    answers = "".join(f"<li>{escape(answer)}</li>\n" for answer in result.answers)
-    notes = "".join(f'<p class="small">{escape(note)}</p>\n' for note in result.notes)
-    return (
-        f"<h1>Intrinsic dimension: {escape(result.task)}</h1>\n"
-        f'<p class="lead">How many numbers must be trained to reach {100 * result.share:g} % of what training all'
-        f" {result.trained_in_full:,} reaches? Full training scores {result.shown(result.full.median)} (median), so"
-        f" {result.shown(result.threshold)} is wanted; before any training it is"
-        f' {result.shown(result.start_median)}.</p>\n<ul class="lead">\n{answers}</ul>\n{notes}'
-    )
-
-
-def _levels(result: DimensionResult, outcome: Outcome) -> str:
-    name = outcome.structure.upper()
-    if not outcome.levels:
-        return f"<p>{name}: nothing was tried, as the untrained model reaches the threshold.</p>\n"
-    unit = ", %" if result.percent else ""
-    head = [name, "learning<br>rate", f"validation{unit},<br>median", "worst", "best", f"test{unit},<br>median", ""]
-    rows = [_row(result, level, _verdict(outcome, level)) for level in outcome.levels]
-    rows.append(_row(result, result.full, "full training"))
-    return table(head, rows)
-
-
-def _verdict(outcome: Outcome, level: Level) -> str:
-    if level.d == outcome.d90:
-        return "<b>the answer</b>"
-    return "reaches it" if level.median >= outcome.threshold else ""
-
-
-def _row(result: DimensionResult, level: Level, verdict: str) -> list[str]:
+def _row(result: DimensionResult, level: Level, outcome: Outcome | None = None) -> dict[str, Any]:
+    """A row of the table of an outcome; without one that of full training."""
     worst, best = level.range
     scores = (level.median, worst, best, level.test_median)
     rate = f"{level.rate:g}{' (at the end)' if level.at_edge else ''}"
-    d = f"d = {level.d:,}" if level.d else "all"
-    return [d, rate, *map(result.shown, scores), verdict]
-
-
-def _how(result: DimensionResult) -> str:
-    notes = (
-        (
-            f"The subspace is in the {result.weights:,} weights of {result.layers} layers: W + P theta, with P fixed"
-            " and random, and theta, of d numbers, trained from zero. DID adds the projected vector as it is; SAID"
-            " scales it by one learned number per layer, and these are among the d."
-        ),
-        (
-            "Biases, and whatever else the model has, stay as they start. Li et al. put them into the subspace, too."
-            f" Full training trains all {result.trained_in_full:,} numbers, biases among them."
-        ),
-        (
-            "At each d, and for full training, the learning rate is the best of several on the validation data, tried"
-            " with a seed that is not reported. The score that is compared with the threshold is on the same"
-            " validation data; the test data decide nothing."
-        ),
-        (
-            "That a larger d is better is not assumed. The seeds draw the weights, the projection and the order of"
-            " the data; the learning rate and the threshold are common to them."
-        ),
-    )
-    return "<ul>\n" + "".join(f"<li>{note}</li>\n" for note in notes) + "</ul>\n"
-
-
-def _settings(result: DimensionResult) -> str:
-    facts: dict[str, Any] = {**result.settings, **result.settings["search"]}
-    del facts["search"]
-    items = "".join(
-        f"<dt>{escape(name.replace('_', ' '))}</dt><dd>{escape(_plain(value))}</dd>\n" for name, value in facts.items()
-    )
-    return f"<dl>\n{items}</dl>\n"
+    note = "full training"
+    if outcome is not None:
+        note = "reaches it" if level.median >= outcome.threshold else ""
+    return {
+        "cells": [f"d = {level.d:,}" if level.d else "all", rate, *map(result.shown, scores)],
+        "answer": outcome is not None and level.d == outcome.d90,
+        "note": note,
+    }
 
 
 def _plain(value: Any) -> str:

@@ -13,12 +13,10 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..._ui.charts import require_matplotlib
-from ..._ui.pages import document, facts, figure, publish, section, table
+from ..._ui.pages import publish, render, require_packages
 from ...errors import MissingExtraError
 from ...model.parameter_report import readable_bytes
 from ..running.progress import readable_seconds
@@ -35,13 +33,6 @@ __all__ = ["REPORT_NAME", "page", "require_for", "write_report"]
 
 REPORT_NAME, PLOTS = "report.html", "plots"
 PACKAGES = ("kilotune", "torch", "transformers", "accelerate", "bitsandbytes")
-CAPTIONS: Mapping[str, tuple[str, str]] = {
-    "loss": ("Loss over steps", "The loss on what was trained on, and on validation. The ring: what was kept."),
-    "metrics": ("Metrics over steps, a panel each", "The metrics on validation. The ring: what was kept."),
-    "learning_rate": ("Learning rate over steps", "The learning rate of the first group of parameters."),
-    "gradient": ("Norm of the gradients over steps", "The norm of all gradients, before they are clipped."),
-}
-"""Of each picture: what it shows to who cannot see it, and what stands under it."""
 
 
 def require_for(logging: LogSettings) -> None:
@@ -52,7 +43,7 @@ def require_for(logging: LogSettings) -> None:
 
     """
     if logging.report:
-        require_matplotlib("train", "logging.report")
+        require_packages("train", "logging.report")
     if logging.progress == "bar":
         _need("rich.progress", "cli", "logging.progress bar")
     if logging.tensorboard:
@@ -75,11 +66,11 @@ def write_report(session: Session, result: Result, plan: RunPlan | None = None) 
         plan: what was said before; None where nobody asked for one.
 
     Raises:
-        MissingExtraError: matplotlib is not installed.
+        MissingExtraError: matplotlib or Jinja2 is not installed.
         KilotuneError: the folder cannot be written to; then nothing was.
 
     """
-    require_matplotlib("train", "logging.report")
+    require_packages("train", "logging.report")
     pictures = draw(result.history, result.best_step)
     files = {f"{PLOTS}/{name}.png": picture for name, picture in pictures.items()}
     return publish(session.folder, {**files, REPORT_NAME: page(session, result, plan, pictures).encode()})
@@ -88,49 +79,49 @@ def write_report(session: Session, result: Result, plan: RunPlan | None = None) 
 def page(session: Session, result: Result, plan: RunPlan | None, pictures: Mapping[str, bytes]) -> str:
     """The whole page, as HTML text; ``pictures`` are PNG by name."""
     settings = session.settings
-    title = f"{settings.adapter.method} on {Path(settings.model.base).name}"
-    drawn = "".join(figure(pictures[name], "png", *CAPTIONS[name]) for name in CAPTIONS if name in pictures)
-    parts = [
-        _head(session, result),
-        section("Result", _scores(result)),
-        section("How it went", drawn or "<p>Nothing was logged.</p>\n"),
-        section("What it took", facts(_costs(result, plan))),
-        section("Data", _data(session)),
-        section("Settings", f"<pre>{escape(settings_text(settings))}</pre>\n"),
-        section("Versions", facts(_versions())),
-    ]
-    return document(f"kilotune train: {title}", parts)
-
-
-def _head(session: Session, result: Result) -> str:
-    settings = session.settings
-    kept = result.metrics.get("best") or result.metrics.get("last") or {}
-    score = ""
-    if kept:
-        name = session.prepared.best_metric if session.prepared.best_metric in kept else next(iter(kept))
-        score = f" On validation the {escape(_words(name))} is {kept[name]:.4g}, at step {result.best_step:,}."
-    what = "adapter" if settings.adapter.is_adapter else "model"
-    lasted = f"{result.steps:,} steps and {readable_seconds(result.seconds)}"
-    size = f"the {what} takes {readable_bytes(result.adapter_bytes)}"
-    return (
-        f"<h1>{escape(settings.adapter.method)} on {escape(Path(settings.model.base).name)}</h1>\n"
-        f'<p class="lead">{escape(settings.task)}: {result.trained:,} numbers were trained in {lasted}; {size}.{score}'
-        "</p>\n"
+    names, scores = _scores(result)
+    return render(
+        __package__,
+        "report.html",
+        method=settings.adapter.method,
+        base=Path(settings.model.base).name,
+        task=settings.task,
+        trained=f"{result.trained:,}",
+        lasted=f"{result.steps:,} steps and {readable_seconds(result.seconds)}",
+        made="adapter" if settings.adapter.is_adapter else "model",
+        size=readable_bytes(result.adapter_bytes),
+        kept=_kept(session, result),
+        score_names=names,
+        scores=scores,
+        pictures=pictures,
+        costs=_costs(result, plan),
+        splits=_splits(session),
+        notes=session.notes,
+        preview=session.prepared.preview,
+        settings=settings_text(settings),
+        versions=_versions(),
     )
 
 
-def _scores(result: Result) -> str:
-    """A row for each split and step that was scored."""
+def _kept(session: Session, result: Result) -> dict[str, str] | None:
+    """The score on validation of what was kept; None where nothing was validated."""
+    scores = result.metrics.get("best") or result.metrics.get("last")
+    if not scores:
+        return None
+    name = session.prepared.best_metric if session.prepared.best_metric in scores else next(iter(scores))
+    return {"name": _words(name), "score": f"{scores[name]:.4g}", "step": f"{result.best_step:,}"}
+
+
+def _scores(result: Result) -> tuple[list[str], list[list[str]]]:
+    """Names of the scores, and a row for each split and step that was scored."""
     found = {name: values for name, values in result.metrics.items() if values}
-    if not found:
-        return "<p>Nothing was evaluated: there was neither a validation nor a test split.</p>\n"
     names = list(dict.fromkeys(name for values in found.values() for name in values))
     said = {"best": f"validation, step {result.best_step:,} (kept)", "last": "validation, last", "test": "test"}
     rows = [
-        [escape(said.get(split, split)), *(f"{values[name]:.4g}" if name in values else "" for name in names)]
+        [said.get(split, split), *(f"{values[name]:.4g}" if name in values else "" for name in names)]
         for split, values in sorted(found.items(), key=lambda item: list(said).index(item[0]))
     ]
-    return table(["", *(escape(_words(name)) for name in names)], rows)
+    return [_words(name) for name in names], rows
 
 
 def _costs(result: Result, plan: RunPlan | None) -> dict[str, str]:
@@ -150,7 +141,7 @@ def _costs(result: Result, plan: RunPlan | None) -> dict[str, str]:
     return told
 
 
-def _data(session: Session) -> str:
+def _splits(session: Session) -> dict[str, str]:
     prepared = session.prepared
     splits: Sequence[tuple[str, Any]] = [
         ("train", prepared.train),
@@ -162,11 +153,7 @@ def _data(session: Session) -> str:
         told["train"] += f", {prepared.tokens:,} tokens an epoch"
     if prepared.labels is not None:
         told["labels"] = ", ".join(prepared.labels)
-    notes = "".join(f"<li>{escape(note)}</li>\n" for note in session.notes)
-    text = facts(told) + (f"<ul>\n{notes}</ul>\n" if notes else "")
-    if prepared.preview:
-        text += f"<p>One example, as the model sees it:</p>\n<pre>{escape(prepared.preview)}</pre>\n"
-    return text
+    return told
 
 
 def _versions() -> dict[str, str]:
