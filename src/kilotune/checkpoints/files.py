@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 import shutil
 import struct
 import tempfile
@@ -24,6 +23,7 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 from ..errors import CheckpointError, MissingExtraError, without_network
+from .names import CONFIG_NAME, REPO_ID, WEIGHTS_NAME
 
 __all__ = [
     "CONFIG_NAME",
@@ -37,11 +37,8 @@ __all__ = [
     "write",
 ]
 
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format
 MAX_CONFIG = 10_000_000
-REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def tensors_checksum(tensors: Mapping[str, Tensor]) -> str:

@@ -28,7 +28,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from ..candidates import matches_names
 from ..config import ALL_LINEAR, FORMAT_VERSION, SECTION, AdapterConfig
 from ..deltas import Role
-from ..errors import AdapterError, CheckpointError, ConfigError, gather, has_control
+from ..errors import CheckpointError, ConfigError, gather
 from ..injection.inject import Installed, Plan, part_of
 from ..kinds import LayerKind
 from ..layers import stacked_sites as stacks
@@ -55,7 +55,6 @@ __all__ = [
     "WEIGHTS_NAME",
     "AdapterFile",
     "Wanted",
-    "check_adapter_name",
     "locate",
     "match_tensors",
     "obtain",
@@ -101,24 +100,6 @@ class AdapterFile:
     section: dict[str, Any]
     metadata: dict[str, str]
     doubled: bool
-
-
-def check_adapter_name(name: object) -> str:
-    """Return ``name`` if it can name an adapter and its folder, else raise AdapterError."""
-    if not isinstance(name, str) or not name:
-        raise AdapterError(f"adapter name: expected a non-empty string, got {name!r}")
-    if "/" in name or "\\" in name or name in (".", ".."):
-        raise AdapterError(f"adapter name {name!r}: must not be a path, because it names a folder; leave out / and \\")
-    if name in (CONFIG_NAME, WEIGHTS_NAME):
-        raise AdapterError(f"adapter name {name!r}: an adapter's files are called so; take another name")
-    if name == "__base__":
-        raise AdapterError(f"adapter name {name!r}: means a row without an adapter (model.route); take another name")
-    size = len(name.encode(errors="replace"))
-    if size > 200 or has_control(name):
-        raise AdapterError(
-            f"adapter name {name!r}: at most 200 bytes in UTF-8 (got {size}), no control characters and no surrogates"
-        )
-    return name
 
 
 # -- out -------------------------------------------------------------------------------------------

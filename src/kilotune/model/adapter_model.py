@@ -18,6 +18,7 @@ from .. import storage
 from ..added_modules import Added, base_modules
 from ..checkpoints import peft_layout as checkpoint
 from ..checkpoints import saving
+from ..checkpoints.names import check_adapter_name
 from ..config import AdapterConfig
 from ..errors import AdapterError, ConfigError, MergeError, did_you_mean, type_name
 from ..injection import inject
@@ -425,7 +426,7 @@ class AdapterModel(RoutedModel, ABC):
         return list(dict.fromkeys(self._known(name) for name in listed))  # a name given twice counts once
 
     def _check_new_name(self, name: str) -> None:
-        checkpoint.check_adapter_name(name)
+        check_adapter_name(name)
         if name in self._installed:
             raise AdapterError(f"the adapter name {name!r} is taken; delete_adapter({name!r}) first, or take another")
 

@@ -24,7 +24,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-from ...checkpoints.peft_layout import AdapterFile, check_adapter_name, locate, read
+from ...checkpoints.names import check_adapter_name
+from ...checkpoints.peft_layout import AdapterFile, locate, read
 from ...config import AdapterConfig
 from ...errors import AdapterError, ConfigError, ResourceError, did_you_mean
 from ...layers.route import Cohort, RoutedLayer
