@@ -31,10 +31,10 @@ if TYPE_CHECKING:
         VeraConfig,
         get_config,
     )
+    from .model.merging import MergePrecisionWarning
     from .model.optimizer_groups import optimizer_groups
     from .model.parameter_report import ParameterReport, count_parameters
     from .model.peft_model import LoraModel, PeftModel, VeraModel, get_peft_model
-from .model.merging import MergePrecisionWarning
 
 __version__ = "0.1.0"
 

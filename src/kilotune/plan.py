@@ -26,6 +26,7 @@ from .errors import ConfigError, KilotuneError, MissingExtraError, did_you_mean,
 from .injection.inject import SavedModule, walk
 from .layers import stacked_sites as stacks
 from .layers.adapted import AdaptedLayer
+from .listed import DTYPE_NAMES
 from .methods import method_of
 from .model.parameter_report import ParameterReport, count_parameters
 from .model.peft_model import PeftModel, get_peft_model
@@ -42,11 +43,7 @@ __all__ = [
     "load_base",
 ]
 
-DTYPES: dict[str, torch.dtype] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
 """The dtypes that base weights can be planned in."""
 
 CONFIG_NAME = "config.json"

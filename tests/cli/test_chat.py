@@ -17,7 +17,8 @@ from kilotune.cli import chat as verb
 from kilotune.cli.main import app
 from kilotune.errors import ConfigError
 from kilotune.train.results.outcome import form_of
-from kilotune.train.use.text_generation import Chat, Sampling, Writer
+from kilotune.train.use.sampling import Sampling
+from kilotune.train.use.text_generation import Chat, Writer
 
 COUNT = 6
 ONE, TWO, THREE = sentence(3, 3), sentence(5, 3), sentence(8, 3)

@@ -26,7 +26,8 @@ from typer.testing import CliRunner
 from kilotune import PeftModel, VeraConfig, get_peft_model
 from kilotune.cli.main import app
 from kilotune.errors import CheckpointError, ConfigError
-from kilotune.train.use.text_generation import Sampling, Writer
+from kilotune.train.use.sampling import Sampling
+from kilotune.train.use.text_generation import Writer
 
 COUNT = 12
 

@@ -1,4 +1,4 @@
-"""What reports and waiting look like: a progress bar, HTML pages, the charts' colours and fonts.
+"""What reports and waiting look like: a progress bar, HTML pages, the charts' colours and fonts, sizes.
 
 Knows nothing of models; imports errors.py only, and rich, matplotlib or Jinja2 where they are used. Begin in pages.py.
 """

@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 import shutil
 import struct
 import tempfile
@@ -25,14 +24,14 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 from ..config import FORMAT_VERSION, SECTION
-from ..errors import AdapterError, CheckpointError, MissingExtraError, has_control, without_network
+from ..errors import CheckpointError, MissingExtraError, without_network
+from .names import CONFIG_NAME, REPO_ID, WEIGHTS_NAME
 
 __all__ = [
     "CONFIG_NAME",
     "REPO_ID",
     "WEIGHTS_NAME",
     "TwoFiles",
-    "check_adapter_name",
     "locate",
     "read_config",
     "read_files",
@@ -43,11 +42,8 @@ __all__ = [
     "write",
 ]
 
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format
 MAX_CONFIG = 10_000_000
-REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 @final
@@ -63,24 +59,6 @@ class TwoFiles:
     config: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
     header: Mapping[str, str]
-
-
-def check_adapter_name(name: object) -> str:
-    """Return ``name`` if it can name an adapter and its folder, else raise AdapterError."""
-    if not isinstance(name, str) or not name:
-        raise AdapterError(f"adapter name: expected a non-empty string, got {name!r}")
-    if "/" in name or "\\" in name or name in (".", ".."):
-        raise AdapterError(f"adapter name {name!r}: must not be a path, because it names a folder; leave out / and \\")
-    if name in (CONFIG_NAME, WEIGHTS_NAME):
-        raise AdapterError(f"adapter name {name!r}: an adapter's files are called so; take another name")
-    if name == "__base__":
-        raise AdapterError(f"adapter name {name!r}: means a row without an adapter (model.route); take another name")
-    size = len(name.encode(errors="replace"))
-    if size > 200 or has_control(name):
-        raise AdapterError(
-            f"adapter name {name!r}: at most 200 bytes in UTF-8 (got {size}), no control characters and no surrogates"
-        )
-    return name
 
 
 def tensors_checksum(tensors: Mapping[str, Tensor]) -> str:

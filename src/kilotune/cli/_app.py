@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, final
 
 import typer
 from typer.core import TyperGroup
+from typer.main import get_command, get_group
 
 from ..errors import KilotuneError
 from ._output import complain
@@ -31,17 +31,53 @@ VERBS = (
     "merge",
     "convert",
     "doctor",
+    "serve",
     "store",
     "fleet",
-    "serve",
     "keys",
 )
 ERROR, INTERRUPTED = 2, 130
 
 
 @final
+class Commands(Mapping[str, Any]):
+    """Verb -> its click command; the verb's file is imported when it is asked for."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, Any] = {}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(VERBS)
+
+    def __len__(self) -> int:
+        return len(VERBS)
+
+    def __getitem__(self, verb: str) -> Any:
+        if verb not in VERBS:
+            raise KeyError(verb)
+        if verb not in self._made:
+            self._made[verb] = _command(verb)
+        return self._made[verb]
+
+
+def _command(verb: str) -> Any:
+    name = verb.replace("-", "_")
+    module = importlib.import_module(f".{name}", __package__)
+    if isinstance(group := getattr(module, "app", None), typer.Typer):  # a verb with verbs of its own
+        return get_group(group)
+    alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
+    epilog = getattr(module, "EPILOG", None)
+    alone.command(verb, epilog=epilog() if epilog is not None else None)(getattr(module, name))
+    return get_command(alone)
+
+
+@final
 class Verbs(TyperGroup):
     """Runs a verb; every foreseen error ends as ``error: ...`` on stderr and an exit code."""
+
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**attributes)
+        self.commands: Any = Commands()
 
     def main(
         self,
@@ -84,6 +120,8 @@ def _guarded(run: Callable[[], Any]) -> int:
 
 def _version(wanted: bool) -> None:
     if wanted:
+        import importlib.metadata  # takes longer than all of typer
+
         print(f"kilotune {importlib.metadata.version('kilotune')}")
         raise typer.Exit
 
@@ -102,24 +140,11 @@ def _start(
         print(context.get_help())
 
 
-def _assemble() -> typer.Typer:
-    made = typer.Typer(
-        name="kilotune",
-        cls=Verbs,
-        add_completion=True,
-        pretty_exceptions_enable=False,
-        rich_markup_mode="rich",
-    )
-    made.callback(invoke_without_command=True)(_start)
-    for verb in VERBS:
-        name = verb.replace("-", "_")
-        module = importlib.import_module(f".{name}", __package__)
-        if isinstance(group := getattr(module, "app", None), typer.Typer):  # a verb with verbs of its own
-            made.add_typer(group, name=verb)
-            continue
-        epilog = getattr(module, "EPILOG", None)
-        made.command(verb, epilog=epilog() if epilog is not None else None)(getattr(module, name))
-    return made
-
-
-app = _assemble()
+app = typer.Typer(
+    name="kilotune",
+    cls=Verbs,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+app.callback(invoke_without_command=True)(_start)

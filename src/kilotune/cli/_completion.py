@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from ..listed import METHOD_OPTIONS, PRESET_NAMES
+
 __all__ = ["complete", "complete_methods", "complete_settings", "complete_trained"]
 
 
@@ -17,9 +19,7 @@ def complete(names: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
 
 
 def _methods() -> list[str]:
-    from ..methods import METHODS, PRESETS
-
-    return [*METHODS, *PRESETS]
+    return [*METHOD_OPTIONS, *PRESET_NAMES]
 
 
 complete_methods = complete(_methods)

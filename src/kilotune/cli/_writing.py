@@ -1,15 +1,13 @@
-"""What generate and chat share: their options, and a model with an adapter that is ready to write."""
+"""What generate and chat share: a model with an adapter that is ready to write."""
 
 from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, final
+from typing import Any, final
 
-import typer
-
-from ..checkpoints.files import CONFIG_NAME
+from ..checkpoints.names import CONFIG_NAME
 from ..errors import ConfigError, gather
 from ..model.peft_model import PeftModel
 from ..plan import DTYPES
@@ -17,65 +15,16 @@ from ..train.results.outcome import form_of
 from ..train.results.scoring import check_base
 from ..train.running import base_model as models
 from ..train.settings.fields import one_of
-from ..train.settings.sections import ModelSettings, TrainingSettings
+from ..train.settings.sections import ModelSettings
 from ..train.tasks import TASKS
-from ..train.use.text_generation import Sampling, Writer, check_writes, tokenizer_of
+from ..train.use.sampling import Sampling
+from ..train.use.text_generation import Writer, check_writes, tokenizer_of
 from ._adapter import base_of, load_fitting_base, open_adapter
 from ._output import quiet_transformers
 
-__all__ = [
-    "Adapter",
-    "AdapterRevision",
-    "Alone",
-    "Base",
-    "Device",
-    "Dtype",
-    "MaxTokens",
-    "Opened",
-    "Plain",
-    "Quantization",
-    "Revision",
-    "Seed",
-    "Stop",
-    "System",
-    "Temperature",
-    "TopK",
-    "TopP",
-    "Weights",
-    "alone",
-    "open_writer",
-    "show",
-]
+__all__ = ["Opened", "Weights", "alone", "is_whole_model", "open_writer", "show"]
 
 MESSAGES = "messages"
-
-Adapter = Annotated[
-    str, typer.Argument(help="An adapter's folder or hub id, or a folder with a whole model.", metavar="ADAPTER")
-]
-Base = Annotated[
-    str | None, typer.Option(help="The base's folder or hub id. Default: the hub id that the adapter names.")
-]
-Revision = Annotated[str | None, typer.Option(help="The base's revision, where it is a hub id.")]
-AdapterRevision = Annotated[str | None, typer.Option(help="The revision of ADAPTER, where it is a hub id.")]
-Alone = Annotated[bool, typer.Option("--base-alone", help="Switch the adapter off, to see what the base does.")]
-Dtype = Annotated[str, typer.Option(help=ModelSettings.help_of("dtype"))]
-Quantization = Annotated[str, typer.Option(help=ModelSettings.help_of("quantization"))]
-Device = Annotated[str, typer.Option(help=TrainingSettings.help_of("device"))]
-System = Annotated[str | None, typer.Option(help="The system message of the chat template.")]
-Plain = Annotated[
-    bool | None,
-    typer.Option(
-        "--plain/--template",
-        help="Give the model each message as it stands, by itself; or the conversation in the chat template. Default: "
-        "as it was trained, where its folder says that; else the template, where the tokenizer has one.",
-    ),
-]
-MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", help=Sampling.help_of("max_tokens"))]
-Temperature = Annotated[float, typer.Option("--temperature", "-t", help=Sampling.help_of("temperature"))]
-TopP = Annotated[float | None, typer.Option(help=Sampling.help_of("top_p"))]
-TopK = Annotated[int | None, typer.Option(help=Sampling.help_of("top_k"))]
-Seed = Annotated[int | None, typer.Option(help=Sampling.help_of("seed"))]
-Stop = Annotated[list[str] | None, typer.Option(help=Sampling.help_of("stop"))]
 
 
 @final

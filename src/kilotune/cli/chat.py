@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, KilotuneError, did_you_mean
-from ..train.use.text_generation import Answer, Chat, Sampling
-from ._output import Json, complain, print_json, warn
-from ._writing import (
+from ..train.use.sampling import Sampling
+from ._options import (
     Adapter,
     AdapterRevision,
     Alone,
@@ -17,7 +16,6 @@ from ._writing import (
     Device,
     Dtype,
     MaxTokens,
-    Opened,
     Plain,
     Quantization,
     Revision,
@@ -27,11 +25,12 @@ from ._writing import (
     Temperature,
     TopK,
     TopP,
-    Weights,
-    alone,
-    open_writer,
-    show,
 )
+from ._output import Json, complain, print_json, warn
+
+if TYPE_CHECKING:
+    from ..train.use.text_generation import Answer, Chat
+    from ._writing import Opened
 
 __all__ = ["chat"]
 
@@ -67,6 +66,9 @@ def chat(
     sampling = Sampling(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop=tuple(stop or ())
     )
+    from ..train.use.text_generation import Chat
+    from ._writing import Weights, alone, open_writer
+
     opened = open_writer(adapter, adapter_revision, base, revision, Weights(dtype, quantization, device), sampling)
     if plain is None and system is None and opened.chats is not None:
         plain = not opened.chats
@@ -88,6 +90,8 @@ def _greet(opened: Opened, talk: Chat, base_alone: bool) -> None:
 
 def _talk(talk: Chat, keyboard: bool, silent: bool) -> list[dict[str, Any]]:
     """Until the messages end; what each answer took. At a keyboard an error ends the message, else the chat."""
+    from ._writing import show
+
     turns = []
     for text in _messages(input if keyboard else _line):
         if text.startswith("/"):

@@ -5,18 +5,17 @@ from __future__ import annotations
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, final
+from typing import TYPE_CHECKING, Annotated, final
 
 import typer
 
-from ..checkpoints.reading import AdapterFile
-from ..convert import Conversion, hollow, rewrite, to_kilotune, to_lora, to_peft
+from .._ui.sizes import readable_bytes
 from ..errors import ConfigError
-from ..methods import VeraConfig
-from ..model.parameter_report import readable_bytes
-from ..model.peft_model import PeftModel
-from ._adapter import base_of, check_out, fitting_base, open_adapter
 from ._output import Json, console, print_json, quiet_transformers, rows_table
+
+if TYPE_CHECKING:
+    from ..checkpoints.reading import AdapterFile
+    from ..convert import Conversion
 
 __all__ = ["convert"]
 
@@ -59,9 +58,13 @@ def convert(
     as_json: Json = False,
 ) -> None:
     """Convert an adapter: PEFT's form to ours and back, VeRA to an exact LoRA or to one of a smaller rank."""
-    quiet_transformers()
     if rank is not None and to is not Form.lora:
         raise ConfigError(f"--rank is for --to lora; --to {to.value} keeps the rank")
+    quiet_transformers()
+    from ..convert import rewrite
+    from ..methods import VeraConfig
+    from ._adapter import check_out, open_adapter
+
     check_out(out, [adapter], force)
     file = open_adapter(adapter, adapter_revision)
     if to is not Form.lora and not isinstance(file.config, VeraConfig) and base is None:
@@ -90,6 +93,10 @@ def convert(
 
 
 def _with_base(file: AdapterFile, to: Form, rank: int | None, base: str | None, revision: str | None) -> Conversion:
+    from ..convert import hollow, to_kilotune, to_lora, to_peft
+    from ..model.peft_model import PeftModel
+    from ._adapter import base_of, fitting_base
+
     found = fitting_base(file, *base_of(file, base, revision))
     model = PeftModel.from_pretrained(hollow(found.model), file.folder)
     if to is Form.lora:

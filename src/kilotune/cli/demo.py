@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, final
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from ._output import Json, complain, console, print_json, rows_table
@@ -119,6 +118,8 @@ def demo(
 @contextmanager
 def progress_bar(console: Console) -> Iterator[Report]:
     """One bar on stderr; what the experiment does at the moment is its description."""
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
     columns = (
         TextColumn("{task.description:<24}"),
         BarColumn(),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.metadata
 import io
 import logging
 import os
@@ -15,15 +14,16 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
-import torch
 import typer
 
+from .._ui.sizes import readable_bytes
 from ..errors import first_line
-from ..model.parameter_report import readable_bytes
-from ..train.running.memory import Machine, machine_of
 from ._output import Json, console, print_json, rows_table
+
+if TYPE_CHECKING:
+    from ..train.running.memory import Machine
 
 __all__ = ["doctor"]
 
@@ -102,10 +102,14 @@ class Device:
 
 def doctor(as_json: Json = False) -> None:
     """Show versions, devices and optional features, and what each missing one costs; 1 where something is broken."""
+    from importlib import metadata
+
+    import torch
+
     packages, devices = packages_here(), devices_here()
     problems, advice = _problems(packages), _advice(packages, devices)
     document = {
-        "kilotune": importlib.metadata.version("kilotune"),
+        "kilotune": metadata.version("kilotune"),
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "torch": torch.__version__,
@@ -128,8 +132,10 @@ def doctor(as_json: Json = False) -> None:
 
 def packages_here() -> list[Package]:
     """Every package that an extra for users names, by name."""
+    from importlib import metadata
+
     found: dict[str, tuple[str, str]] = {}
-    for line in importlib.metadata.requires("kilotune") or ():
+    for line in metadata.requires("kilotune") or ():
         match = REQUIREMENT.match(line)
         if match is None or match[3] is None or match[3] in NOT_FOR_USERS or match[1].lower() == "kilotune":
             continue
@@ -140,10 +146,12 @@ def packages_here() -> list[Package]:
 
 
 def _package(name: str, wanted: str, extra: str) -> Package:
+    from importlib import metadata
+
     purpose = FOR.get(name, "")
     try:
-        version = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
+        version = metadata.version(name)
+    except metadata.PackageNotFoundError:
         return Package(name, extra, purpose, wanted, None, "missing")
     try:
         with _silence():
@@ -183,6 +191,10 @@ def _silence() -> Iterator[None]:
 
 def devices_here() -> list[Device]:
     """The CPU first."""
+    import torch
+
+    from ..train.running.memory import machine_of
+
     machine = machine_of(torch.device("cpu"))
     notes = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
     found = [_device(machine, "cpu", notes)]
@@ -220,6 +232,8 @@ def _problems(packages: list[Package]) -> list[str]:
 
 
 def _advice(packages: list[Package], devices: list[Device]) -> list[str]:
+    import torch
+
     missing: dict[str, list[str]] = {}
     for package in packages:
         if package.state == "missing":

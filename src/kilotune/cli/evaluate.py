@@ -5,17 +5,16 @@ from __future__ import annotations
 import contextlib
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import ConfigError
-from ..model.peft_model import PeftModel
-from ..train.results.scoring import open_scoring, scoring_settings
-from ..train.running.session import Session
-from ._adapter import base_of, open_adapter
+from ._options import Adapter, AdapterRevision, Alone, Base, Revision
 from ._output import Json, console, print_json, quiet_transformers, rows_table, warn
-from ._writing import Adapter, AdapterRevision, Alone, Base, Revision, is_whole_model
+
+if TYPE_CHECKING:
+    from ..train.running.session import Session
 
 __all__ = ["evaluate"]
 
@@ -52,6 +51,8 @@ def evaluate(
 ) -> None:
     """Score an adapter, or the base alone, on data: the loss and the metrics of the task it was trained for."""
     quiet_transformers()
+    from ..train.results.scoring import open_scoring, scoring_settings
+
     folder, source, revision = _places(adapter, adapter_revision, base, revision)
     chosen = scoring_settings(folder, data, source, revision=revision, task=task, changes=settings or [])
     classes = None if labels is None else [name.strip() for name in labels.split(",")]
@@ -80,6 +81,9 @@ def _places(
     adapter: str, adapter_revision: str | None, base: str | None, revision: str | None
 ) -> tuple[Path, str, str | None]:
     """(folder of the adapter or whole model, base, its revision)."""
+    from ._adapter import base_of, open_adapter
+    from ._writing import is_whole_model
+
     if is_whole_model(adapter):
         if base is not None:
             raise ConfigError(f"--base: {adapter!r} is a whole model, and no adapter, so it has no base")
@@ -91,6 +95,8 @@ def _places(
 def _alone(session: Session, wanted: bool) -> contextlib.AbstractContextManager[None]:
     if not wanted:
         return contextlib.nullcontext()
+    from ..model.peft_model import PeftModel
+
     if not isinstance(model := session.model, PeftModel):
         raise ConfigError("--base-alone: this is a whole model, and no adapter")
     if saved := model.installed("default").saved:

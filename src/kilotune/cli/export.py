@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, final
+from typing import TYPE_CHECKING, Annotated, Any, final
 
 import typer
 
-from ..checkpoints.reading import AdapterFile
-from ..convert import hollow
+from .._ui.sizes import readable_bytes
 from ..errors import CheckpointError, ConfigError, did_you_mean
-from ..model.parameter_report import readable_bytes
-from ..model.peft_model import PeftModel
-from ..plan import DTYPES
-from ..train.use.gguf_lora import gguf_lora, write_gguf
-from ..train.use.lora_export import export_lora
+from ..listed import DTYPE_NAMES
 from . import merge
-from ._adapter import base_of, check_out, fitting_base, open_adapter
 from ._output import Json, console, print_json, quiet_transformers, warn
+
+if TYPE_CHECKING:
+    from ..checkpoints.reading import AdapterFile
+    from ..model.peft_model import PeftModel
 
 __all__ = ["export"]
 
@@ -60,8 +58,8 @@ def export(
     dtype: Annotated[
         str | None,
         typer.Option(
-            help=f"merged, gguf: the dtype of the weights: {', '.join(DTYPES)}. Default: as they are stored; gguf: "
-            "float32."
+            help=f"merged, gguf: the dtype of the weights: {', '.join(DTYPE_NAMES)}. Default: as they are stored; "
+            "gguf: float32."
         ),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="The base's revision, where it is a hub id.")] = None,
@@ -84,6 +82,10 @@ def export(
         )
         return
     quiet_transformers()
+    from ..convert import hollow
+    from ..model.peft_model import PeftModel
+    from ._adapter import base_of, fitting_base, open_adapter
+
     _check_place(out, to, [adapter, *([base] if base else [])], force)
     file = open_adapter(adapter, adapter_revision)
     source, revision = base_of(file, base, revision)
@@ -104,12 +106,16 @@ def _check_options(to: Form, rank: int | None, dtype: str | None) -> None:
         raise ConfigError("--rank: is for --to lora and --to gguf; a merged model has no rank")
     if dtype is not None and to is Form.lora:
         raise ConfigError("--dtype: is for --to merged and --to gguf; a LoRA folder holds float32")
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"--dtype: expected one of {list(DTYPES)}, got {dtype!r}.{did_you_mean(dtype, DTYPES)}")
+    if dtype is not None and dtype not in DTYPE_NAMES:
+        raise ConfigError(
+            f"--dtype: expected one of {list(DTYPE_NAMES)}, got {dtype!r}.{did_you_mean(dtype, DTYPE_NAMES)}"
+        )
 
 
 def _check_place(out: Path, to: Form, sources: list[str], force: bool) -> None:
     if to is Form.lora:
+        from ._adapter import check_out
+
         check_out(out, sources, force)
         return
     if out.suffix != SUFFIX:
@@ -121,6 +127,8 @@ def _check_place(out: Path, to: Form, sources: list[str], force: bool) -> None:
 
 
 def _lora(model: PeftModel, file: AdapterFile, out: Path, rank: int | None, dtype: str | None) -> dict[str, Any]:
+    from ..train.use.lora_export import export_lora
+
     made = export_lora(model, rank=rank)
     made.conversion.save(out)
     config, tensors, _ = made.conversion.state
@@ -135,6 +143,9 @@ def _lora(model: PeftModel, file: AdapterFile, out: Path, rank: int | None, dtyp
 
 
 def _gguf(model: PeftModel, file: AdapterFile, out: Path, rank: int | None, dtype: str | None) -> dict[str, Any]:
+    from ..plan import DTYPES
+    from ..train.use.gguf_lora import gguf_lora, write_gguf
+
     made = gguf_lora(model, rank=rank)
     write_gguf(made, out, dtype=DTYPES[dtype or "float32"], name=file.folder.resolve().name)
     return {

@@ -5,16 +5,18 @@ from __future__ import annotations
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import ConfigError, gather
-from ..fleet import FleetReport, FleetSettings, StoreSink, fit, open_store
-from ..fleet.joint.progress import told_by
+from ..fleet.joint.settings import FleetSettings
 from ..train.settings.config_file import merged
 from ..train.settings.sections import AdapterSettings, ModelSettings
 from ._output import Json, console, print_json, quiet_transformers, rows_table
+
+if TYPE_CHECKING:
+    from ..fleet import FleetReport
 
 __all__ = ["app"]
 
@@ -83,7 +85,6 @@ def train(
 
     A user whose data is broken fails alone; the exit code is then 1.
     """
-    quiet_transformers()
     if (output is None) == (store is None):
         raise ConfigError("give --output FOLDER or --store URL, one of them")
     if store is None and (alias is not None or namespace != "default"):
@@ -91,10 +92,13 @@ def train(
     if as_json and progress == "json":
         raise ConfigError("--json prints one document on stdout, and --progress json many lines; take one of them")
     chosen = FleetSettings(**_pairs("--set", settings))
-    adapter = AdapterSettings(method=method, options=_pairs("--option", option))
-    telling = told_by(progress)
+    quiet_transformers()
+    from ..fleet import StoreSink, fit, open_store
+    from ..fleet.joint.progress import told_by
     from ..fleet.joint.users_from_files import text_users
 
+    adapter = AdapterSettings(method=method, options=_pairs("--option", option))
+    telling = told_by(progress)
     found = text_users(
         model,
         data,

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import ConfigError
-from ..train.use.text_generation import Answer, Chat, Sampling
-from ._output import Json, print_json
-from ._writing import (
+from ..train.use.sampling import Sampling
+from ._options import (
     Adapter,
     AdapterRevision,
     Alone,
@@ -18,7 +17,6 @@ from ._writing import (
     Device,
     Dtype,
     MaxTokens,
-    Opened,
     Quantization,
     Revision,
     Seed,
@@ -27,11 +25,12 @@ from ._writing import (
     Temperature,
     TopK,
     TopP,
-    Weights,
-    alone,
-    open_writer,
-    show,
 )
+from ._output import Json, print_json
+
+if TYPE_CHECKING:
+    from ..train.use.text_generation import Answer, Chat
+    from ._writing import Opened
 
 __all__ = ["generate"]
 
@@ -70,6 +69,9 @@ def generate(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop=tuple(stop or ())
     )
     text = prompt if prompt is not None else _piped()
+    from ..train.use.text_generation import Chat
+    from ._writing import Weights, alone, open_writer, show
+
     opened = open_writer(adapter, adapter_revision, base, revision, Weights(dtype, quantization, device), sampling)
     if template is None:
         template = system is not None or bool(opened.chats)

@@ -10,7 +10,6 @@ import typer
 from ..errors import ConfigError, did_you_mean
 from ..train.settings.config_file import put, settings_from, starting_text
 from ..train.settings.sections import TASK_NAMES, AdapterSettings, DataSettings, ModelSettings, TrainSettings
-from ..train.trainer.output_folder import write_text
 from ._output import Json, print_json
 
 __all__ = ["init"]
@@ -48,6 +47,8 @@ def init(
     settings_from(values, "kilotune init")
     if file.exists() and not force:
         raise ConfigError(f"{file} is there; --force overwrites it, --file names another")
+    from ..train.trainer.output_folder import write_text
+
     try:
         write_text(file, starting_text(values))
     except OSError as error:

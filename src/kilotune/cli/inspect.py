@@ -4,22 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
-from safetensors import SafetensorError, safe_open
 
-from ..checkpoints.files import WEIGHTS_NAME, tensors_checksum
-from ..checkpoints.reading import AdapterFile
+from .._ui.sizes import readable_bytes
+from ..checkpoints.names import WEIGHTS_NAME
 from ..errors import CheckpointError, ConfigError
-from ..kinds import KINDS
-from ..methods import Method, make_method
-from ..model.parameter_report import readable_bytes
-from ..model.peft_model import PeftModel
-from ..plan import Base
-from ._adapter import fitting_base, open_adapter
 from ._output import Json, complain, console, print_json, quiet_transformers, rows_table
+
+if TYPE_CHECKING:
+    from ..checkpoints.reading import AdapterFile
+    from ..methods import Method
+    from ..plan import Base
 
 __all__ = ["inspect"]
 
@@ -45,9 +42,11 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show what is in an adapter folder, and verify its checksums. Exits with 1 where one does not match."""
-    quiet_transformers()
     if revision is not None and base is None:
         raise ConfigError("--revision is of --base, which is not given")
+    quiet_transformers()
+    from ._adapter import fitting_base, open_adapter
+
     try:
         file = open_adapter(adapter, adapter_revision)
     except CheckpointError:
@@ -71,6 +70,10 @@ def inspect(
 
 def _damage(adapter: str) -> dict[str, Any] | None:
     """The two checksums, where the only thing wrong with a local adapter's tensors is that they differ."""
+    from safetensors import SafetensorError, safe_open
+
+    from ..checkpoints.files import tensors_checksum
+
     path = Path(adapter) / WEIGHTS_NAME
     try:
         with safe_open(path, "pt") as opened:
@@ -99,6 +102,8 @@ def _projections(file: AdapterFile, base: Base | None) -> tuple[str, str | None]
         return (IN_FILE if set(file.extra) - file.method.shared_keys else ABSENT), None
     if base is None:
         return NEEDS_BASE, None
+    from ..model.peft_model import PeftModel
+
     try:
         PeftModel.from_pretrained(base.model, file)
     except CheckpointError as error:  # it fits, so only the matrices are left to be wrong
@@ -107,6 +112,10 @@ def _projections(file: AdapterFile, base: Base | None) -> tuple[str, str | None]
 
 
 def _document(file: AdapterFile, projections: str, base: str | None) -> dict[str, Any]:
+    import torch
+
+    from ..methods import make_method
+
     config = file.config
     tensors = {**file.tensors, **file.extra}
     paths = sorted(path for path in file.folder.iterdir() if path.is_file())
@@ -153,6 +162,8 @@ def _layer_of(file: AdapterFile, key: str) -> str | None:
 
 def _ends(method: Method[Any] | type[Method[Any]], names: Iterable[str]) -> tuple[str, ...]:
     """What the keys of these parameters end with in a file, in any kind of layer (an embedding's differ)."""
+    from ..kinds import KINDS
+
     keys = [method.keys[name] for name in names if name in method.keys]
     return tuple({f".{kind.file_keys.get(key, key)}": None for kind in KINDS for key in keys})
 

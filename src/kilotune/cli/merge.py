@@ -9,21 +9,19 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
-from torch import nn
 
-from ..checkpoints.reading import AdapterFile
+from .._ui.sizes import readable_bytes
 from ..errors import CheckpointError, ConfigError, did_you_mean, gather
-from ..model.merging import MergePrecisionWarning
-from ..model.parameter_report import count_parameters, readable_bytes
-from ..model.peft_model import PeftModel
-from ..plan import DTYPES
-from ..storage import storage_of
-from ._adapter import base_of, check_out, load_fitting_base, open_adapter
+from ..listed import DTYPE_NAMES
 from ._output import Json, console, print_json, quiet_transformers, warn
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from ..checkpoints.reading import AdapterFile
 
 __all__ = ["merge"]
 
@@ -56,7 +54,7 @@ def merge(
     dtype: Annotated[
         str | None,
         typer.Option(
-            help=f"The dtype of the weights: {', '.join(DTYPES)}. Default: as they are stored. Makes a quantised "
+            help=f"The dtype of the weights: {', '.join(DTYPE_NAMES)}. Default: as they are stored. Makes a quantised "
             "base dense."
         ),
     ] = None,
@@ -73,9 +71,13 @@ def merge(
     as_json: Json = False,
 ) -> None:
     """Merge an adapter into its base's weights: a model folder that transformers loads as any other."""
+    if dtype is not None and dtype not in DTYPE_NAMES:
+        hint = did_you_mean(dtype, DTYPE_NAMES)
+        raise ConfigError(f"--dtype: expected one of {list(DTYPE_NAMES)}, got {dtype!r}.{hint}")
     quiet_transformers()
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"--dtype: expected one of {list(DTYPES)}, got {dtype!r}.{did_you_mean(dtype, DTYPES)}")
+    from ..model.parameter_report import count_parameters
+    from ._adapter import base_of, check_out, load_fitting_base, open_adapter
+
     check_out(out, [adapter, *([base] if base else [])], force)
     _check_replaceable(out)
     file = open_adapter(adapter, adapter_revision)
@@ -133,6 +135,11 @@ def _check_replaceable(out: Path) -> None:
 
 def _merge(model: nn.Module, file: AdapterFile, safe: bool, dtype: str | None) -> list[str]:
     """Merge for good; returns what was warned of."""
+    from ..model.merging import MergePrecisionWarning
+    from ..model.peft_model import PeftModel
+    from ..plan import DTYPES
+    from ..storage import storage_of
+
     adapted = PeftModel.from_pretrained(model, file.folder)
     held = ((module, storage_of(module)) for module in model.modules())  # adapted or not
     schemes = [storage.scheme(module) for module, storage in held if storage is not None and not storage.lossless]
@@ -157,6 +164,8 @@ def _untie(model: Any) -> bool:
 
     The flag is one for all ties of a model, so those that still hold get values of their own too.
     """
+    from torch import nn
+
     pairs = dict(getattr(model, "all_tied_weights_keys", None) or {})
     named = dict(model.named_parameters(remove_duplicate=False))
     pairs = {a: b for a, b in pairs.items() if a in named and b in named}
@@ -173,6 +182,8 @@ def _untie(model: Any) -> bool:
 
 def _verify(model: Any, folder: Path) -> None:
     """Load the new folder and compare every tensor, bit for bit."""
+    import torch
+
     again = type(model).from_pretrained(folder, dtype="auto", use_safetensors=True)
     old, new = model.state_dict(), again.state_dict()
     faults = [f"{key}: is not there after loading" for key in sorted(set(old) - set(new))]
@@ -185,7 +196,9 @@ def _verify(model: Any, folder: Path) -> None:
         raise CheckpointError(gather("the merged model did not come back from its files; nothing was kept:", faults))
 
 
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
+def _bits(tensor: Tensor) -> Tensor:
+    import torch
+
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)  # so that NaN equals itself
 
 

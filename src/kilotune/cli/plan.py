@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .._ui.sizes import readable_bytes
 from ..config import AdapterConfig, TaskType
 from ..errors import ConfigError, did_you_mean, gather
-from ..fleet.scale import Scale, parse_bytes, parse_count, scale
-from ..methods import METHODS, PRESETS, get_config
-from ..model.parameter_report import readable_bytes
-from ..plan import BUILT_IN, DTYPES, AdapterCosts, Base, BuiltIn, Head, costs, load_base
+from ..listed import DTYPE_NAMES, METHOD_OPTIONS, MODEL_NAMES
 from ._completion import complete, complete_methods
 from ._output import Json, console, print_json, quiet_transformers, rows_table
+
+if TYPE_CHECKING:
+    from ..fleet.scale import Scale
+    from ..plan import AdapterCosts, Base, BuiltIn, Head
 
 __all__ = ["EPILOG", "models", "plan"]
 
@@ -27,6 +29,7 @@ USUAL = ("lora", "vera")  # planned where no method is named: those whose size -
 def models() -> dict[str, BuiltIn]:
     """The built-in models, and the convolutional networks of ``kilotune demo``."""
     from ..experiments.images.convnet import LORA_WIDTHS, VERA_WIDTHS, ConvNet
+    from ..plan import BUILT_IN, BuiltIn
 
     nets = {"tutorial-vera": VERA_WIDTHS, "tutorial-lora": LORA_WIDTHS}
     text = "the convolutional network of `kilotune demo`"
@@ -39,13 +42,11 @@ def models() -> dict[str, BuiltIn]:
 
 def EPILOG() -> str:
     """The built-in models, and every option that --set takes, from the configs' own help texts."""
-    lines = ["Built-in models: " + ", ".join(models()) + "."]
-    common = set(AdapterConfig.option_names())
+    lines = ["Built-in models: " + ", ".join(MODEL_NAMES) + "."]
     for name in (n for n in AdapterConfig.option_names() if n not in NO_EFFECT):
         lines.append(f"[bold]--set {name}=[/] {_escape(AdapterConfig.help_of(name))}")
-    for method, cls in METHODS.items():
-        own = [name for name in cls.config_cls.option_names() if name not in common]
-        lines += [f"[bold]--set {name}=[/] ({method}) {_escape(cls.config_cls.help_of(name))}" for name in own]
+    for method, own in METHOD_OPTIONS.items():
+        lines += [f"[bold]--set {name}=[/] ({method}) {_escape(text)}" for name, text in own.items()]
     return "\n\n".join(lines)
 
 
@@ -59,7 +60,7 @@ def plan(
         typer.Argument(
             help="A config.json or its folder, a built-in name (below), or a hub id.",
             metavar="MODEL",
-            autocompletion=complete(lambda: models()),
+            autocompletion=complete(lambda: MODEL_NAMES),
         ),
     ],
     method: Annotated[
@@ -86,7 +87,7 @@ def plan(
         str | None, typer.Option(help="A regular expression for whole module names, in place of --targets.")
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help=f"The base's dtype: {', '.join(DTYPES)}. Default: as in its configuration.")
+        str | None, typer.Option(help=f"The base's dtype: {', '.join(DTYPE_NAMES)}. Default: as in its configuration.")
     ] = None,
     users: Annotated[
         str, typer.Option(help="How many adapters of this kind there will be; 1e6 is a number too.")
@@ -105,8 +106,11 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Count what a fine-tune costs before it runs: trained and shared numbers, bytes, files, many users."""
-    quiet_transformers()
     values = _options(options or [], rank or [], targets, targets_regex)
+    quiet_transformers()
+    from ..fleet.scale import parse_bytes, parse_count, scale
+    from ..plan import costs, load_base
+
     methods = [_method(name) for name in method or USUAL]
     base = load_base(model, dtype=dtype, revision=revision, head=_head(values), built_in=models())
     values = _with_default_targets(base, values)
@@ -125,6 +129,8 @@ def plan(
 
 def _method(name: str) -> str:
     """The name of a method or a preset, as it is spelled here."""
+    from ..methods import METHODS, PRESETS
+
     known = {name: name for name in (*METHODS, *PRESETS)}
     if name.lower() not in known:
         raise ConfigError(f"unknown method {name!r}.{did_you_mean(name, known)} Methods: {', '.join(sorted(known))}")
@@ -155,6 +161,8 @@ def _options(given: list[str], ranks: list[int], targets: str | None, targets_re
 
 def _head(values: Mapping[str, Any]) -> Head:
     """The head of the task that is planned; a task that does not exist is the config's to refuse."""
+    from ..plan import Head
+
     task = values.get("task_type")
     return Head(task) if task in list(TaskType) else Head()
 
@@ -173,6 +181,8 @@ def _with_default_targets(base: Base, values: Mapping[str, Any]) -> dict[str, An
 
 
 def _config(method: str, rank: int | None, values: Mapping[str, Any]) -> AdapterConfig:
+    from ..methods import METHODS, PRESETS, get_config
+
     try:
         return get_config(method, **({**values} if rank is None else {**values, "r": rank}))
     except ConfigError as error:

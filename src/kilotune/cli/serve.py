@@ -53,12 +53,12 @@ def serve(
 
     It runs until SIGTERM or Ctrl-C, and then lets running requests end. Its log is on stderr, a JSON object a line.
     """
-    quiet_transformers()
     chosen, options = _settings(
         {"host": host, "port": port, "keys": keys, "name": name, "namespace": namespace},
         {"task": task, "dtype": dtype, "device": device, "revision": revision},
         settings or [],
     )
+    quiet_transformers()
     try:
         from ..serve.http.logs import set_up
         from ..serve.http.process import listen, run

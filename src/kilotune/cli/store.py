@@ -7,14 +7,16 @@ import sys
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .._ui.sizes import readable_bytes
 from ..errors import ConfigError
-from ..fleet.store import AdapterStore, Moved, copy_adapters, export_adapters, open_store
-from ..model.parameter_report import readable_bytes
 from ._output import Json, console, print_json, rows_table, warn
+
+if TYPE_CHECKING:
+    from ..fleet.store import AdapterStore, Moved
 
 __all__ = ["app"]
 
@@ -50,6 +52,12 @@ def which(text: str | None) -> int | str | None:
     return int(text) if text is not None and text.isdecimal() and len(text) < 12 else text
 
 
+def _opened(store: str, namespace: str, read_only: bool = False) -> AdapterStore:
+    from ..fleet.store import open_store
+
+    return open_store(store, namespace=namespace, read_only=read_only)
+
+
 def _metadata(words: Sequence[str] | None) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for word in words or ():
@@ -79,7 +87,7 @@ def put(
 ) -> None:
     """Put an adapter into a store as the newest version of NAME."""
     given = _metadata(metadata)
-    with open_store(store, namespace=namespace) as opened:
+    with _opened(store, namespace=namespace) as opened:
         made = opened.put(name, adapter, metadata=given, tags=tag or (), alias=alias, packing=packing)
     if as_json:
         print_json(made.to_dict())
@@ -103,7 +111,7 @@ def get(
     """Write an adapter out of a store into a folder."""
     if out.exists() and not force and (out.is_file() or any(out.iterdir())):
         raise ConfigError(f"{out} holds something already; give another folder, or --force")
-    with open_store(store, namespace=namespace, read_only=True) as opened:
+    with _opened(store, namespace=namespace, read_only=True) as opened:
         record = opened.get(name, which(version))
     record.save(out)
     if as_json:
@@ -124,7 +132,7 @@ def ls(
     as_json: Json = False,
 ) -> None:
     """List what is there, by name. With --tag only what has all of the tags."""
-    with open_store(store, namespace=namespace, read_only=True) as opened:
+    with _opened(store, namespace=namespace, read_only=True) as opened:
         found = list(opened.ls(pattern, tags=tag or (), versions=versions, after=after, limit=limit + 1))
         shown = found[:limit]
         aliases = {info.name: opened.aliases(info.name) for info in shown}
@@ -169,7 +177,7 @@ def rm(
         raise ConfigError("say what to remove: --version with a number, an alias or 'latest', or --all")
     if every and force:
         raise ConfigError("--force is for --version; --all takes the aliases away as well")
-    with open_store(store, namespace=namespace) as opened:
+    with _opened(store, namespace=namespace) as opened:
         count = opened.rm(name, None if every else which(version), force=force)
     if as_json:
         print_json({"name": name, "removed": count})
@@ -194,7 +202,7 @@ def alias(
     if remove and len(names) != 1:
         raise ConfigError("--remove takes one NAME")
     found: dict[str, int | None]
-    with open_store(store, namespace=namespace) as opened:
+    with _opened(store, namespace=namespace) as opened:
         if remove:
             opened.unalias(names[0], alias)
             found = {names[0]: None}
@@ -218,7 +226,7 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Read everything, and hold it against its hashes. Exits with 1 where something is wrong."""
-    with open_store(store, namespace=namespace, read_only=True) as opened:
+    with _opened(store, namespace=namespace, read_only=True) as opened:
         faults = list(opened.verify(names or None))
         count = len(names) if names else sum(1 for _ in opened.names())
     if as_json:
@@ -234,7 +242,7 @@ def verify(
 @app.command()
 def stats(store: Url, namespace: Space = "default", as_json: Json = False) -> None:
     """Say how much is in a namespace, and how much the store takes on disk."""
-    with open_store(store, namespace=namespace, read_only=True) as opened:
+    with _opened(store, namespace=namespace, read_only=True) as opened:
         found = opened.stats()
     if as_json:
         print_json({**vars(found), "packed": dict(found.packed), "payload_bytes": found.payload_bytes})
@@ -270,7 +278,7 @@ def gc(
     if compact and dry_run:
         raise ConfigError("--compact changes the store, and --dry-run changes nothing")
     unused = None if unused_days is None else _days(unused_days)
-    with open_store(store, namespace=namespace, read_only=dry_run) as opened:
+    with _opened(store, namespace=namespace, read_only=dry_run) as opened:
         found = opened.gc(keep=keep, unused_for=unused, compact=compact, dry_run=dry_run)
     if as_json:
         print_json({**vars(found), "dry_run": dry_run})
@@ -304,9 +312,11 @@ def import_(
     as_json: Json = False,
 ) -> None:
     """Put all adapters of SOURCE into STORE. What is broken is left out and told; the exit code is then 1."""
+    from ..fleet.store import copy_adapters
+
     with (
-        open_store(source, namespace=source_namespace, read_only=True) as given,
-        open_store(store, namespace=namespace) as opened,
+        _opened(source, namespace=source_namespace, read_only=True) as given,
+        _opened(store, namespace=namespace) as opened,
     ):
         _refuse_folder(opened)
         moved = _counted(
@@ -335,7 +345,9 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write adapters into folders, as PEFT does. What fails is told; the exit code is then 1."""
-    with open_store(store, namespace=namespace, read_only=True) as opened:
+    from ..fleet.store import export_adapters
+
+    with _opened(store, namespace=namespace, read_only=True) as opened:
         moved = _counted(
             lambda done: export_adapters(opened, out, pattern, version=which(version), force=force, done=done)
         )

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .._ui.sizes import readable_bytes
 from ..errors import ConfigError
-from ..model.parameter_report import readable_bytes
-from ..train.running.progress import MODES
 from ..train.settings.config_file import merged, put, read_config, settings_from
 from ..train.settings.sections import (
     TASK_NAMES,
@@ -31,6 +30,12 @@ if TYPE_CHECKING:
 __all__ = ["train"]
 
 INTERRUPTED = 130
+
+
+def _modes() -> Iterable[str]:
+    from ..train.running.progress import MODES
+
+    return MODES
 
 
 def train(
@@ -70,7 +75,7 @@ def train(
         str | None,
         typer.Option(
             help="bar, plain, json, quiet or auto; --json goes with plain, bar or quiet.",
-            autocompletion=complete(lambda: MODES),
+            autocompletion=complete(_modes),
         ),
     ] = None,
     settings: Annotated[
@@ -93,10 +98,6 @@ def train(
     The shortest form: kilotune train --model FOLDER --data FILE.jsonl --output DIR. Before it starts it prints a plan;
     stopped by whatever means, it goes on with --resume, to the same result. With --resume, --output is enough.
     """
-    quiet_transformers()
-    from ..train.results.outcome import is_main
-    from ..train.run import train as run
-
     flags = {
         "model.base": model,
         "data.train": data,
@@ -114,6 +115,10 @@ def train(
         raise ConfigError(
             "--json prints one document on stdout, and logging.progress json many lines; take one of them"
         )
+    quiet_transformers()
+    from ..train.results.outcome import is_main
+    from ..train.run import train as run
+
     try:
         result = run(chosen, resume, force, dry_run, show=_document if as_json and dry_run else None)
     except KeyboardInterrupt as stopped:
@@ -151,11 +156,11 @@ def _document(plan: RunPlan, preview: str) -> None:
 
 
 def _settings(config: Path | None, flags: Mapping[str, Any], overrides: list[str], resume: bool) -> TrainSettings:
-    from ..train.trainer.output_folder import SETTINGS_NAME
-
     given = {name: value for name, value in flags.items() if value not in (None, [])}
     where = "the command line" if config is None else str(config)
     if config is None and resume and "output" in given:
+        from ..train.trainer.output_folder import SETTINGS_NAME
+
         config = Path(given["output"]) / SETTINGS_NAME
         if not config.is_file():
             raise ConfigError(f"--resume: there is no training in {given['output']} to go on with")

@@ -17,8 +17,8 @@ from torch import nn
 from .. import storage
 from ..added_modules import Added, base_modules
 from ..checkpoints import writing
-from ..checkpoints.files import check_adapter_name
 from ..checkpoints.fitting import match_tensors
+from ..checkpoints.names import check_adapter_name
 from ..checkpoints.reading import AdapterFile, open_adapter
 from ..config import AdapterConfig
 from ..errors import AdapterError, ConfigError, MergeError, did_you_mean, type_name

@@ -9,6 +9,7 @@ from typing import Any, cast, final
 
 from torch import Tensor, nn
 
+from .._ui.sizes import readable_bytes
 from ..injection.inject import walk
 from ..layers.adapted import AdaptedLayer
 from ..layers.saved_module import SavedModule
@@ -101,15 +102,6 @@ def count_parameters(model: nn.Module) -> ParameterReport:
         shared_bytes=_bytes(shared),
         total_bytes=_bytes([*parameters, *shared]),
     )
-
-
-def readable_bytes(count: float) -> str:
-    """A number of bytes in decimal units: 9_449_472 -> '9.45 MB'."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if abs(count) < 1000 or unit == "TB":
-            return f"{count:.3g} {unit}" if unit != "B" else f"{count:.0f} B"
-        count /= 1000
-    raise AssertionError("unreachable")
 
 
 def _adapter_parameters(model: nn.Module) -> Iterator[Tensor]:

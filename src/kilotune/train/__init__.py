@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     )
     from .trainer.for_trainer import for_trainer
     from .trainer.parallel import ignore_sharded, shard_base
-    from .use.text_generation import Answer, Chat, Sampling, Writer
+    from .use.sampling import Sampling
+    from .use.text_generation import Answer, Chat, Writer
 
 __all__ = [
     "AdapterSettings",
@@ -75,6 +76,7 @@ __getattr__, __dir__ = lazy(
         ),
         "trainer.for_trainer": ("for_trainer",),
         "trainer.parallel": ("ignore_sharded", "shard_base"),
-        "use.text_generation": ("Answer", "Chat", "Sampling", "Writer"),
+        "use.sampling": ("Sampling",),
+        "use.text_generation": ("Answer", "Chat", "Writer"),
     },
 )

@@ -24,7 +24,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from ...checkpoints.files import check_adapter_name
+from ...checkpoints.names import check_adapter_name
 from ...checkpoints.reading import AdapterFile, open_adapter
 from ...config import AdapterConfig
 from ...errors import AdapterError, ConfigError, ResourceError, did_you_mean

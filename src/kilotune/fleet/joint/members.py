@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, final
 
-from ...checkpoints.files import check_adapter_name
+from ...checkpoints.names import check_adapter_name
 from ...errors import KilotuneError, first_line
 from ...projections.matrices import check_seed
 from ..store.names import check_metadata

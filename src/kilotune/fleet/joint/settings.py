@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
 from ...config import AdapterConfig, number_fault
-from ...methods import METHODS
 from ...train.settings.fields import EPOCH, Section, flag, interval, number, one_of, or_none, setting, warmup
 from ...train.settings.sections import usual_rate
 
@@ -103,8 +102,9 @@ class FleetSettings(Section):
         """``learning_rate``, filled in for a method."""
         if self.learning_rate is not None:
             return self.learning_rate
-        name = next(name for name, method in METHODS.items() if method.config_cls is type(config))
-        return usual_rate(name)
+        from ...methods import method_of  # needs torch, which help texts do without
+
+        return usual_rate(method_of(config).name)
 
     def steps_of_epoch(self, rows: int) -> int:
         """Steps of a user in one epoch; the last one of an epoch may have fewer rows."""

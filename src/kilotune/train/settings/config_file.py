@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigError, MissingExtraError, gather, nearest
-from ...methods import METHODS
 from .fields import Section, freeze
 from .sections import SECTIONS, AdapterSettings, TrainSettings, between
 
@@ -51,6 +50,8 @@ def settings_from(values: Mapping[str, Any], where: str = "settings") -> TrainSe
 
 def _unknown(section: type[Section], key: Any) -> str:
     """The line for a key that is not there: the nearest name of the same section, or where the key stands."""
+    from ...methods import METHODS  # needs torch, which help texts do without
+
     name = SYNONYMS.get(str(key), str(key))
     homes = [other for other in SECTIONS.values() if other is not section and name in other.known()]
     if section is AdapterSettings and any(name in method.config_cls.option_names() for method in METHODS.values()):

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, cast, final
 
 from ...config import AdapterConfig, FrozenDict
 from ...errors import ConfigError, did_you_mean, gather
-from ...methods import METHODS, PRESETS, get_config
+from ...listed import METHOD_OPTIONS, PRESET_NAMES
 from .fields import EPOCH, Section, flag, interval, mapping, number, one_of, or_none, paths, setting, text, warmup
 
 __all__ = [
@@ -49,7 +49,7 @@ ROLES = (
 )
 SPLITS = ("train", "validation", "test")
 WHOLE_METHODS = ("full", "head")  # no adapter: every weight, or the task's head alone, is trained
-METHOD_NAMES = (*METHODS, *PRESETS, *WHOLE_METHODS)
+METHOD_NAMES = (*METHOD_OPTIONS, *PRESET_NAMES, *WHOLE_METHODS)
 
 USUAL_RATES: Mapping[str, float] = {
     "lora": 2e-4,
@@ -160,6 +160,8 @@ class AdapterSettings(Section):
         if method in WHOLE_METHODS:
             given = [name for name, value in (("options", options), ("start", start)) if value]
             return [f"{cls.key(name)}: method {method!r} is no adapter, so it has none" for name in given]
+        from ...methods import get_config  # needs torch, which help texts do without
+
         try:
             get_config(method, **options)
         except (ConfigError, TypeError) as error:
@@ -181,6 +183,8 @@ class AdapterSettings(Section):
         """
         if not self.is_adapter:
             raise ConfigError(f"{self.key('method')}: {self.method!r} is no adapter, so it has no configuration")
+        from ...methods import get_config
+
         return get_config(self.method, **{**more, **self.options})
 
 
@@ -409,6 +413,8 @@ SECTIONS: Mapping[str, type[Section]] = {
 
 def usual_rate(method: str) -> float:
     """The learning rate to begin with for a method; that of the method whose preset a name is."""
+    from ...methods import PRESETS
+
     return USUAL_RATES[PRESETS.get(method, (method, {}))[0]]
 
 

@@ -1,0 +1,37 @@
+"""Write src/kilotune/listed.json: names and help texts that the command line shows without importing torch.
+
+python scripts/listed.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from kilotune import METHODS, AdapterConfig
+from kilotune.cli.plan import models
+from kilotune.methods import PRESETS
+
+FILE = Path(__file__).parent.parent / "src" / "kilotune" / "listed.json"
+
+
+def own_options(config: type[AdapterConfig]) -> dict[str, str]:
+    """The options that a method has beside those of all methods, with their help texts."""
+    common = AdapterConfig.option_names()
+    return {name: config.help_of(name) for name in config.option_names() if name not in common}
+
+
+def text() -> str:
+    """The whole file."""
+    listed: dict[str, Any] = {
+        "methods": {name: own_options(method.config_cls) for name, method in METHODS.items()},
+        "presets": list(PRESETS),
+        "models": list(models()),
+    }
+    return json.dumps(listed, indent=2, ensure_ascii=False) + "\n"
+
+
+if __name__ == "__main__":
+    FILE.write_text(text(), encoding="utf-8")
+    print(f"wrote {FILE}")
