@@ -24,9 +24,9 @@ from .checkpoints.writing import bias_place, in_file_form
 from .config import AdapterConfig
 from .errors import ConfigError, KilotuneError, MissingExtraError, did_you_mean, first_line, without_network
 from .injection.inject import SavedModule, walk
+from .known_names import DTYPE_NAMES
 from .layers import stacked_sites as stacks
 from .layers.adapted import AdaptedLayer
-from .listed import DTYPE_NAMES
 from .methods import method_of
 from .model.parameter_report import ParameterReport, count_parameters
 from .model.peft_model import PeftModel, get_peft_model

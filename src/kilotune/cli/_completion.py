@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from ..listed import METHOD_OPTIONS, PRESET_NAMES
+from ..known_names import METHOD_OPTIONS, PRESET_NAMES
 
 __all__ = ["complete", "complete_methods", "complete_settings", "complete_trained"]
 

@@ -10,7 +10,7 @@ import typer
 
 from .._ui.sizes import readable_bytes
 from ..errors import CheckpointError, ConfigError, did_you_mean
-from ..listed import DTYPE_NAMES
+from ..known_names import DTYPE_NAMES
 from . import merge
 from ._output import Json, console, print_json, quiet_transformers, warn
 

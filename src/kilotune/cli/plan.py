@@ -12,7 +12,7 @@ import typer
 from .._ui.sizes import readable_bytes
 from ..config import AdapterConfig, TaskType
 from ..errors import ConfigError, did_you_mean, gather
-from ..listed import DTYPE_NAMES, METHOD_OPTIONS, MODEL_NAMES
+from ..known_names import DTYPE_NAMES, METHOD_OPTIONS, MODEL_NAMES
 from ._completion import complete, complete_methods
 from ._output import Json, console, print_json, quiet_transformers, rows_table
 

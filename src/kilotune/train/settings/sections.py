@@ -12,7 +12,7 @@ from typing import Any, ClassVar, cast, final
 
 from ...config import AdapterConfig, FrozenDict
 from ...errors import ConfigError, did_you_mean, gather
-from ...listed import METHOD_OPTIONS, PRESET_NAMES
+from ...known_names import METHOD_OPTIONS, PRESET_NAMES
 from .fields import EPOCH, Section, flag, interval, mapping, number, one_of, or_none, paths, setting, text, warmup
 
 __all__ = [
@@ -129,6 +129,15 @@ class ModelSettings(Section):
     )
 
 
+def _method(name: str, value: Any) -> list[str]:
+    """One of the methods, of which one may have come since known_names.json was written."""
+    if value in METHOD_NAMES:
+        return []
+    from ...methods import METHODS, PRESETS
+
+    return one_of(*METHODS, *PRESETS, *WHOLE_METHODS)(name, value)
+
+
 @final
 @dataclass(frozen=True, kw_only=True)
 class AdapterSettings(Section):
@@ -138,7 +147,7 @@ class AdapterSettings(Section):
 
     method: str = setting(
         "vera",
-        one_of(*METHOD_NAMES),
+        _method,
         f"What is trained: {', '.join(METHOD_NAMES)}. 'full' is every weight, 'head' the task's head alone.",
     )
     options: Mapping[str, Any] = setting(

@@ -1,6 +1,6 @@
-"""Write src/kilotune/listed.json: names and help texts that the command line shows without importing torch.
+"""Write src/kilotune/known_names.json: names and help texts that the command line shows without importing torch.
 
-python scripts/listed.py
+python scripts/known_names.py
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from kilotune import METHODS, AdapterConfig
 from kilotune.cli.plan import models
 from kilotune.methods import PRESETS
 
-FILE = Path(__file__).parent.parent / "src" / "kilotune" / "listed.json"
+FILE = Path(__file__).parent.parent / "src" / "kilotune" / "known_names.json"
 
 
 def own_options(config: type[AdapterConfig]) -> dict[str, str]:

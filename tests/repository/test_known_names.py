@@ -1,4 +1,4 @@
-"""listed.json says what the methods' configs and the built-in models say; ``python scripts/listed.py`` writes it."""
+"""known_names.json says what the methods' configs and built-in models say; scripts/known_names.py writes it."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import pytest
 from tests.support.paths import ROOT
 
 from kilotune import METHODS
-from kilotune.listed import DTYPE_NAMES, METHOD_OPTIONS, MODEL_NAMES, PRESET_NAMES
+from kilotune.known_names import DTYPE_NAMES, METHOD_OPTIONS, MODEL_NAMES, PRESET_NAMES
 from kilotune.methods import PRESETS
 from kilotune.plan import BUILT_IN, DTYPES
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("listed_script", ROOT / "scripts" / "listed.py")
+    spec = importlib.util.spec_from_file_location("known_names_script", ROOT / "scripts" / "known_names.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -25,7 +25,7 @@ def script() -> ModuleType:
 
 
 def test_the_file_is_what_the_script_writes(script: ModuleType) -> None:
-    assert script.FILE.read_text(encoding="utf-8") == script.text(), "run: python scripts/listed.py"
+    assert script.FILE.read_text(encoding="utf-8") == script.text(), "run: python scripts/known_names.py"
 
 
 def test_the_names_are_those_of_the_methods_presets_models_and_dtypes() -> None:

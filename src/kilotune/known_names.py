@@ -1,7 +1,7 @@
 """What there is by name, known without importing torch: for help texts, completion and the checks of settings.
 
-listed.json is written by ``python scripts/listed.py`` from the methods' configs and the built-in models, which are the
-home of all that it says; ``tests/repository/test_listed.py`` fails where it is not what they say.
+known_names.json is written by ``python scripts/known_names.py`` from the methods' configs and the built-in models, which
+are the home of all that it says; ``tests/repository/test_known_names.py`` fails where it is not what they say.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ __all__ = ["DTYPE_NAMES", "METHOD_OPTIONS", "MODEL_NAMES", "PRESET_NAMES"]
 DTYPE_NAMES = ("float32", "bfloat16", "float16")
 """The dtypes that the weights of a base can be held in."""
 
-_LISTED = json.loads((Path(__file__).parent / "listed.json").read_text(encoding="utf-8"))
+_LISTED = json.loads((Path(__file__).parent / "known_names.json").read_text(encoding="utf-8"))
 
 METHOD_OPTIONS: Mapping[str, Mapping[str, str]] = _LISTED["methods"]
 """Method -> its own options -> their help texts; the options that all methods have are AdapterConfig's."""
