@@ -16,7 +16,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -145,20 +145,43 @@ def lock(root: Path) -> Iterator[None]:
         yield
 
 
-def prepare(root: Path, venv: Path, extra: str, explicit: bool) -> None:
-    """Bring ``venv`` to where ``extra`` can be used."""
+def usable(venv: Path, explicit: bool) -> tuple[int, ...]:
+    """Make ``venv`` where it is not there; the version of its Python."""
     if not check_existing(venv, explicit):
         create(venv)
     version = venv_version(venv)
     if version is None:
         raise SetupError(f"{venv.name} was made but does not run: remove it, then run make again")
-    wanted = fingerprint(root, version)
-    if is_ready(root, venv, extra, wanted):
-        return
-    install(root, venv, extra)
-    temporary = stamp(venv, extra).with_suffix(".tmp")
+    return version
+
+
+def write_stamp(path: Path, wanted: str) -> None:
+    """Say that a set-up is complete; whole or not at all."""
+    temporary = path.with_suffix(".tmp")
     temporary.write_text(wanted)
-    os.replace(temporary, stamp(venv, extra))
+    os.replace(temporary, path)
+
+
+def prepare(root: Path, venv: Path, extra: str, explicit: bool) -> None:
+    """Bring ``venv`` to where ``extra`` can be used."""
+    wanted = fingerprint(root, usable(venv, explicit))
+    if not is_ready(root, venv, extra, wanted):
+        install(root, venv, extra)
+        write_stamp(stamp(venv, extra), wanted)
+
+
+def run(work: Callable[[], None]) -> int:
+    """Do ``work``, which no other set-up of this tree does meanwhile; returns the exit code."""
+    try:
+        with lock(ROOT):
+            work()
+    except SetupError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted; run make again: it goes on from here", file=sys.stderr)
+        return 130
+    return 0
 
 
 def main(arguments: list[str]) -> int:
@@ -167,16 +190,7 @@ def main(arguments: list[str]) -> int:
     if len(names) != 1 or names[0] not in CONTAINED_IN:
         print(f"usage: environment.py {'|'.join(CONTAINED_IN)} [--explicit]", file=sys.stderr)
         return 2
-    try:
-        with lock(ROOT):
-            prepare(ROOT, VENV, names[0], "--explicit" in arguments)
-    except SetupError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\ninterrupted; run make again: it goes on from here", file=sys.stderr)
-        return 130
-    return 0
+    return run(lambda: prepare(ROOT, VENV, names[0], "--explicit" in arguments))
 
 
 if __name__ == "__main__":

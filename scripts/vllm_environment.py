@@ -11,7 +11,6 @@ and 3.4 GB. Like ``environment.py`` it ends at once when all is there, and goes 
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import subprocess
 import sys
@@ -71,29 +70,13 @@ def install() -> None:
     pip("install", "--no-deps", "--no-build-isolation", "--editable", str(ROOT))
 
 
-def main() -> int:
-    """Returns the exit code."""
-    try:
-        with environment.lock(ROOT):
-            if not environment.check_existing(VENV, explicit=False):
-                environment.create(VENV)
-            version = environment.venv_version(VENV)
-            if version is None:
-                raise environment.SetupError(f"{VENV.name} was made but does not run: remove it, then run make again")
-            if STAMP.exists() and STAMP.read_text() == wanted(version):
-                return 0
-            install()
-            temporary = STAMP.with_suffix(".tmp")
-            temporary.write_text(wanted(version))
-            os.replace(temporary, STAMP)
-    except environment.SetupError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\ninterrupted; run make again: it goes on from here", file=sys.stderr)
-        return 130
-    return 0
+def prepare() -> None:
+    """Bring it to where the plugin can be tested."""
+    text = wanted(environment.usable(VENV, explicit=False))
+    if not (STAMP.exists() and STAMP.read_text() == text):
+        install()
+        environment.write_stamp(STAMP, text)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(environment.run(prepare))

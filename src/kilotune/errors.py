@@ -23,6 +23,7 @@ __all__ = [
     "TargetError",
     "UnsupportedError",
     "did_you_mean",
+    "faults_of",
     "first_line",
     "gather",
     "nearest",
@@ -125,3 +126,9 @@ def gather(headline: str, faults: Sequence[str], limit: int = 20) -> str:
     if len(faults) > limit:
         shown.append(f"  - ... and {len(faults) - limit} more")
     return "\n".join([headline, *shown])
+
+
+def faults_of(error: BaseException) -> list[str]:
+    """The faults in a message that :func:`gather` made, without its headline; of any other, the whole message."""
+    lines = str(error).split("\n  - ")
+    return lines[1:] or lines

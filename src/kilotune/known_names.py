@@ -1,7 +1,7 @@
 """What there is by name, known without importing torch: for help texts, completion and the checks of settings.
 
-known_names.json is written by ``python scripts/known_names.py`` from the methods' configs and the built-in models, which
-are the home of all that it says; ``tests/repository/test_known_names.py`` fails where it is not what they say.
+known_names.json is written by ``python scripts/known_names.py`` from the methods' configs and the built-in models, the
+home of all that it says; ``tests/repository/test_known_names.py`` fails where it is not what they say.
 """
 
 from __future__ import annotations

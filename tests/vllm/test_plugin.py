@@ -244,7 +244,7 @@ def test_row_files_are_named_by_their_content(tmp_path: Path, dtype: torch.dtype
     assert write_row(tmp_path, row, layout) == path
     assert write_row(tmp_path, row + 1, layout) != path
     assert row_name(row, Layout.of(RANK, SEED + 1, layout.sites).to_json()) != path.name
-    assert not list(tmp_path.glob("*.tmp"))
+    assert not [file for file in tmp_path.iterdir() if file.name.startswith(".")]
 
 
 def test_a_damaged_or_foreign_row_file_is_refused(tmp_path: Path) -> None:

@@ -6,14 +6,14 @@ A page is a template file beside the code that gives its values; it extends ``te
 from __future__ import annotations
 
 import base64
-import contextlib
 import importlib
 import os
-import tempfile
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 from ..errors import KilotuneError, MissingExtraError
+from ..whole_file import replacing
 
 __all__ = ["check_folder", "publish", "render", "require_packages"]
 
@@ -78,22 +78,12 @@ def publish(folder: Path, files: Mapping[str, bytes]) -> list[Path]:
     Raises:
         KilotuneError: one could not be written; then nothing is left aside.
     """
-    ready: list[tuple[Path, Path]] = []
+    targets = [folder / name for name in files]
     try:
-        for name, content in files.items():
-            target = folder / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, aside = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-            ready.append((Path(aside), target))
-            with os.fdopen(descriptor, "wb") as out:
-                out.write(content)
-        for part, target in ready:
-            part.chmod(0o644)
-            part.replace(target)
+        with ExitStack() as aside:
+            for target, content in reversed([*zip(targets, files.values())]):  # the last one in is renamed first
+                target.parent.mkdir(parents=True, exist_ok=True)
+                aside.enter_context(replacing(target, shared=True)).write_bytes(content)
     except OSError as error:
         raise KilotuneError(f"could not write the report into {folder}: {error}") from error
-    finally:
-        for part, _ in ready:
-            with contextlib.suppress(OSError):
-                part.unlink(missing_ok=True)
-    return [target for _, target in ready]
+    return targets

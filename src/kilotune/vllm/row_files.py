@@ -16,6 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..whole_file import replacing
 from .layout import Layout
 
 __all__ = ["Spill", "read_row", "row_name", "write_row"]
@@ -41,14 +42,8 @@ def write_row(folder: Path, row: Tensor, layout: Layout) -> Path:
     path = folder / row_name(row, text)
     if not path.exists():
         data = save({"row": row}, {"layout": text})
-        handle, temporary = tempfile.mkstemp(dir=folder, prefix=".", suffix=".tmp")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        with replacing(path, shared=True) as fresh:
+            fresh.write_bytes(data)
     return path
 
 

@@ -19,6 +19,7 @@ from typing import Any, final
 import torch
 
 from ..errors import ConfigError, UnsupportedError
+from ..whole_file import replacing
 from .layout import Layout, Site
 from .settings import KEY, Settings
 
@@ -91,10 +92,8 @@ def announce(rank: int, world: int, model: str, dtype: torch.dtype, settings: Se
         "settings": settings.to_dict(),
         "sites": [[site.name, site.out, site.inn] for site in sites],
     }
-    path = folder() / f"worker-{rank}.json"
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(values))
-    os.replace(temporary, path)
+    with replacing(folder() / f"worker-{rank}.json") as fresh:
+        fresh.write_text(json.dumps(values))
 
 
 def stamp() -> int | None:

@@ -6,7 +6,6 @@ import base64
 import copy
 import dataclasses
 import json
-import os
 import re
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -374,16 +373,16 @@ def test_results_are_written_next_to_the_page(result: DemoResult, tmp_path: Path
 def test_writing_fails_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a").write_bytes(b"old")
     written = []
-    real = os.fdopen
+    real = Path.write_bytes
 
-    def fails_second(*args: Any) -> Any:
-        written.append(args)
+    def fails_second(self: Path, data: bytes) -> int:
+        written.append(self)
         if len(written) == 2:
-            os.close(args[0])
+            real(self, data[:1])
             raise OSError("disk full")
-        return real(*args)
+        return real(self, data)
 
-    monkeypatch.setattr(os, "fdopen", fails_second)
+    monkeypatch.setattr(Path, "write_bytes", fails_second)
     with pytest.raises(KilotuneError, match=r"could not write the report into .*: disk full"):
         pages.publish(tmp_path, {"a": b"new", "b": b"new"})
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a": b"old"}

@@ -12,7 +12,6 @@ import hashlib
 import http.client
 import os
 import tarfile
-import tempfile
 import urllib.request
 import zlib
 from collections.abc import Callable, Mapping
@@ -24,6 +23,7 @@ import numpy.typing as npt
 import torch
 
 from ...errors import KilotuneError, gather
+from ...whole_file import replacing
 from .digits_data import Data, ImageSet, Progress
 from .pickled import read_batch
 
@@ -84,33 +84,26 @@ def download(url: str, sha256: str, target: Path, progress: Progress | None = No
         KilotuneError: the server was not reached, or sent something else than expected.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    part = Path(name)
     digest = hashlib.sha256()
     try:
-        with (
-            os.fdopen(descriptor, "wb") as out,
-            urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as reply,
-        ):
-            total, done = int(reply.headers.get("Content-Length") or 0), 0
-            while chunk := reply.read(CHUNK):
-                out.write(chunk)
-                digest.update(chunk)
-                done += len(chunk)
-                if progress is not None:
-                    progress(f"downloading {target.name}", done, total)
-        if digest.hexdigest() != sha256:
-            raise KilotuneError(
-                f"{url} sent {done:,} bytes with SHA-256 {digest.hexdigest()}, but {sha256} was expected;"
-                " try again, or fetch it yourself and name it with --data-dir"
-            )
-        part.replace(target)
+        with replacing(target, shared=True) as part:
+            with part.open("wb") as out, urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as reply:
+                total, done = int(reply.headers.get("Content-Length") or 0), 0
+                while chunk := reply.read(CHUNK):
+                    out.write(chunk)
+                    digest.update(chunk)
+                    done += len(chunk)
+                    if progress is not None:
+                        progress(f"downloading {target.name}", done, total)
+            if digest.hexdigest() != sha256:
+                raise KilotuneError(
+                    f"{url} sent {done:,} bytes with SHA-256 {digest.hexdigest()}, but {sha256} was expected;"
+                    " try again, or fetch it yourself and name it with --data-dir"
+                )
     except (http.client.HTTPException, OSError) as error:  # urllib's errors are OSErrors
         raise KilotuneError(
             f"could not download {url}: {error}; fetch it yourself and name it with --data-dir"
         ) from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _find(place: Path) -> tuple[str, Mapping[str, Opener]]:

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ...checkpoints.files import read_weights
 from ...errors import CheckpointError, ConfigError, gather
+from ...whole_file import flush, replacing
 from .users import UserReport
 
 __all__ = ["StateFolder"]
@@ -131,7 +132,7 @@ class StateFolder:
             file.flush()
             os.fsync(file.fileno())
         if new:
-            _flush_folder(self.folder)
+            flush(self.folder)
 
     # -- who is in training ------------------------------------------------------------------------
 
@@ -190,20 +191,5 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _write(path: Path, data: bytes) -> None:
     """Whole or not at all, and on disk once this returns."""
-    fresh = path.with_name(f".{path.name}.new")
-    with fresh.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(fresh, path)
-    _flush_folder(path.parent)
-
-
-def _flush_folder(folder: Path) -> None:
-    if os.name == "nt":  # there a folder cannot be opened
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    with replacing(path, flushed=True) as fresh:
+        fresh.write_bytes(data)

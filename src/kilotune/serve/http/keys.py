@@ -11,9 +11,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import os
 import secrets
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -25,6 +23,7 @@ from typing import Any, final
 
 from ...errors import ConfigError, did_you_mean, nearest
 from ...fleet.store.names import check_namespace
+from ...whole_file import replacing
 
 __all__ = [
     "MANAGER",
@@ -175,16 +174,9 @@ def _changing(path: Path) -> Iterator[list[Key]]:
 
 def _write(path: Path, keys: Sequence[Key]) -> None:
     text = json.dumps({"format": 1, "keys": [asdict(key) for key in keys]}, indent=1, ensure_ascii=False)
-    descriptor, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # for its owner only
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as out:
-            out.write(f"{text}\n")
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(aside, path)
-    except BaseException:
-        Path(aside).unlink(missing_ok=True)
-        raise
+    with replacing(path, shared=True, flushed=True) as fresh:
+        fresh.touch(0o600, exist_ok=False)  # for its owner only
+        fresh.write_text(f"{text}\n", encoding="utf-8")
 
 
 # -- looking them up ---------------------------------------------------------------------------------

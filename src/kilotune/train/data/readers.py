@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from ...errors import ConfigError, MissingExtraError, did_you_mean, first_line, gather
+from ...errors import ConfigError, MissingExtraError, did_you_mean, faults_of, first_line, gather
 from .images import IMAGE_SUFFIXES, image_folder
 from .tables import Places, Table, together
 
@@ -61,8 +61,7 @@ def read(
         except MissingExtraError:
             raise
         except ConfigError as error:
-            lines = str(error).split("\n  - ")
-            faults += lines[1:] if len(lines) > 1 else lines
+            faults += faults_of(error)
     if faults:
         raise ConfigError(gather(f"{name} cannot be read:", faults, MAX_FAULTS))
     return together(tables)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
 
-from ...errors import ConfigError, gather
+from ...errors import ConfigError, faults_of, gather
 from .columns import Groups, labels, resolve
 from .readers import HUB, read
 from .tables import Numbers, Table
@@ -61,7 +61,7 @@ def load_splits(data: DataSettings, groups: Groups, task: str, seed: int, strati
         try:
             columns[name] = resolve(table, data.columns, groups, task, f"data.{name}")
         except ConfigError as error:
-            faults += _lines(error)
+            faults += faults_of(error)
     faults += [] if faults else _different(columns)
     if faults:
         raise ConfigError(gather("the data cannot be used:", faults))
@@ -86,7 +86,7 @@ def _tables(data: DataSettings) -> dict[str, Table]:
             if (table := _source(data, name)) is not None:
                 tables[name] = table
         except ConfigError as error:
-            faults += _lines(error)
+            faults += faults_of(error)
     if not tables and not faults:
         faults.append("data.train: no data is given; set a file, a folder or hub:NAME")
     faults += [f"data.{name}: {_where(data, name)} has no rows" for name, table in tables.items() if not len(table)]
@@ -95,12 +95,6 @@ def _tables(data: DataSettings) -> dict[str, Table]:
     if data.limit is not None and "train" in tables:
         tables["train"] = tables["train"].take(np.arange(min(data.limit, len(tables["train"]))))
     return tables
-
-
-def _lines(error: ConfigError) -> list[str]:
-    """The faults in a gathered message."""
-    lines = str(error).split("\n  - ")
-    return lines[1:] if len(lines) > 1 else lines
 
 
 def _listed(source: str | Sequence[str] | None) -> list[str]:

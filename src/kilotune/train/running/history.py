@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, TextIO, final
 
 from ...errors import CheckpointError, KilotuneError, MissingExtraError
+from ..trainer.output_folder import write_text
 from .watching import Event, Listener
 
 __all__ = ["CSV_NAME", "JSONL_NAME", "History", "read_history", "tensorboard_callback"]
@@ -117,13 +118,13 @@ class History(Listener):
         self.begun = True
         with _told(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            _replace(self.path, "".join(_line(record) for record in self.records))
+            write_text(self.path, "".join(_line(record) for record in self.records))
         self._whole_csv()
 
     def _whole_csv(self) -> None:
         if self.csv_path is not None:
             with _told(self.csv_path):
-                _replace(self.csv_path, ",".join(self.columns) + "\n" + _csv_rows(self.records, self.columns))
+                write_text(self.csv_path, ",".join(self.columns) + "\n" + _csv_rows(self.records, self.columns))
 
 
 def read_history(path: Path) -> list[Record]:
@@ -206,13 +207,3 @@ class _told:
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if isinstance(error, OSError):
             raise KilotuneError(f"cannot {self.verb} {self.path}: {error.strerror or error}") from error
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write the whole file, or leave what is there."""
-    aside = path.with_name(f".{path.name}.new")
-    try:
-        aside.write_text(text, encoding="utf-8", newline="")
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigError, MissingExtraError, gather, nearest
-from .fields import Section, freeze
+from .fields import Section, freeze, plain
 from .sections import SECTIONS, AdapterSettings, TrainSettings, between
 
 __all__ = ["load_settings", "merged", "read_config", "settings_from", "settings_text", "starting_text"]
@@ -207,11 +207,5 @@ def _entries(section: type[Section], values: Mapping[str, Any], indent: str) -> 
             section.help_of(name), WIDTH, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# "
         )
         value = values.get(name, default)
-        text = _yaml().safe_dump(_plain(value), default_flow_style=True, width=10**6, allow_unicode=True)
+        text = _yaml().safe_dump(plain(value), default_flow_style=True, width=10**6, allow_unicode=True)
         yield f"{indent}{name}: {text.removesuffix('...' + chr(10)).strip()}"  # a document's end, after a plain word
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

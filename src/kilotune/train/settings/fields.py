@@ -23,6 +23,7 @@ __all__ = [
     "one_of",
     "or_none",
     "paths",
+    "plain",
     "setting",
     "shown",
     "size",
@@ -204,7 +205,7 @@ class Section:
 
     def to_dict(self) -> dict[str, Any]:
         """In plain types, as YAML and JSON write them."""
-        return {name: _plain(getattr(self, name)) for name in self.names()}
+        return {name: plain(getattr(self, name)) for name in self.names()}
 
 
 def freeze(value: Any) -> Any:
@@ -216,7 +217,8 @@ def freeze(value: Any) -> Any:
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A value as YAML and JSON write it: the reverse of :func:`freeze`."""
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast, final
 
 from ...config import AdapterConfig, FrozenDict
-from ...errors import ConfigError, did_you_mean, gather
+from ...errors import ConfigError, did_you_mean, faults_of, gather
 from ...known_names import METHOD_OPTIONS, PRESET_NAMES
 from .fields import EPOCH, Section, flag, interval, mapping, number, one_of, or_none, paths, setting, text, warmup
 
@@ -174,8 +174,7 @@ class AdapterSettings(Section):
         try:
             get_config(method, **options)
         except (ConfigError, TypeError) as error:
-            lines = str(error).split("\n  - ")
-            return [f"{cls.key('options')}: {line}" for line in lines[1:] or lines]
+            return [f"{cls.key('options')}: {line}" for line in faults_of(error)]
         return []
 
     @property

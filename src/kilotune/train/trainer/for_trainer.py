@@ -30,6 +30,7 @@ from ...layers.adapted import AdaptedLayer
 from ...model.adapter_model import AdapterModel
 from ...model.base_overrides import attach_module, override
 from ...storage.sharded import gathered, is_unit
+from ...whole_file import replacing
 from .parallel import check_averaged, ignore_sharded
 
 __all__ = ["STATE_NAME", "for_trainer"]
@@ -211,12 +212,10 @@ def _write_state(folder: Path, model: AdapterModel, root: nn.Module) -> None:
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in _trained(model, root).items()}
     options = json.dumps(_options(model), sort_keys=True).encode()
     tensors[OPTIONS] = torch.frombuffer(bytearray(options), dtype=torch.uint8)
-    fresh = folder / f".{STATE_NAME}"
     try:
-        save_file(tensors, fresh, metadata={"format": "pt"})
-        os.replace(fresh, folder / STATE_NAME)
+        with replacing(folder / STATE_NAME) as fresh:
+            save_file(tensors, fresh, metadata={"format": "pt"})
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
-        fresh.unlink(missing_ok=True)
         raise CheckpointError(f"cannot write {folder / STATE_NAME}: {error}") from error
 
 

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from ...checkpoints.files import CONFIG_NAME, WEIGHTS_NAME
 from ...errors import CheckpointError, ConfigError, first_line, gather
+from ...whole_file import replacing
 from ..settings.sections import SECTIONS, TrainSettings
 
 __all__ = [
@@ -140,12 +141,8 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 def write_text(path: Path, text: str) -> None:
     """The same for text."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}.new")
-    try:
-        fresh.write_text(text, encoding="utf-8")
-        os.replace(fresh, path)
-    finally:
-        fresh.unlink(missing_ok=True)
+    with replacing(path) as fresh:
+        fresh.write_text(text, encoding="utf-8", newline="\n")
 
 
 # -- checkpoints ---------------------------------------------------------------------------------------

@@ -13,8 +13,6 @@ of October 2026), so a file fits the base that they make. The names of tensors c
 from __future__ import annotations
 
 import contextlib
-import os
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +27,7 @@ from ...errors import CheckpointError, MissingExtraError, UnsupportedError, gath
 from ...injection.installed_adapter import Installed
 from ...methods import LoraConfig
 from ...model.peft_model import PeftModel
+from ...whole_file import replacing
 from .lora_export import check_low_rank, check_rank
 
 __all__ = ["FAMILIES", "Family", "GgufLora", "gguf_lora", "write_gguf"]
@@ -288,10 +287,8 @@ def write_gguf(lora: GgufLora, path: Path, *, dtype: torch.dtype = torch.float32
         raise CheckpointError(gather(f"these hold values that {kind} cannot; take float32 or bfloat16:", lost))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-            fresh = Path(folder) / path.name
+        with replacing(path, shared=True) as fresh:
             _write(lora, fresh, dtype, name)
-            os.replace(fresh, path)
     except OSError as error:
         raise CheckpointError(f"cannot write {path}: {error}") from error
 
