@@ -2,8 +2,9 @@
 
     python scripts/support_table.py [--check]
 
-Nothing here is decided by hand. A tick is a cell that the conformance tests (tests/conformance/) run; a reason is
-what the library itself refuses that cell with. ``--check`` writes nothing, and fails where the page is out of date.
+Nothing here is decided by hand. A tick is a cell that the conformance tests (tests/conformance/) run, all of them in
+`make test-full`; a reason is what the library itself refuses that cell with. ``--check`` writes nothing, and fails
+where the page is out of date.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ TICK = "✓"
 HEAD = """# What works with what
 
 This page is made by `python scripts/support_table.py` from the conformance tests, and a test compares the two. A tick
-means that the whole suite of `tests/conformance/` ran on that pair: the start is the base, forward and gradients are
-those of a formula written separately, every trained number gets a gradient, the count follows the formula, merged
-equals unmerged, disabled is the base bit for bit, saved and loaded is the same file, several adapters, 16 bits,
-`torch.compile`. A letter is the reason why a pair is refused, when the adapter is added, with an error that says so.
+means that the whole suite of `tests/conformance/` runs on that pair in `make test-full`: the start is the base, forward
+and gradients are those of a formula written separately, every trained number gets a gradient, the count follows the
+formula, merged equals unmerged, disabled is the base bit for bit, saved and loaded is the same file, several adapters,
+16 bits, `torch.compile`. `make test` runs a covering array of it: some test on every pair, and each test on every
+method, every layer kind and every storage that it is for (`python scripts/covering_array.py` prints which). A letter is
+the reason why a pair is refused, when the adapter is added, with an error that says so.
 """
 KINDS = """
 ## Methods and layer kinds

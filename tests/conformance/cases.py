@@ -62,6 +62,10 @@ class MethodCase:
     kinds: tuple[str, ...] = ()
     exact_gradient: tuple[str, ...] = ("*",)
 
+    @property
+    def id(self) -> str:
+        return f"{self.name}[{'-'.join(f'{key}={value}' for key, value in self.options.items())}]"
+
 
 class Net(nn.Sequential):
     """``layer``, alone, so that every number can be checked."""

@@ -264,19 +264,27 @@ def excepted(method: str, kind: str, storage: str, test: str) -> str | None:
 class Cell:
     """One method, configured, in one kind of layer, with or without a bias.
 
-    kind: its name; a variant's follows after a colon. fast: it runs in `make test`.
+    kind: its name; a variant's follows after a colon.
     """
 
     case: MethodCase
     kind: str
     bias: bool
     kind_case: KindCase
-    fast: bool
+
+    @cached_property
+    def id(self) -> str:
+        return f"{self.case.id}-{self.kind}-{'bias' if self.bias else 'plain'}"
+
+    @cached_property
+    def factors(self) -> tuple[str, str, str, str]:
+        """Method, kind, bias and storage."""
+        return self.case.id, self.kind, "bias" if self.bias else "plain", "dense"
 
     @property
-    def id(self) -> str:
-        options = "-".join(f"{key}={value}" for key, value in self.case.options.items())
-        return f"{self.case.name}[{options}]-{self.kind}-{'bias' if self.bias else 'plain'}"
+    def cost(self) -> int:
+        """About how many times as long as on a linear layer a test takes on it."""
+        return 4 if self.kind_case.matrices else 1
 
     @cached_property
     def makes(self) -> type[Delta]:
@@ -291,13 +299,6 @@ class Cell:
     def fits(self) -> bool:
         """Whether the kind offers what the method needs."""
         return self.makes.needs <= self.part.offers - self.kind_case.lacks
-
-    @property
-    def essential(self) -> bool:
-        """Whether it stays in `make test` where a test is slow."""
-        first = self.case is METHOD_CASES[self.case.name][0] and self.bias == self.kind_case.biases[0]
-        one_of_each_kind = self.case.name in ("lora", "pfeiffer") and ":" not in self.kind
-        return self.fast and first and (self.kind == "linear" or one_of_each_kind)
 
     def reason(self, test: str) -> str | None:
         """Why EXCEPTIONS leaves ``test`` out here; None where it runs."""
@@ -322,22 +323,18 @@ def _cells() -> list[Cell]:
     found = []
     for name, cases in METHOD_CASES.items():
         if name in METHODS or name in PRESETS or name in TOYS:  # else test_tables.py names it
-            found += [cell for case in cases for cell in _in_kinds(case, case is cases[0])]
+            found += [cell for case in cases for cell in _in_kinds(case)]
     return found
 
 
-def _in_kinds(case: MethodCase, first: bool) -> list[Cell]:
+def _in_kinds(case: MethodCase) -> list[Cell]:
     found = []
     for kind, variants in KIND_CASES.items():
         if (kind not in _KINDS and variants[0].kind is None) or (case.kinds and kind not in case.kinds):
             continue
-        fitting = [v for v in variants if not delta_of(case).needs & v.lacks] or variants
         for variant in variants:
-            main = first and case.name not in TOYS and (variant is fitting[0] or case.name == "lora")
-            for bias in variant.biases:
-                fast = kind == "linear" or (main and bias == variant.biases[0])
-                name = f"{kind}:{variant.name}" if variant.name else kind
-                found.append(Cell(case, name, bias, variant, fast))
+            name = f"{kind}:{variant.name}" if variant.name else kind
+            found += [Cell(case, name, bias, variant) for bias in variant.biases]
     return found
 
 

@@ -5,37 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-import pytest
 import torch
 from tests.conformance.cases import Array, Layer, Params
-from tests.conformance.cells import CELLS, COUNTS, FORMULAS, ON_OUTPUT, Cell
+from tests.conformance.cells import COUNTS, FORMULAS, ON_OUTPUT, Cell
 from tests.support.models import is_base, plain_name
 from torch import Tensor, nn
 
 from kilotune.layers.adapted import AdaptedLayer
 from kilotune.model.adapter_model import AdapterModel
 
-__all__ = ["EPSILON", "adapted", "bound", "count", "data", "dense", "every_cell", "forms", "layer_of", "layers_of"]
+__all__ = ["EPSILON", "adapted", "bound", "count", "data", "dense", "forms", "layer_of", "layers_of"]
 
 # Rounding of a sum of a few dozen terms of size one.
 EPSILON = {torch.float64: 1e-12, torch.float32: 3e-5, torch.bfloat16: 0.1, torch.float16: 0.02}
-
-
-def every_cell(test: str, cells: list[Cell] = CELLS, slow: bool = False) -> pytest.MarkDecorator:
-    """Parametrize over the cells; those that EXCEPTIONS names are skipped with their reason.
-
-    Those that are not ``fast`` run in `make test-full` only; of a ``slow`` test, those that are not ``essential``.
-    """
-    parameters = []
-    for cell in cells:
-        if cell.reason("*") is not None:  # left out whole: test_tables.py holds that it is refused
-            continue
-        reason = cell.reason(test)
-        marks = [] if reason is None else [pytest.mark.skip(reason=reason)]
-        if not (cell.essential if slow else cell.fast):
-            marks.append(pytest.mark.full)
-        parameters.append(pytest.param(cell, id=cell.id, marks=marks))
-    return pytest.mark.parametrize("cell", parameters)
 
 
 def data(cell: Cell, *lead: int, dtype: torch.dtype = torch.float32, seed: int = 5) -> Tensor:

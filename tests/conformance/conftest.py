@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from tests.conformance.declared import DECLARED, name_of
 from tests.conformance.toys import TOYS
 
 from kilotune.methods import METHODS
@@ -12,3 +13,10 @@ from kilotune.methods import METHODS
 def _toys(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, toy in TOYS.items():
         monkeypatch.setitem(METHODS, name, toy)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """What is marked full is not even made where no test marked so can be wanted: that takes seconds a process."""
+    if (declared := DECLARED.get(name_of(metafunc.function))) is not None:
+        names, parameters = declared.parametrized(whole=metafunc.config.option.markexpr != "not full")
+        metafunc.parametrize(names, parameters)

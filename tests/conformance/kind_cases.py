@@ -1,8 +1,4 @@
-"""Examples of the layer kinds, each with its mathematics written again in numpy. See ``KindCase``.
-
-The first case of a kind is the one that every method runs on in `make test`; the others run in `make test-full`,
-and with LoRA in `make test`.
-"""
+"""Examples of the layer kinds, each with its mathematics written again in numpy. See ``KindCase``."""
 
 from __future__ import annotations
 

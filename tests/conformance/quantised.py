@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -41,6 +42,10 @@ class StorageCase:
     noisy: float = 1e-5
     lost: float = 0.15
     vendor: float = 0.2
+
+    @property
+    def id(self) -> str:
+        return f"{self.storage}-{self.name}"
 
 
 def _bnb4(quant_type: str, double: bool, compute: torch.dtype | None = None) -> Callable[[nn.Linear], nn.Module]:
@@ -129,19 +134,25 @@ NEEDS_GPU: dict[str, str] = {
 
 @dataclass(frozen=True)
 class Cell:
-    """One method, configured, on one scheme of a storage, with or without a bias; ``fast``: in `make test`."""
+    """One method, configured, on one scheme of a storage, with or without a bias."""
 
     case: MethodCase
     scheme: StorageCase
     bias: bool
-    fast: bool = True
+
+    @cached_property
+    def id(self) -> str:
+        return f"{self.case.id}-{self.scheme.id}-{'bias' if self.bias else 'plain'}"
+
+    @cached_property
+    def factors(self) -> tuple[str, str, str, str]:
+        """Method, kind, bias and storage."""
+        return self.case.id, LINEAR.name, "bias" if self.bias else "plain", self.scheme.id
 
     @property
-    def id(self) -> str:
-        options = "-".join(f"{key}={value}" for key, value in self.case.options.items())
-        return (
-            f"{self.case.name}[{options}]-{self.scheme.storage}-{self.scheme.name}-{'bias' if self.bias else 'plain'}"
-        )
+    def cost(self) -> int:
+        """About how many times as long as on a small plain layer a test takes on it."""
+        return 5
 
     def config(self, **options: Any) -> AdapterConfig:
         return config_of(self.case, **{"target_modules": ["layer"], **options})
@@ -196,23 +207,19 @@ def weight_of(layer: nn.Module) -> Tensor:
     return storage.read(layer, None, torch.float32).detach()
 
 
-# In `make test`: for every method at least one scheme of each storage; all schemes for the two methods that PEFT has
-# on them too. The rest of the product runs in `make test-full`.
-ONE_EACH = ("bnb-4bit:nf4-double", "bnb-int8:int8", "torchao:int4-zeros", "torchao-dynamic:int8")
-MORE_OPTIONS = ("bnb-4bit:nf4-double", "torchao-dynamic:int8")
-ALL_SCHEMES = ("lora", "vera")
+# A method's first case runs on all schemes, its others on these.
+MORE_OPTIONS = ("bnb-4bit-nf4-double", "torchao-dynamic-int8")
 
 
 def _cells() -> list[Cell]:
     found = []
-    for name, listed in METHOD_CASES.items():
+    for listed in METHOD_CASES.values():
         cases = [c for c in listed if delta_of(c).needs <= LINEAR.offers and (not c.kinds or LINEAR.name in c.kinds)]
         for place, case in enumerate(cases):
-            wanted = ONE_EACH if place == 0 else MORE_OPTIONS
-            for scheme in STORAGE_SCHEMES:
-                fast = f"{scheme.storage}:{scheme.name}" in wanted or (place == 0 and name in ALL_SCHEMES)
-                if place == 0 or fast:
-                    found += [Cell(case, scheme, bias, fast) for bias in ((True, False) if place == 0 else (True,))]
+            schemes = [scheme for scheme in STORAGE_SCHEMES if place == 0 or scheme.id in MORE_OPTIONS]
+            found += [
+                Cell(case, scheme, bias) for scheme in schemes for bias in ((True, False) if place == 0 else (True,))
+            ]
     return found
 
 

@@ -15,11 +15,11 @@ from tests.conformance.checks import (
     count,
     data,
     dense,
-    every_cell,
     forms,
     layer_of,
     layers_of,
 )
+from tests.conformance.declared import every_cell
 from tests.support.models import trained
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -31,7 +31,7 @@ ONE_INPUT = [cell for cell in CELLS if cell.kind_case.keyword]
 FLOAT_INPUT = [cell for cell in CELLS if not cell.kind_case.ids]
 
 
-@every_cell("forward")
+@every_cell("forward", cost=3)
 def test_forward_is_the_dense_layer(cell: Cell) -> None:
     model, base = adapted(cell), cell.base(torch.float64)
     ran = 0
@@ -64,7 +64,7 @@ def test_the_input_may_come_by_keyword(cell: Cell) -> None:
     assert torch.equal(layer(**{cell.kind_case.keyword: x}), layer(x))
 
 
-@every_cell("gradients")
+@every_cell("gradients", cost=10)
 def test_gradients_are_those_of_finite_differences(cell: Cell) -> None:
     model = adapted(cell)
     exact = [name for name, _ in trained(model) if any(fnmatch.fnmatch(name, p) for p in cell.case.exact_gradient)]
@@ -123,8 +123,7 @@ def test_the_start_values_are_finite_float32_and_repeatable(cell: Cell) -> None:
         assert torch.equal(value, again[name])
 
 
-@every_cell("acts")
-@pytest.mark.parametrize("training", [True, False])
+@every_cell("acts", training=[True, False])
 def test_a_trained_adapter_changes_the_output_in_every_mode(cell: Cell, training: bool) -> None:
     model = adapted(cell, torch.float32).train(training)
     x = data(cell, 4)
@@ -138,8 +137,7 @@ def test_a_trained_adapter_changes_the_output_in_every_mode(cell: Cell, training
         assert (model(x) - base).abs().max() > least
 
 
-@every_cell("every layer ran")
-@pytest.mark.parametrize("training", [True, False])
+@every_cell("every layer ran", training=[True, False])
 def test_every_adapted_layer_runs(cell: Cell, training: bool) -> None:
     """The output is another one when any one layer's adapter is taken away, with gradients and without."""
     model = adapted(cell, torch.float32).train(training)
@@ -225,8 +223,7 @@ def test_dropout_is_active_only_in_training(cell: Cell) -> None:
         torch.testing.assert_close(mean, expected, rtol=0, atol=0.15 * spread)
 
 
-@every_cell("dtypes")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@every_cell("dtypes", dtype=[torch.float32, torch.bfloat16, torch.float16])
 def test_in_every_dtype_the_output_is_near_the_dense_layer(cell: Cell, dtype: torch.dtype) -> None:
     model = cell.model(dtype)
     with torch.no_grad():
@@ -259,7 +256,7 @@ def test_autocast_runs_and_trains(cell: Cell) -> None:
     assert all(p.grad is not None and p.grad.dtype == p.dtype for _, p in model.adapter_parameters())
 
 
-@every_cell("compile", slow=True)
+@every_cell("compile", cost=50)
 def test_it_compiles_as_one_graph(cell: Cell) -> None:
     torch.compiler.reset()
     model = adapted(cell, torch.float32)

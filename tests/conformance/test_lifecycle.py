@@ -12,7 +12,8 @@ import pytest
 import torch
 from tests.conformance.cases import Net
 from tests.conformance.cells import CELLS, Cell
-from tests.conformance.checks import adapted, bound, count, data, dense, every_cell, layer_of, layers_of
+from tests.conformance.checks import adapted, bound, count, data, dense, layer_of, layers_of
+from tests.conformance.declared import every_cell
 from tests.support.models import Snapshot, base_bits, bits, disk, is_base, places, plain_name, randomize, value_bits
 from torch import nn  # noqa: F401
 
@@ -35,8 +36,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 # -- merge -----------------------------------------------------------------------------------------
 
 
-@every_cell("merge", MERGEABLE)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_cell("merge", MERGEABLE, dtype=DTYPES)
 def test_merged_is_unmerged_to_rounding_and_unmerging_gives_the_bits_back(cell: Cell, dtype: torch.dtype) -> None:
     model = adapted(cell, dtype)
     base, layer, x = bits(cell.base(dtype)), layer_of(model), data(cell, 4, dtype=dtype)
@@ -105,8 +105,7 @@ def test_what_cannot_be_in_the_weights_refuses_to_merge(cell: Cell) -> None:
         assert Snapshot.of(model) == before
 
 
-@every_cell("safe merge", MERGEABLE)
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@every_cell("safe merge", MERGEABLE, value=[float("nan"), float("inf")])
 def test_safe_merge_refuses_values_that_are_not_finite(cell: Cell, value: float) -> None:
     model = adapted(cell, torch.float32)
     parameter = next(p for _, p in model.adapter_parameters())
@@ -165,8 +164,7 @@ def test_two_that_are_not_additive_are_refused_together(cell: Cell) -> None:
 # -- disable ---------------------------------------------------------------------------------------
 
 
-@every_cell("disable")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_cell("disable", dtype=DTYPES)
 def test_disabled_is_the_base_to_the_bit(cell: Cell, dtype: torch.dtype) -> None:
     model, base, x = adapted(cell, dtype), cell.base(dtype), data(cell, 4, dtype=dtype)
     y = model(x)
@@ -196,8 +194,7 @@ def test_the_state_dict_holds_the_base_and_the_adapter_and_nothing_else(cell: Ce
     assert torch.equal(twin(data(cell, 3)), model(data(cell, 3)))
 
 
-@every_cell("files")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@every_cell("files", cost=3, dtype=[torch.float32, torch.bfloat16])
 def test_saved_and_loaded_is_bit_identical(cell: Cell, dtype: torch.dtype, tmp_path: Path) -> None:
     model, x = cell.model(dtype), data(cell, 4, dtype=dtype)
     randomize(model)
@@ -218,8 +215,7 @@ def test_saved_and_loaded_is_bit_identical(cell: Cell, dtype: torch.dtype, tmp_p
     assert not frozen.training
 
 
-@every_cell("copies")
-@pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
+@every_cell("copies", way=["deepcopy", "pickle", "torch.save"])
 def test_copies_run_alike_and_live_on_their_own(cell: Cell, way: str) -> None:
     model, x = adapted(cell, torch.float32), data(cell, 4)
     y = model(x)
@@ -282,7 +278,7 @@ def test_on_meta_it_is_planned_wrapped_and_counted(cell: Cell) -> None:
         assert model(data(cell, 4).to("meta")).shape == real(data(cell, 4)).shape
 
 
-@every_cell("memory")
+@every_cell("memory", cost=3)
 def test_no_weight_of_the_base_is_copied(cell: Cell, tmp_path: Path) -> None:
     base = cell.base()
     where = places(base)
@@ -316,7 +312,7 @@ def test_deleting_the_last_adapter_gives_the_very_module_back(cell: Cell) -> Non
     assert Snapshot.of(cell.model().unload()).bits == before.bits
 
 
-@every_cell("training")
+@every_cell("training", cost=10)
 def test_training_lowers_the_loss_and_leaves_the_base_alone(cell: Cell) -> None:
     model = cell.model()
     base = base_bits(model)
@@ -334,9 +330,8 @@ def test_training_lowers_the_loss_and_leaves_the_base_alone(cell: Cell) -> None:
     assert base_bits(model) == base
 
 
-@pytest.mark.full
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # inductor's own imports use torch.jit
-@every_cell("inductor", [cell for cell in CELLS if cell.kind == "linear" and cell.bias])
+@every_cell("inductor", [cell for cell in CELLS if cell.kind == "linear" and cell.bias], quick=False)
 def test_inductor_compiles_it(cell: Cell) -> None:
     torch.compiler.reset()
     model, x = adapted(cell, torch.float32), data(cell, 4)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from tests.conformance.cells import CELLS, Cell
-from tests.conformance.checks import EPSILON, adapted, bound, data, every_cell
-from tests.conformance.quantised import INN, QUANTISED
+from tests.conformance.checks import EPSILON, adapted, bound, data
+from tests.conformance.declared import every_cell, every_quantised_cell
+from tests.conformance.quantised import INN
 from tests.conformance.quantised import Cell as QuantisedCell
 from tests.support.models import randomize
 from torch import Tensor
@@ -91,9 +92,7 @@ def test_what_cannot_be_routed_says_why(cell: Cell) -> None:
         model(data(cell, 4, dtype=torch.float64), adapter_names=NAMES)
 
 
-@pytest.mark.parametrize(
-    "cell", [pytest.param(c, id=c.id, marks=[] if c.fast else [pytest.mark.full]) for c in QUANTISED]
-)
+@every_quantised_cell()
 def test_each_row_of_a_quantised_layer_is_its_adapters(cell: QuantisedCell) -> None:
     model, _ = cell.models()
     model.add_adapter("other", cell.config())

@@ -11,6 +11,7 @@ import pytest
 import torch
 from tests.conformance.cases import Params
 from tests.conformance.cells import FORMULAS, METHOD_CASES, PLAIN_STORAGES, delta_of
+from tests.conformance.declared import every_quantised_cell
 from tests.conformance.quantised import INN, OUT, QUANTISED, STORAGE_SCHEMES, Cell, weight_of
 from tests.support.models import disk
 from torch import Tensor, nn
@@ -23,11 +24,6 @@ from kilotune.storage import STORAGES, storage_of
 NEAR = 1e-5
 MERGEABLE = [cell for cell in QUANTISED if cell.case.name in FORMULAS]
 pytestmark = pytest.mark.filterwarnings("ignore::kilotune.MergePrecisionWarning")  # has its own test
-
-
-def cells(found: list[Cell] = QUANTISED) -> pytest.MarkDecorator:
-    marks = {True: [], False: [pytest.mark.full]}
-    return pytest.mark.parametrize("cell", [pytest.param(c, id=c.id, marks=marks[c.fast]) for c in found])
 
 
 def far(a: Tensor, b: Tensor) -> float:
@@ -78,8 +74,7 @@ def slack(cell: Cell) -> float:
 # -- training --------------------------------------------------------------------------------------
 
 
-@cells()
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@every_quantised_cell(training={"train": True, "eval": False})
 def test_forward_and_gradients_are_those_of_the_dense_layer(cell: Cell, training: bool) -> None:
     model, twin = (m.train(training) for m in cell.models())
     near, noisy = cell.scheme.forward, cell.scheme.noisy if not training else cell.scheme.forward
@@ -102,7 +97,7 @@ def test_forward_and_gradients_are_those_of_the_dense_layer(cell: Cell, training
         assert far(parameter.grad, theirs[name].grad) < bound, name
 
 
-@cells()
+@every_quantised_cell()
 def test_training_lowers_the_loss_and_leaves_every_bit_of_the_base(cell: Cell) -> None:
     base = cell.base()
     layer = base.get_submodule("layer")
@@ -137,7 +132,7 @@ def test_training_lowers_the_loss_and_leaves_every_bit_of_the_base(cell: Cell) -
 
 # torch's own tracing of autograd functions, of which bitsandbytes has some.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-@cells([c for c in QUANTISED if c.bias and c.case is METHOD_CASES[c.case.name][0]])
+@every_quantised_cell([c for c in QUANTISED if c.bias and c.case is METHOD_CASES[c.case.name][0]], cost=20)
 def test_it_compiles_as_one_graph(cell: Cell) -> None:
     torch.compiler.reset()
     model, _ = cell.models()
@@ -157,7 +152,7 @@ def test_it_compiles_as_one_graph(cell: Cell) -> None:
 # -- merging ---------------------------------------------------------------------------------------
 
 
-@cells(MERGEABLE)
+@every_quantised_cell(MERGEABLE)
 def test_merging_rounds_the_formula_in_the_same_scheme_and_unmerging_gives_the_bits_back(cell: Cell) -> None:
     model, _ = cell.models()
     layer, x = layer_of(model), data(4)
@@ -201,7 +196,7 @@ def test_merging_rounds_the_formula_in_the_same_scheme_and_unmerging_gives_the_b
     assert layer.base_layer.get_parameter("weight") is held
 
 
-@cells(MERGEABLE)
+@every_quantised_cell(MERGEABLE)
 def test_merging_for_good_asks_which_way_and_goes_both(cell: Cell) -> None:
     model, _ = cell.models()
     twin = copy.deepcopy(model)
@@ -228,7 +223,7 @@ def test_merging_for_good_asks_which_way_and_goes_both(cell: Cell) -> None:
 # -- files and several adapters --------------------------------------------------------------------
 
 
-@cells()
+@every_quantised_cell()
 def test_saved_and_loaded_is_bit_identical_and_fits_the_dense_base(cell: Cell, tmp_path: Path) -> None:
     model, twin = cell.models()
     x = data(4)
@@ -242,7 +237,7 @@ def test_saved_and_loaded_is_bit_identical_and_fits_the_dense_base(cell: Cell, t
     assert far(dense(x), twin(x)) < NEAR
 
 
-@cells([c for c in MERGEABLE if c.bias and c.case.name in ("lora", "vera", "toy_full")])
+@every_quantised_cell([c for c in MERGEABLE if c.bias and c.case.name in ("lora", "vera", "toy_full")])
 def test_several_adapters_switch_add_up_merge_and_go(cell: Cell) -> None:
     model, twin = cell.models()
     before = bits(layer_of(model).base_layer)

@@ -87,7 +87,7 @@ def _changed(layer: RoutedLayer, cohort: Cohort, owners: Owners, x: Tensor, y: T
 
 def _changed_by_one(layer: RoutedLayer, slot: Slot, params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
     """The rows of one adapter."""
-    kind = layer.kind
+    kind, module = layer.kind, layer.base_layer
     bias = params.pop(BIAS, None)
     delta = None if slot.method is None else delta_of(slot.method, slot.site, params, slot.shared)
     base = y
@@ -95,7 +95,9 @@ def _changed_by_one(layer: RoutedLayer, slot: Slot, params: dict[str, Tensor], x
     if isinstance(delta, Shift):
         shifts.append(delta.bias)
     for shift in shifts:
-        y = y + kind.spread(shift, y).to(y.dtype)
+        # Not spread(): a group norm has its features on axis 1, a LayerNorm of two axes on both.
+        wide = shift.to(y.dtype).expand_as(kind.features_last(module, y))
+        y = y + kind.features_back(module, wide)
     return y if delta is None else layer.run_deltas([(slot, delta)], x, base, y)
 
 
