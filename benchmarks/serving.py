@@ -43,10 +43,10 @@ import _harness as harness
 import kilotune
 from _harness import Bar, Progress, Rounds
 from _models import Shape, build, twin
-from kilotune.checkpoints.writing import state_of
+from kilotune.adapter_files.writing import state_of
 from kilotune.fleet import open_store
 from kilotune.fleet.store import Contents, Fingerprint
-from kilotune.fleet.store.base import Item
+from kilotune.fleet.store.adapter_store import Item
 from kilotune.serve.engine.continuous_batching import TransformersEngine
 from kilotune.serve.engine.interface import AdapterKey, Generation, Sampling
 from kilotune.serve.engine.tenant_adapters import AdapterRegistry

@@ -22,7 +22,7 @@ from kilotune import (
     VeraConfig,
     get_peft_model,
 )
-from kilotune.checkpoints.files import WEIGHTS_NAME
+from kilotune.adapter_files.files import WEIGHTS_NAME
 from kilotune.convert import hollow, to_kilotune, to_lora, to_peft, truncate
 from tests.support.cli_helpers import distance, gpt2, llama, logits, shake, tokens
 
@@ -373,7 +373,7 @@ def test_hollow_weights_take_no_memory() -> None:
 
 
 def test_a_failed_conversion_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    from kilotune.checkpoints import writing
+    from kilotune.adapter_files import writing
 
     model = adapted("nested")
     want = copy.deepcopy(model.state_dict())

@@ -206,8 +206,8 @@ def scores(
 
 def bank_of(model: Any, adapters: dict[str, dict[str, Any]], dtype: torch.dtype) -> AdapterBank:
     """All adapters, in slots of ``dtype``."""
-    from kilotune.checkpoints.files import TwoFiles
-    from kilotune.checkpoints.reading import parse
+    from kilotune.adapter_files.files import TwoFiles
+    from kilotune.adapter_files.reading import parse
 
     bank = AdapterBank(wrap(model), CONFIG, slots=sum(map(len, adapters.values())), dtype=dtype)
     for held in adapters.values():

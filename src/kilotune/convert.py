@@ -24,11 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from ._ui.progress import track
+from .adapter_files import writing
+from .adapter_files.files import tensors_checksum, write
+from .adapter_files.peft_layout import PREFIX, config_checksum, header_metadata
+from .adapter_files.reading import AdapterFile
 from .candidates import matches_names
-from .checkpoints import writing
-from .checkpoints.files import tensors_checksum, write
-from .checkpoints.peft_layout import PREFIX, config_checksum, header_metadata
-from .checkpoints.reading import AdapterFile
 from .config import SECTION, AdapterConfig
 from .deltas import LowRank, Role
 from .errors import CheckpointError, ConfigError, UnsupportedError, gather

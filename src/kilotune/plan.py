@@ -18,9 +18,9 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor, nn
 
-from .checkpoints.files import REPO_ID
-from .checkpoints.peft_layout import PREFIX, header_metadata
-from .checkpoints.writing import bias_place, in_file_form
+from .adapter_files.files import REPO_ID
+from .adapter_files.peft_layout import PREFIX, header_metadata
+from .adapter_files.writing import bias_place, in_file_form
 from .config import AdapterConfig
 from .errors import ConfigError, KilotuneError, MissingExtraError, did_you_mean, first_line, without_network
 from .injection.inject import SavedModule, walk

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tests.support.cli_helpers import as_json, distance, error, gpt2, kilotune, llama, logits, saved, shake
 
 from kilotune import LoraConfig, PeftModel, VeraConfig, get_peft_model
-from kilotune.checkpoints.files import CONFIG_NAME, WEIGHTS_NAME
+from kilotune.adapter_files.files import CONFIG_NAME, WEIGHTS_NAME
 from kilotune.model.parameter_report import count_parameters
 
 pytestmark = [

@@ -15,7 +15,7 @@ from tests.support.cli_helpers import as_json, error, kilotune, llama, saved, sh
 from tests.support.models import untie
 
 from kilotune import LoraConfig, VeraConfig, get_peft_model
-from kilotune.checkpoints.files import CONFIG_NAME, WEIGHTS_NAME
+from kilotune.adapter_files.files import CONFIG_NAME, WEIGHTS_NAME
 from kilotune.cli import _adapter
 
 VERA = VeraConfig(r=6, target_modules=["q_proj", "down_proj"], projection_prng_key=3)

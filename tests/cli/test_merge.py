@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from kilotune import LoraConfig, PeftModel, VeraConfig, get_peft_model
-from kilotune.checkpoints.files import WEIGHTS_NAME
+from kilotune.adapter_files.files import WEIGHTS_NAME
 from kilotune.cli import _adapter
 from kilotune.cli import merge as verb
 

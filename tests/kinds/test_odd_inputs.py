@@ -23,7 +23,7 @@ from kilotune import (
     get_config,
     get_peft_model,
 )
-from kilotune.checkpoints.reading import open_adapter
+from kilotune.adapter_files.reading import open_adapter
 from kilotune.convert import rewrite, to_kilotune, to_lora, to_peft
 from kilotune.kinds import kind_of
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import kilotune
 from kilotune import CheckpointError, ConfigError, LoraConfig, PeftModel, UnsupportedError, get_peft_model
-from kilotune.checkpoints.reading import open_adapter
+from kilotune.adapter_files.reading import open_adapter
 from kilotune.convert import rewrite, to_lora, to_peft
 from kilotune.methods import UniLoraConfig
 

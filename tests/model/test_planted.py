@@ -14,7 +14,7 @@ from tests.support.models import Nested, disk, mlp, randomize
 from torch import Tensor, nn
 
 from kilotune import LoraConfig, VeraConfig, get_peft_model
-from kilotune.checkpoints import files, writing
+from kilotune.adapter_files import files, writing
 from kilotune.injection import tree
 from kilotune.kernels import lowrank
 from kilotune.layers.adapted import AdaptedLayer

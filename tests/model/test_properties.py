@@ -14,7 +14,7 @@ from tests.support.models import Nested, bits, mlp, randomize
 from torch import nn
 
 from kilotune import AdapterConfig, KilotuneError, LoraConfig, PeftModel, VeraConfig, get_peft_model
-from kilotune.checkpoints.reading import open_adapter
+from kilotune.adapter_files.reading import open_adapter
 from kilotune.projections.matrices import Extent
 
 sizes = st.integers(1, 40)

@@ -116,7 +116,7 @@ def test_stacked_ranks() -> None:
     shapes = {
         (layer.base_layer.out_features, layer.base_layer.in_features) for layer in model.adapted_layers().values()
     }
-    values, tensors = kilotune.checkpoints.writing.state_of(model.installed("default"))[:2]
+    values, tensors = kilotune.adapter_files.writing.state_of(model.installed("default"))[:2]
     assert_same(len(shapes), 4, "shapes of the MLP's layers")
     assert_same(values["r"], 3 * 4, "stacked rank")
     for key, d in tensors.items():

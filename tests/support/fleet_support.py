@@ -144,7 +144,7 @@ def mean_loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
 
 def tensors_of(model: Any) -> dict[str, Tensor]:
     """What ``save_pretrained`` would write."""
-    from kilotune.checkpoints.writing import state_of
+    from kilotune.adapter_files.writing import state_of
 
     return state_of(model.installed("default"))[1]
 

@@ -136,7 +136,7 @@ def test_full_fine_tuning_saves_the_module(tmp_path: Path) -> None:
 
 
 def test_gone_on_with_it_ends_with_the_same_bits(tmp_path: Path) -> None:
-    from kilotune.train.running.watching import Event, Listener
+    from kilotune.train.running.events import Event, Listener
 
     class Stop(Listener):
         def hear(self, event: Event) -> None:

@@ -17,7 +17,7 @@ from tests.support.train_support import model_folder, prompts, write_jsonl
 
 from kilotune.errors import ConfigError
 from kilotune.train.run import fit, open_session, train
-from kilotune.train.running.watching import Event, Listener
+from kilotune.train.running.events import Event, Listener
 from kilotune.train.settings.config_file import settings_from
 from kilotune.train.settings.sections import TrainSettings
 from kilotune.train.trainer.output_folder import damage_of, newest

@@ -17,7 +17,7 @@ from kilotune.errors import ConfigError, TargetError
 from kilotune.methods import METHODS, PRESETS
 from kilotune.train.run import Session, evaluate, fit, open_session, train
 from kilotune.train.running.base_model import load_base, set_padding
-from kilotune.train.running.watching import Event, Listener
+from kilotune.train.running.events import Event, Listener
 from kilotune.train.settings.config_file import settings_from
 from kilotune.train.settings.sections import TrainSettings
 from kilotune.train.tasks import TASKS

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..adapter_files import reading
+from ..adapter_files.files import REPO_ID
+from ..adapter_files.fitting import match_tensors
+from ..adapter_files.reading import AdapterFile
 from ..candidates import inside
-from ..checkpoints import reading
-from ..checkpoints.files import REPO_ID
-from ..checkpoints.fitting import match_tensors
-from ..checkpoints.reading import AdapterFile
 from ..errors import CheckpointError, ConfigError, TargetError, gather
 from ..injection.inject import plan as plan_adapter
 from ..injection.targets import HEADS

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
-from ..checkpoints.names import CONFIG_NAME
+from ..adapter_files.names import CONFIG_NAME
 from ..errors import ConfigError, gather
 from ..model.peft_model import PeftModel
 from ..plan import DTYPES

@@ -14,7 +14,7 @@ from ..errors import ConfigError
 from ._output import Json, console, print_json, quiet_transformers, rows_table
 
 if TYPE_CHECKING:
-    from ..checkpoints.reading import AdapterFile
+    from ..adapter_files.reading import AdapterFile
     from ..convert import Conversion
 
 __all__ = ["convert"]

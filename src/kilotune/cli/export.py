@@ -15,7 +15,7 @@ from . import merge
 from ._output import Json, console, print_json, quiet_transformers, warn
 
 if TYPE_CHECKING:
-    from ..checkpoints.reading import AdapterFile
+    from ..adapter_files.reading import AdapterFile
     from ..model.peft_model import PeftModel
 
 __all__ = ["export"]

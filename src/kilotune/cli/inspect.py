@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .._ui.sizes import readable_bytes
-from ..checkpoints.names import WEIGHTS_NAME
+from ..adapter_files.names import WEIGHTS_NAME
 from ..errors import CheckpointError, ConfigError
 from ._output import Json, complain, console, print_json, quiet_transformers, rows_table
 
 if TYPE_CHECKING:
-    from ..checkpoints.reading import AdapterFile
+    from ..adapter_files.reading import AdapterFile
     from ..methods import Method
     from ..plan import Base
 
@@ -72,7 +72,7 @@ def _damage(adapter: str) -> dict[str, Any] | None:
     """The two checksums, where the only thing wrong with a local adapter's tensors is that they differ."""
     from safetensors import SafetensorError, safe_open
 
-    from ..checkpoints.files import tensors_checksum
+    from ..adapter_files.files import tensors_checksum
 
     path = Path(adapter) / WEIGHTS_NAME
     try:

@@ -21,7 +21,7 @@ from ._output import Json, console, print_json, quiet_transformers, warn
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from ..checkpoints.reading import AdapterFile
+    from ..adapter_files.reading import AdapterFile
 
 __all__ = ["merge"]
 

@@ -19,7 +19,7 @@ from ..config import AdapterConfig
 from ..deltas import Need
 from ..errors import TargetError, UnsupportedError, did_you_mean, gather
 from ..kinds import LayerKind
-from ..layers.active import ActiveState
+from ..layers.active_adapters import ActiveState
 from ..layers.adapted import AdaptedLayer
 from ..layers.adapted_parameters import (
     AdaptedParameters,

@@ -29,7 +29,7 @@ from ..methods import Site
 from ..storage import Kept, Storage
 from ..storage.sharded import is_sharded, whole_parts
 from . import fusion
-from .active import ActiveState
+from .active_adapters import ActiveState
 from .fusion import leading
 from .routing import changed_rows
 from .slot import BIAS, Merged, Slot, slot_key

@@ -26,7 +26,7 @@ from ..kinds import LayerKind, kind_of
 from ..kinds.experts import READ_ELSEWHERE, Experts, run_with
 from ..storage import Storage
 from ..storage.dense import Dense
-from .active import ActiveState
+from .active_adapters import ActiveState
 from .adapted import AdaptedLayer
 from .slot import BIAS, slot_key
 

@@ -11,7 +11,7 @@ from ..added_modules import Added
 from ..errors import TargetError, gather
 from ..storage import storage_of
 from ..storage.sharded import is_unit
-from .active import ActiveState
+from .active_adapters import ActiveState
 from .routing import run_saved
 from .slot import BIAS, slot_key
 

@@ -96,8 +96,8 @@ def make_method(config: AdapterConfig) -> Method[Any]:
 
 
 def load_method(config: AdapterConfig, extra: Mapping[str, Tensor], checksum: str | None) -> Method[Any]:
-    """The method of an adapter that is being loaded; see :meth:`Method.from_checkpoint`."""
-    return _in_dora(method_of(config).from_checkpoint(config, extra, checksum))
+    """The method of an adapter that is being loaded; see :meth:`Method.from_file`."""
+    return _in_dora(method_of(config).from_file(config, extra, checksum))
 
 
 def method_of_file(peft_type: str) -> type[Method[Any]]:

@@ -121,7 +121,7 @@ class Method(ABC, Generic[C]):
     name -> the key PEFT uses for it below the module's name. roles: what each parameter is to the layer's
     matrix, where that decides its form in a file. shared_keys: the names of model-wide trained
     parameters, which are their keys in a file too. file_only: the last parts of keys of a layer's frozen tensors,
-    which a file may hold and :meth:`from_checkpoint` gets. default_targets: exceptions to the table of known
+    which a file may hold and :meth:`from_file` gets. default_targets: exceptions to the table of known
     architectures.
     """
 
@@ -183,7 +183,7 @@ class Method(ABC, Generic[C]):
     # -- files -----------------------------------------------------------------------------------
 
     @classmethod
-    def from_checkpoint(cls, config: C, extra: Mapping[str, Tensor], checksum: str | None) -> Method[C]:
+    def from_file(cls, config: C, extra: Mapping[str, Tensor], checksum: str | None) -> Method[C]:
         """The method of an adapter that is being loaded.
 
         Args:

@@ -140,8 +140,8 @@ class Ia3(Method[Ia3Config]):
         return Shared()
 
     @classmethod
-    def from_checkpoint(cls, config: Ia3Config, extra: Mapping[str, Tensor], checksum: str | None) -> Ia3:
-        return cls(super().from_checkpoint(config, extra, checksum).config, loaded=True)
+    def from_file(cls, config: Ia3Config, extra: Mapping[str, Tensor], checksum: str | None) -> Ia3:
+        return cls(super().from_file(config, extra, checksum).config, loaded=True)
 
     def completed(self, config: Ia3Config, model_type: str | None) -> Ia3Config:
         known = ARCHITECTURES.get(model_type or "")

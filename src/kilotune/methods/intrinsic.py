@@ -180,7 +180,7 @@ class Intrinsic(Method[IntrinsicConfig]):
     # -- files -----------------------------------------------------------------------------------
 
     @classmethod
-    def from_checkpoint(cls, config: IntrinsicConfig, extra: Mapping[str, Tensor], checksum: str | None) -> Intrinsic:
+    def from_file(cls, config: IntrinsicConfig, extra: Mapping[str, Tensor], checksum: str | None) -> Intrinsic:
         vector = extra.get(VECTOR)
         if vector is None or len(extra) != 1:
             raise CheckpointError(

@@ -193,7 +193,7 @@ class LoraXs(Method[LoraXsConfig]):
     # -- files -------------------------------------------------------------------------------------
 
     @classmethod
-    def from_checkpoint(cls, config: LoraXsConfig, extra: Mapping[str, Tensor], checksum: str | None) -> LoraXs:
+    def from_file(cls, config: LoraXsConfig, extra: Mapping[str, Tensor], checksum: str | None) -> LoraXs:
         if extra:
             raise CheckpointError(f"loraxs: tensors that belong to no layer: {sorted(extra)}")
         if config.start == "svd" and not config.save_factors and checksum is None:

@@ -281,7 +281,7 @@ class UniLora(Method[UniLoraConfig]):
     # -- files -----------------------------------------------------------------------------------
 
     @classmethod
-    def from_checkpoint(cls, config: UniLoraConfig, extra: Mapping[str, Tensor], checksum: str | None) -> UniLora:
+    def from_file(cls, config: UniLoraConfig, extra: Mapping[str, Tensor], checksum: str | None) -> UniLora:
         vector = extra.get(VECTOR)
         faults = [] if vector is not None else [f"missing: {VECTOR} ({config.theta_d_length},)"]
         if vector is not None and tuple(vector.shape) != (config.theta_d_length,):

@@ -196,7 +196,7 @@ class Vera(Method[VeraConfig]):
     # -- files -----------------------------------------------------------------------------------
 
     @classmethod
-    def from_checkpoint(cls, config: VeraConfig, extra: Mapping[str, Tensor], checksum: str | None) -> Vera:
+    def from_file(cls, config: VeraConfig, extra: Mapping[str, Tensor], checksum: str | None) -> Vera:
         unknown = sorted(set(extra) - {KEY_A, KEY_B})
         if unknown:
             raise CheckpointError(f"vera: tensors that belong to no layer: {unknown}")

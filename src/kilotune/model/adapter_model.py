@@ -15,18 +15,18 @@ import torch
 from torch import nn
 
 from .. import storage
+from ..adapter_files import writing
+from ..adapter_files.fitting import match_tensors
+from ..adapter_files.names import check_adapter_name
+from ..adapter_files.reading import AdapterFile, open_adapter
 from ..added_modules import Added, base_modules
-from ..checkpoints import writing
-from ..checkpoints.fitting import match_tensors
-from ..checkpoints.names import check_adapter_name
-from ..checkpoints.reading import AdapterFile, open_adapter
 from ..config import AdapterConfig
 from ..errors import AdapterError, ConfigError, MergeError, did_you_mean, type_name
 from ..injection import inject
 from ..injection.installed_adapter import Installed, check_compatible, set_requires_grad
 from ..injection.tree import own_modules
 from ..kernels.ways import Way
-from ..layers.active import ActiveState
+from ..layers.active_adapters import ActiveState
 from ..layers.adapted import AdaptedLayer
 from ..layers.slot import slot_key
 from ..projections.matrices import Projections

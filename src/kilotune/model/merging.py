@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .._ui.progress import track
 from ..errors import MergeError, gather
 from ..injection.inject import Installed, check_compatible, strip
-from ..layers.active import ActiveState
+from ..layers.active_adapters import ActiveState
 from ..layers.adapted import AdaptedLayer, Merged
 from ..layers.saved_module import SavedModule
 from ..layers.slot import Slot

@@ -7,7 +7,7 @@ from typing import ClassVar, final
 
 from torch import nn
 
-from ..checkpoints.reading import AdapterFile
+from ..adapter_files.reading import AdapterFile
 from ..config import AdapterConfig
 from ..methods import LoraConfig, VeraConfig
 from .adapter_model import DEFAULT, AdapterModel

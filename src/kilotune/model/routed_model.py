@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..added_modules import base_modules
 from ..errors import AdapterError, MergeError, UnsupportedError, did_you_mean, gather
 from ..injection.installed_adapter import Installed
-from ..layers.active import ActiveState
+from ..layers.active_adapters import ActiveState
 from ..layers.route import Cohort, Route, Stacked
 
 __all__ = ["BASE", "Group", "RoutedModel", "Source", "check_rows", "unroutable"]

@@ -28,11 +28,11 @@ from ..errors import ConfigError, did_you_mean
 from .results.outcome import Result, finish, is_main, take_best
 from .results.report import require_for, write_report
 from .running import base_model as models
+from .running.events import SPEEDS, Listener, watching, without_own_output
 from .running.history import History, tensorboard_callback
 from .running.planning import RunPlan, plan_run
 from .running.progress import progress_for
 from .running.session import Session, open_session
-from .running.watching import SPEEDS, Listener, watching, without_own_output
 from .settings.config_file import settings_text
 from .settings.sections import SPLITS, TrainSettings
 from .trainer import output_folder
@@ -136,7 +136,7 @@ def fit(
         resume: go on from the newest checkpoint in the folder, if there is one; the weights at the end are those of an
             unbroken run.
         callbacks: more callbacks of transformers' Trainer.
-        listeners: hear what happens beside the history; see :mod:`kilotune.train.running.watching`.
+        listeners: hear what happens beside the history; see :mod:`kilotune.train.running.events`.
         plan: for the report, which holds it against what came.
 
     Raises:

@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..checkpoints.reading import AdapterFile
+from ..adapter_files.reading import AdapterFile
 from ..errors import CheckpointError, UnsupportedError, did_you_mean, gather
 from ..fleet.store import Fingerprint, Record
 from ..methods.vera import Vera, VeraConfig

@@ -25,8 +25,8 @@ from tests.support.experiment_support import (
 from kilotune.errors import KilotuneError
 from kilotune.experiments.images import cifar
 from kilotune.experiments.images.cifar import ARCHIVE_URL, cifar10, download
+from kilotune.experiments.images.cifar_pickles import read_batch
 from kilotune.experiments.images.digits_data import Data
-from kilotune.experiments.images.pickled import read_batch
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from tests.support.models import Nested, base_bits, randomize, tiny_llama
 from torch import Tensor
 
 from kilotune import AdapterConfig, LoraConfig, PeftModel, VeraConfig, get_config, get_peft_model
-from kilotune.checkpoints.reading import open_adapter
+from kilotune.adapter_files.reading import open_adapter
 from kilotune.errors import AdapterError, CheckpointError, ConfigError, ResourceError, UnsupportedError
 from kilotune.fleet import AdapterBank, wrap
 

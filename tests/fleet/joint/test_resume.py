@@ -18,7 +18,7 @@ from tests.support.paths import ROOT, SUPPORT
 from torch import Tensor
 
 from kilotune import VeraConfig
-from kilotune.checkpoints.files import read_weights
+from kilotune.adapter_files.files import read_weights
 from kilotune.errors import CheckpointError, ConfigError
 from kilotune.fleet import (
     AdapterStore,

@@ -13,8 +13,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from kilotune.errors import CheckpointError, KilotuneError, MissingExtraError
+from kilotune.train.running.events import Event, watching, without_own_output
 from kilotune.train.running.history import History, read_history, tensorboard_callback
-from kilotune.train.running.watching import Event, watching, without_own_output
 
 
 def record(kind: str, step: int, **values: Any) -> dict[str, Any]:

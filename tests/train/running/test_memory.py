@@ -20,8 +20,8 @@ import kilotune
 from kilotune.train.data.rows import Ragged, Rows
 from kilotune.train.running.memory import Estimate, Machine, estimate_memory, machine_of
 from kilotune.train.running.memory_ledger import Ledger
+from kilotune.train.running.memory_rehearsal import PLAIN, CannotRehearse, Step, count_real, rehearse
 from kilotune.train.running.planning import largest_rows, plan_run
-from kilotune.train.running.rehearsal import PLAIN, CannotRehearse, Step, count_real, rehearse
 from kilotune.train.running.session import Session, open_session
 from kilotune.train.settings.sections import (
     AdapterSettings,

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from kilotune.errors import ConfigError, MissingExtraError
+from kilotune.train.running.events import Event, Listener, memory_in_use, watching, without_own_output
 from kilotune.train.running.progress import MODES, progress_for, readable_seconds
-from kilotune.train.running.watching import Event, Listener, memory_in_use, watching, without_own_output
 
 
 @final

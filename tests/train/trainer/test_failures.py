@@ -187,7 +187,7 @@ def test_a_full_disk_is_one_line_and_the_training_goes_on_from_the_last_checkpoi
     output = tmp_path / "out"
     chosen = settings(data, output, training={"save_every": 4})
     session = open_session(chosen)
-    from kilotune.train.running.watching import Event, Listener
+    from kilotune.train.running.events import Event, Listener
 
     class Fills(Listener):
         """The disk fills up when the first checkpoint is written."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ...config import FrozenDict
 from ...errors import ConfigError
 from ...train.run import Session, evaluate, fit, open_session
-from ...train.running.watching import Event, Listener
+from ...train.running.events import Event, Listener
 from ...train.settings.config_file import load_settings
 from ...train.settings.fields import Section, setting, text
 from ...train.settings.sections import AdapterSettings, LogSettings, TrainSettings

@@ -12,10 +12,10 @@ from ...errors import ConfigError, did_you_mean, gather
 from ...train.settings.config_file import merged, read_config
 from ...train.settings.fields import Section, freeze, mapping, number, setting
 from .digits import Digits, DigitsSettings
+from .own_problem import YoursSettings, load_yours
 from .problem import METHOD_NAMES, Contender, Problem
 from .recipe import Recipe, RecipeSettings
 from .search import Search
-from .yours import YoursSettings, load_yours
 
 __all__ = ["ALL_METHODS", "CompareSettings", "contenders_of", "load_comparison", "make_problem"]
 

@@ -2,7 +2,7 @@
 
 Nothing is ever unpacked to the disk: an archive's members are looked up by name and read into memory, so a
 path in an archive cannot point anywhere, and links are ignored. The Python version's pickles are not
-unpickled (see :mod:`kilotune.experiments.images.pickled`).
+unpickled (see :mod:`kilotune.experiments.images.cifar_pickles`).
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ import torch
 
 from ...errors import KilotuneError, gather
 from ...whole_file import replacing
+from .cifar_pickles import read_batch
 from .digits_data import Data, ImageSet, Progress
-from .pickled import read_batch
 
 __all__ = ["ARCHIVE_SHA256", "ARCHIVE_URL", "CLASS_NAMES", "cache_folder", "cifar10", "download"]
 

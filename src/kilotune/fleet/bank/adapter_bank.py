@@ -24,8 +24,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-from ...checkpoints.names import check_adapter_name
-from ...checkpoints.reading import AdapterFile, open_adapter
+from ...adapter_files.names import check_adapter_name
+from ...adapter_files.reading import AdapterFile, open_adapter
 from ...config import AdapterConfig
 from ...errors import AdapterError, ConfigError, ResourceError, did_you_mean
 from ...layers.route import Cohort, RoutedLayer

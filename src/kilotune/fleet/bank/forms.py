@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ... import storage
-from ...checkpoints.fitting import Wanted, match_tensors, wanted_of
-from ...checkpoints.reading import AdapterFile
+from ...adapter_files.fitting import Wanted, match_tensors, wanted_of
+from ...adapter_files.reading import AdapterFile
 from ...config import AdapterConfig
 from ...deltas import Full
 from ...errors import CheckpointError, ConfigError, UnsupportedError, gather, type_name

@@ -30,10 +30,10 @@ from ...errors import AdapterError, ConfigError, UnsupportedError, did_you_mean
 from ...model.adapter_model import AdapterModel
 from ..store import AdapterStore, Fingerprint
 from .adapter_rows import Rows, start_row
-from .base import contents_of, form_in, prepared
 from .losses import Loss, loss_of
 from .members import Member, admitted, broken
 from .mixed_pass import Collate, Outcome, Part, Passes
+from .prepared_base import contents_of, form_in, prepared
 from .saved_state import StateFolder
 from .settings import FleetSettings
 from .sinks import Finished, Sink, sink_of

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, final
 
-from ...checkpoints.names import check_adapter_name
+from ...adapter_files.names import check_adapter_name
 from ...errors import KilotuneError, first_line
 from ...projections.matrices import check_seed
 from ..store.names import check_metadata
-from .draws import order
+from .random_draws import order
 from .settings import FleetSettings
 from .users import User, UserReport
 

@@ -21,8 +21,8 @@ from ...layers.slot import Slot
 from ...model.adapter_model import AdapterModel
 from ..bank.forms import ResidentForm
 from .adapter_rows import Rows
-from .draws import dropped
 from .losses import Loss, RowLoss
+from .random_draws import dropped
 
 __all__ = ["Collate", "Outcome", "Part", "Passes", "Trained"]
 

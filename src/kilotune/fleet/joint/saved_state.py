@@ -25,7 +25,7 @@ from typing import IO, Any, final
 from safetensors.torch import save
 from torch import Tensor
 
-from ...checkpoints.files import read_weights
+from ...adapter_files.files import read_weights
 from ...errors import CheckpointError, ConfigError, gather
 from ...whole_file import flush, replacing
 from .users import UserReport

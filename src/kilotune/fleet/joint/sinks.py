@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, final
 
-from ...checkpoints.files import WEIGHTS_NAME, read_weights, write
+from ...adapter_files.files import WEIGHTS_NAME, read_weights, write
 from ...errors import CheckpointError, ConfigError, KilotuneError, StoreError, type_name
 from ..store import AdapterStore, Contents, Item
 from .users import UserReport

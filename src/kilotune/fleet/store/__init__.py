@@ -1,7 +1,7 @@
 """Where thousands of adapters are kept: by name and version, in one SQLite file, in PostgreSQL, or in folders.
 
-base.py says what every store does, urls.py opens one. sql.py is the store in a database, sqlite.py and postgres.py
-only connect and lock. The way of an adapter's file into a row is in ARCHITECTURE.md. Of fleet/ nothing is used here.
+adapter_store.py says what every store does, urls.py opens one. sql.py is the store in a database, sqlite.py and
+postgres.py only connect and lock. The way of an adapter's file into a row is in ARCHITECTURE.md. Of fleet/ nothing is used here.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from ..._lazy import lazy
 
 if TYPE_CHECKING:
-    from .base import AdapterStore, Item
+    from .adapter_store import AdapterStore, Item
     from .fingerprint import Fingerprint
     from .records import Collected, Contents, Fault, Form, Moved, Record, Stats, Version
     from .transfer import copy_adapters, export_adapters
@@ -37,7 +37,7 @@ __all__ = [
 __getattr__, __dir__ = lazy(
     __name__,
     {
-        "base": ("AdapterStore", "Item"),
+        "adapter_store": ("AdapterStore", "Item"),
         "fingerprint": ("Fingerprint",),
         "records": ("Collected", "Contents", "Fault", "Form", "Moved", "Record", "Stats", "Version"),
         "transfer": ("copy_adapters", "export_adapters"),

@@ -18,9 +18,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn, final
 
-from ...checkpoints.files import CONFIG_NAME, WEIGHTS_NAME
+from ...adapter_files.files import CONFIG_NAME, WEIGHTS_NAME
 from ...errors import AdapterError, CheckpointError, ConfigError, KilotuneError, StoreError, did_you_mean
-from .base import Adapter, AdapterStore, Item, Which
+from .adapter_store import Adapter, AdapterStore, Item, Which
 from .fingerprint import Fingerprint
 from .names import check_limit, check_name, check_namespace, check_tags, check_which, literal_prefix, matches
 from .preparing import Preparer, folder_contents

@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 
-from ...checkpoints.names import check_adapter_name
+from ...adapter_files.names import check_adapter_name
 from ...errors import AdapterError, ConfigError, has_control
 
 __all__ = [

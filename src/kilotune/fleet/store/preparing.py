@@ -11,10 +11,10 @@ from typing import Any, final
 
 from torch import Tensor
 
-from ...checkpoints.files import locate, read_files, tensors_checksum
-from ...checkpoints.peft_layout import EXTRA_PREFIX, PREFIX
-from ...checkpoints.reading import AdapterFile
-from ...checkpoints.writing import state_of
+from ...adapter_files.files import locate, read_files, tensors_checksum
+from ...adapter_files.peft_layout import EXTRA_PREFIX, PREFIX
+from ...adapter_files.reading import AdapterFile
+from ...adapter_files.writing import state_of
 from ...config import SECTION
 from ...errors import AdapterError, CheckpointError, ConfigError, type_name
 from ...kinds import KINDS

@@ -19,8 +19,8 @@ from typing import Any, final
 
 from torch import Tensor
 
-from ...checkpoints.files import TwoFiles, tensors_checksum, write
-from ...checkpoints.reading import AdapterFile, parse
+from ...adapter_files.files import TwoFiles, tensors_checksum, write
+from ...adapter_files.reading import AdapterFile, parse
 from ...errors import CheckpointError
 from ...injection.targets import HEADS
 from .fingerprint import Fingerprint

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from ...errors import AdapterError, ConfigError, KilotuneError, StoreError, gather
 from . import reading, upkeep, writing
-from .base import Adapter, AdapterStore, Item, Which
+from .adapter_store import Adapter, AdapterStore, Item, Which
 from .fingerprint import Fingerprint
 from .names import (
     check_alias,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import final
 
 from ...errors import AdapterError, CheckpointError, ConfigError, KilotuneError
-from .base import AdapterStore, Item, Which
+from .adapter_store import AdapterStore, Item, Which
 from .records import Fault, Moved, Record, Version
 
 __all__ = ["copy_adapters", "export_adapters"]

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit, urlunsplit
 from torch import nn
 
 from ...errors import ConfigError, did_you_mean
-from .base import AdapterStore
+from .adapter_store import AdapterStore
 from .fingerprint import Fingerprint
 from .names import check_namespace
 from .packing import check_packing

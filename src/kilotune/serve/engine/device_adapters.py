@@ -25,8 +25,8 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from ...checkpoints.fitting import match_tensors
-from ...checkpoints.reading import AdapterFile
+from ...adapter_files.fitting import match_tensors
+from ...adapter_files.reading import AdapterFile
 from ...config import AdapterConfig
 from ...errors import AdapterError, CheckpointError, ConfigError, ResourceError, UnsupportedError, gather
 from ...fleet.bank.adapter_bank import AdapterBank, Resident

@@ -24,7 +24,7 @@ from torch import nn
 from ...errors import AdapterError, CheckpointError, ConfigError, StoreError, StoreFullError, did_you_mean
 from ...fleet.joint.wrapping import wrap
 from ...fleet.store import AdapterStore, Fingerprint, Version, open_store
-from ...fleet.store.base import Adapter, Which
+from ...fleet.store.adapter_store import Adapter, Which
 from ...fleet.store.names import check_name, check_which
 from ...fleet.store.preparing import contents_of
 from .device_adapters import Residents, Row

@@ -15,18 +15,10 @@ from starlette.types import ASGIApp
 
 from ...errors import KilotuneError
 from ...fleet.store import Version
-from . import (
-    embedding_routes as encoding,
-)
-from . import (
-    generation_routes as generating,
-)
-from . import (
-    management_routes as managing,
-)
-from . import (
-    web_page as pages,
-)
+from . import embedding_routes as encoding
+from . import generation_routes as generating
+from . import management_routes as managing
+from . import web_page as pages
 from .http_errors import ApiError, of_library, of_parsing, of_validation
 from .middleware import Front, internal, noted
 from .schemas import ChatBody, ClassifyBody, CompletionBody, EmbeddingBody

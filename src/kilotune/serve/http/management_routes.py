@@ -13,10 +13,10 @@ from typing import Annotated, Any
 from fastapi import APIRouter, File, Form, Query, Request, UploadFile
 from fastapi.responses import JSONResponse, Response
 
-from ...checkpoints.files import CONFIG_NAME, WEIGHTS_NAME
+from ...adapter_files.files import CONFIG_NAME, WEIGHTS_NAME
 from ...errors import AdapterError, ConfigError
 from ...fleet.store import Version
-from ...fleet.store.base import Which
+from ...fleet.store.adapter_store import Which
 from ...fleet.store.names import check_alias, check_metadata, check_name, check_namespace, check_tags, check_which
 from .http_errors import ApiError
 from .logs import log

@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar, final
 
 from ...errors import KilotuneError
 from ...fleet.store import Version
-from ...fleet.store.base import Adapter, Which
+from ...fleet.store.adapter_store import Adapter, Which
 from ..engine.interface import AdapterKey, Engine, Generation, Sampling
 from .admission import Gate
 from .http_errors import ApiError, of_library

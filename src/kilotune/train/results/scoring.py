@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...checkpoints.files import CONFIG_NAME
+from ...adapter_files.files import CONFIG_NAME
 from ...errors import CheckpointError, ConfigError, did_you_mean, gather
 from ...model.peft_model import PeftModel
 from ..running import base_model as models

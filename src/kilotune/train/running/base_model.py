@@ -11,7 +11,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from ...checkpoints.files import REPO_ID
+from ...adapter_files.files import REPO_ID
 from ...config import AdapterConfig
 from ...errors import ConfigError, MissingExtraError, TargetError, UnsupportedError, first_line, without_network
 from ...injection.targets import HEADS

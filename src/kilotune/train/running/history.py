@@ -6,7 +6,7 @@ One record a line, flat: ``kind`` (train, validation, test, end), ``step``, ``ep
 none. A record is on disk before the next step begins, and a line that a kill cut in two is dropped by who reads it::
 
     history = History(output / "logs", resume_step=400)   # None for a new run; what is after step 400 is dropped
-    ...                                                    # give it to watching(), see watching.py
+    ...                                                    # give it to watching(), see events.py
     history.records                                        # the list of dicts, for the result and the report
     read_history(output / "logs" / "history.jsonl")        # later
 
@@ -27,7 +27,7 @@ from typing import Any, TextIO, final
 
 from ...errors import CheckpointError, KilotuneError, MissingExtraError
 from ..trainer.output_folder import write_text
-from .watching import Event, Listener
+from .events import Event, Listener
 
 __all__ = ["CSV_NAME", "JSONL_NAME", "History", "read_history", "tensorboard_callback"]
 

@@ -1,6 +1,6 @@
 """What a training takes of memory, before it runs, and what the machine has.
 
-The estimate is counted, not modelled: :mod:`kilotune.train.running.rehearsal` runs a step on tensors without numbers::
+The estimate is counted, not modelled: memory_rehearsal.py runs a step on tensors without numbers::
 
     estimate = estimate_memory(model, batch, Step(precision="bfloat16", checkpointing=True), evaluation=other_batch)
     estimate.peak                     # bytes on the device, weights included
@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_map_only
 
 from ...model.parameter_report import count_parameters, readable_bytes
 from .memory_ledger import storages
-from .rehearsal import PLAIN, Batch, CannotRehearse, Counted, Step, count_real, rehearse
+from .memory_rehearsal import PLAIN, Batch, CannotRehearse, Counted, Step, count_real, rehearse
 
 __all__ = ["Estimate", "Machine", "estimate_memory", "machine_of"]
 

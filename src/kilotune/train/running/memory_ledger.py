@@ -1,8 +1,8 @@
 """A ledger of memory: every storage that torch's operators make, and when its last reference goes.
 
 It is a dispatch mode, so it sees what runs inside ``with ledger:``, the backward included, on real tensors and on fakes
-alike (see rehearsal.py). What an operator takes and gives back within itself is not seen. torch does not declare its
-dispatch modes stable; tested with torch 2.13.
+alike (see memory_rehearsal.py). What an operator takes and gives back within itself is not seen. torch does not declare
+its dispatch modes stable; tested with torch 2.13.
 """
 
 from __future__ import annotations

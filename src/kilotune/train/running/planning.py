@@ -26,7 +26,7 @@ from ...plan import file_bytes
 from ..data.rows import Ragged, Rows
 from ..trainer.from_settings import steps_of_epoch, total_steps
 from .memory import Estimate, Machine, estimate_memory, machine_of
-from .rehearsal import Step
+from .memory_rehearsal import Step
 
 if TYPE_CHECKING:
     from .session import Session

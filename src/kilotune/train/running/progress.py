@@ -1,6 +1,6 @@
 """How far a training is, for whoever waits for it: a bar, lines, JSON lines, or nothing.
 
-``progress_for("auto")`` gives the listener for a mode of ``logging.progress``; hand it to ``watching`` (watching.py)::
+``progress_for("auto")`` gives the listener for a mode of ``logging.progress``; hand it to ``watching`` (events.py)::
 
     bar     a line that moves, with loss, learning rate, speed, memory and time left; evaluations stay above it
     plain   a line for each logged loss, each evaluation and each checkpoint
@@ -22,7 +22,7 @@ from typing import Any, TextIO, final
 
 from ...errors import ConfigError, MissingExtraError, did_you_mean
 from ...model.parameter_report import readable_bytes
-from .watching import Event, Listener
+from .events import Event, Listener
 
 __all__ = ["MODES", "progress_for", "readable_seconds"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ...checkpoints.reading import open_adapter
+from ...adapter_files.reading import open_adapter
 from ...errors import CheckpointError, ConfigError, KilotuneError
 from ...methods import PRESETS, method_of
 from ...model.peft_model import PeftModel

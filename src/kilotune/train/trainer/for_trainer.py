@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from ...checkpoints.peft_layout import BOOKKEEPING
+from ...adapter_files.peft_layout import BOOKKEEPING
 from ...errors import CheckpointError, ConfigError, MissingExtraError, UnsupportedError, gather, type_name
 from ...layers.adapted import AdaptedLayer
 from ...model.adapter_model import AdapterModel

@@ -30,7 +30,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ...checkpoints.files import CONFIG_NAME, WEIGHTS_NAME
+from ...adapter_files.files import CONFIG_NAME, WEIGHTS_NAME
 from ...errors import CheckpointError, ConfigError, first_line, gather
 from ...whole_file import replacing
 from ..settings.sections import SECTIONS, TrainSettings

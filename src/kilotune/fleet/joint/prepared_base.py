@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 
 from torch import Tensor, nn
 
-from ...checkpoints.writing import state_of
+from ...adapter_files.writing import state_of
 from ...config import AdapterConfig
 from ...errors import ConfigError, type_name
 from ...model.adapter_model import AdapterModel

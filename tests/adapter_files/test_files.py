@@ -26,7 +26,7 @@ from kilotune import (
     VeraModel,
     get_peft_model,
 )
-from kilotune.checkpoints import files, writing
+from kilotune.adapter_files import files, writing
 
 X = torch.linspace(-1, 1, 24).view(4, 6)
 FILES = ["adapter_config.json", "adapter_model.safetensors"]

@@ -23,7 +23,7 @@ from tests.support.paths import ROOT
 from torch import Tensor, nn
 
 from kilotune import CheckpointError, LoraConfig, PeftModel, VeraConfig, get_peft_model
-from kilotune.checkpoints import files
+from kilotune.adapter_files import files
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 APART = "adapter_config.json and .* do not belong together"
@@ -173,7 +173,7 @@ KILLED = """
     import os, shutil, sys
     from pathlib import Path
     sys.path.insert(0, {here!r})
-    from tests.checkpoints.test_killed_writers_and_mixed_files import lora
+    from tests.adapter_files.test_killed_writers_and_mixed_files import lora
 
     home = Path({home!r})
     new = lora(400)
