@@ -22,7 +22,7 @@ vllm_pytest = OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind \
 .DEFAULT_GOAL := help
 # The parts of a target share one .venv and one terminal: in order, under `make -j` too.
 .NOTPARALLEL:
-.PHONY: help demo test test-full test-vllm lint type format bench docs clean env-demo env-dev env-docs env-postgresql env-chromium env-vllm
+.PHONY: help demo test test-heavy test-full test-vllm lint type format bench docs clean env-demo env-dev env-docs env-postgresql env-chromium env-vllm
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -30,8 +30,11 @@ help:  ## this list
 demo: env-demo  ## fine-tune a small pretrained network with VeRA and LoRA on real images; a report in runs/
 	@.venv/bin/kilotune demo $(ARGS)
 
-test: lint type env-postgresql env-chromium  ## lint, types, and the tests that CI runs (under 25 minutes on 2 cores)
+test: lint type env-postgresql  ## lint, types, and the tests of every day (under 10 minutes on 2 cores)
 	$(pytest) $(ARGS)
+
+test-heavy: env-postgresql env-chromium  ## the second part of what CI runs: kills, browsers, processes, whole runs
+	$(pytest) -m "heavy and not full" $(ARGS)
 
 test-full: lint type env-postgresql env-chromium env-vllm  ## everything, the slow tests too, and all of those of the vLLM plugin
 	$(pytest) -m "" $(ARGS)

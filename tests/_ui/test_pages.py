@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.support.paths import ROOT
 
 from kilotune._ui.pages import render
+from tests.support.paths import ROOT
 
 SOURCE = ROOT / "src" / "kilotune"
 HOSTILE = "<script>alert('1')</script> & \"x\""

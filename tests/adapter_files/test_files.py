@@ -10,8 +10,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from tests.support.guards import refusal_leaves_the_disk, saved_is_loaded
-from tests.support.models import Nested, Snapshot, disk, mlp, randomize
 from torch import Tensor, nn
 
 from kilotune import (
@@ -27,6 +25,8 @@ from kilotune import (
     get_peft_model,
 )
 from kilotune.adapter_files import files, writing
+from tests.support.guards import refusal_leaves_the_disk, saved_is_loaded
+from tests.support.models import Nested, Snapshot, disk, mlp, randomize
 
 X = torch.linspace(-1, 1, 24).view(4, 6)
 FILES = ["adapter_config.json", "adapter_model.safetensors"]

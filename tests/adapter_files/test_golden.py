@@ -17,11 +17,11 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tests.golden.net import base, inputs
-from tests.support.paths import ROOT
 from torch import nn
 
 import kilotune
+from tests.golden.net import base, inputs
+from tests.support.paths import ROOT
 
 HERE = ROOT / "tests" / "golden"
 MANIFEST: dict[str, Any] = json.loads((HERE / "manifest.json").read_text(encoding="utf-8"))

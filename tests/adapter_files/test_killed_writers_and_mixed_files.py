@@ -18,12 +18,12 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tests.support.models import Snapshot, disk, mlp, randomize, untie
-from tests.support.paths import ROOT
 from torch import Tensor, nn
 
 from kilotune import CheckpointError, LoraConfig, PeftModel, VeraConfig, get_peft_model
 from kilotune.adapter_files import files
+from tests.support.models import Snapshot, disk, mlp, randomize, untie
+from tests.support.paths import ROOT
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 APART = "adapter_config.json and .* do not belong together"
@@ -200,6 +200,7 @@ KILLED = """
 """
 
 
+@pytest.mark.heavy
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_writer_that_is_killed_leaves_no_mix(tmp_path: Path) -> None:
     old, new = lora(4), lora(400)

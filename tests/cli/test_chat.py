@@ -7,9 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.cli_helpers import kilotune
-from tests.support.generation_support import greedy, loaded, merged, pair
-from tests.support.train_support import LENGTH, sentence, write_jsonl
 from transformers import AutoTokenizer
 from typer.testing import CliRunner, Result
 
@@ -19,6 +16,9 @@ from kilotune.errors import ConfigError
 from kilotune.train.results.outcome import form_of
 from kilotune.train.use.sampling import Sampling
 from kilotune.train.use.text_generation import Chat, Writer
+from tests.support.cli_helpers import kilotune
+from tests.support.generation_support import greedy, loaded, merged, pair
+from tests.support.train_support import LENGTH, sentence, write_jsonl
 
 COUNT = 6
 ONE, TWO, THREE = sentence(3, 3), sentence(5, 3), sentence(8, 3)
@@ -242,6 +242,7 @@ def test_an_interrupt_before_any_word_leaves_no_trace(monkeypatch: pytest.Monkey
 # -- as it was trained ---------------------------------------------------------------------------------
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("kind", ["messages", "prompt", "text"])
 def test_it_is_talked_to_as_it_was_trained(kind: str, tmp_path: Path) -> None:
     base, _ = pair("llama", True)

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.cli_helpers import as_json, error, kilotune
-from tests.support.paths import SUPPORT
 
 from kilotune.experiments.compare import costs, digits
+from tests.support.cli_helpers import as_json, error, kilotune
+from tests.support.paths import SUPPORT
 
 VERB = "compare"
 CONFIG = """
@@ -62,6 +62,7 @@ def files() -> set[str]:
     return {path.relative_to(FOLDER).as_posix() for path in FOLDER.rglob("*") if path.is_file()}
 
 
+@pytest.mark.heavy
 def test_it_prints_a_table_and_writes_everything() -> None:
     done = kilotune(VERB, "small.yaml")
     assert done.exit_code == 0, done.stderr
@@ -76,6 +77,7 @@ def test_it_prints_a_table_and_writes_everything() -> None:
     assert [(row["name"], row["trained"]) for row in rows] == [("full", "62006"), ("vera", str(3 * 4 + 120 + 84 + 10))]
 
 
+@pytest.mark.heavy
 def test_json_is_what_is_written_and_a_second_call_runs_nothing() -> None:
     first = as_json(VERB, "small.yaml", "--methods", "vera")
     assert first == json.loads((FOLDER / "comparison.json").read_text())
@@ -102,6 +104,7 @@ def test_a_dry_run_says_what_would_be_run_and_runs_nothing() -> None:
     assert "runs of full length" in shown.stdout
 
 
+@pytest.mark.heavy
 def test_ctrl_c_keeps_what_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     real, calls = digits.train, [0]
 
@@ -122,6 +125,7 @@ def test_ctrl_c_keeps_what_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "(5 finished runs of before taken over)" in done.stdout
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("every", [40, *(pytest.param(n, marks=pytest.mark.full) for n in (25, 6))])
 def test_killed_at_any_moment_it_resumes_and_runs_nothing_twice(every: int, own: Path) -> None:
     """kill -9 of real processes, again after so many runs; the numbers are those of an unbroken comparison."""
@@ -147,6 +151,7 @@ def test_killed_at_any_moment_it_resumes_and_runs_nothing_twice(every: int, own:
 # -- what goes wrong ---------------------------------------------------------------------------------
 
 
+@pytest.mark.heavy
 def test_other_settings_in_the_same_folder_are_refused_until_restarted() -> None:
     as_json(VERB, "small.yaml", "--methods", "full", "--seeds", "1")
     said = error(VERB, "small.yaml", "--methods", "full", "--set", "problem.batch=64")

@@ -10,11 +10,11 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.support.cli_helpers import as_json, distance, error, gpt2, kilotune, llama, logits, saved, shake
 
 from kilotune import LoraConfig, PeftModel, VeraConfig, get_peft_model
 from kilotune.adapter_files.files import CONFIG_NAME, WEIGHTS_NAME
 from kilotune.model.parameter_report import count_parameters
+from tests.support.cli_helpers import as_json, distance, error, gpt2, kilotune, llama, logits, saved, shake
 
 pytestmark = [
     # PEFT reads an attribute that transformers has renamed since.

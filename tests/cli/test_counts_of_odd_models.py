@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.support.cli_helpers import as_json, error, kilotune
 from torch import Tensor, nn
 
 from kilotune import LoraConfig, get_config, get_peft_model
 from kilotune.plan import costs
+from tests.support.cli_helpers import as_json, error, kilotune
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "lora": {"r": 2},

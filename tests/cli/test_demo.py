@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import typer
-from tests.support.experiment_support import binary_members, cifar_batches, tar_gz
 from typer.testing import CliRunner, Result
 
 from kilotune.cli.demo import demo
 from kilotune.errors import ConfigError, KilotuneError, MissingExtraError
 from kilotune.experiments.demo import experiment as experiment
 from kilotune.experiments.demo import page
+from tests.support.experiment_support import binary_members, cifar_batches, tar_gz
 
 TINY = ("--seeds", "1", "--epochs", "1", "--adapt-epochs", "1")
 
@@ -33,6 +33,7 @@ def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.heavy
 def test_a_quick_run_shows_a_table_and_writes_a_report(tmp_path: Path) -> None:
     done = call("--quick")
     assert done.exit_code == 0, done.stderr
@@ -48,6 +49,7 @@ def test_a_quick_run_shows_a_table_and_writes_a_report(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.heavy
 def test_json_is_one_document_and_what_is_written() -> None:
     done = call(*TINY, "--json", "--out", "here")
     document = json.loads(done.stdout)
@@ -56,6 +58,7 @@ def test_json_is_one_document_and_what_is_written() -> None:
     assert document["passed"] is (done.exit_code == 0)
 
 
+@pytest.mark.heavy
 def test_a_run_without_gains_fails_and_still_reports() -> None:
     done = call(*TINY, "--vera-rate", "1e-6", "--lora-rate", "1e-6", "--full-rate", "1e-6")
     assert done.exit_code == 1

@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+
 from tests.support.cli_helpers import kilotune
 from tests.support.paths import ROOT
 

@@ -15,13 +15,13 @@ import psutil
 import pytest
 import torch
 from packaging.requirements import Requirement
-from tests.support.cli_helpers import as_json, kilotune
-from tests.support.paths import ROOT
 
 from kilotune.cli import doctor
 from kilotune.cli._app import VERBS
 from kilotune.methods import METHODS, PRESETS
 from kilotune.plan import BUILT_IN
+from tests.support.cli_helpers import as_json, kilotune
+from tests.support.paths import ROOT
 
 
 def named() -> dict[str, Requirement]:

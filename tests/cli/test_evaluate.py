@@ -12,8 +12,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from tests.support.cli_helpers import as_json, error, kilotune
-from tests.support.train_support import model_folder, pictures, prompts, sentence, write_jsonl
 from transformers import (
     AutoImageProcessor,
     AutoModelForCausalLM,
@@ -27,6 +25,8 @@ from kilotune import LoraConfig, PeftModel, get_peft_model
 from kilotune.train.results.scoring import scoring_settings
 from kilotune.train.run import train
 from kilotune.train.settings.config_file import settings_from
+from tests.support.cli_helpers import as_json, error, kilotune
+from tests.support.train_support import model_folder, pictures, prompts, sentence, write_jsonl
 
 CLOSE = 1e-5
 

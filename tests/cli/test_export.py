@@ -13,7 +13,6 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.support.cli_helpers import as_json, bert, distance, error, gpt2, kilotune, llama, logits, saved, shake
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -27,6 +26,7 @@ from transformers import (
 from transformers.modeling_gguf_pytorch_utils import GPT2TensorProcessor, LlamaTensorProcessor
 
 from kilotune import LoraConfig, PeftModel, VeraConfig, get_config, get_peft_model
+from tests.support.cli_helpers import as_json, bert, distance, error, gpt2, kilotune, llama, logits, saved, shake
 
 CLOSE = 2e-6
 SIZES = {

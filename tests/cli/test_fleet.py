@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.cli_helpers import as_json, error, kilotune
-from tests.support.train_support import model_folder, sentence, write_jsonl
 
 from kilotune.fleet import open_store
+from tests.support.cli_helpers import as_json, error, kilotune
+from tests.support.train_support import model_folder, sentence, write_jsonl
 
 QUICK = ["--set", "epochs=1", "--set", "batch_size=2", "--option", "r=4", "--progress", "quiet"]
 

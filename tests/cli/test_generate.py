@@ -9,9 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.support.cli_helpers import as_json, error, kilotune, saved, shake
-from tests.support.generation_support import PROMPT, greedy, loaded, merged, pair
-from tests.support.train_support import LENGTH, model_folder, sentence
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -28,6 +25,9 @@ from kilotune.cli.main import app
 from kilotune.errors import CheckpointError, ConfigError
 from kilotune.train.use.sampling import Sampling
 from kilotune.train.use.text_generation import Writer
+from tests.support.cli_helpers import as_json, error, kilotune, saved, shake
+from tests.support.generation_support import PROMPT, greedy, loaded, merged, pair
+from tests.support.train_support import LENGTH, model_folder, sentence
 
 COUNT = 12
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tests.support.cli_helpers import as_json, error, kilotune, llama, saved, shake
-from tests.support.models import untie
 
 from kilotune import LoraConfig, VeraConfig, get_peft_model
 from kilotune.adapter_files.files import CONFIG_NAME, WEIGHTS_NAME
 from kilotune.cli import _adapter
+from tests.support.cli_helpers import as_json, error, kilotune, llama, saved, shake
+from tests.support.models import untie
 
 VERA = VeraConfig(r=6, target_modules=["q_proj", "down_proj"], projection_prng_key=3)
 

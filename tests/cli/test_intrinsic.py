@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.cli_helpers import as_json, error, kilotune
-from tests.support.experiment_support import binary_members, cifar_batches, tar_gz
 
 from kilotune.experiments.dimension import report as dimension_report
 from kilotune.experiments.images import tasks
+from tests.support.cli_helpers import as_json, error, kilotune
+from tests.support.experiment_support import binary_members, cifar_batches, tar_gz
 
 VERB = "intrinsic-dimension"
 FOLDER = Path("runs/intrinsic-dimension-digits-scratch")
@@ -30,6 +30,7 @@ def files() -> list[str]:
     return sorted(path.as_posix() for path in Path().rglob("*") if path.is_file())
 
 
+@pytest.mark.heavy
 def test_a_quick_run_shows_a_table_and_writes_a_report() -> None:
     done = kilotune(VERB, "--quick")
     assert done.exit_code == 0, done.stderr
@@ -97,6 +98,7 @@ def test_a_fault_while_writing_leaves_no_half_report(monkeypatch: pytest.MonkeyP
     assert files() == [f"{FOLDER}/runs.jsonl"]
 
 
+@pytest.mark.heavy
 def test_other_settings_in_the_same_folder_are_refused_until_restarted() -> None:
     as_json(VERB, *TINY)
     before = (FOLDER / "runs.jsonl").read_bytes()

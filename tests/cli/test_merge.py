@@ -10,6 +10,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    BertModel,
+)
+
+from kilotune import LoraConfig, PeftModel, VeraConfig, get_peft_model
+from kilotune.adapter_files.files import WEIGHTS_NAME
+from kilotune.cli import _adapter
+from kilotune.cli import merge as verb
 from tests.support.cli_helpers import (
     as_json,
     bert,
@@ -23,17 +34,6 @@ from tests.support.cli_helpers import (
     saved,
     shake,
 )
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoModelForSequenceClassification,
-    BertModel,
-)
-
-from kilotune import LoraConfig, PeftModel, VeraConfig, get_peft_model
-from kilotune.adapter_files.files import WEIGHTS_NAME
-from kilotune.cli import _adapter
-from kilotune.cli import merge as verb
 
 CLOSE = 2e-6
 

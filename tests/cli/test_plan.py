@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import typer.main
-from tests.support.cli_helpers import LLAMA, as_json, error, kilotune
-from tests.support.paths import ROOT
 
 import kilotune as library
 from kilotune.cli import _app, main
 from kilotune.config import AdapterConfig
 from kilotune.methods import METHODS
+from tests.support.cli_helpers import LLAMA, as_json, error, kilotune
+from tests.support.paths import ROOT
 
 
 def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -203,6 +203,7 @@ def test_no_verb_prints_the_help_and_version_is_one_line() -> None:
     assert "No such command 'plam'" in error("plam")
 
 
+@pytest.mark.heavy
 def test_the_entry_is_the_one_of_pyproject() -> None:
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     assert scripts == {"kilotune": "kilotune.cli.main:main"}
@@ -212,6 +213,7 @@ def test_the_entry_is_the_one_of_pyproject() -> None:
     assert json.loads(done.stdout)["plans"][0]["parameters"]["trainable"] == 12_960
 
 
+@pytest.mark.heavy
 def test_a_foreseen_error_in_a_process_of_its_own() -> None:
     done = run("plan", "four-layer", "--rank", "-3")
     assert (done.returncode, done.stdout) == (2, "")

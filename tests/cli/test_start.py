@@ -8,9 +8,9 @@ import subprocess
 import sys
 
 import pytest
-from tests.support.paths import ROOT
 
 from kilotune.cli._app import VERBS
+from tests.support.paths import ROOT
 
 LARGE = (
     "accelerate",

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.support.cli_helpers import as_json, error, kilotune
-from tests.support.models import mlp
-from tests.support.store_support import adapted, contents, inputs, lora, same
 
 from kilotune import AdapterError, ConfigError, LoraConfig, PeftModel
 from kilotune.errors import StoreError
 from kilotune.fleet.store import copy_adapters, export_adapters, open_store
+from tests.support.cli_helpers import as_json, error, kilotune
+from tests.support.models import mlp
+from tests.support.store_support import adapted, contents, inputs, lora, same
 
 
 @pytest.fixture

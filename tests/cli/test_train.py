@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.cli_helpers import as_json, error, kilotune
-from tests.support.train_support import model_folder, pictures, prompts, sentence, write_jsonl
 
 from kilotune.train.settings.config_file import load_settings
 from kilotune.train.settings.sections import TASK_NAMES
+from tests.support.cli_helpers import as_json, error, kilotune
+from tests.support.train_support import model_folder, pictures, prompts, sentence, write_jsonl
 
 FILE = "adapter_model.safetensors"
 SHORT = ["--set", "training.device=cpu", "--set", "logging.report=false", "--progress", "quiet"]

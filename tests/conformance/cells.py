@@ -16,12 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tests.conformance import residuals
-from tests.conformance.cases import Array, KindCase, Layer, MethodCase, Params
-from tests.conformance.kind_cases import KIND_CASES
-from tests.conformance.one_vector import one_intrinsic, unilora
-from tests.conformance.rescaled import dora, ia3, loraxs
-from tests.conformance.toys import TOYS
 from torch import nn
 
 from kilotune import AdapterConfig, PeftModel, get_config, get_peft_model
@@ -29,6 +23,12 @@ from kilotune.deltas import Delta
 from kilotune.kinds import KINDS, LayerKind
 from kilotune.methods import METHODS, PRESETS, Method, make_method
 from kilotune.storage import STORAGES
+from tests.conformance import residuals
+from tests.conformance.cases import Array, KindCase, Layer, MethodCase, Params
+from tests.conformance.kind_cases import KIND_CASES
+from tests.conformance.one_vector import one_intrinsic, unilora
+from tests.conformance.rescaled import dora, ia3, loraxs
+from tests.conformance.toys import TOYS
 
 ALL_METHODS: dict[str, type[Method[Any]]] = {**METHODS, **TOYS}
 PLAIN_STORAGES = frozenset(storage.name for storage in STORAGES if storage.lossless)  # the others: quantised.py

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
-from tests.conformance.cases import Array, Layer, Params
-from tests.conformance.cells import COUNTS, FORMULAS, ON_OUTPUT, Cell
-from tests.support.models import is_base, plain_name
 from torch import Tensor, nn
 
 from kilotune.layers.adapted import AdaptedLayer
 from kilotune.model.adapter_model import AdapterModel
+from tests.conformance.cases import Array, Layer, Params
+from tests.conformance.cells import COUNTS, FORMULAS, ON_OUTPUT, Cell
+from tests.support.models import is_base, plain_name
 
 __all__ = ["EPSILON", "adapted", "bound", "count", "data", "dense", "forms", "layer_of", "layers_of"]
 

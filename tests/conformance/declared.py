@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar, final
 
 import pytest
+
 from tests.conformance.cells import CELLS, Cell, excepted
 from tests.conformance.covering import Row, covering
 from tests.conformance.quantised import QUANTISED

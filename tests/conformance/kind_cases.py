@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from tests.conformance.cases import INN, OUT, Array, KindCase, Layer
-from tests.conformance.residuals import attention_counts
-from tests.support import moe
 from torch import Tensor, nn
 
 from kilotune.deltas import Need
 from kilotune.kinds.experts import Experts
+from tests.conformance.cases import INN, OUT, Array, KindCase, Layer
+from tests.conformance.residuals import attention_counts
+from tests.support import moe
 
 __all__ = ["KIND_CASES"]
 

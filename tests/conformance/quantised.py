@@ -12,13 +12,13 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from tests.conformance.cases import MethodCase
-from tests.conformance.cells import METHOD_CASES, config_of, delta_of
 from torch import Tensor, nn
 
 from kilotune import AdapterConfig, PeftModel, get_peft_model
 from kilotune.kinds import KINDS
 from kilotune.storage import Storage, storage_of
+from tests.conformance.cases import MethodCase
+from tests.conformance.cells import METHOD_CASES, config_of, delta_of
 
 OUT, INN = 48, 64
 LINEAR = next(kind for kind in KINDS if kind.name == "linear")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+
 from tests.conformance.cases import Array, MethodCase, Params
 
 __all__ = ["CASES", "COUNTS", "attention_counts", "bottleneck"]

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
 from tests.conformance.cells import CELLS, METHOD_CASES, Cell
 from tests.conformance.conftest import pytest_generate_tests
 from tests.conformance.covering import Row, covering

@@ -7,6 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from kilotune import get_peft_model
+from kilotune.deltas import LowRank, Residual
 from tests.conformance.cells import CELLS, Cell
 from tests.conformance.checks import (
     EPSILON,
@@ -21,11 +26,6 @@ from tests.conformance.checks import (
 )
 from tests.conformance.declared import every_cell
 from tests.support.models import trained
-from torch import Tensor, nn
-from torch.func import functional_call
-
-from kilotune import get_peft_model
-from kilotune.deltas import LowRank, Residual
 
 ONE_INPUT = [cell for cell in CELLS if cell.kind_case.keyword]
 FLOAT_INPUT = [cell for cell in CELLS if not cell.kind_case.ids]

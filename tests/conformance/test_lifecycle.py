@@ -10,16 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.conformance.cases import Net
-from tests.conformance.cells import CELLS, Cell
-from tests.conformance.checks import adapted, bound, count, data, dense, layer_of, layers_of
-from tests.conformance.declared import every_cell
-from tests.support.models import Snapshot, base_bits, bits, disk, is_base, places, plain_name, randomize, value_bits
 from torch import nn  # noqa: F401
 
 from kilotune import MergeError, MergePrecisionWarning, PeftModel, UnsupportedError, get_peft_model
 from kilotune.deltas import Shift
 from kilotune.layers.adapted import AdaptedLayer
+from tests.conformance.cases import Net
+from tests.conformance.cells import CELLS, Cell
+from tests.conformance.checks import adapted, bound, count, data, dense, layer_of, layers_of
+from tests.conformance.declared import every_cell
+from tests.support.models import Snapshot, base_bits, bits, disk, is_base, places, plain_name, randomize, value_bits
 
 
 def _merges(cell: Cell) -> bool:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
+
+from kilotune.errors import UnsupportedError
+from kilotune.model.adapter_model import AdapterModel
 from tests.conformance.cells import CELLS, Cell
 from tests.conformance.checks import EPSILON, adapted, bound, data
 from tests.conformance.declared import every_cell, every_quantised_cell
 from tests.conformance.quantised import INN
 from tests.conformance.quantised import Cell as QuantisedCell
 from tests.support.models import randomize
-from torch import Tensor
-
-from kilotune.errors import UnsupportedError
-from kilotune.model.adapter_model import AdapterModel
 
 NAMES: list[str | None] = ["other", None, "default", "other"]
 # A weight that is one for all rows, or tokens that are regrouped inside.

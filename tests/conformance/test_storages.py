@@ -9,17 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.conformance.cases import Params
-from tests.conformance.cells import FORMULAS, METHOD_CASES, PLAIN_STORAGES, delta_of
-from tests.conformance.declared import every_quantised_cell
-from tests.conformance.quantised import INN, OUT, QUANTISED, STORAGE_SCHEMES, Cell, weight_of
-from tests.support.models import disk
 from torch import Tensor, nn
 
 from kilotune import MergeError, MergePrecisionWarning, PeftModel, UnsupportedError, get_peft_model
 from kilotune.deltas import Residual
 from kilotune.layers.adapted import AdaptedLayer
 from kilotune.storage import STORAGES, storage_of
+from tests.conformance.cases import Params
+from tests.conformance.cells import FORMULAS, METHOD_CASES, PLAIN_STORAGES, delta_of
+from tests.conformance.declared import every_quantised_cell
+from tests.conformance.quantised import INN, OUT, QUANTISED, STORAGE_SCHEMES, Cell, weight_of
+from tests.support.models import disk
 
 NEAR = 1e-5
 MERGEABLE = [cell for cell in QUANTISED if cell.case.name in FORMULAS]

@@ -6,6 +6,12 @@ import fnmatch
 
 import numpy as np
 import pytest
+
+from kilotune import KilotuneError, TargetError, UnsupportedError, get_peft_model
+from kilotune.deltas import Full, LowRank, Rescale, Residual, Shift
+from kilotune.kinds import KINDS, kind_of
+from kilotune.methods import METHODS, PRESETS
+from kilotune.storage import STORAGES
 from tests.conformance.cells import (
     ALL,
     CELLS,
@@ -21,12 +27,6 @@ from tests.conformance.cells import (
     unit_matrix,
 )
 from tests.support.models import bits
-
-from kilotune import KilotuneError, TargetError, UnsupportedError, get_peft_model
-from kilotune.deltas import Full, LowRank, Rescale, Residual, Shift
-from kilotune.kinds import KINDS, kind_of
-from kilotune.methods import METHODS, PRESETS
-from kilotune.storage import STORAGES
 
 
 def test_every_listed_part_is_in_the_tables() -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.conformance.toys import RescaleConfig
 from torch import nn
 
 from kilotune import LoraConfig, PeftModel, UnsupportedError, get_peft_model
+from tests.conformance.toys import RescaleConfig
 
 X = torch.linspace(-1, 1, 12, dtype=torch.float64).view(2, 6)
 

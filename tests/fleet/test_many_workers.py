@@ -7,10 +7,10 @@ from collections import Counter, OrderedDict
 
 import numpy as np
 import pytest
-from tests.support.paths import ROOT
 
 from kilotune.errors import ConfigError
 from kilotune.fleet.scale import parse_bytes, parse_count
+from tests.support.paths import ROOT
 
 USERS, WORKERS, REQUESTS = 200_000, 8, 60_000
 

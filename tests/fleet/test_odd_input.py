@@ -8,10 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.support.cli_helpers import error, kilotune, llama
-from tests.support.models import mlp
-from tests.support.store_support import adapted, contents, shake
-from tests.support.train_support import model_folder, write_jsonl
 
 from kilotune import AdapterError, ConfigError, MergeError, VeraConfig, get_config, get_peft_model
 from kilotune.errors import CheckpointError
@@ -20,6 +16,10 @@ from kilotune.fleet.joint.users_from_files import text_users
 from kilotune.fleet.scale import parse_bytes, parse_count, scale
 from kilotune.fleet.store import export_adapters
 from kilotune.fleet.store.packing import PACKINGS
+from tests.support.cli_helpers import error, kilotune, llama
+from tests.support.models import mlp
+from tests.support.store_support import adapted, contents, shake
+from tests.support.train_support import model_folder, write_jsonl
 
 # -- plans ----------------------------------------------------------------------------------------------
 

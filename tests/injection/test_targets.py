@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.support.models import Nested, Snapshot, mlp, tiny_llama
 from torch import nn
 
 from kilotune import LoraConfig, TargetError, UnsupportedError, VeraConfig, get_peft_model
@@ -14,6 +13,7 @@ from kilotune.candidates import candidates, matches_names
 from kilotune.deltas import Need
 from kilotune.injection.inject import plan, walk
 from kilotune.injection.targets import DEFAULT_TARGETS, explain
+from tests.support.models import Nested, Snapshot, mlp, tiny_llama
 
 ALL = ["stem", "blocks.0.mix.up", "blocks.0.mix.down", "blocks.1.mix.up", "blocks.1.mix.down", "head"]
 UP = ["blocks.0.mix.up", "blocks.1.mix.up"]

@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.support.guards import adapters_act, no_base_weight_is_copied
-from tests.support.models import Nested, Snapshot, mlp, places, randomize, trained
 from torch import Tensor, nn
 
 from kilotune import (
@@ -26,6 +24,8 @@ from kilotune import (
 )
 from kilotune.layers.adapted import AdaptedLayer
 from kilotune.layers.saved_module import SavedModule
+from tests.support.guards import adapters_act, no_base_weight_is_copied
+from tests.support.models import Nested, Snapshot, mlp, places, randomize, trained
 
 X = torch.linspace(-1, 1, 24).view(4, 6)
 BOTH = [VeraConfig(r=4, target_modules="all-linear"), LoraConfig(r=2, target_modules="all-linear")]

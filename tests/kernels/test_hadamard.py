@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.conformance.one_vector import dense_matrix, fastfood_matrix, hadamard_by_bits
 from torch import Tensor
 
 from kilotune.kernels import projected
 from kilotune.kernels.hadamard import hadamard, hadamard_matrix
 from kilotune.kernels.projected import Held, Projection, kept_bytes, padded
+from tests.conformance.one_vector import dense_matrix, fastfood_matrix, hadamard_by_bits
 
 CPU = torch.device("cpu")
 SHAPES = [(30, 8), (7, 5), (64, 16), (3, 20), (5, 1), (1, 1), (130, 33)]  # (rows, size)

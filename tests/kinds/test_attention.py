@@ -14,8 +14,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.support.guards import adapters_act
-from tests.support.models import Snapshot, bits, randomize
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -30,6 +28,8 @@ from kilotune import (
     VeraConfig,
     get_peft_model,
 )
+from tests.support.guards import adapters_act
+from tests.support.models import Snapshot, bits, randomize
 
 WIDTH, HEADS, RANK = 8, 2, 2
 

@@ -13,11 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.conformance.cases import MethodCase, Params
-from tests.conformance.cells import FORMULAS, METHOD_CASES, config_of, delta_of
-from tests.conformance.toys import TOYS
-from tests.support import moe
-from tests.support.models import Snapshot, bits, randomize
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -29,6 +24,11 @@ from kilotune.kinds.experts import Experts, StandIn
 from kilotune.layers.adapted_parameters import AdaptedParameters, UntrainedExpertsWarning
 from kilotune.methods import METHODS, PRESETS
 from kilotune.plan import costs
+from tests.conformance.cases import MethodCase, Params
+from tests.conformance.cells import FORMULAS, METHOD_CASES, config_of, delta_of
+from tests.conformance.toys import TOYS
+from tests.support import moe
+from tests.support.models import Snapshot, bits, randomize
 
 PAIR = ["gate_up_proj", "down_proj"]
 FAMILIES = ("mixtral", "qwen3_moe", "gpt_oss", "llama4")
@@ -383,6 +383,7 @@ def test_bfloat16(family: str, implementation: str) -> None:
         assert float((p.grad - q.grad).norm()) < 0.1 * float(q.grad.norm()), name
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("implementation", ["batched_mm", "grouped_mm"])
 @pytest.mark.parametrize("family", ["mixtral", pytest.param("gpt_oss", marks=pytest.mark.full)])
 @pytest.mark.parametrize("method", ["lora", "vera"])

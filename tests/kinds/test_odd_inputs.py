@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.support.models import Snapshot, bits, disk, randomize, tiny_llama
 from torch import Tensor, nn
 
 from kilotune import (
@@ -26,6 +25,7 @@ from kilotune import (
 from kilotune.adapter_files.reading import open_adapter
 from kilotune.convert import rewrite, to_kilotune, to_lora, to_peft
 from kilotune.kinds import kind_of
+from tests.support.models import Snapshot, bits, disk, randomize, tiny_llama
 
 
 def wrapped(layer: nn.Module, config: Any = None) -> PeftModel:

@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.conformance.quantised import INN, OUT, STORAGE_SCHEMES, StorageCase, _named, weight_of
-from tests.support.models import randomize
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -20,6 +18,8 @@ from kilotune.kernels.ways import Way
 from kilotune.layers import fusion
 from kilotune.storage import bnb8, storage_of
 from kilotune.storage.torchao import _TorchAO
+from tests.conformance.quantised import INN, OUT, STORAGE_SCHEMES, StorageCase, _named, weight_of
+from tests.support.models import randomize
 
 WAYS = [way.value for way in Way]
 VERA, LORA = VeraConfig(r=8, target_modules=["layer"]), LoraConfig(r=4, target_modules=["layer"])

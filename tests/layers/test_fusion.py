@@ -12,8 +12,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.kernels.test_lowrank import keeping, storages
-from tests.support.models import mlp, randomize, tiny_gpt2, tiny_llama, trained
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,6 +24,8 @@ from kilotune.kernels.lowrank import Factors
 from kilotune.kernels.ways import WAYS, Choice, Way
 from kilotune.layers import fusion
 from kilotune.model.adapter_model import AdapterModel
+from tests.kernels.test_lowrank import keeping, storages
+from tests.support.models import mlp, randomize, tiny_gpt2, tiny_llama, trained
 
 NAMES = [way.value for way in Way]
 each_way = pytest.mark.parametrize("way", NAMES)
@@ -728,6 +728,7 @@ def test_inference_mode_and_no_grad(way: str) -> None:
     equals_the_reference(model, Attention().double(), lambda m: m(x))  # nothing of it is left
 
 
+@pytest.mark.heavy
 @each_way
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
 def test_traced_and_exported_models_serve_any_number_of_tokens(way: str) -> None:
@@ -764,6 +765,7 @@ def compiled_equals_eager(model: AdapterModel, backend: str, dynamic: bool | Non
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("way,name", [("picked", "vera"), ("factored", "lora"), ("merged", "vera"), ("dense", "lora")])
 def test_compiled(way: str, name: str) -> None:
     model = net(LOW_RANK[name].replace(target_modules=ALL), way).double()
@@ -832,6 +834,7 @@ def keeps_no_weight(way: str, name: str) -> None:
     assert not [shape for shape in kept if sorted(shape) == [48, 64]], f"an output is kept: {kept}"
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("way,name", [("merged", "vera"), ("dense", "vera"), ("merged", "lora")])
 def test_a_compiler_keeps_no_merged_weight(way: str, name: str) -> None:
     keeps_no_weight(way, name)

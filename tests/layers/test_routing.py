@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.support.models import Nested, randomize, tiny_classifier, tiny_gpt2, tiny_llama
 from torch import Tensor, nn
 
 from kilotune import AdapterConfig, LoraConfig, PeftModel, VeraConfig, get_config, get_peft_model
 from kilotune.errors import AdapterError, MergeError, UnsupportedError
+from tests.support.models import Nested, randomize, tiny_classifier, tiny_gpt2, tiny_llama
 
 ALL = "all-linear"
 CONFIGS: dict[str, AdapterConfig] = {

@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.support.models import randomize, tiny_gpt2, tiny_llama
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -32,6 +31,7 @@ from kilotune.layers import shared_inputs as inputs
 from kilotune.layers.shared_inputs import SharedInput, join
 from kilotune.layers.slot import Slot
 from kilotune.projections.matrices import Projections
+from tests.support.models import randomize, tiny_gpt2, tiny_llama
 
 INN, RANK = 8, 5
 

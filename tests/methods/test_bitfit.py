@@ -9,10 +9,10 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.support.models import Nested, Snapshot, bits, disk, mlp, randomize, tiny_classifier, tiny_gpt2
 from torch import Tensor, nn
 
 from kilotune import BitfitConfig, ConfigError, LoraConfig, PeftModel, TargetError, get_config, get_peft_model
+from tests.support.models import Nested, Snapshot, bits, disk, mlp, randomize, tiny_classifier, tiny_gpt2
 
 
 def biases(model: nn.Module) -> dict[str, int]:

@@ -13,9 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.conformance.residuals import FUNCTIONS, bottleneck
-from tests.support.guards import adapters_act
-from tests.support.models import Snapshot, bits, randomize
 from torch import Tensor, nn
 
 from kilotune import (
@@ -31,6 +28,9 @@ from kilotune import (
     get_peft_model,
 )
 from kilotune.methods.bottleneck import _BLOCKS, ACTIVATIONS
+from tests.conformance.residuals import FUNCTIONS, bottleneck
+from tests.support.guards import adapters_act
+from tests.support.models import Snapshot, bits, randomize
 
 # -- where the papers put them ---------------------------------------------------------------------
 

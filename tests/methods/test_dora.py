@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.support.models import mlp, randomize
 from torch import Tensor, nn
 
 import kilotune
@@ -20,6 +19,7 @@ from kilotune.convert import to_lora, to_peft
 from kilotune.deltas import LowRank
 from kilotune.methods import dora
 from kilotune.methods.dora import MAGNITUDE, Dora, row_norms
+from tests.support.models import mlp, randomize
 
 X = torch.linspace(-1, 1, 24, dtype=torch.float64).view(4, 6)
 

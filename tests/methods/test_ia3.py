@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from tests.support.models import mlp, randomize, tiny_gpt2, tiny_llama
 from torch import nn
 
 from kilotune import ConfigError, Ia3Config, TargetError, get_peft_model
+from tests.support.models import mlp, randomize, tiny_gpt2, tiny_llama
 
 X = torch.linspace(-1, 1, 24).view(4, 6)
 

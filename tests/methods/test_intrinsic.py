@@ -13,12 +13,12 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tests.conformance.one_vector import intrinsic as by_hand
 from torch import Tensor, nn
 
 import kilotune
 from kilotune import CheckpointError, ConfigError, LoraConfig, PeftModel, get_peft_model
 from kilotune.methods import IntrinsicConfig
+from tests.conformance.one_vector import intrinsic as by_hand
 
 SHAPES = {"first": (7, 6), "second": (5, 7), "third": (4, 5)}
 X = torch.linspace(-1, 1, 18, dtype=torch.float64).view(3, 6)

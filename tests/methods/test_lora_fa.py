@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tests.peft_parity.files import peft_load
-from tests.support.models import mlp, randomize
 from torch import nn
 
 from kilotune import CheckpointError, ConfigError, LoraConfig, PeftModel, get_config, get_peft_model
 from kilotune.convert import to_peft
+from tests.peft_parity.files import peft_load
+from tests.support.models import mlp, randomize
 
 X = torch.linspace(-1, 1, 24).view(4, 6)
 CONFIG = LoraConfig(r=2, lora_fa=True, target_modules="all-linear")

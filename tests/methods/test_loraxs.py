@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.support.models import mlp, randomize
 from torch import nn
 
 from kilotune import CheckpointError, ConfigError, LoraXsConfig, PeftModel, get_peft_model
 from kilotune.methods.loraxs import frozen_factors
+from tests.support.models import mlp, randomize
 
 X = torch.linspace(-1, 1, 24).view(4, 6)
 

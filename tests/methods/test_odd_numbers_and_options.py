@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.support.models import mlp
 from torch import Tensor, nn
 
 from kilotune import (
@@ -27,6 +26,7 @@ from kilotune import (
     optimizer_groups,
 )
 from kilotune.config import AdapterConfig
+from tests.support.models import mlp
 
 X = torch.randn(5, 8, generator=torch.Generator().manual_seed(3))
 

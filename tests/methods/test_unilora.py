@@ -14,7 +14,6 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tests.conformance.one_vector import indices
 from torch import Tensor, nn
 
 import kilotune
@@ -22,6 +21,7 @@ from kilotune import CheckpointError, ConfigError, LoraConfig, PeftModel, Unsupp
 from kilotune.adapter_files.reading import open_adapter
 from kilotune.convert import rewrite, to_lora, to_peft
 from kilotune.methods import UniLoraConfig
+from tests.conformance.one_vector import indices
 
 SHAPES = {"first": (7, 6), "second": (5, 7), "third": (4, 5)}
 RANK = 3

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.support.models import Nested, Snapshot, disk, mlp, randomize, untie
 
 from kilotune import (
     AdapterError,
@@ -26,6 +25,7 @@ from kilotune import (
     VeraConfig,
     get_peft_model,
 )
+from tests.support.models import Nested, Snapshot, disk, mlp, randomize, untie
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 X = torch.linspace(-1, 1, 24).view(4, 6)

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.support.models import Nested, Snapshot, bits, mlp, randomize, tiny_llama
 from torch import Tensor, nn
 
 from kilotune import LoraConfig, MergeError, PeftModel, TargetError, UnsupportedError, VeraConfig, get_peft_model
@@ -20,6 +19,7 @@ from kilotune.layers.adapted import AdaptedLayer
 from kilotune.layers.saved_module import SavedModule
 from kilotune.model.adapter_model import AdapterModel
 from kilotune.storage.dense import Dense
+from tests.support.models import Nested, Snapshot, bits, mlp, randomize, tiny_llama
 
 X = torch.linspace(-1, 1, 24).view(4, 6)
 LORA, VERA = LoraConfig(r=2, target_modules="all-linear"), VeraConfig(r=3, target_modules="all-linear")

@@ -14,8 +14,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from tests.support import moe
-from tests.support.models import Block, Nested, tiny_classifier, tiny_llama
 from torch import Tensor, nn
 
 from kilotune import (
@@ -35,6 +33,8 @@ from kilotune.layers.adapted import AdaptedLayer
 from kilotune.model.adapter_model import AdapterModel
 from kilotune.projections.matrices import Extent, PortableSource, Projections
 from kilotune.storage.dense import Dense
+from tests.support import moe
+from tests.support.models import Block, Nested, tiny_classifier, tiny_llama
 
 FEW, MANY = 3, 60
 LINEAR: dict[str, Any] = {"target_modules": "all-linear"}

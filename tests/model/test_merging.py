@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.support.guards import merging_is_equal, unmerging_is_exact
-from tests.support.models import Nested, Snapshot, bits, mlp, places, randomize
 from torch import nn
 
 from kilotune import (
@@ -22,6 +20,8 @@ from kilotune import (
     get_peft_model,
 )
 from kilotune.layers.adapted import AdaptedLayer
+from tests.support.guards import merging_is_equal, unmerging_is_exact
+from tests.support.models import Nested, Snapshot, bits, mlp, places, randomize
 
 X = torch.linspace(-1, 1, 24).view(4, 6)
 BOTH: list[AdapterConfig] = [

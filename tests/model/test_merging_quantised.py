@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from tests.conformance.quantised import STORAGE_SCHEMES, StorageCase
 from torch import Tensor, nn
 
 from kilotune import LoraConfig, VeraConfig, get_peft_model
 from kilotune.convert import to_lora
 from kilotune.errors import MergeError, TargetError, UnsupportedError
+from tests.conformance.quantised import STORAGE_SCHEMES, StorageCase
 
 SIZE = 64
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.support.models import Snapshot, disk, mlp, randomize
 from torch import Tensor, nn
 
 from kilotune import (
@@ -26,6 +25,7 @@ from kilotune import (
 )
 from kilotune.methods.vera import Vera
 from kilotune.projections.matrices import PortableSource, Projections, unit_rows
+from tests.support.models import Snapshot, disk, mlp, randomize
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 X = torch.linspace(-1, 1, 24).view(4, 6)

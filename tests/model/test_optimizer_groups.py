@@ -8,8 +8,6 @@ import peft
 import pytest
 import torch
 from peft.optimizers import create_loraplus_optimizer
-from tests.peft_parity.oracle import base, quiet
-from tests.support.models import mlp
 from torch import nn
 
 from kilotune import (
@@ -23,6 +21,8 @@ from kilotune import (
     get_peft_model,
     optimizer_groups,
 )
+from tests.peft_parity.oracle import base, quiet
+from tests.support.models import mlp
 
 
 class Text(nn.Module):

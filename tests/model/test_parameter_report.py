@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.support.models import Nested, mlp, tiny_llama
 from torch import nn
 
 from kilotune import LoraConfig, VeraConfig, count_parameters, get_peft_model
 from kilotune.model.parameter_report import readable_bytes
+from tests.support.models import Nested, mlp, tiny_llama
 
 
 def four_layers() -> nn.Sequential:

@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.support import guards
-from tests.support.models import Nested, disk, mlp, randomize
 from torch import Tensor, nn
 
 from kilotune import LoraConfig, VeraConfig, get_peft_model
@@ -23,6 +21,8 @@ from kilotune.methods import Shared, Site
 from kilotune.methods.vera import Vera
 from kilotune.model.adapter_model import AdapterModel
 from kilotune.projections.matrices import Pair, Projections
+from tests.support import guards
+from tests.support.models import Nested, disk, mlp, randomize
 
 X = torch.linspace(-1, 1, 24).view(4, 6)
 VERA, LORA = VeraConfig(r=4, target_modules="all-linear"), LoraConfig(r=2, target_modules="all-linear")

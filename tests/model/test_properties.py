@@ -10,12 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.support.models import Nested, bits, mlp, randomize
 from torch import nn
 
 from kilotune import AdapterConfig, KilotuneError, LoraConfig, PeftModel, VeraConfig, get_peft_model
 from kilotune.adapter_files.reading import open_adapter
 from kilotune.projections.matrices import Extent
+from tests.support.models import Nested, bits, mlp, randomize
 
 sizes = st.integers(1, 40)
 ranks = st.integers(1, 50)

@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.support.guards import disabled_is_the_base, frozen_matrices_are_one, inactive_adapters_stay
-from tests.support.models import Nested, Snapshot, mlp, randomize, trained
 from torch import nn
 
 from kilotune import (
@@ -24,6 +22,8 @@ from kilotune import (
     get_peft_model,
 )
 from kilotune.projections.matrices import Projections
+from tests.support.guards import disabled_is_the_base, frozen_matrices_are_one, inactive_adapters_stay
+from tests.support.models import Nested, Snapshot, mlp, randomize, trained
 
 X = torch.linspace(-1, 1, 24).view(4, 6)
 

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.support.guards import frozen_matrices_are_one, inactive_adapters_stay
-from tests.support.models import Nested, bits, randomize, trained
 from torch import Tensor, nn
 
 from kilotune import AdapterConfig, LoraConfig, PeftModel, VeraConfig, get_peft_model
+from tests.support.guards import frozen_matrices_are_one, inactive_adapters_stay
+from tests.support.models import Nested, bits, randomize, trained
 
 BOTH: list[AdapterConfig] = [
     VeraConfig(r=16, target_modules="all-linear", d_initial=0.5),

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from tests.support.guards import adapters_act
-from tests.support.models import bits, randomize, tiny_classifier, tiny_gpt2, tiny_llama, trained
 from torch import nn
 
 from kilotune import AdapterConfig, ConfigError, LoraConfig, PeftModel, TaskType, VeraConfig, get_peft_model
 from kilotune.layers.saved_module import SavedModule
+from tests.support.guards import adapters_act
+from tests.support.models import bits, randomize, tiny_classifier, tiny_gpt2, tiny_llama, trained
 
 pytest.importorskip("transformers")
 

@@ -9,10 +9,10 @@ from typing import Any
 import peft
 import torch
 from safetensors.torch import load_file
-from tests.peft_parity.oracle import assert_close, assert_same, base, quiet, run, twins
 from torch import Tensor, nn
 
 import kilotune
+from tests.peft_parity.oracle import assert_close, assert_same, base, quiet, run, twins
 
 
 def peft_load(folder: Path, model: nn.Module) -> peft.PeftModel:

@@ -14,6 +14,10 @@ import peft
 import pytest
 import torch
 from peft.tuners.lora.layer import MultiheadAttention as PeftAttention
+from torch import Tensor, nn
+
+import kilotune
+from kilotune import TargetError
 from tests.peft_parity.files import check_acts, check_outputs, check_peft_to_ours, files, peft_load, scrambled
 from tests.peft_parity.oracle import (
     LAYERED,
@@ -28,10 +32,6 @@ from tests.peft_parity.oracle import (
     run,
     twins,
 )
-from torch import Tensor, nn
-
-import kilotune
-from kilotune import TargetError
 
 
 class Sequences(Fed):

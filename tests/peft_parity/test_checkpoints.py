@@ -10,6 +10,9 @@ from typing import Any
 import peft
 import pytest
 import torch
+from torch import Tensor, nn
+
+import kilotune
 from tests.peft_parity.files import (
     check_ours_to_peft,
     check_outputs,
@@ -30,9 +33,6 @@ from tests.peft_parity.oracle import (
     scramble,
     twins,
 )
-from torch import Tensor, nn
-
-import kilotune
 
 TARGETS: dict[str, Any] = {
     "llama": None,

@@ -8,6 +8,11 @@ from typing import Any
 import peft
 import pytest
 import torch
+from torch import Tensor, nn
+
+import kilotune
+from kilotune import CheckpointError
+from kilotune.convert import to_peft
 from tests.peft_parity.files import check_outputs, check_peft_to_ours, files, peft_load, scrambled
 from tests.peft_parity.oracle import (
     LAYERED,
@@ -24,11 +29,6 @@ from tests.peft_parity.oracle import (
     run,
     twins,
 )
-from torch import Tensor, nn
-
-import kilotune
-from kilotune import CheckpointError
-from kilotune.convert import to_peft
 
 
 class Pictures(Fed):

@@ -12,6 +12,10 @@ from typing import Any
 import peft
 import pytest
 import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import kilotune
 from tests.peft_parity.files import check_outputs, files
 from tests.peft_parity.oracle import (
     METHODS,
@@ -24,10 +28,6 @@ from tests.peft_parity.oracle import (
     run,
     twins,
 )
-from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
-
-import kilotune
 
 ALL: dict[str, Any] = {"r": 4, "target_modules": "all-linear"}
 

@@ -8,6 +8,10 @@ from typing import Any
 import peft
 import pytest
 import torch
+from torch import Tensor, nn
+
+import kilotune
+from kilotune.methods.dora import MAGNITUDE
 from tests.peft_parity.files import check_peft_to_ours, files, scrambled
 from tests.peft_parity.oracle import (
     Twins,
@@ -23,10 +27,6 @@ from tests.peft_parity.oracle import (
     run,
     twins,
 )
-from torch import Tensor, nn
-
-import kilotune
-from kilotune.methods.dora import MAGNITUDE
 
 TARGETS: dict[str, dict[str, Any]] = {
     "llama": {"target_modules": None},

@@ -9,6 +9,18 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPTBigCodeConfig,
+    GPTBigCodeForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+import kilotune
+from kilotune import CheckpointError
 from tests.peft_parity.files import check_outputs, check_peft_to_ours, files, peft_load, scrambled
 from tests.peft_parity.oracle import (
     IDS,
@@ -27,18 +39,6 @@ from tests.peft_parity.oracle import (
     run,
     twins,
 )
-from torch import Tensor, nn
-from transformers import (
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    GPTBigCodeConfig,
-    GPTBigCodeForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
-
-import kilotune
-from kilotune import CheckpointError
 
 WORDS = torch.tensor([[1, 4, 4, 2, 9], [0, 2, 4, 7, 7]])
 

@@ -11,11 +11,11 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.peft_parity.oracle import assert_all_close, assert_close, assert_same, quiet
-from tests.support import moe
 from torch import Tensor, nn
 
 import kilotune
+from tests.peft_parity.oracle import assert_all_close, assert_close, assert_same, quiet
+from tests.support import moe
 
 PAIR = ["gate_up_proj", "down_proj"]
 FAMILIES = ("mixtral", "qwen3_moe", "gpt_oss", "llama4")

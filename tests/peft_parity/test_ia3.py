@@ -13,6 +13,10 @@ from peft.utils.constants import (
     TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING,
     TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
 )
+from torch import Tensor, nn
+
+import kilotune
+from kilotune.methods.ia3 import ARCHITECTURES
 from tests.peft_parity.files import files, peft_load
 from tests.peft_parity.oracle import (
     assert_all_close,
@@ -25,10 +29,6 @@ from tests.peft_parity.oracle import (
     run,
     weights_of,
 )
-from torch import Tensor, nn
-
-import kilotune
-from kilotune.methods.ia3 import ARCHITECTURES
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "llama": {},

@@ -9,9 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.peft_parity.files import check_ours_to_peft, check_peft_to_ours
-from tests.peft_parity.oracle import Twins, check_forward, check_gradients, check_merge, check_training, twins
-from tests.peft_parity.test_selection import check_same_modules
 from torch import Tensor
 
 import kilotune
@@ -21,6 +18,9 @@ from kilotune.injection import inject
 from kilotune.layers import adapted as layer
 from kilotune.methods import Export, Lora, Vera, vera
 from kilotune.projections.matrices import PeftSource
+from tests.peft_parity.files import check_ours_to_peft, check_peft_to_ours
+from tests.peft_parity.oracle import Twins, check_forward, check_gradients, check_merge, check_training, twins
+from tests.peft_parity.test_selection import check_same_modules
 
 Plant = Callable[[pytest.MonkeyPatch], None]
 Change = Callable[[LowRank], LowRank]

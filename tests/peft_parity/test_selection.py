@@ -15,7 +15,6 @@ from peft.utils.constants import (
     TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING,
 )
 from peft.utils.other import ModulesToSaveWrapper
-from tests.peft_parity.oracle import BASES, HEADED, METHODS, assert_same, base, check_forward, quiet, twins
 from torch import nn
 
 import kilotune
@@ -23,6 +22,7 @@ from kilotune.injection.inject import plan, walk
 from kilotune.injection.targets import DEFAULT_TARGETS
 from kilotune.layers.saved_module import SavedModule
 from kilotune.methods import Lora, Vera
+from tests.peft_parity.oracle import BASES, HEADED, METHODS, assert_same, base, check_forward, quiet, twins
 
 
 def taken_by_us(model: kilotune.PeftModel) -> dict[str, list[str]]:

@@ -7,6 +7,8 @@ from typing import Any
 import peft
 import pytest
 import torch
+
+import kilotune
 from tests.peft_parity.oracle import (
     BASES,
     IDS,
@@ -27,8 +29,6 @@ from tests.peft_parity.oracle import (
     scramble,
     twins,
 )
-
-import kilotune
 
 # OPT and Llama with their default targets; the others with layers of several shapes.
 TARGETS: dict[str, dict[str, Any]] = {

@@ -11,11 +11,11 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.peft_parity.oracle import OPTIMIZERS, assert_close, assert_same, base, loss_of, quiet, run
 from torch import Tensor, nn
 
 import kilotune
 from kilotune.methods import UniLoraConfig
+from tests.peft_parity.oracle import OPTIMIZERS, assert_close, assert_same, base, loss_of, quiet, run
 
 TARGETS: dict[str, Any] = {
     "llama": ["q_proj", "v_proj"],

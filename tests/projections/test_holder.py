@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.support.models import Nested
 from torch import Tensor, nn
 
 import kilotune
 from kilotune.projections.matrices import Extent, Pair, PortableSource, Projections, unit_rows
+from tests.support.models import Nested
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 X = torch.sin(torch.arange(24.0)).reshape(4, 6)

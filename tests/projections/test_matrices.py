@@ -14,7 +14,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.support.paths import ROOT
 
 from kilotune.errors import CheckpointError, ConfigError
 from kilotune.projections.matrices import (
@@ -27,6 +26,7 @@ from kilotune.projections.matrices import (
     pair_checksum,
     unit_rows,
 )
+from tests.support.paths import ROOT
 
 PAGE = ROOT / "docs" / "projections.md"
 LAST_SEED = 2**64 - 1

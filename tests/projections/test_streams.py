@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.conformance.one_vector import dense_matrix, indices, words
-from tests.support.paths import ROOT
 
 from kilotune.errors import ConfigError
 from kilotune.projections import streams
+from tests.conformance.one_vector import dense_matrix, indices, words
+from tests.support.paths import ROOT
 
 PAGE = ROOT / "docs" / "projections.md"
 LAST_SEED = 2**64 - 1

@@ -13,8 +13,9 @@ from typing import Any, final
 
 import pytest
 import torch
-from tests.support.paths import ROOT
 from torch import Tensor, nn
+
+from tests.support.paths import ROOT
 
 MIB = 2**20
 CPU = torch.device("cpu")
@@ -67,6 +68,7 @@ RUNS = {
 }
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("run", RUNS)
 def test_each_runs_and_writes(
     run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import runpy
 
+import pytest
+
 from tests.support.paths import ROOT
 
 
+@pytest.mark.heavy
 def test_the_page_has_the_scripts_table() -> None:
     made = runpy.run_path(str(ROOT / "scripts" / "capacity.py"))
     lines = made["table"](["llama-3.1-8b"]).splitlines()
@@ -15,6 +18,7 @@ def test_the_page_has_the_scripts_table() -> None:
     assert {line.split("|")[1].strip() for line in page if line.startswith("| llama")} == set(made["BASES"])
 
 
+@pytest.mark.heavy
 def test_one_row_by_hand() -> None:
     """Query and value of 32 layers: d is r long, b 4096 and 1024."""
     made = runpy.run_path(str(ROOT / "scripts" / "capacity.py"))

@@ -17,10 +17,10 @@ from types import ModuleType
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.support.paths import ROOT
 from torch import Tensor, nn
 
 from kilotune import LoraConfig, MergePrecisionWarning, VeraConfig, get_peft_model
+from tests.support.paths import ROOT
 
 PAGE = ROOT / "CONTRIBUTING.md"
 
@@ -145,6 +145,7 @@ def run(folder: Path, script: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=200, check=False)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "part",
     [PARTS[0], *(pytest.param(part, marks=pytest.mark.full) for part in PARTS[1:])],

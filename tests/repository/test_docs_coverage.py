@@ -6,9 +6,9 @@ import importlib
 import re
 
 import pytest
-from tests.support.paths import ROOT
 
 import kilotune
+from tests.support.paths import ROOT
 
 PAGE = ROOT / "docs" / "api.md"
 DIRECTIVE = re.compile(r"^\.\. (?:auto\w+|py:data):: (\w+)", re.MULTILINE)

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.support.paths import ROOT
 
 import kilotune
+from tests.support.paths import ROOT
 
 PACKAGE = ROOT / "src" / "kilotune"
 OPTIONAL = (
@@ -88,6 +88,7 @@ def test_importing_a_broken_package_would_be_noticed(tmp_path: Path) -> None:
     assert "broken on purpose" in done.stderr
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "body",
     ["raise ModuleNotFoundError('not installed', name=__name__)", "raise RuntimeError('broken on purpose')"],
@@ -98,6 +99,7 @@ def test_the_plain_path_does_not_mind_the_optional_packages(tmp_path: Path, body
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.heavy
 def test_every_module_of_the_core_imports_without_extras(tmp_path: Path) -> None:
     core = [name for name in modules() if not name.startswith(NEED_AN_EXTRA)]
     assert "kilotune.model.peft_model" in core

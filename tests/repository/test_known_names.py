@@ -6,12 +6,12 @@ import importlib.util
 from types import ModuleType
 
 import pytest
-from tests.support.paths import ROOT
 
 from kilotune import METHODS
 from kilotune.known_names import DTYPE_NAMES, METHOD_OPTIONS, MODEL_NAMES, PRESET_NAMES
 from kilotune.methods import PRESETS
 from kilotune.plan import BUILT_IN, DTYPES
+from tests.support.paths import ROOT
 
 
 @pytest.fixture(scope="module")

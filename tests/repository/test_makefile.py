@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+
 from tests.support.paths import ROOT
 
 HERE = sys.version_info[:2]
@@ -72,6 +73,7 @@ def test_each_target_sets_up_first(target: str) -> None:
     assert not any("-m pytest" in line or "-m ruff" in line or "kilotune demo" in line for line in lines[:position])
 
 
+@pytest.mark.heavy
 def test_make_demo_runs_to_its_report(tmp_path: Path) -> None:
     """The whole of `make demo`, on one seed and fewer epochs; `make test` has set up what it needs."""
     out = tmp_path / "run"

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from tests.support.paths import ROOT
 
 # CONTRIBUTING.md has a test of its own; docs/readme.md and its like include the pages of the root.
@@ -72,6 +73,7 @@ def peft_folder(tmp_path: Path) -> Path:
     return tmp_path / "from-peft"
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("page", python_pages(), ids=lambda p: str(p.relative_to(ROOT)))
 def test_the_python_of_the_page_runs(
     page: Path, peft_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+
 from tests.support.paths import ROOT
 
 PACKAGE = ROOT / "src" / "kilotune"
@@ -195,6 +196,7 @@ def test_a_room_of_rooms_has_no_loose_files(sources: Sources, rooms: dict[str, R
     assert [name for name in loose if name.partition(".")[2] not in rooms] == []
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("module", "planted", "reason"),
     [

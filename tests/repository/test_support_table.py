@@ -7,12 +7,12 @@ import re
 from types import ModuleType
 
 import pytest
-from tests.conformance import cells, quantised
-from tests.support.paths import ROOT
 
 from kilotune import get_config, get_peft_model
 from kilotune.methods import METHODS, PRESETS
 from kilotune.plan import load_base
+from tests.conformance import cells, quantised
+from tests.support.paths import ROOT
 
 REASONS = (
     "not linear: ",

@@ -13,13 +13,13 @@ from typing import Any
 
 import httpx2
 import pytest
-from tests.support.http_support import adapter_folder, base_folder, expected
-from tests.support.paths import SUPPORT
 
 from kilotune.errors import ConfigError
 from kilotune.fleet.store import open_store
 from kilotune.serve.http.keys import add_key
 from kilotune.serve.replicas import adapter_of, application
+from tests.support.http_support import adapter_folder, base_folder, expected
+from tests.support.paths import SUPPORT
 
 SCRIPT = SUPPORT / "replicas_script.py"
 TENANTS = {"ann": 1, "bob": 2, "cat": 3, "dan": 4}  # namespace -> the seed of its adapter "mine"

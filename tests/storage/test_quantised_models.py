@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from tests.conformance.quantised import STORAGE_SCHEMES
-from tests.support.cli_helpers import as_json, error
-from tests.support.models import tiny_llama
 from torch import nn
 
 from kilotune import Ia3Config, LoraConfig, PeftModel, VeraConfig, get_peft_model
 from kilotune.layers.adapted import AdaptedLayer
 from kilotune.storage import storage_of
+from tests.conformance.quantised import STORAGE_SCHEMES
+from tests.support.cli_helpers import as_json, error
+from tests.support.models import tiny_llama
 
 pytestmark = pytest.mark.filterwarnings("ignore::kilotune.MergePrecisionWarning")  # 4 bits: tested elsewhere
 WIDTH = 64

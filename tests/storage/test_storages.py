@@ -9,11 +9,11 @@ import sys
 import numpy as np
 import pytest
 import torch
-from tests.conformance.quantised import INN, OUT, STORAGE_SCHEMES, StorageCase, weight_of
 from torch import Tensor, nn
 
 from kilotune import LoraConfig, MergeError, TargetError, get_peft_model
 from kilotune.storage import prepare, size_of, storage_of
+from tests.conformance.quantised import INN, OUT, STORAGE_SCHEMES, StorageCase, weight_of
 
 # The sixteen levels of NF4: quantiles of a normal distribution (QLoRA, arXiv 2305.14314, appendix E).
 NF4 = [-1.0, -0.6961928, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0.0]
@@ -192,6 +192,7 @@ def test_a_dense_model_has_one_dtype_and_the_choice_must_make_sense() -> None:
     )
 
 
+@pytest.mark.heavy
 def test_nothing_of_the_vendors_is_imported() -> None:
     code = "import sys, kilotune, torch; kilotune.get_peft_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), "
     code += "kilotune.LoraConfig(r=1, target_modules=['0'])); print(*sys.modules)"

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tests.support.models import tiny_classifier, tiny_llama
 from torch import Tensor
 
 from kilotune import AdapterConfig, LoraConfig, PeftModel, VeraConfig, get_config, get_peft_model
+from tests.support.models import tiny_classifier, tiny_llama
 
 ROWS = 16
 IDS = torch.randint(2, 32, (ROWS, 6), generator=torch.Generator().manual_seed(5))

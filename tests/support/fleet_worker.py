@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tests.support.fleet_support import points, stacked
-from tests.support.models import Nested
 
 from kilotune import LoraConfig
 from kilotune.fleet import FleetReport, FleetSettings, Progress, StoreSink, User, fit, open_store
+from tests.support.fleet_support import points, stacked
+from tests.support.models import Nested
 
 SETTINGS = FleetSettings(
     batch_size=2, users_per_step=3, capacity=4, epochs=2, learning_rate=0.02, patience=3, save_every=3

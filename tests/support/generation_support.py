@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tests.support.cli_helpers import shake
-from tests.support.train_support import model_folder, sentence
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from kilotune import PeftModel, VeraConfig, get_peft_model
+from tests.support.cli_helpers import shake
+from tests.support.train_support import model_folder, sentence
 
 TEMPLATE = (
     "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"

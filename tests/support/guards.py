@@ -9,12 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from tests.support.models import bits, disk, places, randomize
 from torch import Tensor, nn
 
 from kilotune import AdapterConfig, PeftModel, get_peft_model
 from kilotune.model.adapter_model import AdapterModel
 from kilotune.projections.matrices import Projections
+from tests.support.models import bits, disk, places, randomize
 
 Make = Callable[[], nn.Module]
 

@@ -20,7 +20,6 @@ from typing import Any
 
 import httpx2
 import torch
-from tests.support.generation_support import base_of, loaded
 
 from kilotune import PeftModel, VeraConfig, get_peft_model
 from kilotune.errors import AdapterError
@@ -32,6 +31,7 @@ from kilotune.serve.http.keys import Key, Keyring, new_key
 from kilotune.serve.http.prompts import Prompts
 from kilotune.serve.http.service import Service
 from kilotune.serve.http.settings import ServeSettings
+from tests.support.generation_support import base_of, loaded
 
 BASE = "tiny"
 

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from tests.support.models import Nested, disk, randomize
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -26,6 +25,7 @@ from kilotune import AdapterConfig, LoraConfig, PeftModel, VeraConfig, get_confi
 from kilotune.errors import KilotuneError
 from kilotune.storage.sharded import is_sharded
 from kilotune.train.trainer.parallel import shard_base
+from tests.support.models import Nested, disk, randomize
 
 FOLDER = Path(sys.argv[1])
 LINEAR = {"target_modules": "all-linear"}

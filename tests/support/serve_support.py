@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tests.support.models import randomize
 
 from kilotune import AdapterConfig, LoraConfig, PeftModel, VeraConfig, get_peft_model
 from kilotune.serve.engine.continuous_batching import TransformersEngine
 from kilotune.serve.engine.interface import AdapterKey, Finish, Generation, Sampling, Token
 from kilotune.serve.engine.tenant_adapters import AdapterRegistry
+from tests.support.models import randomize
 
 VOCABULARY = 64
 FORMS: dict[str, AdapterConfig] = {

@@ -119,6 +119,7 @@ class Expected:
 def seen_in(store: Any) -> dict[str, Any]:
     """The same of a real store, every adapter read and held against the numbers that it was made of."""
     import torch
+
     from tests.support.store_support import contents
 
     found: dict[str, Any] = {}
@@ -185,9 +186,8 @@ def changes(rng: random.Random) -> Any:
 
 def do(store: Any, change: dict[str, Any]) -> None:
     """One change, by the store."""
-    from tests.support.store_support import contents
-
     from kilotune.fleet.store import Item
+    from tests.support.store_support import contents
 
     if change["do"] == "put":
         items = [Item(n, contents(seed), {"seed": seed}, ["all", f"seed-{seed % 3}"]) for n, seed in change["items"]]
@@ -347,10 +347,9 @@ def main() -> None:
     """Fork victims as they are asked for, and tell when one has ended."""
     import select
 
-    from tests.support import store_support
-
     import kilotune.fleet.store.postgres
     import kilotune.fleet.store.sqlite  # noqa: F401
+    from tests.support import store_support
 
     store_support.adapted()  # and what is made at first use is made
     running: set[int] = set()

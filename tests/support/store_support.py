@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.support.models import mlp
 from torch import Tensor
 
 from kilotune import LoraConfig, PeftModel, VeraConfig, get_peft_model
 from kilotune.fleet.store import AdapterStore, Contents, open_store
+from tests.support.models import mlp
 
 CONFIG: dict[str, Any] = {
     "peft_type": "VERA",

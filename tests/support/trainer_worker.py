@@ -16,8 +16,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
-from tests.support.engine_support import CASES, adapted, arguments, batches, letters, nf4_llama
-from tests.train.trainer.test_sft_trainer import rows
 from torch import Tensor
 
 from kilotune import PeftModel
@@ -25,6 +23,8 @@ from kilotune.errors import UnsupportedError
 from kilotune.storage.sharded import is_sharded, whole
 from kilotune.train.trainer.for_trainer import for_trainer
 from kilotune.train.trainer.parallel import shard_base
+from tests.support.engine_support import CASES, adapted, arguments, batches, letters, nf4_llama
+from tests.train.trainer.test_sft_trainer import rows
 
 warnings.filterwarnings("ignore", category=FutureWarning)
 FOLDER, BASE = Path(sys.argv[1]), sys.argv[2]

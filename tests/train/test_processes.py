@@ -14,6 +14,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
+
 from tests.support.cli_helpers import as_json, error
 from tests.support.train_support import model_folder, prompts, write_jsonl
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.train_support import model_folder, prompts, write_jsonl
 
 from kilotune.errors import ConfigError
 from kilotune.train.run import fit, open_session, train
@@ -22,6 +21,7 @@ from kilotune.train.settings.config_file import settings_from
 from kilotune.train.settings.sections import TrainSettings
 from kilotune.train.trainer.output_folder import damage_of, newest
 from kilotune.train.trainer.stopping import Stopped
+from tests.support.train_support import model_folder, prompts, write_jsonl
 
 FILE = "adapter_model.safetensors"
 EVALUATIONS = ("validation",)  # where a stop brought a checkpoint, and with it a mean loss, of its own
@@ -141,6 +141,7 @@ def killed_at(processes: Any, settings: TrainSettings, resume: bool, step: int, 
     return bool(alive)
 
 
+@pytest.mark.heavy
 def test_kill_9_at_random_steps_and_resume_gives_the_bits_of_an_unbroken_run(
     base: Path, data: Path, unbroken: Path, processes: Any, tmp_path: Path
 ) -> None:
@@ -182,6 +183,7 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over(
     same_run(output, unbroken, EVALUATIONS)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"])
 def test_a_checkpoint_that_lost_a_file_is_told_and_passed_over(
     name: str, base: Path, data: Path, unbroken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

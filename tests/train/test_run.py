@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.support.train_support import model_folder, pictures, prompts, sentence, write_jsonl
 
 import kilotune
 from kilotune.errors import ConfigError, TargetError
@@ -22,6 +21,7 @@ from kilotune.train.settings.config_file import settings_from
 from kilotune.train.settings.sections import TrainSettings
 from kilotune.train.tasks import TASKS
 from kilotune.train.trainer.output_folder import newest
+from tests.support.train_support import model_folder, pictures, prompts, sentence, write_jsonl
 
 FILE = "adapter_model.safetensors"
 CPU = torch.device("cpu")
@@ -82,6 +82,7 @@ def output_of(model: Any, session: Session) -> torch.Tensor:
     return logits
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("kind", "task"), TASK_CASES)
 def test_each_task_learns_and_its_adapter_gives_the_trained_model_again(kind: str, task: str, tmp_path: Path) -> None:
     chosen = settings(kind, task, rows_for(task, tmp_path), tmp_path / "out", training={"learning_rate": 2e-2})
@@ -144,6 +145,7 @@ ACCUMULATED = [
 ]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("kind", "task"), ACCUMULATED)
 def test_accumulated_batches_are_one_batch(kind: str, task: str, tmp_path: Path) -> None:
     data = rows_for(task, tmp_path, 8)
@@ -222,6 +224,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("method", [*METHODS, *PRESETS])
 def test_every_method_trains_by_its_name(method: str, tmp_path: Path) -> None:
     whole = PRESETS.get(method, (method, {}))[0]

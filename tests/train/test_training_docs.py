@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.cli_helpers import kilotune
-from tests.support.paths import ROOT
-from tests.support.train_support import model_folder, prompts, write_jsonl
 
 from kilotune.train.settings.config_file import starting_text
 from kilotune.train.settings.sections import USUAL_RATES, usual_rate
+from tests.support.cli_helpers import kilotune
+from tests.support.paths import ROOT
+from tests.support.train_support import model_folder, prompts, write_jsonl
 
 DOCS = ROOT / "docs"
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE)
@@ -68,6 +68,7 @@ def test_the_tutorials(folder: Path) -> None:
         assert (folder / name / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.heavy
 def test_the_three_commands_and_the_rest_of_the_page(folder: Path) -> None:
     shutil.copytree(model_folder("llama"), folder / "path" / "to" / "model")
     write_jsonl(folder / "rows.jsonl", prompts(8))

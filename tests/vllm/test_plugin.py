@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.support.store_support import KINDS, new_url
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -34,6 +33,7 @@ from kilotune.vllm.layout import Cut, Layout, Part, Site
 from kilotune.vllm.plugin import TESTED, _factory, version_fault
 from kilotune.vllm.row_files import Spill, read_row, row_name, write_row
 from kilotune.vllm.settings import Settings
+from tests.support.store_support import KINDS, new_url
 
 RANK, SEED = 6, 3
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

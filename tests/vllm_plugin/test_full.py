@@ -80,7 +80,6 @@ def test_an_engine_that_cannot_serve_does_not_start(tmp_path: Path, options: dic
 
 def test_experts_are_refused_at_the_start(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     from transformers import MixtralConfig, MixtralForCausalLM
-
     from vllm import LLM
 
     torch.manual_seed(0)

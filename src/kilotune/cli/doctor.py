@@ -35,6 +35,7 @@ FOR: Mapping[str, str] = {
     "gguf": "kilotune export to llama.cpp",
     "httptools": "kilotune serve",
     "huggingface-hub": "models, adapters and data by hub id",
+    "jinja2": "reports",
     "matplotlib": "reports and plots",
     "opentelemetry-exporter-otlp-proto-http": "serve.telemetry",
     "opentelemetry-sdk": "serve.telemetry",

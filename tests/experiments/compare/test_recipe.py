@@ -11,9 +11,6 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from tests.support.cli_helpers import as_json, error
-from tests.support.paths import ROOT
-from tests.support.train_support import model_folder, sentence, write_jsonl
 
 from kilotune.errors import ConfigError
 from kilotune.experiments.compare import costs
@@ -22,6 +19,9 @@ from kilotune.experiments.compare.recipe import Recipe, RecipeSettings
 from kilotune.experiments.compare.settings import ALL_METHODS, load_comparison
 from kilotune.train.run import train
 from kilotune.train.settings.config_file import load_settings
+from tests.support.cli_helpers import as_json, error
+from tests.support.paths import ROOT
+from tests.support.train_support import model_folder, sentence, write_jsonl
 
 SHIPPED = ROOT / "examples" / "compare"
 VERA = Contender("vera", "vera", {"r": 4, "target_modules": ("query", "value")})
@@ -121,6 +121,7 @@ def test_recipes_that_cannot_be_compared_are_refused(
         Recipe(RecipeSettings(config=str(tmp_path / "bad.yaml")))
 
 
+@pytest.mark.heavy
 def test_from_the_command_line(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(costs, "ROUNDS", 1)
@@ -160,6 +161,7 @@ def script(name: str) -> ModuleType:
     return module
 
 
+@pytest.mark.heavy
 def test_docstrings_give_nothing_away_and_splits_are_by_file() -> None:
     collect = script("collect_docstrings")
     texts = [*collect.texts_of("networkx"), *collect.texts_of("scikit-learn")]

@@ -173,6 +173,7 @@ def _check_html(text: str) -> None:
     assert open_tags == []
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", PICTURES)
 def test_a_picture_is_the_same_each_time_and_shows_every_method(name: str) -> None:
     found = comparison(GOOD, SMALL, WORSE, row("edge", [0.2, 0.3], 50, "highest"))

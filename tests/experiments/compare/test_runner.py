@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.support.compare_toy import STEPS, Toy
-from tests.support.train_support import files_of_at_most
 from torch import nn
 
 from kilotune import LoraConfig, VeraConfig, get_peft_model
@@ -25,6 +23,8 @@ from kilotune.experiments.compare.search import Search
 from kilotune.experiments.compare.settings import CompareSettings, contenders_of
 from kilotune.experiments.compare.trials import COST, SEARCH, TEST, Trial
 from kilotune.experiments.run_store import Journal
+from tests.support.compare_toy import STEPS, Toy
+from tests.support.train_support import files_of_at_most
 
 METHODS = ("full", "head", "lora", "vera")
 SETTINGS = CompareSettings(
@@ -209,6 +209,7 @@ def test_an_interrupted_comparison_goes_on_where_it_was(after: int, tmp_path: Pa
     assert (idle.fitted, idle.tested) == ([], 0)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("after", [0, 3])
 def test_a_full_disk_is_no_fault_of_a_method_and_nothing_is_lost(after: int, tmp_path: Path, whole: Comparison) -> None:
     path = tmp_path / "runs.jsonl"

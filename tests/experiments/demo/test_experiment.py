@@ -43,6 +43,7 @@ def tiny() -> DemoResult:
     return experiment.run(TINY)
 
 
+@pytest.mark.heavy
 def test_every_check_holds(result: DemoResult) -> None:
     assert [check.detail for check in result.failures] == []
     assert len(result.checks) == 14
@@ -93,6 +94,7 @@ def without_timings(result: DemoResult) -> dict[str, Any]:
     return plain
 
 
+@pytest.mark.heavy
 def test_the_same_run_gives_the_same_numbers_and_pictures(tiny: DemoResult) -> None:
     first = tiny
     torch.manual_seed(2)
@@ -252,6 +254,7 @@ def _leave_b_at_zero(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(experiment, "train", train)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("fault", "claim"),
     [

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.support.paths import ROOT
 from torch import nn
 
 from kilotune import IntrinsicConfig, get_peft_model
@@ -29,6 +28,7 @@ from kilotune.experiments.dimension.search import TUNING_SEED, Search, measure, 
 from kilotune.experiments.images.tasks import ImageSettings, ImageTask, Scores, Task, Tick
 from kilotune.experiments.images.training import logits_of, one_thread
 from kilotune.experiments.run_store import Key, Run, RunStore
+from tests.support.paths import ROOT
 
 ONE_RATE: dict[str, Any] = {"rates": (1.0,), "full_rates": (1.0,)}
 
@@ -92,6 +92,7 @@ def constraints(**changes: Any) -> DimensionResult:
     return measure(Constraints(), search)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("projection", ["fastfood", "dense"])
 def test_ten_constraints_have_dimension_ten_and_a_scale_costs_one_more(projection: str) -> None:
     result = constraints(projection=projection)
@@ -402,6 +403,7 @@ def test_an_interrupted_search_goes_on_where_it_was(tmp_path: Path) -> None:
     assert idle.fitted == []
 
 
+@pytest.mark.heavy
 def test_a_wider_search_uses_what_is_there_and_runs_the_rest(tmp_path: Path) -> None:
     path, task = tmp_path / "runs.jsonl", Given(wavy)
     measure(task, SEARCH, stored(path, task, SEARCH))
@@ -557,6 +559,7 @@ def small() -> DimensionResult:
     return measure(ImageTask.of(ImageSettings(epochs=1)), SMALL)
 
 
+@pytest.mark.heavy
 def test_digits_are_searched_and_the_same_again(small: DimensionResult) -> None:
     assert [outcome.structure for outcome in small.outcomes] == ["did", "said"]
     assert small.layers == 5

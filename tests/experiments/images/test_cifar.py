@@ -12,6 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
+from kilotune.errors import KilotuneError
+from kilotune.experiments.images import cifar
+from kilotune.experiments.images.cifar import ARCHIVE_URL, cifar10, download
+from kilotune.experiments.images.cifar_pickles import read_batch
+from kilotune.experiments.images.digits_data import Data
 from tests.support.experiment_support import (
     BATCHES,
     Batch,
@@ -21,12 +27,6 @@ from tests.support.experiment_support import (
     python_members,
     tar_gz,
 )
-
-from kilotune.errors import KilotuneError
-from kilotune.experiments.images import cifar
-from kilotune.experiments.images.cifar import ARCHIVE_URL, cifar10, download
-from kilotune.experiments.images.cifar_pickles import read_batch
-from kilotune.experiments.images.digits_data import Data
 
 
 @pytest.fixture(scope="module")

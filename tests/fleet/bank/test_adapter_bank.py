@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from tests.support.models import Nested, base_bits, randomize, tiny_llama
 from torch import Tensor
 
 from kilotune import AdapterConfig, LoraConfig, PeftModel, VeraConfig, get_config, get_peft_model
 from kilotune.adapter_files.reading import open_adapter
 from kilotune.errors import AdapterError, CheckpointError, ConfigError, ResourceError, UnsupportedError
 from kilotune.fleet import AdapterBank, wrap
+from tests.support.models import Nested, base_bits, randomize, tiny_llama
 
 ALL = "all-linear"
 VERA = VeraConfig(r=6, target_modules=ALL)
@@ -261,6 +261,7 @@ def stress(bank: AdapterBank, seconds: float) -> list[str]:
     return faults
 
 
+@pytest.mark.heavy
 def test_no_route_sees_half_an_adapter_or_anothers() -> None:
     bank = AdapterBank(wrap(Nested()).eval(), VERA, slots=8, host_bytes=4 * 87 * 2)
     assert stress(bank, 3.0) == []
@@ -268,6 +269,7 @@ def test_no_route_sees_half_an_adapter_or_anothers() -> None:
     assert len(bank._free) + len(bank._slot_of) == 8
 
 
+@pytest.mark.heavy
 def test_the_stress_sees_a_bank_that_writes_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """Planted: a row is written piece by piece where it is being read."""
 

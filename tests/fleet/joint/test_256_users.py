@@ -7,16 +7,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
+
+from kilotune.fleet import AdapterBank, open_store, wrap
 from tests.support import fleet_done
 from tests.support.fleet_support import alone
 from tests.support.paths import ROOT, SUPPORT
 
-from kilotune.fleet import AdapterBank, open_store, wrap
-
 TWINS = (0, 77, 130, 255)
 
 
+@pytest.mark.heavy
 def test_256_users_trained_stored_and_routed_are_what_their_twins_are(tmp_path: Path) -> None:
     result = subprocess.run(
         [sys.executable, str(SUPPORT / "fleet_done.py"), str(tmp_path)],

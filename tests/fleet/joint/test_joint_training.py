@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.support.fleet_support import Kept, Row, alone, furthest, padded, points, stacked, tensors_of, token_rows
-from tests.support.models import Nested, bits, tiny_gpt2, tiny_llama
 from torch import Tensor
 
 from kilotune import AdapterConfig, LoraConfig, VeraConfig, get_config, get_peft_model
 from kilotune.errors import ConfigError, UnsupportedError
 from kilotune.fleet import FleetSettings, JointTraining, User, fit, wrap
+from tests.support.fleet_support import Kept, Row, alone, furthest, padded, points, stacked, tensors_of, token_rows
+from tests.support.models import Nested, bits, tiny_gpt2, tiny_llama
 
 ALL = "all-linear"
 VERA = VeraConfig(r=6, target_modules=ALL)

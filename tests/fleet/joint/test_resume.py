@@ -11,10 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support import fleet_worker
-from tests.support.fleet_support import Kept, furthest, points, stacked
-from tests.support.models import Nested
-from tests.support.paths import ROOT, SUPPORT
 from torch import Tensor
 
 from kilotune import VeraConfig
@@ -33,6 +29,10 @@ from kilotune.fleet import (
     open_store,
 )
 from kilotune.fleet.joint.saved_state import StateFolder
+from tests.support import fleet_worker
+from tests.support.fleet_support import Kept, furthest, points, stacked
+from tests.support.models import Nested
+from tests.support.paths import ROOT, SUPPORT
 
 CONFIG = VeraConfig(r=4, target_modules="all-linear")
 SETTINGS = FleetSettings(batch_size=2, users_per_step=2, epochs=2, learning_rate=0.05, save_every=2)
@@ -75,6 +75,7 @@ def check(place: Path, kind: str) -> None:
             assert furthest(tensors, store.get(name).tensors()) < 1e-6, name
 
 
+@pytest.mark.heavy
 def test_killed_at_random_moments(tmp_path: Path) -> None:
     for place in killed_until_done(tmp_path, "store", seed=1, least=3):
         check(place, "store")

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from tests.support.fleet_support import Kept, Row, furthest, padded, points, stacked, token_rows
-from tests.support.models import Nested, tiny_classifier, tiny_llama
 from torch import Tensor
 
 from kilotune import VeraConfig
 from kilotune.errors import AdapterError, ConfigError, UnsupportedError
 from kilotune.fleet import FleetSettings, FolderSink, JointTraining, Progress, RowLoss, StoreSink, User, fit, open_store
+from tests.support.fleet_support import Kept, Row, furthest, padded, points, stacked, token_rows
+from tests.support.models import Nested, tiny_classifier, tiny_llama
 
 VERA = VeraConfig(r=4, target_modules="all-linear")
 SETTINGS = FleetSettings(batch_size=3, users_per_step=4, epochs=2, learning_rate=0.05)

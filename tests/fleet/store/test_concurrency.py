@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.support.store_support import CONFIG, KEYS, KINDS, contents, new_url
 
 from kilotune.errors import StoreError
 from kilotune.fleet.store import AdapterStore, Contents, Item, open_store
+from tests.support.store_support import CONFIG, KEYS, KINDS, contents, new_url
 
 # Python 3.12 warns of any fork beside threads; a child here only uses the store.
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
@@ -211,6 +211,7 @@ def test_many_processes_make_one_store(url: str) -> None:
             assert list(store.verify()) == []
 
 
+@pytest.mark.heavy
 def test_gc_of_forms_does_not_take_what_is_being_used(url: str) -> None:
     """One puts adapters of ever new forms and removes them, another collects all the time."""
     done = threading.Event()

@@ -13,9 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.support.models import mlp
-from tests.support.paths import ROOT
-from tests.support.store_support import CONFIG, KINDS, Opener, adapted, contents, inputs, lora, new_url, opener, same
 
 from kilotune import (
     AdapterError,
@@ -34,6 +31,9 @@ from kilotune import (
 from kilotune.errors import StoreError
 from kilotune.fleet import Fingerprint
 from kilotune.fleet.store import AdapterStore, Contents, Item, open_store
+from tests.support.models import mlp
+from tests.support.paths import ROOT
+from tests.support.store_support import CONFIG, KINDS, Opener, adapted, contents, inputs, lora, new_url, opener, same
 
 
 @pytest.fixture(params=KINDS)

@@ -12,10 +12,10 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from tests.support.store_crash import PLANTED, Expected, Zygote, kill_rounds, settled
-from tests.support.store_support import KINDS, has_postgres, new_url
 
 from kilotune.fleet.store import open_store
+from tests.support.store_crash import PLANTED, Expected, Zygote, kill_rounds, settled
+from tests.support.store_support import KINDS, has_postgres, new_url
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +30,12 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return new_url(request.param, request, tmp_path)
 
 
+@pytest.mark.heavy
 def test_kills_leave_whole_changes(zygote: Zygote, url: str, tmp_path: Path) -> None:
     assert kill_rounds(zygote, url, tmp_path, 20, partial(open_store, url)) > 0
 
 
+@pytest.mark.heavy
 def test_kills_of_two_at_once_leave_whole_changes(zygote: Zygote, url: str, tmp_path: Path) -> None:
     assert kill_rounds(zygote, url, tmp_path, 8, partial(open_store, url), victims=2, longest=0.15) > 0
 
@@ -60,12 +62,14 @@ def test_kills_while_the_store_is_made(zygote: Zygote, tmp_path: Path) -> None:
         kill_rounds(zygote, url, folder, 1, partial(open_store, url), longest=0.02)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("planted", PLANTED[1:])
 def test_a_planted_bug_is_noticed(planted: str, zygote: Zygote, url: str, tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="expected one of|are not there|belong to no version|tags differ|damaged"):
         kill_rounds(zygote, url, tmp_path, 300, partial(open_store, url), planted)
 
 
+@pytest.mark.heavy
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("crashes", [2, pytest.param(15, marks=pytest.mark.full)])
 def test_a_server_that_crashes_keeps_what_it_acknowledged(crashes: int, zygote: Zygote, tmp_path: Path) -> None:

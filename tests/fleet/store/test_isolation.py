@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.support.store_support import KINDS, Opener, contents, new_url, opener
 
 from kilotune import AdapterError, KilotuneError
 from kilotune.errors import ConfigError
 from kilotune.fleet.store import AdapterStore, Item, open_store, postgres, sqlite
+from tests.support.store_support import KINDS, Opener, contents, new_url, opener
 
 SECRET, TAG, NAME = "secret-of-the-victim", "tag-of-the-victim", "zebra"
 

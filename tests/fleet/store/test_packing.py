@@ -10,13 +10,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.support.models import mlp
-from tests.support.store_support import adapted, bits, same
 from torch import Tensor, nn
 
 from kilotune import CheckpointError, LoraConfig, MergeError, UnsupportedError, get_peft_model
 from kilotune.fleet import Fingerprint
 from kilotune.fleet.store.packing import Layout
+from tests.support.models import mlp
+from tests.support.store_support import adapted, bits, same
 
 WIDTHS = {torch.float64: 8, torch.int64: 8, torch.float32: 4, torch.int32: 4, torch.float16: 2, torch.bfloat16: 2}
 WIDTHS |= {torch.int16: 2, torch.int8: 1, torch.uint8: 1, torch.bool: 1}

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.support.paths import ROOT
 
 from kilotune.fleet.store import open_store
+from tests.support.paths import ROOT
 
 
+@pytest.mark.heavy
 def test_ten_thousand_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     benchmark = importlib.import_module("store")
@@ -44,9 +45,8 @@ def test_ten_thousand_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("size", [2_000, 5_000, 7_300, 12_000, 40_000])
 def test_the_file_is_little_more_than_what_is_in_it(size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At other sizes too: a small page wastes little, whatever is put on it."""
-    from tests.support.store_support import CONFIG
-
     from kilotune.fleet.store import Contents, Item
+    from tests.support.store_support import CONFIG
 
     def items(count: int):  # type: ignore[no-untyped-def]
         for i in range(count):

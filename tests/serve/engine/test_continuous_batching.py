@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from tests.support.serve_support import Served, adapter_of, alone, answer, answers, base_model, greedy, prompt_of
 
 from kilotune.errors import ConfigError, StoreError
 from kilotune.serve.engine.interface import AdapterKey, Finish, Generation, Sampling
+from tests.support.serve_support import Served, adapter_of, alone, answer, answers, base_model, greedy, prompt_of
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +55,7 @@ def test_stock_attention_gives_the_same(tmp_path: Path) -> None:
         assert [one.ids for one in answers(served.engine, asked)] == expected
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "options",
     [

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from tests.support.models import randomize, tiny_classifier
 
 from kilotune import PeftModel, VeraConfig, get_peft_model
 from kilotune.errors import AdapterError, ConfigError, StoreError, UnsupportedError
 from kilotune.serve.engine.encoders import EncoderEngine, Pooling, pooling_of
 from kilotune.serve.engine.interface import AdapterKey, Vector
 from kilotune.serve.engine.tenant_adapters import AdapterRegistry
+from tests.support.models import randomize, tiny_classifier
 
 TEXTS = [[3, 4, 5], [7, 8, 9, 10, 11, 12, 13], [2], [30, 2, 5, 9]]
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.support.serve_support import byte_tokenizer as tokenizer
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from kilotune.serve.engine.fairness import FairQueue
 from kilotune.serve.engine.interface import Sampling
 from kilotune.serve.engine.sampling import CANDIDATES, Picker, choose
 from kilotune.serve.engine.text_stream import TextStream
+from tests.support.serve_support import byte_tokenizer as tokenizer
 
 DRAWS = 800
 CASES = {

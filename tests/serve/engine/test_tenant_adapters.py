@@ -13,8 +13,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.support.models import randomize
-from tests.support.serve_support import Served, adapter_of, alone, answer, answers, base_model, greedy, prompt_of
 
 from kilotune import KilotuneError, LoraConfig, PeftModel, VeraConfig, get_peft_model
 from kilotune.errors import AdapterError, CheckpointError, ConfigError, ResourceError, StoreError
@@ -22,6 +20,8 @@ from kilotune.fleet import open_store
 from kilotune.serve.engine.device_adapters import Turns
 from kilotune.serve.engine.interface import AdapterKey
 from kilotune.serve.engine.tenant_adapters import AdapterRegistry
+from tests.support.models import randomize
+from tests.support.serve_support import Served, adapter_of, alone, answer, answers, base_model, greedy, prompt_of
 
 
 def key_of(namespace: str, version: Any) -> AdapterKey:

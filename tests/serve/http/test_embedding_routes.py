@@ -14,8 +14,6 @@ import numpy as np
 import openai
 import pytest
 import torch
-from tests.support.cli_helpers import shake
-from tests.support.train_support import model_folder, sentence
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from kilotune import PeftModel, VeraConfig, get_peft_model
@@ -23,6 +21,8 @@ from kilotune.errors import ConfigError
 from kilotune.fleet import open_store
 from kilotune.serve.http.settings import EngineSettings, ServeSettings
 from kilotune.serve.http.startup import build, task_of
+from tests.support.cli_helpers import shake
+from tests.support.train_support import model_folder, sentence
 
 TEXTS = [sentence(i, 3 + i) for i in range(3)]
 

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.errors import Unsatisfiable
 from schemathesis import checks
 from schemathesis.specs.openapi import checks as openapi_checks
+
 from tests.support.http_support import BASE, Running, adapter_folder, batching, serving
 
 CHECKS = [
@@ -40,6 +41,7 @@ def api(running: Running) -> Any:
     return schema.exclude(path="/manage/drain")  # after which there is nothing to see
 
 
+@pytest.mark.heavy
 def test_nothing_that_the_document_allows_or_forbids_is_answered_wrongly(api: Any, running: Running) -> None:
     count, faults = 0, []
     for found in api.get_all_operations():

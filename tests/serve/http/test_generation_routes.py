@@ -12,9 +12,9 @@ from typing import Any
 import openai
 import pytest
 import torch
-from tests.support.http_support import BASE, Running, batching, expected, prompt_ids, reference, serving, tokenizer
 
 from kilotune.train.use.text_generation import Writer
+from tests.support.http_support import BASE, Running, batching, expected, prompt_ids, reference, serving, tokenizer
 
 PROMPT = "the cat sat on"
 NAMES = [(BASE, None), ("poems", 1), ("letters", 2), ("poems/live", 1), ("poems/1", 1)]

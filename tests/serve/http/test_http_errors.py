@@ -13,12 +13,12 @@ from typing import Any
 import httpx2
 import openai
 import pytest
-from tests.support.http_support import BASE, Running, serving
 
 from kilotune.errors import AdapterError, ConfigError, StoreError
 from kilotune.fleet.store.sqlite import SqliteLink
 from kilotune.serve.http.keys import Keyring, add_key, digest, read_keys, remove_key
 from kilotune.serve.http.settings import ServeSettings
+from tests.support.http_support import BASE, Running, serving
 
 GOOD: dict[str, Any] = {"model": "poems", "prompt": "the cat", "max_tokens": 2, "temperature": 0}
 CHAT: dict[str, Any] = {"model": "poems", "messages": [{"role": "user", "content": "a dog"}], "max_tokens": 2}

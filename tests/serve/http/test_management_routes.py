@@ -15,6 +15,9 @@ from typing import Any
 import httpx2
 import pytest
 from safetensors.torch import load_file, save_file
+
+from kilotune.fleet import wrap
+from kilotune.serve.engine.interface import Finish, Generation, Token
 from tests.serve.http.test_http_errors import GOOD, error
 from tests.support.generation_support import loaded
 from tests.support.http_support import (
@@ -30,9 +33,6 @@ from tests.support.http_support import (
     serving,
     tokenizer,
 )
-
-from kilotune.fleet import wrap
-from kilotune.serve.engine.interface import Finish, Generation, Token
 
 PROMPT = "the cat sat on"
 

@@ -16,8 +16,6 @@ from typing import Any
 import httpx2
 import pytest
 from pydantic import BaseModel, ValidationError
-from tests.serve.http.test_http_errors import GOOD, error
-from tests.support.http_support import Running, adapter_folder, prompt_ids, serving, tokenizer
 
 from kilotune.errors import StoreError
 from kilotune.fleet import open_store
@@ -27,6 +25,8 @@ from kilotune.serve.http.connections import MAX_HEAD
 from kilotune.serve.http.keys import Keyring, add_key
 from kilotune.serve.http.prompts import LONG, Prompts
 from kilotune.serve.http.schemas import ChatBody, CompletionBody, EmbeddingBody
+from tests.serve.http.test_http_errors import GOOD, error
+from tests.support.http_support import Running, adapter_folder, prompt_ids, serving, tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -24,9 +24,6 @@ import httpx2
 import openai
 import pytest
 import torch
-from tests.support.cli_helpers import as_json, error
-from tests.support.http_support import adapter_folder, base_folder, expected
-from tests.support.paths import ROOT
 
 from kilotune import PeftModel
 from kilotune.fleet import open_store
@@ -39,6 +36,9 @@ from kilotune.train import (
     TrainSettings,
     train,
 )
+from tests.support.cli_helpers import as_json, error
+from tests.support.http_support import adapter_folder, base_folder, expected
+from tests.support.paths import ROOT
 
 PROMPT = "the cat sat on"
 
@@ -180,6 +180,7 @@ def alone(base: Path, adapter: Path | None, prompt: str, count: int) -> tuple[st
     return str(text), float(torch.stack(losses).mean())
 
 
+@pytest.mark.heavy
 def test_two_tenants_train_put_and_get_their_own_answers_in_one_mixed_stream(tmp_path: Path) -> None:
     base = pretrained(tmp_path / "base")
     folders = {space: trained(base, space, tmp_path) for space in texts()}
@@ -225,6 +226,7 @@ def complete(url: str, key: str, model: str, **more: Any) -> httpx2.Response:
     return httpx2.post(f"{url}/v1/completions", json=body, headers={"Authorization": f"Bearer {key}"}, timeout=30)
 
 
+@pytest.mark.heavy
 def test_what_was_acknowledged_survives_a_kill_and_a_term_ends_it_well(tmp_path: Path) -> None:
     store = tmp_path / "adapters.db"
     with process(base_folder(), store, tmp_path) as served:

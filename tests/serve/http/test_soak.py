@@ -19,6 +19,7 @@ from typing import Any
 
 import httpx2
 import pytest
+
 from tests.serve.http.test_process import keys, process
 from tests.support.http_support import BASE, adapter_folder, base_folder, batching, expected, serving
 
@@ -166,6 +167,7 @@ def check(done: Soak, before: int, after: int, allowed: int) -> None:
     assert after - before < allowed, f"memory grew from {before} to {after} bytes"
 
 
+@pytest.mark.heavy
 def test_a_short_soak(tmp_path: Path) -> None:
     """In this process, where one can see that nothing is left over."""
     with serving(tmp_path, **batching(tmp_path)) as running:

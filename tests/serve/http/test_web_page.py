@@ -10,11 +10,14 @@ from typing import Any
 
 import httpx2
 import pytest
+
 from tests.support.chromium import Tab, browser, tab
 from tests.support.http_support import BASE, Running, adapter_folder, batching, expected, serving
 
 PROMPT = "the cat sat on"
 HOSTILE = '<img src=x onerror="window.bad=1">'
+
+pytestmark = pytest.mark.heavy
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.train_data import jsonl
 
 from kilotune.errors import ConfigError
 from kilotune.train.data import readers
 from kilotune.train.data.readers import read
+from tests.support.train_data import jsonl
 
 ROWS = [
     {"text": "one, two", "label": "a"},

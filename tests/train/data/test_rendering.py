@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from tests.support.train_data import byte_level, corpus, metaspace, word_piece
 
 from kilotune.errors import ConfigError
 from kilotune.train.data.rendering import ChatTemplate, Example, Rendered, render_pair, render_text, tokenize
+from tests.support.train_data import byte_level, corpus, metaspace, word_piece
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.support.train_data import jsonl, settings
 
 from kilotune.errors import ConfigError
 from kilotune.train.data import columns
 from kilotune.train.data.readers import read
 from kilotune.train.data.splits import Part, load_splits, shown
+from tests.support.train_data import jsonl, settings
 
 LM = (("messages",), ("prompt", "completion"), ("text",))
 PAIRS = (("text", "text_pair?", "label"),)

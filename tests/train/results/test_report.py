@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.support.train_support import model_folder, sentence, write_jsonl
 
 from kilotune.errors import KilotuneError, MissingExtraError
 from kilotune.train.results import plots
@@ -29,6 +28,7 @@ from kilotune.train.settings.sections import (
     TrainingSettings,
     TrainSettings,
 )
+from tests.support.train_support import model_folder, sentence, write_jsonl
 
 PNG = b"\x89PNG\r\n"
 VOID = {"meta", "img", "br", "link", "hr", "input"}
@@ -96,6 +96,7 @@ def drawn(picture: bytes) -> np.ndarray[Any, Any]:
     return np.asarray(matplotlib.image.imread(io.BytesIO(picture)))
 
 
+@pytest.mark.heavy
 def test_there_is_a_picture_of_all_that_was_measured_and_of_nothing_else() -> None:
     assert set(plots.draw(HISTORY, 20)) == {"loss", "learning_rate", "gradient", "metrics"}
     assert set(plots.draw(HISTORY[:1])) == {"loss", "learning_rate", "gradient"}

@@ -12,8 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.support.paths import ROOT
-from tests.support.train_support import model_folder, prompts, write_jsonl
 from torch import Tensor, nn
 
 import kilotune
@@ -31,6 +29,8 @@ from kilotune.train.settings.sections import (
     TrainingSettings,
     TrainSettings,
 )
+from tests.support.paths import ROOT
+from tests.support.train_support import model_folder, prompts, write_jsonl
 
 CPU = torch.device("cpu")
 SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 90}
@@ -114,6 +114,7 @@ CASES = [
 ]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("kind", "method", "step"), CASES)
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 def test_a_step_without_numbers_takes_what_a_step_takes(

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tests.support.train_data import byte_level, corpus, jsonl, metaspace, settings
-from tests.train.data.test_rendering import CHAT, CHATML, FORGETS, PLAIN, STRICT
 
 from kilotune.errors import ConfigError, UnsupportedError
 from kilotune.train.tasks import TASKS, Limits, Prepared
+from tests.support.train_data import byte_level, corpus, jsonl, metaspace, settings
+from tests.train.data.test_rendering import CHAT, CHATML, FORGETS, PLAIN, STRICT
 
 LIMITS = Limits(max_length=256, pad_token_id=1, vocabulary=400)
 

@@ -8,9 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.support.paths import ROOT
-from tests.support.train_data import byte_level, jsonl, settings
-from tests.train.data.test_rendering import CHATML
 
 from kilotune.errors import ConfigError
 from kilotune.train import metrics
@@ -18,6 +15,9 @@ from kilotune.train.data.readers import FORMATS
 from kilotune.train.data.splits import load_splits
 from kilotune.train.settings.sections import ROLES, TASK_NAMES
 from kilotune.train.tasks import TASKS, Limits
+from tests.support.paths import ROOT
+from tests.support.train_data import byte_level, jsonl, settings
+from tests.train.data.test_rendering import CHATML
 
 PAGE = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
 

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tests.support.train_data import byte_level, corpus, docstrings, jsonl, metaspace, settings, word_piece
 
 import kilotune
 from kilotune.errors import ConfigError
 from kilotune.train import metrics
 from kilotune.train.tasks import TASKS, Limits, Prepared
+from tests.support.train_data import byte_level, corpus, docstrings, jsonl, metaspace, settings, word_piece
 
 BERT = Limits(max_length=128, pad_token_id=0, vocabulary=300)
 SIZES = {

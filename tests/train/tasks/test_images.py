@@ -16,11 +16,11 @@ import torch
 import transformers
 from PIL import Image
 from sklearn.datasets import load_digits
-from tests.support.train_data import jsonl, settings
 
 from kilotune.errors import ConfigError
 from kilotune.train.data.images import open_image
 from kilotune.train.tasks import TASKS, Limits, Prepared
+from tests.support.train_data import jsonl, settings
 
 SIZE = 16
 CONFIG: dict[str, Any] = {

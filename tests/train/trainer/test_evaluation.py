@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from tests.support.train_support import model_folder, sentence, write_jsonl
 
 from kilotune.train import DataSettings, ModelSettings, TrainingSettings, TrainSettings, evaluate, open_session
+from tests.support.train_support import model_folder, sentence, write_jsonl
 
 ROWS: dict[str, tuple[str, list[dict[str, Any]]]] = {
     "causal-lm": ("llama", [{"text": sentence(i, 3 + 2 * i)} for i in range(7)]),

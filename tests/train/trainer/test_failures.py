@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.support.train_support import LENGTH, files_of_at_most, model_folder, prompts, sentence, write_jsonl
 
 from kilotune.errors import CheckpointError, ConfigError, DivergedError, KilotuneError, ResourceError
 from kilotune.train.run import Session, fit, open_session, train
@@ -21,6 +20,7 @@ from kilotune.train.settings.sections import ModelSettings, TrainSettings
 from kilotune.train.trainer.failures import advise_on_memory, told_of_disk
 from kilotune.train.trainer.from_settings import quiet
 from kilotune.train.trainer.output_folder import newest
+from tests.support.train_support import LENGTH, files_of_at_most, model_folder, prompts, sentence, write_jsonl
 
 FILE = "adapter_model.safetensors"
 
@@ -177,6 +177,7 @@ def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("file", ["rng_state.pth", "optimizer.pt", "model.safetensors"])
 def test_a_full_disk_is_one_line_and_the_training_goes_on_from_the_last_checkpoint(
     file: str, data: Path, whole: Path, tmp_path: Path

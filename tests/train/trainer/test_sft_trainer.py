@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.support.engine_support import adapted, arguments, letters, nf4_llama, weights
-from tests.support.models import bits, tiny_llama
 
 from kilotune import LoraConfig, PeftModel, get_config, get_peft_model
 from kilotune.errors import UnsupportedError
 from kilotune.train.trainer.for_trainer import STATE_NAME, for_trainer
+from tests.support.engine_support import adapted, arguments, letters, nf4_llama, weights
+from tests.support.models import bits, tiny_llama
 
 pytest.importorskip("trl")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers", "ignore::FutureWarning:trl")
@@ -46,6 +46,7 @@ def trainer(model: PeftModel, folder: Path, data: Any = None, **changed: Any) ->
     )
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("case", ["lora", "unilora"])
 def test_only_the_adapter_is_saved_and_training_resumes_with_the_same_bits(case: str, tmp_path: Path) -> None:
     whole, resumed = adapted(case), adapted(case, seed=77)

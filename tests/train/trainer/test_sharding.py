@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from tests.support.models import Nested, randomize
-from tests.support.paths import ROOT, SUPPORT
 from torch import distributed as dist
 
 from kilotune import LoraConfig, VeraConfig, get_peft_model
 from kilotune.errors import UnsupportedError
 from kilotune.storage.sharded import is_sharded, processes, whole
 from kilotune.train.trainer.parallel import blocks, ignore_sharded, shard_base
+from tests.support.models import Nested, randomize
+from tests.support.paths import ROOT, SUPPORT
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
 
@@ -50,6 +50,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return held
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("form", ["replicated", "base_in_shards", "added_to_shards", "adapters_in_shards"])
 def test_two_processes_give_the_adapter_of_one(form: str, found: list[dict[str, Any]]) -> None:
     for one in found:

@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.support.engine_support import CASES, IDS, LINES, adapted, arguments, nf4_llama, weights
-from tests.support.models import bits, randomize, tiny_llama
-from tests.support.paths import ROOT
 from torch import Tensor, nn
 
 from kilotune import LoraConfig, PeftModel, VeraConfig, get_config, get_peft_model
 from kilotune.errors import CheckpointError, ConfigError
 from kilotune.train.trainer.for_trainer import STATE_NAME, for_trainer
+from tests.support.engine_support import CASES, IDS, LINES, adapted, arguments, nf4_llama, weights
+from tests.support.models import bits, randomize, tiny_llama
+from tests.support.paths import ROOT
 
 pytest.importorskip("accelerate")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
@@ -79,6 +79,7 @@ def test_a_file_in_the_way_is_an_error_and_leaves_no_half_of_a_checkpoint(tmp_pa
 # -- resuming ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("case", CASES)
 def test_resumed_training_ends_with_the_same_bits(case: str, tmp_path: Path) -> None:
     rows = CASES[case][2]

@@ -12,6 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
+from torch import distributed as dist
+
+from kilotune import PeftModel
+from kilotune.train.trainer.for_trainer import STATE_NAME, for_trainer
 from tests.support.cli_helpers import kilotune
 from tests.support.engine_support import CASES, adapted, arguments, batches, letters, nf4_llama, weights
 from tests.support.models import disk, tiny_llama
@@ -19,11 +24,6 @@ from tests.support.paths import ROOT
 from tests.support.train_support import model_folder, prompts, write_jsonl
 from tests.train.trainer.test_sft_trainer import rows
 from tests.train.trainer.test_sharding import launch
-from torch import Tensor
-from torch import distributed as dist
-
-from kilotune import PeftModel
-from kilotune.train.trainer.for_trainer import STATE_NAME, for_trainer
 
 pytest.importorskip("accelerate")
 pytestmark = [
@@ -162,6 +162,7 @@ def names(folder: Path) -> set[str]:
     return {name for name in disk(folder) if "rng_state" not in name}
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("launcher", "shard"),
     [

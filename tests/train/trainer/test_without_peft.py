@@ -8,12 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from tests.support.paths import ROOT
 
 HERE = ROOT / "tests" / "train" / "trainer"
 CENTRAL = "only_the_adapter or unilora or quantised or columns_labels"  # the others run in `make test-full`
 
 
+@pytest.mark.heavy
 def test_peft_is_absent_there() -> None:
     code = (
         "import tests.support.without_peft, transformers\n"
@@ -29,6 +31,7 @@ def test_peft_is_absent_there() -> None:
     assert run.stdout.strip() == "absent", run.stderr
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("file", "some"),
     [
@@ -39,6 +42,7 @@ def test_peft_is_absent_there() -> None:
 )
 def test_it_holds_without_peft(file: str, some: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "tests.support.without_peft", "-p", "no:cacheprovider"]
+    command += ["-m", "not full"]
     command += [f"--basetemp={tmp_path / 'base'}", "-k", some, str(HERE / file)]
     run = subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=ROOT)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-1000:]

@@ -9,9 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.cli_helpers import llama, shake
-from tests.support.paths import ROOT
-from tests.support.train_support import model_folder, prompts, write_jsonl
 from typer.testing import CliRunner
 
 from kilotune import get_config, get_peft_model
@@ -21,6 +18,9 @@ from kilotune.train.run import train
 from kilotune.train.settings.config_file import settings_from
 from kilotune.train.use.gguf_lora import FAMILIES, gguf_lora
 from kilotune.train.use.lora_export import export_lora
+from tests.support.cli_helpers import llama, shake
+from tests.support.paths import ROOT
+from tests.support.train_support import model_folder, prompts, write_jsonl
 
 PAGE = ROOT / "docs" / "using.md"
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE)
@@ -44,6 +44,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.heavy
 def test_the_page_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     verbs = []
     names: dict[str, Any] = {"__name__": "__main__"}

@@ -1,7 +1,8 @@
 """Where thousands of adapters are kept: by name and version, in one SQLite file, in PostgreSQL, or in folders.
 
 adapter_store.py says what every store does, urls.py opens one. sql.py is the store in a database, sqlite.py and
-postgres.py only connect and lock. The way of an adapter's file into a row is in ARCHITECTURE.md. Of fleet/ nothing is used here.
+postgres.py only connect and lock. The way of an adapter's file into a row is in ARCHITECTURE.md. Of fleet/ nothing else
+is used here.
 """
 
 from __future__ import annotations
