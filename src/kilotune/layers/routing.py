@@ -143,14 +143,16 @@ def run_saved(
 
     """
     groups = _groups(route, copies)
+    if all(module is None for module, _ in groups):  # nobody in this batch has a copy: whatever it takes and gives
+        return original(*args, **kwargs)
     x = args[0] if args and isinstance(args[0], Tensor) else None
     where = f"the {type(original).__name__} that adapters replace"
     if x is None or len(args) > 1 or kwargs:
         raise UnsupportedError(f"{where}: rows can be told apart where it takes one tensor alone")
+    axes, times = route.layout(x, x, int(x.is_floating_point()), where)  # ids have no axis of features
     pieces, places = [], []
     total = 0
     for module, rows in groups:
-        axes, times = route.layout(x, x, 1, where)
         flat = x if axes == 1 else x.flatten(0, axes - 1)
         total = flat.shape[0]
         own = rows if times == 1 else (rows.unsqueeze(1) * times + torch.arange(times, device=rows.device)).flatten()
@@ -161,7 +163,7 @@ def run_saved(
         places.append(own)
     joined = torch.cat(pieces)
     result = joined.new_empty(total, *joined.shape[1:]).index_copy(0, torch.cat(places), joined)
-    return result if not route.tokens else result.view(*x.shape[:-1], *result.shape[1:])
+    return result if not route.tokens else result.view(*x.shape[:axes], *result.shape[1:])
 
 
 def _groups(route: Route, copies: nn.ModuleDict) -> list[tuple[nn.Module | None, Tensor]]:

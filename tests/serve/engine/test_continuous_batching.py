@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from kilotune.errors import ConfigError, StoreError
+from kilotune import PeftModel, VeraConfig, get_peft_model
+from kilotune.errors import ConfigError, StoreError, UnsupportedError
 from kilotune.serve.engine.interface import AdapterKey, Finish, Generation, Sampling
+from tests.support.models import randomize
 from tests.support.serve_support import Served, adapter_of, alone, answer, answers, base_model, greedy, prompt_of
 
 
@@ -301,6 +303,86 @@ def test_a_request_that_breaks_a_step_fails_alone(tmp_path: Path) -> None:
         assert answers(served.engine, asked[:1])[0].ids == expected[0]
 
 
+def whole_adapter(base: Any, seed: int, *names: str) -> PeftModel:
+    """A model of its own in which VeRA is beside modules that are trained whole."""
+    config = VeraConfig(r=4, target_modules=["down_proj"], modules_to_save=list(names))
+    model = get_peft_model(copy.deepcopy(base), config)
+    randomize(model, seed=seed, scale=0.5)
+    for saved in model.installed("default").saved.values():
+        for copied in saved.copies.values():
+            with torch.no_grad():
+                for parameter in copied.parameters():
+                    parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)))
+    return model.eval()
+
+
+def put(served: Served, name: str, model: PeftModel, tenant: str = "other") -> AdapterKey:
+    version = served.registry.put(tenant, name, model)
+    return AdapterKey(tenant, name, version.version, version.sha256)
+
+
+def test_an_embedding_and_a_head_that_are_trained_whole_are_served_beside_others(tmp_path: Path) -> None:
+    """What an adapter brings for the embedding is fed with ids, and what it brings for the head with all tokens."""
+    with Served(tmp_path, count=2, kinds=("vera", "lora")) as served:
+        model = whole_adapter(served.base, 7, "embed_tokens", "lm_head")
+        key = put(served, "whole", model)
+        asked, expected = mixed(served, 6, 8)
+        own = alone(model, prompt_of(3), 8)
+        assert own != alone(served.base, prompt_of(3), 8)
+        got = answers(served.engine, [*asked[:3], (prompt_of(3), greedy(8), key, "other"), *asked[3:]])
+        assert got[3].ids == own
+        assert [one.ids for one in (*got[:3], *got[4:])] == expected
+        served.registry.rm("other", "whole")
+        assert [one.ids for one in answers(served.engine, asked)] == expected
+
+
+@pytest.mark.parametrize("name", ["rotary_emb"])
+def test_an_adapter_that_cannot_run_is_refused_before_anybody_can_name_it(name: str, tmp_path: Path) -> None:
+    """Its rows cannot be told apart in a module of several inputs: that is told when it is put, and nothing stays."""
+    with Served(tmp_path, count=2) as served:
+        with pytest.raises(UnsupportedError, match="'bad' fits this model, and fails when it runs"):
+            put(served, "bad", whole_adapter(served.base, 7, name))
+        assert served.registry.versions("other", "bad") == []
+        assert not served.registry.residents._wholes
+        asked, expected = mixed(served, 4, 6)
+        assert [one.ids for one in answers(served.engine, asked)] == expected
+        assert served.engine.healthy() is None
+
+
+def test_an_adapter_that_fails_when_it_runs_fails_its_own_requests_and_is_taken_out(tmp_path: Path) -> None:
+    """More often in a row than any engine would give up after, beside others and by itself."""
+    with Served(tmp_path, count=2) as served:
+        served.registry.trial = None  # it came to be in the store
+        key = put(served, "bad", whole_adapter(served.base, 7, "rotary_emb"))
+        asked, expected = mixed(served, 4, 6)
+        for _ in range(8):
+            got = answers(served.engine, [(prompt_of(1), greedy(4), key, "other")])
+            assert got[0].finish.reason == "error"
+            assert not served.registry.residents._wholes
+        got = answers(served.engine, [*asked, (prompt_of(1), greedy(4), key, "other")])
+        assert got[-1].finish.reason == "error"
+        assert [one.ids for one in got[:-1]] == expected
+        assert served.engine.healthy() is None
+        served.registry.rm("other", "bad")
+        assert [one.ids for one in answers(served.engine, asked)] == expected
+
+
+def test_an_engine_whose_base_fails_says_that_it_cannot_answer(tmp_path: Path) -> None:
+    with Served(tmp_path, count=1) as served:
+
+        def hook(module: Any, args: Any) -> None:
+            raise RuntimeError("planted")
+
+        served.registry.model.get_base_model().model.norm.register_forward_pre_hook(hook)
+        got = answers(served.engine, [(prompt_of(1), greedy(4), served.keys[0], "t")])
+        assert got[0].finish.reason == "error"
+        for _ in range(200):
+            if served.engine.healthy() is not None:
+                break
+            time.sleep(0.01)
+        assert "RuntimeError" in str(served.engine.healthy())
+
+
 def test_when_the_thread_ends_everybody_is_told(tmp_path: Path) -> None:
     with Served(tmp_path, count=1, max_running=2) as served:
 
@@ -324,6 +406,12 @@ def test_when_the_thread_ends_everybody_is_told(tmp_path: Path) -> None:
 def test_an_adapter_whose_numbers_overflow_spoils_nobody_else(tmp_path: Path) -> None:
     with Served(tmp_path, count=2, max_norm=float("inf")) as served:
         bad = adapter_of(served.base, 5, size=1e30)
+        with pytest.raises(
+            UnsupportedError, match="'bad' fits this model, and fails when it runs: .* no longer finite"
+        ):
+            served.registry.put("t", "bad", bad)
+        assert served.registry.versions("t", "bad") == []
+        served.registry.trial = None  # as for one whose numbers overflow in longer texts only
         version = served.registry.put("t", "bad", bad)
         key = AdapterKey("t", "bad", version.version, version.sha256)
         asked, expected = mixed(served, 6, 8)

@@ -30,10 +30,10 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from ...errors import ConfigError, KilotuneError, StoreError, UnsupportedError, first_line
+from ...errors import ConfigError, KilotuneError, ResourceError, StoreError, UnsupportedError, first_line
 from .device_adapters import GoneError, Row
 from .fairness import FairQueue
-from .interface import AdapterKey, Engine, EngineStats, Finish, Generation, Token, Vector
+from .interface import AdapterKey, Engine, EngineStats, Finish, Generation, Sampling, Token, Vector
 from .paged_attention import PagedBatch, PageSizes, Part
 from .running_requests import Again, Run
 from .sampling import Choice, choose
@@ -42,7 +42,7 @@ from .tenant_adapters import AdapterRegistry
 __all__ = ["TransformersEngine"]
 
 LOADERS = 4  # threads that read adapters
-FATAL = 5  # steps in a row that fail with one request in them each, after which the engine gives up
+TRIAL = 60.0  # seconds that an adapter's trial may wait for its turn
 IDLE = 0.05  # seconds between looks at deadlines
 log = logging.getLogger("kilotune.serve")
 
@@ -111,7 +111,7 @@ class TransformersEngine(Engine):
         self._thread: threading.Thread | None = None
         self._until: float | None = None  # when what runs is cancelled; None: go on
         self._dead: str | None = "the engine has not been started"
-        self._tokens = self._steps = self._failures = 0
+        self._tokens = self._steps = 0
 
     # -- Engine ----------------------------------------------------------------------------------
 
@@ -121,16 +121,17 @@ class TransformersEngine(Engine):
         self._batch = PagedBatch(self._model, self._sizes, self._owner, self._around, self._choose)
         self._warm()
         self._dead, self._until = None, None
+        self._adapters.trial = self._try
         self._thread = threading.Thread(target=self._run, name="kilotune-engine", daemon=True)
         self._thread.start()
 
-    def _warm(self) -> None:
-        """What a first step takes longer for (threads, memory, kernels that are picked) is taken before."""
+    def _warm(self, steps: int = 2) -> None:
+        """Run the base alone. What a first step takes longer for (threads, memory, picked kernels) is taken so."""
         assert self._batch is not None
         run = Run.warming()
         self._running["warm"] = run
         self._batch.add("warm", [0] * min(8, self.max_length - 1))
-        for _ in range(2):
+        for _ in range(steps):
             with self._adapters.residents.turns.stepping():
                 self._batch.step()
         self._running.clear()
@@ -140,6 +141,7 @@ class TransformersEngine(Engine):
         if self._thread is None:
             return
         self._until = time.monotonic() + drain
+        self._adapters.trial = None
         self._wake.set()
         self._thread.join()
         self._thread = None
@@ -189,6 +191,33 @@ class TransformersEngine(Engine):
         raise UnsupportedError("a language model that generates classifies nothing; serve a classifier for that")
 
     # -- requests, in the caller's thread ----------------------------------------------------------
+
+    def _try(self, row: Row, tenant: str) -> None:
+        """One token through an adapter that nobody can name yet.
+
+        Raises:
+            UnsupportedError: with what happened.
+
+        """
+        if self._dead is None:
+            asyncio.run(self._trial(row, tenant))
+
+    async def _trial(self, row: Row, tenant: str) -> None:
+        sampling = Sampling(max_tokens=1, temperature=0.0)
+        key = AdapterKey(tenant, "trial", 0, row.name)  # whose cache it is: nobody else's
+        deadline = time.monotonic() + TRIAL
+        request = Generation(id="trial", tenant=tenant, adapter=key, prompt=(0,), sampling=sampling, deadline=deadline)
+        run = Run(request, row, asyncio.get_running_loop(), self._tokenizer, self._ends)
+        self._send(run)
+        async for item in run.items():
+            if isinstance(item, Again):
+                raise ResourceError("adapters of too many forms are in use; try again later")
+            if isinstance(item, Finish):
+                if item.reason == "error":
+                    raise UnsupportedError(item.error or "the model failed")
+                if item.reason not in ("stop", "length"):
+                    raise ResourceError(f"the engine did not come to try the adapter: {item.reason}")
+                return
 
     def _check(self, request: Generation) -> None:
         prompt, sampling = request.prompt, request.sampling
@@ -360,7 +389,6 @@ class TransformersEngine(Engine):
             self._failed(error)
             return
         self._steps += 1
-        self._failures = 0
         probing = self._suspects or any(run.suspect for run in self._running.values())
         streams: dict[Any, list[tuple[Run, list[Any]]]] = {}
         for part in parts:
@@ -397,10 +425,10 @@ class TransformersEngine(Engine):
         self._batch.clear()
         self._chosen.clear()
         if len(runs) == 1:
-            self._failures += 1
+            if runs[0].row is not None:
+                self._adapters.residents.take_out(runs[0].row.home)
             runs[0].tell([runs[0].finish("error", f"the model failed: {type(error).__name__}")])
-            if self._failures >= FATAL:
-                raise error
+            self._warm(1)  # fails where the base alone cannot answer either, which ends the engine
             return
         for run in runs:
             run.suspect = True

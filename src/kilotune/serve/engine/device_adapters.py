@@ -335,6 +335,25 @@ class Residents:
             if home.bank is not None:
                 home.bank.release(held.slot)
 
+    def take_out(self, home: _Home) -> None:
+        """Take out what failed when it ran: a form's bank, or an adapter that is in the model; nobody may hold it now.
+
+        Who asks for an adapter of that form later has it made anew.
+        """
+        with self._changing, self.turns.changing():
+            with self._lock:
+                home.closed = True
+                banks = [key for key, other in self._banks.items() if other is home]
+                wholes = [name for name, other in self._wholes.items() if other is home]
+                for key in banks:
+                    del self._banks[key]
+                for name in wholes:
+                    del self._wholes[name]
+            if banks and home.bank is not None:
+                home.bank.close()
+            for name in wholes:
+                self.model.delete_adapter(name)
+
     @property
     def resident(self) -> int:
         """How many adapters are on the device."""

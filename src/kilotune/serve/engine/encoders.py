@@ -32,6 +32,7 @@ __all__ = ["EncoderEngine", "Pooling", "pooling_of"]
 
 LOADERS = 4
 IDLE = 0.05
+TRIAL = 60.0  # seconds that an adapter's trial may wait for its turn
 RELOADS = 3  # times that an adapter whose form made way is read again for one text
 log = logging.getLogger("kilotune.serve")
 
@@ -97,8 +98,8 @@ def pooling_of(folder: str | Path) -> Pooling:
 class _Item:
     """One text."""
 
-    def __init__(self, tenant: str, row: Row | None, tokens: list[int], loop: asyncio.AbstractEventLoop) -> None:
-        self.tenant, self.row, self.tokens, self.loop = tenant, row, tokens, loop
+    def __init__(self, tenant: str, row: Row | None, tokens: list[int]) -> None:
+        self.tenant, self.row, self.tokens = tenant, row, tokens
         self.done: Future[Vector] = Future()
         self.held: Held | None = None
 
@@ -171,16 +172,22 @@ class EncoderEngine(Engine):
     def start(self) -> None:
         if self._thread is not None:
             return
-        with self._adapters.residents.turns.stepping(), torch.no_grad():
-            self._forward([[1, 1]])
+        self._warm()
         self._dead, self._until = None, None
+        self._adapters.trial = self._try
         self._thread = threading.Thread(target=self._run, name="kilotune-encoder", daemon=True)
         self._thread.start()
+
+    def _warm(self) -> None:
+        """Run the base alone."""
+        with self._adapters.residents.turns.stepping(), torch.no_grad():
+            self._forward([[1, 1]])
 
     def stop(self, drain: float = 0.0) -> None:
         if self._thread is None:
             return
         self._until = time.monotonic() + drain
+        self._adapters.trial = None
         self._wake.set()
         self._thread.join()
         self._thread = None
@@ -217,6 +224,29 @@ class EncoderEngine(Engine):
             raise UnsupportedError(f"{type(self._model).__name__} gives embeddings, and classifies nothing")
         return await self._all(tenant, adapter, texts)
 
+    def _try(self, row: Row, tenant: str) -> None:
+        """A text of one token through an adapter that nobody can name yet.
+
+        Raises:
+            UnsupportedError: with what happened.
+
+        """
+        item = _Item(tenant, row, [1])
+        with self._lock:
+            if self._dead is not None:
+                return
+            self._queue.add(tenant, item)
+        self._wake.set()
+        try:
+            item.done.result(TRIAL)
+        except GoneError as error:
+            raise ResourceError("adapters of too many forms are in use; try again later") from error
+        except AdapterError as error:
+            raise UnsupportedError(str(error)) from error
+        except TimeoutError as error:
+            item.done.cancel()
+            raise ResourceError("the engine did not come to try the adapter; try again later") from error
+
     async def _all(self, tenant: str, adapter: AdapterKey | None, texts: Sequence[Sequence[int]]) -> list[Vector]:
         for i, text in enumerate(texts):
             if not 1 <= len(text) <= self.max_length or any(not 0 <= t < self._vocabulary for t in text):
@@ -236,7 +266,7 @@ class EncoderEngine(Engine):
         row = None if adapter is None else self._adapters.there(adapter)
         if adapter is not None and row is None:
             row = await loop.run_in_executor(self._loaders, self._adapters.row, adapter)
-        items = [_Item(tenant, row, list(text), loop) for text in texts]
+        items = [_Item(tenant, row, list(text)) for text in texts]
         with self._lock:
             if self._dead is not None:
                 raise StoreError(f"the engine does not take requests: {self._dead}")
@@ -301,15 +331,16 @@ class EncoderEngine(Engine):
 
     def _serve(self, batch: list[_Item]) -> None:
         self._running = len(batch)
+        failed: list[_Item] = []
         try:
             try:
                 self._answer(batch)
             except Exception as error:
                 log.exception("a batch failed")
-                for item in batch if len(batch) > 1 else []:
-                    self._alone(item)
+                failed = [item for item in batch if not self._alone(item)] if len(batch) > 1 else []
                 if len(batch) == 1:
                     batch[0].fail(AdapterError(f"the model failed: {type_name(error)}"))
+                    failed = batch
         finally:
             self._running = 0
             for item in batch:
@@ -318,12 +349,20 @@ class EncoderEngine(Engine):
             with self._lock:
                 for item in batch:
                     self._queue.ended(item.tenant)
+        for item in failed:
+            if item.row is not None and not item.row.home.closed:
+                self._adapters.residents.take_out(item.row.home)
+        if failed:
+            self._warm()  # fails where the base alone cannot answer either, which ends the engine
 
-    def _alone(self, item: _Item) -> None:
+    def _alone(self, item: _Item) -> bool:
+        """Whether an item can be answered by itself."""
         try:
             self._answer([item])
         except Exception as error:
             item.fail(AdapterError(f"the model failed: {type_name(error)}"))
+            return False
+        return True
 
     def _answer(self, batch: list[_Item]) -> None:
         residents = self._adapters.residents

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -21,7 +22,16 @@ from typing import Any, TypeVar, final
 import torch
 from torch import nn
 
-from ...errors import AdapterError, CheckpointError, ConfigError, StoreError, StoreFullError, did_you_mean
+from ...adapter_files.reading import AdapterFile
+from ...errors import (
+    AdapterError,
+    CheckpointError,
+    ConfigError,
+    StoreError,
+    StoreFullError,
+    UnsupportedError,
+    did_you_mean,
+)
 from ...fleet.joint.wrapping import wrap
 from ...fleet.store import AdapterStore, Fingerprint, Version, open_store
 from ...fleet.store.adapter_store import Adapter, Which
@@ -33,6 +43,8 @@ from .interface import AdapterKey
 __all__ = ["AdapterRegistry"]
 
 T = TypeVar("T")
+Trial = Callable[[Row, str], None]
+"""Runs something small through an adapter, in turn with a tenant's requests; an UnsupportedError where that fails."""
 HANDLES = 256  # of namespaces, that are kept open
 RESOLVED = 65_536  # names whose last meaning is remembered
 NEAR = 1000  # names among which the nearest ones are looked for
@@ -104,6 +116,7 @@ class AdapterRegistry:
         self._loading: dict[str, threading.Event] = {}
         self._resolved: OrderedDict[tuple[str, str, Which], AdapterKey] = OrderedDict()
         self._away: str | None = None
+        self.trial: Trial | None = None
         self._store("default")  # it must be there now; later it may come and go
 
     # -- the store -------------------------------------------------------------------------------
@@ -226,12 +239,26 @@ class AdapterRegistry:
         what = f"adapter {check_name(name)!r}"
         if contents.base is not None:
             self.fingerprint.check(contents.base, what, _saved(contents.config))
-        self.residents.check(contents.file, what)
+        self._try(contents.file, namespace, what)
         version = self._ask(
             namespace, lambda store: store.put(name, contents, metadata=metadata, tags=tags, alias=alias)
         )
         self.row(AdapterKey(namespace, name, version.version, version.sha256))
         return version
+
+    def _try(self, file: AdapterFile, namespace: str, what: str) -> None:
+        """Check an adapter against the model, and run something through it before anybody can name it."""
+        if self.trial is None:
+            self.residents.check(file, what)
+            return
+        row = self.residents.row(f"trial-{uuid.uuid4().hex}", file, what)
+        try:
+            self.trial(row, namespace)
+        except UnsupportedError as error:
+            raise UnsupportedError(f"{what} fits this model, and fails when it runs: {error}") from error
+        finally:
+            if row.values is None and not row.home.closed:  # it is in the model, under a name that nobody asks for
+                self.residents.take_out(row.home)
 
     def rm(self, namespace: str, name: str, which: Which = None, *, force: bool = False) -> int:
         """See :meth:`AdapterStore.rm`; requests that run keep what they have."""
