@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from kilotune.fleet import wrap
 from kilotune.serve.engine.interface import Finish, Generation, Token
+from kilotune.serve.http.keys import Keyring, new_key
 from tests.serve.http.test_http_errors import GOOD, error
 from tests.support.generation_support import loaded
 from tests.support.http_support import (
@@ -445,6 +446,26 @@ def test_metrics_count_and_name_few_tenants(tmp_path: Path) -> None:
         assert found['kilotune_requests_total{route="/v1/completions",status="200",tenant="other"}'] == 2
         assert found["kilotune_first_token_seconds_count"] == 4
         assert found["kilotune_engine_generated_tokens"] >= 12
+
+
+def test_a_manager_of_one_namespace_sees_its_own_numbers_alone(tmp_path: Path) -> None:
+    ring, keys, manager, monitor = keyring("ann", "bob", "carl")
+    (own, kept), (late, last) = new_key("manager", "ann"), new_key("manager", "carl")
+    whole = Keyring(None, [*ring._fixed, kept, last])
+    with serving(tmp_path, ring=(whole, keys, manager, monitor), metrics_tenants=2) as running:
+        for space, count in (("ann", 1), ("bob", 2), ("carl", 3)):
+            with running.client(running.keys[space]) as client:
+                for _ in range(count):
+                    client.post("/v1/completions", json={**GOOD, "model": BASE, "max_tokens": 3, "ignore_eos": True})
+        with running.client(own) as ann, running.client(late) as carl, running.client(running.manager) as all_of_them:
+            seen, others = ann.get("/metrics").text, all_of_them.get("/metrics").text
+            among_others = carl.get("/metrics").text  # not named: what is "other" is of several
+    lines = [line for line in seen.splitlines() if not line.startswith("#")]
+    assert 'kilotune_completion_tokens_total{tenant="ann"} 3.0' in lines
+    assert all('tenant="ann"' in line for line in lines)
+    assert 'tenant="bob"' in others
+    assert "kilotune_engine_steps" in others
+    assert [line for line in among_others.splitlines() if not line.startswith("#")] == []
 
 
 def test_ones_own_usage(running: Running) -> None:

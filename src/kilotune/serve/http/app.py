@@ -225,9 +225,11 @@ def _health(app: FastAPI, service: Service, errors: dict[int | str, dict[str, An
     text: dict[int | str, dict[str, Any]] = {**errors, 200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
 
     @app.get("/metrics", operation_id="metrics", response_class=PlainTextResponse, responses=text, tags=["health"])
-    async def metrics() -> Response:
-        """For Prometheus; with a monitor's or a manager's key."""
-        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
+    async def metrics(request: Request) -> Response:
+        """For Prometheus; with a monitor's or a manager's key. A manager of one namespace gets its series alone."""
+        caller = noted(request.scope).caller
+        text = service.metrics.text(None if caller is None else caller.namespace)
+        return Response(text, media_type="text/plain; version=0.0.4")
 
 
 def _document(app: FastAPI) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections import OrderedDict, deque
@@ -9,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, final
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from ..engine.interface import EngineStats
@@ -83,6 +84,22 @@ class _EngineGauges(Collector):
 
 
 @final
+class _OfOne(CollectorRegistry):
+    """What of a registry is one tenant's own; nothing of others, and nothing of all together, which tells of them."""
+
+    def __init__(self, whole: CollectorRegistry, tenant: str) -> None:
+        super().__init__()
+        self._whole, self._tenant = whole, tenant
+
+    def collect(self) -> Iterator[Metric]:
+        for metric in self._whole.collect():
+            if own := [sample for sample in metric.samples if sample.labels.get("tenant") == self._tenant]:
+                shown = copy.copy(metric)
+                shown.samples = own
+                yield shown
+
+
+@final
 class Metrics:
     """Used on the loop's thread; tenants beyond the first ``tenants`` share one label."""
 
@@ -129,6 +146,6 @@ class Metrics:
             self._recent.popitem(last=False)
         return found
 
-    def text(self) -> bytes:
-        """In Prometheus' text format."""
-        return generate_latest(self.registry)
+    def text(self, tenant: str | None = None) -> bytes:
+        """In Prometheus' text format; of one tenant its own series alone, none where it counts among the others."""
+        return generate_latest(self.registry if tenant is None else _OfOne(self.registry, tenant))
