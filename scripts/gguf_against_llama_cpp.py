@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from kilotune import LoraConfig, get_peft_model
-from kilotune.train.use.gguf_lora import FAMILIES, gguf_lora, write_gguf
+from kilotune.train.finished.gguf_lora import FAMILIES, gguf_lora, write_gguf
 
 SIZES = {
     "hidden_size": 32,

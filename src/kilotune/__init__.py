@@ -71,36 +71,37 @@ __all__ = [
     "optimizer_groups",
 ]
 
-__getattr__, __dir__ = lazy(
-    __name__,
-    {
-        "config": ("AdapterConfig", "TaskType"),
-        "errors": (
-            "AdapterError",
-            "CheckpointError",
-            "ConfigError",
-            "KilotuneError",
-            "MergeError",
-            "MissingExtraError",
-            "TargetError",
-            "UnsupportedError",
-        ),
-        "layers.adapted_parameters": ("TiedTableWarning", "UntrainedExpertsWarning"),
-        "methods": (
-            "METHODS",
-            "BitfitConfig",
-            "BottleneckConfig",
-            "Ia3Config",
-            "IntrinsicConfig",
-            "LoraConfig",
-            "LoraXsConfig",
-            "UniLoraConfig",
-            "VeraConfig",
-            "get_config",
-        ),
-        "model.optimizer_groups": ("optimizer_groups",),
-        "model.parameter_report": ("ParameterReport", "count_parameters"),
-        "model.merging": ("MergePrecisionWarning",),
-        "model.peft_model": ("LoraModel", "PeftModel", "VeraModel", "get_peft_model"),
-    },
-)
+if not TYPE_CHECKING:  # type checkers have the imports above, and no name beside them
+    __getattr__, __dir__ = lazy(
+        __name__,
+        {
+            "config": ("AdapterConfig", "TaskType"),
+            "errors": (
+                "AdapterError",
+                "CheckpointError",
+                "ConfigError",
+                "KilotuneError",
+                "MergeError",
+                "MissingExtraError",
+                "TargetError",
+                "UnsupportedError",
+            ),
+            "layers.adapted_parameters": ("TiedTableWarning", "UntrainedExpertsWarning"),
+            "methods": (
+                "METHODS",
+                "BitfitConfig",
+                "BottleneckConfig",
+                "Ia3Config",
+                "IntrinsicConfig",
+                "LoraConfig",
+                "LoraXsConfig",
+                "UniLoraConfig",
+                "VeraConfig",
+                "get_config",
+            ),
+            "model.optimizer_groups": ("optimizer_groups",),
+            "model.parameter_report": ("ParameterReport", "count_parameters"),
+            "model.merging": ("MergePrecisionWarning",),
+            "model.peft_model": ("LoraModel", "PeftModel", "VeraModel", "get_peft_model"),
+        },
+    )

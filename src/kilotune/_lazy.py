@@ -28,11 +28,12 @@ def lazy(package: str, homes: Mapping[str, Sequence[str]]) -> tuple[Callable[[st
             value = getattr(importlib.import_module(f"{package}.{home_of[name]}"), name)
             setattr(sys.modules[package], name, value)
             return value
-        if not name.startswith("_") and importlib.util.find_spec(f"{package}.{name}") is not None:
+        public = name.isidentifier() and not name.startswith("_")
+        if public and importlib.util.find_spec(f"{package}.{name}") is not None:
             return importlib.import_module(f"{package}.{name}")
         raise AttributeError(f"module {package!r} has no attribute {name!r}", name=name, obj=sys.modules[package])
 
     def names() -> list[str]:
-        return sorted({*vars(sys.modules[package]), *home_of})
+        return sorted({*home_of, *(name for name in vars(sys.modules[package]) if name.startswith("__"))})
 
     return find, names

@@ -28,11 +28,12 @@ def replacing(path: Path, *, shared: bool = False, flushed: bool = False) -> Ite
         if flushed:
             flush(fresh)
         os.replace(fresh, path)
-        if flushed:
-            flush(path.parent)
-    finally:
+    except BaseException:
         with suppress(OSError):  # what went wrong before says more
             fresh.unlink(missing_ok=True)
+        raise
+    if flushed:
+        flush(path.parent)
 
 
 def flush(path: Path) -> None:

@@ -13,9 +13,9 @@ from typer.testing import CliRunner, Result
 from kilotune.cli import chat as verb
 from kilotune.cli.main import app
 from kilotune.errors import ConfigError
+from kilotune.train.finished.sampling_options import Sampling
+from kilotune.train.finished.text_generation import Chat, Writer
 from kilotune.train.results.outcome import form_of
-from kilotune.train.use.sampling import Sampling
-from kilotune.train.use.text_generation import Chat, Writer
 from tests.support.cli_helpers import kilotune
 from tests.support.generation_support import greedy, loaded, merged, pair
 from tests.support.train_support import LENGTH, sentence, write_jsonl
@@ -192,7 +192,7 @@ def test_at_a_keyboard_faults_end_the_message_and_not_the_chat(
 def test_ctrl_c_stops_an_answer_and_keeps_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from kilotune.train.use import text_generation as inference
+    from kilotune.train.finished import text_generation as inference
 
     base, adapter = pair("llama", True)
     writer = Writer(merged("llama", base, adapter), AutoTokenizer.from_pretrained(base), Sampling(max_tokens=COUNT))
@@ -225,7 +225,7 @@ def test_ctrl_c_stops_an_answer_and_keeps_it(
 
 
 def test_an_interrupt_before_any_word_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
-    from kilotune.train.use import text_generation as inference
+    from kilotune.train.finished import text_generation as inference
 
     base, adapter = pair("llama", True)
     writer = Writer(merged("llama", base, adapter), AutoTokenizer.from_pretrained(base), Sampling(max_tokens=COUNT))

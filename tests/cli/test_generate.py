@@ -23,8 +23,8 @@ from typer.testing import CliRunner
 from kilotune import PeftModel, VeraConfig, get_peft_model
 from kilotune.cli.main import app
 from kilotune.errors import CheckpointError, ConfigError
-from kilotune.train.use.sampling import Sampling
-from kilotune.train.use.text_generation import Writer
+from kilotune.train.finished.sampling_options import Sampling
+from kilotune.train.finished.text_generation import Writer
 from tests.support.cli_helpers import as_json, error, kilotune, saved, shake
 from tests.support.generation_support import PROMPT, greedy, loaded, merged, pair
 from tests.support.train_support import LENGTH, model_folder, sentence
@@ -214,7 +214,7 @@ def test_no_piece_is_half_a_character_or_the_beginning_of_a_stop() -> None:
     tokenizer = _bytes()
     ids = tokenizer(text)["input_ids"]
     assert any("\ufffd" in tokenizer.decode(ids[:i]) for i in range(len(ids)))
-    from kilotune.train.use.text_generation import _Stream
+    from kilotune.train.finished.text_generation import _Stream
 
     pieces: list[str] = []
     stream = _Stream(tokenizer, ["STOP never"], pieces.append)
@@ -413,7 +413,7 @@ def test_a_keyboard_gets_no_silence(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_ctrl_c_keeps_what_was_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    from kilotune.train.use import text_generation as inference
+    from kilotune.train.finished import text_generation as inference
 
     base, adapter = pair("llama")
     put, calls = inference._Stream.put, []

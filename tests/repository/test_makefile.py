@@ -62,7 +62,17 @@ def test_plain_make_lists_every_target() -> None:
     assert listed == {name for name in phony.group(1).split() if not name.startswith("env-")}
 
 
-@pytest.mark.parametrize("target", ["demo", "test", "test-full", "lint", "type", "bench", "docs", "format"])
+def test_ci_runs_both_tiers_and_the_full_one_runs_everything() -> None:
+    script = (ROOT / ".ci" / "run").read_text()
+    assert re.findall(r"make (\S+)", script) == ["test", "test-heavy"]
+    assert "set -euo pipefail" in script
+    assert '-m "heavy and not full"' in run_make("-n", "test-heavy").stdout
+    assert '-m ""' in run_make("-n", "test-full").stdout
+
+
+@pytest.mark.parametrize(
+    "target", ["demo", "test", "test-heavy", "test-full", "lint", "type", "bench", "docs", "format"]
+)
 def test_each_target_sets_up_first(target: str) -> None:
     done = run_make("-n", "-j4", target)
     assert done.returncode == 0, done.stderr

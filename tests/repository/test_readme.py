@@ -39,7 +39,7 @@ def commands(page: Path) -> Iterator[list[str]]:
 
 
 # Pages whose Python takes the reader's own model and data by name: their imports are run here. The first two are run
-# whole by tests of their own (test_store_contract.py, test_using_docs.py).
+# whole by tests of their own (tests/fleet/store/test_contract.py, tests/train/finished/test_using_docs.py).
 FRAGMENTS = {"deploy.md", "serve.md", "store.md", "using.md", "fleet.md", "engines.md"}
 
 

@@ -1,4 +1,4 @@
-"""Two replicas of the service under Ray, for test_serve_replicas.py: replicas_script.py FOLDER STORE KEYS PORT."""
+"""Two replicas of the service under Ray, for test_replicas.py: replicas_script.py FOLDER STORE KEYS PORT."""
 
 from __future__ import annotations
 

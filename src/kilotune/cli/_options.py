@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
+from ..train.finished.sampling_options import Sampling
 from ..train.settings.sections import ModelSettings, TrainingSettings
-from ..train.use.sampling import Sampling
 
 __all__ = [
     "Adapter",

@@ -11,14 +11,14 @@ from ..adapter_files.names import CONFIG_NAME
 from ..errors import ConfigError, gather
 from ..model.peft_model import PeftModel
 from ..plan import DTYPES
+from ..train.finished.sampling_options import Sampling
+from ..train.finished.text_generation import Writer, check_writes, tokenizer_of
 from ..train.results.outcome import form_of
 from ..train.results.scoring import check_base
 from ..train.running import base_model as models
 from ..train.settings.fields import one_of
 from ..train.settings.sections import ModelSettings
 from ..train.tasks import TASKS
-from ..train.use.sampling import Sampling
-from ..train.use.text_generation import Writer, check_writes, tokenizer_of
 from ._adapter import base_of, load_fitting_base, open_adapter
 from ._output import quiet_transformers
 
@@ -117,7 +117,7 @@ def open_writer(
     check_writes(model)
     check_base(model, weights.settings(source, revision), file.folder)
     tokenizer = tokenizer_of(file.folder, source, revision)
-    adapted = PeftModel.from_pretrained(weights.placed(model), file.folder)
+    adapted = PeftModel.from_pretrained(weights.placed(model), file)
     return Opened(Writer(adapted, tokenizer, sampling), adapter, source, form_of(file.folder))
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, KilotuneError, did_you_mean
-from ..train.use.sampling import Sampling
+from ..train.finished.sampling_options import Sampling
 from ._options import (
     Adapter,
     AdapterRevision,
@@ -29,7 +29,7 @@ from ._options import (
 from ._output import Json, complain, print_json, warn
 
 if TYPE_CHECKING:
-    from ..train.use.text_generation import Answer, Chat
+    from ..train.finished.text_generation import Answer, Chat
     from ._writing import Opened
 
 __all__ = ["chat"]
@@ -66,7 +66,7 @@ def chat(
     sampling = Sampling(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop=tuple(stop or ())
     )
-    from ..train.use.text_generation import Chat
+    from ..train.finished.text_generation import Chat
     from ._writing import Weights, alone, open_writer
 
     opened = open_writer(adapter, adapter_revision, base, revision, Weights(dtype, quantization, device), sampling)

@@ -98,7 +98,7 @@ def _with_base(file: AdapterFile, to: Form, rank: int | None, base: str | None, 
     from ._adapter import base_of, fitting_base
 
     found = fitting_base(file, *base_of(file, base, revision))
-    model = PeftModel.from_pretrained(hollow(found.model), file.folder)
+    model = PeftModel.from_pretrained(hollow(found.model), file)
     if to is Form.lora:
         return to_lora(model, rank=rank, progressbar=sys.stderr.isatty())
     return to_peft(model) if to is Form.peft else to_kilotune(model)

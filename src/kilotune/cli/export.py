@@ -89,7 +89,7 @@ def export(
     _check_place(out, to, [adapter, *([base] if base else [])], force)
     file = open_adapter(adapter, adapter_revision)
     source, revision = base_of(file, base, revision)
-    model = PeftModel.from_pretrained(hollow(fitting_base(file, source, revision).model), file.folder)
+    model = PeftModel.from_pretrained(hollow(fitting_base(file, source, revision).model), file)
     write = _lora if to is Form.lora else _gguf
     document = {"adapter": adapter, "base": source, "out": str(out), "to": to.value, "method": file.method.name}
     document.update(write(model, file, out, rank, dtype))
@@ -127,7 +127,7 @@ def _check_place(out: Path, to: Form, sources: list[str], force: bool) -> None:
 
 
 def _lora(model: PeftModel, file: AdapterFile, out: Path, rank: int | None, dtype: str | None) -> dict[str, Any]:
-    from ..train.use.lora_export import export_lora
+    from ..train.finished.lora_export import export_lora
 
     made = export_lora(model, rank=rank)
     made.conversion.save(out)
@@ -144,7 +144,7 @@ def _lora(model: PeftModel, file: AdapterFile, out: Path, rank: int | None, dtyp
 
 def _gguf(model: PeftModel, file: AdapterFile, out: Path, rank: int | None, dtype: str | None) -> dict[str, Any]:
     from ..plan import DTYPES
-    from ..train.use.gguf_lora import gguf_lora, write_gguf
+    from ..train.finished.gguf_lora import gguf_lora, write_gguf
 
     made = gguf_lora(model, rank=rank)
     write_gguf(made, out, dtype=DTYPES[dtype or "float32"], name=file.folder.resolve().name)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ConfigError
-from ..train.use.sampling import Sampling
+from ..train.finished.sampling_options import Sampling
 from ._options import (
     Adapter,
     AdapterRevision,
@@ -29,7 +29,7 @@ from ._options import (
 from ._output import Json, print_json
 
 if TYPE_CHECKING:
-    from ..train.use.text_generation import Answer, Chat
+    from ..train.finished.text_generation import Answer, Chat
     from ._writing import Opened
 
 __all__ = ["generate"]
@@ -69,7 +69,7 @@ def generate(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop=tuple(stop or ())
     )
     text = prompt if prompt is not None else _piped()
-    from ..train.use.text_generation import Chat
+    from ..train.finished.text_generation import Chat
     from ._writing import Weights, alone, open_writer, show
 
     opened = open_writer(adapter, adapter_revision, base, revision, Weights(dtype, quantization, device), sampling)

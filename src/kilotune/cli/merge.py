@@ -140,7 +140,7 @@ def _merge(model: nn.Module, file: AdapterFile, safe: bool, dtype: str | None) -
     from ..plan import DTYPES
     from ..storage import storage_of
 
-    adapted = PeftModel.from_pretrained(model, file.folder)
+    adapted = PeftModel.from_pretrained(model, file)
     held = ((module, storage_of(module)) for module in model.modules())  # adapted or not
     schemes = [storage.scheme(module) for module, storage in held if storage is not None and not storage.lossless]
     if schemes and dtype is None:  # transformers 5.23 cannot write what came from a quantised folder, so it gets dense

@@ -42,16 +42,17 @@ __all__ = [
     "wrap",
 ]
 
-__getattr__, __dir__ = lazy(
-    __name__,
-    {
-        "bank.adapter_bank": ("AdapterBank",),
-        "joint.joint_training": ("JointTraining", "fit"),
-        "joint.losses": ("RowLoss",),
-        "joint.settings": ("FleetSettings",),
-        "joint.sinks": ("Finished", "FolderSink", "Sink", "StoreSink"),
-        "joint.users": ("FleetReport", "Progress", "User", "UserReport"),
-        "joint.wrapping": ("wrap",),
-        "store": ("AdapterStore", "Fingerprint", "Record", "Version", "open_store"),
-    },
-)
+if not TYPE_CHECKING:  # type checkers have the imports above, and no name beside them
+    __getattr__, __dir__ = lazy(
+        __name__,
+        {
+            "bank.adapter_bank": ("AdapterBank",),
+            "joint.joint_training": ("JointTraining", "fit"),
+            "joint.losses": ("RowLoss",),
+            "joint.settings": ("FleetSettings",),
+            "joint.sinks": ("Finished", "FolderSink", "Sink", "StoreSink"),
+            "joint.users": ("FleetReport", "Progress", "User", "UserReport"),
+            "joint.wrapping": ("wrap",),
+            "store": ("AdapterStore", "Fingerprint", "Record", "Version", "open_store"),
+        },
+    )

@@ -1,7 +1,7 @@
 """Fine-tuning on one's own data: recipes that drive transformers' Trainer. Importing this needs no extra.
 
 Begin in run.py: a fine-tuning from its settings to its files. Rooms, from below: settings, data (with metrics.py),
-tasks, trainer, running, use, results. Stands on model/, convert.py, plan.py and below::
+tasks, trainer, running, finished, results. Stands on model/, convert.py, plan.py and below::
 
     from kilotune.train import load_settings, train
 
@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 from .._lazy import lazy
 
 if TYPE_CHECKING:
+    from .finished.sampling_options import Sampling
+    from .finished.text_generation import Answer, Chat, Writer
     from .own_module import fit_module
     from .results.outcome import Result
     from .run import evaluate, fit, train
@@ -30,8 +32,6 @@ if TYPE_CHECKING:
     )
     from .trainer.for_trainer import for_trainer
     from .trainer.parallel import ignore_sharded, shard_base
-    from .use.sampling import Sampling
-    from .use.text_generation import Answer, Chat, Writer
 
 __all__ = [
     "AdapterSettings",
@@ -58,25 +58,26 @@ __all__ = [
     "train",
 ]
 
-__getattr__, __dir__ = lazy(
-    __name__,
-    {
-        "own_module": ("fit_module",),
-        "results.outcome": ("Result",),
-        "run": ("evaluate", "fit", "train"),
-        "running.session": ("Session", "open_session"),
-        "settings.config_file": ("load_settings", "settings_from"),
-        "settings.sections": (
-            "AdapterSettings",
-            "DataSettings",
-            "LogSettings",
-            "ModelSettings",
-            "TrainingSettings",
-            "TrainSettings",
-        ),
-        "trainer.for_trainer": ("for_trainer",),
-        "trainer.parallel": ("ignore_sharded", "shard_base"),
-        "use.sampling": ("Sampling",),
-        "use.text_generation": ("Answer", "Chat", "Writer"),
-    },
-)
+if not TYPE_CHECKING:  # type checkers have the imports above, and no name beside them
+    __getattr__, __dir__ = lazy(
+        __name__,
+        {
+            "own_module": ("fit_module",),
+            "results.outcome": ("Result",),
+            "run": ("evaluate", "fit", "train"),
+            "running.session": ("Session", "open_session"),
+            "settings.config_file": ("load_settings", "settings_from"),
+            "settings.sections": (
+                "AdapterSettings",
+                "DataSettings",
+                "LogSettings",
+                "ModelSettings",
+                "TrainingSettings",
+                "TrainSettings",
+            ),
+            "trainer.for_trainer": ("for_trainer",),
+            "trainer.parallel": ("ignore_sharded", "shard_base"),
+            "finished.sampling_options": ("Sampling",),
+            "finished.text_generation": ("Answer", "Chat", "Writer"),
+        },
+    )

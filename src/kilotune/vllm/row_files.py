@@ -43,6 +43,7 @@ def write_row(folder: Path, row: Tensor, layout: Layout) -> Path:
     if not path.exists():
         data = save({"row": row}, {"layout": text})
         with replacing(path, shared=True) as fresh:
+            fresh.touch(0o600, exist_ok=False)  # an adapter is for its owner only
             fresh.write_bytes(data)
     return path
 

@@ -92,7 +92,7 @@ def announce(rank: int, world: int, model: str, dtype: torch.dtype, settings: Se
         "settings": settings.to_dict(),
         "sites": [[site.name, site.out, site.inn] for site in sites],
     }
-    with replacing(folder() / f"worker-{rank}.json") as fresh:
+    with replacing(folder() / f"worker-{rank}.json", shared=True) as fresh:
         fresh.write_text(json.dumps(values))
 
 

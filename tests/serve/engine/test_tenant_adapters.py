@@ -15,8 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kilotune import KilotuneError, LoraConfig, PeftModel, VeraConfig, get_peft_model
+from kilotune.adapter_files.files import TwoFiles
+from kilotune.adapter_files.reading import AdapterFile
 from kilotune.errors import AdapterError, CheckpointError, ConfigError, ResourceError, StoreError
 from kilotune.fleet import open_store
+from kilotune.fleet.store import records
 from kilotune.serve.engine.device_adapters import Turns
 from kilotune.serve.engine.interface import AdapterKey
 from kilotune.serve.engine.tenant_adapters import AdapterRegistry
@@ -57,6 +60,29 @@ def test_what_is_put_can_be_named_in_its_namespace_alone(registry: AdapterRegist
     assert str(hidden.value).replace("mine", "nope") == str(nobody.value)
     with pytest.raises(AdapterError, match="Did you mean 'mine'"):
         registry.resolve("ann", "mien")
+
+
+def test_a_put_reads_its_files_once_and_what_it_wrote_once(
+    registry: AdapterRegistry, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A form that is new, the same again, and other numbers of a form that is known."""
+    read: list[Path] = []
+    real = records.parse
+
+    def counting(files: TwoFiles) -> AdapterFile:
+        read.append(files.folder)
+        return real(files)
+
+    monkeypatch.setattr(records, "parse", counting)
+    adapter_of(base_model(), 2).save_pretrained(tmp_path / "second")
+    for source, expected in (
+        (folder, [Path("mine"), Path("mine (version 1)")]),
+        (folder, [Path("mine")]),  # it is in memory
+        (tmp_path / "second", [Path("mine"), Path("mine (version 3)")]),
+    ):
+        read.clear()
+        registry.put("ann", "mine", source)
+        assert read == expected
 
 
 def test_aliases_move_and_versions_go(registry: AdapterRegistry, folder: Path, tmp_path: Path) -> None:

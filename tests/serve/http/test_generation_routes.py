@@ -13,7 +13,7 @@ import openai
 import pytest
 import torch
 
-from kilotune.train.use.text_generation import Writer
+from kilotune.train.finished.text_generation import Writer
 from tests.support.http_support import BASE, Running, batching, expected, prompt_ids, reference, serving, tokenizer
 
 PROMPT = "the cat sat on"

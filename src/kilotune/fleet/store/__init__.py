@@ -35,13 +35,14 @@ __all__ = [
     "open_store",
 ]
 
-__getattr__, __dir__ = lazy(
-    __name__,
-    {
-        "adapter_store": ("AdapterStore", "Item"),
-        "fingerprint": ("Fingerprint",),
-        "records": ("Collected", "Contents", "Fault", "Form", "Moved", "Record", "Stats", "Version"),
-        "transfer": ("copy_adapters", "export_adapters"),
-        "urls": ("open_store",),
-    },
-)
+if not TYPE_CHECKING:  # type checkers have the imports above, and no name beside them
+    __getattr__, __dir__ = lazy(
+        __name__,
+        {
+            "adapter_store": ("AdapterStore", "Item"),
+            "fingerprint": ("Fingerprint",),
+            "records": ("Collected", "Contents", "Fault", "Form", "Moved", "Record", "Stats", "Version"),
+            "transfer": ("copy_adapters", "export_adapters"),
+            "urls": ("open_store",),
+        },
+    )

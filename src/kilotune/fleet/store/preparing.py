@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
@@ -95,7 +95,7 @@ class Preparer:
             known = self._known.get((kind, None if base is None else base.sha256))
         if known is not None:
             return known
-        made = _new_form(replace(contents, config=config), self.base, packing)
+        made = _new_form(contents, config, self.base, packing)
         with self._lock:
             if len(self._known) >= CACHED:
                 self._known.clear()
@@ -149,7 +149,9 @@ def _without_weights(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**config, SECTION: {key: value for key, value in section.items() if key != "weights"}}
 
 
-def _new_form(contents: Contents, base: Fingerprint | None, packing: str) -> tuple[Form, tuple[str, ...]]:
+def _new_form(
+    contents: Contents, config: Mapping[str, Any], base: Fingerprint | None, packing: str
+) -> tuple[Form, tuple[str, ...]]:
     file = contents.file
     shared = tuple(key for key in contents.tensors if is_common(key, file.method))
     own = {key: value for key, value in contents.tensors.items() if key not in shared}
@@ -157,7 +159,7 @@ def _new_form(contents: Contents, base: Fingerprint | None, packing: str) -> tup
     header = {key: value for key, value in contents.header.items() if key != SUM}
     if SUM in contents.header:
         header[SUM] = ""  # there is one, and it is made anew of the numbers
-    form = Form(dict(contents.config), header, layout)
+    form = Form(dict(config), header, layout)
     if base is not None and contents.base is not None:
         base.check(contents.base, "the adapter", form.saved_whole)
     known = contents.base or base

@@ -235,8 +235,8 @@ class AdapterRegistry:
             AdapterError: a name that cannot be one. ResourceError: no room for another form now. StoreError: the store.
 
         """
-        contents = replace(contents_of(adapter), where=Path(name))
         what = f"adapter {check_name(name)!r}"
+        contents = replace(contents_of(adapter), where=Path(name))
         if contents.base is not None:
             self.fingerprint.check(contents.base, what, _saved(contents.config))
         self._try(contents.file, namespace, what)

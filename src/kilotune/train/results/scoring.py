@@ -11,6 +11,7 @@ from typing import Any
 from ...adapter_files.files import CONFIG_NAME
 from ...errors import CheckpointError, ConfigError, did_you_mean, gather
 from ...model.peft_model import PeftModel
+from ..finished.text_generation import TOKENIZER_FILES
 from ..running import base_model as models
 from ..running.session import Session
 from ..settings.config_file import merged, read_config, settings_from
@@ -19,7 +20,6 @@ from ..tasks import TASKS, Task
 from ..trainer import output_folder
 from ..trainer.failures import advise_on_memory
 from ..trainer.output_folder import SETTINGS_NAME
-from ..use.text_generation import TOKENIZER_FILES
 from .outcome import LABELS_NAME
 
 __all__ = ["check_base", "open_scoring", "scoring_settings"]

@@ -14,10 +14,10 @@ from typer.testing import CliRunner
 from kilotune import get_config, get_peft_model
 from kilotune.cli.main import app
 from kilotune.errors import KilotuneError
+from kilotune.train.finished.gguf_lora import FAMILIES, gguf_lora
+from kilotune.train.finished.lora_export import export_lora
 from kilotune.train.run import train
 from kilotune.train.settings.config_file import settings_from
-from kilotune.train.use.gguf_lora import FAMILIES, gguf_lora
-from kilotune.train.use.lora_export import export_lora
 from tests.support.cli_helpers import llama, shake
 from tests.support.paths import ROOT
 from tests.support.train_support import model_folder, prompts, write_jsonl

@@ -1,4 +1,4 @@
-"""How the next token is chosen: the settings of a :class:`~kilotune.train.use.text_generation.Writer`."""
+"""How the next token is chosen: the settings of a :class:`~kilotune.train.finished.text_generation.Writer`."""
 
 from __future__ import annotations
 

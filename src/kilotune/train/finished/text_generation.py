@@ -18,7 +18,7 @@ from ..data.columns import sound
 from ..data.processors import load_tokenizer
 from ..data.rendering import Rendered, tokenize
 from ..running.base_model import limits_of
-from .sampling import Sampling
+from .sampling_options import Sampling
 
 __all__ = ["Answer", "Chat", "Writer", "check_writes", "tokenizer_of"]
 
