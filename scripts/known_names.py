@@ -26,7 +26,8 @@ def text() -> str:
     """The whole file."""
     listed: dict[str, Any] = {
         "methods": {name: own_options(method.config_cls) for name, method in METHODS.items()},
-        "presets": list(PRESETS),
+        "configs": {name: method.config_cls.__name__ for name, method in METHODS.items()},
+        "presets": {name: method for name, (method, _) in PRESETS.items()},
         "models": list(models()),
     }
     return json.dumps(listed, indent=2, ensure_ascii=False) + "\n"

@@ -14,14 +14,15 @@ import math
 import re
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, StrEnum
 from typing import Any, ClassVar, NoReturn, TypeVar, cast, final
 
 from .errors import ConfigError, did_you_mean, gather
+from .known_names import CONFIG_NAMES, METHOD_OPTIONS, PRESETS_OF, may_be_option
 
-__all__ = ["FORMAT_VERSION", "AdapterConfig", "TaskType", "option"]
+__all__ = ["FORMAT_VERSION", "AdapterConfig", "TaskType", "check_listed_options", "listed_options", "option"]
 
 FORMAT_VERSION = 1
 SECTION = "kilotune"
@@ -222,8 +223,7 @@ class AdapterConfig(ABC):
 
     @classmethod
     def _unknown(cls, key: str) -> str:
-        hint = did_you_mean(SYNONYMS.get(key, key), cls.option_names())
-        return f"unknown option {key!r}.{hint} All: {', '.join(cls.option_names())}"
+        return _unknown_option(key, cls.option_names())
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
@@ -272,6 +272,33 @@ class AdapterConfig(ABC):
         elif self.layers_pattern is not None:
             faults.append("layers_pattern: has no effect without layers_to_transform")
         return faults
+
+
+def listed_options(method: str) -> list[str]:
+    """The options of a method of known_names.json, as its config has them, without importing that."""
+    return [*AdapterConfig.option_names(), *METHOD_OPTIONS[method]]
+
+
+def check_listed_options(method: str, given: Iterable[str]) -> None:
+    """Refuse what is no option of a listed method or preset, as its config would, without importing that.
+
+    What may be an option since the list was written passes, and so does any method that is not listed.
+
+    Raises:
+        ConfigError: with the nearest valid names.
+
+    """
+    name = PRESETS_OF.get(method, method)
+    if name not in METHOD_OPTIONS:
+        return
+    known = listed_options(name)
+    unknown = [key for key in given if key not in known]
+    if unknown and not any(map(may_be_option, unknown)):
+        raise ConfigError(gather(f"{CONFIG_NAMES[name]}:", [_unknown_option(key, known) for key in unknown]))
+
+
+def _unknown_option(key: str, known: Sequence[str]) -> str:
+    return f"unknown option {key!r}.{did_you_mean(SYNONYMS.get(key, key), known)} All: {', '.join(known)}"
 
 
 # What people write for an option whose name looks different.

@@ -95,6 +95,18 @@ def did_you_mean(name: str, options: Iterable[str]) -> str:
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
+def check_one_of(what: str, value: object, names: Iterable[str]) -> None:
+    """Refuse a value that is none of ``names``, with the nearest one.
+
+    Raises:
+        ConfigError: it is not; ``what`` is how it is called.
+
+    """
+    listed = list(names)
+    if value not in listed:
+        raise ConfigError(f"{what}: expected one of {listed}, got {value!r}.{did_you_mean(str(value), listed)}")
+
+
 def first_line(error: BaseException) -> str:
     """The first line of another library's message, or the error's type where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

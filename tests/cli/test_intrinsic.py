@@ -162,7 +162,7 @@ def test_without_matplotlib_one_line_says_what_to_install(monkeypatch: pytest.Mo
 
 def test_help_names_every_default() -> None:
     from kilotune.experiments.dimension.search import Search
-    from kilotune.experiments.images.tasks import ImageSettings
+    from kilotune.experiments.images.settings import ImageSettings
 
     text = re.sub(r"[│\s]+", " ", kilotune(VERB, "--help").stdout)
     search, settings = Search(), ImageSettings()

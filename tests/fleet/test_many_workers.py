@@ -8,8 +8,8 @@ from collections import Counter, OrderedDict
 import numpy as np
 import pytest
 
+from kilotune._ui.sizes import parse_bytes, parse_count
 from kilotune.errors import ConfigError
-from kilotune.fleet.scale import parse_bytes, parse_count
 from tests.support.paths import ROOT
 
 USERS, WORKERS, REQUESTS = 200_000, 8, 60_000

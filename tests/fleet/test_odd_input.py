@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from kilotune import AdapterError, ConfigError, MergeError, VeraConfig, get_config, get_peft_model
+from kilotune._ui.sizes import parse_bytes, parse_count
 from kilotune.errors import CheckpointError
 from kilotune.fleet import AdapterBank, open_store, wrap
 from kilotune.fleet.joint.users_from_files import text_users
-from kilotune.fleet.scale import parse_bytes, parse_count, scale
+from kilotune.fleet.scale import scale
 from kilotune.fleet.store import export_adapters
-from kilotune.fleet.store.packing import PACKINGS
+from kilotune.fleet.store.names import PACKINGS
 from tests.support.cli_helpers import error, kilotune, llama
 from tests.support.models import mlp
 from tests.support.store_support import adapted, contents, shake

@@ -8,60 +8,21 @@ from pathlib import Path
 from typing import Any, final
 
 from ..adapter_files.names import CONFIG_NAME
-from ..errors import ConfigError, gather
+from ..errors import ConfigError
 from ..model.peft_model import PeftModel
-from ..plan import DTYPES
 from ..train.finished.sampling_options import Sampling
 from ..train.finished.text_generation import Writer, check_writes, tokenizer_of
 from ..train.results.outcome import form_of
 from ..train.results.scoring import check_base
 from ..train.running import base_model as models
-from ..train.settings.fields import one_of
-from ..train.settings.sections import ModelSettings
 from ..train.tasks import TASKS
 from ._adapter import base_of, load_fitting_base, open_adapter
 from ._output import quiet_transformers
+from ._weights import Weights
 
-__all__ = ["Opened", "Weights", "alone", "is_whole_model", "open_writer", "show"]
+__all__ = ["Opened", "alone", "is_whole_model", "open_writer", "show"]
 
 MESSAGES = "messages"
-
-
-@final
-@dataclass(frozen=True)
-class Weights:
-    """How the base is held: as ``model.dtype``, ``model.quantization`` and ``training.device`` of a training."""
-
-    dtype: str
-    quantization: str
-    device: str
-
-    def __post_init__(self) -> None:
-        faults = one_of("auto", *DTYPES)("--dtype", self.dtype)
-        faults += one_of("none", "nf4", "int8")("--quantization", self.quantization)
-        faults += one_of("auto", "cpu", "cuda")("--device", self.device)
-        if faults:
-            raise ConfigError(gather("the model cannot be loaded so:", faults))
-
-    @property
-    def stored(self) -> str | None:
-        """The dtype's name; None: as the weights are stored."""
-        return None if self.dtype == "auto" else self.dtype
-
-    def settings(self, source: str, revision: str | None = None) -> ModelSettings:
-        """The same as a training has it."""
-        return ModelSettings(base=source, revision=revision, dtype=self.dtype, quantization=self.quantization)
-
-    def options(self, source: str) -> dict[str, Any]:
-        """What transformers' ``from_pretrained`` is given to quantise the weights."""
-        if self.quantization == "none":
-            return {}
-        config = models.quantised(self.settings(source), models.need_transformers("quantising"))
-        return {"quantization_config": config, "device_map": {"": models.device_of(self.device, "--device")}}
-
-    def placed(self, model: Any) -> Any:
-        """The model on the device; quantised weights are there already."""
-        return model if self.quantization != "none" else model.to(models.device_of(self.device, "--device"))
 
 
 @final

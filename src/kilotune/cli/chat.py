@@ -27,6 +27,7 @@ from ._options import (
     TopP,
 )
 from ._output import Json, complain, print_json, warn
+from ._weights import Weights
 
 if TYPE_CHECKING:
     from ..train.finished.text_generation import Answer, Chat
@@ -66,10 +67,11 @@ def chat(
     sampling = Sampling(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop=tuple(stop or ())
     )
+    weights = Weights(dtype, quantization, device)
     from ..train.finished.text_generation import Chat
-    from ._writing import Weights, alone, open_writer
+    from ._writing import alone, open_writer
 
-    opened = open_writer(adapter, adapter_revision, base, revision, Weights(dtype, quantization, device), sampling)
+    opened = open_writer(adapter, adapter_revision, base, revision, weights, sampling)
     if plain is None and system is None and opened.chats is not None:
         plain = not opened.chats
     talk = Chat(opened.writer, system, plain)

@@ -76,9 +76,6 @@ def demo(
 
     Exits with 1 when the adapted classes do not gain, the others do not pay, or any other check fails.
     """
-    from .._ui.pages import check_folder, require_packages
-    from ..experiments.demo.experiment import run
-    from ..experiments.demo.page import write_report
     from ..experiments.demo.settings import choose
 
     chosen = {
@@ -95,6 +92,10 @@ def demo(
     }
     folder = out or RUNS / f"demo-{data.value}"
     settings = choose(data.value, quick=quick, chosen=chosen)
+    from .._ui.pages import check_folder, require_packages
+    from ..experiments.demo.experiment import run
+    from ..experiments.demo.page import write_report
+
     require_packages()
     check_folder(folder)
     errors = Console(stderr=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, final
 import typer
 
 from .._ui.sizes import readable_bytes
-from ..errors import CheckpointError, ConfigError, did_you_mean
+from ..errors import CheckpointError, ConfigError, check_one_of
 from ..known_names import DTYPE_NAMES
 from . import merge
 from ._output import Json, console, print_json, quiet_transformers, warn
@@ -106,10 +106,8 @@ def _check_options(to: Form, rank: int | None, dtype: str | None) -> None:
         raise ConfigError("--rank: is for --to lora and --to gguf; a merged model has no rank")
     if dtype is not None and to is Form.lora:
         raise ConfigError("--dtype: is for --to merged and --to gguf; a LoRA folder holds float32")
-    if dtype is not None and dtype not in DTYPE_NAMES:
-        raise ConfigError(
-            f"--dtype: expected one of {list(DTYPE_NAMES)}, got {dtype!r}.{did_you_mean(dtype, DTYPE_NAMES)}"
-        )
+    if dtype is not None:
+        check_one_of("--dtype", dtype, DTYPE_NAMES)
 
 
 def _check_place(out: Path, to: Form, sources: list[str], force: bool) -> None:

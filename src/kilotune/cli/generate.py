@@ -27,6 +27,7 @@ from ._options import (
     TopP,
 )
 from ._output import Json, print_json
+from ._weights import Weights
 
 if TYPE_CHECKING:
     from ..train.finished.text_generation import Answer, Chat
@@ -68,11 +69,12 @@ def generate(
     sampling = Sampling(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop=tuple(stop or ())
     )
+    weights = Weights(dtype, quantization, device)
     text = prompt if prompt is not None else _piped()
     from ..train.finished.text_generation import Chat
-    from ._writing import Weights, alone, open_writer, show
+    from ._writing import alone, open_writer, show
 
-    opened = open_writer(adapter, adapter_revision, base, revision, Weights(dtype, quantization, device), sampling)
+    opened = open_writer(adapter, adapter_revision, base, revision, weights, sampling)
     if template is None:
         template = system is not None or bool(opened.chats)
     chat = Chat(opened.writer, system, plain=not template)

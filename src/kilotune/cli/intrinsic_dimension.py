@@ -16,8 +16,9 @@ from .demo import DataSet, progress_bar
 
 if TYPE_CHECKING:
     from ..experiments.dimension.results import DimensionResult, Level, Outcome
-    from ..experiments.dimension.search import Search
-    from ..experiments.images.tasks import ImageSettings, ImageTask
+    from ..experiments.dimension.settings import Search
+    from ..experiments.images.settings import ImageSettings
+    from ..experiments.images.tasks import ImageTask
     from ..experiments.run_store import RunStore
 
 __all__ = ["intrinsic_dimension"]
@@ -138,7 +139,7 @@ def _settings(
     batch: int,
     pretrain_epochs: int | None,
 ) -> ImageSettings:
-    from ..experiments.images.tasks import ImageSettings
+    from ..experiments.images.settings import ImageSettings
 
     if start is Start.scratch and pretrain_epochs is not None:
         raise ConfigError("--pretrain-epochs is for --from pretrained")
@@ -163,7 +164,7 @@ def _search(
     seed: int,
     values: dict[str, Any],
 ) -> Search:
-    from ..experiments.dimension.search import STRUCTURES, Search
+    from ..experiments.dimension.settings import STRUCTURES, Search
 
     return Search(
         structures=STRUCTURES if structure is Structure.both else (structure.value,),

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .._ui.sizes import readable_bytes
-from ..errors import CheckpointError, ConfigError, did_you_mean, gather
+from ..errors import CheckpointError, ConfigError, check_one_of, gather
 from ..known_names import DTYPE_NAMES
 from ._output import Json, console, print_json, quiet_transformers, warn
 
@@ -71,9 +71,8 @@ def merge(
     as_json: Json = False,
 ) -> None:
     """Merge an adapter into its base's weights: a model folder that transformers loads as any other."""
-    if dtype is not None and dtype not in DTYPE_NAMES:
-        hint = did_you_mean(dtype, DTYPE_NAMES)
-        raise ConfigError(f"--dtype: expected one of {list(DTYPE_NAMES)}, got {dtype!r}.{hint}")
+    if dtype is not None:
+        check_one_of("--dtype", dtype, DTYPE_NAMES)
     quiet_transformers()
     from ..model.parameter_report import count_parameters
     from ._adapter import base_of, check_out, load_fitting_base, open_adapter

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .._ui.sizes import readable_bytes
-from ..config import AdapterConfig, TaskType
-from ..errors import ConfigError, did_you_mean, gather
-from ..known_names import DTYPE_NAMES, METHOD_OPTIONS, MODEL_NAMES
+from .._ui.sizes import parse_bytes, parse_count, readable_bytes
+from ..config import AdapterConfig, TaskType, check_listed_options, listed_options
+from ..errors import ConfigError, check_one_of, did_you_mean, gather
+from ..known_names import DTYPE_NAMES, METHOD_OPTIONS, MODEL_NAMES, PRESETS_OF
+from ..train.settings.sections import adapter_names
 from ._completion import complete, complete_methods
 from ._output import Json, console, print_json, quiet_transformers, rows_table
 
@@ -107,17 +108,21 @@ def plan(
 ) -> None:
     """Count what a fine-tune costs before it runs: trained and shared numbers, bytes, files, many users."""
     values = _options(options or [], rank or [], targets, targets_regex)
+    methods = [_method(name) for name in method or USUAL]
+    for name in methods:
+        _check_options(name, [*values, *(["r"] if rank else [])])
+    if dtype is not None:
+        check_one_of("dtype", dtype, DTYPE_NAMES)
+    count = parse_count(users, "--users")
+    space = None if memory is None else parse_bytes(memory, "--memory")
     quiet_transformers()
-    from ..fleet.scale import parse_bytes, parse_count, scale
+    from ..fleet.scale import scale
     from ..plan import costs, load_base
 
-    methods = [_method(name) for name in method or USUAL]
     base = load_base(model, dtype=dtype, revision=revision, head=_head(values), built_in=models())
     values = _with_default_targets(base, values)
     ranks: list[int | None] = [*rank] if rank else [None]
     configs = [(name, _config(name, r, values)) for name in dict.fromkeys(methods) for r in ranks]
-    count = parse_count(users, "--users")
-    space = None if memory is None else parse_bytes(memory, "--memory")
     results = [replace(costs(base.model, config, count), method=name) for name, config in configs]
     scales = [scale(base.model, config, count, space, rate) for _, config in configs]
     notes = [base.notes[m] for m in dict.fromkeys(methods) if m in base.notes]
@@ -129,12 +134,27 @@ def plan(
 
 def _method(name: str) -> str:
     """The name of a method or a preset, as it is spelled here."""
-    from ..methods import METHODS, PRESETS
-
-    known = {name: name for name in (*METHODS, *PRESETS)}
+    known = adapter_names(name.lower())
     if name.lower() not in known:
         raise ConfigError(f"unknown method {name!r}.{did_you_mean(name, known)} Methods: {', '.join(sorted(known))}")
     return name.lower()
+
+
+def _check_options(method: str, given: Sequence[str]) -> None:
+    """Refuse a wrong option by its name before anything large is imported; its value is the config's to check."""
+    try:
+        check_listed_options(method, given)
+    except ConfigError as error:
+        hint = _others(PRESETS_OF.get(method, method), given, {name: listed_options(name) for name in METHOD_OPTIONS})
+        raise ConfigError(f"{error}{hint}") from error
+
+
+def _others(method: str, given: Sequence[str], options: Mapping[str, Sequence[str]]) -> str:
+    """The methods that have the given options, where this one has not."""
+    others = [name for name, own in options.items() if set(given) <= set(own)]
+    if not others or method in others:
+        return ""
+    return f"\n  These options are of {' and '.join(others)}: add --method {others[0]}"
 
 
 def _options(given: list[str], ranks: list[int], targets: str | None, targets_regex: str | None) -> dict[str, Any]:
@@ -186,10 +206,9 @@ def _config(method: str, rank: int | None, values: Mapping[str, Any]) -> Adapter
     try:
         return get_config(method, **({**values} if rank is None else {**values, "r": rank}))
     except ConfigError as error:
-        given = set(values) | (set() if rank is None else {"r"})
-        others = [name for name, cls in METHODS.items() if given <= set(cls.config_cls.option_names())]
-        hint = f"\n  These options are of {' and '.join(others)}: add --method {others[0]}" if others else ""
-        raise ConfigError(f"{error}{hint if PRESETS.get(method, (method, {}))[0] not in others else ''}") from error
+        options = {name: cls.config_cls.option_names() for name, cls in METHODS.items()}
+        hint = _others(PRESETS.get(method, (method, {}))[0], [*values, *([] if rank is None else ["r"])], options)
+        raise ConfigError(f"{error}{hint}") from error
 
 
 def _document(base: Base, results: list[AdapterCosts], scales: list[Scale], notes: list[str]) -> dict[str, Any]:

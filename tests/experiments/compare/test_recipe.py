@@ -14,11 +14,13 @@ import pytest
 
 from kilotune.errors import ConfigError
 from kilotune.experiments.compare import costs
-from kilotune.experiments.compare.problem import METHOD_NAMES, Contender
-from kilotune.experiments.compare.recipe import Recipe, RecipeSettings
+from kilotune.experiments.compare.problem import Contender
+from kilotune.experiments.compare.problem_settings import RecipeSettings
+from kilotune.experiments.compare.recipe import Recipe
 from kilotune.experiments.compare.settings import ALL_METHODS, load_comparison
 from kilotune.train.run import train
 from kilotune.train.settings.config_file import load_settings
+from kilotune.train.settings.sections import METHOD_NAMES
 from tests.support.cli_helpers import as_json, error
 from tests.support.paths import ROOT
 from tests.support.train_support import model_folder, sentence, write_jsonl

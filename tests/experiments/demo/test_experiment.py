@@ -26,7 +26,8 @@ from kilotune.experiments.demo.results import AdapterFacts, Check, DemoResult, M
 from kilotune.experiments.demo.settings import METHODS, DemoSettings, choose
 from kilotune.experiments.images.convnet import VERA_WIDTHS, build
 from kilotune.experiments.images.digits_data import ImageSet
-from kilotune.experiments.images.training import Recipe, one_thread
+from kilotune.experiments.images.settings import Recipe
+from kilotune.experiments.images.training import one_thread
 
 TINY = DemoSettings(seeds=1, epochs=1, adapt_epochs=1)
 

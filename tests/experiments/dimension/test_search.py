@@ -25,7 +25,8 @@ from kilotune.errors import CheckpointError, ConfigError, DivergedError, Kilotun
 from kilotune.experiments.dimension.report import score_chart, score_page, write_dimension_report
 from kilotune.experiments.dimension.results import DimensionResult, smallest_reaching
 from kilotune.experiments.dimension.search import TUNING_SEED, Search, measure, run_settings
-from kilotune.experiments.images.tasks import ImageSettings, ImageTask, Scores, Task, Tick
+from kilotune.experiments.images.settings import ImageSettings
+from kilotune.experiments.images.tasks import ImageTask, Scores, Task, Tick
 from kilotune.experiments.images.training import logits_of, one_thread
 from kilotune.experiments.run_store import Key, Run, RunStore
 from tests.support.paths import ROOT

@@ -11,8 +11,8 @@ from torch import nn
 from kilotune.errors import ConfigError, KilotuneError
 from kilotune.experiments.demo.settings import DemoSettings, choose
 from kilotune.experiments.images.digits_data import ImageSet
+from kilotune.experiments.images.settings import Recipe
 from kilotune.experiments.images.training import (
-    Recipe,
     accuracy_among,
     count_steps,
     logits_of,

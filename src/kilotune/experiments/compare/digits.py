@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, final
+from dataclasses import replace
+from typing import Any, final
 
 from torch import Tensor, nn
 
-from ...train.settings.fields import Section, number, setting
-from ..images.tasks import ImageSettings, ImageTask
+from ..images.settings import ImageSettings
+from ..images.tasks import ImageTask
 from ..images.training import logits_of, train
 from .problem import ModuleProblem, Score, Tick
+from .problem_settings import DigitsSettings
 
-__all__ = ["Digits", "DigitsSettings"]
+__all__ = ["Digits"]
 
 LAYERS = ("conv1", "conv2", "fc1", "fc2", "fc3")
 HIDDEN = ("conv1", "conv2", "fc1", "fc2")
@@ -23,24 +24,6 @@ USUAL: Mapping[str, Mapping[str, Any]] = {
     "ia3": {"target_modules": LAYERS, "feedforward_modules": ()},
     "bottleneck": {"target_modules": ("fc1", "fc2"), "width": 8},
 }
-
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class DigitsSettings(Section):
-    """scikit-learn's digits."""
-
-    SECTION: ClassVar[str] = "problem"
-
-    rotation: float = setting(45.0, number(-360, 360), "Degrees by which the digits to be learned are turned.")
-    epochs: int = setting(12, number(1, whole=True), "Epochs of a run of full length.")
-    batch: int = setting(32, number(1, whole=True), "Pictures per step.")
-    pretrain_epochs: int = setting(10, number(1, whole=True), "Epochs of the pretraining on upright digits.")
-
-    @classmethod
-    def together(cls, values: Mapping[str, Any]) -> list[str]:
-        turned = values["rotation"] % 360 != 0
-        return [] if turned else [f"{cls.key('rotation')}: at 0 degrees nothing is left to learn"]
 
 
 @final

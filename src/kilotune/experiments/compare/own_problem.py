@@ -3,29 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, final
 
-from ...config import FrozenDict
 from ...errors import ConfigError, did_you_mean
-from ...train.settings.fields import Section, mapping, setting, text
 from .problem import Problem
+from .problem_settings import YoursSettings
 
-__all__ = ["YoursSettings", "load_yours"]
-
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class YoursSettings(Section):
-    """Where the problem is."""
-
-    SECTION: ClassVar[str] = "problem"
-
-    file: str = setting("", text, "A Python file, which is run; from the folder of this config file.")
-    name: str = setting("", text, "The class in it: a subclass of kilotune.experiments.compare.problem.Problem.")
-    arguments: Mapping[str, Any] = setting(FrozenDict(), mapping, "What the class is made with, by name.")
+__all__ = ["load_yours"]
 
 
 def load_yours(settings: YoursSettings) -> Problem:

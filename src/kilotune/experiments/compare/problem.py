@@ -21,13 +21,12 @@ from torch import Tensor, nn
 
 from ...config import AdapterConfig, FrozenDict
 from ...errors import ConfigError
-from ...methods import METHODS, PRESETS, get_config
+from ...methods import get_config
 from ...model.peft_model import get_peft_model
 from ...train.settings.sections import WHOLE_METHODS
 
-__all__ = ["METHOD_NAMES", "WHOLE_METHODS", "Bench", "Contender", "ModuleProblem", "Problem", "Score", "Tick"]
+__all__ = ["WHOLE_METHODS", "Bench", "Contender", "ModuleProblem", "Problem", "Score", "Tick"]
 
-METHOD_NAMES = (*WHOLE_METHODS, *METHODS, *PRESETS)
 SEEDS = ("projection_prng_key", "proj_seed")
 """The options that hold the seed of a method's random matrices. They follow a run's seed, unless they are given."""
 

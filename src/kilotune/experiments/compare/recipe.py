@@ -6,9 +6,8 @@ import dataclasses
 import hashlib
 import json
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, final
+from typing import Any, final
 
 from torch import Tensor, nn
 
@@ -17,34 +16,19 @@ from ...errors import ConfigError
 from ...train.run import Session, evaluate, fit, open_session
 from ...train.running.events import Event, Listener
 from ...train.settings.config_file import load_settings
-from ...train.settings.fields import Section, setting, text
+from ...train.settings.fields import Section
 from ...train.settings.sections import AdapterSettings, LogSettings, TrainSettings
 from ...train.tasks import Prepared
 from ...train.trainer.from_settings import best_by, quiet, total_steps
 from .problem import Bench, Contender, Problem, Score, Tick
+from .problem_settings import RecipeSettings
 
-__all__ = ["Recipe", "RecipeSettings"]
+__all__ = ["Recipe"]
 
 # Settings of a training that the comparison decides, or that decide nothing of its numbers.
 BETWEEN = ("eval_every", "save_every", "early_stopping", "load_best", "eval_batch_size", "best_metric")
 OURS = ("seed", "learning_rate", "workers", "keep_checkpoints", *BETWEEN)
 SHARES = ("accuracy", "f1", "precision", "recall", "exact")  # metrics that are shares of 1
-
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class RecipeSettings(Section):
-    """Which recipe."""
-
-    SECTION: ClassVar[str] = "problem"
-
-    config: str = setting(
-        "",
-        text,
-        "A config file of kilotune train, with validation and test data; from the folder of this config file. Its "
-        "adapter, learning_rate, seed, output and logging are the comparison's, and each run is trained to its end: "
-        "there are no evaluations in between, and no early stopping.",
-    )
 
 
 RATIO = "training.lora_plus_ratio"

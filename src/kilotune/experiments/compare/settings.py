@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, final
+from typing import TYPE_CHECKING, Any, ClassVar, final
 
 from ...config import FrozenDict
 from ...errors import ConfigError, did_you_mean, gather
 from ...train.settings.config_file import merged, read_config
 from ...train.settings.fields import Section, freeze, mapping, number, setting
-from .digits import Digits, DigitsSettings
-from .own_problem import YoursSettings, load_yours
-from .problem import METHOD_NAMES, Contender, Problem
-from .recipe import Recipe, RecipeSettings
+from ...train.settings.sections import WHOLE_METHODS, adapter_names
+from .problem_settings import DigitsSettings, RecipeSettings, YoursSettings
 from .search import Search
+
+if TYPE_CHECKING:
+    from .problem import Contender, Problem
 
 __all__ = ["ALL_METHODS", "CompareSettings", "contenders_of", "load_comparison", "make_problem"]
 
@@ -34,10 +35,29 @@ ALL_METHODS = (
 )
 """What is compared where nothing else is said."""
 
+
+def _digits(settings: DigitsSettings) -> Problem:
+    from .digits import Digits  # each of them needs torch, which wrong settings do without
+
+    return Digits(settings)
+
+
+def _recipe(settings: RecipeSettings) -> Problem:
+    from .recipe import Recipe
+
+    return Recipe(settings)
+
+
+def _yours(settings: YoursSettings) -> Problem:
+    from .own_problem import load_yours
+
+    return load_yours(settings)
+
+
 KINDS: Mapping[str, tuple[type[Section], Callable[[Any], Problem]]] = {
-    "digits": (DigitsSettings, Digits),
-    "recipe": (RecipeSettings, Recipe),
-    "python": (YoursSettings, load_yours),
+    "digits": (DigitsSettings, _digits),
+    "recipe": (RecipeSettings, _recipe),
+    "python": (YoursSettings, _yours),
 }
 PLACES = ("config", "file")
 """Settings of a problem that are paths, from the folder of the comparison's own file."""
@@ -127,10 +147,15 @@ def _method_faults(given: Mapping[str, Any]) -> list[str]:
     for name, options in given.items():
         if options is not None and not isinstance(options, Mapping):
             faults.append(f"methods.{name}: expected options with values, got {options!r}")
-        elif (method := (options or {}).get("method", name)) not in METHOD_NAMES:
-            hint = did_you_mean(str(method), METHOD_NAMES)
+        elif (method := (options or {}).get("method", name)) not in (known := _names(method)):
+            hint = did_you_mean(str(method), known)
             faults.append(f"methods.{name}: {method!r} is no method.{hint} A name of your own needs its 'method'")
     return faults
+
+
+def _names(wanted: object) -> tuple[str, ...]:
+    """What ``wanted`` is looked up among."""
+    return (*WHOLE_METHODS, *adapter_names(str(wanted)))
 
 
 def make_problem(settings: CompareSettings) -> Problem:
@@ -158,10 +183,10 @@ def contenders_of(settings: CompareSettings, problem: Problem, only: Sequence[st
     """
     given = settings.methods or dict.fromkeys(ALL_METHODS)
     names = only or tuple(given)
-    known = (*given, *METHOD_NAMES)
-    faults = [f"{name!r} is no method.{did_you_mean(name, known)}" for name in names if name not in known]
+    known = {name: (*given, *_names(name)) for name in names}
+    faults = [f"{name!r} is no method.{did_you_mean(name, known[name])}" for name in names if name not in known[name]]
     found: dict[str, Contender] = {}
-    for name in (name for name in names if name in known):
+    for name in (name for name in names if name in known[name]):
         options = dict(given.get(name) or {})
         method = str(options.pop("method", name))
         try:
@@ -178,6 +203,8 @@ def contenders_of(settings: CompareSettings, problem: Problem, only: Sequence[st
 
 
 def _contender(name: str, method: str, options: Mapping[str, Any], problem: Problem) -> Contender:
+    from .problem import Contender
+
     bare = Contender(name, method)
     if not bare.is_adapter:
         if options:

@@ -10,8 +10,7 @@ from types import MappingProxyType
 from typing import Any, final
 
 from ...errors import ConfigError, did_you_mean, gather
-from ..images.cifar import CLASS_NAMES as CIFAR_NAMES
-from ..images.training import Recipe
+from ..images.settings import CIFAR_NAMES, Recipe
 
 __all__ = ["CLASS_NAMES", "DEFAULTS", "LABELS", "METHODS", "DemoSettings", "choose"]
 

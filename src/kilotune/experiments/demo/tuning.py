@@ -18,7 +18,8 @@ from torch import nn
 from ...errors import KilotuneError
 from ..images.convnet import VERA_WIDTHS, ConvNet, build
 from ..images.digits_data import ImageSet, digits
-from ..images.training import Recipe, logits_of, one_thread, train
+from ..images.settings import Recipe
+from ..images.training import logits_of, one_thread, train
 from .experiment import adapted
 from .settings import DemoSettings
 

@@ -26,18 +26,15 @@ from ...errors import KilotuneError, gather
 from ...whole_file import replacing
 from .cifar_pickles import read_batch
 from .digits_data import Data, ImageSet, Progress
+from .settings import CIFAR_NAMES
 
-__all__ = ["ARCHIVE_SHA256", "ARCHIVE_URL", "CLASS_NAMES", "cache_folder", "cifar10", "download"]
+__all__ = ["ARCHIVE_SHA256", "ARCHIVE_URL", "cache_folder", "cifar10", "download"]
 
 ARCHIVE_URL: Final = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 ARCHIVE_SHA256: Final = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
 """Of the binary version's archive, 170,052,171 bytes; its MD5, which the official page prints, is
 c32a1d4ab5d03f1284b67883e8d87530."""
 
-CLASS_NAMES: Final = (
-    *("airplane", "automobile", "bird", "cat", "deer"),
-    *("dog", "frog", "horse", "ship", "truck"),
-)
 RECORD = 1 + 3 * 32 * 32
 BATCH_NAMES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
 VERSIONS = {"binary": ("cifar-10-batches-bin", ".bin"), "python": ("cifar-10-batches-py", "")}
@@ -74,7 +71,7 @@ def cifar10(place: Path | None = None, progress: Progress | None = None) -> Data
     version, files = _find(place)
     train = _join([_read(version, name, files[name]) for name in BATCH_NAMES[:-1]])
     test = _read(version, BATCH_NAMES[-1], files[BATCH_NAMES[-1]])
-    return Data("cifar10", f"CIFAR-10, {version} version", CLASS_NAMES, train, test)
+    return Data("cifar10", f"CIFAR-10, {version} version", CIFAR_NAMES, train, test)
 
 
 def download(url: str, sha256: str, target: Path, progress: Progress | None = None) -> None:

@@ -5,45 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Literal, final
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import DivergedError
 from .digits_data import ImageSet
+from .settings import Recipe
 
-__all__ = ["Recipe", "accuracy_among", "count_steps", "logits_of", "one_thread", "per_class", "thin", "train"]
+__all__ = ["accuracy_among", "count_steps", "logits_of", "one_thread", "per_class", "thin", "train"]
 
 EVALUATION_BATCH = 256
 TICK_STEPS = 25
-
-
-@final
-@dataclass(frozen=True)
-class Recipe:
-    """SGD as in the tutorials, or Adam.
-
-    Attributes:
-        rate: learning rate.
-        epochs: passes over the pictures.
-        batch: pictures per step.
-        momentum: of SGD.
-        optimizer: "sgd", or "adam" with torch's defaults.
-    """
-
-    rate: float
-    epochs: int
-    batch: int = 4
-    momentum: float = 0.9
-    optimizer: Literal["sgd", "adam"] = "sgd"
-
-    def optimizer_of(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-        """The optimizer of these parameters."""
-        if self.optimizer == "adam":
-            return torch.optim.Adam(parameters, lr=self.rate)
-        return torch.optim.SGD(parameters, lr=self.rate, momentum=self.momentum)
 
 
 @contextmanager

@@ -1,4 +1,7 @@
-"""What can be a name, an alias, a tag, a namespace, metadata: checked at the door of every store, the same in all."""
+"""What can be a name, an alias, a tag, a namespace, metadata, a packing: checked at the door of every store.
+
+The same in all of them. Needs no torch.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +12,24 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 
 from ...adapter_files.names import check_adapter_name
-from ...errors import AdapterError, ConfigError, has_control
+from ...errors import AdapterError, ConfigError, check_one_of, has_control
 
 __all__ = [
+    "PACKINGS",
     "check_alias",
     "check_limit",
     "check_metadata",
     "check_name",
     "check_namespace",
+    "check_packing",
     "check_tags",
     "check_which",
     "literal_prefix",
     "matches",
 ]
+
+PACKINGS = ("float32", "bfloat16", "int8")
+"""How numbers are kept; packing.py says what each does."""
 
 MAX_METADATA = 65_536  # bytes of its JSON
 MAX_TAGS = 64
@@ -118,6 +126,12 @@ def check_limit(limit: object) -> int | None:
     if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
         raise ConfigError(f"limit: expected a whole number from 1, got {limit!r}")
     return min(limit, sys.maxsize)
+
+
+def check_packing(packing: object) -> str:
+    """The name of a packing."""
+    check_one_of("packing", packing, PACKINGS)
+    return str(packing)
 
 
 def literal_prefix(pattern: object) -> str:

@@ -28,11 +28,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...errors import CheckpointError, ConfigError, did_you_mean, gather
+from ...errors import CheckpointError, gather
 
-__all__ = ["PACKINGS", "Entry", "Layout", "check_packing"]
+__all__ = ["Entry", "Layout"]
 
-PACKINGS = ("float32", "bfloat16", "int8")
 EXACT = "exact"
 STEPS = 127
 DTYPES = {
@@ -50,15 +49,6 @@ DTYPES = {
         torch.bool,
     )
 }
-
-
-def check_packing(packing: object) -> str:
-    """The name of a packing, else ConfigError."""
-    if packing not in PACKINGS:
-        raise ConfigError(
-            f"packing: expected one of {list(PACKINGS)}, got {packing!r}.{did_you_mean(str(packing), PACKINGS)}"
-        )
-    return str(packing)
 
 
 @final

@@ -21,8 +21,8 @@ from ...kinds import KINDS
 from ...methods import Method
 from ...model.adapter_model import AdapterModel
 from .fingerprint import Fingerprint
-from .names import check_metadata, check_name, check_tags
-from .packing import Layout, check_packing
+from .names import check_metadata, check_name, check_packing, check_tags
+from .packing import Layout
 from .records import SUM, Contents, Form, Record, canonical
 
 __all__ = ["Preparer", "Ready", "contents_of", "folder_contents", "is_common"]

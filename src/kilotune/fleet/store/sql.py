@@ -25,12 +25,12 @@ from .names import (
     check_limit,
     check_name,
     check_namespace,
+    check_packing,
     check_tags,
     check_which,
     literal_prefix,
     matches,
 )
-from .packing import check_packing
 from .preparing import Preparer, Ready
 from .reading import Forms, Row
 from .records import Collected, Fault, Record, Stats, Version

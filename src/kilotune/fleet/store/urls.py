@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit, urlunsplit
 
-from torch import nn
-
 from ...errors import ConfigError, did_you_mean
-from .adapter_store import AdapterStore
-from .fingerprint import Fingerprint
-from .names import check_namespace
-from .packing import check_packing
+from .names import check_namespace, check_packing
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .adapter_store import AdapterStore
+    from .fingerprint import Fingerprint
 
 __all__ = ["DEFAULT", "open_store"]
 
@@ -50,7 +52,7 @@ def open_store(
     check_packing(packing)
     if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not 0 <= timeout < 1e6:
         raise ConfigError(f"timeout: expected a number of seconds from 0, got {timeout!r}")
-    known = base if isinstance(base, Fingerprint) or base is None else Fingerprint.of(base)
+    known = None if base is None else _fingerprint(base)
     text = str(url) if isinstance(url, str | Path) else ""
     if not text or text == "file://":
         raise ConfigError(f"{url!r} names no store: expected {FORMS}")
@@ -71,6 +73,12 @@ def open_store(
             raise ConfigError(f"packing={packing!r}: {path} is a folder, which a store only reads")
         return FolderStore(path, namespace, known)
     raise ConfigError(_strange(text, scheme, path))
+
+
+def _fingerprint(base: nn.Module | Fingerprint) -> Fingerprint:
+    from .fingerprint import Fingerprint  # needs torch, which a wrong URL does without
+
+    return base if isinstance(base, Fingerprint) else Fingerprint.of(base)
 
 
 def _strange(url: str, scheme: str, path: Path) -> str:

@@ -7,7 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...config import AdapterConfig
 from ...errors import ConfigError, MissingExtraError, gather, nearest
+from ...known_names import METHOD_OPTIONS, may_be_option
 from .fields import Section, freeze, plain
 from .sections import SECTIONS, AdapterSettings, TrainSettings, between
 
@@ -50,11 +52,9 @@ def settings_from(values: Mapping[str, Any], where: str = "settings") -> TrainSe
 
 def _unknown(section: type[Section], key: Any) -> str:
     """The line for a key that is not there: the nearest name of the same section, or where the key stands."""
-    from ...methods import METHODS  # needs torch, which help texts do without
-
     name = SYNONYMS.get(str(key), str(key))
     homes = [other for other in SECTIONS.values() if other is not section and name in other.known()]
-    if section is AdapterSettings and any(name in method.config_cls.option_names() for method in METHODS.values()):
+    if section is AdapterSettings and _is_option(name):
         hint = f" It is an option of the method: {section.key('options')}.{name}"
     elif homes:
         hint = f" Did you mean {homes[0].key(name)!r}?"
@@ -63,6 +63,17 @@ def _unknown(section: type[Section], key: Any) -> str:
     else:
         hint = f" All: {', '.join(section.known())}"
     return f"{section.key(str(key))}: there is no such setting.{hint}"
+
+
+def _is_option(name: str) -> bool:
+    """Whether any method has this option."""
+    if name in AdapterConfig.option_names() or any(name in own for own in METHOD_OPTIONS.values()):
+        return True
+    if not may_be_option(name):
+        return False
+    from ...methods import METHODS  # needs torch, which a wrong key does without
+
+    return any(name in method.config_cls.option_names() for method in METHODS.values())
 
 
 # What people write for a setting whose name looks different.

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast, final
 
-from ...config import AdapterConfig, FrozenDict
+from ...config import AdapterConfig, FrozenDict, check_listed_options
 from ...errors import ConfigError, did_you_mean, faults_of, gather
-from ...known_names import METHOD_OPTIONS, PRESET_NAMES
+from ...known_names import METHOD_OPTIONS, PRESET_NAMES, may_be_method, methods_are_loaded
 from .fields import EPOCH, Section, flag, interval, mapping, number, one_of, or_none, paths, setting, text, warmup
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "ModelSettings",
     "TrainSettings",
     "TrainingSettings",
+    "adapter_names",
     "usual_rate",
 ]
 
@@ -129,13 +130,18 @@ class ModelSettings(Section):
     )
 
 
-def _method(name: str, value: Any) -> list[str]:
-    """One of the methods, of which one may have come since known_names.json was written."""
-    if value in METHOD_NAMES:
-        return []
+def adapter_names(wanted: str) -> tuple[str, ...]:
+    """The methods and presets that ``wanted`` is looked up among: as they are listed, where that is enough."""
+    listed = (*METHOD_OPTIONS, *PRESET_NAMES)
+    if wanted in listed or not may_be_method(wanted):
+        return listed
     from ...methods import METHODS, PRESETS
 
-    return one_of(*METHODS, *PRESETS, *WHOLE_METHODS)(name, value)
+    return (*METHODS, *PRESETS)
+
+
+def _method(name: str, value: Any) -> list[str]:
+    return one_of(*adapter_names(str(value)), *WHOLE_METHODS)(name, value)
 
 
 @final
@@ -169,9 +175,12 @@ class AdapterSettings(Section):
         if method in WHOLE_METHODS:
             given = [name for name, value in (("options", options), ("start", start)) if value]
             return [f"{cls.key(name)}: method {method!r} is no adapter, so it has none" for name in given]
-        from ...methods import get_config  # needs torch, which help texts do without
-
+        if not options and not methods_are_loaded():
+            return []  # every method can do without; torch, which methods need, is not imported for that
         try:
+            check_listed_options(method, options)
+            from ...methods import get_config
+
             get_config(method, **options)
         except (ConfigError, TypeError) as error:
             return [f"{cls.key('options')}: {line}" for line in faults_of(error)]
