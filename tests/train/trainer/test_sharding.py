@@ -20,11 +20,14 @@ from kilotune.train.trainer.parallel import blocks, ignore_sharded, shard_base
 from tests.support.models import Nested, randomize
 from tests.support.paths import ROOT, SUPPORT
 
-pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
+pytestmark = [
+    pytest.mark.heavy,
+    pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed"),
+]
 
 
 def launch(worker: str, *arguments: str, processes: int = 2, timeout: int = 240) -> subprocess.CompletedProcess[str]:
-    """Run a worker of tests/distributed under torchrun."""
+    """Run a worker of tests/support under torchrun."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.run(
@@ -50,7 +53,6 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return held
 
 
-@pytest.mark.heavy
 @pytest.mark.parametrize("form", ["replicated", "base_in_shards", "added_to_shards", "adapters_in_shards"])
 def test_two_processes_give_the_adapter_of_one(form: str, found: list[dict[str, Any]]) -> None:
     for one in found:
