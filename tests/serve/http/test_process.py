@@ -25,7 +25,7 @@ import openai
 import pytest
 import torch
 
-from kilotune import PeftModel
+from kilotune import PeftModel, VeraConfig, get_peft_model
 from kilotune.fleet import open_store
 from kilotune.train import (
     AdapterSettings,
@@ -37,7 +37,8 @@ from kilotune.train import (
     train,
 )
 from tests.support.cli_helpers import as_json, error
-from tests.support.http_support import adapter_folder, base_folder, expected
+from tests.support.generation_support import greedy, loaded
+from tests.support.http_support import adapter_folder, base_folder, expected, prompt_ids, tokenizer
 from tests.support.paths import ROOT
 
 PROMPT = "the cat sat on"
@@ -254,6 +255,47 @@ def test_what_was_acknowledged_survives_a_kill_and_a_term_ends_it_well(tmp_path:
         assert events.count("request") == 4
     with pytest.raises(httpx2.ConnectError):
         complete(served.url, "any", "a1")
+
+
+def whole_folder(folder: Path, *names: str) -> Path:
+    """An adapter that brings modules of its own, changed at random."""
+    model = get_peft_model(
+        loaded("llama", base_folder()), VeraConfig(r=4, target_modules=["o_proj"], modules_to_save=list(names))
+    )
+    chance = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for _, parameter in model.adapter_parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=chance))
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.heavy
+def test_an_adapter_that_brings_its_embedding_or_cannot_run_harms_nobody(tmp_path: Path) -> None:
+    """In a real process: what is right is served, what cannot run is refused, and another tenant never notices."""
+    path, tenants, manager = keys(tmp_path, "ann", "bob")
+    with process(base_folder(), tmp_path / "adapters.db", tmp_path, "--keys", str(path)) as served:
+        assert served.put(manager, "bob", "mine", adapter_folder(1)).status_code == 201
+
+        def bobs() -> str:
+            return str(complete(served.url, tenants["bob"], "mine").json()["choices"][0]["text"])
+
+        assert bobs() == expected(1, PROMPT, 6)
+        whole = whole_folder(tmp_path / "whole", "embed_tokens", "lm_head")
+        assert served.put(manager, "ann", "whole", whole).status_code == 201
+        model = PeftModel.from_pretrained(loaded("llama", base_folder()), whole).eval()
+        ids = prompt_ids(PROMPT)
+        answer = complete(served.url, tenants["ann"], "whole", ignore_eos=True).json()["choices"][0]["text"]
+        assert answer == tokenizer().decode(greedy(model, ids, 6, eos_token_id=None), skip_special_tokens=True)
+        assert bobs() == expected(1, PROMPT, 6)
+        refused = served.put(manager, "ann", "bad", whole_folder(tmp_path / "bad", "rotary_emb"))
+        assert refused.status_code == 400
+        assert "fits this model, and fails when it runs" in refused.json()["error"]["message"]
+        assert complete(served.url, tenants["ann"], "bad").status_code == 404
+        headers = {"Authorization": f"Bearer {manager}"}
+        assert httpx2.delete(f"{served.url}/manage/ann/adapters/whole", headers=headers).status_code == 200
+        assert bobs() == expected(1, PROMPT, 6)
+        assert httpx2.get(f"{served.url}/ready").status_code == 200
 
 
 def test_a_port_that_is_in_use_is_told_before_anything_slow(tmp_path: Path) -> None:
