@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kilotune import (
@@ -25,6 +26,7 @@ from kilotune import (
     get_peft_model,
 )
 from kilotune.adapter_files import files, writing
+from kilotune.fleet import open_store
 from tests.support.guards import refusal_leaves_the_disk, saved_is_loaded
 from tests.support.models import Nested, Snapshot, disk, mlp, randomize
 
@@ -376,6 +378,25 @@ def test_an_adapter_that_cannot_be_written_out_stops_before_the_first_file(
 
     monkeypatch.setattr(writing, "state_of", broken)
     refusal_leaves_the_disk(tmp_path, lambda: model.save_pretrained(tmp_path / "x"))
+
+
+@pytest.mark.parametrize("name", ["float8_e8m0fnu", "float8_e4m3fn", "float8_e5m2"])
+def test_numbers_of_eight_bits_are_read_or_refused_in_one_line(name: str, tmp_path: Path) -> None:
+    """A scale's type, which safetensors itself cannot read, and types that hold numbers."""
+    model = get_peft_model(mlp(), LoraConfig(r=2, target_modules=["0"]))
+    randomize(model)
+    model.save_pretrained(tmp_path)
+    tensors = {key: value.to(getattr(torch, name)) for key, value in load_file(tmp_path / files.WEIGHTS_NAME).items()}
+    save_file(tensors, tmp_path / files.WEIGHTS_NAME)
+    if name == "float8_e8m0fnu":
+        with pytest.raises(CheckpointError, match=r"has numbers of the type 'F8_E8M0', which no adapter is kept in"):
+            PeftModel.from_pretrained(mlp(), tmp_path)
+        with pytest.raises(CheckpointError, match="'F8_E8M0'"):
+            open_store(f"sqlite:///{tmp_path}/a.db").put("a", tmp_path)
+        return
+    loaded = dict(PeftModel.from_pretrained(mlp(), tmp_path).adapter_parameters())
+    assert {parameter.dtype for parameter in loaded.values()} == {torch.float32}
+    assert sorted(float(p.sum()) for p in loaded.values()) == sorted(float(t.float().sum()) for t in tensors.values())
 
 
 def test_pickles_are_never_written(tmp_path: Path) -> None:

@@ -290,6 +290,8 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             metadata = _check_header(path, file)
             file.seek(0)
             tensors = dict(sorted(load(file.read()).items()))
+    except KeyError as error:  # safetensors' own table of types
+        raise CheckpointError(f"{path} has numbers of the type {error}, which no adapter is kept in") from error
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is no valid safetensors file: {error}") from error
     expected = metadata.get("kilotune_sha256")
