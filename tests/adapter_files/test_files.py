@@ -23,6 +23,7 @@ from kilotune import (
     PeftModel,
     VeraConfig,
     VeraModel,
+    get_config,
     get_peft_model,
 )
 from kilotune.adapter_files import files, writing
@@ -381,9 +382,10 @@ def test_an_adapter_that_cannot_be_written_out_stops_before_the_first_file(
 
 
 @pytest.mark.parametrize("name", ["float8_e8m0fnu", "float8_e4m3fn", "float8_e5m2"])
-def test_numbers_of_eight_bits_are_read_or_refused_in_one_line(name: str, tmp_path: Path) -> None:
-    """A scale's type, which safetensors itself cannot read, and types that hold numbers."""
-    model = get_peft_model(mlp(), LoraConfig(r=2, target_modules=["0"]))
+@pytest.mark.parametrize("method", ["lora", "vera", "intrinsic", "unilora"])
+def test_numbers_of_eight_bits_are_read_or_refused_in_one_line(name: str, method: str, tmp_path: Path) -> None:
+    """A scale's type, which safetensors itself cannot read, and types that hold numbers; of layers and of the model."""
+    model = get_peft_model(mlp(), get_config(method, target_modules=["0"]))
     randomize(model)
     model.save_pretrained(tmp_path)
     tensors = {key: value.to(getattr(torch, name)) for key, value in load_file(tmp_path / files.WEIGHTS_NAME).items()}

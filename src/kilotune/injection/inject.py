@@ -18,6 +18,7 @@ from ..candidates import Candidate, candidates, inside, matches_names, saved_who
 from ..config import AdapterConfig
 from ..deltas import Need
 from ..errors import TargetError, UnsupportedError, did_you_mean, gather
+from ..kernels.lowrank import accumulate_dtype
 from ..kinds import LayerKind
 from ..layers.active_adapters import ActiveState
 from ..layers.adapted import AdaptedLayer
@@ -418,7 +419,7 @@ def _start(
         device = base.compute_device()
         # Float32 whatever the dtype in the file, bfloat16 rounds small steps away; contiguous for the same bits.
         given = {k: tensors[f"{name}.{k}"].contiguous() for k in made.shapes[name] if k not in made.method.rebuilt}
-        values = {k: t.to(device, t.dtype if t.itemsize > 4 else torch.float32, copy=True) for k, t in given.items()}
+        values = {k: t.to(device, accumulate_dtype(t.dtype), copy=True) for k, t in given.items()}
         if made.method.rebuilt and name in made.layers:
             own = start(made.method, site_in(made, name, base), shared)
             values.update({key: own[key] for key in made.method.rebuilt})

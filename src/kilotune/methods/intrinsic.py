@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ..config import AdapterConfig, Names, number_fault, option
 from ..deltas import Delta, Full, Role
 from ..errors import CheckpointError, ConfigError, did_you_mean
+from ..kernels.lowrank import accumulate_dtype
 from ..kernels.projected import Held, Projection, padded
 from ..projections.matrices import SEED_LIMIT, Projections
 from ._base import Export, Method, Shared, Site
@@ -150,7 +151,7 @@ class Intrinsic(Method[IntrinsicConfig]):
 
     def _vector(self, device: torch.device, size: int) -> nn.Parameter:
         if self.loaded is not None:
-            wide = torch.promote_types(self.loaded.dtype, torch.float32)
+            wide = accumulate_dtype(self.loaded.dtype)
             return nn.Parameter(self.loaded.to(device, wide, copy=True), requires_grad=False)
         vector = torch.zeros(self.config.d, device=device, dtype=torch.float32)
         vector[size:] = 1.0

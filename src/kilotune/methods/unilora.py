@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ..config import AdapterConfig, Names, bool_faults, number_fault, option, rate_fault
 from ..deltas import Delta, LowRank
 from ..errors import CheckpointError, ConfigError, gather
+from ..kernels.lowrank import accumulate_dtype
 from ..projections.matrices import SEED_LIMIT, Projections
 from ..projections.streams import balanced_indices
 from ._base import Export, LowRankConfig, Method, Shared, Site
@@ -243,7 +244,7 @@ class UniLora(Method[UniLoraConfig]):
     def _vector(self, device: torch.device) -> nn.Parameter:
         given, d = self.brought.get(VECTOR), self.config.theta_d_length
         if given is not None:
-            wide = torch.promote_types(given.dtype, torch.float32)
+            wide = accumulate_dtype(given.dtype)
             return nn.Parameter(given.to(device, wide, copy=True), requires_grad=False)
         # On the CPU, as PEFT draws it: the same seed of torch gives the same start.
         vector = torch.empty(d, dtype=torch.float32, device="meta" if device.type == "meta" else "cpu")
