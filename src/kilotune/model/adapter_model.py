@@ -24,7 +24,7 @@ from ..config import AdapterConfig
 from ..errors import AdapterError, ConfigError, MergeError, did_you_mean, type_name
 from ..injection import inject
 from ..injection.installed_adapter import Installed, check_compatible, set_requires_grad
-from ..injection.tree import own_modules
+from ..injection.tree import layer_around, own_modules
 from ..kernels.ways import Way
 from ..layers.active_adapters import ActiveState
 from ..layers.adapted import AdaptedLayer
@@ -132,7 +132,8 @@ class AdapterModel(RoutedModel, ABC):
 
     def adapted_layers(self) -> dict[str, AdaptedLayer]:
         """All adapted layers by their dotted name in the base model."""
-        return {name: m for name, m, _ in inject.walk(self.model) if isinstance(m, AdaptedLayer)}
+        around = ((name, layer_around(module)) for name, module, _ in inject.walk(self.model))
+        return {name: layer for name, layer in around if layer is not None}
 
     def adapter_parameters(self, adapter_name: str | None = None) -> Iterator[tuple[str, nn.Parameter]]:
         """(``<layer>.<parameter>``, parameter) of one adapter; of the active one when no name is given."""
