@@ -32,7 +32,7 @@ from . import fusion
 from .active_adapters import ActiveState
 from .fusion import leading
 from .routing import changed_rows
-from .slot import BIAS, Merged, Slot, slot_key, weakly
+from .slot import BIAS, Merged, Slot, slot_key
 
 __all__ = ["AdaptedLayer", "Merged"]
 
@@ -114,7 +114,6 @@ class AdaptedLayer(nn.Module):
 
     def add(self, adapter: str, slot: Slot) -> None:
         slot.train(self.training)
-        slot.site = weakly(slot.site, self)
         self.adapters[slot_key(adapter)] = slot
 
     def remove(self, adapter: str) -> None:
