@@ -19,6 +19,7 @@ from ..adapter_files import writing
 from ..adapter_files.fitting import match_tensors
 from ..adapter_files.names import check_adapter_name
 from ..adapter_files.reading import AdapterFile, open_adapter
+from ..adapter_files.writing import DEFAULT
 from ..added_modules import Added, base_modules
 from ..config import AdapterConfig
 from ..errors import AdapterError, ConfigError, MergeError, did_you_mean, type_name
@@ -37,8 +38,6 @@ from .parameter_report import ParameterReport, count_parameters
 from .routed_model import RoutedModel, Source, check_rows, generate
 
 __all__ = ["DEFAULT", "AdapterModel"]
-
-DEFAULT = "default"
 
 
 class AdapterModel(RoutedModel, ABC):
@@ -429,16 +428,10 @@ class AdapterModel(RoutedModel, ABC):
             is_main_process: False writes nothing. Where an adapter is sharded, all processes have to call this.
 
         """
-        if safe_serialization is not True:
-            raise ConfigError(
-                f"safe_serialization: expected True, got {safe_serialization!r}; weights are safetensors only"
-            )
+        writing.check_safe(safe_serialization)
         names = list(self._installed) if selected_adapters is None else self._named(selected_adapters)
-        if not names:
-            raise AdapterError("save_pretrained: there is no adapter to save")
-        root = Path(save_directory)
-        folders = {name: root if name == DEFAULT else root / name for name in names}
-        writing.save({folder: self._installed[name] for name, folder in folders.items()}, is_main_process)
+        chosen = {name: self._installed[name] for name in names}
+        writing.save(writing.folders(Path(save_directory), chosen), is_main_process)
 
     # -- checks ----------------------------------------------------------------------------------
 
