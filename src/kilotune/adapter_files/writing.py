@@ -13,6 +13,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from ..candidates import matches_names
 from ..config import ALL_LINEAR, CLOSED, FORMAT_VERSION, SECTION, AdapterConfig
 from ..deltas import Role
+from ..errors import AdapterError, ConfigError
 from ..injection.inject import Installed, part_of
 from ..layers import stacked_sites as stacks
 from ..layers.adapted_parameters import file_names
@@ -28,7 +29,29 @@ from .peft_layout import (
     header_metadata,
 )
 
-__all__ = ["bias_place", "in_file_form", "save", "state_of"]
+__all__ = ["DEFAULT", "bias_place", "check_safe", "folders", "in_file_form", "save", "state_of"]
+
+DEFAULT = "default"  # the name of an adapter that was given none
+
+
+def folders(root: Path, adapters: Mapping[str, Installed]) -> dict[Path, Installed]:
+    """Where adapters go below ``root``, as in PEFT: 'default' into the folder itself, others into their own.
+
+    Raises:
+        AdapterError: there are none.
+
+    """
+    if not adapters:
+        raise AdapterError("save_pretrained: there is no adapter to save")
+    return {root if name == DEFAULT else root / name: installed for name, installed in adapters.items()}
+
+
+def check_safe(safe_serialization: bool) -> None:
+    """Refuse pickles, which PEFT's option of that name would ask for."""
+    if safe_serialization is not True:
+        raise ConfigError(
+            f"safe_serialization: expected True, got {safe_serialization!r}; weights are safetensors only"
+        )
 
 
 def save(

@@ -17,6 +17,7 @@ from ..layers.saved_module import SavedModule
 from ..projections.matrices import Projections
 
 __all__ = [
+    "WRAPPERS",
     "bare_copy",
     "check_base",
     "every_wrapper",

@@ -19,6 +19,7 @@ from ..adapter_files import writing
 from ..adapter_files.fitting import match_tensors
 from ..adapter_files.names import check_adapter_name
 from ..adapter_files.reading import AdapterFile, open_adapter
+from ..adapter_files.writing import DEFAULT
 from ..added_modules import Added, base_modules
 from ..config import AdapterConfig
 from ..errors import AdapterError, ConfigError, MergeError, did_you_mean, type_name
@@ -30,14 +31,12 @@ from ..layers.active_adapters import ActiveState
 from ..layers.adapted import AdaptedLayer
 from ..layers.slot import slot_key
 from ..projections.matrices import Projections
-from . import base_overrides, merging
+from . import base_overrides, merged_state, merging
 from .merging import MergeReport
 from .parameter_report import ParameterReport, count_parameters
 from .routed_model import RoutedModel, Source, check_rows, generate
 
 __all__ = ["DEFAULT", "AdapterModel"]
-
-DEFAULT = "default"
 
 
 class AdapterModel(RoutedModel, ABC):
@@ -173,12 +172,14 @@ class AdapterModel(RoutedModel, ABC):
     def _install(self, made: inject.Plan, tensors: dict[str, torch.Tensor] | None) -> None:
         storage.prepare(own_modules(self.model))  # first: where its warnings are errors, nothing is installed yet
         installed = inject.apply(self.model, made, self._state, self.projections, tensors)
-        if not self._installed:  # later adapters leave what a user has unfrozen since as it is
-            installed.freeze_others(self.model)
+        if not self._installed:
+            installed.freeze_others(self.model)  # later adapters leave what a user has unfrozen since as it is
+            merged_state.watch_state_dicts(self.model)
         self._installed[made.adapter] = installed
         if installed.shared.trained:
             held = nn.ParameterDict(installed.shared.trained)
             installed.shared.trained = self.shared_parameters[slot_key(made.adapter)] = held
+        merged_state.watch_tables(self.model)
 
     def load_adapter(
         self,
@@ -269,6 +270,7 @@ class AdapterModel(RoutedModel, ABC):
         if name in self._state.merged:
             raise MergeError(f"adapter {name!r} is merged into the weights; call unmerge_adapter() before deleting it")
         inject.remove(self.model, name, self._installed.pop(name), self.projections)
+        merged_state.watch_tables(self.model)
         if (key := slot_key(name)) in self.shared_parameters:
             del self.shared_parameters[key]
         left = tuple(n for n in self._state.active if n != name)
@@ -313,6 +315,8 @@ class AdapterModel(RoutedModel, ABC):
         self._check_enabled("merge")
         run = (self.adapted_layers(), self._installed, self._state, names, safe_merge, progressbar)
         self.merge_report = merging.merge(self.model, dtype, *run)
+        if self._state.merged:
+            merged_state.refuse_tying(self.model, self._state.merged)
 
     def unmerge_adapter(self) -> None:
         """Take all merged adapters out; the base weights have their very bits again.
@@ -330,6 +334,7 @@ class AdapterModel(RoutedModel, ABC):
         for layer in self.adapted_layers().values():
             layer.unmerge()
         self._state.merged = ()
+        merged_state.allow_tying(self.model)
 
     def merge_and_unload(
         self,
@@ -404,16 +409,10 @@ class AdapterModel(RoutedModel, ABC):
             is_main_process: False writes nothing. Where an adapter is sharded, all processes have to call this.
 
         """
-        if safe_serialization is not True:
-            raise ConfigError(
-                f"safe_serialization: expected True, got {safe_serialization!r}; weights are safetensors only"
-            )
+        writing.check_safe(safe_serialization)
         names = list(self._installed) if selected_adapters is None else self._named(selected_adapters)
-        if not names:
-            raise AdapterError("save_pretrained: there is no adapter to save")
-        root = Path(save_directory)
-        folders = {name: root if name == DEFAULT else root / name for name in names}
-        writing.save({folder: self._installed[name] for name, folder in folders.items()}, is_main_process)
+        chosen = {name: self._installed[name] for name in names}
+        writing.save(writing.folders(Path(save_directory), chosen), is_main_process)
 
     # -- checks ----------------------------------------------------------------------------------
 

@@ -108,7 +108,8 @@ class Service:
         """
         waiting = asyncio.get_running_loop().run_in_executor(self._threads, call)
         try:
-            return await asyncio.wait_for(waiting, PATIENCE)
+            async with asyncio.timeout(PATIENCE):  # not wait_for, which in Python 3.11 loses a client's going away
+                return await waiting
         except TimeoutError:
             raise ApiError(
                 503, "the store of adapters does not answer; try again", code="store_unavailable", retry_after=5
