@@ -25,6 +25,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from ...adapter_files.files import check_finite
 from ...adapter_files.fitting import match_tensors
 from ...adapter_files.reading import AdapterFile
 from ...config import AdapterConfig
@@ -215,8 +216,7 @@ class Residents:
         return slots
 
     def _check_whole(self, file: AdapterFile, what: str) -> None:
-        if bad := [key for key, value in file.tensors.items() if not bool(torch.isfinite(value).all())]:
-            raise CheckpointError(gather(f"{what} holds values that are not finite:", bad))
+        check_finite(file.tensors, what)
         self._check_norms(file.tensors, what)
 
     def _banked(self, name: str, key: str, file: AdapterFile, what: str) -> Row:
