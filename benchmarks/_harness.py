@@ -310,6 +310,8 @@ def flops_of(run: Callable[[], Result]) -> tuple[int, Result]:
         aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
     }
     with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+        # Its hooks for all modules, which say in whose layer a product is, would have layers run in another way.
+        counter.mod_tracker.__exit__()
         result = run()
     return int(counter.get_total_flops()), result
 

@@ -23,7 +23,6 @@ from .adapter_files.peft_layout import PREFIX, header_metadata
 from .adapter_files.writing import bias_place, in_file_form
 from .config import AdapterConfig
 from .errors import ConfigError, KilotuneError, MissingExtraError, did_you_mean, first_line, without_network
-from .injection.inject import SavedModule, walk
 from .known_names import DTYPE_NAMES
 from .layers import stacked_sites as stacks
 from .layers.adapted import AdaptedLayer
@@ -454,10 +453,9 @@ def in_file(adapted: PeftModel) -> InFile:
     for name, slot in slots.items():
         if slot.trained_bias is not None:
             whole[bias_place(name, installed)] = slot.trained_bias
-    for name, module, _ in walk(adapted.model):
-        if isinstance(module, SavedModule):
-            twin = next(iter(module.copies.values()))
-            whole.update({f"{PREFIX}{name}.{key}": value for key, value in twin.state_dict().items()})
+    for name, saved in installed.saved.items():
+        twin = saved.copies[installed.key]
+        whole.update({f"{PREFIX}{name}.{key}": value for key, value in twin.state_dict().items()})
     projections = None if export.checksum is None else CHECKSUM
     metadata = header_metadata(CHECKSUM, CHECKSUM, projections, export.header)
     return InFile({**tensors, **whole}, frozenset(whole), metadata)

@@ -6,7 +6,6 @@ fail half-way.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast, final
@@ -14,6 +13,7 @@ from typing import Any, cast, final
 import torch
 from torch import Tensor, nn
 
+from ..added_modules import base_modules
 from ..candidates import Candidate, candidates, inside, matches_names, saved_whole
 from ..config import AdapterConfig
 from ..deltas import Need
@@ -25,7 +25,6 @@ from ..layers.adapted import AdaptedLayer
 from ..layers.adapted_parameters import (
     AdaptedParameters,
     check_apart,
-    host_of,
     layer_in,
     select_parameters,
     trains_bias,
@@ -41,7 +40,19 @@ from ..storage import Storage
 from ..storage.sharded import whole, whole_copy
 from .installed_adapter import Installed, check_compatible
 from .targets import HEADS, read_by_parent, resolve_targets, select
-from .tree import check_base, is_parameter, put_in_place, unwrapped, walk
+from .tree import (
+    bare_copy,
+    check_base,
+    every_wrapper,
+    find,
+    is_parameter,
+    layer_around,
+    put_in_place,
+    saved_around,
+    unwrapped,
+    walk,
+    wrappers,
+)
 
 __all__ = ["Installed", "Plan", "SavedModule", "apply", "check_base", "check_compatible", "plan", "remove", "walk"]
 
@@ -99,7 +110,7 @@ def plan(
     found = _once(every)
     tied = _tied_biases(found)
     bias_only = _bias_only(found, config, layers, tied)
-    _check_saved_overlap(root, saved, {**layers, **bias_only})
+    _check_saved_overlap(saved, {**layers, **bias_only})
     check_apart(modules, {**layers, **bias_only})
     _check_layout(config, chosen, strict)
     if strict:  # PEFT's files may have it: it leaves it out there without a word
@@ -114,15 +125,16 @@ def plan(
 
 
 def _modules(root: nn.Module) -> list[tuple[str, nn.Module, type[nn.Module]]]:
-    """The modules of the base model or their wrappers, under all their names; no adapted parameters."""
-    return [item for item in walk(root, aliases=True) if not is_parameter(item[1])]
+    """The modules of the base model, or what adapts them, under all their names; no adapted parameters."""
+    every = [item for item in walk(root, aliases=True) if not is_parameter(item[1])]
+    return [(n, m.original_module if isinstance(m, SavedModule) else m, parent) for n, m, parent in every]
 
 
 def _candidates(root: nn.Module) -> list[Candidate]:
     """The modules inside the base model, under all their names."""
     modules = [item for item in walk(root, aliases=True) if item[0] and not is_parameter(item[1])]
-    merged = [module for _, module, _ in modules if isinstance(module, AdaptedLayer) and module.merged]
-    gained = {id(layer.base_layer) for layer in merged if layer.base_bias() is None}
+    layers = [layer for _, module, _ in modules if (layer := layer_around(module)) is not None]
+    gained = {id(layer.base_layer) for layer in layers if layer.merged and layer.base_bias() is None}
     found = ((name, unwrapped(module), parent) for name, module, parent in modules)
     made = candidates(item for item in found if not isinstance(item[1], torch.jit.ScriptModule))
     return [replace(c, gained=True) if id(c.module) in gained else c for c in made]
@@ -182,28 +194,21 @@ def _saved_modules(root: nn.Module, config: AdapterConfig, strict: bool) -> dict
     inner = [a for a in saved for b in saved if a != b and a.startswith(f"{b}.")]
     once = {id(module): name for name, module in reversed(saved.items())}  # one that has several names, by the first
     outer = {name: module for name, module in saved.items() if name not in inner and once[id(module)] == name}
-    return check_trainable({name: unwrapped(module) for name, module in outer.items()})
+    whole = {name: unwrapped(module) for name, module in outer.items()}
+    check_trainable({f"{name}.{i}".removesuffix("."): unwrapped(m) for name, w in whole.items() for i, m, _ in walk(w)})
+    return whole
 
 
-def _check_saved_overlap(root: nn.Module, saved: Mapping[str, nn.Module], adapted: Mapping[str, Candidate]) -> None:
-    """A module cannot be adapted by one adapter and replaced whole by another."""
-    wrapped = [name for name, module, _ in walk(root) if isinstance(module, AdaptedLayer)]
-    whole = [name for name, module, _ in walk(root) if isinstance(module, SavedModule)]
+def _check_saved_overlap(saved: Mapping[str, nn.Module], adapted: Mapping[str, Candidate]) -> None:
+    """An adapter cannot both adapt a module and replace it whole."""
+    owners = {id(inner): name for name, module in saved.items() for inner in base_modules(module)}
     faults = [
-        f"modules_to_save: inside {s!r} the layer {w!r} has an adapter already"
-        for s in saved
-        for w in wrapped
-        if w == s or w.startswith(f"{s}.")
-    ]
-    faults += [f"{name!r} is replaced whole by another adapter's modules_to_save" for name in adapted if name in whole]
-    owners = {id(inner): name for name, module in saved.items() for inner in module.modules()}
-    faults += [
         f"{name!r} is to be adapted, and to be trained whole as {owners[id(c.module)]!r}, which is the same object"
         for name, c in adapted.items()
         if id(c.module) in owners
     ]
     if faults:
-        raise UnsupportedError(gather("adapters that exclude each other:", faults))
+        raise UnsupportedError(gather("the adapter excludes itself:", faults))
 
 
 def _tied_biases(found: Sequence[Candidate]) -> dict[str, str]:
@@ -371,9 +376,10 @@ def apply(
     saved = {name: _saved_at(root, name, state) for name in made.saved}
     for name, wrapper in saved.items():
         wrapper.copies[slot_key(made.adapter)] = twins[name]
-    wrappers: list[nn.Module] = [layer for layer in layers.values() if not is_parameter(layer)]
-    wrappers += [*saved.values(), *_hosts(root, made, layers)]
-    put_in_place(root, {unwrapped(wrapper): wrapper for wrapper in wrappers})
+    new: dict[nn.Module, nn.Module] = {m.base_layer: m for m in layers.values() if not is_parameter(m)}
+    new.update({host.base_layer: host for host in _hosts(root, made, layers)})
+    new.update({find(root, name): wrapper for name, wrapper in saved.items() if find(root, name) is not wrapper})
+    put_in_place(root, new)
     return Installed(made.adapter, made.config, made.method, shared, layers, saved)
 
 
@@ -391,9 +397,14 @@ def _layer_at(root: nn.Module, c: Candidate, state: ActiveState) -> AdaptedLayer
     """The wrapper that stands at the candidate's name, which knows the base's bits while adapters are merged, or a
     new one."""
     if cast(LayerKind, c.kind).parameter is not None:
-        return layer_in(host_of(root, c), c, state)
-    module = root.get_submodule(c.name)
-    return module if isinstance(module, AdaptedLayer) else _wrapper(c, state)
+        return layer_in(_host_at(root, c), c, state)
+    return layer_around(find(root, c.name)) or _wrapper(c, state)
+
+
+def _host_at(root: nn.Module, c: Candidate) -> AdaptedParameters:
+    """The wrapper that stands at a parameter's module, or a new one; it is not put into the model."""
+    around = wrappers(find(root, c.name.rpartition(".")[0]))
+    return next((m for m in around if isinstance(m, AdaptedParameters)), None) or AdaptedParameters(c.module)
 
 
 def _hosts(root: nn.Module, made: Plan, layers: Mapping[str, AdaptedLayer]) -> list[AdaptedParameters]:
@@ -401,14 +412,14 @@ def _hosts(root: nn.Module, made: Plan, layers: Mapping[str, AdaptedLayer]) -> l
     hosts: dict[nn.Module, AdaptedParameters] = {}
     for name, layer in layers.items():
         if is_parameter(layer):
-            host = hosts.setdefault(layer.base_layer, host_of(root, made.layers[name]))
+            host = hosts.setdefault(layer.base_layer, _host_at(root, made.layers[name]))
             host.put(layer)
     return list(hosts.values())
 
 
 def _saved_at(root: nn.Module, name: str, state: ActiveState) -> SavedModule:
-    module = root.get_submodule(name)
-    return module if isinstance(module, SavedModule) else SavedModule(module, state)
+    module = find(root, name)
+    return saved_around(module) or SavedModule(module, state)
 
 
 def _start(
@@ -433,7 +444,7 @@ def _start(
 
 def _twin(root: nn.Module, name: str, tensors: Mapping[str, Tensor] | None) -> nn.Module:
     """An adapter's own copy of a module that it trains whole."""
-    twin = whole_copy(copy.deepcopy(unwrapped(root.get_submodule(name))).requires_grad_(False))
+    twin = whole_copy(bare_copy(find(root, name)).requires_grad_(False))
     if tensors is not None:
         own = {key: tensors[f"{name}.{key}"] for key in twin.state_dict()}
         twin.load_state_dict(own, assign=any(t.device.type == "meta" for t in twin.state_dict().values()))
@@ -447,7 +458,7 @@ def remove(root: nn.Module, adapter: str, installed: Installed, projections: Pro
         layer.remove(adapter)
         if not layer.adapters and not is_parameter(layer):
             bare[layer] = layer.base_layer
-    for _, host, _ in walk(root):
+    for host in every_wrapper(root):
         if isinstance(host, AdaptedParameters):
             host.prune()
             if not host.layers:
@@ -466,9 +477,9 @@ def strip(
     """Take every wrapper out; ``choose`` says what stays of a module that was replaced whole, ``new`` what comes for
     modules of the base."""
     bare: dict[nn.Module, nn.Module] = dict(new or {})
-    for _, module, _ in walk(root):
-        if isinstance(module, AdaptedParameters) or (isinstance(module, AdaptedLayer) and not is_parameter(module)):
-            bare[module] = bare.get(module.base_layer, module.base_layer)
+    for module in every_wrapper(root):
+        if isinstance(module, (AdaptedLayer, AdaptedParameters)):
+            bare[module] = module.base_layer
         elif isinstance(module, SavedModule):
             bare[module] = choose(module)
     put_in_place(root, bare)

@@ -8,6 +8,7 @@ from typing import Any, final
 
 from torch import nn
 
+from ..added_modules import base_modules
 from ..config import AdapterConfig
 from ..deltas import Delta
 from ..errors import UnsupportedError, gather
@@ -88,8 +89,21 @@ def set_requires_grad(adapters: Mapping[str, Installed], perhaps_trained: set[st
     perhaps_trained.update(active)
 
 
+def _overlaps(active: Mapping[str, Installed]) -> Iterator[str]:
+    """Where one adapter changes something inside a module of which another has a copy of its own."""
+    for name, installed in active.items():
+        for module, saved in installed.saved.items():
+            inside = {id(inner) for inner in base_modules(saved.original_module)}
+            for other, its in active.items():
+                parts: dict[str, AdaptedLayer | SavedModule] = {**its.layers, **its.saved}
+                changed = [part for part, wrapper in parts.items() if other != name and id(wrapper) in inside]
+                if changed:
+                    yield f"module {module!r}: {name!r} replaces it whole, and {other!r} changes {changed[0]!r} in it"
+
+
 def check_compatible(active: Mapping[str, Installed]) -> None:
-    """Refuse adapters that cannot be active together: two that are not additive, or that replace one module."""
+    """Refuse adapters that cannot be active together: two that are not additive, that replace one module, or of which
+    one changes what another replaces."""
     faults: list[str] = []
     owners: dict[str, str] = {}
     rigid: dict[str, str] = {}
@@ -103,5 +117,6 @@ def check_compatible(active: Mapping[str, Installed]) -> None:
             if module in owners:
                 faults.append(f"module {module!r}: {owners[module]!r} and {name!r} both replace it whole")
             owners[module] = name
+    faults += _overlaps(active)
     if faults:
         raise UnsupportedError(gather("these adapters cannot be active together:", faults))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -15,15 +16,32 @@ from ..layers.adapted_parameters import AdaptedParameters
 from ..layers.saved_module import SavedModule
 from ..projections.matrices import Projections
 
-__all__ = ["check_base", "is_parameter", "own_modules", "put_in_place", "unwrapped", "walk"]
+__all__ = [
+    "WRAPPERS",
+    "bare_copy",
+    "check_base",
+    "every_wrapper",
+    "find",
+    "is_parameter",
+    "layer_around",
+    "own_modules",
+    "put_in_place",
+    "saved_around",
+    "unwrapped",
+    "walk",
+    "wrappers",
+]
+
+
+WRAPPERS = (AdaptedLayer, AdaptedParameters, SavedModule)
 
 
 def walk(root: nn.Module, aliases: bool = False) -> Iterator[tuple[str, nn.Module, type[nn.Module]]]:
-    """(dotted name in the base model, module or its wrapper, class of the parent), the root included.
+    """(dotted name in the base model, module or its outermost wrapper, class of the parent), the root included.
 
-    Names are those of the base model: what wrappers hold inside is passed over. An adapted parameter comes as a layer
-    of its own, ``<module>.<parameter>``. With ``aliases`` a module
-    that hangs at several places is given once for each of them.
+    Names are those of the base model; :func:`wrappers` gives what lies between a wrapper and the base's module. An
+    adapted parameter comes as a layer of its own, ``<module>.<parameter>``. With ``aliases`` a module that hangs at
+    several places is given once for each of them.
     """
     seen: set[int] = set()
 
@@ -34,21 +52,57 @@ def walk(root: nn.Module, aliases: bool = False) -> Iterator[tuple[str, nn.Modul
             return
         seen.add(id(module))
         yield name, module, parent
-        if isinstance(module, (SavedModule, torch.jit.ScriptModule)) or is_parameter(module):
+        own = unwrapped(module)
+        if isinstance(own, torch.jit.ScriptModule) or is_parameter(module):
             return
-        if isinstance(module, AdaptedParameters):
-            for own, layer in module.adapted():
-                yield from visit(f"{name}.{own}", layer, type(module.base_layer))
-        for child_name, child in holder(module)._modules.items():
+        for host in wrappers(module):
+            if isinstance(host, AdaptedParameters):
+                for parameter, layer in host.adapted():
+                    yield from visit(f"{name}.{parameter}", layer, type(own))
+        for child_name, child in own._modules.items():
             if child is not None and not isinstance(child, Added):
-                yield from visit(f"{name}.{child_name}" if name else child_name, child, type(holder(module)))
+                yield from visit(f"{name}.{child_name}" if name else child_name, child, type(own))
 
     yield from visit("", root, nn.Module)
 
 
-def holder(module: nn.Module) -> nn.Module:
-    """The module that holds the children: a wrapper's base."""
-    return module.base_layer if isinstance(module, (AdaptedLayer, AdaptedParameters)) else module
+def wrappers(module: nn.Module) -> Iterator[nn.Module]:
+    """The wrappers at one place, the outermost first, and last the base model's own module.
+
+    Adapters of different users meet here: one adapts a layer, another replaces it whole. What replaces a module lies
+    around what adapts it, so that the rows of the others run through that.
+    """
+    while True:
+        yield module
+        if isinstance(module, SavedModule):
+            module = module.original_module
+        elif isinstance(module, (AdaptedLayer, AdaptedParameters)):
+            module = module.base_layer
+        else:
+            return
+
+
+def every_wrapper(root: nn.Module) -> Iterator[nn.Module]:
+    """The wrappers at all places, each followed by what lies in it, and the base's own modules."""
+    return (inner for _, module, _ in walk(root) for inner in wrappers(module))
+
+
+def layer_around(module: nn.Module) -> AdaptedLayer | None:
+    """The adapted layer among the wrappers at one place."""
+    return next((inner for inner in wrappers(module) if isinstance(inner, AdaptedLayer)), None)
+
+
+def saved_around(module: nn.Module) -> SavedModule | None:
+    """The wrapper of what adapters replace whole among those at one place."""
+    return next((inner for inner in wrappers(module) if isinstance(inner, SavedModule)), None)
+
+
+def find(root: nn.Module, name: str) -> nn.Module:
+    """What hangs at a dotted name of the base model: a module, or its outermost wrapper."""
+    module = root
+    for part in name.split(".") if name else ():
+        module = cast(nn.Module, unwrapped(module)._modules[part])
+    return module
 
 
 def is_parameter(module: nn.Module) -> bool:
@@ -57,16 +111,28 @@ def is_parameter(module: nn.Module) -> bool:
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """The base model's own module behind a wrapper."""
-    if isinstance(module, (AdaptedLayer, AdaptedParameters)):
-        return module.base_layer
-    return module.original_module if isinstance(module, SavedModule) else module
+    """The base model's own module behind the wrappers at one place."""
+    *_, own = wrappers(module)
+    return own
+
+
+def bare_copy(module: nn.Module) -> nn.Module:
+    """A copy of the base's module behind the wrappers, with the base's weights whatever is merged, and no wrappers."""
+    memo: dict[int, Any] = {}
+    own = unwrapped(module)
+    around = [*base_modules(own)]
+    for wrapper in (m for m in reversed(around) if isinstance(m, WRAPPERS)):  # those inside first
+        memo[id(wrapper)] = copy.deepcopy(unwrapped(wrapper), memo)
+    twin = copy.deepcopy(own, memo)
+    for layer in (m for m in (*wrappers(module), *around) if isinstance(m, AdaptedLayer) and m.merged):
+        *_, kept = layer.snapshot()
+        layer.storage.restore(memo[id(layer.base_layer)], copy.deepcopy(kept, memo))  # what is tied stays tied
+    return twin
 
 
 def own_modules(root: nn.Module) -> Iterator[nn.Module]:
     """The base model's own modules, each once: no wrappers, and nothing that adapters added."""
-    wrappers = (AdaptedLayer, AdaptedParameters, SavedModule)
-    return (module for module in base_modules(root) if not isinstance(module, wrappers))
+    return (module for module in base_modules(root) if not isinstance(module, WRAPPERS))
 
 
 def check_base(model: nn.Module) -> None:
@@ -88,12 +154,26 @@ def check_base(model: nn.Module) -> None:
 
 
 def put_in_place(root: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
-    """Put ``new[module]`` wherever ``module`` hangs, in one pass over the model."""
-    for parent in [holder(module) for _, module, _ in walk(root) if not is_parameter(module)]:
-        if not isinstance(parent, (SavedModule, torch.jit.ScriptModule)):
-            parent._modules.update({key: new[m] for key, m in parent._modules.items() if m is not None and m in new})
+    """Put ``new[module]`` wherever ``module`` hangs, in one pass over the model; where that is in ``new`` too, the one
+    after it, as where two wrappers go at once."""
+    places = [place for _, module, _ in walk(root) if not is_parameter(module) for place in _places(module)]
+    for place in places:
+        place.update({key: _last(new, m) for key, m in place.items() if m is not None and m in new})
     for _, module, _ in walk(root):
-        _set_fast_path(holder(module))
+        _set_fast_path(unwrapped(module))
+
+
+def _places(module: nn.Module) -> Iterator[dict[str, nn.Module | None]]:
+    """Where modules of the base or wrappers hang: below the base's module, and inside what replaces it whole."""
+    for inner in wrappers(module):
+        if isinstance(inner, SavedModule) or not isinstance(inner, (*WRAPPERS, torch.jit.ScriptModule)):
+            yield inner._modules
+
+
+def _last(new: Mapping[nn.Module, nn.Module], module: nn.Module) -> nn.Module:
+    while module in new:
+        module = new[module]
+    return module
 
 
 # What turns torch's fast path off, by class. In eval an encoder layer reads the weights of its parts and skips

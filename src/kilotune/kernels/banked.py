@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .lowrank import accumulate_dtype, plain
+from .lowrank import accumulate_dtype, no_view, plain
 
 __all__ = ["Owners", "lift_own", "lift_shared", "per_row"]
 
@@ -247,7 +247,7 @@ class _Shared(torch.autograd.Function):
         kept = v if ctx.needs_input_grad[4] and _keeps(v, b) else None
         ctx.save_for_backward(z, b, mid, out, index, kept)
         ctx.scale, ctx.axis = scale, axis
-        return _added(y, v, _taken(out, index), axis, own=kept is None)
+        return no_view(_added(y, v, _taken(out, index), axis, own=kept is None))
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:

@@ -43,6 +43,7 @@ __all__ = [
     "low_rank_matrix",
     "needs_z",
     "no_autocast",
+    "no_view",
     "plain",
     "scale_features",
     "swallowed",
@@ -291,6 +292,17 @@ def _statistic(g: Tensor, z: Tensor, b: Tensor) -> Tensor:
     return product.to(accumulate_dtype(product.dtype))
 
 
+def no_view(y: Tensor) -> Tensor:
+    """``y`` in the same memory, and no view: into a view that a function of autograd's made, nobody may write.
+
+    Not ``y.data``, which tracers do not follow.
+    """
+    if not torch.compiler.is_compiling() and not y._is_view():
+        return y
+    same: Tensor = torch.ops.aten._unsafe_view.default(y, y.shape)
+    return same
+
+
 def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
@@ -332,7 +344,7 @@ class _Lift(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(z, b, mid, out)
         ctx.scale, ctx.axis = scale, axis
-        return _lifted(y, z, Factors(b, mid, out, scale), axis)
+        return no_view(_lifted(y, z, Factors(b, mid, out, scale), axis))
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
@@ -387,7 +399,7 @@ class _Linear(torch.autograd.Function):
         kept = (x if keep_x else None, own if keep_z else None, weight if needs[0] else None)
         ctx.save_for_backward(*kept, a, b, mid, out)
         ctx.scale, ctx.choice, ctx.read, ctx.own_z = scale, choice, read, z is None
-        return y
+        return no_view(y)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:

@@ -11,11 +11,18 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.modules import module as torch_modules
 
 from ..deltas import Delta, Need, Role
 from ..errors import UnsupportedError
 
-__all__ = ["LayerKind", "NoMatrix"]
+__all__ = ["LayerKind", "NoMatrix", "hooked"]
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether somebody wants to see or change what goes through ``module``, or through all modules."""
+    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(own or torch_modules._has_any_global_hook())  # type: ignore[no-untyped-call]
 
 
 class LayerKind(ABC):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..deltas import Delta, Full, LowRank, Need, Rescale, Role
 from ..errors import UnsupportedError
 from ..kernels.routed import Batched, Form, Grouped, Plain
-from ._base import LayerKind
+from ._base import LayerKind, hooked
 
 __all__ = ["Experts", "StandIn", "run_with"]
 
@@ -317,6 +317,13 @@ class _View:
         values = self._values
         return values[name] if name in values else getattr(self._module, name)
 
+    # Hooks get the view; among the modules that they know they find the module.
+    def __eq__(self, other: object) -> bool:
+        return other is self or other is self._module
+
+    def __hash__(self) -> int:
+        return hash(self._module)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         result = type(self._module).forward(self, *args, **kwargs)
         for name in [name for name in self.__dict__ if name not in ("_module", "_values")]:
@@ -349,6 +356,6 @@ def run_with(module: nn.Module, values: Mapping[str, Any], args: tuple[Any, ...]
             'run with "eager", "batched_mm" and "grouped_mm": call set_experts_implementation() of the model'
         )
     view = _View(module, values)
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+    if hooked(module):
         return view(*args, **kwargs)
     return view.forward(*args, **kwargs)

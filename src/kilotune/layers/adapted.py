@@ -24,7 +24,7 @@ from ..added_modules import Added
 from ..deltas import Delta, Full, LowRank, Rescale, Residual, Shift
 from ..errors import MergeError, UnsupportedError
 from ..kernels.lowrank import accumulate_dtype, lift, no_autocast, scale_features
-from ..kinds import LayerKind
+from ..kinds import LayerKind, hooked
 from ..methods import Site
 from ..storage import Kept, Storage
 from ..storage.sharded import is_sharded, whole_parts
@@ -181,7 +181,8 @@ class AdaptedLayer(nn.Module):
                 base = None
             else:
                 output = self._kind.call(self.base_layer, shift, args, kwargs)
-                base = None if shift is not None or self._merged else self._kind.tensor_of(output)
+                other = shift is not None or self._merged or hooked(self.base_layer)
+                base = None if other else self._kind.tensor_of(output)
         if not deltas:
             return output
         return self._kind.with_tensor(output, self.run_deltas(deltas, x, base, self._kind.tensor_of(output)))

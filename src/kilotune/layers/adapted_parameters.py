@@ -36,7 +36,6 @@ __all__ = [
     "UntrainedExpertsWarning",
     "check_apart",
     "file_names",
-    "host_of",
     "layer_in",
     "select_parameters",
     "trains_bias",
@@ -113,12 +112,6 @@ class AdaptedParameters(nn.Module):
             if layer.merged and name in (layer.storage.weight_name, layer.storage.bias_name):
                 raise MergeError(f"cannot set {name!r} while {list(layer.merged)} are merged into it; unmerge first")
         setattr(self.base_layer, name, value)
-
-
-def host_of(root: nn.Module, candidate: Candidate) -> AdaptedParameters:
-    """The wrapper that stands at a parameter's module, or a new one; it is not put into the model."""
-    module = root.get_submodule(candidate.name.rpartition(".")[0])
-    return module if isinstance(module, AdaptedParameters) else AdaptedParameters(candidate.module)
 
 
 def layer_in(host: AdaptedParameters, candidate: Candidate, state: ActiveState) -> AdaptedLayer:

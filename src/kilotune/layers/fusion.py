@@ -17,7 +17,7 @@ from ..deltas import Delta, LowRank, Rescale
 from ..kernels import lowrank, ways
 from ..kernels.lowrank import NARROW, Factors, autocast_dtype
 from ..kernels.ways import Choice, Way
-from ..kinds import LayerKind
+from ..kinds import LayerKind, hooked
 from ..storage import Storage
 from .slot import Slot
 
@@ -79,8 +79,7 @@ def _weight(kind: LayerKind, storage: Storage, module: nn.Module, x: Tensor) -> 
 
 def _hooked(module: nn.Module) -> bool:
     """Whether somebody wants to see or change what goes through the layer itself."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(len(held) > 0 for held in hooks) or "forward" in module.__dict__
+    return "forward" in module.__dict__ or hooked(module)
 
 
 def _fits(x: Tensor, dtype: torch.dtype, delta: LowRank) -> bool:

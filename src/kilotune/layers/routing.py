@@ -136,46 +136,50 @@ def _stacked(
 def run_saved(
     route: Route, copies: nn.ModuleDict, original: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Any:
-    """A module that adapters train whole: each row through its adapter's copy of it.
+    """A module that adapters train whole: the rows of adapters with a copy run through it, the others as they would.
+
+    The original sees all rows, since layers in it may be adapted by others of the batch, and they count the rows.
 
     Raises:
         UnsupportedError: the module's input is not the rows, or what it returns is not one tensor.
 
     """
     groups = _groups(route, copies)
-    if all(module is None for module, _ in groups):  # nobody in this batch has a copy: whatever it takes and gives
+    if not groups:  # nobody in this batch has a copy: whatever it takes and gives
         return original(*args, **kwargs)
     x = args[0] if args and isinstance(args[0], Tensor) else None
     where = f"the {type(original).__name__} that adapters replace"
     if x is None or len(args) > 1 or kwargs:
         raise UnsupportedError(f"{where}: rows can be told apart where it takes one tensor alone")
     axes, times = route.layout(x, x, int(x.is_floating_point()), where)  # ids have no axis of features
+    flat = x if axes == 1 else x.flatten(0, axes - 1)
     pieces, places = [], []
-    total = 0
     for module, rows in groups:
-        flat = x if axes == 1 else x.flatten(0, axes - 1)
-        total = flat.shape[0]
         own = rows if times == 1 else (rows.unsqueeze(1) * times + torch.arange(times, device=rows.device)).flatten()
-        piece = (original if module is None else module)(flat.index_select(0, own))
-        if not isinstance(piece, Tensor):
-            raise UnsupportedError(f"{where}: returns a {type(piece).__name__}, of which rows cannot be told apart")
-        pieces.append(piece)
+        pieces.append(_one_tensor(module(flat.index_select(0, own)), where))
         places.append(own)
-    joined = torch.cat(pieces)
-    result = joined.new_empty(total, *joined.shape[1:]).index_copy(0, torch.cat(places), joined)
-    return result if not route.tokens else result.view(*x.shape[:axes], *result.shape[1:])
+    own, joined = torch.cat(places), torch.cat(pieces)
+    if len(own) == len(flat):
+        result = torch.empty_like(joined).index_copy(0, own, joined)
+        return result.view(*x.shape[:axes], *result.shape[1:])
+    others = _one_tensor(original(x), where)
+    shape = others.shape
+    if axes > 1:
+        others = others.flatten(0, axes - 1)
+    return others.index_copy(0, own, joined.to(others.dtype)).view(shape)
 
 
-def _groups(route: Route, copies: nn.ModuleDict) -> list[tuple[nn.Module | None, Tensor]]:
-    """(module, rows) for each adapter with a copy, and last (None, the other rows)."""
-    device = route.cohorts[0].rows.device if route.cohorts else torch.device("cpu")
-    left = torch.ones(route.count, dtype=torch.bool, device=device)
-    found: list[tuple[nn.Module | None, Tensor]] = []
-    for cohort in route.cohorts:
-        for which, name in enumerate(cohort.names):
-            if (key := slot_key(name)) in copies:
-                rows = cohort.rows[cohort.index == which]
-                left[rows] = False
-                found.append((copies[key], rows))
-    rest = left.nonzero().squeeze(1)
-    return [*found, (None, rest)] if rest.numel() else found
+def _one_tensor(output: Any, where: str) -> Tensor:
+    if isinstance(output, Tensor):
+        return output
+    raise UnsupportedError(f"{where}: returns a {type(output).__name__}, of which rows cannot be told apart")
+
+
+def _groups(route: Route, copies: nn.ModuleDict) -> list[tuple[nn.Module, Tensor]]:
+    """(copy, rows) for each adapter of the batch that has a copy."""
+    return [
+        (copies[key], cohort.rows[cohort.index == which])
+        for cohort in route.cohorts
+        for which, name in enumerate(cohort.names)
+        if (key := slot_key(name)) in copies
+    ]

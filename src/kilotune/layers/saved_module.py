@@ -18,23 +18,24 @@ from .slot import BIAS, slot_key
 __all__ = ["SavedModule", "check_trainable"]
 
 
-def check_trainable(saved: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Return ``saved``, or raise TargetError where a copy of a module could not be trained: its weights are quantised.
+def check_trainable(parts: Mapping[str, nn.Module]) -> None:
+    """Raise TargetError where a copy of one of the base's modules could not be trained: its weights are quantised.
 
     torchao's tensors even claim to want a gradient, and get none.
+
+    Args:
+        parts: the modules to be copied and those inside them, by name.
+
     """
-    faults = []
-    for name, whole in saved.items():
-        for inner, module in whole.named_modules():
-            if why := _untrainable(module):
-                faults.append(f"{name}.{inner}".removesuffix(".") + f": {type(module).__name__} ({why})")
+    faults = [
+        f"{name}: {type(module).__name__} ({why})" for name, module in parts.items() if (why := _untrainable(module))
+    ]
     if faults:
         what = "modules_to_save: quantised weights cannot be trained; name these in target_modules instead, or load "
         what += "the base with them left out of the quantisation:"
         if all("sharded by itself" in fault for fault in faults):
             what = "modules_to_save: these cannot be copied:"
         raise TargetError(gather(what, faults))
-    return dict(saved)
 
 
 def _untrainable(module: nn.Module) -> str:
@@ -56,7 +57,7 @@ def _trains(parameter: nn.Parameter) -> bool:
 class SavedModule(nn.Module):
     """A module of which each adapter has a whole trained copy of its own (``modules_to_save``).
 
-    With no live adapter that has a copy, the original runs.
+    With no live adapter that has a copy, the original runs, which may have wrappers of other adapters around and in it.
     """
 
     def __init__(self, original: nn.Module, state: ActiveState) -> None:

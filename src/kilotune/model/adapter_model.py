@@ -24,13 +24,13 @@ from ..config import AdapterConfig
 from ..errors import AdapterError, ConfigError, MergeError, did_you_mean, type_name
 from ..injection import inject
 from ..injection.installed_adapter import Installed, check_compatible, set_requires_grad
-from ..injection.tree import own_modules
+from ..injection.tree import layer_around, own_modules
 from ..kernels.ways import Way
 from ..layers.active_adapters import ActiveState
 from ..layers.adapted import AdaptedLayer
 from ..layers.slot import slot_key
 from ..projections.matrices import Projections
-from . import base_overrides, merging
+from . import base_overrides, merged_state, merging
 from .merging import MergeReport
 from .parameter_report import ParameterReport, count_parameters
 from .routed_model import RoutedModel, Source, check_rows, generate
@@ -132,7 +132,8 @@ class AdapterModel(RoutedModel, ABC):
 
     def adapted_layers(self) -> dict[str, AdaptedLayer]:
         """All adapted layers by their dotted name in the base model."""
-        return {name: m for name, m, _ in inject.walk(self.model) if isinstance(m, AdaptedLayer)}
+        around = ((name, layer_around(module)) for name, module, _ in inject.walk(self.model))
+        return {name: layer for name, layer in around if layer is not None}
 
     def adapter_parameters(self, adapter_name: str | None = None) -> Iterator[tuple[str, nn.Parameter]]:
         """(``<layer>.<parameter>``, parameter) of one adapter; of the active one when no name is given."""
@@ -172,12 +173,14 @@ class AdapterModel(RoutedModel, ABC):
     def _install(self, made: inject.Plan, tensors: dict[str, torch.Tensor] | None) -> None:
         storage.prepare(own_modules(self.model))  # first: where its warnings are errors, nothing is installed yet
         installed = inject.apply(self.model, made, self._state, self.projections, tensors)
-        if not self._installed:  # later adapters leave what a user has unfrozen since as it is
-            installed.freeze_others(self.model)
+        if not self._installed:
+            installed.freeze_others(self.model)  # later adapters leave what a user has unfrozen since as it is
+            merged_state.watch_state_dicts(self.model)
         self._installed[made.adapter] = installed
         if installed.shared.trained:
             held = nn.ParameterDict(installed.shared.trained)
             installed.shared.trained = self.shared_parameters[slot_key(made.adapter)] = held
+        merged_state.watch_tables(self.model)
 
     def load_adapter(
         self,
@@ -268,6 +271,7 @@ class AdapterModel(RoutedModel, ABC):
         if name in self._state.merged:
             raise MergeError(f"adapter {name!r} is merged into the weights; call unmerge_adapter() before deleting it")
         inject.remove(self.model, name, self._installed.pop(name), self.projections)
+        merged_state.watch_tables(self.model)
         if (key := slot_key(name)) in self.shared_parameters:
             del self.shared_parameters[key]
         left = tuple(n for n in self._state.active if n != name)
@@ -312,6 +316,8 @@ class AdapterModel(RoutedModel, ABC):
         self._check_enabled("merge")
         run = (self.adapted_layers(), self._installed, self._state, names, safe_merge, progressbar)
         self.merge_report = merging.merge(self.model, dtype, *run)
+        if self._state.merged:
+            merged_state.refuse_tying(self.model, self._state.merged)
 
     def unmerge_adapter(self) -> None:
         """Take all merged adapters out; the base weights have their very bits again.
@@ -329,6 +335,7 @@ class AdapterModel(RoutedModel, ABC):
         for layer in self.adapted_layers().values():
             layer.unmerge()
         self._state.merged = ()
+        merged_state.allow_tying(self.model)
 
     def merge_and_unload(
         self,

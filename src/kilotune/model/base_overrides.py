@@ -10,9 +10,9 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from ..added_modules import Added
+from ..added_modules import Added, base_modules
 
-__all__ = ["attach_module", "override", "remove_overrides"]
+__all__ = ["attach_module", "override", "remove_overrides", "restore"]
 
 OVERRIDES = "_kilotune_overrides"  # name -> [what the object had of its own before], or [] where it had nothing
 
@@ -30,12 +30,24 @@ def attach_module(base: nn.Module, name: str, module: Added) -> None:
     base._modules[name] = module
 
 
+def restore(base: nn.Module, name: str) -> None:
+    """Let ``base`` answer ``name`` as it did before that was overridden, if it was."""
+    overridden = base.__dict__.get(OVERRIDES, {})
+    if name not in overridden:
+        return
+    before = overridden.pop(name)
+    base._modules.pop(name, None)
+    value = base.__dict__.pop(name, None)
+    if isinstance(value, RemovableHandle):
+        value.remove()
+    if before:
+        base.__dict__[name] = before[0]
+    if not overridden:
+        del base.__dict__[OVERRIDES]
+
+
 def remove_overrides(base: nn.Module) -> None:
-    """Leave ``base`` as it was before anything was overridden."""
-    for name, before in base.__dict__.pop(OVERRIDES, {}).items():
-        base._modules.pop(name, None)
-        value = base.__dict__.pop(name, None)
-        if isinstance(value, RemovableHandle):
-            value.remove()
-        if before:
-            base.__dict__[name] = before[0]
+    """Leave ``base`` and what is in it as it was before anything was overridden."""
+    for module in list(base_modules(base)):
+        for name in list(module.__dict__.get(OVERRIDES, ())):
+            restore(module, name)

@@ -10,7 +10,7 @@ from typing import Any, cast, final
 from torch import Tensor, nn
 
 from .._ui.sizes import readable_bytes
-from ..injection.inject import walk
+from ..injection.tree import every_wrapper
 from ..layers.adapted import AdaptedLayer
 from ..layers.saved_module import SavedModule
 from ..layers.slot import Slot
@@ -105,7 +105,7 @@ def count_parameters(model: nn.Module) -> ParameterReport:
 
 
 def _adapter_parameters(model: nn.Module) -> Iterator[Tensor]:
-    for _, module, _ in walk(model):
+    for module in every_wrapper(model):
         if isinstance(module, AdaptedLayer):
             yield from module.adapters.parameters()
             for slot in module.adapters.children():

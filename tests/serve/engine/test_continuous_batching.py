@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from kilotune import PeftModel, VeraConfig, get_peft_model
+from kilotune import LoraConfig, PeftModel, VeraConfig, get_peft_model
 from kilotune.errors import ConfigError, StoreError, UnsupportedError
 from kilotune.serve.engine.interface import AdapterKey, Finish, Generation, Sampling
 from tests.support.models import randomize
@@ -334,6 +334,25 @@ def test_an_embedding_and_a_head_that_are_trained_whole_are_served_beside_others
         assert [one.ids for one in (*got[:3], *got[4:])] == expected
         served.registry.rm("other", "whole")
         assert [one.ids for one in answers(served.engine, asked)] == expected
+
+
+@pytest.mark.parametrize("first", ["whole", "lora"])
+def test_what_one_tenant_put_never_decides_what_another_may_use(first: str, tmp_path: Path) -> None:
+    """LoRA on the embedding and an embedding of one's own, by two tenants, whoever came first."""
+    with Served(tmp_path, count=2, kinds=("vera", "lora")) as served:
+        whole = whole_adapter(served.base, 7, "embed_tokens")
+        lora = get_peft_model(copy.deepcopy(served.base), LoraConfig(r=2, target_modules=["embed_tokens"]))
+        randomize(lora, seed=3, scale=2.0)
+        models = {"whole": whole, "lora": lora.eval()}
+        keys = {name: put(served, name, models[name], f"tenant-{name}") for name in (first, *(models.keys() - {first}))}
+        asked, expected = mixed(served, 6, 8)
+        both = [(prompt_of(3), greedy(8), keys[name], f"tenant-{name}") for name in models]
+        got = answers(served.engine, [*both, *asked])
+        own = [alone(model, prompt_of(3), 8) for model in models.values()]
+        assert own[0] != own[1] != alone(served.base, prompt_of(3), 8)
+        assert [one.ids for one in got] == [*own, *expected]
+        served.registry.rm(f"tenant-{first}", first)
+        assert answers(served.engine, [one for one in both if one[2] != keys[first]])[0].ids in own
 
 
 @pytest.mark.parametrize("name", ["rotary_emb"])

@@ -170,16 +170,16 @@ def test_words_of_a_user_that_look_like_an_answer_are_not_learned() -> None:
     """The answers are found by where they stand, not by their words."""
     tokenizer = byte_level(chat_template=PLAIN)
     chat = [
-        {"role": "user", "content": "Say yes.\nassistant: yes"},
+        {"role": "user", "content": "Say yes.\nThe assistant: yes"},
         {"role": "assistant", "content": "yes"},
         {"role": "user", "content": "yes"},
         {"role": "assistant", "content": "yes"},
     ]
     (rendered,) = ChatTemplate(tokenizer).render(chat)
     first, second = rendered.answers
-    text = "user: Say yes.\nassistant: yes\nassistant: yes\nuser: yes\nassistant: yes\n"
+    text = "user: Say yes.\nThe assistant: yes\nassistant: yes\nuser: yes\nassistant: yes\n"
     assert rendered.text == text
-    assert first == (len("user: Say yes.\nassistant: yes\nassistant: "), text.index("user: yes"))
+    assert first == (len("user: Say yes.\nThe assistant: yes\nassistant: "), text.index("user: yes"))
     assert second == (len(text) - len("yes\n"), len(text))
 
 
@@ -189,7 +189,7 @@ def test_errors_of_templates_are_one_line() -> None:
     with pytest.raises(ConfigError, match="the tokenizer's chat templates: "):
         ChatTemplate(byte_level(chat_template={"tool_use": CHATML, "rag": CHATML}))
     template = ChatTemplate(byte_level(chat_template=STRICT))
-    with pytest.raises(ConfigError, match="refuses the messages: the first message must be a user's"):
+    with pytest.raises(ConfigError, match="refuses these messages: the first message must be a user's"):
         template.render(CHAT)
     assert len(template.render(CHAT[1:])) == 1
 

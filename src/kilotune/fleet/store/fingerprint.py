@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from ...candidates import inside
 from ...errors import CheckpointError, ConfigError, MergeError, UnsupportedError, gather, type_name
 from ...injection.tree import is_parameter, unwrapped, walk
-from ...layers.saved_module import SavedModule
 from ...model.adapter_model import AdapterModel
 
 __all__ = ["Fingerprint"]
@@ -108,9 +107,7 @@ def _parameters(base: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, module, _ in walk(base):
         if is_parameter(module):
             continue
-        own = unwrapped(module)
-        # What is saved whole is not walked into.
-        for key, value in own.named_parameters(recurse=isinstance(module, SavedModule), remove_duplicate=False):
+        for key, value in unwrapped(module).named_parameters(recurse=False, remove_duplicate=False):
             yield f"{name}.{key}" if name else key, value
 
 

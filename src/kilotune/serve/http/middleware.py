@@ -212,8 +212,9 @@ class _Exchange:
         except TimeoutError:
             seconds = self._settings.body_seconds
             raise HTTPException(408, f"the body did not arrive within {seconds:g} s", {"Connection": "close"}) from None
-        if message["type"] == "http.disconnect":
-            self._gone.set()
+        if message["type"] == "http.disconnect":  # before all of the body was here
+            self._leave()
+            await asyncio.sleep(0)  # where the cancelling arrives
             return message
         self._size += len(message.get("body", b""))
         if self._size > self.limit:

@@ -12,8 +12,8 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, final
 
-from ...errors import first_line
-from ...train.data.rendering import Rendered, tokenize
+from ...errors import ConfigError
+from ...train.data.rendering import ChatTemplate, Rendered, tokenize
 from .http_errors import ApiError
 
 __all__ = ["Prompts"]
@@ -30,6 +30,7 @@ class Prompts:
     def __init__(self, tokenizer: Any, vocabulary: int) -> None:
         # Fast tokenizers do not like two users in one instant: one is for the loop's thread, one for long texts.
         self._tokenizer, self._beside = copy.deepcopy(tokenizer), copy.deepcopy(tokenizer)
+        self._chats = _chats(self._beside)
         self._turn = asyncio.Lock()
         self._turns: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
         self.vocabulary = vocabulary
@@ -53,19 +54,21 @@ class Prompts:
     async def chat(self, messages: Sequence[dict[str, Any]], tenant: str) -> tuple[int, ...]:
         """A conversation in the model's template, up to where the answer begins.
 
+        Tokens that mark turns are words where a message holds them, so no message becomes another turn.
+
         Raises:
-            ApiError: there is no template, or it refuses these messages.
+            ApiError: there is no template, or it refuses these messages; a text cannot be told from a mark of a turn.
 
         """
-        if not self._tokenizer.chat_template:
-            raise ApiError(400, "this model has no chat template; use /v1/completions", param="messages")
+        if isinstance(chats := self._chats, str):
+            raise ApiError(400, chats, param="messages")
         try:
-            text = await self._in_turn(tenant, lambda: _rendered(self._beside, list(messages)))
-        except Exception as error:  # templates raise what they like: jinja2's errors, and those of their own
-            raise ApiError(
-                400, f"the chat template refuses these messages: {first_line(error)}", param="messages"
-            ) from error
-        return self._checked(await self._encode(text, False, tenant), "messages")
+            rendered = await self._in_turn(tenant, lambda: chats.prompt(messages))
+        except ConfigError as error:
+            raise ApiError(400, str(error), param="messages") from error
+        if (speller := rendered.speller) is not None:
+            return self._checked((await self._in_turn(tenant, lambda: speller.ids([rendered.text])))[0], "messages")
+        return self._checked(await self._encode(rendered.text, False, tenant), "messages")
 
     async def _encode(self, text: str, special: bool, tenant: str) -> Sequence[int]:
         if len(text) <= LONG:
@@ -111,8 +114,19 @@ class Prompts:
         return None if INCOMPLETE in text else [*text.encode()]
 
 
-def _rendered(tokenizer: Any, messages: list[dict[str, Any]]) -> str:
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+def _chats(tokenizer: Any) -> ChatTemplate | str:
+    """What renders chats, or why nothing does.
+
+    It is ready for texts that hold marks of turns: to make what they need when one comes would keep others waiting.
+    """
+    if not tokenizer.chat_template:
+        return "this model has no chat template; use /v1/completions"
+    try:
+        chats = ChatTemplate(tokenizer)
+    except ConfigError as error:
+        return str(error)
+    chats.warm()
+    return chats
 
 
 def _ids(tokenizer: Any, text: str, special: bool) -> Sequence[int]:

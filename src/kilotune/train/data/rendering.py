@@ -8,20 +8,23 @@ asked for one. No offsets are used, so every tokenizer will do.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import islice, pairwise
+from functools import cached_property, partial
+from itertools import accumulate, islice, pairwise
 from typing import Any, final
 
 from ...errors import ConfigError, first_line
+from .neutral import Kept, Write, Written, keep_apart
+from .spelling import Speller
+from .turn_marks import ASSISTANT, Message, marks_of
 
 __all__ = ["ChatTemplate", "Example", "Rendered", "Tokenized", "render_pair", "render_text", "tokenize"]
 
 CHUNK = 512  # rows that are tokenised at once
 GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-ASSISTANT = "assistant"
-Message = Mapping[str, Any]
+Encode = Callable[[Sequence[str]], list[list[int]]]
 
 
 @final
@@ -33,11 +36,15 @@ class Rendered:
         text: as the tokenizer is given it.
         answers: (start, end) in characters of what the model is to say, in order and apart from each other.
         bare: whether the tokenizer's own special tokens are to be added (a chat template writes them itself).
+        speller: makes the tokens, where messages hold marks of turns that are only words; None: the tokenizer does.
+        held: these marks.
     """
 
     text: str
     answers: tuple[tuple[int, int], ...]
     bare: bool = True
+    speller: Speller | None = None
+    held: tuple[str, ...] = ()
 
 
 @final
@@ -75,6 +82,9 @@ def render_pair(prompt: str, completion: str) -> Rendered:
 class ChatTemplate:
     """Chats by the model's own template; the assistant's messages are the answers, with what ends them.
 
+    What a message says never begins or ends a turn: tokens that the template marks turns with are words where a message
+    holds them (:mod:`~kilotune.train.data.turn_marks`).
+
     Raises:
         ConfigError: the tokenizer has no template.
 
@@ -93,6 +103,7 @@ class ChatTemplate:
         except ValueError as error:  # several templates, and none of them the usual one
             raise ConfigError(f"the tokenizer's chat templates: {first_line(error)}") from error
         self._special = tuple({*map(str, tokenizer.all_special_tokens), *tokenizer.get_added_vocab()} - {""})
+        self._marks = marks_of(tokenizer, self._text)
 
     def render(self, messages: Sequence[Message]) -> list[Rendered]:
         """One text, as a rule.
@@ -101,18 +112,56 @@ class ChatTemplate:
         say), there is a text for each answer, which is what the model sees when it gives it.
 
         Raises:
-            ConfigError: the template refuses these messages.
+            ConfigError: the template refuses these messages, or one of their texts cannot be kept apart from its marks.
 
         """
-        if self._marked:
-            return [self._by_marks(messages)]
+        return self._apart(messages, self._by_marks if self._marked else self._by_turns)
+
+    def prompt(self, messages: Sequence[Message]) -> Rendered:
+        """The chat up to where the answer begins.
+
+        Raises:
+            ConfigError: as :meth:`render`.
+
+        """
+        return self._apart(messages, self._asked)[0]
+
+    def warm(self) -> None:
+        """Make now what is else made when a text first holds a mark: seconds for the largest vocabularies."""
+        with suppress(ConfigError):
+            _ = self._speller
+
+    @cached_property
+    def _speller(self) -> Speller:
+        return Speller(self._tokenizer, self._marks.tokens)
+
+    def _apart(self, messages: Sequence[Message], write: Write) -> list[Rendered]:
+        """What is written, in which no text of a message makes a mark of a turn."""
+        kept = keep_apart(self._marks, messages, write, self._text)
+        if not kept.held:
+            return [Rendered(item.text, item.answers, bare=False) for item in kept.written]
+        try:
+            speller = self._speller
+        except ConfigError as error:
+            mark, place = next(iter(kept.held.items()))
+            raise ConfigError(f"{place} makes {mark!r}, and {error}: leave it out, or write it otherwise") from error
+        if any(other in item.text for other in speller.other.values() for item in kept.written):
+            raise ConfigError("the messages hold a mark of a turn, and a private character of Unicode: leave one out")
+        return [_spelled(kept, item, speller) for item in kept.written]
+
+    # -- the template ----------------------------------------------------------------------------------
+
+    def _asked(self, messages: Sequence[Message]) -> list[Written]:
+        return [Written(self._text(messages, prompt=True), (), len(messages), prompt=True)]
+
+    def _by_turns(self, messages: Sequence[Message]) -> list[Written]:
         turns = [i for i, message in enumerate(messages) if message["role"] == ASSISTANT]
         whole = self._text(messages)
         upto = [self._text(messages[: i + 1]) if i + 1 < len(messages) else whole for i in turns]
         answers = [(self._start(messages[:i], text), self._end(text)) for i, text in zip(turns, upto)]
         if all(whole.startswith(text[:end]) for text, (_, end) in zip(upto, answers)):
-            return [Rendered(whole, tuple(answers), bare=False)]
-        return [Rendered(text, (answer,), bare=False) for text, answer in zip(upto, answers)]
+            return [Written(whole, tuple(answers), len(messages))]
+        return [Written(text, (answer,), i + 1) for i, text, answer in zip(turns, upto, answers)]
 
     def _text(self, messages: Sequence[Message], prompt: bool = False) -> str:
         with _refusals():
@@ -138,7 +187,7 @@ class ChatTemplate:
         stripped = text.rstrip()
         return len(stripped) if stripped.endswith(self._special) else len(text)
 
-    def _by_marks(self, messages: Sequence[Message]) -> Rendered:
+    def _by_marks(self, messages: Sequence[Message]) -> list[Written]:
         """The template says itself what the assistant's words are, between its generation marks.
 
         ``apply_chat_template`` gives only tokens for them, and those are wrong where an answer begins or ends with a
@@ -153,18 +202,26 @@ class ChatTemplate:
                 return_assistant_tokens_mask=True,
                 **self._tokenizer.special_tokens_map,
             )
-        return Rendered(texts[0], tuple((start, end) for start, end in spans[0] if end > start), bare=False)
+        answers = tuple((start, end) for start, end in spans[0] if end > start)
+        return [Written(texts[0], answers, len(messages))]
+
+
+def _spelled(kept: Kept, item: Written, speller: Speller) -> Rendered:
+    """A chat as a speller takes it: the answers move, for the marks are longer than what stood for them."""
+    edges = sorted({0, len(item.text), *(at for span in item.answers for at in span)})
+    pieces = [kept.neutral.spelled(item.text[a:b], speller) for a, b in pairwise(edges)]
+    moved = dict(zip(edges, accumulate(map(len, pieces), initial=0)))
+    answers = tuple((moved[start], moved[end]) for start, end in item.answers)
+    return Rendered("".join(pieces), answers, bare=False, speller=speller, held=tuple(kept.held))
 
 
 @contextmanager
 def _refusals() -> Iterator[None]:
     """What a template says against the messages, as a ConfigError."""
-    from jinja2 import TemplateError
-
     try:
         yield
-    except (TemplateError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ConfigError(f"the chat template refuses the messages: {first_line(error)}") from error
+    except Exception as error:  # templates raise what they like: jinja2's errors, Python's, and those of their own
+        raise ConfigError(f"the chat template refuses these messages: {first_line(error)}") from error
 
 
 # -- tokens --------------------------------------------------------------------------------------------
@@ -181,7 +238,7 @@ def tokenize(tokenizer: Any, rendered: Iterable[Rendered], loss_on: str) -> Toke
     examples = []
     joined = 0
     for chunk in _chunks(rendered):
-        for item, (ids, learn, across) in zip(chunk, _encode(tokenizer, chunk)):
+        for item, (ids, learn, across) in zip(chunk, _encoded(tokenizer, chunk)):
             joined += across
             first, last = (before, after) if item.bare else ([], [])
             learns = [*([False] * len(first)), *learn, *([True] * len(last))]
@@ -218,17 +275,30 @@ def _ids(tokenizer: Any, texts: Sequence[str], special: bool = False) -> list[li
     return [list(map(int, ids)) for ids in found["input_ids"]]
 
 
-def _encode(tokenizer: Any, chunk: Sequence[Rendered]) -> list[tuple[list[int], list[bool], bool]]:
-    """(token numbers, learned or not, whether a token would reach across an edge of an answer) of each row."""
+Encoded = tuple[list[int], list[bool], bool]
+"""Token numbers, whether each is learned, and whether a token would reach across an edge of an answer."""
+
+
+def _encoded(tokenizer: Any, chunk: Sequence[Rendered]) -> list[Encoded]:
+    """Each row by its speller, or by the tokenizer where it has none."""
+    found: dict[int, Encoded] = {}
+    for speller in {id(item.speller): item.speller for item in chunk}.values():
+        rows = [i for i, item in enumerate(chunk) if item.speller is speller]
+        encode: Encode = partial(_ids, tokenizer) if speller is None else speller.ids
+        found.update(zip(rows, _encode(encode, [chunk[i] for i in rows])))
+    return [found[i] for i in range(len(chunk))]
+
+
+def _encode(encode: Encode, chunk: Sequence[Rendered]) -> list[Encoded]:
     edges = [sorted({0, len(item.text), *(at for span in item.answers for at in span)}) for item in chunk]
-    wholes = _ids(tokenizer, [item.text for item in chunk])
-    pieces = iter(_ids(tokenizer, [item.text[a:b] for item, found in zip(chunk, edges) for a, b in pairwise(found)]))
+    wholes = encode([item.text for item in chunk])
+    pieces = iter(encode([item.text[a:b] for item, found in zip(chunk, edges) for a, b in pairwise(found)]))
     parts = [list(islice(pieces, len(found) - 1)) for found in edges]
     apart = [[token for part in held for token in part] for held in parts]
     # Tokenised part by part, most rows come out as in one go. Else (some tokenizers put a mark before every text) it is
     # the beginnings of the text that tell: each must be what the row begins with.
     asked = [i for i, (one, other) in enumerate(zip(apart, wholes)) if one != other]
-    begun = iter(_ids(tokenizer, [chunk[i].text[:at] for i in asked for at in edges[i][1:-1]]))
+    begun = iter(encode([chunk[i].text[:at] for i in asked for at in edges[i][1:-1]]))
     joined = [False] * len(chunk)
     for i in asked:
         beginnings = list(islice(begun, len(edges[i]) - 2))

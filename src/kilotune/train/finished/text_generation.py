@@ -16,7 +16,7 @@ from ...errors import CheckpointError, ConfigError, UnsupportedError
 from ...model.peft_model import PeftModel
 from ..data.columns import sound
 from ..data.processors import load_tokenizer
-from ..data.rendering import Rendered, tokenize
+from ..data.rendering import ChatTemplate, Rendered, tokenize
 from ..running.base_model import limits_of
 from .sampling_options import Sampling
 
@@ -98,6 +98,7 @@ class Writer:
         self.sampling = sampling or Sampling()
         self._config: Any = model.config
         self._ends = self._end_tokens()
+        self._template: ChatTemplate | None = None
         self._asked = 0
 
     @property
@@ -131,18 +132,17 @@ class Writer:
         """The token numbers of a chat in the tokenizer's template, up to where the answer begins.
 
         Raises:
-            ConfigError: the tokenizer has no template, or it refuses these messages; they hold halves of characters.
+            ConfigError: the tokenizer has no template, or it refuses these messages; they hold halves of characters, or
+                what cannot be told from a mark of a turn.
 
         """
         for message in messages:
             _check_text(message["content"])
         if not self.tokenizer.chat_template:
             raise ConfigError("the tokenizer has no chat template, so there are no roles; give plain text (--plain)")
-        try:
-            text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # templates raise what they like: jinja2's errors, and those of their own
-            raise ConfigError(f"the chat template refuses these messages: {error}") from error
-        return tokenize(self.tokenizer, [Rendered(text, (), bare=False)], "all").examples[0].ids
+        if self._template is None:
+            self._template = ChatTemplate(self.tokenizer)
+        return tokenize(self.tokenizer, [self._template.prompt(messages)], "all").examples[0].ids
 
     def _check(self, ids: Sequence[int]) -> None:
         if not ids:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = ["CausalLm"]
 
+SHOWN_PLACES = 20
+
 
 @final
 @dataclass(frozen=True)
@@ -155,6 +157,7 @@ def _tokens(
             f"{share(more, len(rendered), whole)}: the chat template writes earlier messages differently once later "
             f"ones follow, so each answer is an example of its own; {len(flat):,} in all"
         )
+    notes += _marks_note(part, rendered, whole)
     if found.joined:
         notes.append(
             f"{share(found.joined, len(flat), whole)}: a token would reach across the edge of the answer, so the parts "
@@ -170,6 +173,19 @@ def _tokens(
     if not kept:
         raise ConfigError(f"data.{part.name}: no row has anything to learn. {' '.join(notes)}")
     return _Split(kept, notes)
+
+
+def _marks_note(part: Part, rendered: Sequence[Sequence[Rendered]], whole: str) -> list[str]:
+    """Which rows hold the template's own tokens as words."""
+    rows = [(i, [mark for item in row for mark in item.held]) for i, row in enumerate(rendered)]
+    rows = [(i, marks) for i, marks in rows if marks]
+    if not rows:
+        return []
+    marks = ", ".join(map(repr, dict.fromkeys(mark for _, held in rows for mark in held)))
+    places = ", ".join(part.table.places[i] for i, _ in rows[:SHOWN_PLACES])
+    more = f" and {len(rows) - SHOWN_PLACES:,} more" if len(rows) > SHOWN_PLACES else ""
+    what = f"a message holds {marks}, with which the chat template marks turns"
+    return [f"{share(len(rows), len(rendered), whole)}: {what}; there they are words, and no turns: {places}{more}"]
 
 
 def _cut(example: Example, size: int) -> Example:
