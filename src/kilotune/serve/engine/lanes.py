@@ -47,7 +47,8 @@ class Lanes:
             self._give()
         lane = Lane(self._pool)
         try:
-            await asyncio.wrap_future(place)
+            if not place.done():
+                await asyncio.wrap_future(place)
             yield lane
         finally:
             if place.cancelled():
