@@ -26,6 +26,8 @@ __all__ = ["FORMAT_VERSION", "AdapterConfig", "TaskType", "check_listed_options"
 
 FORMAT_VERSION = 1
 SECTION = "kilotune"
+# Before the peft_type of every file that PEFT is not to read: it knows no such type, whatever versions of it come.
+CLOSED = "KILOTUNE_"
 ALL_LINEAR = "all-linear"
 ALL_BIASED = "all-biased"
 C = TypeVar("C", bound="AdapterConfig")

@@ -19,7 +19,19 @@ from tests.conformance.cases import Net
 from tests.conformance.cells import CELLS, Cell
 from tests.conformance.checks import adapted, bound, count, data, dense, layer_of, layers_of
 from tests.conformance.declared import every_cell
-from tests.support.models import Snapshot, base_bits, bits, disk, is_base, places, plain_name, randomize, value_bits
+from tests.support.models import (
+    Snapshot,
+    base_bits,
+    bits,
+    disk,
+    freed_at_once,
+    is_base,
+    places,
+    plain_name,
+    randomize,
+    value_bits,
+    watch,
+)
 
 
 def _merges(cell: Cell) -> bool:
@@ -294,6 +306,33 @@ def test_no_weight_of_the_base_is_copied(cell: Cell, tmp_path: Path) -> None:
     for name in ("default", "again", "more"):
         model.delete_adapter(name)
     assert places(base) == where
+
+
+@every_cell("freed", after=["forward", "merged", "two", "deleted", "released"])
+def test_a_model_is_freed_with_its_last_name(cell: Cell, after: str) -> None:
+    """The garbage collector may come long after the next base has been loaded."""
+    with freed_at_once() as watched:
+        base = cell.base()
+        model = get_peft_model(base, cell.config())
+        watched += watch(model)
+        model(data(cell, 4)).sum().backward()
+        if after == "merged" and cell in MERGEABLE:
+            model.merge_adapter()
+            watched += watch(model)
+            model.unmerge_adapter()
+            model.merge_adapter()
+        elif after == "two":
+            model.add_adapter("more", cell.config())
+            model.set_adapter("more")
+            model(data(cell, 4)).sum().backward()
+            with model.disable_adapter():
+                model(data(cell, 4))
+            watched += watch(model)
+        elif after == "deleted":
+            model.delete_adapter("default")
+        elif after == "released":
+            base = model.merge_and_unload() if cell in MERGEABLE else model.unload()
+        del base, model
 
 
 @every_cell("delete")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from tests.conformance.cases import Params
 from tests.conformance.cells import FORMULAS, METHOD_CASES, PLAIN_STORAGES, delta_of
 from tests.conformance.declared import every_quantised_cell
 from tests.conformance.quantised import INN, OUT, QUANTISED, STORAGE_SCHEMES, Cell, weight_of
-from tests.support.models import disk
+from tests.support.models import disk, freed_at_once
 
 NEAR = 1e-5
 MERGEABLE = [cell for cell in QUANTISED if cell.case.name in FORMULAS]
@@ -132,6 +133,18 @@ def test_training_lowers_the_loss_and_leaves_every_bit_of_the_base(cell: Cell) -
 
 # torch's own tracing of autograd functions, of which bitsandbytes has some.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@every_quantised_cell()
+def test_a_model_is_freed_with_its_last_name_but_for_quantised_layers(cell: Cell) -> None:
+    """Those are never freed at once, bare ones either: bitsandbytes' weights and torchao's layers know the layer."""
+    with freed_at_once() as watched:
+        model = get_peft_model(cell.base(), cell.config())
+        quantised = set(layer_of(model).base_layer.modules())
+        watched += [weakref.ref(module) for module in model.modules() if module not in quantised]
+        watched += [weakref.ref(parameter) for _, parameter in model.adapter_parameters()]
+        model(data(2, 3)).sum().backward()
+        del model, quantised
+
+
 @every_quantised_cell([c for c in QUANTISED if c.bias and c.case is METHOD_CASES[c.case.name][0]], cost=20)
 def test_it_compiles_as_one_graph(cell: Cell) -> None:
     torch.compiler.reset()

@@ -192,7 +192,8 @@ def test_files_of_every_form(generator: str, save_indices: bool, tmp_path: Path)
     assert len(tensors) == 1 + 4 * 3 * save_indices
     assert torch.equal(tensors["base_model.unilora_theta_d"], vector_of(model).detach())
     ours = not save_indices and generator == "portable"
-    assert values["theta_d_length"] == (0 if ours else 17)  # PEFT must not read it with its own indices
+    assert values["theta_d_length"] == 17
+    assert values["peft_type"] == ("KILOTUNE_UNILORA" if ours else "UNILORA")  # PEFT must not take its own indices
     assert ("kilotune" in values) == ours
     again = PeftModel.from_pretrained(base(torch.float32), tmp_path, is_trainable=True)
     assert again.peft_config["default"].generator == ("stored" if save_indices else generator)

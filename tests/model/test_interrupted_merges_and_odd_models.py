@@ -13,8 +13,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
 
-from kilotune import LoraConfig, MergeError, PeftModel, TargetError, UnsupportedError, VeraConfig, get_peft_model
+from kilotune import (
+    LoraConfig,
+    MergeError,
+    PeftModel,
+    TargetError,
+    UnsupportedError,
+    VeraConfig,
+    get_config,
+    get_peft_model,
+)
 from kilotune.layers.adapted import AdaptedLayer
 from kilotune.layers.saved_module import SavedModule
 from kilotune.model.adapter_model import AdapterModel
@@ -415,4 +425,61 @@ def test_adding_and_loading_leave_the_other_adapters_gradients_as_they_are(tmp_p
     model.load_adapter(tmp_path / "a", "e", is_trainable=True)
     assert {name: p.requires_grad for name, p in own.items()} == wanted
     assert {name: p.grad is not None for name, p in own.items()} == grads
-    assert not any(p.requires_grad for name in "cde" for _, p in model.adapter_parameters(name))
+    assert not any(p.requires_grad for name in "cd" for _, p in model.adapter_parameters(name))
+    assert all(p.requires_grad for _, p in model.adapter_parameters("e"))
+
+
+# -- weights that come to be computed ----------------------------------------------------------------
+
+PUT_ON = {
+    "prune": lambda layer, name: prune.random_unstructured(layer, name, 0.5),
+    "weight norm": lambda layer, name: parametrizations.weight_norm(layer, name),
+    "old weight norm": lambda layer, name: torch.nn.utils.weight_norm(layer, name),
+}
+
+
+def computed_since(method: str, how: str, name: str) -> tuple[PeftModel, nn.Module]:
+    """A model whose stem was pruned or normed after the adapter came, and the stem of the base pruned alike."""
+    options: dict[str, Any] = {"feedforward_modules": []} if method == "ia3" else {}
+    model = get_peft_model(Nested().eval(), get_config(method, target_modules=["stem"], **options))
+    randomize(model)
+    plain = Nested().eval().stem
+    for layer in (model.model.stem.base_layer, plain):
+        torch.manual_seed(3)
+        PUT_ON[how](layer, name)
+    return model, plain
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")  # still in use
+@pytest.mark.parametrize("how", PUT_ON)
+@pytest.mark.parametrize(
+    ("method", "name"), [("lora", "weight"), ("lora", "bias"), ("bitfit", "weight"), ("bitfit", "bias")]
+)
+def test_over_a_weight_that_is_computed_since_the_adapter_runs(method: str, how: str, name: str) -> None:
+    model, plain = computed_since(method, how, name)
+    x = torch.linspace(-1, 1, 24).view(4, 6)
+    delta: Any = model.model.stem.slot("default").delta()
+    weight, bias = plain.weight, plain.bias
+    if method == "lora":
+        weight = weight + delta.scale * delta.b @ delta.a
+    else:
+        bias = bias + delta.bias
+    torch.testing.assert_close(model.model.stem(x), torch.nn.functional.linear(x, weight, bias))
+    with model.disable_adapter():
+        torch.testing.assert_close(model.model.stem(x), plain(x))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")  # still in use
+@pytest.mark.parametrize("how", PUT_ON)
+@pytest.mark.parametrize(
+    ("method", "name"), [("lora", "weight"), ("dora", "weight"), ("bitfit", "bias"), ("ia3", "bias")]
+)
+def test_into_a_weight_that_is_computed_since_nothing_is_merged(method: str, how: str, name: str) -> None:
+    model, _ = computed_since(method, how, name)
+    before = Snapshot.of(model)
+    with pytest.raises(UnsupportedError, match=f"the {name} of a .*Linear is computed from other parameters now"):
+        model.merge_adapter()
+    assert Snapshot.of(model) == before
+    if method == "dora":
+        with pytest.raises(UnsupportedError, match="the weight of a .*Linear is computed"):
+            model(torch.zeros(1, 6))

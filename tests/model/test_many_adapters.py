@@ -165,7 +165,7 @@ def test_the_nth_adapter_costs_what_the_third_does(name: str, tmp_path: Path) ->
     assert min(sum(count.values()) for count in few.values()) > 100, "the counter saw nothing"
 
 
-def over_all(self: AdapterModel) -> None:
+def over_all(self: AdapterModel, train: bool) -> None:
     for name, installed in self._installed.items():
         for _, parameter in installed.parameters():
             parameter.requires_grad_(name in self._state.active)

@@ -199,7 +199,7 @@ def test_planted_deepcopy_of_the_frozen_matrices(monkeypatch: Patch) -> None:
     caught(lambda: guards.frozen_matrices_are_one(model, run), "deepcopy copied the frozen matrices")
 
 
-def two(monkeypatch: Patch, settle: Callable[[AdapterModel], None]) -> AdapterModel:
+def two(monkeypatch: Patch, settle: Callable[[AdapterModel, bool], None]) -> AdapterModel:
     monkeypatch.setattr(AdapterModel, "_set_requires_grad", settle)
     model = get_peft_model(mlp(), LoraConfig(r=2, target_modules=["0"]), "a")
     model.add_adapter("b", LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
@@ -210,7 +210,7 @@ def two(monkeypatch: Patch, settle: Callable[[AdapterModel], None]) -> AdapterMo
 def test_planted_inactive_adapter_with_a_zero_gradient(monkeypatch: Patch) -> None:
     """Weight decay moves what has a gradient, be it zero."""
 
-    def zeros(self: AdapterModel) -> None:
+    def zeros(self: AdapterModel, train: bool) -> None:
         for name, installed in self._installed.items():
             for _, parameter in installed.parameters():
                 parameter.requires_grad_(name in self._state.active)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,10 +12,19 @@ import pytest
 import torch
 from torch import nn
 
-from kilotune import AdapterConfig, ConfigError, LoraConfig, PeftModel, TaskType, VeraConfig, get_peft_model
+from kilotune import (
+    AdapterConfig,
+    AdapterError,
+    ConfigError,
+    LoraConfig,
+    PeftModel,
+    TaskType,
+    VeraConfig,
+    get_peft_model,
+)
 from kilotune.layers.saved_module import SavedModule
 from tests.support.guards import adapters_act
-from tests.support.models import bits, randomize, tiny_classifier, tiny_gpt2, tiny_llama, trained
+from tests.support.models import bits, freed_at_once, randomize, tiny_classifier, tiny_gpt2, tiny_llama, trained, watch
 
 pytest.importorskip("transformers")
 
@@ -235,6 +245,28 @@ def test_the_trainer_trains_and_saves_the_adapter(config: AdapterConfig, tmp_pat
     model.save_pretrained(tmp_path / "adapter")
     again = PeftModel.from_pretrained(tiny_llama(), tmp_path / "adapter")
     assert torch.equal(logits(again.eval()), logits(model.eval()))
+
+
+def test_a_language_model_is_freed_with_its_last_name(tmp_path: Path) -> None:
+    with freed_at_once() as watched:
+        heads = LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"], modules_to_save=["lm_head"])
+        model = get_peft_model(tiny_llama(tie=True), heads)
+        model.add_adapter("second", VeraConfig(r=4))
+        model.save_pretrained(tmp_path)
+        model.load_adapter(tmp_path / "second", "third")
+        watched += watch(model)
+        model.train()
+        model.gradient_checkpointing_enable()
+        model.enable_input_require_grads()
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        model.generate(IDS, max_new_tokens=2, adapter_names=["second"] * len(IDS))
+        model.eval()(input_ids=IDS, adapter_names=["second", *["third"] * (len(IDS) - 1)]).logits.sum().backward()
+        with contextlib.suppress(AdapterError):
+            model.load_adapter(tmp_path, "second")  # a traceback holds what it went through
+        model.delete_adapter("third")
+        model.set_adapter("second")
+        model.merge_adapter()
+        del model
 
 
 def test_compiled_generation_follows_the_adapters() -> None:

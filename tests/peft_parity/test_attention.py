@@ -184,11 +184,10 @@ def test_out_proj_without_its_attention_is_ours_alone(tmp_path: Path) -> None:
     check_outputs(theirs, base("sequences"))
     ours.save_pretrained(tmp_path)
     check_acts(ours)
-    unknown = pytest.warns(UserWarning, match="kilotune")
-    with unknown, pytest.raises(ValueError, match="not found in the base model"):
+    with pytest.raises(KeyError, match="KILOTUNE_LORA"):
         peft.PeftModel.from_pretrained(base("sequences"), tmp_path)
     check_outputs(kilotune.PeftModel.from_pretrained(base("sequences"), tmp_path), ours)
-    assert files(tmp_path)[0]["kilotune"]["target_modules"] == ["out_proj"]
+    assert files(tmp_path)[0]["target_modules"] == ["out_proj"]
 
 
 def test_pefts_dropout_has_no_effect_there_and_its_file_is_read(tmp_path: Path) -> None:

@@ -166,7 +166,7 @@ def test_peft_does_not_load_dvora(options: dict[str, Any], tmp_path: Path) -> No
     config = kilotune.VeraConfig(r=5, use_dora=True, target_modules="all-linear", **options)
     model = scrambled(kilotune.get_peft_model(base("mlp"), config))
     model.save_pretrained(tmp_path)
-    with pytest.raises(KeyError, match="DORA_VERA"), quiet():
+    with pytest.raises(KeyError, match="KILOTUNE_VERA"), quiet():
         peft.PeftModel.from_pretrained(base("mlp"), tmp_path)
     again = kilotune.PeftModel.from_pretrained(base("mlp"), tmp_path)
     with torch.no_grad():

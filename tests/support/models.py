@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -197,3 +200,23 @@ def untie(folder: Path) -> None:
         metadata = dict(file.metadata())
     metadata.pop("kilotune_config_sha256", None)
     save_file(load_file(path), path, metadata=metadata)
+
+
+@contextmanager
+def freed_at_once() -> Iterator[list[weakref.ref[Any]]]:
+    """Hold that what is put into the list is gone when the context is left, without the garbage collector."""
+    watched: list[weakref.ref[Any]] = []
+    gc.collect()
+    gc.disable()
+    try:
+        yield watched
+        left = [type(found).__name__ for seen in watched if (found := seen()) is not None]
+        assert watched
+        assert left == []
+    finally:
+        gc.enable()
+
+
+def watch(model: nn.Module) -> list[weakref.ref[Any]]:
+    """All modules and tensors of a model, for :func:`freed_at_once`."""
+    return [weakref.ref(found) for found in (*model.modules(), *model.parameters(), *model.buffers())]

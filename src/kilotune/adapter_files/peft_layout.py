@@ -3,7 +3,8 @@
 ::
 
     folder/                      adapter "default"; others in folder/<name>/
-      adapter_config.json        PEFT's keys; a section "kilotune" only where PEFT cannot read the adapter anyway
+      adapter_config.json        PEFT's keys; where PEFT is not to read the adapter, a peft_type that it does not know
+                                 (``KILOTUNE_VERA``), and our options in a section "kilotune"
       adapter_model.safetensors  PEFT's key names; checksums in the header's metadata
 """
 
@@ -24,8 +25,6 @@ from ..storage import Storage
 __all__ = [
     "BOOKKEEPING",
     "EXTRA_PREFIX",
-    "NOT_FOR_PEFT",
-    "OUT_PROJ_ALONE",
     "PREFIX",
     "SELECTION",
     "bias_key",
@@ -38,10 +37,6 @@ __all__ = [
 
 PREFIX = "base_model.model."
 EXTRA_PREFIX = "base_model."
-# In the place of target modules in a file that PEFT is not to read; it names no module.
-# PEFT would wrap an out_proj without its attention, which then never calls the wrapper: it gets this instead.
-OUT_PROJ_ALONE = "kilotune: out_proj without its attention"
-NOT_FOR_PEFT = "kilotune: target_parameters"
 # Options that choose among the layers that target_modules names.
 SELECTION = frozenset({"exclude_modules", "layers_to_transform", "layers_pattern"})
 OPTIONS = "kilotune_options"  # in the weights' header

@@ -11,16 +11,15 @@ from torch import Tensor
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..candidates import matches_names
-from ..config import ALL_LINEAR, FORMAT_VERSION, SECTION, AdapterConfig
+from ..config import ALL_LINEAR, CLOSED, FORMAT_VERSION, SECTION, AdapterConfig
 from ..deltas import Role
+from ..errors import AdapterError, ConfigError
 from ..injection.inject import Installed, part_of
 from ..layers import stacked_sites as stacks
 from ..layers.adapted_parameters import file_names
 from ..storage.sharded import gathered, is_sharded
 from .files import tensors_checksum, write
 from .peft_layout import (
-    NOT_FOR_PEFT,
-    OUT_PROJ_ALONE,
     PREFIX,
     SELECTION,
     bias_key,
@@ -30,7 +29,29 @@ from .peft_layout import (
     header_metadata,
 )
 
-__all__ = ["bias_place", "in_file_form", "save", "state_of"]
+__all__ = ["DEFAULT", "bias_place", "check_safe", "folders", "in_file_form", "save", "state_of"]
+
+DEFAULT = "default"  # the name of an adapter that was given none
+
+
+def folders(root: Path, adapters: Mapping[str, Installed]) -> dict[Path, Installed]:
+    """Where adapters go below ``root``, as in PEFT: 'default' into the folder itself, others into their own.
+
+    Raises:
+        AdapterError: there are none.
+
+    """
+    if not adapters:
+        raise AdapterError("save_pretrained: there is no adapter to save")
+    return {root if name == DEFAULT else root / name: installed for name, installed in adapters.items()}
+
+
+def check_safe(safe_serialization: bool) -> None:
+    """Refuse pickles, which PEFT's option of that name would ask for."""
+    if safe_serialization is not True:
+        raise ConfigError(
+            f"safe_serialization: expected True, got {safe_serialization!r}; weights are safetensors only"
+        )
 
 
 def save(
@@ -70,21 +91,18 @@ def state_of(installed: Installed) -> tuple[dict[str, Any], dict[str, Tensor], d
     tensors = {key: value.detach().cpu().clone().contiguous() for key, value in sorted(tensors.items())}
     config = {**installed.config.to_dict(), **export.config}
     config["fan_in_fan_out"] = any(layer.kind.stores_in_out for layer in installed.layers.values())
-    section = _with_parameters(export.section, installed.config, config)
-    if section is None and any(_never_called(name, installed) for name in params):
-        section = {"target_modules": config["target_modules"]}
-        config["target_modules"] = [OUT_PROJ_ALONE]
-    if section is not None:
-        config[SECTION] = {"format": FORMAT_VERSION, **section}
-    elif SELECTION & set(installed.config.ours()) or _taken_otherwise(installed, list(params)):
+    ours = installed.config.ours()
+    if not export.peft or _lost_in_peft(installed, list(params)):
+        config["peft_type"] = CLOSED + installed.config.peft_type
+        config[SECTION] = {"format": FORMAT_VERSION, **ours, **export.section}
+    elif SELECTION & set(ours) or _taken_otherwise(installed, list(params)):
         # PEFT lacks the key for this method, or would take others: name the layers themselves.
         own = [name for name in params if not part_of(name, installed.layers)]  # it adds the parts by itself
         exact = "|".join(re.escape(name) for name in own)  # a list would match the ends of other names too
         config["target_modules"] = exact
         config.update((key, None) for key in ("layers_to_transform", "layers_pattern") if key in config)
-        if any(layer.kind.with_it for layer in installed.layers.values()) and "exclude_modules" in (
-            ours := installed.config.ours()
-        ):  # the parts of an attention come with it, so leaving one out must stay said
+        # The parts of an attention come with it, so leaving one out must stay said.
+        if "exclude_modules" in ours and any(layer.kind.with_it for layer in installed.layers.values()):
             config[SECTION] = {"format": FORMAT_VERSION, "exclude_modules": ours["exclude_modules"]}
     checksums = tensors_checksum(tensors), config_checksum(config, installed.config.option_names())
     return config, tensors, header_metadata(*checksums, export.checksum, export.header)
@@ -120,20 +138,15 @@ def bias_place(name: str, installed: Installed) -> str:
     return f"{PREFIX}{bias_name_in_file(name, layer.kind, _names_in_file(installed))}.{key}"
 
 
-def _with_parameters(
-    section: dict[str, Any] | None, config: AdapterConfig, values: dict[str, Any]
-) -> dict[str, Any] | None:
-    """Our section, with the target parameters of a method for which PEFT has no such option.
+def _lost_in_peft(installed: Installed, layers: Sequence[str]) -> bool:
+    """Whether PEFT would leave out a part of what its method can do, without a word.
 
-    PEFT would leave them out without a word: it gets targets that match nothing, so that it refuses the file.
+    That are target parameters of a method for which it has no such option, and an out_proj without its attention,
+    which it would put into a wrapper that is never called.
     """
-    ours = config.ours()
-    if not config.target_parameters or "target_parameters" not in ours:
-        return section
-    if section is None:
-        section = {"target_modules": values["target_modules"]}
-        values["target_modules"] = [NOT_FOR_PEFT]
-    return {**section, **{key: ours[key] for key in ("exclude_modules", "target_parameters") if key in ours}}
+    config = installed.config
+    parameters = bool(config.target_parameters) and "target_parameters" in config.ours()
+    return parameters or any(_never_called(name, installed) for name in layers)
 
 
 def _never_called(name: str, installed: Installed) -> bool:

@@ -84,8 +84,9 @@ def merge(
     if Path(source).is_file():
         raise ConfigError(f"--base {source}: is a file; merging needs the folder with the weights")
     model = load_fitting_base(file, source, revision, dtype)
+    tied = getattr(model.config, "tie_word_embeddings", False)
     notes = _merge(model, file, safe, dtype)
-    untied = _untie(model)
+    untied = tied and not model.config.tie_word_embeddings
     with _fresh(out) as folder:
         model.save_pretrained(folder)
         copied = _copy_beside(file, source, revision, folder)
@@ -156,27 +157,6 @@ def _merge(model: nn.Module, file: AdapterFile, safe: bool, dtype: str | None) -
     for other in (w for w in caught if not issubclass(w.category, MergePrecisionWarning)):
         warnings.warn_explicit(other.message, other.category, other.filename, other.lineno)
     return [str(w.message) for w in caught if issubclass(w.category, MergePrecisionWarning)]
-
-
-def _untie(model: Any) -> bool:
-    """Where merging took tied weights apart, save them apart: loading would tie them again otherwise.
-
-    The flag is one for all ties of a model, so those that still hold get values of their own too.
-    """
-    from torch import nn
-
-    pairs = dict(getattr(model, "all_tied_weights_keys", None) or {})
-    named = dict(model.named_parameters(remove_duplicate=False))
-    pairs = {a: b for a, b in pairs.items() if a in named and b in named}
-    if all(named[a] is named[b] for a, b in pairs.items()):
-        return False
-    for name in (a for a, b in pairs.items() if named[a] is named[b]):
-        owner, _, key = name.rpartition(".")
-        twin = nn.Parameter(named[name].detach().clone(), requires_grad=named[name].requires_grad)
-        model.get_submodule(owner).register_parameter(key, twin)
-    for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
-        config.tie_word_embeddings = False
-    return True
 
 
 def _verify(model: Any, folder: Path) -> None:

@@ -32,7 +32,7 @@ from ..layers.adapted_parameters import (
 )
 from ..layers.saved_module import SavedModule, check_trainable
 from ..layers.shared_inputs import join
-from ..layers.slot import BIAS, Slot, slot_key
+from ..layers.slot import BIAS, Slot, slot_key, weakly
 from ..layers.stacked_sites import members, start
 from ..methods import Method, Shared, Site, make_method
 from ..projections.matrices import Projections
@@ -371,7 +371,7 @@ def apply(
     for name, layer in layers.items():
         method = made.method if name in made.layers else None
         site = sites[name] if name in sites else site_in(made, name, layer)
-        layer.add(made.adapter, Slot(site, method, shared, starts[name]))
+        layer.add(made.adapter, Slot(weakly(site, layer), method, shared, starts[name]))
     _share_inputs(made, layers, sites, shared)
     saved = {name: _saved_at(root, name, state) for name in made.saved}
     for name, wrapper in saved.items():

@@ -69,18 +69,21 @@ class Installed:
                 parameter.requires_grad_(False)
 
 
-def set_requires_grad(adapters: Mapping[str, Installed], perhaps_trained: set[str], active: Sequence[str]) -> None:
-    """Let the active adapters train, unless they are for inference only, and take all gradients from the others.
+def set_requires_grad(
+    adapters: Mapping[str, Installed], perhaps_trained: set[str], active: Sequence[str], train: bool
+) -> None:
+    """Let the active adapters train, or not, and take all gradients from the others.
 
     Args:
         adapters: all of a model's, by name.
         perhaps_trained: those that may have gradients now; the active ones afterwards. The others are not looked at,
             so that a change among thousands of adapters costs no more than one among two.
         active: the names of the active ones.
+        train: whether they have gradients.
 
     """
     for name in {*(name for name in perhaps_trained if name in adapters), *active}:
-        wanted = name in active and not adapters[name].config.inference_mode
+        wanted = name in active and train
         for _, parameter in adapters[name].parameters():
             parameter.requires_grad_(wanted)
             if not wanted:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, final
 
 import torch.nn.functional as F
@@ -11,10 +12,11 @@ from torch import Tensor, nn
 
 from ..deltas import Delta
 from ..methods import Method, Shared, Site
+from ..weak import Weak, call
 from .shared_inputs import SharedInput
 from .stacked_sites import delta_of
 
-__all__ = ["BIAS", "Merged", "Slot", "slot_key"]
+__all__ = ["BIAS", "Merged", "Slot", "slot_key", "weakly"]
 
 BIAS = "bias"
 _TAKEN = frozenset(dir(nn.ModuleDict()))  # of an instance: those that __init__ sets as well
@@ -71,6 +73,19 @@ class Slot(nn.Module):
         if not self.drops or self.method is None:
             return x
         return F.dropout(x, self.method.config.dropout, training=True) if self.dropper is None else self.dropper(x)
+
+
+def weakly(site: Site, layer: nn.Module) -> Site:
+    """The site of ``layer`` for a slot in it, which does not keep it alive."""
+    own = Weak(layer)
+    return replace(
+        site,
+        read=partial(call, own, "base_matrix"),
+        dtype=partial(call, own, "compute_dtype"),
+        device=partial(call, own, "compute_device"),
+        held=partial(call, own, "base_tensors"),
+        gather=partial(call, own, "base_matrix", gather=True),
+    )
 
 
 @final

@@ -6,17 +6,18 @@ its file imports `_base.py` and the floors below. Begin in bitfit.py, the shorte
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
 
-from ..config import AdapterConfig
+from ..config import CLOSED, AdapterConfig
 from ..errors import ConfigError, did_you_mean
 from ._base import Export, LowRankConfig, Method, Shared, Site
 from .bitfit import Bitfit, BitfitConfig
 from .bottleneck import Bottleneck, BottleneckConfig
-from .dora import FILE_PREFIX, Dora
+from .dora import Dora
 from .ia3 import Ia3, Ia3Config
 from .intrinsic import Intrinsic, IntrinsicConfig
 from .lora import Lora, LoraConfig
@@ -47,6 +48,8 @@ __all__ = [
     "method_of",
     "method_of_file",
 ]
+
+OLD_DORA = "DORA_"  # before a peft_type in older files
 
 METHODS: dict[str, type[Method[Any]]] = {
     method.name: method for method in (Lora, Vera, Intrinsic, UniLora, Bitfit, Ia3, LoraXs, Bottleneck)
@@ -101,9 +104,11 @@ def load_method(config: AdapterConfig, extra: Mapping[str, Tensor], checksum: st
 
 
 def method_of_file(peft_type: str) -> type[Method[Any]]:
-    """The method that an adapter_config.json names by its ``peft_type``; ``DORA_VERA`` is VeRA inside DoRA."""
-    inside = peft_type.upper().startswith(FILE_PREFIX)
-    return method_by_name(peft_type[len(FILE_PREFIX) :] if inside else peft_type)
+    """The method that an adapter_config.json names by its ``peft_type``.
+
+    Files that are closed to PEFT say ``KILOTUNE_VERA``; older ones of VeRA inside DoRA said ``DORA_VERA``.
+    """
+    return method_by_name(re.sub(f"^({CLOSED}|{OLD_DORA})", "", peft_type, flags=re.IGNORECASE))
 
 
 def _in_dora(method: Method[Any]) -> Method[Any]:

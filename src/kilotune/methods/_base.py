@@ -87,15 +87,18 @@ class Shared:
 class Export:
     """An adapter as it goes to a file.
 
-    tensors: key -> tensor. config: values that differ in the file. section: what PEFT has no key for; None
-    where PEFT can read the file as it is. checksum: of the projections, where they are not in the file. header:
-    options that PEFT has no key for and can do without, because they change no result; they go into the weights'
-    header.
+    tensors: key -> tensor. peft: whether PEFT makes of these tensors and this config what the method makes of them.
+    The writer closes every other file to it, so that none is ever read there with other random numbers; that
+    those which say so are read right is tested against PEFT (tests/conformance/test_read_by_peft.py). config: values
+    that differ in the file. section: what a closed file says over the options that PEFT lacks, all of which it has.
+    checksum: of the projections, where they are not in the file. header: options that PEFT has no key for and can do
+    without, because they change no result; they go into the weights' header.
     """
 
     tensors: dict[str, Tensor]
+    peft: bool = False
     config: dict[str, Any] = field(default_factory=dict)
-    section: dict[str, Any] | None = None
+    section: dict[str, Any] = field(default_factory=dict)
     checksum: str | None = None
     header: dict[str, Any] = field(default_factory=dict)
 
@@ -198,7 +201,10 @@ class Method(ABC, Generic[C]):
         return cls(config)
 
     def export(self, sites: Mapping[str, Site], params: Mapping[str, Mapping[str, Tensor]], shared: Shared) -> Export:
-        """The adapter's tensors under PEFT's keys (``<module>.<key>``), and what changes in its config."""
+        """The adapter's tensors under PEFT's keys (``<module>.<key>``), and what changes in its config.
+
+        Closed to PEFT, where the method does not say otherwise.
+        """
         named = {
             f"{module}.{self.keys[name]}": tensor
             for module, own in params.items()

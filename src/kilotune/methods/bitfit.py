@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..config import ALL_BIASED, ALL_LINEAR, AdapterConfig, Names, option
 from ..deltas import Delta, Shift
-from ._base import Export, Method, Shared, Site
+from ._base import Method, Shared, Site
 
 __all__ = ["Bitfit", "BitfitConfig"]
 
@@ -55,7 +55,3 @@ class Bitfit(Method[BitfitConfig]):
 
     def delta(self, site: Site, params: Mapping[str, Tensor], shared: Shared) -> Shift:
         return Shift(params["bitfit_delta"])
-
-    def export(self, sites: Mapping[str, Site], params: Mapping[str, Mapping[str, Tensor]], shared: Shared) -> Export:
-        tensors = super().export(sites, params, shared).tensors
-        return Export(tensors, section=self.config.ours())  # PEFT has no such method, so the file is ours

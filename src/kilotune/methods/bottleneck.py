@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from ..config import AdapterConfig, number_fault, option, rate_fault
 from ..deltas import Delta, Residual
 from ..errors import ConfigError, did_you_mean
-from ._base import Export, Method, Shared, Site
+from ._base import Method, Shared, Site
 
 __all__ = ["Bottleneck", "BottleneckConfig"]
 
@@ -225,7 +225,3 @@ class Bottleneck(Method[BottleneckConfig]):
             params["up_bias"],
             self.config.factor,
         )
-
-    def export(self, sites: Mapping[str, Site], params: Mapping[str, Mapping[str, Tensor]], shared: Shared) -> Export:
-        tensors = super().export(sites, params, shared).tensors
-        return Export(tensors, section=self.config.ours())  # PEFT has no such method, so the file is ours

@@ -22,11 +22,9 @@ from ..projections.matrices import Projections
 from ..storage.sharded import processes
 from ._base import Export, LowRankConfig, Method, Shared, Site
 
-__all__ = ["FILE_PREFIX", "MAGNITUDE", "Dora", "row_norms"]
+__all__ = ["MAGNITUDE", "Dora", "row_norms"]
 
 MAGNITUDE = "lora_magnitude_vector"
-# Before the peft_type of a file that PEFT has no form for: it would leave the magnitudes out without a word.
-FILE_PREFIX = "DORA_"
 BLOCK = 2**24  # numbers of the adapted matrix that exist at once while its norms are taken
 
 
@@ -161,15 +159,9 @@ class Dora(Method[LowRankConfig]):
         inner = {module: {k: v for k, v in own.items() if k != MAGNITUDE} for module, own in params.items()}
         made = self.inner.export(sites, inner, shared)
         lengths = {f"{module}.{MAGNITUDE}": own[MAGNITUDE] for module, own in params.items()}
-        made = replace(made, tensors={**made.tensors, **lengths})
-        ours = self.config.ours()
-        if "use_dora" not in ours:  # PEFT has this option for this method
-            return made
-        section = made.section
-        if section is None:
-            section = {key: value for key, value in ours.items() if key == "exclude_modules"}
-        kind = f"{FILE_PREFIX}{self.config.peft_type}"
-        return replace(made, config={**made.config, "peft_type": kind}, section={**section, "use_dora": True})
+        # PEFT has DoRA for some methods only, and would leave the magnitudes of the others out without a word.
+        known = "use_dora" not in self.config.ours()
+        return replace(made, tensors={**made.tensors, **lengths}, peft=made.peft and known)
 
 
 @final

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, final
 
 import torch
@@ -18,7 +18,7 @@ from ..config import ALL_LINEAR, AdapterConfig, Names, bool_faults, option, rege
 from ..deltas import Delta, Rescale, Role
 from ..errors import ConfigError, did_you_mean
 from ..projections.matrices import Projections
-from ._base import Method, Shared, Site
+from ._base import Export, Method, Shared, Site
 
 __all__ = ["Ia3", "Ia3Config"]
 
@@ -183,6 +183,9 @@ class Ia3(Method[Ia3Config]):
             return Rescale(rows=params[ROWS].flatten(), scale_bias=True)
         cols = params[COLS].flatten()  # (in / kernel positions,)
         return Rescale(cols=cols if site.kernel_positions == 1 else cols.repeat_interleave(site.kernel_positions))
+
+    def export(self, sites: Mapping[str, Site], params: Mapping[str, Mapping[str, Tensor]], shared: Shared) -> Export:
+        return replace(super().export(sites, params, shared), peft=True)
 
 
 def _own(forward: Names, targets: Sequence[str] | str) -> Names | str:

@@ -196,5 +196,5 @@ class Intrinsic(Method[IntrinsicConfig]):
     def export(self, sites: Mapping[str, Site], params: Mapping[str, Mapping[str, Tensor]], shared: Shared) -> Export:
         assert isinstance(shared, _IntrinsicShared)
         order: list[Any] = [name for name, _, _ in shared.sites]
-        section = {**self.config.ours(), "site_order": order}
-        return Export(super().export(sites, params, shared).tensors, {}, section, shared.checksum())
+        tensors = super().export(sites, params, shared).tensors
+        return Export(tensors, section={"site_order": order}, checksum=shared.checksum())

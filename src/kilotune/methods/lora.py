@@ -133,7 +133,7 @@ class Lora(Method[LoraConfig]):
 
     def export(self, sites: Mapping[str, Site], params: Mapping[str, Mapping[str, Tensor]], shared: Shared) -> Export:
         """PEFT reads the file as plain LoRA: that A was frozen changes nothing that a trained adapter does."""
-        made = super().export(sites, params, shared)
+        made = replace(super().export(sites, params, shared), peft=True)
         return replace(made, header={"lora_fa": True}) if self.config.lora_fa else made
 
     def delta(self, site: Site, params: Mapping[str, Tensor], shared: Shared) -> LowRank:

@@ -208,7 +208,7 @@ class LoraXs(Method[LoraXsConfig]):
         checksum = None
         if self.config.start == "svd":
             checksum = _checksum({name: (own[FIRST], own[SECOND]) for name, own in params.items()})
-        return Export(tensors, section=self.config.ours(), checksum=checksum)
+        return Export(tensors, checksum=checksum)
 
 
 def _checksum(factors: Mapping[str, tuple[Tensor, Tensor]]) -> str:

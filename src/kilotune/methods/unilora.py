@@ -75,8 +75,11 @@ class UniLoraConfig(LowRankConfig):
 
     @classmethod
     def from_file(cls, values: Mapping[str, Any], section: Mapping[str, Any]) -> UniLoraConfig:
-        """PEFT's files mean PEFT's indices: those in the file, or those that its generator draws."""
-        if "theta_d_length" not in section:  # ours, when the indices are portable
+        """PEFT's files mean PEFT's indices: those in the file, or those that its generator draws.
+
+        Ours say so otherwise: by ``generator``, older ones by ``theta_d_length`` in our section.
+        """
+        if not section.keys() & {"generator", "theta_d_length"}:
             section = {**section, "generator": "stored" if values.get("save_indices", False) else "peft"}
         return cls.from_dict({**values, **section})
 
@@ -344,15 +347,15 @@ class UniLora(Method[UniLoraConfig]):
         config, plain = self.config, super().export(sites, params, shared)
         if config.generator == "stored":  # as they came
             kept = {key: value for key, value in self.brought.items() if key != VECTOR}
-            return Export({**plain.tensors, **kept}, {"save_indices": True})
+            return Export({**plain.tensors, **kept}, peft=True, config={"save_indices": True})
         if config.save_indices:
-            return Export({**plain.tensors, **_index_tensors(shared.layout)})
+            section: dict[str, Any] = {"generator": "stored", "site_order": None}
+            return Export({**plain.tensors, **_index_tensors(shared.layout)}, peft=True, section=section)
         if config.generator == "peft":
-            return Export(plain.tensors, checksum=shared.layout.checksum())
-        # PEFT would draw other indices for the seed and not notice; at a length of 0 it raises.
-        order: list[Any] = list(shared.layout.shapes)
-        section = {**config.ours(), "theta_d_length": config.theta_d_length, "site_order": order}
-        return Export(plain.tensors, {"theta_d_length": 0}, section, shared.layout.checksum())
+            return Export(plain.tensors, peft=True, checksum=shared.layout.checksum())
+        # PEFT would draw other indices for the seed and not notice.
+        section = {"generator": config.generator, "site_order": list(shared.layout.shapes)}
+        return Export(plain.tensors, section=section, checksum=shared.layout.checksum())
 
 
 def _index_tensors(layout: Layout) -> dict[str, Tensor]:

@@ -73,8 +73,11 @@ class VeraConfig(LowRankConfig):
 
     @classmethod
     def from_file(cls, values: Mapping[str, Any], section: Mapping[str, Any]) -> VeraConfig:
-        """PEFT's files mean PEFT's matrices: those in the file, or those that its generator draws."""
-        if "save_projection" not in section:
+        """PEFT's files mean PEFT's matrices: those in the file, or those that its generator draws.
+
+        Ours say so otherwise: by ``generator``, older ones by ``save_projection`` in our section.
+        """
+        if not section.keys() & {"generator", "save_projection"}:
             section = {**section, "generator": "stored" if values.get("save_projection", True) else "peft"}
         return cls.from_dict({**values, **section})
 
@@ -225,17 +228,16 @@ class Vera(Method[VeraConfig]):
         plain = super().export(sites, params, shared)
         generator = self.config.generator
         if not self.config.save_projection and generator != "stored":
-            # With save_projection true and no matrices PEFT raises, instead of drawing others for the seed.
-            if generator == "peft":
-                return Export(plain.tensors, {"save_projection": False}, checksum=shared.checksum())
-            section = {**self.config.ours(), "save_projection": False}
-            return Export(plain.tensors, {"save_projection": True}, section, shared.checksum())
+            same = generator == "peft"  # it would draw others than the portable ones for the seed
+            section = {"generator": generator}
+            return Export(plain.tensors, peft=same, section=section, checksum=shared.checksum())
         if generator == "portable":
             return _with_portable_projections(self, sites, params, shared)
         pair = shared.definition(next(iter(shared.needs)))
         if isinstance(self.stored, StoredSource):
             pair = self.stored.pair
-        return Export({**plain.tensors, **_projection_tensors(pair)}, {"save_projection": True})
+        tensors, section = {**plain.tensors, **_projection_tensors(pair)}, {"generator": "stored"}
+        return Export(tensors, peft=True, config={"save_projection": True}, section=section)
 
 
 def _projection_tensors(pair: Pair) -> dict[str, Tensor]:
@@ -269,4 +271,6 @@ def _with_portable_projections(
         stacked[block : block + rank] = (d.cpu().double() * math.sqrt(max_in / site.fan_in)).to(d.dtype)
         tensors[f"{module}.vera_lambda_d"] = stacked
         tensors[f"{module}.vera_lambda_b"] = own["vera_lambda_b"]
-    return Export({**tensors, **_projection_tensors(Pair(a, b))}, {"save_projection": True, "r": rank * len(sources)})
+    config = {"save_projection": True, "r": rank * len(sources)}
+    section = {"generator": "stored", "sharing": "nested"}
+    return Export({**tensors, **_projection_tensors(Pair(a, b))}, peft=True, config=config, section=section)

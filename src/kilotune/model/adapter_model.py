@@ -19,6 +19,7 @@ from ..adapter_files import writing
 from ..adapter_files.fitting import match_tensors
 from ..adapter_files.names import check_adapter_name
 from ..adapter_files.reading import AdapterFile, open_adapter
+from ..adapter_files.writing import DEFAULT
 from ..added_modules import Added, base_modules
 from ..config import AdapterConfig
 from ..errors import AdapterError, ConfigError, MergeError, did_you_mean, type_name
@@ -31,13 +32,12 @@ from ..layers.adapted import AdaptedLayer
 from ..layers.slot import slot_key
 from ..projections.matrices import Projections
 from . import base_overrides, merged_state, merging
+from .adapter_configs import Configs
 from .merging import MergeReport
 from .parameter_report import ParameterReport, count_parameters
 from .routed_model import RoutedModel, Source, check_rows, generate
 
 __all__ = ["DEFAULT", "AdapterModel"]
-
-DEFAULT = "default"
 
 
 class AdapterModel(RoutedModel, ABC):
@@ -58,7 +58,7 @@ class AdapterModel(RoutedModel, ABC):
         super().__init__()
         self._take(model)
         self.add_adapter(adapter_name, config)
-        self._activate((adapter_name,))
+        self._activate((adapter_name,), train=not config.inference_mode)
 
     def _take(self, model: nn.Module) -> None:
         if not isinstance(model, nn.Module):
@@ -71,6 +71,7 @@ class AdapterModel(RoutedModel, ABC):
         self._installed: dict[str, Installed] = {}
         self._sources: list[Source] = []
         self._perhaps_trained: set[str] = set()  # no other adapter's parameters have gradients
+        self._active_train = True
         # With the names of tied weights, which merging for good takes apart.
         everything = model.named_parameters(remove_duplicate=False)
         self._was_trainable = {name for name, p in everything if p.requires_grad}
@@ -107,8 +108,8 @@ class AdapterModel(RoutedModel, ABC):
 
     @property
     def peft_config(self) -> dict[str, AdapterConfig]:
-        """The configurations of all adapters, by name, with targets and heads filled in."""
-        return {name: installed.config for name, installed in self._installed.items()}
+        """The configurations of all adapters, by name, with targets and heads filled in; for reading."""
+        return Configs({name: installed.config for name, installed in self._installed.items()})
 
     @property
     def active_adapters(self) -> list[str]:
@@ -196,6 +197,7 @@ class AdapterModel(RoutedModel, ABC):
     ) -> None:
         """Load an adapter that kilotune or PEFT wrote, from a folder or a hub id; not active until set.
 
+        With ``is_trainable`` its parameters have gradients at once, as in PEFT, until another adapter is set.
         What was read already will do too: ``store.get("ann").file()`` of an adapter store.
         Everything is checked before the model is touched.
 
@@ -213,11 +215,21 @@ class AdapterModel(RoutedModel, ABC):
         made = inject.plan(self.model, adapter_name, config, file.method, strict=False)
         tensors = match_tensors(file, made, type(self.model).__name__)
         self._install(made, tensors)
-        if not is_trainable and any(module.training for module in base_modules(self)):
+        if is_trainable:
+            self._perhaps_trained.add(adapter_name)
+            for _, parameter in self._installed[adapter_name].parameters():
+                parameter.requires_grad_(True)
+        elif any(module.training for module in base_modules(self)):
             self.eval()  # reaches every adapter, so only where it changes something
 
-    def set_adapter(self, adapter_name: str | Sequence[str]) -> None:
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make one adapter, or several at once, the active ones; the others get no gradient at all.
+
+        As in PEFT they train, whatever they were loaded for.
+
+        Args:
+            adapter_name: a name, or several.
+            inference_mode: True: their parameters are frozen.
 
         Raises:
             AdapterError: an unknown name. UnsupportedError: adapters that cannot be active together.
@@ -225,19 +237,22 @@ class AdapterModel(RoutedModel, ABC):
         """
         if not isinstance(adapter_name, (str, Sequence)):
             raise AdapterError(f"set_adapter: expected a name or a list of names, got {adapter_name!r}")
-        self._activate(tuple(self._named(adapter_name)))
+        if inference_mode not in (True, False):
+            raise ConfigError(f"set_adapter: inference_mode: expected True or False, got {inference_mode!r}")
+        self._activate(tuple(self._named(adapter_name)), train=not inference_mode)
 
-    def _activate(self, names: tuple[str, ...]) -> None:
+    def _activate(self, names: tuple[str, ...], train: bool) -> None:
         if merged := self.merged_adapters:
             raise MergeError(
                 f"cannot change the active adapters while {merged} are merged; call unmerge_adapter() first"
             )
         check_compatible({name: self._installed[name] for name in names})
         self._state.active = names
-        self._set_requires_grad()
+        self._set_requires_grad(train)
 
-    def _set_requires_grad(self) -> None:
-        set_requires_grad(self._installed, self._perhaps_trained, self._state.active)
+    def _set_requires_grad(self, train: bool) -> None:
+        self._active_train = train
+        set_requires_grad(self._installed, self._perhaps_trained, self._state.active, train)
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
         """As of any module: all parameters, the base's too; the next :meth:`set_adapter` sees to the adapters'."""
@@ -276,7 +291,7 @@ class AdapterModel(RoutedModel, ABC):
             del self.shared_parameters[key]
         left = tuple(n for n in self._state.active if n != name)
         self._state.active = left or tuple(islice(self._installed, 1))
-        self._set_requires_grad()
+        self._set_requires_grad(self._active_train or not left)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -348,7 +363,8 @@ class AdapterModel(RoutedModel, ABC):
     ) -> nn.Module:
         """Merge for good, and return the plain base model: no wrapper is left, and this object is spent.
 
-        A weight that was tied to another module's gets a value of its own; the other module keeps the base's.
+        A weight that was tied to another module's gets a value of its own; the other module keeps the base's, and the
+        config of a transformers model has ``tie_word_embeddings=False`` then.
         ``merge_report`` of this object then says what storing the merged weights took, layer by layer.
 
         Args:
@@ -365,6 +381,7 @@ class AdapterModel(RoutedModel, ABC):
         merging.check_choice(self.adapted_layers(), names, dtype, requantize)
         if dtype is not None:
             self._merge(names, safe_merge, progressbar, dtype)
+            merging.untie(self.model)
             return self._release()
         with merging.all_or_nothing(self.adapted_layers(), self._state):
             self._state.active = tuple(names)
@@ -372,6 +389,7 @@ class AdapterModel(RoutedModel, ABC):
                 self._unmerge()
                 self._merge(names, safe_merge, progressbar)
         inject.strip(self.model, lambda saved: saved.current())
+        merging.untie(self.model)
         return self._release()
 
     def unload(self) -> nn.Module:
@@ -410,16 +428,10 @@ class AdapterModel(RoutedModel, ABC):
             is_main_process: False writes nothing. Where an adapter is sharded, all processes have to call this.
 
         """
-        if safe_serialization is not True:
-            raise ConfigError(
-                f"safe_serialization: expected True, got {safe_serialization!r}; weights are safetensors only"
-            )
+        writing.check_safe(safe_serialization)
         names = list(self._installed) if selected_adapters is None else self._named(selected_adapters)
-        if not names:
-            raise AdapterError("save_pretrained: there is no adapter to save")
-        root = Path(save_directory)
-        folders = {name: root if name == DEFAULT else root / name for name in names}
-        writing.save({folder: self._installed[name] for name, folder in folders.items()}, is_main_process)
+        chosen = {name: self._installed[name] for name in names}
+        writing.save(writing.folders(Path(save_directory), chosen), is_main_process)
 
     # -- checks ----------------------------------------------------------------------------------
 

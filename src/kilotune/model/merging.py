@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ __all__ = [
     "check_choice",
     "check_finite",
     "merge",
+    "untie",
 ]
 
 LOST_BOUND = 0.05
@@ -247,6 +248,26 @@ def _check_whole(root: nn.Module, layers: Mapping[str, AdaptedLayer]) -> None:
                 f"{where}: its weight {SHARDED}; save_pretrained() the adapter, and merge where one process holds the "
                 "base"
             )
+
+
+def untie(base: nn.Module) -> None:
+    """Where merging for good took tied weights of a transformers model apart, say so in its config, as PEFT does:
+    loading and ``tie_weights()`` would tie them again.
+
+    The flag is one for all ties of a model, so those that still hold get values of their own too.
+    """
+    pairs = dict(getattr(base, "all_tied_weights_keys", None) or {}) if is_pretrained(base) else {}
+    named = dict(base.named_parameters(remove_duplicate=False)) if pairs else {}
+    pairs = {a: b for a, b in pairs.items() if a in named and b in named}
+    if all(named[a] is named[b] for a, b in pairs.items()):
+        return
+    for name in (a for a, b in pairs.items() if named[a] is named[b]):
+        owner, _, key = name.rpartition(".")
+        twin = nn.Parameter(named[name].detach().clone(), requires_grad=named[name].requires_grad)
+        base.get_submodule(owner).register_parameter(key, twin)
+    model: Any = base
+    for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+        config.tie_word_embeddings = False
 
 
 # -- merging into a dense model --------------------------------------------------------------------

@@ -66,7 +66,7 @@ class PeftModel(AdapterModel):
             cache_dir=cache_dir,
             local_files_only=local_files_only,
         )
-        wrapped._activate((adapter_name,))
+        wrapped._activate((adapter_name,), train=is_trainable)
         return wrapped
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, final
+from typing import ClassVar, cast, final
 
 import torch
 from torch import Tensor, nn
@@ -40,14 +40,15 @@ class Dense(Storage):
 
     def matches(self, module: nn.Module) -> bool:
         names = self.names
-        if any(name not in module._parameters and isinstance(getattr(module, name, None), Tensor) for name in names):
-            return False  # computed from other parameters (weight norm, pruning): nothing here to write to
+        if any(_computed(module, name) for name in names):
+            return False  # nothing here to write to
         held = [module._parameters.get(name) for name in names]
         present = [p for p in held if p is not None]
         return bool(present) and all(p.dtype in FLOATS and (type(p.data) is Tensor or is_sharded(p)) for p in present)
 
     def read(self, module: nn.Module, kept: Kept | None = None, dtype: torch.dtype | None = None) -> Tensor:
         held = None if kept is None else kept.get(self.weight_name)
+        _check_own(module, self.weight_name)
         weight = module.get_parameter(self.weight_name) if held is None else held
         if is_sharded(weight):
             raise UnsupportedError(
@@ -59,6 +60,11 @@ class Dense(Storage):
             )
         return weight if dtype is None else weight.to(dtype)
 
+    def read_bias(self, module: nn.Module, kept: Kept | None = None) -> Tensor | None:
+        if _computed(module, self.bias_name):
+            return cast(Tensor, getattr(module, self.bias_name))
+        return super().read_bias(module, kept)
+
     def rounded(self, module: nn.Module, weight: Tensor) -> Tensor:
         return weight.to(self.dtype(module)).to(weight.dtype)
 
@@ -66,6 +72,7 @@ class Dense(Storage):
         for name, value in zip(self.names, (weight, bias), strict=True):
             if value is None:
                 continue
+            _check_own(module, name)
             like = module._parameters.get(name)
             dtype = self.dtype(module) if like is None else like.dtype
             fresh = value.detach().to(dtype, memory_format=torch.contiguous_format, copy=True).contiguous()
@@ -86,4 +93,23 @@ class Dense(Storage):
 
     def _main(self, module: nn.Module) -> Tensor:
         weight = module._parameters.get(self.weight_name)
-        return weight if weight is not None else module.get_parameter(self.bias_name)
+        if weight is not None:
+            return weight
+        # After the weight: where there is none, the bias; where it is computed by now, what is computed.
+        names = [name for name in self.names if isinstance(getattr(module, name, None), Tensor)]
+        return cast(Tensor, getattr(module, names[0]))
+
+
+def _computed(module: nn.Module, name: str) -> bool:
+    """Whether a weight is made from other parameters: weight norm, pruning, torch.nn.utils.parametrize."""
+    return name not in module._parameters and isinstance(getattr(module, name, None), Tensor)
+
+
+def _check_own(module: nn.Module, name: str) -> None:
+    """Refuse a weight that has come to be computed since the adapter was put on."""
+    if _computed(module, name):
+        raise UnsupportedError(
+            f"the {name} of a {type(module).__name__} is computed from other parameters now (weight norm, pruning or "
+            "another parametrisation, put on after the adapter), so it cannot be read or merged into; take that off "
+            "(remove_parametrizations(), prune.remove(), remove_weight_norm()), or unload() the adapter first"
+        )

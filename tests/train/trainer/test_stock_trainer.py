@@ -5,9 +5,10 @@ tests/train/trainer/test_without_peft.py runs this file again where PEFT is not 
 
 from __future__ import annotations
 
-import gc
+import copy
 import json
 import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from kilotune import LoraConfig, PeftModel, VeraConfig, get_config, get_peft_mod
 from kilotune.errors import CheckpointError, ConfigError
 from kilotune.train.trainer.for_trainer import STATE_NAME, for_trainer
 from tests.support.engine_support import CASES, IDS, LINES, adapted, arguments, nf4_llama, weights
-from tests.support.models import bits, randomize, tiny_llama
+from tests.support.models import bits, freed_at_once, randomize, tiny_llama, watch
 from tests.support.paths import ROOT
 
 pytest.importorskip("accelerate")
@@ -71,8 +72,9 @@ def test_processes_other_than_the_first_write_nothing(tmp_path: Path) -> None:
 def test_a_file_in_the_way_is_an_error_and_leaves_no_half_of_a_checkpoint(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint-2"
     (folder / STATE_NAME / "in the way").mkdir(parents=True)
+    root = for_trainer(adapted("lora"))
     with pytest.raises(CheckpointError, match=f"cannot write .*{STATE_NAME}"):
-        for_trainer(adapted("lora")).save_pretrained(folder)
+        root.save_pretrained(folder)
     assert {path.name for path in folder.iterdir()} == {*ADAPTER, STATE_NAME}
 
 
@@ -382,18 +384,49 @@ def test_what_is_not_ours_is_refused() -> None:
         for_trainer(tiny_llama())
 
 
-def test_a_handed_over_model_is_freed() -> None:
-    import weakref
+@pytest.mark.parametrize("kept", ["model", "root", "both"])
+def test_a_handed_over_model_is_freed_with_its_last_name(kept: str) -> None:
+    with freed_at_once() as watched:
+        model = adapted("unilora")
+        root = for_trainer(model)
+        watched += watch(root)
+        if kept == "root":
+            del model  # the root goes on without it
+        elif kept == "model":
+            del root
+        run = model if kept == "model" else root
+        run(input_ids=IDS, labels=IDS).loss.backward()
+        with tempfile.TemporaryDirectory() as folder:
+            run.save_pretrained(folder)
+            assert {path.name for path in Path(folder).iterdir()} == ADAPTER
+        model = root = run = None
 
-    model = adapted("lora")
-    seen = weakref.ref(for_trainer(model))
-    del model
-    gc.collect()
-    assert seen() is None
+
+def test_any_module_that_is_handed_over_is_freed_with_its_last_name() -> None:
+    with freed_at_once() as watched:
+        model = get_peft_model(nn.Sequential(nn.Linear(6, 3)), LoraConfig(r=2, target_modules=["0"]))
+        root = for_trainer(model)
+        watched += watch(root)
+        root(torch.rand(2, 6)).sum().backward()
+        del model, root
+
+
+def test_a_copy_of_a_handed_over_model_answers_for_itself(tmp_path: Path) -> None:
+    root = for_trainer(adapted("vera"))
+    twin = copy.deepcopy(root)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.add_(1.0 if parameter.requires_grad else 0.0)
+    root.save_pretrained(tmp_path / "root")
+    twin.save_pretrained(tmp_path / "twin")
+    held = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("root", "twin")]
+    assert held[0].keys() == held[1].keys()
+    assert not any(torch.equal(held[0][key], held[1][key]) for key in held[0])
 
 
 def test_the_options_in_a_checkpoint_are_json_beside_the_tensors(tmp_path: Path) -> None:
-    for_trainer(adapted("vera")).save_pretrained(tmp_path / "checkpoint-1")
+    root = for_trainer(adapted("vera"))
+    root.save_pretrained(tmp_path / "checkpoint-1")
     held = bytes(load_file(tmp_path / "checkpoint-1" / STATE_NAME)["kilotune.options"].tolist())
     assert json.loads(held)["default"]["r"] == 4
 

@@ -11,32 +11,27 @@ What touches internals of transformers stands here; tested with transformers 5.2
 from __future__ import annotations
 
 import inspect
-import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, final
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
-from ...adapter_files.peft_layout import BOOKKEEPING
+from ...adapter_files.writing import check_safe
 from ...errors import CheckpointError, ConfigError, MissingExtraError, UnsupportedError, gather, type_name
 from ...layers.adapted import AdaptedLayer
 from ...model.adapter_model import AdapterModel
 from ...model.base_overrides import attach_module, override
 from ...storage.sharded import gathered, is_unit
-from ...whole_file import replacing
+from .handed_over import OPTIONS, STATE_NAME, HandedOver
 from .parallel import check_averaged, ignore_sharded
 
 __all__ = ["STATE_NAME", "for_trainer"]
 
-STATE_NAME = "model.safetensors"  # where a Trainer looks for what it is to load
-OPTIONS = "kilotune.options"  # in that file: the adapters' options as JSON, its bytes as a tensor
+HANDED = "_kilotune_handed"
 CHECKPOINT = re.compile(r"checkpoint-\d+")
 WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
 SHARED = "kilotune_shared"
@@ -79,18 +74,20 @@ def for_trainer(model: AdapterModel) -> nn.Module:
     except ImportError as error:
         raise MissingExtraError("transformers", "train", "for_trainer") from error
     root = base = model.get_base_model()
-    if "save_pretrained" in base.__dict__:  # handed over before
+    if HANDED in base.__dict__:  # handed over before
         return base
     if isinstance(base, PreTrainedModel):
         attach_module(base, SHARED, model.shared_parameters)
     else:
         root = _as_pretrained(model)
+    handed = HandedOver(model, root)
+    override(root, HANDED, handed)
     override(root, "_hf_peft_config_loaded", True)
     override(root, LOADED_SHARDED, False)
     ignore_sharded(root)
-    override(root, "save_pretrained", _Saving(model, root))
+    override(root, "save_pretrained", _Saving(handed))
     wide = _Wide(root)
-    override(root, "load_state_dict", _Loading(model, root, wide))
+    override(root, "load_state_dict", _Loading(handed, wide))
     override(root, "_kilotune_head", root.register_forward_pre_hook(_check_head, with_kwargs=True))
     if is_unit(base):
         override(root, "_kilotune_averaged", root.register_forward_pre_hook(check_averaged))
@@ -102,8 +99,8 @@ def for_trainer(model: AdapterModel) -> nn.Module:
 class _Saving:
     """``save_pretrained`` of a model that is handed to a Trainer."""
 
-    def __init__(self, model: AdapterModel, root: nn.Module) -> None:
-        self.model, self.root = model, root
+    def __init__(self, handed: HandedOver) -> None:
+        self.handed = handed
 
     def __call__(
         self,
@@ -122,34 +119,33 @@ class _Saving:
             safe_serialization: only True.
 
         """
-        folder = Path(save_directory)
+        check_safe(safe_serialization)
+        folder, handed = Path(save_directory), self.handed
         if state_dict is not None and is_main_process:
-            with gathered(self._modules(), _values(self.root, state_dict)):
-                self.model.save_pretrained(folder, safe_serialization)
+            with gathered(handed.modules(), _values(handed.root, state_dict)):
+                handed.save(folder)
             return
-        self.model.save_pretrained(folder, safe_serialization, is_main_process=is_main_process)
+        handed.save(folder, is_main_process)
         if is_main_process and CHECKPOINT.fullmatch(folder.name):
-            _write_state(folder, self.model, self.root)
-
-    def _modules(self) -> list[nn.Module]:
-        return [module for name in self.model.peft_config for module in self.model.installed(name).modules()]
+            handed.write_state(folder)
 
 
 @final
 class _Loading:
     """``load_state_dict`` of a model that is handed to a Trainer."""
 
-    def __init__(self, model: AdapterModel, root: nn.Module, wide: _Wide) -> None:
-        self.model, self.root, self.wide = model, root, wide
+    def __init__(self, handed: HandedOver, wide: _Wide) -> None:
+        self.handed, self.wide = handed, wide
 
     def __call__(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Take what a checkpoint of ours holds, all of it; every other state dict as any module does."""
         if OPTIONS not in state_dict:
-            return type(self.root).load_state_dict(self.root, state_dict, strict, assign)
+            root = self.handed.root
+            return type(root).load_state_dict(root, state_dict, strict, assign)
         self.wide.restore()
         given = dict(state_dict)
-        _check_options(self.model, given.pop(OPTIONS))
-        own = _trained(self.model, self.root)
+        self.handed.check_options(given.pop(OPTIONS))
+        own = self.handed.trained()
         faults = [f"missing: {name} {tuple(tensor.shape)}" for name, tensor in own.items() if name not in given]
         faults += [f"unexpected: {name} {tuple(value.shape)}" for name, value in given.items() if name not in own]
         faults += [
@@ -176,72 +172,6 @@ def _values(root: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[int, Tens
     """The parameters' values in ``state_dict``, by ``id``; FSDP1 and compiled models add words of theirs to names."""
     names = {p: WRAPPERS.sub("", name) for name, p in root.named_parameters()}
     return {id(p): state_dict[name] for p, name in names.items() if name in state_dict}
-
-
-# -- what training changes ---------------------------------------------------------------------------
-
-
-def _trained(model: AdapterModel, root: nn.Module) -> dict[str, Tensor]:
-    """What training changes, and what of the active adapters cannot be made again, by its name in ``root``."""
-    names = {id(tensor): name for name, tensor in root.named_buffers()}
-    names.update((id(parameter), name) for name, parameter in root.named_parameters())
-    found = [*_of_adapters(model), *(p for p in root.parameters() if p.requires_grad), *_running(root)]
-    return {names[id(tensor)]: tensor for tensor in found}
-
-
-def _of_adapters(model: AdapterModel) -> Iterator[Tensor]:
-    for adapter in model.active_adapters:
-        installed = model.installed(adapter)
-        for slot in installed.slots().values():
-            yield from slot.parameters()
-        yield from installed.shared.trained.values()
-        for saved in installed.saved.values():
-            copy = saved.copies[installed.key]
-            yield from copy.parameters()
-            yield from copy.buffers()
-
-
-def _running(root: nn.Module) -> Iterator[Tensor]:
-    """The running statistics of batch norms, which training moves however frozen they are."""
-    for module in root.modules():
-        if isinstance(module, _NormBase):
-            yield from module.buffers(recurse=False)
-
-
-def _write_state(folder: Path, model: AdapterModel, root: nn.Module) -> None:
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in _trained(model, root).items()}
-    options = json.dumps(_options(model), sort_keys=True).encode()
-    tensors[OPTIONS] = torch.frombuffer(bytearray(options), dtype=torch.uint8)
-    try:
-        with replacing(folder / STATE_NAME) as fresh:
-            save_file(tensors, fresh, metadata={"format": "pt"})
-    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
-        raise CheckpointError(f"cannot write {folder / STATE_NAME}: {error}") from error
-
-
-def _options(model: AdapterModel) -> dict[str, dict[str, Any]]:
-    """The options of the active adapters that decide what their tensors mean."""
-    configs = {name: model.peft_config[name] for name in model.active_adapters}
-    values = {name: {**config.to_dict(), **config.ours()} for name, config in configs.items()}
-    return {name: {k: v for k, v in own.items() if k not in BOOKKEEPING} for name, own in values.items()}
-
-
-def _check_options(model: AdapterModel, held: Tensor) -> None:
-    """Refuse a checkpoint of adapters that were made otherwise, which tensors of equal shapes do not tell."""
-    theirs, ours = json.loads(bytes(held.tolist())), json.loads(json.dumps(_options(model)))
-    if theirs.keys() != ours.keys():
-        raise CheckpointError(
-            f"the checkpoint is of the active adapters {sorted(theirs)}, the model's are {sorted(ours)}; "
-            "set_adapter() the same ones"
-        )
-    faults = [
-        f"{adapter}: {key}: the checkpoint has {theirs[adapter].get(key)!r}, the model {ours[adapter].get(key)!r}"
-        for adapter in ours
-        for key in sorted({*theirs[adapter], *ours[adapter]})
-        if theirs[adapter].get(key) != ours[adapter].get(key)
-    ]
-    if faults:
-        raise CheckpointError(gather("the checkpoint is of an adapter with other options:", faults))
 
 
 # -- models --------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from ...model.adapter_model import AdapterModel
 from ...model.base_overrides import override
 from ...storage import storage_of
 from ...storage.sharded import is_sharded, is_unit, processes
+from ...weak import Weak
 
 __all__ = ["check_averaged", "ignore_sharded", "shard_base"]
 
@@ -144,9 +145,9 @@ class _Sharded:
     """The names of the sharded parameters as they are now, in the base and in the model around it."""
 
     def __init__(self, base: nn.Module) -> None:
-        self.base = base
+        self.base = Weak(base)  # which holds this
 
     def __iter__(self) -> Iterator[str]:
-        for name, parameter in self.base.named_parameters(remove_duplicate=False):
+        for name, parameter in self.base().named_parameters(remove_duplicate=False):
             if is_sharded(parameter):
                 yield from (name, f"model.{name}")

@@ -1,0 +1,122 @@
+"""The adapters of a model that a Trainer has: what its training changes, and what of that goes into a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from ...adapter_files import writing
+from ...adapter_files.peft_layout import BOOKKEEPING
+from ...errors import CheckpointError, gather
+from ...injection.installed_adapter import Installed
+from ...model.adapter_model import AdapterModel
+from ...weak import Weak
+from ...whole_file import replacing
+
+__all__ = ["OPTIONS", "STATE_NAME", "HandedOver"]
+
+STATE_NAME = "model.safetensors"  # where a Trainer looks for what it is to load
+OPTIONS = "kilotune.options"  # in that file: the adapters' options as JSON, its bytes as a tensor
+
+
+@final
+class HandedOver:
+    """The adapters of ``model``, and ``root``, which a Trainer has for it.
+
+    It hangs on the root, so it holds neither the root nor the model, which holds the root: they would be freed by the
+    garbage collector only.
+    """
+
+    def __init__(self, model: AdapterModel, root: nn.Module) -> None:
+        self.installed, self.state, self._root = model._installed, model._state, Weak(root)
+
+    @property
+    def root(self) -> nn.Module:
+        return self._root()
+
+    def active(self) -> dict[str, Installed]:
+        """The active adapters by name."""
+        return {name: self.installed[name] for name in self.state.active}
+
+    def save(self, folder: Path, is_main_process: bool = True) -> None:
+        """Write all adapters, as the model's own ``save_pretrained`` does."""
+        writing.save(writing.folders(folder, self.installed), is_main_process)
+
+    # -- what training changes -----------------------------------------------------------------------
+
+    def trained(self) -> dict[str, Tensor]:
+        """What training changes, and what of the active adapters cannot be made again, by its name in the root."""
+        root = self.root
+        names = {id(tensor): name for name, tensor in root.named_buffers()}
+        names.update((id(parameter), name) for name, parameter in root.named_parameters())
+        found = [*self._of_adapters(), *(p for p in root.parameters() if p.requires_grad), *_running(root)]
+        return {names[id(tensor)]: tensor for tensor in found}
+
+    def _of_adapters(self) -> Iterator[Tensor]:
+        for installed in self.active().values():
+            for slot in installed.slots().values():
+                yield from slot.parameters()
+            yield from installed.shared.trained.values()
+            for saved in installed.saved.values():
+                copy = saved.copies[installed.key]
+                yield from copy.parameters()
+                yield from copy.buffers()
+
+    def modules(self) -> list[nn.Module]:
+        """The modules that hold the parameters of all adapters."""
+        return [module for installed in self.installed.values() for module in installed.modules()]
+
+    def write_state(self, folder: Path) -> None:
+        """Write what training changes, which a Trainer resumes from."""
+        tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in self.trained().items()}
+        tensors[OPTIONS] = self.options()
+        try:
+            with replacing(folder / STATE_NAME) as fresh:
+                save_file(tensors, fresh, metadata={"format": "pt"})
+        except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
+            raise CheckpointError(f"cannot write {folder / STATE_NAME}: {error}") from error
+
+    # -- options -------------------------------------------------------------------------------------
+
+    def options(self) -> Tensor:
+        """The options of the active adapters that decide what their tensors mean: JSON, its bytes as a tensor."""
+        options = json.dumps(self._options(), sort_keys=True).encode()
+        return torch.frombuffer(bytearray(options), dtype=torch.uint8)
+
+    def _options(self) -> dict[str, dict[str, Any]]:
+        configs = {name: installed.config for name, installed in self.active().items()}
+        values = {name: {**config.to_dict(), **config.ours()} for name, config in configs.items()}
+        return {name: {k: v for k, v in own.items() if k not in BOOKKEEPING} for name, own in values.items()}
+
+    def check_options(self, held: Tensor) -> None:
+        """Refuse a checkpoint of adapters that were made otherwise, which tensors of equal shapes do not tell."""
+        theirs: Mapping[str, Any] = json.loads(bytes(held.tolist()))
+        ours = json.loads(json.dumps(self._options()))
+        if theirs.keys() != ours.keys():
+            raise CheckpointError(
+                f"the checkpoint is of the active adapters {sorted(theirs)}, the model's are {sorted(ours)}; "
+                "set_adapter() the same ones"
+            )
+        faults = [
+            f"{adapter}: {key}: the checkpoint has {theirs[adapter].get(key)!r}, the model {ours[adapter].get(key)!r}"
+            for adapter in ours
+            for key in sorted({*theirs[adapter], *ours[adapter]})
+            if theirs[adapter].get(key) != ours[adapter].get(key)
+        ]
+        if faults:
+            raise CheckpointError(gather("the checkpoint is of an adapter with other options:", faults))
+
+
+def _running(root: nn.Module) -> Iterator[Tensor]:
+    """The running statistics of batch norms, which training moves however frozen they are."""
+    for module in root.modules():
+        if isinstance(module, _NormBase):
+            yield from module.buffers(recurse=False)
