@@ -411,9 +411,7 @@ def test_pickles_are_never_written(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_values_that_are_not_finite_are_neither_read_nor_written(
-    value: float, dtype: torch.dtype, tmp_path: Path
-) -> None:
+def test_values_that_are_not_finite_are_not_loaded(value: float, dtype: torch.dtype, tmp_path: Path) -> None:
     model = get_peft_model(mlp(), LoraConfig(r=2, target_modules=["0"]))
     model.save_pretrained(tmp_path / "good")
     tensors = {key: tensor.to(dtype) for key, tensor in load_file(tmp_path / "good" / FILES[1]).items()}
@@ -421,12 +419,6 @@ def test_values_that_are_not_finite_are_neither_read_nor_written(
     save_file(tensors, tmp_path / "good" / FILES[1])  # as another tool writes it, without a checksum
     base = mlp()
     before = Snapshot.of(base)
-    with pytest.raises(CheckpointError, match=r"values that are not finite .*\n.*0\.lora_B\.weight"):
+    with pytest.raises(CheckpointError, match=r"values of .*0\.lora_B\.weight are not finite"):
         PeftModel.from_pretrained(base, tmp_path / "good")
     assert Snapshot.of(base) == before
-    with torch.no_grad():
-        dict(model.adapter_parameters())["0.lora_B"][0, 0] = value
-    there = disk(tmp_path)
-    with pytest.raises(CheckpointError, match=r"to be written to .*bad holds values that are not finite"):
-        model.save_pretrained(tmp_path / "bad")
-    assert disk(tmp_path) == there

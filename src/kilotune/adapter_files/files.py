@@ -24,7 +24,7 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 from ..config import FORMAT_VERSION, SECTION
-from ..errors import CheckpointError, MissingExtraError, gather, without_network
+from ..errors import CheckpointError, MissingExtraError, without_network
 from .names import CONFIG_NAME, REPO_ID, WEIGHTS_NAME
 
 __all__ = [
@@ -32,8 +32,8 @@ __all__ = [
     "REPO_ID",
     "WEIGHTS_NAME",
     "TwoFiles",
-    "check_finite",
     "locate",
+    "not_finite",
     "read_config",
     "read_files",
     "read_weights",
@@ -79,7 +79,6 @@ def write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
     """Write the two files of an adapter; on failure the folder is as it was."""
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"cannot write to {folder}: it is a file, expected a folder or nothing")
-    check_finite(tensors, f"the adapter that was to be written to {folder}")
     made = [parent for parent in folder.parents if not parent.exists()]  # the innermost first
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -299,16 +298,14 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     expected = metadata.get("kilotune_sha256")
     if expected is not None and (actual := tensors_checksum(tensors)) != expected:
         raise CheckpointError(f"{path} is damaged: expected SHA-256 {expected} of its tensors, got {actual}")
-    check_finite(tensors, str(path))
     return tensors, metadata
 
 
-def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
-    """Raise CheckpointError where an adapter's tensors hold NaN or infinite values: all its answers would be NaN."""
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names of the tensors with NaN or infinite values."""
     floats = {key: value for key, value in tensors.items() if value.is_floating_point() and value.device.type != "meta"}
     wide = ((key, value if value.element_size() > 1 else value.float()) for key, value in floats.items())
-    if bad := [key for key, value in wide if not bool(torch.isfinite(value).all())]:
-        raise CheckpointError(gather(f"{what} holds values that are not finite (a training that diverged?):", bad))
+    return [key for key, value in wide if not bool(torch.isfinite(value).all())]
 
 
 def _check_header(path: Path, file: BinaryIO) -> dict[str, str]:

@@ -7,6 +7,7 @@ import copy
 import json
 import shutil
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -385,6 +386,32 @@ def test_changes_get_their_turn_between_steps() -> None:
     stop.set()
     thread.join()
     assert order.count("change") == 3
+
+
+def test_changes_and_steps_take_turns() -> None:
+    """However many changes wait, and however they come: between two of them a step that waits has its turn."""
+    turns, order, stop = Turns(), list[str](), threading.Event()
+
+    def changes() -> None:
+        while not stop.is_set():
+            with turns.changing():
+                order.append("change")
+                time.sleep(0.002)
+
+    threads = [threading.Thread(target=changes) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for _ in range(20):
+        with turns.stepping():
+            order.append("step")
+            time.sleep(0.004)  # all changes wait by now
+    stop.set()
+    for thread in threads:
+        thread.join()
+    first, last = order.index("step"), len(order) - order[::-1].index("step")
+    told = "".join(word[0] for word in order[first:last])
+    assert told.count("s") == 20
+    assert "ccc" not in told, "at most one that waited, and one that came before the step did"
 
 
 def test_the_store_is_the_one_that_others_read(registry: AdapterRegistry, folder: Path) -> None:

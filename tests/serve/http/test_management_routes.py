@@ -228,9 +228,9 @@ def test_an_upload_that_is_none(manager: httpx2.Client) -> None:
 def test_a_full_disk_is_told_and_leaves_nothing(
     running: Running, manager: httpx2.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from kilotune.serve.http import management_routes as managing
+    from kilotune.serve.http import puts
 
-    monkeypatch.setattr(managing, "folder_for_put", lambda: Path("/dev/full"))
+    monkeypatch.setattr(puts, "folder_for_put", lambda: Path("/dev/full"))
     told = error(put(manager, "full", 4), 507)
     assert "No space left" in told["message"] or "Not a directory" in told["message"]
     assert manager.get("/manage/ann/adapters", params={"pattern": "full"}).json()["adapters"] == []

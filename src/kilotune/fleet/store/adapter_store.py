@@ -16,7 +16,7 @@ from typing import Any, Self, final
 
 from torch import Tensor
 
-from ...errors import KilotuneError
+from ...errors import KilotuneError, StoreLimitError
 from ...model.adapter_model import AdapterModel
 from .fingerprint import Fingerprint
 from .records import Collected, Contents, Fault, Form, Record, Stats, Version
@@ -25,6 +25,7 @@ __all__ = ["Adapter", "AdapterStore", "Item", "Which"]
 
 Adapter = str | PathLike[str] | AdapterModel | Contents | Record
 Which = int | str | None
+ONLY_READ = "is only read, so nothing can be put, moved or removed in it"
 
 
 @final
@@ -55,6 +56,16 @@ class AdapterStore(ABC):
     namespace: str
     read_only: bool
     base: Fingerprint | None
+
+    def check_writable(self) -> None:
+        """Refuse a store that is only read, before anything is worked out for it.
+
+        Raises:
+            StoreLimitError: it is.
+
+        """
+        if self.read_only:
+            raise StoreLimitError(f"{self.url} was opened read-only, so nothing can be changed in it", ONLY_READ)
 
     # -- one adapter -----------------------------------------------------------------------------
 

@@ -113,8 +113,7 @@ class SqlStore(AdapterStore, ABC):
         """What the database itself finds wrong."""
 
     def _changing(self, work: Callable[[Link], T]) -> T:
-        if self.read_only:
-            raise StoreError(f"{self.url} was opened read-only, so nothing can be changed in it")
+        self.check_writable()
         return self._write(work)
 
     def _open(self) -> None:
