@@ -21,7 +21,7 @@ from ...kinds import KINDS
 from ...methods import Method
 from ...model.adapter_model import AdapterModel
 from .fingerprint import Fingerprint
-from .names import check_metadata, check_name, check_packing, check_tags
+from .names import check_metadata, check_name, check_new_word, check_packing, check_tags
 from .packing import Layout
 from .records import SUM, Contents, Form, Record, canonical
 
@@ -73,6 +73,8 @@ class Preparer:
 
         """
         name, text, words = check_name(name), check_metadata(metadata), check_tags(tags)
+        for word in words:
+            check_new_word("tag", word)
         packing = self.packing if packing is None else check_packing(packing)
         try:
             contents = contents_of(adapter, adapter_name)
