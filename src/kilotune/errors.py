@@ -20,6 +20,7 @@ __all__ = [
     "ResourceError",
     "StoreError",
     "StoreFullError",
+    "StoreLimitError",
     "TargetError",
     "UnsupportedError",
     "did_you_mean",
@@ -67,11 +68,22 @@ class ResourceError(KilotuneError):
 
 
 class StoreError(KilotuneError):
-    """An adapter store cannot be opened, read or written: not there, busy, damaged, read-only or closed."""
+    """An adapter store cannot be opened, read or written: not there, busy, damaged, read-only or closed.
+
+    told: the same as the end of "the store ...", for whoever is not to know where the store is.
+    """
+
+    def __init__(self, message: str, told: str = "does not answer") -> None:
+        super().__init__(message)
+        self.told = told
 
 
 class StoreFullError(StoreError):
     """The disk of an adapter store has no room: nothing was written, and what is there can be read."""
+
+
+class StoreLimitError(StoreError):
+    """What was asked is nothing that this store does, now or later: it is only read, or has no tags."""
 
 
 class MissingExtraError(KilotuneError, ImportError):

@@ -24,7 +24,8 @@ import torch
 from kilotune import PeftModel, VeraConfig, get_peft_model
 from kilotune.errors import AdapterError
 from kilotune.fleet import wrap
-from kilotune.fleet.store import AdapterStore, Version, open_store
+from kilotune.fleet.store import AdapterStore, Contents, Version, open_store
+from kilotune.fleet.store.preparing import contents_of
 from kilotune.serve.engine.interface import AdapterKey, Engine, EngineStats, Finish, Generation, Token, Vector
 from kilotune.serve.http.app import create_app
 from kilotune.serve.http.keys import Key, Keyring, new_key
@@ -219,6 +220,15 @@ class StoreCatalogue:
 
     def put(self, namespace: str, name: str, adapter: Any, **more: Any) -> Version:
         return self.store(namespace).put(name, adapter, **more)
+
+    def check(self, namespace: str, name: str, adapter: Any) -> Contents:
+        return contents_of(adapter)
+
+    def keep(self, namespace: str, name: str, contents: Contents, **more: Any) -> Version:
+        return self.put(namespace, name, contents, **more)
+
+    def load(self, key: AdapterKey) -> None:
+        self.store(key.namespace).get(key.name, key.version)
 
     def info(self, namespace: str, name: str, which: Any = None) -> Version:
         return self.store(namespace).info(name, which)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import threading
 from pathlib import Path
@@ -398,6 +399,26 @@ def test_what_is_no_tensor_and_more_than_there_is_room_for() -> None:
     with pytest.raises(ResourceError, match=r"slots: 1000000000000 adapters of torch.float32 take 348 TB"):
         AdapterBank(model, VERA, slots=10**12)
     assert not model.adapted_layers()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_new_bank_takes_its_memory_as_rows_are_put(dtype: torch.dtype) -> None:
+    """A model that is served waits while a bank is made, so gigabytes of zeros are not written then."""
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("only Linux tells what a process has in memory")
+    before = resident()
+    bank = AdapterBank(wrap(Nested()).eval(), VERA, slots=2**20, dtype=dtype)
+    size = bank.arena.numel() * bank.arena.element_size()
+    assert size > 180e6
+    assert resident() - before < 0.5 * size, "and what is there is a list of the free slots"
+    assert bank.arena.dtype == dtype
+    assert not bank.arena[:: 2**16].any()
+    bank.put("a", vera_row(bank, 0.5))
+    assert float(bank.get("a")["head.vera_lambda_b"].abs().sum()) > 0
 
 
 def test_a_bank_that_was_made_without_gradients_is_one_like_others() -> None:

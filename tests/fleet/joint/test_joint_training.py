@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kilotune import AdapterConfig, LoraConfig, VeraConfig, get_config, get_peft_model
-from kilotune.errors import ConfigError, UnsupportedError
+from kilotune.errors import ConfigError, MergeError, UnsupportedError
 from kilotune.fleet import FleetSettings, JointTraining, User, fit, wrap
 from tests.support.fleet_support import Kept, Row, alone, furthest, padded, points, stacked, tensors_of, token_rows
 from tests.support.models import Nested, bits, tiny_gpt2, tiny_llama
@@ -178,21 +178,35 @@ def floats(rows: Sequence[Row]) -> dict[str, Tensor]:
     return {**batch, "inputs": batch["inputs"].float()}
 
 
+def fitted(model: Any) -> dict[str, dict[str, Tensor]]:
+    kept, config = Kept(), LoraConfig(r=2, target_modules=ALL)
+    fit(model, config, group(2), SETTINGS, collate=floats, loss="classification", sink=kept)
+    return kept.adapters
+
+
 def test_a_wrapped_model_and_its_own_adapter_stay() -> None:
     model = get_peft_model(Nested(), VERA)
+    model.set_adapter([])
     before = bits(model)
-    fit(
-        model,
-        LoraConfig(r=2, target_modules=ALL),
-        group(2),
-        SETTINGS,
-        collate=floats,
-        loss="classification",
-        sink=Kept(),
-    )
+    fitted(model)
     assert bits(model) == before
+    model.set_adapter("default")
     assert all(p.requires_grad for _, p in model.adapter_parameters())
     fit(wrap(Nested()), VERA, group(1), SETTINGS, collate=floats, loss="classification", sink=Kept())
+
+
+def test_an_active_adapter_is_not_passed_over_without_a_word() -> None:
+    """Users' adapters were trained on the bare base, and belonged to another model than the one that was given."""
+    model = get_peft_model(Nested(), LoraConfig(r=2, target_modules=ALL, init_lora_weights=False))
+    with pytest.raises(ConfigError, match=r"\['default'\] are active, .* merge_and_unload\(\).* set_adapter\(\[\]\)"):
+        fitted(model)
+    with model.disable_adapter(), pytest.raises(MergeError, match="cannot train users' adapters inside disable"):
+        fitted(model)
+    model.set_adapter([])
+    bare = fitted(model)
+    for user, tensors in fitted(Nested()).items():
+        for key, value in tensors.items():
+            assert torch.equal(value, bare[user][key])
 
 
 def test_faults_of_settings_come_together() -> None:

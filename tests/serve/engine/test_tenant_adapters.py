@@ -7,6 +7,7 @@ import copy
 import json
 import shutil
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,18 @@ def test_what_is_put_can_be_named_in_its_namespace_alone(registry: AdapterRegist
     assert str(hidden.value).replace("mine", "nope") == str(nobody.value)
     with pytest.raises(AdapterError, match="Did you mean 'mine'"):
         registry.resolve("ann", "mien")
+
+
+def test_a_name_is_one_in_both_forms_of_its_letters(registry: AdapterRegistry, folder: Path, tmp_path: Path) -> None:
+    split, whole = "Jose\u0301", "Jos\u00e9"
+    version = registry.put("ann", split, folder)
+    assert version.name == whole
+    assert registry.resolve("ann", split).version == registry.resolve("ann", whole).version == 1
+    assert registry.row(registry.resolve("ann", split)) is registry.there(key_of("ann", version))
+    registry.rm("ann", whole)
+    assert not registry._resolved  # nor is it named while the store is away
+    with pytest.raises(AdapterError, match="with which it shows as another"):
+        registry.check("ann", "ann\u202e", folder)
 
 
 def test_a_put_reads_its_files_once_and_what_it_wrote_once(
@@ -385,6 +398,32 @@ def test_changes_get_their_turn_between_steps() -> None:
     stop.set()
     thread.join()
     assert order.count("change") == 3
+
+
+def test_changes_and_steps_take_turns() -> None:
+    """However many changes wait, and however they come: between two of them a step that waits has its turn."""
+    turns, order, stop = Turns(), list[str](), threading.Event()
+
+    def changes() -> None:
+        while not stop.is_set():
+            with turns.changing():
+                order.append("change")
+                time.sleep(0.002)
+
+    threads = [threading.Thread(target=changes) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for _ in range(20):
+        with turns.stepping():
+            order.append("step")
+            time.sleep(0.004)  # all changes wait by now
+    stop.set()
+    for thread in threads:
+        thread.join()
+    first, last = order.index("step"), len(order) - order[::-1].index("step")
+    told = "".join(word[0] for word in order[first:last])
+    assert told.count("s") == 20
+    assert "ccc" not in told, "at most one that waited, and one that came before the step did"
 
 
 def test_the_store_is_the_one_that_others_read(registry: AdapterRegistry, folder: Path) -> None:

@@ -23,6 +23,7 @@ import torch
 
 from kilotune import VeraConfig, get_peft_model
 from kilotune.fleet import open_store
+from kilotune.serve.engine.lanes import Lanes
 from kilotune.serve.http.connections import Wire
 from kilotune.serve.http.process import listen
 from kilotune.serve.http.service import Service
@@ -64,17 +65,15 @@ def test_going_away_in_the_moment_that_the_store_answers_is_not_lost() -> None:
         return 1
 
     async def ask() -> asyncio.Task[int]:
-        from concurrent.futures import ThreadPoolExecutor
-
-        loop = asyncio.get_running_loop()
-        with ThreadPoolExecutor(1) as threads:
-            service: Any = SimpleNamespace(_threads=threads)
-            task = asyncio.create_task(Service.ask(service, call))
-            await asyncio.sleep(0)  # it waits
-            assert answered.wait(5)
-            time.sleep(0.05)  # its answer is on the way to the loop
-            loop.call_soon(task.cancel)
-            await asyncio.wait([task])
+        lanes = Lanes("test", 1, 1)
+        service: Any = SimpleNamespace(_asking=lanes)
+        task = asyncio.create_task(Service.ask(service, "ann", call))
+        await asyncio.sleep(0)  # it waits
+        assert answered.wait(5)
+        time.sleep(0.05)  # its answer is on the way to the loop
+        asyncio.get_running_loop().call_soon(task.cancel)
+        await asyncio.wait([task])
+        lanes.close()
         return task
 
     assert asyncio.run(ask()).cancelled()

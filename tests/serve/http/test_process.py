@@ -13,7 +13,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +27,7 @@ import openai
 import pytest
 import torch
 
-from kilotune import PeftModel, VeraConfig, get_peft_model
+from kilotune import LoraConfig, PeftModel, VeraConfig, get_peft_model
 from kilotune.fleet import open_store
 from kilotune.train import (
     AdapterSettings,
@@ -297,6 +299,52 @@ def test_an_adapter_that_brings_its_embedding_or_cannot_run_harms_nobody(tmp_pat
         assert httpx2.delete(f"{served.url}/manage/ann/adapters/whole", headers=headers).status_code == 200
         assert bobs() == expected(1, PROMPT, 6)
         assert httpx2.get(f"{served.url}/ready").status_code == 200
+
+
+def large_adapter(seed: int, rank: int, folder: Path) -> Path:
+    """One of several megabytes, of a form of its own where its rank is its own."""
+    model = get_peft_model(loaded("llama", base_folder()), LoraConfig(r=rank, target_modules="all-linear"))
+    chance = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, parameter in model.adapter_parameters():
+            parameter.copy_(0.001 * torch.randn(parameter.shape, generator=chance))
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.heavy
+def test_48_puts_at_once_leave_anothers_answers_alone(tmp_path: Path) -> None:
+    """Each makes a form of its own, which is what takes longest; another tenant goes on asking meanwhile."""
+    folders = [large_adapter(i, 1024 + i, tmp_path / f"large-{i}") for i in range(6)]
+    path, tenants, manager = keys(tmp_path, "ann", "bob")
+    with process(base_folder(), tmp_path / "adapters.db", tmp_path, "--keys", str(path)) as served:
+        assert served.put(manager, "bob", "mine", adapter_folder(1)).status_code == 201
+        waited: list[float] = []
+
+        def ask() -> None:
+            began = time.monotonic()
+            made = complete(served.url, tenants["bob"], "mine")
+            waited.append(time.monotonic() - began)
+            assert made.json()["choices"][0]["text"] == expected(1, PROMPT, 6)
+
+        for _ in range(5):
+            ask()
+        alone = max(waited)
+        waited.clear()
+        puts: list[httpx2.Response] = []
+        threads = [
+            threading.Thread(target=lambda i=i: puts.append(served.put(manager, "ann", f"n{i}", folders[i % 6])))  # type: ignore[misc]
+            for i in range(48)
+        ]
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads):
+            ask()
+        statuses = Counter(answer.status_code for answer in puts)
+        assert set(statuses) == {201, 429}, statuses
+        assert statuses[201] >= 16
+        assert all("puts running or waiting" in answer.text for answer in puts if answer.status_code == 429)
+        assert max(waited) < 10 * alone + 3, f"alone {alone:.2f} s, beside the puts {max(waited):.2f} s"
 
 
 @pytest.mark.heavy

@@ -200,6 +200,41 @@ def test_rows_that_cannot_be_told_from_a_turn_are_refused_by_line(tmp_path: Path
     assert ".jsonl:3" not in text
 
 
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (float("nan"), "has the content nan, and should have text, or a list of parts"),
+        (float("inf"), "has the content inf, and should have text"),
+        (5, "has the content 5, and should have text"),
+        (True, "has the content True, and should have text"),
+        ([float("nan")], "has the content [nan], and should have text"),
+        ([{"type": "text", "text": float("nan")}], "and should have text, or a list of parts"),
+        ({"found": [float("nan")]}, "holds nan, which is no number and no text"),
+        ({"found": [-float("inf")]}, "holds -inf, which is no number and no text"),
+        ([{"type": "text", "text": "hi"}], "messages[0].content is no text, and the chat template writes it as Python"),
+        ({"found": 1}, "messages[0].content is no text, and the chat template writes it as Python"),
+    ],
+    ids=str,
+)
+def test_content_that_is_no_text_is_refused_by_line(tmp_path: Path, content: Any, told: str) -> None:
+    """Templates write what they are given: a row of ``nan`` would be learned as that word, a list with its brackets."""
+    template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    rows = [{"messages": [{"role": "user", "content": text}, CHAT[2]]} for text in ("hi", content, "nan")]
+    text = fault(jsonl(tmp_path / "chats.jsonl", rows), byte_level(chat_template=template))
+    assert re.findall(r"chats\.jsonl:(\d+): ", text) == ["2"]
+    assert told in text
+
+
+def test_messages_that_are_nested_without_end_are_refused_by_line(tmp_path: Path) -> None:
+    deep: Any = "x"
+    for _ in range(200):
+        deep = [deep]
+    call = {"function": {"name": "f", "arguments": {"a": deep}}}
+    rows = [{"messages": [CHAT[1], {**CHAT[2], "tool_calls": [call]}]}]
+    text = fault(jsonl(tmp_path / "chats.jsonl", rows), byte_level(chat_template=CHATML))
+    assert "chats.jsonl:1: 'messages' has an item 2 that is nested more than 60 deep" in text
+
+
 # -- packing -------------------------------------------------------------------------------------------
 
 

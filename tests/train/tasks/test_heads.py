@@ -258,13 +258,15 @@ def test_regression_learns_numbers(tmp_path: Path) -> None:
 
 
 def test_numbers_that_are_none_or_all_the_same(tmp_path: Path) -> None:
-    bad = jsonl(tmp_path / "bad.jsonl", [{"text": "a", "label": value} for value in (1, "x", float("nan"), None)])
-    assert sorted(re.findall(r"bad.jsonl:(\d)", fault("regression", bad))) == ["2", "3", "4"]
+    bad = jsonl(
+        tmp_path / "bad.jsonl", [{"text": "a", "label": value} for value in (1, "x", float("nan"), None, 10**400)]
+    )
+    assert sorted(re.findall(r"bad.jsonl:(\d)", fault("regression", bad))) == ["2", "3", "4", "5"]
     same = jsonl(tmp_path / "same.jsonl", [{"text": "a", "label": 2.5}] * 3)
     assert "the number is 2.5 in all rows, so there is nothing to learn" in fault("regression", same)
     table = tmp_path / "rows.csv"
     table.write_text("text,label\na,1.5\nb,-2\nc,three\n")
-    assert "rows.csv:4: 'label' is 'three', and should be a number" in fault("regression", str(table))
+    assert "rows.csv:4: 'label' is 'three', and should be a finite number" in fault("regression", str(table))
 
 
 # -- token classification ------------------------------------------------------------------------------

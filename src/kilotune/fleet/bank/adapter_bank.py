@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from os import PathLike
 from typing import final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -112,7 +113,7 @@ class AdapterBank(Source):
         device = next(model.get_base_model().parameters()).device
         try:
             with torch.inference_mode(False):
-                self.arena = torch.zeros(slots, self.form.length, dtype=dtype, device=device)
+                self.arena = _zeros(slots, self.form.length, dtype, device)
         except RuntimeError as error:
             self.form.release()
             size = readable_bytes(slots * self.form.length * dtype.itemsize)
@@ -399,6 +400,18 @@ class AdapterBank(Source):
             self._host.clear()
             self._free.clear()
             self.arena = self.arena.new_zeros(0, self.form.length)
+
+
+def _zeros(rows: int, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(rows, length) of zeros. On a CPU the system gives the memory when it is written to: the model may wait for
+    this, and to write gigabytes of zeros takes seconds."""
+    if device.type != "cpu":
+        return torch.zeros(rows, length, dtype=dtype, device=device)
+    try:
+        bits = np.zeros(rows * length * dtype.itemsize, dtype=np.uint8)
+    except (MemoryError, ValueError) as error:
+        raise RuntimeError(str(error)) from error
+    return torch.from_numpy(bits).view(dtype).view(rows, length)
 
 
 def free_key(model: AdapterModel) -> str:

@@ -24,6 +24,8 @@ def prepared(model: nn.Module) -> Iterator[AdapterModel]:
     """``model`` frozen, in eval mode and without a cache of keys and values; afterwards it is what it was."""
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model: expected a torch.nn.Module, got {type_name(model)}")
+    if isinstance(model, AdapterModel):
+        _check_runs_as_base(model)
     modes = {module: module.training for module in model.modules()}
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
     config = getattr(model, "config", None)
@@ -43,6 +45,17 @@ def prepared(model: nn.Module) -> Iterator[AdapterModel]:
             module.training = mode
         for parameter, requires in wanted.items():
             parameter.requires_grad_(requires)
+
+
+def _check_runs_as_base(model: AdapterModel) -> None:
+    """Refuse a model that runs as something else than what the users' adapters are trained on."""
+    model._check_enabled("train users' adapters")
+    on = [name for name in model.active_adapters if name not in model.merged_adapters]
+    if on:
+        raise ConfigError(
+            f"model: the adapters {on} are active, and users' adapters are trained on the base without them. To train "
+            "on top of them, give merge_and_unload(), and serve over that base; on the base alone, call set_adapter([])"
+        )
 
 
 def form_in(model: AdapterModel, config: AdapterConfig, held: ExitStack) -> ResidentForm:

@@ -16,7 +16,7 @@ from typing import Any, Self, final
 
 from torch import Tensor
 
-from ...errors import KilotuneError
+from ...errors import KilotuneError, StoreLimitError
 from ...model.adapter_model import AdapterModel
 from .fingerprint import Fingerprint
 from .records import Collected, Contents, Fault, Form, Record, Stats, Version
@@ -25,6 +25,7 @@ __all__ = ["Adapter", "AdapterStore", "Item", "Which"]
 
 Adapter = str | PathLike[str] | AdapterModel | Contents | Record
 Which = int | str | None
+ONLY_READ = "is only read, so nothing can be put, moved or removed in it"
 
 
 @final
@@ -56,6 +57,16 @@ class AdapterStore(ABC):
     read_only: bool
     base: Fingerprint | None
 
+    def check_writable(self) -> None:
+        """Refuse a store that is only read, before anything is worked out for it.
+
+        Raises:
+            StoreLimitError: it is.
+
+        """
+        if self.read_only:
+            raise StoreLimitError(f"{self.url} was opened read-only, so nothing can be changed in it", ONLY_READ)
+
     # -- one adapter -----------------------------------------------------------------------------
 
     @abstractmethod
@@ -73,7 +84,8 @@ class AdapterStore(ABC):
         """Keep an adapter as the newest version of ``name``; once this returns, it is on disk.
 
         Args:
-            name: at most 200 bytes, no slash and no control character.
+            name: at most 200 bytes, no slash, no control character, none that turns a line about; kept in Unicode's
+                form NFC (see :meth:`name_for`).
             adapter: a folder with PEFT's two files, a kilotune model, or what another store gave.
             metadata: anything that JSON can say, at most 64 KiB.
             tags: short words to find it by.
@@ -83,6 +95,15 @@ class AdapterStore(ABC):
 
         Raises:
             CheckpointError: the adapter's files are damaged, its base is not the store's, or it cannot be packed so.
+
+        """
+
+    @abstractmethod
+    def name_for(self, name: str) -> str:
+        """The name under which :meth:`put` keeps an adapter: in Unicode's form NFC, or as the store has it already.
+
+        Raises:
+            AdapterError: it cannot be a new name, or the store has it in the characters of another form.
 
         """
 

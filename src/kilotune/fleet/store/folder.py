@@ -19,10 +19,27 @@ from pathlib import Path
 from typing import Any, NoReturn, final
 
 from ...adapter_files.files import CONFIG_NAME, WEIGHTS_NAME
-from ...errors import AdapterError, CheckpointError, ConfigError, KilotuneError, StoreError, did_you_mean
-from .adapter_store import Adapter, AdapterStore, Item, Which
+from ...errors import (
+    AdapterError,
+    CheckpointError,
+    ConfigError,
+    KilotuneError,
+    StoreError,
+    StoreLimitError,
+    did_you_mean,
+)
+from .adapter_store import ONLY_READ, Adapter, AdapterStore, Item, Which
 from .fingerprint import Fingerprint
-from .names import check_limit, check_name, check_namespace, check_tags, check_which, literal_prefix, matches
+from .names import (
+    check_limit,
+    check_name,
+    check_namespace,
+    check_tags,
+    check_which,
+    literal_prefix,
+    matches,
+    spellings,
+)
 from .preparing import Preparer, folder_contents
 from .reading import moment
 from .records import Collected, Fault, Record, Stats, Version
@@ -59,8 +76,10 @@ class FolderStore(AdapterStore):
         """
         if self._closed:
             raise StoreError(f"the store {self.url} is closed; open it again")
-        name = check_name(name)
-        inner = self.path / name
+        check_name(name)
+        inner = next(
+            (p for way in spellings(name) if ((p := self.path / way) / CONFIG_NAME).is_file()), self.path / name
+        )
         place = inner if (inner / CONFIG_NAME).is_file() else self.path if name == ROOT else inner
         if not (place / CONFIG_NAME).is_file():
             raise AdapterError(f"there is no adapter {name!r} in {self.path}.{did_you_mean(name, self._names())}")
@@ -131,7 +150,9 @@ class FolderStore(AdapterStore):
         limit: int | None = None,
     ) -> Iterator[Version]:
         if check_tags(tags):
-            raise StoreError(f"{self.path} is a folder, and adapters in folders have no tags")
+            raise StoreLimitError(
+                f"{self.path} is a folder, and adapters in folders have no tags", "is a folder, which has no tags"
+            )
         start, most = "" if after is None else check_name(after), check_limit(limit)
         return islice((self.info(name) for name in self.names(pattern) if name > start), most)
 
@@ -164,11 +185,18 @@ class FolderStore(AdapterStore):
 
     # -- what a folder does not do -----------------------------------------------------------------
 
+    def check_writable(self) -> None:
+        self._refuse()
+
     def _refuse(self) -> NoReturn:
-        raise StoreError(
+        raise StoreLimitError(
             f"{self.url} is a folder, which a store only reads; import it into a database (kilotune store import), and "
-            "change it there"
+            "change it there",
+            ONLY_READ,
         )
+
+    def name_for(self, name: str) -> str:
+        self._refuse()
 
     def put(
         self,

@@ -180,8 +180,8 @@ class PostgresStore(SqlStore):
         except self._pools.PoolTimeout as error:
             raise StoreError(f"{self.url}: no connection within {self.timeout:g} seconds") from error
         except self._psycopg.errors.LockNotAvailable as error:
-            text = f"others held what was to be changed for {self.timeout:g} seconds; try again later"
-            raise StoreError(f"{self.url}: {text}") from error
+            text = f"others held what was to be changed for {self.timeout:g} seconds"
+            raise StoreError(f"{self.url}: {text}; try again later", f"is busy: {text}") from error
         except self._psycopg.errors.DiskFull as error:
             raise StoreFullError(f"{self.url}: {first_line(error)}; nothing was written") from error
         except self._psycopg.Error as error:

@@ -17,7 +17,7 @@ from ...config import SECTION
 from ...errors import AdapterError, CheckpointError, ConfigError, type_name
 from ...model.adapter_model import AdapterModel
 from .fingerprint import Fingerprint
-from .names import check_metadata, check_name, check_packing, check_tags
+from .names import check_metadata, check_name, check_new_word, check_packing, check_tags
 from .packing import Layout
 from .records import SUM, Contents, Form, Record, canonical
 
@@ -69,6 +69,8 @@ class Preparer:
 
         """
         name, text, words = check_name(name), check_metadata(metadata), check_tags(tags)
+        for word in words:
+            check_new_word("tag", word)
         packing = self.packing if packing is None else check_packing(packing)
         try:
             contents = contents_of(adapter, adapter_name)

@@ -108,6 +108,10 @@ class SqliteStore(SqlStore):
         self._give_back(first)
         self._enlist()
 
+    @property
+    def _busy(self) -> str:
+        return f"others have written to it for {self.timeout:g} seconds on end"
+
     # -- connections -------------------------------------------------------------------------------
 
     def _connect(self) -> sqlite3.Connection:
@@ -223,8 +227,9 @@ class SqliteStore(SqlStore):
             if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
                 raise StoreFullError(f"{self.path}: {text}; nothing was written") from error
             if "locked" in text or "busy" in text:
-                text = f"others have written to it for {self.timeout:g} seconds on end ({text}); try again later"
-            elif "unable to open" in text and self.read_only:
+                told = f"{self.path}: {self._busy} ({text}); try again later"
+                raise StoreError(told, f"is busy: {self._busy}") from error
+            if "unable to open" in text and self.read_only:
                 text += "; while nobody has it open, SQLite must be able to make two files beside it"
             raise StoreError(f"{self.path}: {text}") from error
 
@@ -253,7 +258,7 @@ class SqliteStore(SqlStore):
         self._open()
         # Threads of one process wait here, where it is their turn as soon as the one before is done.
         if not self._writing.acquire(timeout=self.timeout if patient else 0):
-            raise StoreError(f"{self.path}: other threads have written to it for {self.timeout:g} seconds on end")
+            raise StoreError(f"{self.path}: {self._busy}; try again later", f"is busy: {self._busy}")
         lock = self._writing
         try:
             with self._transaction("BEGIN IMMEDIATE", self.timeout if patient else 0.0) as link:

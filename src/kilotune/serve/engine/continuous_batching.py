@@ -24,16 +24,16 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
-from ...errors import ConfigError, KilotuneError, ResourceError, StoreError, UnsupportedError, first_line
+from ...errors import ConfigError, KilotuneError, ResourceError, UnsupportedError, first_line
 from .device_adapters import GoneError, Row
 from .fairness import FairQueue
-from .interface import AdapterKey, Engine, EngineStats, Finish, Generation, Sampling, Token, Vector
+from .interface import AdapterKey, Engine, EngineError, EngineStats, Finish, Generation, Sampling, Token, Vector
+from .lanes import Lanes
 from .paged_attention import PagedBatch, PageSizes, Part
 from .running_requests import Again, Run
 from .sampling import Choice, choose
@@ -41,7 +41,7 @@ from .tenant_adapters import AdapterRegistry
 
 __all__ = ["TransformersEngine"]
 
-LOADERS = 4  # threads that read adapters
+LOADERS, EACH = 4, 2  # threads that read adapters, and how many of them one tenant has at most
 TRIAL = 60.0  # seconds that an adapter's trial may wait for its turn
 IDLE = 0.05  # seconds between looks at deadlines
 log = logging.getLogger("kilotune.serve")
@@ -107,7 +107,7 @@ class TransformersEngine(Engine):
         self._wake = threading.Event()
         self._ids = itertools.count()
         self._chosen: dict[str, Choice] = {}
-        self._loaders = ThreadPoolExecutor(LOADERS, thread_name_prefix="kilotune-adapters")
+        self._loaders = Lanes("kilotune-adapters", LOADERS, EACH)
         self._thread: threading.Thread | None = None
         self._until: float | None = None  # when what runs is cancelled; None: go on
         self._dead: str | None = "the engine has not been started"
@@ -145,7 +145,7 @@ class TransformersEngine(Engine):
         self._wake.set()
         self._thread.join()
         self._thread = None
-        self._loaders.shutdown(wait=False, cancel_futures=True)
+        self._loaders.close()
         if self._batch is not None:
             self._batch.close()
             self._batch = None
@@ -240,12 +240,13 @@ class TransformersEngine(Engine):
             return None
         row = self._adapters.there(key)
         if row is None:
-            row = await asyncio.get_running_loop().run_in_executor(self._loaders, self._adapters.row, key)
+            async with self._loaders.lane(key.namespace) as lane:
+                row = await lane.run(lambda: self._adapters.row(key))
         return row
 
     def _send(self, run: Run) -> None:
         if self._dead is not None:
-            raise StoreError(f"the engine does not take requests: {self._dead}")
+            raise EngineError(f"the engine does not take requests: {self._dead}")
         self._inbox.append(run)
         self._wake.set()
         if self._dead is not None:  # it ended in between, and may not have seen this one

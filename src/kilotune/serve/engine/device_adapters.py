@@ -25,6 +25,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from ...adapter_files.files import not_finite
 from ...adapter_files.fitting import match_tensors
 from ...adapter_files.reading import AdapterFile
 from ...config import AdapterConfig
@@ -50,19 +51,22 @@ class GoneError(AdapterError):
 
 @final
 class Turns:
-    """Steps of the model, and changes of its modules: one at a time, and a change need not wait for long."""
+    """Steps of the model, and changes of its modules: one at a time. Where both wait they take turns."""
 
     def __init__(self) -> None:
         self._condition = threading.Condition()
         self._busy = False
-        self._changes = 0
+        self._steps = self._changes = 0  # that wait
+        self._changed = False  # what ran last was a change
 
     @contextmanager
     def stepping(self) -> Iterator[None]:
-        """Run the model; changes that wait go first."""
+        """Run the model."""
         with self._condition:
-            self._condition.wait_for(lambda: not self._busy and self._changes == 0)
-            self._busy = True
+            self._steps += 1
+            self._condition.wait_for(lambda: not self._busy and (self._changed or self._changes == 0))
+            self._steps -= 1
+            self._busy, self._changed = True, False
         try:
             yield
         finally:
@@ -73,9 +77,9 @@ class Turns:
         """Change the model."""
         with self._condition:
             self._changes += 1
-            self._condition.wait_for(lambda: not self._busy)
+            self._condition.wait_for(lambda: not self._busy and not (self._changed and self._steps))
             self._changes -= 1
-            self._busy = True
+            self._busy = self._changed = True
         try:
             yield
         finally:
@@ -215,7 +219,7 @@ class Residents:
         return slots
 
     def _check_whole(self, file: AdapterFile, what: str) -> None:
-        if bad := [key for key, value in file.tensors.items() if not bool(torch.isfinite(value).all())]:
+        if bad := not_finite(file.tensors):
             raise CheckpointError(gather(f"{what} holds values that are not finite:", bad))
         self._check_norms(file.tensors, what)
 

@@ -14,7 +14,7 @@ import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, final
 
@@ -22,15 +22,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...errors import AdapterError, ConfigError, ResourceError, StoreError, UnsupportedError, first_line, type_name
+from ...errors import AdapterError, ConfigError, ResourceError, UnsupportedError, first_line, type_name
 from .device_adapters import GoneError, Held, Row
 from .fairness import FairQueue
-from .interface import AdapterKey, Engine, EngineStats, Finish, Generation, Token, Vector
+from .interface import AdapterKey, Engine, EngineError, EngineStats, Finish, Generation, Token, Vector
+from .lanes import Lanes
 from .tenant_adapters import AdapterRegistry
 
 __all__ = ["EncoderEngine", "Pooling", "pooling_of"]
 
-LOADERS = 4
+LOADERS, EACH = 4, 2  # threads that read adapters, and how many of them one tenant has at most
 IDLE = 0.05
 TRIAL = 60.0  # seconds that an adapter's trial may wait for its turn
 RELOADS = 3  # times that an adapter whose form made way is read again for one text
@@ -161,7 +162,7 @@ class EncoderEngine(Engine):
         self._pooling, self._batch_tokens = pooling or Pooling(), batch_tokens
         self._queue: FairQueue[_Item] = FairQueue()
         self._lock, self._wake = threading.Lock(), threading.Event()
-        self._loaders = ThreadPoolExecutor(LOADERS, thread_name_prefix="kilotune-adapters")
+        self._loaders = Lanes("kilotune-adapters", LOADERS, EACH)
         self._thread: threading.Thread | None = None
         self._until: float | None = None
         self._dead: str | None = "the engine has not been started"
@@ -191,7 +192,7 @@ class EncoderEngine(Engine):
         self._wake.set()
         self._thread.join()
         self._thread = None
-        self._loaders.shutdown(wait=False, cancel_futures=True)
+        self._loaders.close()
 
     def healthy(self) -> str | None:
         return self._dead
@@ -262,14 +263,14 @@ class EncoderEngine(Engine):
         raise ResourceError("adapters of too many forms are in use; try again later")
 
     async def _once(self, tenant: str, adapter: AdapterKey | None, texts: Sequence[Sequence[int]]) -> list[Vector]:
-        loop = asyncio.get_running_loop()
         row = None if adapter is None else self._adapters.there(adapter)
         if adapter is not None and row is None:
-            row = await loop.run_in_executor(self._loaders, self._adapters.row, adapter)
+            async with self._loaders.lane(adapter.namespace) as lane:
+                row = await lane.run(lambda: self._adapters.row(adapter))
         items = [_Item(tenant, row, list(text)) for text in texts]
         with self._lock:
             if self._dead is not None:
-                raise StoreError(f"the engine does not take requests: {self._dead}")
+                raise EngineError(f"the engine does not take requests: {self._dead}")
             for item in items:
                 self._queue.add(tenant, item)
         self._wake.set()
@@ -298,7 +299,7 @@ class EncoderEngine(Engine):
                 self._dead = reason
                 left = self._queue.items()
             for item in left:
-                item.fail(StoreError(reason))
+                item.fail(EngineError(reason))
 
     def _take(self) -> list[_Item]:
         """What runs next: of each tenant in turn, with their adapters held."""

@@ -11,7 +11,9 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, final
 
-__all__ = ["AdapterKey", "Engine", "EngineStats", "Finish", "Generation", "Sampling", "Token", "Vector"]
+from ...errors import StoreError
+
+__all__ = ["AdapterKey", "Engine", "EngineError", "EngineStats", "Finish", "Generation", "Sampling", "Token", "Vector"]
 
 Reason = Literal["stop", "length", "cancelled", "deadline", "error"]
 
@@ -120,6 +122,11 @@ class EngineStats:
     cache: float
     resident: int
     slots: int
+
+
+@final
+class EngineError(StoreError):
+    """The engine takes no requests: it was not started, was stopped, or has ended."""
 
 
 class Engine(ABC):

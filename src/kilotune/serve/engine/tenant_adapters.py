@@ -22,6 +22,7 @@ from typing import Any, TypeVar, final
 import torch
 from torch import nn
 
+from ...adapter_files.names import composed
 from ...adapter_files.reading import AdapterFile
 from ...errors import (
     AdapterError,
@@ -29,11 +30,12 @@ from ...errors import (
     ConfigError,
     StoreError,
     StoreFullError,
+    StoreLimitError,
     UnsupportedError,
     did_you_mean,
 )
 from ...fleet.joint.wrapping import wrap
-from ...fleet.store import AdapterStore, Fingerprint, Version, open_store
+from ...fleet.store import AdapterStore, Contents, Fingerprint, Version, open_store
 from ...fleet.store.adapter_store import Adapter, Which
 from ...fleet.store.names import check_name, check_which
 from ...fleet.store.preparing import contents_of
@@ -139,7 +141,7 @@ class AdapterRegistry:
         """Ask the store, and remember whether it answered."""
         try:
             answer = question(self._store(namespace))
-        except StoreFullError:  # what is there can be read
+        except (StoreFullError, StoreLimitError):  # it has answered
             self._away = None
             raise
         except AWAY as error:
@@ -225,26 +227,50 @@ class AdapterRegistry:
         tags: Sequence[str] = (),
         alias: str | None = None,
     ) -> Version:
-        """Check an adapter whole, keep it as the newest version, and have it ready to answer.
+        """Check an adapter whole, keep it as the newest version, and have it ready to answer: the three steps of a put.
 
-        Its files' hashes, base, configuration, shapes, frozen matrices, finite values and norms are checked before
-        anything is written; see :meth:`AdapterStore.put` for the arguments.
+        See :meth:`AdapterStore.put` for the arguments, and the steps for what they raise.
+        """
+        contents = self.check(namespace, name, adapter)
+        version = self.keep(namespace, name, contents, metadata=metadata, tags=tags, alias=alias)
+        self.load(AdapterKey(namespace, name, version.version, version.sha256))
+        return version
+
+    def check(self, namespace: str, name: str, adapter: Adapter) -> Contents:
+        """See that an adapter can be put: files' hashes, base, configuration, shapes, frozen matrices, finite values,
+        norms, and that one token runs through it. Nothing is kept.
 
         Raises:
             CheckpointError, ConfigError, TargetError, UnsupportedError: it is damaged, or does not fit this model.
-            AdapterError: a name that cannot be one. ResourceError: no room for another form now. StoreError: the store.
+            AdapterError: a name that cannot be one. ResourceError: no room for another form now, or the engine had no
+            time to try it. StoreError: the store is only read.
 
         """
         what = f"adapter {check_name(name)!r}"
+        self._ask(namespace, lambda store: store.check_writable())
+        self._ask(namespace, lambda store: store.name_for(name))
         contents = replace(contents_of(adapter), where=Path(name))
         if contents.base is not None:
             self.fingerprint.check(contents.base, what, _saved(contents.config))
         self._try(contents.file, namespace, what)
-        version = self._ask(
-            namespace, lambda store: store.put(name, contents, metadata=metadata, tags=tags, alias=alias)
-        )
-        self.row(AdapterKey(namespace, name, version.version, version.sha256))
-        return version
+        return contents
+
+    def keep(
+        self,
+        namespace: str,
+        name: str,
+        contents: Contents,
+        *,
+        metadata: Mapping[str, Any] | None = None,
+        tags: Sequence[str] = (),
+        alias: str | None = None,
+    ) -> Version:
+        """Write what :meth:`check` gave into the store, as the newest version; see :meth:`AdapterStore.put`."""
+        return self._ask(namespace, lambda store: store.put(name, contents, metadata=metadata, tags=tags, alias=alias))
+
+    def load(self, key: AdapterKey) -> None:
+        """Read a version back, so that it answers at once and what is served is what is kept; raises as :meth:`row`."""
+        self.row(key)
 
     def _try(self, file: AdapterFile, namespace: str, what: str) -> None:
         """Check an adapter against the model, and run something through it before anybody can name it."""
@@ -286,9 +312,9 @@ class AdapterRegistry:
 
     def _forget(self, namespace: str, names: Sequence[str]) -> None:
         """What these names meant is not what they mean."""
-        gone = set(names)
+        gone = {*map(composed, names)}
         with self._lock:
-            for place in [p for p in self._resolved if p[0] == namespace and p[1] in gone]:
+            for place in [p for p in self._resolved if p[0] == namespace and composed(p[1]) in gone]:
                 del self._resolved[place]
 
     # -- what the engine asks --------------------------------------------------------------------

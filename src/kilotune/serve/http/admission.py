@@ -1,4 +1,4 @@
-"""How many answers may be in the house at once, in all and for each tenant; the rest is told when to come again."""
+"""How many answers or puts may be in the house at once, in all and for each tenant; the rest is told when to come."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class Gate:
     """Used on the loop's thread only.
 
     The total is not one that a few busy tenants can take from the others: who has no answer running or waiting is let
-    in up to twice of it.
+    in up to twice of it. what: what it counts, as errors call several of them.
     """
 
-    def __init__(self, total: int, per_tenant: int) -> None:
-        self.total, self.per_tenant = total, per_tenant
+    def __init__(self, total: int, per_tenant: int, what: str = "answers") -> None:
+        self.total, self.per_tenant, self.what = total, per_tenant, what
         self.inside: Counter[str] = Counter()
         self.count = 0
         self._ends: deque[float] = deque(maxlen=WINDOW)
@@ -41,12 +41,12 @@ class Gate:
         mine = self.inside[tenant]
         if answers > self.per_tenant:
             raise ApiError(
-                400, f"{answers} answers at once; this service gives {self.per_tenant} places to each tenant"
+                400, f"{answers} {self.what} at once; this service gives {self.per_tenant} places to each tenant"
             )
         if mine + answers > self.per_tenant:
-            self._refuse(f"you have {mine} answers running or waiting, and may have {self.per_tenant}", answers)
+            self._refuse(f"you have {mine} {self.what} running or waiting, and may have {self.per_tenant}", answers)
         if self.count + answers > self.total * (1 if mine else 2):
-            self._refuse("the service is busy", answers)
+            self._refuse(f"the service is busy with {self.count} {self.what}", answers)
         self.inside[tenant] += answers
         self.count += answers
         try:

@@ -52,7 +52,7 @@ STATUSES = {
     413: "The body is too large.",
     415: "The body is of another kind, or compressed.",
     422: "The adapter is damaged, of another base, or not fit to be served.",
-    429: "Too many answers at once; Retry-After says when to come again.",
+    429: "Too many answers or puts at once; Retry-After says when to come again.",
     500: "A fault of the service.",
     503: "The store is away, or the service is ending; Retry-After says when to come again.",
     504: "It was not done in time.",
@@ -174,7 +174,7 @@ def _models(app: FastAPI, service: Service, errors: dict[int | str, dict[str, An
         first = [] if after is not None else [_base(service)]
         behind = None if after == service.base else after
         count = limit - len(first) + 1
-        found = await service.ask(lambda: service.adapters.ls(namespace, after=behind, limit=count), "after")
+        found = await service.ask(namespace, lambda: service.adapters.ls(namespace, after=behind, limit=count), "after")
         data = [*first, *(_model(service, version) for version in found)]
         more, data = len(data) > limit, data[:limit]
         ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {"first_id": None, "last_id": None}
@@ -186,8 +186,8 @@ def _models(app: FastAPI, service: Service, errors: dict[int | str, dict[str, An
         if model == service.base:
             return JSONResponse(_base(service))
         namespace, (name, which) = _namespace(request), service.split(model)
-        info = await service.ask(lambda: service.adapters.info(namespace, name, which), "model")
-        aliases = await service.ask(lambda: service.adapters.aliases(namespace, name), "model")
+        info = await service.ask(namespace, lambda: service.adapters.info(namespace, name, which), "model")
+        aliases = await service.ask(namespace, lambda: service.adapters.aliases(namespace, name), "model")
         document = _model(service, info)
         document["id"], document["kilotune"]["aliases"] = model, aliases
         return JSONResponse(document)

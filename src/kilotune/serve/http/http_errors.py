@@ -15,9 +15,11 @@ from ...errors import (
     ResourceError,
     StoreError,
     StoreFullError,
+    StoreLimitError,
     TargetError,
     UnsupportedError,
 )
+from ..engine.interface import EngineError
 
 __all__ = ["ApiError", "body_of", "of_library", "of_parsing", "of_validation"]
 
@@ -83,10 +85,13 @@ def of_library(error: KilotuneError, param: str | None = None) -> ApiError:
     """The status of one of the library's own errors, whose messages are for the tenant as they stand."""
     if isinstance(error, StoreFullError):
         return ApiError(507, "the store's disk is full; nothing was changed")
+    if isinstance(error, StoreLimitError):
+        return ApiError(409, f"the store of adapters {error.told}", param=param)
+    if isinstance(error, EngineError):
+        return ApiError(503, "the engine takes no requests; try again", retry_after=1)
     if isinstance(error, StoreError):
-        return ApiError(
-            503, "the store of adapters does not answer; try again", code="store_unavailable", retry_after=1
-        )
+        told = f"the store of adapters {error.told}; try again"
+        return ApiError(503, told, code="store_unavailable", retry_after=1)
     if isinstance(error, AdapterError):
         return ApiError(404, str(error), param=param, code="model_not_found" if param == "model" else None)
     if isinstance(error, CheckpointError):

@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import shutil
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, File, Form, Query, Request, UploadFile
 from fastapi.responses import JSONResponse, Response
 
-from ...adapter_files.files import CONFIG_NAME, WEIGHTS_NAME
+from ...adapter_files.names import composed
 from ...errors import AdapterError, ConfigError
 from ...fleet.store import Version
 from ...fleet.store.adapter_store import Which
-from ...fleet.store.names import check_alias, check_metadata, check_name, check_namespace, check_tags, check_which
+from ...fleet.store.names import (
+    check_alias,
+    check_metadata,
+    check_name,
+    check_namespace,
+    check_new_word,
+    check_tags,
+    check_which,
+)
+from . import puts as storing
 from .http_errors import ApiError
 from .logs import log
 from .middleware import noted
+from .puts import Given
 from .schemas import AliasesBody, NamesBody
 from .service import Service
 
 __all__ = ["routes"]
 
 MAX_PAGE = 1000
-CHUNK = 1 << 20
 
 
 def _space(request: Request, namespace: str) -> str:
@@ -63,24 +68,6 @@ def _shown(version: Version, aliases: Mapping[str, int] | None = None) -> dict[s
     return document
 
 
-async def _keep(upload: UploadFile, place: Path) -> None:
-    """Write an upload to disk, a piece at a time."""
-    try:
-        with place.open("wb") as out:
-            while piece := await upload.read(CHUNK):
-                await asyncio.to_thread(out.write, piece)
-    except OSError as error:
-        raise ApiError(507, f"the adapter cannot be kept: {error.strerror}") from error
-
-
-def folder_for_put() -> Path:
-    """A new folder in which an adapter is looked at before it goes into the store."""
-    try:
-        return Path(tempfile.mkdtemp(prefix="kilotune-put-"))
-    except OSError as error:
-        raise ApiError(507, f"the adapter cannot be kept: {error.strerror}") from error
-
-
 def _metadata(text: str | None) -> dict[str, Any]:
     try:
         found = json.loads(text or "{}")
@@ -102,30 +89,23 @@ def _put_routes(router: APIRouter, service: Service) -> None:
         tags: Annotated[list[str] | None, Form(description="Words to find it by.")] = None,
         metadata: Annotated[str | None, Form(description="A JSON object.")] = None,
     ) -> Response:
-        """Put an adapter as the newest version; once this answers 201 it is on disk, and answers requests."""
+        """Put an adapter as the newest version.
+
+        201: it is on disk. `ready` says whether it answers requests at once; where not, `note` says why.
+        """
         space = _space(request, namespace)
         _fit(lambda: check_name(name), "name")
-        if name == service.base.partition("/")[0]:
+        if composed(name) == composed(service.base.partition("/")[0]):
             raise ApiError(409, f"{name!r} is what the base is called here; take another name", param="name")
         if alias is not None:
-            _fit(lambda: check_alias(alias), "alias")
-        _fit(lambda: check_tags(tags or ()), "tags")
-        more = _metadata(metadata)
-        folder = await asyncio.to_thread(folder_for_put)
-        try:
-            await _keep(config, folder / CONFIG_NAME)
-            await _keep(weights, folder / WEIGHTS_NAME)
-            made = await service.ask(
-                lambda: service.adapters.put(space, name, folder, metadata=more, tags=tags or (), alias=alias)
-            )
-        except ApiError as error:
-            raise ApiError(
-                error.status, error.message.replace(f"{folder}/", ""), code=error.code, headers=error.headers
-            ) from error
-        finally:
-            await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
-        log("put", namespace=space, name=name, version=made.version, alias=alias, request_id=noted(request.scope).id)
-        return JSONResponse(_shown(made), 201)
+            _fit(lambda: check_new_word("alias", check_alias(alias)), "alias")
+        _fit(lambda: [check_new_word("tag", tag) for tag in check_tags(tags or ())], "tags")
+        given = Given(config.file, weights.file, _metadata(metadata), tags or (), alias)
+        with noted(request.scope).place:
+            made = await storing.put(service, space, name, given)
+        version, request_id = made.version.version, noted(request.scope).id
+        log("put", namespace=space, name=name, version=version, alias=alias, lacks=made.lacks, request_id=request_id)
+        return JSONResponse(made.document(), 201)
 
 
 def _delete_routes(router: APIRouter, service: Service) -> None:
@@ -143,7 +123,7 @@ def _delete_routes(router: APIRouter, service: Service) -> None:
             raise ApiError(400, "force: is for a version; the whole adapter takes its aliases along", param="force")
         number: Which = "latest" if version == "latest" else which
         try:
-            count = await service.ask(lambda: service.adapters.rm(space, name, number, force=force), "name")
+            count = await service.ask(space, lambda: service.adapters.rm(space, name, number, force=force), "name")
         except ApiError as error:
             held = "is named by" in error.message
             raise ApiError(409, error.message, param="version") if held else error from error
@@ -165,7 +145,7 @@ def _list_routes(router: APIRouter, service: Service) -> None:
         space = _space(request, namespace)
         tags = _fit(lambda: check_tags(tag or ()), "tag")
         found = await service.ask(
-            lambda: service.adapters.ls(space, pattern, tags=tags, after=after, limit=limit + 1), "pattern"
+            space, lambda: service.adapters.ls(space, pattern, tags=tags, after=after, limit=limit + 1), "pattern"
         )
         shown = [_shown(version) for version in found[:limit]]
         return JSONResponse({"adapters": shown, "more": len(found) > limit})
@@ -175,8 +155,8 @@ def _list_routes(router: APIRouter, service: Service) -> None:
         """All versions of an adapter, with their aliases."""
         space = _space(request, namespace)
         _fit(lambda: check_name(name), "name")
-        aliases = await service.ask(lambda: service.adapters.aliases(space, name), "name")
-        versions = await service.ask(lambda: service.adapters.versions(space, name), "name")
+        aliases = await service.ask(space, lambda: service.adapters.aliases(space, name), "name")
+        versions = await service.ask(space, lambda: service.adapters.versions(space, name), "name")
         return JSONResponse({"name": name, "versions": [_shown(one, aliases) for one in versions]})
 
 
@@ -185,10 +165,10 @@ def _alias_routes(router: APIRouter, service: Service) -> None:
     async def roll_out(request: Request, namespace: str, alias: str, body: AliasesBody) -> Response:
         """Let an alias name a version of each of these adapters, for all or for none."""
         space = _space(request, namespace)
-        _fit(lambda: check_alias(alias), "alias")
+        _fit(lambda: check_new_word("alias", check_alias(alias)), "alias")
         for which in body.versions.values():
             _fit(lambda which=which: check_which(which), "versions")
-        moved = await service.ask(lambda: service.adapters.roll_out(space, alias, body.versions), "versions")
+        moved = await service.ask(space, lambda: service.adapters.roll_out(space, alias, body.versions), "versions")
         log("rolled out", namespace=space, alias=alias, adapters=len(moved), request_id=noted(request.scope).id)
         return JSONResponse({"alias": alias, "versions": moved})
 
@@ -198,7 +178,7 @@ def _alias_routes(router: APIRouter, service: Service) -> None:
         space = _space(request, namespace)
         _fit(lambda: check_alias(alias), "alias")
         try:
-            moved = await service.ask(lambda: service.adapters.roll_back(space, alias, body.names), "names")
+            moved = await service.ask(space, lambda: service.adapters.roll_back(space, alias, body.names), "names")
         except ApiError as error:
             raise ApiError(409, error.message, param="names") if error.status == 404 else error from error
         log("rolled back", namespace=space, alias=alias, adapters=len(moved), request_id=noted(request.scope).id)
@@ -209,7 +189,7 @@ def _alias_routes(router: APIRouter, service: Service) -> None:
         """Take an alias away; the version that it named stays."""
         space = _space(request, namespace)
         _fit(lambda: check_alias(alias), "alias")
-        await service.ask(lambda: service.adapters.unalias(space, name, alias), "name")
+        await service.ask(space, lambda: service.adapters.unalias(space, name, alias), "name")
         return JSONResponse({"name": name, "removed": alias})
 
 
@@ -252,6 +232,7 @@ def _standing(service: Service) -> dict[str, Any]:
         "store": service.adapters.store_state() or "ok",
         "keys": service.keys.trouble or "ok",
         "answers": service.gate.count,
+        "puts": service.puts.count,
         **{name: getattr(now, name) for name in now.__slots__},
     }
 

@@ -37,7 +37,8 @@ HEADERS = [
 class Noted:
     """What is known of a request when it ends; routes write into it.
 
-    fields: more for the log. held: what the request holds, let go of when it ends, however that is.
+    fields: more for the log. held: what the request holds, let go of when it ends, however that is. place: its place
+    among the puts; who has one gives it back before the answer, or the client's next put may find it taken.
     """
 
     id: str
@@ -47,6 +48,7 @@ class Noted:
     route: str = "unmatched"
     fields: dict[str, Any] = field(default_factory=dict)
     held: contextlib.AsyncExitStack = field(default_factory=contextlib.AsyncExitStack)
+    place: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
 
 def noted(scope: Scope) -> Noted:
@@ -89,7 +91,9 @@ class Front:
         try:
             note.caller = self._let_in(scope)
             exchange.limit = self._limit(scope)
-            await exchange.run(self.app, scope)
+            with note.place:
+                self._give_place(scope, note)
+                await exchange.run(self.app, scope)
         except ApiError as error:
             await exchange.refuse(error)
         except Exception as error:
@@ -123,11 +127,17 @@ class Front:
         if not is_local(name) and name != self.service.settings.host:
             raise ApiError(403, f"this service is for this machine only, and knows no host {name!r}")
 
+    def _give_place(self, scope: Scope, note: Noted) -> None:
+        """A place for a put, before its files are taken in; of the namespace that the key is of, else of the path's."""
+        if _is_put(scope) and note.caller is not None:
+            namespace = note.caller.namespace or scope["path"].split("/")[2]
+            note.place.enter_context(self.service.puts.enter(namespace, 1))
+
     # -- bodies --------------------------------------------------------------------------------------
 
     def _limit(self, scope: Scope) -> int:
         limit = self.service.settings.max_body
-        if scope["path"].startswith(MANAGE) and scope["method"] == "PUT":
+        if _is_put(scope):
             limit = self.service.settings.max_adapter + 65536  # what is around the files
         coding = _header(scope, b"content-encoding")
         if coding is not None and coding.strip().lower() not in ("", "identity"):
@@ -264,6 +274,10 @@ def internal(request_id: str) -> ApiError:
 def too_large(limit: int) -> ApiError:
     """The error of a body that is larger than ``limit``."""
     return ApiError(413, f"the body is larger than {limit} bytes", headers={"Connection": "close"})
+
+
+def _is_put(scope: Scope) -> bool:
+    return scope["method"] == "PUT" and bool(scope["path"].startswith(f"{MANAGE}/"))
 
 
 def _roles(path: str) -> tuple[str, ...]:

@@ -6,14 +6,14 @@ import asyncio
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, final
 
 from ...errors import KilotuneError
-from ...fleet.store import Version
+from ...fleet.store import Contents, Version
 from ...fleet.store.adapter_store import Adapter, Which
 from ..engine.interface import AdapterKey, Engine, Generation, Sampling
+from ..engine.lanes import Lanes
 from .admission import Gate
 from .http_errors import ApiError, of_library
 from .keys import Key, Keyring
@@ -25,7 +25,8 @@ from .tracing import tracer
 __all__ = ["Catalogue", "Meant", "Service", "namespace_of", "seed_of"]
 
 T = TypeVar("T")
-THREADS = 32  # that wait for the store
+THREADS, EACH = 32, 8  # that wait for the store, and how many of them one namespace takes at most
+PUTS, PUTS_EACH = 4, 1  # puts that are at work at a time: they compute, and answers are to have the processor
 PATIENCE = 20.0  # seconds that a request waits for the store
 
 
@@ -36,16 +37,18 @@ class Catalogue(Protocol):
     """
 
     def resolve(self, namespace: str, name: str, which: Which) -> AdapterKey: ...
-    def put(
+    def check(self, namespace: str, name: str, adapter: Adapter) -> Contents: ...
+    def keep(
         self,
         namespace: str,
         name: str,
-        adapter: Adapter,
+        contents: Contents,
         *,
         metadata: Mapping[str, Any] | None = None,
         tags: Sequence[str] = (),
         alias: str | None = None,
     ) -> Version: ...
+    def load(self, key: AdapterKey) -> None: ...
     def info(self, namespace: str, name: str, which: Which = None) -> Version: ...
     def versions(self, namespace: str, name: str) -> list[Version]: ...
     def aliases(self, namespace: str, name: str) -> dict[str, int]: ...
@@ -86,34 +89,38 @@ class Service:
         self.engine, self.adapters, self.prompts, self.keys = engine, adapters, prompts, keys
         self.settings, self.base = settings, base
         self.gate = Gate(settings.max_requests, settings.max_requests_per_tenant)
+        self.puts = Gate(settings.max_puts, settings.max_puts_per_tenant, "puts")
+        self.putting = Lanes("kilotune-puts", PUTS, PUTS_EACH)
         self.metrics = Metrics(settings.metrics_tenants, engine.stats)
         self.created = int(time.time())
         self.draining = False
         self.tracer = tracer(settings.telemetry)
-        self._threads = ThreadPoolExecutor(THREADS, "kilotune-store")
+        self._asking = Lanes("kilotune-store", THREADS, EACH)
 
     def close(self) -> None:
         """Let go of the threads and the store."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self.putting.close()
+        self._asking.close()
         self.adapters.close()
 
     # -- the store -----------------------------------------------------------------------------------
 
-    async def ask(self, call: Callable[[], T], param: str | None = None) -> T:
-        """Run a call of :class:`Catalogue` beside the loop.
+    async def ask(self, namespace: str, call: Callable[[], T], param: str | None = None) -> T:
+        """Run a call of :class:`Catalogue` beside the loop, in a thread of this namespace's.
 
         Raises:
             ApiError: what the store says, in HTTP's terms; also where it says nothing for too long.
 
         """
-        waiting = asyncio.get_running_loop().run_in_executor(self._threads, call)
+        asked = False
         try:
-            async with asyncio.timeout(PATIENCE):  # not wait_for, which in Python 3.11 loses a client's going away
-                return await waiting
+            async with asyncio.timeout(PATIENCE), self._asking.lane(namespace) as lane:
+                asked = True
+                return await lane.run(call)
         except TimeoutError:
-            raise ApiError(
-                503, "the store of adapters does not answer; try again", code="store_unavailable", retry_after=5
-            ) from None
+            why = "has not answered" if asked else f"was not asked: {EACH} earlier requests have waited for it"
+            told = f"the store of adapters {why} within {PATIENCE:g} s; try again"
+            raise ApiError(503, told, code="store_unavailable", retry_after=5) from None
         except KilotuneError as error:
             raise of_library(error, param) from error
 
@@ -123,7 +130,7 @@ class Service:
             return Meant(model, None)
         namespace, (name, which) = namespace_of(caller), self.split(model)
         try:
-            key = await self.ask(lambda: self.adapters.resolve(namespace, name, which), "model")
+            key = await self.ask(namespace, lambda: self.adapters.resolve(namespace, name, which), "model")
         except ApiError as error:
             if error.status != 404:
                 raise

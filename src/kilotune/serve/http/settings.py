@@ -55,6 +55,10 @@ class ServeSettings(Section):
         1024, number(1, whole=True), "Answers that may run or wait at once; what comes on top gets 429."
     )
     max_requests_per_tenant: int = setting(128, number(1, whole=True), "The same for each namespace.")
+    max_puts: int = setting(
+        64, number(1, whole=True), "Adapters that may be put or wait for that at once; what comes on top gets 429."
+    )
+    max_puts_per_tenant: int = setting(16, number(1, whole=True), "The same for each namespace.")
     max_choices: int = setting(64, number(1, whole=True), "Answers (prompts times n) that one request may ask for.")
     max_inputs: int = setting(256, number(1, whole=True), "Texts that one request may have embedded or classified.")
     max_tokens: int = setting(4096, number(1, whole=True), "The most new tokens that an answer may ask for.")
@@ -86,11 +90,12 @@ class ServeSettings(Section):
             )
         if values["keys"] is not None and values["namespace"] != "default":
             faults.append(f"{cls.key('namespace')}: each key has its own, so it goes without --keys only")
-        if values["max_requests_per_tenant"] > values["max_requests"]:
-            faults.append(
-                f"{cls.key('max_requests_per_tenant')}: {values['max_requests_per_tenant']} is more than "
-                f"{cls.key('max_requests')}, {values['max_requests']}"
-            )
+        for total in ("max_requests", "max_puts"):
+            if values[f"{total}_per_tenant"] > values[total]:
+                faults.append(
+                    f"{cls.key(f'{total}_per_tenant')}: {values[f'{total}_per_tenant']} is more than {cls.key(total)}, "
+                    f"{values[total]}"
+                )
         return faults
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -32,6 +31,7 @@ OTHER_NAMES: Mapping[str, tuple[str, ...]] = {
     "target": ("summary", "translation", "output", "highlights", "tgt"),
 }
 SHOWN = 60
+DEEPEST = 60
 
 
 def optional(role: str) -> bool:
@@ -148,14 +148,13 @@ def _text(value: Any) -> str:
 
 
 def _number(value: Any) -> float:
-    if isinstance(value, str):
-        try:
-            value = float(value)
-        except ValueError:
-            raise ValueError(f"is {_shown(value)}, and should be a number") from None
-    if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not math.isfinite(value):
+    try:
+        number = float(value) if isinstance(value, str | int | float | np.number) else math.nan
+    except (ValueError, OverflowError):  # no number, or one beyond all floats
+        number = math.nan
+    if isinstance(value, bool) or not math.isfinite(number):
         raise ValueError(f"is {_shown(value)}, and should be a finite number")
-    return float(value)
+    return number
 
 
 def _label(value: Any) -> str | int:
@@ -193,8 +192,35 @@ def _message(value: Any) -> dict[str, Any]:
     message = {key: item for key, item in value.items() if item is not None}  # tables fill missing keys with None
     if "content" not in message and "tool_calls" not in message:
         raise ValueError(f"is {_shown(value)}, and has no 'content'")
-    sound(json.dumps(message, ensure_ascii=False, default=str))
+    _check_content(message.get("content", ""))
+    _check_all(message)
     return message
+
+
+def _check_content(content: Any) -> None:
+    """A text, or parts of it; or an object, which templates write as JSON (what a tool gave)."""
+    parts = content if isinstance(content, list | tuple | np.ndarray) else [content]
+    for part in parts:
+        text = part.get("text", "") if isinstance(part, Mapping) and part.get("type") == "text" else part
+        if not isinstance(text, str | Mapping):
+            raise ValueError(f"has the content {_shown(content)}, and should have text, or a list of parts")
+
+
+def _check_all(message: Mapping[str, Any]) -> None:
+    """Refuse what no template can write rightly, wherever in a message it stands."""
+    left: list[tuple[Any, int]] = [(message, 0)]
+    while left:
+        value, depth = left.pop()
+        if depth > DEEPEST:
+            raise ValueError(f"is nested more than {DEEPEST} deep")
+        if isinstance(value, str):
+            sound(value)
+        elif isinstance(value, float | np.floating) and not math.isfinite(value):
+            raise ValueError(f"holds {value}, which is no number and no text")
+        elif isinstance(value, Mapping):
+            left += [(item, depth + 1) for pair in value.items() for item in pair]
+        elif isinstance(value, list | tuple | np.ndarray):
+            left += [(item, depth + 1) for item in value]
 
 
 def _chat(value: Any) -> list[dict[str, Any]]:

@@ -138,6 +138,13 @@ class ChatTemplate:
     def _apart(self, messages: Sequence[Message], write: Write) -> list[Rendered]:
         """What is written, in which no text of a message makes a mark of a turn."""
         kept = keep_apart(self._marks, messages, write, self._text)
+        for i, message in enumerate(kept.neutral.messages):
+            content = message.get("content")
+            if isinstance(content, (list, dict)) and content and str(content) in kept.written[-1].text:
+                raise ConfigError(
+                    f"messages[{i}].content is no text, and the chat template writes it as Python does "
+                    f"({str(content)[:40]} ...): make one text of it"
+                )
         if not kept.held:
             return [Rendered(item.text, item.answers, bare=False) for item in kept.written]
         try:
