@@ -407,3 +407,18 @@ def test_pickles_are_never_written(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="safe_serialization: expected True, got False"):
         model.save_pretrained(tmp_path / "pickle", safe_serialization=False)
     assert not (tmp_path / "pickle").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_values_that_are_not_finite_are_not_loaded(value: float, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = get_peft_model(mlp(), LoraConfig(r=2, target_modules=["0"]))
+    model.save_pretrained(tmp_path / "good")
+    tensors = {key: tensor.to(dtype) for key, tensor in load_file(tmp_path / "good" / FILES[1]).items()}
+    tensors["base_model.model.0.lora_B.weight"][1, 1] = value
+    save_file(tensors, tmp_path / "good" / FILES[1])  # as another tool writes it, without a checksum
+    base = mlp()
+    before = Snapshot.of(base)
+    with pytest.raises(CheckpointError, match=r"values of .*0\.lora_B\.weight are not finite"):
+        PeftModel.from_pretrained(base, tmp_path / "good")
+    assert Snapshot.of(base) == before

@@ -224,6 +224,11 @@ def test_a_non_finite_adapter_is_refused(tmp_path: Path) -> None:
     text = error(*words)
     assert "not finite" in text
     assert not (tmp_path / "out").exists()
+    assert "not finite" in error(*words, "--no-safe")  # which is for what merging makes of finite numbers
+    next(iter(dict(adapted.adapter_parameters()).values())).data[0] = 3e38
+    adapted.save_pretrained(tmp_path / "adapter")
+    assert "not finite" in error(*words)
+    assert not (tmp_path / "out").exists()
     assert kilotune(*words, "--no-safe").exit_code == 0  # the caller's explicit choice
 
 

@@ -156,6 +156,21 @@ def test_two_files_for_one_user(tmp_path: Path) -> None:
         text_users(str(model_folder("llama")), tmp_path)
 
 
+def test_a_users_name_is_one_in_both_forms_of_its_letters(tmp_path: Path) -> None:
+    """Some systems split the letters of files' names; stores keep them in NFC."""
+    split, whole = "Jose\u0301", "Jos\u00e9"
+    data = write_jsonl(tmp_path / "rows.jsonl", [{"user": user, "text": "a b"} for user in (split, whole)])
+    (user,) = text_users(str(model_folder("llama")), data, user_column="user")
+    assert (user.name, len(user.data)) == (whole, 2)
+    folder = tmp_path / "users"
+    folder.mkdir()
+    write_jsonl(folder / f"{split}.jsonl", [{"text": "a b"}])
+    assert [user.name for user in text_users(str(model_folder("llama")), folder)] == [whole]
+    write_jsonl(folder / f"{whole}.jsonl", [{"text": "a b"}])
+    with pytest.raises(ConfigError, match="several files for one user"):
+        text_users(str(model_folder("llama")), folder)
+
+
 # -- routes ---------------------------------------------------------------------------------------------
 
 

@@ -33,6 +33,7 @@ __all__ = [
     "WEIGHTS_NAME",
     "TwoFiles",
     "locate",
+    "not_finite",
     "read_config",
     "read_files",
     "read_weights",
@@ -298,6 +299,13 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if expected is not None and (actual := tensors_checksum(tensors)) != expected:
         raise CheckpointError(f"{path} is damaged: expected SHA-256 {expected} of its tensors, got {actual}")
     return tensors, metadata
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names of the tensors with NaN or infinite values."""
+    floats = {key: value for key, value in tensors.items() if value.is_floating_point() and value.device.type != "meta"}
+    wide = ((key, value if value.element_size() > 1 else value.float()) for key, value in floats.items())
+    return [key for key, value in wide if not bool(torch.isfinite(value).all())]
 
 
 def _check_header(path: Path, file: BinaryIO) -> dict[str, str]:

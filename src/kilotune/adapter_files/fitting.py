@@ -16,6 +16,7 @@ from ..layers.adapted_parameters import file_names
 from ..layers.slot import BIAS
 from ..storage import Storage
 from ..storage.sharded import whole_parts
+from .files import not_finite
 from .peft_layout import bias_key, bias_name_in_file
 from .reading import AdapterFile
 
@@ -54,6 +55,7 @@ def match_tensors(file: AdapterFile, made: Plan, base_name: str, of_layers: Want
         for key, value in given.items()
         if key in wanted and key not in exact and not value.is_floating_point()
     ]
+    faults += [f"values of {key} are not finite (a training that diverged?)" for key in not_finite(given)]
     if faults:
         base = file.config.base_model_name_or_path
         trained = f"; it was trained on {base!r}" if base else ""

@@ -3,14 +3,39 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 
 from ..errors import AdapterError, has_control
 
-__all__ = ["CONFIG_NAME", "REPO_ID", "WEIGHTS_NAME", "check_adapter_name"]
+__all__ = ["CONFIG_NAME", "REPO_ID", "WEIGHTS_NAME", "check_adapter_name", "check_shown", "composed"]
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+# Unicode's Bidi_Control characters, which turn the text around them about, and its line and paragraph separators.
+STEERING = re.compile("[\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+
+
+def composed(text: str) -> str:
+    """``text`` in Unicode's form NFC, in which one text that people see is one text that is kept."""
+    return text if text.isascii() else unicodedata.normalize("NFC", text)
+
+
+def check_shown(what: str, text: str) -> str:
+    """Refuse new names that would show as others: characters that turn a line about, or break it.
+
+    Raises:
+        AdapterError: with the character. Names that a store has already are not held to this.
+
+    """
+    if found := STEERING.search(text):
+        name = unicodedata.name(found[0])
+        raise AdapterError(
+            f"{what} {text!r}: holds {name} (U+{ord(found[0]):04X}), with which it shows as another; leave it out"
+        )
+    return text
 
 
 def check_adapter_name(name: object) -> str:

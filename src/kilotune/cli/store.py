@@ -94,7 +94,7 @@ def put(
     else:
         named = "" if alias is None else f", named {alias}"
         console().print(
-            f"{name}: version {made.version}{named}, {readable_bytes(made.size)} ({made.packing})", markup=False
+            f"{made.name}: version {made.version}{named}, {readable_bytes(made.size)} ({made.packing})", markup=False
         )
 
 

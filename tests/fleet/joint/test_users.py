@@ -120,19 +120,23 @@ def test_broken_validation_names_and_seeds() -> None:
         User("e", points(5, 1), []),
         User("m", points(5, 1), metadata={"x": object()}),
         User("ok", points(5, 3)),
+        User("Jose\u0301", points(5, 4)),
+        User("Jos\u00e9", points(5, 5)),
+        User("ok\u202e", points(5, 6)),
     ]
     kept = Kept()
     report = fit(Nested().double(), VERA, users, SETTINGS, collate=stacked, loss="classification", sink=kept)
     errors = [(user.name, str(user.error)) for user in report.failed]
     told = dict(errors)
-    assert list(kept.adapters) == ["ok"]
+    assert list(kept.adapters) == ["ok", "Jose\u0301"]
     assert told["v"] == "step 2: validation row 2: OSError: the disk is gone"
     assert "must not be a path" in told["a/b"]
     assert "2**64" in told["s"]
     assert told["e"] == "validation has no rows"
     assert "metadata" in told["m"]
     assert told["ok"] == "a user of this name is in the training already"
-    assert report.users[-1].name in {"ok", "v"}
+    assert told["Jos\u00e9"] == told["ok"], "stores keep both under one name"
+    assert "RIGHT-TO-LEFT OVERRIDE (U+202E), with which it shows as another" in told["ok\u202e"]
 
 
 def test_a_loss_that_nobody_can_run_stops_all() -> None:

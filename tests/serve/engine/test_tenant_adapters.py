@@ -63,6 +63,18 @@ def test_what_is_put_can_be_named_in_its_namespace_alone(registry: AdapterRegist
         registry.resolve("ann", "mien")
 
 
+def test_a_name_is_one_in_both_forms_of_its_letters(registry: AdapterRegistry, folder: Path, tmp_path: Path) -> None:
+    split, whole = "Jose\u0301", "Jos\u00e9"
+    version = registry.put("ann", split, folder)
+    assert version.name == whole
+    assert registry.resolve("ann", split).version == registry.resolve("ann", whole).version == 1
+    assert registry.row(registry.resolve("ann", split)) is registry.there(key_of("ann", version))
+    registry.rm("ann", whole)
+    assert not registry._resolved  # nor is it named while the store is away
+    with pytest.raises(AdapterError, match="with which it shows as another"):
+        registry.check("ann", "ann\u202e", folder)
+
+
 def test_a_put_reads_its_files_once_and_what_it_wrote_once(
     registry: AdapterRegistry, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -209,12 +209,32 @@ def test_an_adapter_that_is_not_fit_is_not_there_afterwards(
         ("ok", {"metadata": "{"}, "JSON object"),
         ("ok", {"metadata": "[1]"}, "mapping"),
         (BASE, {}, "what the base is called"),
+        ("ok%E2%80%AE", {}, "RIGHT-TO-LEFT OVERRIDE (U+202E), with which it shows as another"),
+        ("ok%C2%85", {}, "no control characters"),
+        ("ok", {"alias": "a\u2066"}, "LEFT-TO-RIGHT ISOLATE"),
+        ("ok", {"tags": ["a\u200f"]}, "RIGHT-TO-LEFT MARK"),
+        ("ok", {"alias": "Jose\u0301"}, "is not in Unicode's form NFC"),
     ],
 )
 def test_names_aliases_and_tags_that_cannot_be(manager: httpx2.Client, name: str, fields: Any, part: str) -> None:
     answer = put(manager, name, 4, **fields)
     assert answer.status_code in (400, 404, 409), answer.text
     assert part in answer.json()["error"]["message"]
+
+
+def test_a_name_is_one_in_both_forms_of_its_letters(running: Running, manager: httpx2.Client) -> None:
+    made = put(manager, "Jose%CC%81", 2)
+    assert (made.status_code, made.json()["name"]) == (201, "Jos\u00e9")
+    again = put(manager, "Jos%C3%A9", 1)
+    assert (again.status_code, again.json()["version"]) == (201, 2)
+    for name in ("Jose\u0301", "Jos\u00e9"):
+        assert text(running, name) == expected(1, PROMPT, 6)
+        assert text(running, f"{name}/1") == expected(2, PROMPT, 6)
+    shown = manager.get("/manage/ann/adapters/Jose%CC%81").json()
+    assert [version["name"] for version in shown["versions"]] == ["Jos\u00e9"] * 2
+    assert manager.delete("/manage/ann/adapters/Jose%CC%81").json()["removed"] == 2
+    with running.client(running.keys["ann"]) as ann:
+        error(ann.post("/v1/completions", json={**GOOD, "model": "Jos\u00e9"}), 404)
 
 
 def test_an_upload_that_is_none(manager: httpx2.Client) -> None:

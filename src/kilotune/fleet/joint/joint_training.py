@@ -25,6 +25,7 @@ from typing import Any, final
 import torch
 from torch import nn
 
+from ...adapter_files.names import composed
 from ...config import AdapterConfig
 from ...errors import AdapterError, ConfigError, UnsupportedError, did_you_mean
 from ...model.adapter_model import AdapterModel
@@ -112,7 +113,7 @@ class JointTraining:
         self._lock = threading.Lock()
         self._added: deque[User] = deque()
         self._cancelled: set[str] = set()
-        self._known: set[str] = set()
+        self._known: set[str] = set()  # names, as stores keep them
         self._open, self._started, self._exhausted = True, False, False
         self._queue: deque[Member] = deque()
         self._ended: list[Member] = []
@@ -134,9 +135,9 @@ class JointTraining:
         with self._lock:
             if not self._open:
                 raise AdapterError(f"add({user.name!r}): the training is over; start another one")
-            if user.name in self._known:
+            if composed(user.name) in self._known:
                 raise AdapterError(f"add({user.name!r}): the training has a user of this name already")
-            self._known.add(user.name)
+            self._known.add(composed(user.name))
             self._added.append(user)
             if self._total is not None:
                 self._total += 1
@@ -149,7 +150,7 @@ class JointTraining:
 
         """
         with self._lock:
-            if self._started and self._exhausted and name not in self._known:
+            if self._started and self._exhausted and composed(name) not in self._known:
                 raise AdapterError(f"cancel({name!r}): there is no such user.{did_you_mean(name, self._known)}")
             self._cancelled.add(name)
 
@@ -238,8 +239,8 @@ class JointTraining:
                 if user is None:
                     self._exhausted = True
                     return None
-                if isinstance(user, User) and user.name not in self._known:
-                    self._known.add(user.name)
+                if isinstance(user, User) and composed(user.name) not in self._known:
+                    self._known.add(composed(user.name))
                     return user
             if not isinstance(user, User):
                 raise ConfigError(f"users: expected User objects, got a {type(user).__name__}")
@@ -282,7 +283,7 @@ class JointTraining:
             return
         for report in self._state.finished:
             self._before.add(report.name)
-            self._known.add(report.name)
+            self._known.add(composed(report.name))
             self._reports.append(report)
             self._failed += report.ended == "failed"
         self._refuse_another_sink(self._state)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, final
 
-from ...adapter_files.names import check_adapter_name
+from ...adapter_files.names import check_adapter_name, check_shown
 from ...errors import KilotuneError, first_line
 from ...projections.matrices import check_seed
 from ..store.names import check_metadata
@@ -108,7 +108,7 @@ def admitted(user: User, settings: FleetSettings) -> Member | UserReport:
     """A user as a member, or why it cannot be one."""
     seed = settings.seed if user.seed is None else user.seed
     try:
-        check_adapter_name(user.name)
+        check_shown("adapter name", check_adapter_name(user.name))
         check_metadata(user.metadata)
         check_seed(seed)
         rows = len(user.data)

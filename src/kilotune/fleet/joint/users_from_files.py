@@ -17,6 +17,7 @@ from typing import Any, final
 import numpy as np
 from torch import Tensor, nn
 
+from ...adapter_files.names import composed
 from ...errors import ConfigError, KilotuneError, did_you_mean, gather
 from ...train.data.readers import read
 from ...train.data.tables import Table
@@ -170,7 +171,7 @@ def _bound(prepare: Callable[[str], Any], path: str) -> Callable[[], Any]:
 def _user_of(path: Path) -> str:
     """The file's name without its endings: ``ann.jsonl.gz`` is ann's."""
     inner = path.with_suffix("") if path.suffix == ".gz" else path
-    return inner.stem
+    return composed(inner.stem)
 
 
 def _of_table(table: Table, column: str, prepare: Callable[[str], Any]) -> list[_Source]:
@@ -185,7 +186,7 @@ def _of_table(table: Table, column: str, prepare: Callable[[str], Any]) -> list[
             )
             nobody.append(f"{table.places[number]}{what}")
         else:
-            rows.setdefault(str(user), []).append(number)
+            rows.setdefault(composed(str(user)), []).append(number)
     if nobody:
         raise ConfigError(f"user_column: {len(nobody)} rows name no user in {column!r}; the first is {nobody[0]}")
     return [_Source(name, _of_rows(table, column, numbers, prepare)) for name, numbers in rows.items()]

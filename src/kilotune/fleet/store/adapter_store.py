@@ -84,7 +84,8 @@ class AdapterStore(ABC):
         """Keep an adapter as the newest version of ``name``; once this returns, it is on disk.
 
         Args:
-            name: at most 200 bytes, no slash and no control character.
+            name: at most 200 bytes, no slash, no control character, none that turns a line about; kept in Unicode's
+                form NFC (see :meth:`name_for`).
             adapter: a folder with PEFT's two files, a kilotune model, or what another store gave.
             metadata: anything that JSON can say, at most 64 KiB.
             tags: short words to find it by.
@@ -117,6 +118,15 @@ class AdapterStore(ABC):
 
         Returns:
             (the version, whether it was made now); ``alias`` names it either way.
+
+        """
+
+    @abstractmethod
+    def name_for(self, name: str) -> str:
+        """The name under which :meth:`put` keeps an adapter: in Unicode's form NFC, or as the store has it already.
+
+        Raises:
+            AdapterError: it cannot be a new name, or the store has it in the characters of another form.
 
         """
 

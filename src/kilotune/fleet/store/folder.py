@@ -30,7 +30,16 @@ from ...errors import (
 )
 from .adapter_store import ONLY_READ, Adapter, AdapterStore, Item, Which
 from .fingerprint import Fingerprint
-from .names import check_limit, check_name, check_namespace, check_tags, check_which, literal_prefix, matches
+from .names import (
+    check_limit,
+    check_name,
+    check_namespace,
+    check_tags,
+    check_which,
+    literal_prefix,
+    matches,
+    spellings,
+)
 from .preparing import Preparer, folder_contents
 from .reading import moment
 from .records import Collected, Fault, Record, Stats, Version
@@ -67,8 +76,10 @@ class FolderStore(AdapterStore):
         """
         if self._closed:
             raise StoreError(f"the store {self.url} is closed; open it again")
-        name = check_name(name)
-        inner = self.path / name
+        check_name(name)
+        inner = next(
+            (p for way in spellings(name) if ((p := self.path / way) / CONFIG_NAME).is_file()), self.path / name
+        )
         place = inner if (inner / CONFIG_NAME).is_file() else self.path if name == ROOT else inner
         if not (place / CONFIG_NAME).is_file():
             raise AdapterError(f"there is no adapter {name!r} in {self.path}.{did_you_mean(name, self._names())}")
@@ -183,6 +194,9 @@ class FolderStore(AdapterStore):
             "change it there",
             ONLY_READ,
         )
+
+    def name_for(self, name: str) -> str:
+        self._refuse()
 
     def put(
         self,

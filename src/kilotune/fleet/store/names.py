@@ -9,9 +9,10 @@ import fnmatch
 import json
 import re
 import sys
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 
-from ...adapter_files.names import check_adapter_name
+from ...adapter_files.names import check_adapter_name, check_shown, composed
 from ...errors import AdapterError, ConfigError, check_one_of, has_control
 
 __all__ = [
@@ -21,11 +22,14 @@ __all__ = [
     "check_metadata",
     "check_name",
     "check_namespace",
+    "check_new_name",
+    "check_new_word",
     "check_packing",
     "check_tags",
     "check_which",
     "literal_prefix",
     "matches",
+    "spellings",
 ]
 
 PACKINGS = ("float32", "bfloat16", "int8")
@@ -46,6 +50,25 @@ def _plain(text: object) -> object:
 def check_name(name: object) -> str:
     """The name of an adapter: it can name a folder too, so that every store can be exported."""
     return check_adapter_name(_plain(name))
+
+
+def spellings(name: str) -> tuple[str, ...]:
+    """How a name may stand in a store: as it is, in NFC, and in NFD, as names were kept that some systems split."""
+    if name.isascii():
+        return (name,)
+    return tuple(dict.fromkeys((name, composed(name), unicodedata.normalize("NFD", name))))
+
+
+def check_new_name(name: str) -> str:
+    """A name that no adapter has yet, as it will be kept: in NFC, and what it shows."""
+    return check_name(check_shown("adapter name", composed(name)))
+
+
+def check_new_word(what: str, word: str) -> str:
+    """A new alias or tag: what it shows, and in NFC."""
+    if (right := composed(word)) != word:
+        raise AdapterError(f"{what} {word!a}: is not in Unicode's form NFC; write it as {right!a}")
+    return check_shown(what, word)
 
 
 def check_namespace(namespace: object) -> str:

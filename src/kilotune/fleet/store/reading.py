@@ -145,6 +145,17 @@ def names_after(
     return [name for (name,) in found]
 
 
+def which_are_there(link: Link, namespace: str, names: Sequence[str]) -> set[str]:
+    """Those of these names that an adapter has."""
+    places = ", ".join("?" * len(names))
+    found = link.rows(
+        "SELECT n.name FROM kilotune_names n JOIN kilotune_namespaces s ON s.id = n.namespace "
+        f"WHERE s.name = ? AND n.name IN ({places}) AND EXISTS (SELECT 1 FROM kilotune_versions v WHERE v.name = n.id)",
+        (namespace, *names),
+    )
+    return {name for (name,) in found}
+
+
 def missing(link: Link, namespace: str, name: str, which: int | str | None) -> AdapterError:
     """What to tell who asked for something that is not there; only this namespace is looked at."""
     numbers = [row.version for row in of_names(link, namespace, [name], every=True, data=False)]

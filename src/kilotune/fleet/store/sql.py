@@ -16,6 +16,7 @@ from datetime import timedelta
 from itertools import islice
 from typing import Any, TypeVar
 
+from ...adapter_files.names import composed
 from ...errors import AdapterError, ConfigError, KilotuneError, StoreError, gather
 from . import reading, upkeep, writing
 from .adapter_store import Adapter, AdapterStore, Item, Which
@@ -25,11 +26,14 @@ from .names import (
     check_limit,
     check_name,
     check_namespace,
+    check_new_name,
+    check_new_word,
     check_packing,
     check_tags,
     check_which,
     literal_prefix,
     matches,
+    spellings,
 )
 from .preparing import Preparer, Ready
 from .reading import Forms, Row
@@ -120,6 +124,29 @@ class SqlStore(AdapterStore, ABC):
         if self._closed:
             raise StoreError(f"the store {self.url} is closed; open it again")
 
+    # -- names -------------------------------------------------------------------------------------
+
+    def _named(self, name: str) -> str:
+        """A name as the store has it: in NFC, or as it is given, where it was put so before names were composed."""
+        name = check_name(name)
+        right = composed(name)
+        return name if name == right or self._there([name]) else right
+
+    def name_for(self, name: str) -> str:
+        name = check_name(name)
+        if name.isascii() or name in (there := self._there(spellings(name))):
+            return name
+        new = check_new_name(name)
+        if there and new not in there:
+            raise AdapterError(
+                f"adapter name {name!a}: the store has it as {there.pop()!a}, from before names were kept in Unicode's "
+                "form NFC; put it under that name, or remove that one first"
+            )
+        return new
+
+    def _there(self, names: Sequence[str]) -> set[str]:
+        return self._read(lambda link: reading.which_are_there(link, self.namespace, names))
+
     # -- one adapter -------------------------------------------------------------------------------
 
     def put(
@@ -133,8 +160,8 @@ class SqlStore(AdapterStore, ABC):
         packing: str | None = None,
         adapter_name: str | None = None,
     ) -> Version:
-        word = None if alias is None else check_alias(alias)
-        ready = self._prepare(name, adapter, metadata, tags, packing, adapter_name)
+        word = None if alias is None else check_new_word("alias", check_alias(alias))
+        ready = self._prepare(self.name_for(name), adapter, metadata, tags, packing, adapter_name)
         return self._changing(lambda link: writing.write_batch(link, self.namespace, [ready], word))[0]
 
     def put_once(
@@ -148,12 +175,12 @@ class SqlStore(AdapterStore, ABC):
         packing: str | None = None,
         adapter_name: str | None = None,
     ) -> tuple[Version, bool]:
-        word = None if alias is None else check_alias(alias)
-        ready = self._prepare(name, adapter, metadata, tags, packing, adapter_name)
+        word = None if alias is None else check_new_word("alias", check_alias(alias))
+        ready = self._prepare(self.name_for(name), adapter, metadata, tags, packing, adapter_name)
         return self._changing(lambda link: writing.write_once(link, self.namespace, ready, word))
 
     def get(self, name: str, version: Which = None) -> Record:
-        name, which = check_name(name), check_which(version)
+        name, which = self._named(name), check_which(version)
 
         def work(link: Link) -> tuple[Row, Record]:
             row = reading.find(link, self.namespace, name, which, data=True)
@@ -165,7 +192,7 @@ class SqlStore(AdapterStore, ABC):
         return record
 
     def info(self, name: str, version: Which = None) -> Version:
-        name, which = check_name(name), check_which(version)
+        name, which = self._named(name), check_which(version)
 
         def work(link: Link) -> Version:
             row = reading.find(link, self.namespace, name, which, data=False)
@@ -174,7 +201,7 @@ class SqlStore(AdapterStore, ABC):
         return self._read(work)
 
     def versions(self, name: str) -> list[Version]:
-        return self._infos([check_name(name)], every=True)
+        return self._infos([self._named(name)], every=True)
 
     def _infos(self, names: Sequence[str], every: bool) -> list[Version]:
         def work(link: Link) -> list[Version]:
@@ -189,19 +216,20 @@ class SqlStore(AdapterStore, ABC):
             record.form.base.check(self.base, what, record.form.saved_whole)
 
     def rm(self, name: str, version: Which = None, *, force: bool = False) -> int:
-        name, which = check_name(name), check_which(version)
+        name, which = self._named(name), check_which(version)
         every = version is None
         return self._changing(lambda link: writing.remove(link, self.namespace, name, which, every, force))
 
     # -- aliases -----------------------------------------------------------------------------------
 
     def alias(self, name: str, alias: str, version: Which = None, *, expected: int | None = None) -> int:
-        name, word, which = check_name(name), check_alias(alias), check_which(version)
+        word, which = check_new_word("alias", check_alias(alias)), check_which(version)
+        name = self._named(name)
         return self._changing(lambda link: writing.move_alias(link, self.namespace, name, word, which, expected))
 
     def roll_out(self, alias: str, versions: Mapping[str, Which]) -> dict[str, int]:
-        word = check_alias(alias)
-        wanted = {check_name(name): check_which(which) for name, which in sorted(versions.items())}
+        word = check_new_word("alias", check_alias(alias))
+        wanted = {self._named(name): check_which(which) for name, which in sorted(versions.items())}
 
         def work(link: Link) -> dict[str, int]:
             return {name: writing.move_alias(link, self.namespace, name, word, which) for name, which in wanted.items()}
@@ -210,15 +238,15 @@ class SqlStore(AdapterStore, ABC):
 
     def roll_back(self, alias: str, names: Iterable[str]) -> dict[str, int]:
         word = check_alias(alias)
-        wanted = sorted({check_name(name) for name in _listed(names)})
+        wanted = sorted({self._named(name) for name in _listed(names)})
         return self._changing(lambda link: writing.swap_aliases(link, self.namespace, word, wanted))
 
     def unalias(self, name: str, alias: str) -> None:
-        name, word = check_name(name), check_alias(alias)
+        name, word = self._named(name), check_alias(alias)
         self._changing(lambda link: writing.drop_alias(link, self.namespace, name, word))
 
     def aliases(self, name: str) -> dict[str, int]:
-        name = check_name(name)
+        name = self._named(name)
         found = self._read(lambda link: reading.aliases_of(link, self.namespace, name))
         return {alias: version for alias, version, _ in found}
 
@@ -234,7 +262,7 @@ class SqlStore(AdapterStore, ABC):
         done: Callable[[Sequence[Version]], None] | None = None,
         failed: Callable[[Item, KilotuneError], None] | None = None,
     ) -> int:
-        word = None if alias is None else check_alias(alias)
+        word = None if alias is None else check_new_word("alias", check_alias(alias))
         count = 0
         if packing is not None:
             check_packing(packing)
@@ -250,7 +278,7 @@ class SqlStore(AdapterStore, ABC):
     ) -> Iterator[Ready]:
         for item in items:
             try:
-                ready = self._prepare(item.name, item.adapter, item.metadata, item.tags, packing)
+                ready = self._prepare(self.name_for(item.name), item.adapter, item.metadata, item.tags, packing)
             except KilotuneError as error:
                 if failed is None:
                     raise
@@ -260,7 +288,7 @@ class SqlStore(AdapterStore, ABC):
 
     def get_many(self, names: Iterable[str], version: Which = None) -> Iterator[Record]:
         which = check_which(version)
-        left = iter([check_name(name) for name in _listed(names)])
+        left = iter([self._named(name) for name in _listed(names)])
         size = 1  # of the first batch; then as many as memory allows
         while part := list(islice(left, max(1, min(PAGE, CHUNK // size)))):
             records = self._records(part, which)
@@ -316,7 +344,7 @@ class SqlStore(AdapterStore, ABC):
     # -- upkeep ------------------------------------------------------------------------------------
 
     def verify(self, names: Iterable[str] | None = None) -> Iterator[Fault]:
-        wanted = None if names is None else sorted({check_name(name) for name in _listed(names)})
+        wanted = None if names is None else sorted({self._named(name) for name in _listed(names)})
         return self._verified(wanted)
 
     def _verified(self, names: list[str] | None) -> Iterator[Fault]:

@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import final
 
+from ...adapter_files.names import composed
 from ...errors import AdapterError, CheckpointError, ConfigError, KilotuneError
 from .adapter_store import AdapterStore, Item, Which
 from .records import Fault, Moved, Record, Version
@@ -45,7 +46,7 @@ def copy_adapters(
     if history and (version is not None or alias is not None):
         raise ConfigError("history takes every version and its aliases, so it goes with neither version nor alias")
     run = _Run(source, target, packing, alias, done)
-    names = source.names(pattern)
+    names = filter(run.alone, source.names(pattern))
     if history:
         for name in names:
             run.put_history(name)
@@ -68,6 +69,7 @@ class _Run:
     ) -> None:
         self.source, self.target, self.packing, self.alias, self.done = source, target, packing, alias, done
         self.count = self.bytes = 0
+        self.names: dict[str, str] = {}  # in NFC -> in the source, of those that are not ASCII
         self.faults: list[Fault] = []
 
     def records(self, names: Iterator[str], version: Which) -> Iterator[Record]:
@@ -77,6 +79,13 @@ class _Run:
             except (AdapterError, CheckpointError, ConfigError):  # find out which
                 for name in page:
                     yield from self._record(name, version)
+
+    def alone(self, name: str) -> bool:
+        """Whether no name came before that is the same in the target, which keeps names in Unicode's form NFC."""
+        if name.isascii() or (first := self.names.setdefault(composed(name), name)) == name:
+            return True
+        self.faults.append(Fault(name, None, f"is the same name as {first!a} in the target; copy it by itself"))
+        return False
 
     def _record(self, name: str, version: Which) -> Iterator[Record]:
         try:
@@ -104,7 +113,7 @@ class _Run:
             for record in self._record(name, info.version):
                 try:
                     made = self.target.put(name, record, metadata=info.metadata, tags=info.tags, packing=self.packing)
-                except (CheckpointError, ConfigError) as error:
+                except (AdapterError, CheckpointError, ConfigError) as error:
                     self.faults.append(Fault(name, info.version, str(error)))
                     continue
                 new[info.version] = made.version

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from safetensors.torch import save
 
+from ...adapter_files.names import check_shown
 from ...errors import AdapterError, StoreError, gather
 from .fingerprint import Fingerprint
 from .preparing import Ready
@@ -114,6 +115,7 @@ def _write_rows(link: Link, rows: Sequence[Row]) -> None:
 def _namespace(link: Link, namespace: str) -> int:
     select = "SELECT id FROM kilotune_namespaces WHERE name = ?"
     if (row := link.one(select, (namespace,))) is None:
+        check_shown("namespace", namespace)
         link.run("INSERT INTO kilotune_namespaces (name) VALUES (?) ON CONFLICT (name) DO NOTHING", (namespace,))
         row = link.one(select, (namespace,))
     assert row is not None  # a namespace is never deleted

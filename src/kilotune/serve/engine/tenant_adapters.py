@@ -22,6 +22,7 @@ from typing import Any, TypeVar, final
 import torch
 from torch import nn
 
+from ...adapter_files.names import composed
 from ...adapter_files.reading import AdapterFile
 from ...errors import (
     AdapterError,
@@ -247,6 +248,7 @@ class AdapterRegistry:
         """
         what = f"adapter {check_name(name)!r}"
         self._ask(namespace, lambda store: store.check_writable())
+        self._ask(namespace, lambda store: store.name_for(name))
         contents = replace(contents_of(adapter), where=Path(name))
         if contents.base is not None:
             self.fingerprint.check(contents.base, what, _saved(contents.config))
@@ -312,9 +314,9 @@ class AdapterRegistry:
 
     def _forget(self, namespace: str, names: Sequence[str]) -> None:
         """What these names meant is not what they mean."""
-        gone = set(names)
+        gone = {*map(composed, names)}
         with self._lock:
-            for place in [p for p in self._resolved if p[0] == namespace and p[1] in gone]:
+            for place in [p for p in self._resolved if p[0] == namespace and composed(p[1]) in gone]:
                 del self._resolved[place]
 
     # -- what the engine asks --------------------------------------------------------------------

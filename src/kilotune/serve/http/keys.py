@@ -21,6 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, final
 
+from ...adapter_files.names import check_shown
 from ...errors import ConfigError, did_you_mean, nearest
 from ...fleet.store.names import check_namespace
 from ...whole_file import replacing
@@ -82,7 +83,7 @@ def new_key(role: str, namespace: str | None, note: str = "") -> tuple[str, Key]
     if role == MONITOR and namespace is not None:
         raise ConfigError("a monitor's key is for the metrics of the whole service; leave --namespace out")
     if namespace is not None:
-        check_namespace(namespace)
+        check_shown("namespace", check_namespace(namespace))
     if len(note) > MAX_NOTE or any(ord(c) < 32 for c in note):
         raise ConfigError(f"note: at most {MAX_NOTE} characters on one line, got {note!r:.300}")
     name = secrets.token_hex(4)

@@ -9,10 +9,19 @@ from typing import Annotated, Any
 from fastapi import APIRouter, File, Form, Query, Request, UploadFile
 from fastapi.responses import JSONResponse, Response
 
+from ...adapter_files.names import composed
 from ...errors import AdapterError, ConfigError
 from ...fleet.store import Version
 from ...fleet.store.adapter_store import Which
-from ...fleet.store.names import check_alias, check_metadata, check_name, check_namespace, check_tags, check_which
+from ...fleet.store.names import (
+    check_alias,
+    check_metadata,
+    check_name,
+    check_namespace,
+    check_new_word,
+    check_tags,
+    check_which,
+)
 from . import puts as storing
 from .http_errors import ApiError
 from .logs import log
@@ -113,11 +122,11 @@ def _put_routes(router: APIRouter, service: Service) -> None:
         """
         space = _space(request, namespace)
         _fit(lambda: check_name(name), "name")
-        if name == service.base.partition("/")[0]:
+        if composed(name) == composed(service.base.partition("/")[0]):
             raise ApiError(409, f"{name!r} is what the base is called here; take another name", param="name")
         if alias is not None:
-            _fit(lambda: check_alias(alias), "alias")
-        _fit(lambda: check_tags(tags or ()), "tags")
+            _fit(lambda: check_new_word("alias", check_alias(alias)), "alias")
+        _fit(lambda: [check_new_word("tag", tag) for tag in check_tags(tags or ())], "tags")
         given = Given(config.file, weights.file, _metadata(metadata), tags or (), alias)
         with noted(request.scope).place:
             made = await storing.put(service, space, name, given)
@@ -183,7 +192,7 @@ def _alias_routes(router: APIRouter, service: Service) -> None:
     async def roll_out(request: Request, namespace: str, alias: str, body: AliasesBody) -> Response:
         """Let an alias name a version of each of these adapters, for all or for none."""
         space = _space(request, namespace)
-        _fit(lambda: check_alias(alias), "alias")
+        _fit(lambda: check_new_word("alias", check_alias(alias)), "alias")
         for which in body.versions.values():
             _fit(lambda which=which: check_which(which), "versions")
         moved = await service.ask(space, lambda: service.adapters.roll_out(space, alias, body.versions), "versions")

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, final
 
 from ...adapter_files.files import CONFIG_NAME, WEIGHTS_NAME
-from ...errors import KilotuneError
+from ...errors import AdapterError, KilotuneError
 from ...fleet.store import Contents, Version
 from ..engine.interface import AdapterKey
 from ..engine.lanes import Lane
@@ -112,9 +112,9 @@ def _checked(adapters: Catalogue, namespace: str, name: str, given: Given) -> Co
         _copy(given.weights, folder / WEIGHTS_NAME)
         return adapters.check(namespace, name, folder)
     except KilotuneError as error:
-        made = of_library(error)
+        made = _refused(error)
         message = made.message.replace(f"{folder}/", "")
-        raise ApiError(made.status, message, code=made.code, headers=made.headers) from error
+        raise ApiError(made.status, message, param=made.param, code=made.code, headers=made.headers) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -146,7 +146,12 @@ async def _keep(
     try:
         return await _step(lane, keep, asyncio.get_running_loop().time() + KEEPING, late)
     except KilotuneError as error:
-        raise of_library(error) from error
+        raise _refused(error) from error
+
+
+def _refused(error: KilotuneError) -> ApiError:
+    """A put looks nothing up: a name that it may not have is a bad request."""
+    return ApiError(400, str(error), param="name") if isinstance(error, AdapterError) else of_library(error)
 
 
 async def _load(lane: Lane, adapters: Catalogue, key: AdapterKey) -> str | None:
