@@ -173,6 +173,21 @@ class SqlStore(AdapterStore, ABC):
         ready = self._prepare(self.name_for(name), adapter, metadata, tags, packing, adapter_name)
         return self._changing(lambda link: writing.write_batch(link, self.namespace, [ready], word))[0]
 
+    def put_once(
+        self,
+        name: str,
+        adapter: Adapter,
+        *,
+        metadata: Mapping[str, Any] | None = None,
+        tags: Sequence[str] = (),
+        alias: str | None = None,
+        packing: str | None = None,
+        adapter_name: str | None = None,
+    ) -> tuple[Version, bool]:
+        word = None if alias is None else check_new_word("alias", check_alias(alias))
+        ready = self._prepare(self.name_for(name), adapter, metadata, tags, packing, adapter_name)
+        return self._changing(lambda link: writing.write_once(link, self.namespace, ready, word))
+
     def get(self, name: str, version: Which = None) -> Record:
         name, which = self._named(name), check_which(version)
 
