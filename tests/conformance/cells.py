@@ -226,6 +226,12 @@ EXCEPTIONS: dict[tuple[str, str, str, str], str] = {
         ): "PEFT 0.21 adds the change of out_proj twice (huggingface/peft#3774)"
         for method in ("lora", "lora_fa")
     },
+    (
+        "lora_fa",
+        "experts*",
+        "*",
+        "kept in files",
+    ): "which factor of an expert stands under which of PEFT's keys, its module decides",
     **{("parallel", kind, "*", "*"): _NO_FEATURES for kind in ("conv?d", "conv?d:*", "embedding*")},
     ("*", "embedding:padding", "*", "gradients"): "padding_idx means that its row gets no gradient, as in torch",
     ("*", "embedding:padding", "*", "parameters act"): "padding_idx means that its row gets no gradient, as in torch",

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from kilotune import AdapterConfig
 from kilotune.config import option
 from kilotune.deltas import Delta, LowRank, Role
-from kilotune.methods import Export, Method, Shared, Site
+from kilotune.methods import Export, Kept, Method, Shared, Site
 from kilotune.projections.matrices import MATRIX_A, Projections, unit_rows
 
 __all__ = ["GROUP", "Tiny", "TinyConfig", "spread"]
@@ -100,6 +100,9 @@ class Tiny(Method[TinyConfig]):
         made = super().export(sites, params, shared)
         dotted = {f"{VECTOR}_{i}": f"{VECTOR}.{i}" for i in range(len(shared.trained))}
         return replace(made, tensors={dotted.get(key, key): value for key, value in made.tensors.items()})
+
+    def kept(self, key: str) -> Kept | None:
+        return Kept.TRAINED if key.startswith(f"{VECTOR}.") else super().kept(key)
 
     @classmethod
     def from_file(cls, config: TinyConfig, extra: Mapping[str, Tensor], checksum: str | None) -> Tiny:

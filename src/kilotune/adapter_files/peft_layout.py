@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, final
 
 from ..config import FORMAT_VERSION, SECTION
 from ..errors import CheckpointError
-from ..kinds import LayerKind
-from ..methods import Method
+from ..kinds import KINDS, LayerKind
+from ..methods import Kept, Method
 from ..storage import Storage
 
 __all__ = [
@@ -27,12 +27,14 @@ __all__ = [
     "EXTRA_PREFIX",
     "PREFIX",
     "SELECTION",
+    "Said",
     "bias_key",
     "bias_name_in_file",
     "config_checksum",
     "full_key",
     "header_metadata",
     "header_options",
+    "said_of",
 ]
 
 PREFIX = "base_model.model."
@@ -77,6 +79,43 @@ def config_checksum(config: Mapping[str, Any], options: Sequence[str]) -> str:
     section = {key: value for key, value in config.get(SECTION, {}).items() if key != "weights"}
     text = json.dumps([decisive, section], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+@final
+class Said(NamedTuple):
+    """What a method says of a key in its file.
+
+    layer: the layer that the tensor is of; "" where it is of the whole model, or none of the method's.
+    kept: what it is; None where it is none of the method's: a trained bias, or of a module saved whole.
+    """
+
+    layer: str
+    kept: Kept | None
+
+
+def said_of(method: Method[Any], keys: Iterable[str]) -> dict[str, Said]:
+    """What ``method`` says of each of a file's keys (``base_model.model.fc1.lora_A.weight``)."""
+    ends: dict[str, Kept | None] = {}  # the layers of a file end alike
+
+    def kept(end: str) -> Kept | None:
+        if end not in ends:
+            ends[end] = method.kept(_PLAIN.get(end, end))
+        return ends[end]
+
+    found = {}
+    for key in keys:
+        if not key.startswith(PREFIX):
+            found[key] = Said("", method.kept(key.removeprefix(EXTRA_PREFIX)))
+            continue
+        own = key.removeprefix(PREFIX)
+        cuts = [place for place, letter in enumerate(own) if letter == "."]
+        places = ((own[:cut], kept(own[cut + 1 :])) for cut in reversed(cuts))
+        found[key] = next((Said(layer, said) for layer, said in places if said is not None), Said("", None))
+    return found
+
+
+# How some kinds of layers call a method's tensors in a file -> how the method does.
+_PLAIN = {theirs: own for kind in KINDS for own, theirs in kind.file_keys.items()}
 
 
 def bias_name_in_file(name: str, kind: LayerKind, names: Mapping[str, str]) -> str:

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from ..config import SECTION, AdapterConfig
 from ..errors import CheckpointError, ConfigError, gather
-from ..methods import Method, load_method, method_of_file
+from ..methods import Kept, Method, load_method, make_method, method_of_file
 from .files import CONFIG_NAME, TwoFiles, locate, read_files, weights_of
-from .peft_layout import EXTRA_PREFIX, PREFIX, config_checksum, header_options
+from .peft_layout import EXTRA_PREFIX, PREFIX, Said, config_checksum, header_options, said_of
 
 __all__ = ["AdapterFile", "open_adapter", "parse"]
 
@@ -36,7 +36,8 @@ class AdapterFile:
     """An adapter as it was read, not yet held against a model.
 
     files: what its two files say. tensors: PEFT's keys without prefix (``fc1.vera_lambda_b``); extra: those that belong
-    to no layer. section: our part of the config. doubled: see :func:`_doubled`.
+    to no layer, or are brought along. section: our part of the config. doubled: see :func:`_doubled`.
+    said: what the method says of each key of the files.
     """
 
     files: TwoFiles
@@ -46,6 +47,12 @@ class AdapterFile:
     extra: dict[str, Tensor]
     section: dict[str, Any]
     doubled: bool
+    said: Mapping[str, Said]
+
+    @property
+    def brought(self) -> list[str]:
+        """The keys of the frozen tensors that it brings along, as they are in the files."""
+        return [key for key, said in self.said.items() if said.kept is Kept.BROUGHT]
 
     @property
     def folder(self) -> Path:
@@ -106,11 +113,12 @@ def parse(files: TwoFiles) -> AdapterFile:
     extra = {k.removeprefix(EXTRA_PREFIX): v for k, v in rest.items()}
     if exact := sorted(k for k, v in rest.items() if not v.is_floating_point()):
         raise CheckpointError(gather(f"{weights}: expected floating-point tensors:", exact))
-    brought = {k: layered.pop(k) for k in list(layered) if k.rpartition(".")[2] in method_cls.file_only}
-    extra.update(brought)
+    said = said_of(make_method(config), tensors)
+    brought = [k.removeprefix(PREFIX) for k, s in said.items() if s.layer and s.kept is Kept.BROUGHT]
+    extra.update({key: layered.pop(key) for key in brought})
     method = load_method(config, extra, metadata.get("kilotune_projections_sha256"))
     doubled = _doubled(whole, metadata)
-    return AdapterFile(files, method.config, method, layered, extra, section, doubled)
+    return AdapterFile(files, method.config, method, layered, extra, section, doubled, said)
 
 
 def _doubled(config: Mapping[str, Any], metadata: Mapping[str, str]) -> bool:

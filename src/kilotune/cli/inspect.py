@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +15,6 @@ from ._output import Json, complain, console, print_json, quiet_transformers, ro
 
 if TYPE_CHECKING:
     from ..adapter_files.reading import AdapterFile
-    from ..methods import Method
     from ..plan import Base
 
 __all__ = ["inspect"]
@@ -99,7 +98,7 @@ def _tell_damage(damage: dict[str, Any], as_json: bool) -> None:
 def _projections(file: AdapterFile, base: Base | None) -> tuple[str, str | None]:
     """What is known of the frozen matrices, and what is wrong."""
     if "kilotune_projections_sha256" not in file.metadata:
-        return (IN_FILE if set(file.extra) - file.method.shared_keys else ABSENT), None
+        return (IN_FILE if file.brought else ABSENT), None
     if base is None:
         return NEEDS_BASE, None
     from ..model.peft_model import PeftModel
@@ -114,19 +113,17 @@ def _projections(file: AdapterFile, base: Base | None) -> tuple[str, str | None]
 def _document(file: AdapterFile, projections: str, base: str | None) -> dict[str, Any]:
     import torch
 
-    from ..methods import make_method
+    from ..methods import Kept
 
     config = file.config
     tensors = {**file.tensors, **file.extra}
     paths = sorted(path for path in file.folder.iterdir() if path.is_file())
     broken = [key for key, value in tensors.items() if not bool(torch.isfinite(value).all())]
     values = {**config.to_dict(), **config.ours()}
-    method = make_method(config)
-    frozen = _ends(method, method.frozen)  # the A of LoRA-FA is in the file too
-    own = [value for key, value in file.tensors.items() if not key.endswith(frozen)]
-    trained = [*own, *(v for key, v in file.extra.items() if key in file.method.shared_keys)]
-    stored = [value for key, value in file.extra.items() if key not in file.method.shared_keys]
-    layers = {layer for key in file.tensors if (layer := _layer_of(file, key))} or set(values.get("site_order") or ())
+    numbers = Counter[Kept]()
+    for key, said in file.said.items():  # what is none of the method's is trained: biases, modules saved whole
+        numbers[said.kept or Kept.TRAINED] += file.files.tensors[key].numel()
+    layers = {said.layer for said in file.said.values() if said.layer} or set(values.get("site_order") or ())
     return {
         "folder": str(file.folder),
         "method": file.method.name,
@@ -136,8 +133,9 @@ def _document(file: AdapterFile, projections: str, base: str | None) -> dict[str
         "written_for": "kilotune" if file.section else "PEFT and kilotune",
         "config": values,
         "layers": len(layers),
-        "trained": sum(value.numel() for value in trained),
-        "stored_projections": sum(value.numel() for value in stored),
+        "trained": numbers[Kept.TRAINED],
+        "frozen": numbers[Kept.FROZEN],
+        "stored_projections": numbers[Kept.BROUGHT],
         "tensor_bytes": sum(value.numel() * value.element_size() for value in tensors.values()),
         "files": {path.name: path.stat().st_size for path in paths},
         "checksums": {
@@ -154,20 +152,6 @@ def _document(file: AdapterFile, projections: str, base: str | None) -> dict[str
     }
 
 
-def _layer_of(file: AdapterFile, key: str) -> str | None:
-    """The layer that a tensor of the method belongs to; None for biases and modules saved whole."""
-    ends = _ends(file.method, file.method.keys)
-    return next((key.removesuffix(end) for end in ends if key.endswith(end)), None)
-
-
-def _ends(method: Method[Any] | type[Method[Any]], names: Iterable[str]) -> tuple[str, ...]:
-    """What the keys of these parameters end with in a file, in any kind of layer (an embedding's differ)."""
-    from ..kinds import KINDS
-
-    keys = [method.keys[name] for name in names if name in method.keys]
-    return tuple({f".{kind.file_keys.get(key, key)}": None for kind in KINDS for key in keys})
-
-
 def _show(document: dict[str, Any], every: bool) -> None:
     out = console()
     targets = document["targets"]
@@ -180,6 +164,7 @@ def _show(document: dict[str, Any], every: bool) -> None:
         ("written for", document["written_for"]),
         ("adapted layers", f"{document['layers']:,}"),
         ("trained numbers", f"{document['trained']:,}"),
+        ("frozen numbers of its own", f"{document['frozen']:,}"),
         ("stored projections", f"{document['stored_projections']:,}"),
         ("tensors", f"{len(document['tensors']):,}, {readable_bytes(document['tensor_bytes'])}"),
         ("files", ", ".join(f"{name} {readable_bytes(size)}" for name, size in document["files"].items())),

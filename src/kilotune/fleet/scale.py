@@ -9,14 +9,15 @@ from typing import Any, final
 
 from torch import nn
 
+from ..adapter_files.peft_layout import said_of
 from ..config import AdapterConfig
 from ..errors import ConfigError, gather
+from ..methods import Kept
 from ..model.peft_model import get_peft_model
 from ..plan import in_file
 from .bank.forms import numbers_in_a_bank
 from .store.names import PACKINGS
 from .store.packing import Layout
-from .store.preparing import is_common
 
 __all__ = ["Scale", "scale"]
 
@@ -74,7 +75,8 @@ def scale(
     try:
         installed = adapted.installed("default")
         file, in_a_bank = in_file(adapted), numbers_in_a_bank(installed)
-        own = {key: value for key, value in file.tensors.items() if not is_common(key, installed.method)}
+        said = said_of(installed.method, file.tensors)
+        own = {key: value for key, value in file.tensors.items() if said[key].kept is not Kept.BROUGHT}
     finally:
         adapted.unload()
     layouts = {packing: Layout.of(own, packing, file.whole) for packing in PACKINGS}

@@ -94,7 +94,8 @@ def export(
     made = method.export(apart_sites, apart_params, shared)
     tensors = dict(made.tensors)
     for name, site in whole.items():
-        for key in {key for key in (*method.keys.values(), *method.file_only) if f"{name}.0.{key}" in tensors}:
+        first = f"{name}.0."
+        for key in [full.removeprefix(first) for full in tensors if full.startswith(first)]:
             parts = [tensors.pop(f"{name}.{index}.{key}") for index in range(site.matrices)]
             tensors[f"{name}.{key}"] = _one(parts)
     return replace(made, tensors=tensors)

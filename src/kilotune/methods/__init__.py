@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..config import CLOSED, AdapterConfig
 from ..errors import ConfigError, did_you_mean
-from ._base import Export, LowRankConfig, Method, Shared, Site
+from ._base import Export, Kept, LowRankConfig, Method, Shared, Site
 from .bitfit import Bitfit, BitfitConfig
 from .bottleneck import Bottleneck, BottleneckConfig
 from .dora import Dora
@@ -33,6 +33,7 @@ __all__ = [
     "Export",
     "Ia3Config",
     "IntrinsicConfig",
+    "Kept",
     "LoraConfig",
     "LoraXsConfig",
     "LowRankConfig",

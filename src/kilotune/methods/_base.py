@@ -7,6 +7,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any, ClassVar, Generic, TypeVar, final
 
 import torch
@@ -17,7 +18,7 @@ from ..deltas import Delta, Role
 from ..errors import CheckpointError
 from ..projections.matrices import Projections
 
-__all__ = ["Export", "LowRankConfig", "Method", "Shared", "Site"]
+__all__ = ["Export", "Kept", "LowRankConfig", "Method", "Shared", "Site"]
 
 C = TypeVar("C", bound=AdapterConfig)
 
@@ -103,6 +104,20 @@ class Export:
     header: dict[str, Any] = field(default_factory=dict)
 
 
+@final
+class Kept(Enum):
+    """What one of a method's tensors in a file is.
+
+    TRAINED: numbers of the adapter's own that training changes. FROZEN: numbers of its own that stay as they started
+    (LoRA-FA's A). BROUGHT: frozen numbers that the adapters of one seed have in common, brought along for who cannot
+    draw them (VeRA's matrices).
+    """
+
+    TRAINED = "trained"
+    FROZEN = "frozen"
+    BROUGHT = "brought along"
+
+
 @dataclass(frozen=True, kw_only=True)
 class LowRankConfig(AdapterConfig):
     """What the configurations of all low-rank methods have: any of them can be put into DoRA."""
@@ -122,10 +137,8 @@ class Method(ABC, Generic[C]):
 
     name: as users pick it. makes: the delta class, whose needs decide which layers fit. keys: parameter
     name -> the key PEFT uses for it below the module's name. roles: what each parameter is to the layer's
-    matrix, where that decides its form in a file. shared_keys: the names of model-wide trained
-    parameters, which are their keys in a file too. file_only: the last parts of keys of a layer's frozen tensors,
-    which a file may hold and :meth:`from_file` gets. default_targets: exceptions to the table of known
-    architectures.
+    matrix, where that decides its form in a file. default_targets: exceptions to the table of known architectures.
+    What the tensors of a file are, :meth:`kept` says.
     """
 
     name: ClassVar[str]
@@ -133,8 +146,6 @@ class Method(ABC, Generic[C]):
     makes: type[Delta]
     keys: Mapping[str, str]
     roles: Mapping[str, Role] = {}
-    shared_keys: frozenset[str] = frozenset()
-    file_only: ClassVar[frozenset[str]] = frozenset()
     default_targets: Mapping[str, Sequence[str]] = {}
     # Whether delta() carries a leading dimension of its parameters along (the experts of one parameter).
     stacks: bool = False
@@ -185,14 +196,29 @@ class Method(ABC, Generic[C]):
 
     # -- files -----------------------------------------------------------------------------------
 
+    def kept(self, key: str) -> Kept | None:
+        """What the tensor under ``key`` in a file is; None where it is none of the method's (a trained bias, a head).
+
+        Store, inspect and banks ask this, so a method with other tensors than those in ``keys`` says it of them too.
+
+        Args:
+            key: below its layer's name and as ``keys`` has it (``lora_A.weight``), of a tensor that is of no layer
+                without the ``base_model.`` prefix (``vera_A``).
+
+        """
+        names = {name for name, own in self.keys.items() if own == key}
+        if not names:
+            return None
+        return Kept.FROZEN if names <= self.frozen else Kept.TRAINED
+
     @classmethod
     def from_file(cls, config: C, extra: Mapping[str, Tensor], checksum: str | None) -> Method[C]:
         """The method of an adapter that is being loaded.
 
         Args:
             config: from adapter_config.json.
-            extra: the file's tensors that belong to no layer, keys without the ``base_model.`` prefix, and the
-                frozen ones of layers (``<module>.<key>``, see ``file_only``).
+            extra: the file's tensors that belong to no layer, keys without the ``base_model.`` prefix, and those of
+                layers (``<module>.<key>``) that are brought along.
             checksum: of the projections, where the file carries one.
 
         """

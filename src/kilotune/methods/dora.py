@@ -20,7 +20,7 @@ from ..errors import ConfigError
 from ..kernels.lowrank import accumulate_dtype, no_autocast
 from ..projections.matrices import Projections
 from ..storage.sharded import processes
-from ._base import Export, LowRankConfig, Method, Shared, Site
+from ._base import Export, Kept, LowRankConfig, Method, Shared, Site
 
 __all__ = ["MAGNITUDE", "Dora", "row_norms"]
 
@@ -74,7 +74,6 @@ class Dora(Method[LowRankConfig]):
         self.keys = {**inner.keys, MAGNITUDE: MAGNITUDE}
         self.roles = {**inner.roles, MAGNITUDE: Role.ROWS}
         self.default_targets = inner.default_targets
-        self.shared_keys = inner.shared_keys
         self._kept: dict[str, tuple[_Stamp, Tensor]] = {}
 
     @property
@@ -154,6 +153,9 @@ class Dora(Method[LowRankConfig]):
         return {**self.__dict__, "_kept": {}}  # a copy has other tensors
 
     # -- files -------------------------------------------------------------------------------------
+
+    def kept(self, key: str) -> Kept | None:
+        return Kept.TRAINED if key == MAGNITUDE else self.inner.kept(key)
 
     def export(self, sites: Mapping[str, Site], params: Mapping[str, Mapping[str, Tensor]], shared: Shared) -> Export:
         inner = {module: {k: v for k, v in own.items() if k != MAGNITUDE} for module, own in params.items()}

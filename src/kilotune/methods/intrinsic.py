@@ -28,7 +28,7 @@ from ..errors import CheckpointError, ConfigError, did_you_mean
 from ..kernels.lowrank import accumulate_dtype
 from ..kernels.projected import Held, Projection, padded
 from ..projections.matrices import SEED_LIMIT, Projections
-from ._base import Export, Method, Shared, Site
+from ._base import Export, Kept, Method, Shared, Site
 from ._order import in_order, order_faults, order_option
 
 __all__ = ["Intrinsic", "IntrinsicConfig"]
@@ -114,7 +114,6 @@ class Intrinsic(Method[IntrinsicConfig]):
     config_cls: ClassVar[type[AdapterConfig]] = IntrinsicConfig
     makes: type[Delta] = Full
     keys: Mapping[str, str] = {}
-    shared_keys: frozenset[str] = frozenset({VECTOR})
 
     def __init__(self, config: IntrinsicConfig, vector: Tensor | None = None, checksum: str | None = None) -> None:
         super().__init__(config)
@@ -179,6 +178,9 @@ class Intrinsic(Method[IntrinsicConfig]):
         return Full(projection.forward(theta).view(site.out, site.inn))
 
     # -- files -----------------------------------------------------------------------------------
+
+    def kept(self, key: str) -> Kept | None:
+        return Kept.TRAINED if key == VECTOR else None
 
     @classmethod
     def from_file(cls, config: IntrinsicConfig, extra: Mapping[str, Tensor], checksum: str | None) -> Intrinsic:

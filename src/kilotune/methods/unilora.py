@@ -26,7 +26,7 @@ from ..errors import CheckpointError, ConfigError, gather
 from ..kernels.lowrank import accumulate_dtype
 from ..projections.matrices import SEED_LIMIT, Projections
 from ..projections.streams import balanced_indices
-from ._base import Export, LowRankConfig, Method, Shared, Site
+from ._base import Export, Kept, LowRankConfig, Method, Shared, Site
 from ._order import in_order, order_faults, order_option
 
 __all__ = ["UniLora", "UniLoraConfig"]
@@ -221,8 +221,6 @@ class UniLora(Method[UniLoraConfig]):
     config_cls: ClassVar[type[AdapterConfig]] = UniLoraConfig
     makes: type[Delta] = LowRank
     keys: Mapping[str, str] = {}
-    shared_keys: frozenset[str] = frozenset({VECTOR})
-    file_only: ClassVar[frozenset[str]] = frozenset({*INDICES, *SCALES})
     default_targets: Mapping[str, Sequence[str]] = {"phi": ("q_proj", "v_proj", "fc1", "fc2")}
 
     def __init__(
@@ -284,13 +282,18 @@ class UniLora(Method[UniLoraConfig]):
 
     # -- files -----------------------------------------------------------------------------------
 
+    def kept(self, key: str) -> Kept | None:
+        if key == VECTOR:
+            return Kept.TRAINED
+        return Kept.BROUGHT if key in (*INDICES, *SCALES) else None
+
     @classmethod
     def from_file(cls, config: UniLoraConfig, extra: Mapping[str, Tensor], checksum: str | None) -> UniLora:
         vector = extra.get(VECTOR)
         faults = [] if vector is not None else [f"missing: {VECTOR} ({config.theta_d_length},)"]
         if vector is not None and tuple(vector.shape) != (config.theta_d_length,):
             faults.append(f"shape of {VECTOR}: expected ({config.theta_d_length},), got {tuple(vector.shape)}")
-        unknown = [key for key in extra if key != VECTOR and key.rpartition(".")[2] not in cls.file_only]
+        unknown = [key for key in extra if key != VECTOR and key.rpartition(".")[2] not in (*INDICES, *SCALES)]
         faults += [f"unexpected: {key}" for key in sorted(unknown)]
         indices = [key for key in extra if key != VECTOR and key not in unknown]
         if config.generator != "stored" and indices:

@@ -28,7 +28,7 @@ from ..projections.matrices import (
     StoredSource,
     pair_checksum,
 )
-from ._base import Export, LowRankConfig, Method, Shared, Site
+from ._base import Export, Kept, LowRankConfig, Method, Shared, Site
 
 __all__ = ["Vera", "VeraConfig"]
 
@@ -197,6 +197,9 @@ class Vera(Method[VeraConfig]):
         )
 
     # -- files -----------------------------------------------------------------------------------
+
+    def kept(self, key: str) -> Kept | None:
+        return Kept.BROUGHT if key in (KEY_A, KEY_B) else super().kept(key)
 
     @classmethod
     def from_file(cls, config: VeraConfig, extra: Mapping[str, Tensor], checksum: str | None) -> Vera:

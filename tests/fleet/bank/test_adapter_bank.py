@@ -17,7 +17,7 @@ from kilotune import AdapterConfig, LoraConfig, PeftModel, VeraConfig, get_confi
 from kilotune.adapter_files.reading import open_adapter
 from kilotune.errors import AdapterError, CheckpointError, ConfigError, ResourceError, UnsupportedError
 from kilotune.fleet import AdapterBank, wrap
-from tests.support.models import Nested, base_bits, randomize, tiny_llama
+from tests.support.models import Nested, base_bits, randomize, tiny_gpt2, tiny_llama
 
 ALL = "all-linear"
 VERA = VeraConfig(r=6, target_modules=ALL)
@@ -69,6 +69,39 @@ def test_rows_of_a_bank_are_what_the_adapters_are_alone(config: AdapterConfig, t
             own = base[row] if name is None else singles[int(name[1])](x)[row]
             assert (routed[row] - own).abs().max() <= 1e-5 * own.abs().max(), name  # the products' order is the CPU's
             assert name is None or not torch.allclose(own, base[row], atol=1e-3)
+
+
+OTHERS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "its matrices in the file": ({"save_projection": True}, UnsupportedError, r"brings frozen .*vera_A.*vera_B"),
+    "PEFT's matrices in the file": (
+        {"generator": "peft", "save_projection": True},
+        UnsupportedError,
+        r"brings frozen tensors of its own along",
+    ),
+    "PEFT's matrices": ({"generator": "peft"}, ConfigError, "generator: the bank has 'portable', the adapter 'peft'"),
+    "matrices by shape": ({"sharing": "shape"}, ConfigError, "sharing: the bank has 'nested', the adapter 'shape'"),
+    "lengths": ({"use_dora": True}, ConfigError, "use_dora: the bank has False, the adapter True"),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_an_adapter_with_other_frozen_numbers_is_not_of_the_form(other: str, tmp_path: Path) -> None:
+    """Those that bring their matrices along were taken, and run with the bank's."""
+    options, error, text = OTHERS[other]
+    made(VERA.replace(**options), 1).save_pretrained(tmp_path)
+    bank = AdapterBank(wrap(Nested()).eval(), VERA, slots=2)
+    with pytest.raises(error, match=f"(?s){text}"):
+        bank.put("ann", tmp_path)
+    assert not bank.names()
+
+
+def test_a_bank_of_layers_that_store_their_weights_the_other_way_round(tmp_path: Path) -> None:
+    """A file says fan_in_fan_out, and a configuration of the user's need not."""
+    config = VeraConfig(r=4, target_modules=["c_attn"])
+    made(config, 1, tiny_gpt2()).save_pretrained(tmp_path)
+    bank = AdapterBank(wrap(tiny_gpt2()).eval(), config, slots=2)
+    bank.put("ann", tmp_path)
+    assert bank.names() == ["ann"]
 
 
 def test_two_banks_and_the_models_own_in_one_batch() -> None:

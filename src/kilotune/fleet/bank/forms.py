@@ -29,10 +29,21 @@ from ...layers.slot import Slot
 from ...model.adapter_model import AdapterModel
 from ...model.routed_model import unroutable
 
-__all__ = ["Place", "ResidentForm", "numbers_in_a_bank"]
+__all__ = ["Place", "ResidentForm", "check_bankable", "form_values", "numbers_in_a_bank"]
 
 # Options that say where an adapter comes from or what is done with it, and not what it computes.
-NO_MATTER = ("base_model_name_or_path", "inference_mode", "revision", "save_projection", "init_weights", "task_type")
+NO_MATTER = frozenset(
+    {
+        "base_model_name_or_path",
+        "fan_in_fan_out",
+        "inference_mode",
+        "init_weights",
+        "lora_fa",
+        "revision",
+        "save_projection",
+        "task_type",
+    }
+)
 
 
 @final
@@ -181,8 +192,10 @@ class ResidentForm:
 
         Raises:
             ConfigError: its configuration is another one. CheckpointError: its tensors or projections do not fit.
+            UnsupportedError: see :func:`check_bankable`.
 
         """
+        check_bankable(file, what)
         self._check_config(file, what)
         method: Any = file.method
         expected = getattr(method, "expected_checksum", None)
@@ -195,26 +208,47 @@ class ResidentForm:
         return self.row(match_tensors(file, self.made, base, self._in_file), what)
 
     def _check_config(self, file: AdapterFile, what: str) -> None:
-        mine, theirs = self.config.to_dict(), file.config.to_dict()
+        mine, theirs = form_values(self.config), form_values(file.config)
         faults = (
             []
             if type(self.config) is type(file.config)
             else [f"method: the bank has {type(self.config).__name__}, the adapter {type(file.config).__name__}"]
         )
         if not faults:
-            for key in mine:
-                if (
-                    key not in NO_MATTER
-                    and not key.endswith("dropout")
-                    and _plain(mine[key]) != _plain(theirs.get(key))
-                ):
-                    faults.append(f"{key}: the bank has {mine[key]!r}, the adapter {theirs.get(key)!r}")
+            for key, value in mine.items():
+                if value != theirs[key]:
+                    faults.append(f"{key}: the bank has {value!r}, the adapter {theirs[key]!r}")
         if faults:
             raise ConfigError(gather(f"{what} is of another configuration than this bank's adapters:", faults))
 
     def release(self) -> None:
         """Take the form out of the model; layers without other adapters become what they were."""
         remove(self._model.get_base_model(), self._key, self.installed, self._model.projections)
+
+
+def form_values(config: AdapterConfig) -> dict[str, Any]:
+    """The options that decide what an adapter computes, by name."""
+    names = [name for name in config.option_names() if name not in NO_MATTER and not name.endswith("dropout")]
+    return {name: _plain(getattr(config, name)) for name in names}
+
+
+def check_bankable(file: AdapterFile, what: str) -> None:
+    """Refuse an adapter that brings its frozen tensors along: a row has no place for them, and a bank has its own.
+
+    Raises:
+        UnsupportedError: which they are.
+
+    """
+    if brought := file.brought:
+        name = file.method.name
+        raise UnsupportedError(
+            gather(
+                f"{what} brings frozen tensors of its own along, and the adapters of a bank share one {name}'s; add "
+                "it to the model by itself, or convert it (kilotune convert --to kilotune) where a seed gives them:",
+                brought,
+                3,
+            )
+        )
 
 
 def numbers_in_a_bank(installed: Installed) -> int | None:

@@ -12,20 +12,16 @@ from typing import Any, final
 from torch import Tensor
 
 from ...adapter_files.files import locate, read_files, tensors_checksum
-from ...adapter_files.peft_layout import EXTRA_PREFIX, PREFIX
-from ...adapter_files.reading import AdapterFile
 from ...adapter_files.writing import state_of
 from ...config import SECTION
 from ...errors import AdapterError, CheckpointError, ConfigError, type_name
-from ...kinds import KINDS
-from ...methods import Method
 from ...model.adapter_model import AdapterModel
 from .fingerprint import Fingerprint
 from .names import check_metadata, check_name, check_new_word, check_packing, check_tags
 from .packing import Layout
 from .records import SUM, Contents, Form, Record, canonical
 
-__all__ = ["Preparer", "Ready", "contents_of", "folder_contents", "is_common"]
+__all__ = ["Preparer", "Ready", "contents_of", "folder_contents"]
 
 CACHED = 256  # kinds of adapters whose form is remembered
 
@@ -155,9 +151,9 @@ def _new_form(
     contents: Contents, config: Mapping[str, Any], base: Fingerprint | None, packing: str
 ) -> tuple[Form, tuple[str, ...]]:
     file = contents.file
-    shared = tuple(key for key in contents.tensors if is_common(key, file.method))
+    shared = tuple(file.brought)
     own = {key: value for key, value in contents.tensors.items() if key not in shared}
-    layout = Layout.of(own, packing, _saved_whole(file, own))
+    layout = Layout.of(own, packing, frozenset(key for key in own if file.said[key].kept is None))
     header = {key: value for key, value in contents.header.items() if key != SUM}
     if SUM in contents.header:
         header[SUM] = ""  # there is one, and it is made anew of the numbers
@@ -171,17 +167,3 @@ def _new_form(
 def _with_frozen(form: Form, frozen: Mapping[str, Tensor]) -> Form:
     sums = {key: tensors_checksum({"": value}) for key, value in frozen.items()}
     return Form(form.config, form.header, form.layout, sums, form.base)
-
-
-def is_common(key: str, method: Method[Any]) -> bool:
-    """Whether a file's key is of no layer and not trained: of those that adapters of one seed have in common."""
-    if key.startswith(PREFIX):
-        return key.rpartition(".")[2] in method.file_only
-    return key.removeprefix(EXTRA_PREFIX) not in method.shared_keys
-
-
-def _saved_whole(file: AdapterFile, tensors: Mapping[str, Tensor]) -> frozenset[str]:
-    """The keys that are not the method's own: of modules saved whole, and biases."""
-    ends = tuple({f".{kind.file_keys.get(key, key)}" for kind in KINDS for key in file.method.keys.values()})
-    own = tuple(f"{EXTRA_PREFIX}{key}" for key in file.method.shared_keys)
-    return frozenset(key for key in tensors if not key.endswith(ends) and key not in own)

@@ -31,7 +31,7 @@ from ...adapter_files.reading import AdapterFile
 from ...config import AdapterConfig
 from ...errors import AdapterError, CheckpointError, ConfigError, ResourceError, UnsupportedError, gather
 from ...fleet.bank.adapter_bank import AdapterBank, Resident
-from ...fleet.bank.forms import NO_MATTER, ResidentForm
+from ...fleet.bank.forms import ResidentForm, check_bankable, form_values
 from ...injection import inject
 from ...layers.route import Cohort, Route, Stacked
 from ...model.parameter_report import readable_bytes
@@ -224,6 +224,7 @@ class Residents:
         self._check_norms(file.tensors, what)
 
     def _banked(self, name: str, key: str, file: AdapterFile, what: str) -> Row:
+        check_bankable(file, what)
         home = self._home(key, file, what)
         assert home.bank is not None
         values = home.bank.form.row_of_file(file, what)
@@ -418,12 +419,7 @@ class Residents:
 
 def form_key(config: AdapterConfig) -> str:
     """Equal for configurations whose adapters can be rows of one bank."""
-    values = {
-        key: sorted(map(str, value)) if isinstance(value, (list, tuple, set, frozenset)) else value
-        for key, value in config.to_dict().items()
-        if key not in NO_MATTER and not key.endswith("dropout")
-    }
-    return json.dumps([type(config).__name__, values], sort_keys=True, default=_text)
+    return json.dumps([type(config).__name__, form_values(config)], sort_keys=True, default=_text)
 
 
 def _text(value: Any) -> str:
