@@ -84,6 +84,7 @@ class AdapterModel(RoutedModel, ABC):
         """The base model's forward, with the active adapters; ``adapter_names``: as in :meth:`route`, for this call."""
         if self._unreduced and self.training and torch.is_grad_enabled():
             check_reduced(self)
+            self._unreduced = False
         if (names := kwargs.pop("adapter_names", None)) is None:
             return self.model(*args, **kwargs)
         check_rows(names, args, kwargs)
