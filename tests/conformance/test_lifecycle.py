@@ -41,7 +41,8 @@ def _merges(cell: Cell) -> bool:
 MERGEABLE = [cell for cell in CELLS if _merges(cell)]
 NOT_MERGEABLE = [cell for cell in CELLS if not _merges(cell)]
 ADDITIVE = [cell for cell in CELLS if cell.makes.additive]
-NOT_ADDITIVE = [cell for cell in CELLS if not cell.makes.additive]
+IN_ORDER = [cell for cell in CELLS if not cell.makes.additive and cell.makes.mergeable]
+NOT_LINEAR = [cell for cell in CELLS if not cell.makes.additive and not cell.makes.mergeable]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -164,11 +165,46 @@ def test_two_of_a_kind_add_up_and_merge_in_any_order(cell: Cell) -> None:
     assert torch.equal(model(x), both)
 
 
-@every_cell("not additive", NOT_ADDITIVE)
-def test_two_that_are_not_additive_are_refused_together(cell: Cell) -> None:
+@every_cell("in order", IN_ORDER)
+def test_two_that_rescale_act_in_the_order_of_activation(cell: Cell) -> None:
+    """Each on what the one before left: the second on a base into which the first is merged for good, in float64."""
     model = adapted(cell)
     model.add_adapter("other", cell.config())
-    with pytest.raises(UnsupportedError, match="'default' and 'other' are both not additive"):
+    model.double()
+    randomize(model, "other", seed=3)
+    x = data(cell, 4, dtype=torch.float64)
+    seen = []
+    for names in (["default", "other"], ["other", "default"]):
+        model.set_adapter(names)
+        both = model(x)
+        layers = model.adapted_layers()
+        for layer in layers.values():
+            weight, bias = layer.base_matrix().double(), layer.base_bias()
+            flat = None if bias is None else layer.flat(bias.double())
+            for name in names:
+                slot = layer.slot(name)
+                assert slot is not None
+                delta = slot.delta()
+                assert delta is not None
+                change, shift = delta.weight_change(weight), delta.bias_change(flat)
+                weight = weight if change is None else weight + change
+                flat = flat if shift is None or flat is None else flat + shift
+            merged = layer.merged_with(names)
+            if merged.weight is not None:
+                torch.testing.assert_close(layer.kind.canonical(layer.base_layer, merged.weight), weight)
+        for part in (names[:1], names[1:], names):  # whoever is merged, the output stays
+            model.merge_adapter(part)
+            torch.testing.assert_close(model(x), both, rtol=0, atol=bound(both, torch.float64))
+            model.unmerge_adapter()
+        assert torch.equal(model(x), both)
+        seen.append(both)
+
+
+@every_cell("not linear", NOT_LINEAR)
+def test_two_that_are_not_linear_are_refused_together(cell: Cell) -> None:
+    model = adapted(cell)
+    model.add_adapter("other", cell.config())
+    with pytest.raises(UnsupportedError, match="'default' and 'other' are both not linear"):
         model.set_adapter(["default", "other"])
     assert model.active_adapters == ["default"]
 

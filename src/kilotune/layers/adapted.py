@@ -28,7 +28,7 @@ from ..kinds import LayerKind, hooked
 from ..methods import Site
 from ..storage import Kept, Storage
 from ..storage.sharded import is_sharded, whole_parts
-from . import fusion
+from . import fusion, in_order
 from .active_adapters import ActiveState
 from .fusion import leading
 from .routing import changed_rows
@@ -168,6 +168,8 @@ class AdaptedLayer(nn.Module):
             output = self._kind.call(self.base_layer, None, args, kwargs)
             return self._kind.with_tensor(output, changed_rows(self, route, x, self._kind.tensor_of(output)))
         deltas = self._deltas(slots)
+        if not self._kind.substitutes and in_order.ordered(self, slots):
+            return in_order.run(self, self._state, x, args, kwargs)
         if self._kind.substitutes:
             output = self._kind.run_with(self.base_layer, self._substitutes(slots, deltas), args, kwargs)
             deltas = [(slot, delta) for slot, delta in deltas if isinstance(delta, Residual)]
@@ -228,6 +230,8 @@ class AdaptedLayer(nn.Module):
         kind, storage, module = self._kind, self._storage, self.base_layer
         found: dict[str, Any] = {}
         dtype = self.compute_dtype()
+        if in_order.ordered(self, slots):
+            return in_order.built(self, self._state)
         own = [delta for _, delta in deltas if not isinstance(delta, (Residual, Shift))]
         if own:
             now = storage.read(module)
@@ -274,19 +278,19 @@ class AdaptedLayer(nn.Module):
         bias = self.base_bias()
         for slot in slots:
             if slot.trained_bias is not None and bias is not None:
-                shifts.append(self._flat(slot.trained_bias - bias))
+                shifts.append(self.flat(slot.trained_bias - bias))
         for shift in shifts:
             total = shift if total is None else total + shift
         return total
 
-    def _flat(self, bias: Tensor) -> Tensor:
+    def flat(self, bias: Tensor) -> Tensor:
         """A stored bias as (out,), or (E, out) for several matrices."""
         return bias if self._kind.matrices(self.base_layer) else bias.flatten()
 
     def _drop(self, slot: Slot, x: Tensor) -> Tensor:
         return slot.drop(x) if self._kind.takes_dropout else x
 
-    def _added(self, slot: Slot, delta: LowRank | Full, x: Tensor, y: Tensor, cols: Tensor | None = None) -> Tensor:
+    def added(self, slot: Slot, delta: LowRank | Full, x: Tensor, y: Tensor, cols: Tensor | None = None) -> Tensor:
         """Y and the change's matrix (or it times diag(cols)) times x (..., out); a low rank stays factored."""
         kind, module = self._kind, self.base_layer
         if isinstance(delta, Full):
@@ -303,7 +307,7 @@ class AdaptedLayer(nn.Module):
 
     def _run_linear(self, slot: Slot, delta: Delta, x: Tensor, base: Tensor | None, y: Tensor) -> Tensor:
         assert isinstance(delta, (LowRank, Full))
-        return self._added(slot, delta, self._drop(slot, x), y)
+        return self.added(slot, delta, self._drop(slot, x), y)
 
     def _run_shift(self, slot: Slot, delta: Delta, x: Tensor, base: Tensor | None, y: Tensor) -> Tensor:
         return y  # the base layer ran with the shifted bias
@@ -325,7 +329,7 @@ class AdaptedLayer(nn.Module):
         else:
             new = linear
         if delta.inner is not None:
-            new = self._added(slot, delta.inner, x, new, delta.cols)
+            new = self.added(slot, delta.inner, x, new, delta.cols)
         if delta.rows is not None:
             new = scale_features(new, kind.spread(delta.rows, new), 1.0)
         y = new.to(y.dtype) if linear is None else y + (new - linear).to(y.dtype)
@@ -360,7 +364,8 @@ class AdaptedLayer(nn.Module):
         """Weight and bias with the deltas of ``names`` in them, from the base's own bits; changes nothing.
 
         Args:
-            names: adapters; those that are not in this layer are passed over.
+            names: adapters, in the order in which they act with ``dtype``, else in that of activation; those that are
+                not in this layer are passed over.
             dtype: measure what rounding to this dtype takes; by default, what writing into the base takes.
 
         """
@@ -368,16 +373,13 @@ class AdaptedLayer(nn.Module):
             return self._merged_with(names, dtype)
 
     def _merged_with(self, names: Sequence[str], dtype: torch.dtype | None) -> Merged:
-        slots = [slot for name in names if (slot := self.slot(name)) is not None]
-        deltas = [delta for slot in slots if (delta := slot.delta()) is not None]
+        pairs = in_order.pairs(self, names, self._state.active if dtype is None else ())
+        deltas = [delta for _, delta in pairs if delta is not None]
         bias = self.base_bias()
-        wide_bias = None if bias is None else self._flat(bias.to(accumulate_dtype(bias.dtype)))
-        shifts = [change for delta in deltas if (change := delta.bias_change(wide_bias)) is not None]
-        shifts += [self._flat(s.trained_bias - bias) for s in slots if s.trained_bias is not None and bias is not None]
-        new_bias: Tensor | None = None
-        if shifts:
-            total = sum(shifts, torch.zeros_like(shifts[0]) if wide_bias is None else wide_bias)
-            new_bias = self._kind.native_bias(self.base_layer, total)
+        wide = None if bias is None else bias.to(accumulate_dtype(bias.dtype))
+        total = in_order.bias_with(wide, pairs, self.flat)
+        same = total is None or (wide is not None and torch.equal(total, self.flat(wide)))
+        new_bias = None if same or total is None else self._kind.native_bias(self.base_layer, total)
         weight, lost, error = self._merged_weight([d for d in deltas if not isinstance(d, Shift)], dtype)
         return Merged(weight, new_bias, lost, error)
 
@@ -386,12 +388,8 @@ class AdaptedLayer(nn.Module):
             return None, 0.0, 0.0
         kind, module = self._kind, self.base_layer
         base = self.base_matrix(accumulate_dtype(self.compute_dtype()))  # (out, in)
-        change = torch.zeros_like(base)
-        for delta in deltas:
-            part = delta.weight_change(base)
-            if part is not None:
-                change += part
-        total = base + change
+        total = in_order.weight_with(base, deltas)
+        change = total - base
         weight = kind.native(module, total)
         if change.device.type == "meta":
             return weight, 0.0, 0.0
