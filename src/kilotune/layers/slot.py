@@ -10,7 +10,7 @@ from typing import Any, final
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..deltas import Delta
+from ..deltas import Delta, Rescale, Shift
 from ..methods import Method, Shared, Site
 from ..weak import Weak, call
 from .shared_inputs import SharedInput
@@ -53,6 +53,13 @@ class Slot(nn.Module):
     def own(self) -> dict[str, nn.Parameter]:
         """The method's parameters, without the trained bias."""
         return {name: p for name, p in self._parameters.items() if name != BIAS and p is not None}
+
+    def changes(self, bias: bool) -> bool:
+        """Whether it changes the layer's bias, or else what the layer makes of its input without it."""
+        makes = None if self.method is None else self.method.makes
+        if bias:
+            return self.trained_bias is not None or makes in (Rescale, Shift)
+        return makes not in (None, Shift)
 
     def delta(self) -> Delta | None:
         return None if self.method is None else delta_of(self.method, self.site, self.own(), self.shared)

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from ._base import Kept, Storage
+from ._base import Kept, Storage, put_parameter
 from ._transformers import forget_quantisation, is_pretrained, unknown_scheme
 from .bnb4 import BnB4bit
 from .bnb8 import BnBInt8
@@ -26,6 +26,7 @@ __all__ = [
     "forget_quantisation",
     "is_pretrained",
     "prepare",
+    "put_parameter",
     "release",
     "size_of",
     "storage_of",

@@ -138,6 +138,19 @@ def linear_of(module: nn.Module, weight: Tensor, bias: Tensor | None, dtype: tor
     return layer.train(module.training)
 
 
+def put_parameter(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+    """Register ``parameter``, and put it into the module's own lists in which the one before it stands."""
+    old = module._parameters.get(name)
+    module.register_parameter(name, parameter)
+    for key, held in module.__dict__.items() if old is not None else ():
+        if isinstance(held, (list, tuple)) and any(item is old for item in held):
+            new = [parameter if item is old else item for item in held]
+            if isinstance(held, list):
+                held[:] = new
+            else:
+                module.__dict__[key] = tuple(new)
+
+
 def set_bias(module: nn.Module, bias: Tensor | None) -> None:
     """Put a bias (out,) of the dtype of the one that is there into ``module``; nothing for None.
 
