@@ -44,7 +44,7 @@ from .names import (
     matches,
     spellings,
 )
-from .preparing import Preparer, Ready
+from .preparing import Preparer, Ready, batches
 from .reading import Forms, Row
 from .records import Collected, Fault, Record, Stats, Version
 from .schema import Link
@@ -275,7 +275,7 @@ class SqlStore(AdapterStore, ABC):
         count = 0
         if packing is not None:
             check_packing(packing)
-        for part in _batches(self._prepared(items, packing, failed), _positive("batch", batch)):
+        for part in batches(self._prepared(items, packing, failed), _positive("batch", batch), CHUNK):
             found = self._changing(_writer(self.namespace, part, word))
             count += len(found)
             if done is not None:
@@ -476,20 +476,6 @@ def _collector(
     namespace: str, names: Sequence[str], keep: int, unused_for: timedelta | None, dry_run: bool
 ) -> Callable[[Link], tuple[int, int]]:
     return lambda link: upkeep.collect_page(link, namespace, names, keep, unused_for, dry_run)
-
-
-def _batches(ready: Iterator[Ready], count: int) -> Iterator[list[Ready]]:
-    """In batches of ``count``, or fewer where they are large."""
-    part: list[Ready] = []
-    size = 0
-    for one in ready:
-        part.append(one)
-        size += len(one.packed)
-        if len(part) >= count or size >= CHUNK:
-            yield part
-            part, size = [], 0
-    if part:
-        yield part
 
 
 def _listed(names: Iterable[str]) -> Iterable[str]:
