@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, written beside their place and renamed into it; files that one process holds."""
+"""Files that are there whole or not at all, written beside their place and renamed; files that one process holds."""
 
 from __future__ import annotations
 
