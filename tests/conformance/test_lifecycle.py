@@ -359,7 +359,7 @@ def test_no_weight_of_the_base_is_copied(cell: Cell, tmp_path: Path) -> None:
 
 @every_cell("freed", after=["forward", "merged", "two", "deleted", "released"])
 def test_a_model_is_freed_with_its_last_name(cell: Cell, after: str) -> None:
-    """The garbage collector may come long after the next base has been loaded."""
+    """The garbage collector may come after the next base was loaded: https://github.com/huggingface/peft/issues/2221."""
     with freed_at_once() as watched:
         base = cell.base()
         model = get_peft_model(base, cell.config())

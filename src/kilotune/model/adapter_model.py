@@ -443,6 +443,23 @@ class AdapterModel(RoutedModel, ABC):
         chosen = {name: self._installed[name] for name in names}
         writing.save(writing.folders(Path(save_directory), chosen), is_main_process)
 
+    # -- Trainers --------------------------------------------------------------------------------
+
+    @property
+    def is_distributed_loading_by_transformers(self) -> bool:
+        """What transformers' Trainer, and TRL's, ask of a model when they are made, and nobody else asks.
+
+        Raises:
+            ConfigError: always; says what a Trainer takes in the place of this model.
+
+        """
+        raise ConfigError(
+            "a Trainer takes kilotune.train.for_trainer(model), not the model of get_peft_model() itself: of that it "
+            "would save the whole base and no adapter, and its fused head would not find the layers"
+        )
+
+    _hf_peft_config_loaded = is_distributed_loading_by_transformers  # asked before that where the base is quantised
+
     # -- checks ----------------------------------------------------------------------------------
 
     def _known(self, name: str) -> str:

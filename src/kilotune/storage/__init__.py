@@ -28,6 +28,7 @@ __all__ = [
     "prepare",
     "put_parameter",
     "release",
+    "settle",
     "size_of",
     "storage_of",
     "unknown_scheme",
@@ -59,6 +60,13 @@ def release(modules: Iterable[nn.Module]) -> None:
     for module in modules:
         if (storage := storage_of(module)) is not None:
             storage.release(module)
+
+
+def settle(modules: Iterable[nn.Module]) -> None:
+    """Make the layers of a model ready for others that have the very tensors of theirs."""
+    for module in modules:
+        if (storage := storage_of(module)) is not None:
+            storage.settle(module)
 
 
 def size_of(parameter: Tensor) -> tuple[int, int]:

@@ -94,6 +94,13 @@ class Storage(ABC):
         """Undo :meth:`prepare`, when the model is given back without adapters."""
         return
 
+    def settle(self, module: nn.Module) -> None:
+        """Called before a second layer gets the very tensors of this one.
+
+        For what a vendor's layer takes from its parameter at the first forward, so that the second would not find it.
+        """
+        return
+
     def size(self, parameter: Tensor) -> tuple[int, int] | None:
         """(numbers, bytes) of a parameter that packs several numbers into one; None for all others."""
         return None

@@ -233,7 +233,7 @@ def test_the_trainer_refuses_a_quantised_base_without_the_answers(tmp_path: Path
     from transformers import Trainer
 
     with pytest.raises(ValueError, match="purely quantized"):
-        Trainer(model=adapted("vera", base=nf4_llama()), args=arguments(tmp_path), train_dataset=LINES)
+        Trainer(model=adapted("vera", base=nf4_llama()).model, args=arguments(tmp_path), train_dataset=LINES)
 
 
 def test_gradient_checkpointing_reaches_the_adapter_through_frozen_embeddings(tmp_path: Path) -> None:
