@@ -41,6 +41,10 @@ from .unused_layers import unwatch, watch
 
 __all__ = ["DEFAULT", "AdapterModel"]
 
+# What transformers' Trainer, and TRL's, ask of a model when they are made (the second before that, where the base is
+# quantised). No properties: torch.jit.trace asks for all of a class's.
+ASKED_BY_TRAINERS = ("is_distributed_loading_by_transformers", "_hf_peft_config_loaded")
+
 
 class AdapterModel(RoutedModel, ABC):
     """A base model with adapters in it. The base model is changed in place, and its weights are frozen.
@@ -98,6 +102,11 @@ class AdapterModel(RoutedModel, ABC):
         except AttributeError:
             if name in ("model", "_installed", "_state"):
                 raise
+            if name in ASKED_BY_TRAINERS:
+                raise ConfigError(
+                    "a Trainer takes kilotune.train.for_trainer(model), not the model of get_peft_model() itself: of "
+                    "that it would save the whole base and no adapter, and its fused head would not find the layers"
+                ) from None
             found = getattr(self.model, name)
             return partial(generate, self, found) if name == "generate" else found
 
@@ -442,23 +451,6 @@ class AdapterModel(RoutedModel, ABC):
         names = list(self._installed) if selected_adapters is None else self._named(selected_adapters)
         chosen = {name: self._installed[name] for name in names}
         writing.save(writing.folders(Path(save_directory), chosen), is_main_process)
-
-    # -- Trainers --------------------------------------------------------------------------------
-
-    @property
-    def is_distributed_loading_by_transformers(self) -> bool:
-        """What transformers' Trainer, and TRL's, ask of a model when they are made, and nobody else asks.
-
-        Raises:
-            ConfigError: always; says what a Trainer takes in the place of this model.
-
-        """
-        raise ConfigError(
-            "a Trainer takes kilotune.train.for_trainer(model), not the model of get_peft_model() itself: of that it "
-            "would save the whole base and no adapter, and its fused head would not find the layers"
-        )
-
-    _hf_peft_config_loaded = is_distributed_loading_by_transformers  # asked before that where the base is quantised
 
     # -- checks ----------------------------------------------------------------------------------
 
