@@ -37,6 +37,7 @@ from .merging import MergeReport
 from .parameter_report import ParameterReport, count_parameters
 from .routed_model import RoutedModel, Source, check_rows, generate
 from .unreduced import came_after_shards, check_reduced
+from .unused_layers import unwatch, watch
 
 __all__ = ["DEFAULT", "AdapterModel"]
 
@@ -259,6 +260,7 @@ class AdapterModel(RoutedModel, ABC):
     def _set_requires_grad(self, train: bool) -> None:
         self._active_train = train
         set_requires_grad(self._installed, self._perhaps_trained, self._state.active, train)
+        watch(self.model, self._state)
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
         """As of any module: all parameters, the base's too; the next :meth:`set_adapter` sees to the adapters'."""
@@ -296,6 +298,7 @@ class AdapterModel(RoutedModel, ABC):
         if (key := slot_key(name)) in self.shared_parameters:
             del self.shared_parameters[key]
         left = tuple(n for n in self._state.active if n != name)
+        self._state.watched.discard(name)
         self._state.active = left or tuple(islice(self._installed, 1))
         self._set_requires_grad(self._active_train or not left)
 
@@ -414,6 +417,7 @@ class AdapterModel(RoutedModel, ABC):
             self.projections.release(owner)
         storage.release(own_modules(self.model))
         base_overrides.remove_overrides(self.model)
+        unwatch(self.model)
         return self.model
 
     # -- files -----------------------------------------------------------------------------------
@@ -438,6 +442,23 @@ class AdapterModel(RoutedModel, ABC):
         names = list(self._installed) if selected_adapters is None else self._named(selected_adapters)
         chosen = {name: self._installed[name] for name in names}
         writing.save(writing.folders(Path(save_directory), chosen), is_main_process)
+
+    # -- Trainers --------------------------------------------------------------------------------
+
+    @property
+    def is_distributed_loading_by_transformers(self) -> bool:
+        """What transformers' Trainer, and TRL's, ask of a model when they are made, and nobody else asks.
+
+        Raises:
+            ConfigError: always; says what a Trainer takes in the place of this model.
+
+        """
+        raise ConfigError(
+            "a Trainer takes kilotune.train.for_trainer(model), not the model of get_peft_model() itself: of that it "
+            "would save the whole base and no adapter, and its fused head would not find the layers"
+        )
+
+    _hf_peft_config_loaded = is_distributed_loading_by_transformers  # asked before that where the base is quantised
 
     # -- checks ----------------------------------------------------------------------------------
 
