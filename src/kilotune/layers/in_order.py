@@ -27,21 +27,44 @@ Pair = tuple[Slot, "Delta | None"]
 class OrderedLayer(Protocol):
     """What is needed of a layer: an ``AdaptedLayer``, which stands above this file."""
 
-    base_layer: nn.Module
+    _state: ActiveState
 
     @property
-    def kind(self) -> LayerKind: ...
+    def kind(self) -> LayerKind:
+        """How the layer's weight is seen as a matrix."""
+
     @property
-    def storage(self) -> Storage: ...
+    def storage(self) -> Storage:
+        """How it is kept."""
+
     @property
-    def merged(self) -> tuple[str, ...]: ...
-    def slot(self, adapter: str) -> Slot | None: ...
-    def base_matrix(self) -> Tensor: ...
-    def base_bias(self) -> Tensor | None: ...
-    def compute_dtype(self) -> torch.dtype: ...
-    def flat(self, bias: Tensor) -> Tensor: ...
-    def added(self, slot: Slot, delta: LowRank | Full, x: Tensor, y: Tensor, cols: Tensor | None) -> Tensor: ...
-    def run_deltas(self, deltas: Sequence[tuple[Slot, Delta]], x: Tensor, base: Tensor | None, y: Tensor) -> Tensor: ...
+    def base_layer(self) -> nn.Module:
+        """The layer without adapters."""
+
+    @property
+    def merged(self) -> tuple[str, ...]:
+        """The adapters whose deltas are in the weight now."""
+
+    def slot(self, adapter: str) -> Slot | None:
+        """The part of ``adapter`` in this layer, or None."""
+
+    def base_matrix(self, dtype: torch.dtype | None = None, gather: bool = False) -> Tensor:
+        """The base weight as the canonical matrix (out, in)."""
+
+    def base_bias(self) -> Tensor | None:
+        """The base layer's own bias (out,)."""
+
+    def compute_dtype(self) -> torch.dtype:
+        """In which the layer computes."""
+
+    def flat(self, bias: Tensor) -> Tensor:
+        """A stored bias as (out,)."""
+
+    def added(self, slot: Slot, delta: LowRank | Full, x: Tensor, y: Tensor, cols: Tensor | None) -> Tensor:
+        """``y`` and the change's matrix, or it times diag(cols), times x."""
+
+    def run_deltas(self, deltas: Sequence[tuple[Slot, Delta]], x: Tensor, base: Tensor | None, y: Tensor) -> Tensor:
+        """``y`` with the changes in it, but for those of the bias."""
 
 
 def ordered(layer: OrderedLayer, live: Sequence[Slot]) -> bool:
@@ -86,10 +109,10 @@ def bias_with(base: Tensor | None, changes: Sequence[Pair], flat: Callable[[Tens
     return total
 
 
-def run(layer: OrderedLayer, state: ActiveState, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def run(layer: OrderedLayer, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The output with all live and merged deltas, one after the other, over the base's own weight."""
     kind, module = layer.kind, layer.base_layer
-    all_pairs = pairs(layer, (*layer.merged, *state.live), state.active)
+    all_pairs = pairs(layer, (*layer.merged, *layer._state.live), layer._state.active)
     deltas = [(slot, delta) for slot, delta in all_pairs if delta is not None]
     linear = [(slot, delta) for slot, delta in deltas if not isinstance(delta, Residual)]
     output = kind.call(module, None, args, kwargs)
@@ -100,10 +123,10 @@ def run(layer: OrderedLayer, state: ActiveState, x: Tensor, args: tuple[Any, ...
     return kind.with_tensor(output, layer.run_deltas(last, x, None, y.to(kind.tensor_of(output).dtype)))
 
 
-def built(layer: OrderedLayer, state: ActiveState) -> dict[str, Any]:
+def built(layer: OrderedLayer) -> dict[str, Any]:
     """The layer's parameters with all live and merged deltas in them, by their names in the layer."""
     storage, dtype = layer.storage, layer.compute_dtype()
-    all_pairs = pairs(layer, (*layer.merged, *state.live), state.active)
+    all_pairs = pairs(layer, (*layer.merged, *layer._state.live), layer._state.active)
     own = [delta for _, delta in all_pairs if delta is not None and not isinstance(delta, Residual)]
     total = weight_with(layer.base_matrix().to(accumulate_dtype(dtype)), own)
     found: dict[str, Any] = {storage.weight_name: layer.kind.native(layer.base_layer, total).to(dtype)}
