@@ -224,8 +224,8 @@ class StoreCatalogue:
     def check(self, namespace: str, name: str, adapter: Any) -> Contents:
         return contents_of(adapter)
 
-    def keep(self, namespace: str, name: str, contents: Contents, **more: Any) -> Version:
-        return self.put(namespace, name, contents, **more)
+    def keep(self, namespace: str, name: str, contents: Contents, **more: Any) -> tuple[Version, bool]:
+        return self.store(namespace).put_once(name, contents, **more)
 
     def load(self, key: AdapterKey) -> None:
         self.store(key.namespace).get(key.name, key.version)

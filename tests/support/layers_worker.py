@@ -148,6 +148,26 @@ def added_to_shards() -> Any:
 
 
 @check
+def added_to_shards_and_not_reduced() -> Any:
+    """Each process would train an adapter of its own: refused, and right in torch's order."""
+    base = Nested()
+    for block in base.blocks.children():
+        fully_shard(block)
+    late = adapted(CONFIGS["vera"], base=fully_shard(base))
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(RANK))
+    said = refused(lambda: train(late, RANK, WORLD))
+    with torch.no_grad():
+        runs = late(x).shape == (4, 3)
+    late.eval()
+    runs = runs and late(x).shape == (4, 3)
+    early = adapted(CONFIGS["vera"])
+    fully_shard(early)
+    train(early, RANK, WORLD)
+    alone = one_process(CONFIGS["vera"])
+    return {"refused": said, "runs": runs, "in order": apart(early, alone)}
+
+
+@check
 def adapters_in_shards() -> Any:
     """torch's own way, and that of accelerate's FSDP2: blocks with all that is in them."""
 

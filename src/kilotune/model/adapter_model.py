@@ -36,6 +36,7 @@ from .adapter_configs import Configs
 from .merging import MergeReport
 from .parameter_report import ParameterReport, count_parameters
 from .routed_model import RoutedModel, Source, check_rows, generate
+from .unreduced import came_after_shards, check_reduced
 
 __all__ = ["DEFAULT", "AdapterModel"]
 
@@ -72,6 +73,7 @@ class AdapterModel(RoutedModel, ABC):
         self._sources: list[Source] = []
         self._perhaps_trained: set[str] = set()  # no other adapter's parameters have gradients
         self._active_train = True
+        self._unreduced = False
         # With the names of tied weights, which merging for good takes apart.
         everything = model.named_parameters(remove_duplicate=False)
         self._was_trainable = {name for name, p in everything if p.requires_grad}
@@ -80,6 +82,9 @@ class AdapterModel(RoutedModel, ABC):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's forward, with the active adapters; ``adapter_names``: as in :meth:`route`, for this call."""
+        if self._unreduced and self.training and torch.is_grad_enabled():
+            check_reduced(self)
+            self._unreduced = False
         if (names := kwargs.pop("adapter_names", None)) is None:
             return self.model(*args, **kwargs)
         check_rows(names, args, kwargs)
@@ -182,6 +187,7 @@ class AdapterModel(RoutedModel, ABC):
             held = nn.ParameterDict(installed.shared.trained)
             installed.shared.trained = self.shared_parameters[slot_key(made.adapter)] = held
         merged_state.watch_tables(self.model)
+        self._unreduced = self._unreduced or came_after_shards(self.model)
 
     def load_adapter(
         self,

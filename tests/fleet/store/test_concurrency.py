@@ -104,6 +104,26 @@ def check_complete(store: AdapterStore) -> None:
     assert list(store.verify()) == []
 
 
+def test_of_many_who_put_the_same_one_makes_the_version(url: str) -> None:
+    """Handles of their own, as replicas have; beside others who put something else under the name."""
+    stores = [open_store(url) for _ in range(WORKERS)]
+    try:
+        for i in range(EACH):
+            made: list[tuple[int, bool]] = []
+
+            def put(store: AdapterStore, number: int = i, made: list[tuple[int, bool]] = made) -> None:
+                info, new = store.put_once("a", uniform(number), metadata={"number": number})
+                made.append((info.version, new))
+
+            run_all([lambda store=store: put(store) for store in stores * 2])  # type: ignore[misc]
+            assert sorted(made) == [(i + 1, False)] * (2 * WORKERS - 1) + [(i + 1, True)]
+        versions = stores[0].versions("a")
+        assert [info.metadata["number"] for info in versions] == list(range(EACH))
+    finally:
+        for store in stores:
+            store.close()
+
+
 def test_processes_share_a_store(url: str) -> None:
     with open_store(url) as store:
         for name in ("a", "b"):

@@ -547,6 +547,61 @@ def test_verify_names_what_it_was_asked_for_and_is_not_there(store: AdapterStore
     assert "there is no adapter 'bob'" in fault.what
 
 
+# -- the same once more ---------------------------------------------------------------------------------
+
+
+def test_the_same_once_more_is_the_same_version(store: AdapterStore) -> None:
+    given = {"metadata": {"rows": 3}, "tags": ["b", "a"], "alias": "live"}
+    first, made = store.put_once("ann", contents(1), **given)  # type: ignore[arg-type]
+    assert (first.version, made) == (1, True)
+    assert store.put_once("ann", contents(1), **given) == (first, False)  # type: ignore[arg-type]
+    assert [info.version for info in store.versions("ann")] == [1]
+    assert store.info("ann") == first
+    assert store.stats().versions == 1
+    second = store.put("ann", contents(1))
+    assert second.version == 2, "put makes a new one, whatever there is, and no number was lost"
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"adapter": contents(2)},
+        {"adapter": contents(1, {**CONFIG, "vera_dropout": 0.5})},
+        {"metadata": {"rows": 4}},
+        {"tags": ["a", "c"]},
+        {"packing": "bfloat16"},
+    ],
+    ids=lambda other: next(iter(other)),
+)
+def test_what_differs_in_anything_is_another_version(store: AdapterStore, other: dict[str, Any]) -> None:
+    given: dict[str, Any] = {"adapter": contents(1), "metadata": {"rows": 3}, "tags": ["a", "b"]}
+    assert store.put_once("ann", **given)[1]
+    info, made = store.put_once("ann", **{**given, **other})
+    assert (info.version, made) == (2, True)
+    info, made = store.put_once("ann", **given)
+    assert (info.version, made) == (3, True), "only the newest counts"
+    assert store.put_once("bob", **given)[0].version == 1, "and only of this name"
+
+
+def test_the_alias_of_what_is_there_is_set_and_can_be_taken_back(store: AdapterStore) -> None:
+    store.put("ann", contents(1), alias="live")
+    store.put_once("ann", contents(2))
+    for _ in range(2):
+        assert store.put_once("ann", contents(2), alias="live") == (store.info("ann"), False)
+        assert store.aliases("ann") == {"live": 2}
+    assert store.roll_back("live", ["ann"]) == {"ann": 1}, "what it named before stays known"
+
+
+def test_what_was_removed_or_damaged_is_put_anew(store: AdapterStore) -> None:
+    store.put("ann", contents(1))
+    store.rm("ann")
+    assert store.put_once("ann", contents(1))[0].version == 2
+    store._write(lambda link: link.run("UPDATE kilotune_payloads SET data = ?", (bytes(64),)))  # type: ignore[attr-defined]
+    info, made = store.put_once("ann", contents(1))
+    assert (info.version, made) == (3, True)
+    assert same(store.get("ann").tensors(), dict(sorted(contents(1).tensors.items())))
+
+
 # -- opening --------------------------------------------------------------------------------------------
 
 
@@ -559,6 +614,7 @@ def test_a_store_opened_read_only_changes_nothing(store: AdapterStore, opened: O
     assert reader.gc(keep=1, dry_run=True).versions == 0
     for call in (
         lambda: reader.put("ann", contents(3)),
+        lambda: reader.put_once("ann", contents(3)),
         lambda: reader.put_many([Item("ann", contents(3))]),
         lambda: reader.rm("ann"),
         lambda: reader.alias("ann", "live", 2),

@@ -313,6 +313,29 @@ def large_adapter(seed: int, rank: int, folder: Path) -> Path:
 
 
 @pytest.mark.heavy
+def test_two_processes_that_are_given_the_same_at_once_make_one_version(tmp_path: Path) -> None:
+    store, files = tmp_path / "adapters.db", [adapter_folder(1), adapter_folder(2)]
+    with process(base_folder(), store, tmp_path) as one, process(base_folder(), store, tmp_path) as other:
+        answers: list[httpx2.Response] = []
+
+        def put(served: Served) -> None:
+            answers.append(served.put(served.document["manager_key"], "default", "mine", files[0], alias="live"))
+
+        threads = [threading.Thread(target=put, args=(served,)) for served in (one, other) * 4]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        told = sorted((answer.status_code, answer.json()["version"]) for answer in answers)
+        assert told == [(200, 1)] * 7 + [(201, 1)]
+        made = other.put(other.document["manager_key"], "default", "mine", files[1])
+        assert (made.status_code, made.json()["version"], made.json()["created"]) == (201, 2, True)
+        for served in (one, other):
+            assert complete(served.url, "any", "mine").json()["choices"][0]["text"] == expected(2, PROMPT, 6)
+            assert complete(served.url, "any", "mine/live").json()["choices"][0]["text"] == expected(1, PROMPT, 6)
+
+
+@pytest.mark.heavy
 def test_48_puts_at_once_leave_anothers_answers_alone(tmp_path: Path) -> None:
     """Each makes a form of its own, which is what takes longest; another tenant goes on asking meanwhile."""
     folders = [large_adapter(i, 1024 + i, tmp_path / f"large-{i}") for i in range(6)]

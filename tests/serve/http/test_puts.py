@@ -13,7 +13,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from kilotune.errors import ResourceError
+from kilotune.errors import CheckpointError, ResourceError, StoreError
 from kilotune.serve.engine.interface import AdapterKey, EngineError
 from kilotune.serve.http import puts
 from kilotune.serve.http.keys import Keyring, new_key
@@ -222,9 +222,101 @@ def test_a_store_that_does_not_come_to_an_end_is_told_as_unknown(
     monkeypatch.setattr(puts, "KEEPING", 0.3)
     with held(running, "keep") as go:
         told = error(put(manager, "perhaps", 4), 503)
-        assert "has not answered within 0.3 s: the adapter may be stored or not" in told["message"]
+        assert "has not answered within 0.3 s: the adapter is stored or not; put it again" in told["message"]
         go.set()
     wait_for(lambda: "perhaps" in names(manager))
+    answer = put(manager, "perhaps", 4)
+    assert (answer.status_code, answer.json()["version"], answer.json()["created"]) == (200, 1, False)
+
+
+# -- once more ---------------------------------------------------------------------------------------
+
+
+def test_a_put_can_be_repeated(running: Running, manager: httpx2.Client) -> None:
+    given = {"tags": ["eu", "beta"], "metadata": '{"rows": 12}', "alias": "live"}
+    first = put(manager, "twice", 4, **given)
+    assert (first.status_code, first.json()["created"], first.json()["ready"]) == (201, True, True)
+    for _ in range(2):
+        again = put(manager, "twice", 4, **given)
+        assert again.status_code == 200
+        assert again.json() == {**first.json(), "created": False}
+    assert put(manager, "twice", 4, **given, space="bob").status_code == 201
+    assert put(manager, "twice", 5, **given).json()["version"] == 2, "other files"
+    assert put(manager, "twice", 4, **given).json()["version"] == 3, "the files that were newest before the last put"
+    assert put(manager, "twice", 4, **{**given, "tags": ["eu"]}).json()["version"] == 4
+    moved = put(manager, "twice", 4, tags=["eu"], metadata='{"rows": 12}', alias="beta")
+    assert (moved.status_code, moved.json()["version"]) == (200, 4)
+    shown = manager.get("/manage/ann/adapters/twice").json()["versions"]
+    assert [(one["version"], one["aliases"]) for one in shown] == [(1, []), (2, []), (3, []), (4, ["beta", "live"])]
+    assert shown[0]["created"] == first.json()["created_at"]
+
+
+def test_what_is_stored_and_not_read_back_in_time_is_told_as_stored(
+    running: Running, manager: httpx2.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was 503, and who came again made a second version."""
+    monkeypatch.setattr(puts, "PATIENCE", 0.2)
+    with held(running, "load") as go:
+        answer = put(manager, "slow", 4)
+        assert (answer.status_code, answer.json()["created"], answer.json()["ready"]) == (201, True, False)
+        told = "version 1 is stored, and is read when it is first asked for: it has not been read back within 0.2 s"
+        assert answer.json()["note"] == told
+        go.set()
+    again = put(manager, "slow", 4)
+    assert (again.status_code, again.json()["version"]) == (200, 1)
+    assert (again.json()["ready"], again.json()["note"]) == (True, None)
+
+
+@pytest.mark.parametrize(
+    ("fault", "part"),
+    [
+        (StoreError("/var/lib/adapters.db: disk I/O error"), "the store of adapters does not answer"),
+        (CheckpointError("adapter 'lost', version 1 is damaged"), "is damaged"),
+        (RuntimeError("internal detail"), "reading it back failed; the log says more"),
+    ],
+)
+def test_what_is_stored_and_cannot_be_read_back_is_told_as_stored(
+    running: Running, manager: httpx2.Client, fault: Exception, part: str
+) -> None:
+    def load(_: AdapterKey) -> None:
+        raise fault
+
+    running.catalogue.load = load  # type: ignore[method-assign]
+    answer = put(manager, "lost", 4)
+    assert (answer.status_code, answer.json()["version"], answer.json()["ready"]) == (201, 1, False)
+    assert part in answer.json()["note"]
+    assert "/var/lib" not in answer.text
+    assert "internal detail" not in answer.text
+    assert put(manager, "lost", 4).status_code == 200
+
+
+def test_of_replicas_that_are_given_the_same_at_once_one_makes_the_version(tmp_path: Path) -> None:
+    replicas = [StoreCatalogue(f"sqlite:///{tmp_path / 'adapters.db'}") for _ in range(2)]
+    with (
+        serving(tmp_path, catalogue=replicas[0]) as one,
+        serving(tmp_path, catalogue=replicas[1]) as other,
+        one.client(one.manager) as first,
+        other.client(other.manager) as second,
+    ):
+        threads, answers = in_threads([lambda client=c: put(client, "raced", 4) for c in (first, second) * 6])  # type: ignore[misc]
+        for thread in threads:
+            thread.join(30)
+        assert sorted(answer.status_code for answer in answers) == [200] * 11 + [201]
+        assert {answer.json()["version"] for answer in answers} == {1}
+        assert len(first.get("/manage/ann/adapters/raced").json()["versions"]) == 1
+
+
+def test_the_document_says_what_a_put_is_answered_with(running: Running) -> None:
+    document = httpx2.get(f"{running.url}/openapi.json").json()
+    answers = document["paths"]["/manage/{namespace}/adapters/{name}"]["put"]["responses"]
+    for status in ("200", "201"):
+        schema = answers[status]["content"]["application/json"]["schema"]
+        assert schema["properties"]["created"]["type"] == "boolean"
+        assert {"ready", "note", "version"} <= {*schema["required"]}
+    assert "newest version" in answers["200"]["description"]
+
+
+# -- what a store is ---------------------------------------------------------------------------------
 
 
 def test_a_folder_is_only_read_which_is_told_at_once(tmp_path: Path) -> None:

@@ -29,7 +29,12 @@ pytestmark = [
 def launch(worker: str, *arguments: str, processes: int = 2, timeout: int = 240) -> subprocess.CompletedProcess[str]:
     """Run a worker of tests/support under torchrun."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'src'}",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
     return subprocess.run(
         [*command, str(SUPPORT / worker), *arguments],
         capture_output=True,
@@ -60,6 +65,15 @@ def test_two_processes_give_the_adapter_of_one(form: str, found: list[dict[str, 
         for method, (difference, change) in one[form].items():
             assert change > 0.05, method
             assert difference < 1e-6, method
+
+
+def test_an_adapter_that_came_after_the_shards_is_not_trained_apart(found: list[dict[str, Any]]) -> None:
+    """Its gradients were those of each process's own rows."""
+    for one in found:
+        late = one["added_to_shards_and_not_reduced"]
+        assert "nobody reduces the adapter's gradients" in late["refused"]
+        assert late["runs"]
+        assert late["in order"] < 1e-6
 
 
 def test_projections_are_not_sent_not_sharded_and_held_once(found: list[dict[str, Any]]) -> None:

@@ -99,6 +99,29 @@ class AdapterStore(ABC):
         """
 
     @abstractmethod
+    def put_once(
+        self,
+        name: str,
+        adapter: Adapter,
+        *,
+        metadata: Mapping[str, Any] | None = None,
+        tags: Sequence[str] = (),
+        alias: str | None = None,
+        packing: str | None = None,
+        adapter_name: str | None = None,
+    ) -> tuple[Version, bool]:
+        """As :meth:`put`, but where the newest version is the same, that is the version; so it can be done again.
+
+        The same: adapter (its form and its packed numbers, bit for bit), metadata and tags. Newest is what is so in the
+        transaction that writes: of several who put the same at once, in whatever thread or process, one makes the
+        version and the others get it. What another put made newest meanwhile is followed by a new version.
+
+        Returns:
+            (the version, whether it was made now); ``alias`` names it either way.
+
+        """
+
+    @abstractmethod
     def name_for(self, name: str) -> str:
         """The name under which :meth:`put` keeps an adapter: in Unicode's form NFC, or as the store has it already.
 

@@ -211,6 +211,19 @@ class FolderStore(AdapterStore):
     ) -> Version:
         self._refuse()
 
+    def put_once(
+        self,
+        name: str,
+        adapter: Adapter,
+        *,
+        metadata: Mapping[str, Any] | None = None,
+        tags: Sequence[str] = (),
+        alias: str | None = None,
+        packing: str | None = None,
+        adapter_name: str | None = None,
+    ) -> tuple[Version, bool]:
+        self._refuse()
+
     def put_many(
         self,
         items: Iterable[Item],

@@ -14,7 +14,8 @@ from contextlib import contextmanager, suppress
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, final
 
-from ...errors import MissingExtraError, StoreError, StoreFullError, first_line
+from ...errors import MissingExtraError, StoreError, StoreFullError, StoreLimitError, first_line
+from .adapter_store import ONLY_READ
 from .fingerprint import Fingerprint
 from .records import Fault
 from .schema import FORMAT, Link, statements
@@ -183,7 +184,10 @@ class PostgresStore(SqlStore):
             text = f"others held what was to be changed for {self.timeout:g} seconds"
             raise StoreError(f"{self.url}: {text}; try again later", f"is busy: {text}") from error
         except self._psycopg.errors.DiskFull as error:
-            raise StoreFullError(f"{self.url}: {first_line(error)}; nothing was written") from error
+            told = f"{self.url}: the server's disk is full, so nothing was changed ({first_line(error)})"
+            raise StoreFullError(f"{told}; to remove takes some room, too: make room there, and do it again") from error
+        except self._psycopg.errors.ReadOnlySqlTransaction as error:
+            raise StoreLimitError(f"{self.url} cannot be changed: {first_line(error)}", ONLY_READ) from error
         except self._psycopg.Error as error:
             raise StoreError(f"{self.url}: {first_line(error)}") from error
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -21,7 +21,7 @@ from .names import check_metadata, check_name, check_new_word, check_packing, ch
 from .packing import Layout
 from .records import SUM, Contents, Form, Record, canonical
 
-__all__ = ["Preparer", "Ready", "contents_of", "folder_contents"]
+__all__ = ["Preparer", "Ready", "batches", "contents_of", "folder_contents"]
 
 CACHED = 256  # kinds of adapters whose form is remembered
 
@@ -167,3 +167,17 @@ def _new_form(
 def _with_frozen(form: Form, frozen: Mapping[str, Tensor]) -> Form:
     sums = {key: tensors_checksum({"": value}) for key, value in frozen.items()}
     return Form(form.config, form.header, form.layout, sums, form.base)
+
+
+def batches(ready: Iterator[Ready], count: int, most: int) -> Iterator[list[Ready]]:
+    """In batches of ``count``, or fewer where they have ``most`` bytes by then."""
+    part: list[Ready] = []
+    size = 0
+    for one in ready:
+        part.append(one)
+        size += len(one.packed)
+        if len(part) >= count or size >= most:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part

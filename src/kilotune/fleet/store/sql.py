@@ -12,12 +12,21 @@ import time
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from itertools import islice
 from typing import Any, TypeVar
 
 from ...adapter_files.names import composed
-from ...errors import AdapterError, ConfigError, KilotuneError, StoreError, gather
+from ...errors import (
+    AdapterError,
+    ConfigError,
+    KilotuneError,
+    StoreError,
+    StoreFullError,
+    StoreLimitError,
+    gather,
+)
 from . import reading, upkeep, writing
 from .adapter_store import Adapter, AdapterStore, Item, Which
 from .fingerprint import Fingerprint
@@ -35,7 +44,7 @@ from .names import (
     matches,
     spellings,
 )
-from .preparing import Preparer, Ready
+from .preparing import Preparer, Ready, batches
 from .reading import Forms, Row
 from .records import Collected, Fault, Record, Stats, Version
 from .schema import Link
@@ -164,6 +173,21 @@ class SqlStore(AdapterStore, ABC):
         ready = self._prepare(self.name_for(name), adapter, metadata, tags, packing, adapter_name)
         return self._changing(lambda link: writing.write_batch(link, self.namespace, [ready], word))[0]
 
+    def put_once(
+        self,
+        name: str,
+        adapter: Adapter,
+        *,
+        metadata: Mapping[str, Any] | None = None,
+        tags: Sequence[str] = (),
+        alias: str | None = None,
+        packing: str | None = None,
+        adapter_name: str | None = None,
+    ) -> tuple[Version, bool]:
+        word = None if alias is None else check_new_word("alias", check_alias(alias))
+        ready = self._prepare(self.name_for(name), adapter, metadata, tags, packing, adapter_name)
+        return self._changing(lambda link: writing.write_once(link, self.namespace, ready, word))
+
     def get(self, name: str, version: Which = None) -> Record:
         name, which = self._named(name), check_which(version)
 
@@ -251,7 +275,7 @@ class SqlStore(AdapterStore, ABC):
         count = 0
         if packing is not None:
             check_packing(packing)
-        for part in _batches(self._prepared(items, packing, failed), _positive("batch", batch)):
+        for part in batches(self._prepared(items, packing, failed), _positive("batch", batch), CHUNK):
             found = self._changing(_writer(self.namespace, part, word))
             count += len(found)
             if done is not None:
@@ -362,17 +386,21 @@ class SqlStore(AdapterStore, ABC):
         if keep is not None:
             least = _positive("keep", keep)
             for page in self._pages():
-                gone, freed = run(_collector(self.namespace, page, least, unused_for, dry_run))
+                with upkeep.after(versions and f"{versions:,} versions were removed before that"):
+                    gone, freed = run(_collector(self.namespace, page, least, unused_for, dry_run))
                 versions, size = versions + gone, size + freed
-        result = run(lambda link: upkeep.collect_shared(link, versions, size, dry_run))
+        with upkeep.after(versions and f"{versions:,} versions were removed before that"):
+            result = run(lambda link: upkeep.collect_shared(link, versions, size, dry_run))
         if compact and not dry_run:
-            self._compact()
+            with upkeep.after("what was to be removed is removed, and its room is used again; only compacting failed"):
+                self._compact()
         return result
 
     def close(self) -> None:
         if not self._closed:
             try:
-                self.flush()
+                with suppress(StoreFullError, StoreLimitError):  # when adapters were read is no reason for an error
+                    self.flush()
             finally:
                 self._closed = True
                 self._disconnect()
@@ -384,7 +412,12 @@ class SqlStore(AdapterStore, ABC):
         with self._notes_lock:
             notes, self._notes, self._noted = self._notes, {}, time.monotonic()
         if notes:
-            self._write(lambda link: writing.note_used(link, notes))
+            try:
+                self._write(lambda link: writing.note_used(link, notes))
+            except StoreError:
+                with self._notes_lock:
+                    self._notes = {**notes, **self._notes}
+                raise
 
     def _note(self, rows: Iterable[Row]) -> None:
         if self.read_only:
@@ -436,38 +469,13 @@ def _pager(namespace: str, after: str, prefix: str, tag: str | None) -> Callable
 
 
 def _verifier(namespace: str, names: Sequence[str], forms: Forms, named: bool) -> Callable[[Link], list[Fault]]:
-    def work(link: Link) -> list[Fault]:
-        faults = list(upkeep.faults_of(link, forms, namespace, names))
-        if named:
-            there = {row.name for row in reading.of_names(link, namespace, names, every=False, data=False)}
-            faults += [
-                Fault(name, None, str(reading.missing(link, namespace, name, None)))
-                for name in names
-                if name not in there
-            ]
-        return faults
-
-    return work
+    return lambda link: upkeep.verify_page(link, forms, namespace, names, named)
 
 
 def _collector(
     namespace: str, names: Sequence[str], keep: int, unused_for: timedelta | None, dry_run: bool
 ) -> Callable[[Link], tuple[int, int]]:
     return lambda link: upkeep.collect_page(link, namespace, names, keep, unused_for, dry_run)
-
-
-def _batches(ready: Iterator[Ready], count: int) -> Iterator[list[Ready]]:
-    """In batches of ``count``, or fewer where they are large."""
-    part: list[Ready] = []
-    size = 0
-    for one in ready:
-        part.append(one)
-        size += len(one.packed)
-        if len(part) >= count or size >= CHUNK:
-            yield part
-            part, size = [], 0
-    if part:
-        yield part
 
 
 def _listed(names: Iterable[str]) -> Iterable[str]:

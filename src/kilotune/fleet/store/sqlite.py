@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import sqlite3
 import threading
 import time
@@ -18,7 +19,9 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar, final
 from urllib.parse import quote
 
-from ...errors import StoreError, StoreFullError
+from ..._ui.sizes import readable_bytes
+from ...errors import StoreError, StoreFullError, StoreLimitError
+from .adapter_store import ONLY_READ
 from .fingerprint import Fingerprint
 from .records import Fault
 from .schema import FORMAT, Link, statements
@@ -41,6 +44,7 @@ WORDS = {
     "wide": "STRICT",
     "narrow": "STRICT, WITHOUT ROWID",
 }
+ROOM = 64 * 1024  # bytes; with fewer on its disk, SQLite's own files beside a store do not fit
 FORK_WAIT = 60.0  # seconds that a fork waits for transactions of other threads
 
 
@@ -101,8 +105,14 @@ class SqliteStore(SqlStore):
             raise StoreError(f"there is no store at {path}")
         if not path.parent.is_dir():
             raise StoreError(f"cannot make a store at {path}: there is no folder {path.parent}")
-        with self._guarded():
-            first = self._first()
+        new = not path.exists()
+        try:
+            with self._guarded():
+                first = self._first()
+        except StoreFullError:
+            if new and path.is_file() and not path.stat().st_size:
+                path.unlink()
+            raise
         self._file = _identity(self.path)
         self._taken = 1
         self._give_back(first)
@@ -126,12 +136,16 @@ class SqliteStore(SqlStore):
             check_same_thread=False,
             cached_statements=256,
         )
-        made.execute("PRAGMA foreign_keys = ON")
-        made.execute("PRAGMA trusted_schema = OFF")  # somebody else may have made the file
-        made.execute("PRAGMA synchronous = FULL")
-        made.execute(f"PRAGMA cache_size = -{CACHE}")
-        if self.read_only:
-            made.execute("PRAGMA query_only = ON")
+        try:
+            made.execute("PRAGMA foreign_keys = ON")
+            made.execute("PRAGMA trusted_schema = OFF")  # somebody else may have made the file
+            made.execute("PRAGMA synchronous = FULL")
+            made.execute(f"PRAGMA cache_size = -{CACHE}")
+            if self.read_only:
+                made.execute("PRAGMA query_only = ON")
+        except BaseException:
+            made.close()
+            raise
         return made
 
     def _first(self) -> sqlite3.Connection:
@@ -171,7 +185,8 @@ class SqliteStore(SqlStore):
                 made.execute(f"PRAGMA user_version = {FORMAT}")
             made.execute("COMMIT")
         except BaseException:
-            made.execute("ROLLBACK")
+            with suppress(sqlite3.Error):  # it says less than what went wrong
+                made.execute("ROLLBACK")
             raise
 
     def _to_log(self, made: sqlite3.Connection) -> None:
@@ -223,15 +238,24 @@ class SqliteStore(SqlStore):
         try:
             yield
         except sqlite3.Error as error:
-            text = str(error)
-            if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
-                raise StoreFullError(f"{self.path}: {text}; nothing was written") from error
-            if "locked" in text or "busy" in text:
-                told = f"{self.path}: {self._busy} ({text}); try again later"
-                raise StoreError(told, f"is busy: {self._busy}") from error
-            if "unable to open" in text and self.read_only:
-                text += "; while nobody has it open, SQLite must be able to make two files beside it"
-            raise StoreError(f"{self.path}: {text}") from error
+            raise self._ours(error) from error
+
+    def _ours(self, error: sqlite3.Error) -> StoreError:
+        text, kind = str(error), getattr(error, "sqlite_errorcode", 0) & 0xFF  # above that byte is more of the same
+        lacks = kind in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN) and _free(self.path) < ROOM
+        if kind == sqlite3.SQLITE_FULL or lacks:
+            return StoreFullError(
+                f"{self.path}: the disk is full ({readable_bytes(_free(self.path))} free), so nothing was changed; "
+                "opening a store and removing from it take some room, too, for SQLite's log: make room, and do it again"
+            )
+        if "locked" in text or "busy" in text:
+            return StoreError(f"{self.path}: {self._busy} ({text}); try again later", f"is busy: {self._busy}")
+        if kind in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN) and (why := _not_writable(self.path)):
+            if self.read_only:
+                text = f"{why}, and while nobody has it open, SQLite must be able to make two files beside it"
+                return StoreError(f"{self.path} cannot be read: {text}")
+            return StoreLimitError(f"{self.path} cannot be changed: {why}; open it read-only to read it", ONLY_READ)
+        return StoreError(f"{self.path}: {text}")
 
     @contextmanager
     def _transaction(self, begin: str, wait: float) -> Iterator[Link]:
@@ -320,6 +344,25 @@ def _identity(path: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return found.st_dev, found.st_ino
+
+
+def _free(path: Path) -> int:
+    """Bytes that the disk of a store has left."""
+    try:
+        return shutil.disk_usage(path.parent).free
+    except OSError:
+        return ROOM
+
+
+def _not_writable(path: Path) -> str | None:
+    """Why SQLite cannot write to a store."""
+    if os.statvfs(path.parent).f_flag & os.ST_RDONLY:
+        return "its file system is mounted read-only"
+    if path.exists() and not os.access(path, os.W_OK):
+        return "this user may not write to the file"
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        return f"this user may not write into {path.parent}"
+    return None
 
 
 def _can_lock(path: Path) -> bool:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 
-from ...errors import CheckpointError
-from .reading import Forms, Row, of_names
+from ...errors import CheckpointError, StoreError
+from .reading import Forms, Row, missing, of_names
 from .records import Collected, Fault, Stats
 from .schema import Link
 from .writing import drop, now
 
-__all__ = ["collect_page", "collect_shared", "count_all", "faults_of", "orphans"]
+__all__ = ["after", "collect_page", "collect_shared", "count_all", "faults_of", "orphans", "verify_page"]
 
 ALL = "(the store)"
 CHUNK = 32_000_000  # bytes of numbers read at once
@@ -34,6 +35,27 @@ def faults_of(link: Link, forms: Forms, namespace: str, names: Sequence[str]) ->
             except (CheckpointError, ValueError) as error:
                 yield Fault(row.name, row.version, str(error))
     yield from _alias_faults(link, namespace, names)
+
+
+def verify_page(link: Link, forms: Forms, namespace: str, names: Sequence[str], named: bool) -> list[Fault]:
+    """What is wrong with these names; where they were ``named``, that one is not there, too."""
+    faults = list(faults_of(link, forms, namespace, names))
+    if named:
+        there = {row.name for row in of_names(link, namespace, names, every=False, data=False)}
+        lacking = [name for name in names if name not in there]
+        faults += [Fault(name, None, str(missing(link, namespace, name, None))) for name in lacking]
+    return faults
+
+
+@contextmanager
+def after(done: str | int) -> Iterator[None]:
+    """Say with what stops a longer change what of it is done: a sentence, or nothing."""
+    try:
+        yield
+    except StoreError as error:
+        if not done:
+            raise
+        raise type(error)(f"{error} ({done})", error.told) from error
 
 
 def _chunks(rows: Sequence[Row]) -> Iterator[list[Row]]:

@@ -18,7 +18,17 @@ from .reading import Row, aliases_of, find, missing, of_names
 from .records import Version
 from .schema import Link
 
-__all__ = ["drop", "drop_alias", "move_alias", "now", "remove", "swap_aliases", "take_name", "write_batch"]
+__all__ = [
+    "drop",
+    "drop_alias",
+    "move_alias",
+    "now",
+    "remove",
+    "swap_aliases",
+    "take_name",
+    "write_batch",
+    "write_once",
+]
 
 ALIAS = (
     "INSERT INTO kilotune_aliases (name, alias, version, previous) VALUES (?, ?, ?, NULL) ON CONFLICT (name, alias) "
@@ -52,8 +62,7 @@ def write_batch(link: Link, namespace: str, batch: Sequence[Ready], alias: str |
     for one, payload in zip(batch, link.payload_ids(len(batch))):
         number, version = left[one.name]
         left[one.name] = (number, version + 1)
-        tags = json.dumps(one.tags, separators=(",", ":"), ensure_ascii=False)
-        form, size = numbers[one.form.sha256], len(one.packed)
+        form, size, tags = numbers[one.form.sha256], len(one.packed), _text(one.tags)
         rows.append(
             Row(number, one.name, version, form, payload, size, now(), None, one.sha256, one.metadata, tags, one.packed)
         )
@@ -63,6 +72,35 @@ def write_batch(link: Link, namespace: str, batch: Sequence[Ready], alias: str |
     if alias is not None:
         link.many(ALIAS, [(row.name_id, alias, row.version) for row in rows])
     return [row.info(one.form) for one, row in zip(batch, rows)]
+
+
+def write_once(link: Link, namespace: str, one: Ready, alias: str | None) -> tuple[Version, bool]:
+    """Write an adapter as the newest version of its name, unless the newest one is it: (that version, is it new)."""
+    space = _namespace(link, namespace)
+    _form(link, one)  # forms before names, as in write_batch, so that no two writers wait for each other
+    link.run(
+        "INSERT INTO kilotune_names (namespace, name, next) VALUES (?, ?, 1) ON CONFLICT (namespace, name) "
+        "DO UPDATE SET next = kilotune_names.next",  # from here on nobody else writes a version of this name
+        (space, one.name),
+    )
+    there = of_names(link, namespace, [one.name], every=False, data=False)
+    if not there or not _same(link, there[0], one):
+        return write_batch(link, namespace, [one], alias)[0], True
+    if alias is not None:
+        move_alias(link, namespace, one.name, alias, there[0].version)
+    return there[0].info(one.form), False
+
+
+def _same(link: Link, row: Row, one: Ready) -> bool:
+    """Whether a version is this adapter; its numbers as they are there now, so that a damaged one is nobody's same."""
+    if (bytes(row.sha256), row.metadata, row.tags) != (one.sha256, one.metadata, _text(one.tags)):
+        return False
+    numbers = link.one("SELECT data FROM kilotune_payloads WHERE id = ?", (row.payload,))
+    return numbers is not None and bytes(numbers[0]) == one.packed
+
+
+def _text(tags: Sequence[str]) -> str:
+    return json.dumps(tags, separators=(",", ":"), ensure_ascii=False)
 
 
 def _write_rows(link: Link, rows: Sequence[Row]) -> None:

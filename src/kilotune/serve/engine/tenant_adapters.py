@@ -232,7 +232,7 @@ class AdapterRegistry:
         See :meth:`AdapterStore.put` for the arguments, and the steps for what they raise.
         """
         contents = self.check(namespace, name, adapter)
-        version = self.keep(namespace, name, contents, metadata=metadata, tags=tags, alias=alias)
+        version, _ = self.keep(namespace, name, contents, metadata=metadata, tags=tags, alias=alias)
         self.load(AdapterKey(namespace, name, version.version, version.sha256))
         return version
 
@@ -264,9 +264,11 @@ class AdapterRegistry:
         metadata: Mapping[str, Any] | None = None,
         tags: Sequence[str] = (),
         alias: str | None = None,
-    ) -> Version:
-        """Write what :meth:`check` gave into the store, as the newest version; see :meth:`AdapterStore.put`."""
-        return self._ask(namespace, lambda store: store.put(name, contents, metadata=metadata, tags=tags, alias=alias))
+    ) -> tuple[Version, bool]:
+        """Write what :meth:`check` gave into the store, once however often; see :meth:`AdapterStore.put_once`."""
+        return self._ask(
+            namespace, lambda store: store.put_once(name, contents, metadata=metadata, tags=tags, alias=alias)
+        )
 
     def load(self, key: AdapterKey) -> None:
         """Read a version back, so that it answers at once and what is served is what is kept; raises as :meth:`row`."""

@@ -33,6 +33,25 @@ from .service import Service
 __all__ = ["routes"]
 
 MAX_PAGE = 1000
+STORED = {
+    "type": "object",
+    "required": ["name", "version", "sha256", "created", "created_at", "ready", "note"],
+    "properties": {
+        "name": {"type": "string"},
+        "version": {"type": "integer"},
+        "sha256": {"type": "string", "description": "Of the contents, as in the lists."},
+        "created": {"type": "boolean", "description": "Whether this put made the version."},
+        "created_at": {"type": "string", "description": "When it was made, which the lists call created."},
+        "ready": {"type": "boolean", "description": "Whether it answers requests at once."},
+        "note": {"type": ["string", "null"], "description": "Why it does not."},
+    },
+}
+PUT_ANSWERS: dict[int | str, dict[str, Any]] = {
+    200: {"description": "The newest version is this one already; nothing was written, but for the alias."},
+    201: {"description": "A new version; it is on disk."},
+}
+for _answer in PUT_ANSWERS.values():
+    _answer["content"] = {"application/json": {"schema": STORED}}
 
 
 def _space(request: Request, namespace: str) -> str:
@@ -78,7 +97,13 @@ def _metadata(text: str | None) -> dict[str, Any]:
 
 
 def _put_routes(router: APIRouter, service: Service) -> None:
-    @router.put("/{namespace}/adapters/{name}", operation_id="put_adapter", response_model=None, status_code=201)
+    @router.put(
+        "/{namespace}/adapters/{name}",
+        operation_id="put_adapter",
+        response_model=None,
+        status_code=201,
+        responses=PUT_ANSWERS,
+    )
     async def put(
         request: Request,
         namespace: str,
@@ -89,9 +114,11 @@ def _put_routes(router: APIRouter, service: Service) -> None:
         tags: Annotated[list[str] | None, Form(description="Words to find it by.")] = None,
         metadata: Annotated[str | None, Form(description="A JSON object.")] = None,
     ) -> Response:
-        """Put an adapter as the newest version.
+        """Put an adapter as the newest version of its name. Whatever is answered, it can be put again.
 
-        201: it is on disk. `ready` says whether it answers requests at once; where not, `note` says why.
+        Where the newest version has the same files, tags and metadata, that is the version: 200, and `created` is
+        false. Any other put is a new version: 201. Both are on disk. `ready` says whether the version answers requests
+        at once; where it does not, `note` says why.
         """
         space = _space(request, namespace)
         _fit(lambda: check_name(name), "name")
@@ -105,7 +132,7 @@ def _put_routes(router: APIRouter, service: Service) -> None:
             made = await storing.put(service, space, name, given)
         version, request_id = made.version.version, noted(request.scope).id
         log("put", namespace=space, name=name, version=version, alias=alias, lacks=made.lacks, request_id=request_id)
-        return JSONResponse(made.document(), 201)
+        return JSONResponse(made.document(), 201 if made.created else 200)
 
 
 def _delete_routes(router: APIRouter, service: Service) -> None:

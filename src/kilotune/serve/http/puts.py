@@ -4,7 +4,7 @@
 
     wait     for a thread, namespaces in turn (admission.py)       too long: nothing was stored
     check    the files, against the base, one token through it     too long: nothing was stored
-    keep     one transaction of the store                          too long: it may be stored or not
+    keep     one transaction of the store                          too long: stored or not, and never twice
     load     read back what is kept                                too long, or it fails: stored, and not ready yet
 
 The threads of puts are none of those in which requests for answers wait.
@@ -35,7 +35,6 @@ __all__ = ["Given", "Stored", "put"]
 T = TypeVar("T")
 KEEPING = 60.0  # seconds that the store has to write an adapter; its own waiting for others is shorter
 CHUNK = 1 << 20
-AGAIN = "look at its versions before you put it again"
 
 
 @final
@@ -53,21 +52,27 @@ class Given:
 @final
 @dataclass(frozen=True)
 class Stored:
-    """What came of a put. lacks: why the version does not answer yet; None where it does."""
+    """What came of a put.
+
+    created: whether the version was made now; else the newest one was the same. lacks: why it does not answer yet;
+    None where it does.
+    """
 
     version: Version
+    created: bool
     lacks: str | None
 
     def document(self) -> dict[str, Any]:
-        """The body of the answer."""
+        """The body of the answer: as in the lists, but that ``created`` says whether, and ``created_at`` when."""
         note = None
         if self.lacks is not None:
             note = f"version {self.version.version} is stored, and is read when it is first asked for: {self.lacks}"
-        return {**self.version.to_dict(), "ready": note is None, "note": note}
+        told = self.version.to_dict()
+        return {**told, "created_at": told["created"], "created": self.created, "ready": note is None, "note": note}
 
 
 async def put(service: Service, namespace: str, name: str, given: Given) -> Stored:
-    """Put an adapter as the newest version of its name.
+    """Put an adapter as the newest version of its name, which can be repeated whatever came of it.
 
     Raises:
         ApiError: it was not stored, or is not known to be; with why.
@@ -86,9 +91,9 @@ async def put(service: Service, namespace: str, name: str, given: Given) -> Stor
         contents = await _step(
             lane, lambda: _checked(adapters, namespace, name, given), until, ApiError(504, told, retry_after=5)
         )
-        version = await _keep(lane, adapters, namespace, name, contents, given)
+        version, created = await _keep(lane, adapters, namespace, name, contents, given)
         key = AdapterKey(namespace, name, version.version, version.sha256)
-        return Stored(version, await _load(lane, adapters, key))
+        return Stored(version, created, await _load(lane, adapters, key))
 
 
 async def _step(lane: Lane, call: Callable[[], T], until: float, late: ApiError) -> T:
@@ -132,11 +137,11 @@ def _copy(source: BinaryIO, place: Path) -> None:
 
 async def _keep(
     lane: Lane, adapters: Catalogue, namespace: str, name: str, contents: Contents, given: Given
-) -> Version:
-    def keep() -> Version:
+) -> tuple[Version, bool]:
+    def keep() -> tuple[Version, bool]:
         return adapters.keep(namespace, name, contents, metadata=given.metadata, tags=given.tags, alias=given.alias)
 
-    told = f"the store of adapters has not answered within {KEEPING:g} s: the adapter may be stored or not; {AGAIN}"
+    told = f"the store of adapters has not answered within {KEEPING:g} s: the adapter is stored or not; put it again"
     late = ApiError(503, told, code="store_unavailable", retry_after=5)
     try:
         return await _step(lane, keep, asyncio.get_running_loop().time() + KEEPING, late)
