@@ -38,6 +38,7 @@ from ..methods import Method, Shared, Site, make_method
 from ..projections.matrices import Projections
 from ..storage import Storage
 from ..storage.sharded import whole, whole_copy
+from .held_modules import check_calls
 from .installed_adapter import Installed, check_compatible
 from .targets import HEADS, read_by_parent, resolve_targets, select
 from .tree import (
@@ -112,6 +113,9 @@ def plan(
     bias_only = _bias_only(found, config, layers, tied)
     _check_saved_overlap(saved, {**layers, **bias_only})
     check_apart(modules, {**layers, **bias_only})
+    wrapped = {c.module: name for name, c in {**layers, **bias_only}.items()}
+    wrapped.update({unwrapped(module): name for name, module in saved.items()})
+    check_calls([(name, unwrapped(module)) for name, module, _ in modules], wrapped)
     _check_layout(config, chosen, strict)
     if strict:  # PEFT's files may have it: it leaves it out there without a word
         _check_dropout(config, chosen, needs)
