@@ -26,6 +26,7 @@ from kilotune.errors import KilotuneError
 from kilotune.storage.sharded import is_sharded
 from kilotune.train.trainer.parallel import shard_base
 from tests.support.models import Nested, disk, randomize
+from tests.support.readers import READERS, WIDTH, seeded
 
 FOLDER = Path(sys.argv[1])
 LINEAR = {"target_modules": "all-linear"}
@@ -369,6 +370,28 @@ def meta_then_shards() -> Any:
     model, alone = adapted(CONFIGS["dvora"], base=base), one_process(CONFIGS["dvora"])
     train(DistributedDataParallel(model), RANK, WORLD)
     return apart(model, alone)
+
+
+@check
+def weights_that_are_read() -> Any:
+    """[difference of the output, of the gradients] to one process, where layers are read and never called."""
+    found = {}
+    x = torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(1))
+    for name in ("swin", "attention pool", "own backward"):
+        make, targets = READERS[name]
+        config = LoraConfig(r=2, target_modules=targets)
+        whole, model = (adapted(config, nn.Sequential(seeded(make()).float())) for _ in range(2))
+        randomize(whole)
+        randomize(model)
+        fully_shard(model.model[0])
+        fully_shard(model)
+        outputs = [one(x) for one in (whole, model)]
+        for y in outputs:
+            y.square().sum().backward()
+        pairs = zip(whole.adapter_parameters(), model.adapter_parameters(), strict=True)
+        apart = [(one.grad - two.grad.full_tensor()).abs().max().item() for (_, one), (_, two) in pairs]  # type: ignore[union-attr]
+        found[name] = [(outputs[0] - outputs[1]).abs().max().item(), max(apart)]
+    return found
 
 
 @check

@@ -121,6 +121,12 @@ def test_a_layer_that_is_sharded_by_itself_runs_where_its_weight_is_not_read(fou
     assert [one["a_layer_by_itself"] for one in found] == [0.0, 0.0]
 
 
+def test_weights_that_are_read_have_the_adapter_in_shards_too(found: list[dict[str, Any]]) -> None:
+    for one in found:
+        for name, differences in one["weights_that_are_read"].items():
+            assert max(differences) < 1e-4, name
+
+
 def test_disabling_and_inactive_adapters(found: list[dict[str, Any]]) -> None:
     assert [one["disabled_and_switched"] for one in found] == [0.0, 0.0]
 
