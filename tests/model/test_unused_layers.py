@@ -101,6 +101,30 @@ def test_the_base_model_called_by_itself_is_watched() -> None:
         model.model(X)
 
 
+def test_where_only_parts_are_called_the_first_backward_ends_it() -> None:
+    """As in a loop around ``model.encode_image(x)``, or one that computes its loss with a head's weight by itself."""
+    model = net().train()
+    x: Any = model.model.run(X)
+    with torch.no_grad():
+        model.model.experts[0](x)
+    loss = F.linear(x, model.model.bare.weight).sum() + model.model.experts[1](x).sum()
+    with pytest.warns(UnusedLayersWarning, match="3 of 6 layers.*'read', 'bare', 'experts.2'"):
+        loss.backward()
+    quiet(model)
+    copied = copy.deepcopy(model)
+    assert not copied.model._forward_hooks
+
+
+def test_a_backward_after_a_whole_forward_says_nothing_more() -> None:
+    model = net(["run", "bare"]).train()
+    y = model.model.run(X)
+    with pytest.warns(UnusedLayersWarning, match="'bare'"):
+        model(X)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UnusedLayersWarning)
+        y.sum().backward()
+
+
 def test_all_used_says_nothing_and_nothing_is_left_behind() -> None:
     model = net(["run", "read", "experts.1"]).train()
     assert model.model._forward_hooks

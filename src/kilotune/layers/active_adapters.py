@@ -3,21 +3,35 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, final
+from typing import Any, Protocol, final
 
 import torch
 
 from ..errors import AdapterError, MergeError, UnsupportedError
 from ..kernels.ways import Way
 from .route import Route
+from .slot import Slot
 
 __all__ = ["ActiveState"]
 
 # Which route the code that runs here is in, by model: of this thread, and of this coroutine where there are several.
 _HERE: ContextVar[Mapping[ActiveState, object]] = ContextVar("kilotune_routes")
+
+
+class Watch(Protocol):
+    """Who wants to know which layers' adapters act: model/unused_layers.py."""
+
+    def ran(self, slots: Sequence[Slot]) -> None:
+        """These have acted."""
+
+    def begin(self) -> None:
+        """The base model's forward begins."""
+
+    def end(self) -> None:
+        """It is over."""
 
 
 @final
@@ -33,10 +47,8 @@ class ActiveState:
             object, tuple[Route, object]
         ] = {}  # by a key in _HERE: a route, and the key of the one around
         self.routed = False  # the last forward had a route
-        # A forward that is watched (model/unused_layers.py): the layers whose adapters acted, and the thread.
-        self.seen: set[str] | None = None
-        self.watcher = 0
-        self.watched: set[str] = set()  # adapters whose first forward with gradients has been watched
+        self.watch: Watch | None = None  # until the first forward with gradients is over
+        self.watched: set[str] = set()  # the adapters of which that is so
 
     @property
     def live(self) -> tuple[str, ...]:
@@ -108,4 +120,4 @@ class ActiveState:
     def __getstate__(self) -> dict[str, Any]:
         if self.disabled:  # the copy would be disabled for good, its weights those of the moment
             raise MergeError("cannot copy or save a model inside disable_adapter(); leave its context first")
-        return {**self.__dict__, "routes": {}, "seen": None, "watched": set(self.watched)}
+        return {**self.__dict__, "routes": {}, "watch": None, "watched": set(self.watched)}

@@ -246,9 +246,9 @@ class AdaptedLayer(nn.Module):
         return found
 
     def ran(self, slots: Sequence[Slot] | None = None) -> None:
-        """Note that ``slots``, by default the live ones, have acted, where that is wanted (``ActiveState.seen``)."""
-        if not torch.compiler.is_compiling() and self._state.seen is not None:
-            self._state.seen.update([slot.site.name for slot in (self._live() if slots is None else slots)])
+        """Tell who watches that ``slots``, by default the live ones, have acted."""
+        if not torch.compiler.is_compiling() and self._state.watch is not None:
+            self._state.watch.ran(self._live() if slots is None else slots)
 
     def _live(self) -> list[Slot]:
         live = []

@@ -1,7 +1,8 @@
 """The first forward with gradients is watched: a layer whose adapter had no part in it is told of, once.
 
-Two hooks on the base model wait for that forward and are gone after it. They stand in the model only until then, hold
-nothing, and go with copies of it.
+It ends where the base model's own forward ends, which two hooks tell; they are gone then. Where only parts of the model
+are called (``model.encode_image(x)``), it ends with the first backward. The hooks hold nothing, and go with copies of
+the model.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ from __future__ import annotations
 import re
 import threading
 import warnings
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, Sequence
 from typing import Any, final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..added_modules import base_modules
 from ..layers.active_adapters import ActiveState
@@ -33,9 +36,11 @@ class UnusedLayersWarning(UserWarning):
 def watch(base: nn.Module, state: ActiveState) -> None:
     """Watch the next forward with gradients, if adapters are active of which none was watched yet."""
     unwatch(base)
+    state.watch = None
     if not state.watched.issuperset(state.active):
         base.register_forward_pre_hook(_begin)
         base.register_forward_hook(_end)
+        state.watch = _Watch(base)
 
 
 def unwatch(base: nn.Module) -> None:
@@ -45,32 +50,68 @@ def unwatch(base: nn.Module) -> None:
             del hooks[key]
 
 
-def _begin(base: nn.Module, args: Any) -> None:
-    if torch.compiler.is_compiling() or not (base.training and torch.is_grad_enabled()):
-        return
-    layers = list(_layers(base))
-    if any(map(_compiled, base_modules(base))):  # what runs in there is not seen
+@final
+class _Watch:
+    """Who has acted, until the forward ends that is watched."""
+
+    def __init__(self, base: nn.Module) -> None:
+        self._base = weakref.ref(base)
+        self._seen: set[str] = set()
+        self._thread: int | None = None  # in which the base's forward runs
+        self._awaited: RemovableHandle | None = None
+
+    def ran(self, slots: Sequence[Slot]) -> None:
+        """``slots`` have acted."""
+        self._seen.update([slot.site.name for slot in slots])
+        if self._thread is None and self._awaited is None and torch.is_grad_enabled():
+            held = (p for slot in slots if slot.training for p in slot.parameters() if p.requires_grad)
+            if torch._C._current_graph_task_id() == -1 and (parameter := next(held, None)) is not None:
+                self._awaited = parameter.register_hook(self._backward)  # type: ignore[no-untyped-call]
+
+    def begin(self) -> None:
+        """The base's forward begins."""
+        if self._thread in (None, threading.get_ident()):
+            self._seen, self._thread = set(), threading.get_ident()
+
+    def end(self) -> None:
+        """The base's forward is over, if it is the one that is watched."""
+        if self._thread == threading.get_ident():
+            self._tell()
+
+    def _backward(self, gradient: Tensor) -> None:
+        if self._awaited is not None:
+            self._awaited.remove()
+            torch.autograd.Variable._execution_engine.queue_callback(self._tell)
+
+    def _tell(self) -> None:
+        base = self._base()
+        layers = [] if base is None else list(_layers(base))
+        if base is None or not layers or layers[0].state.watch is not self:
+            return
+        state = layers[0].state
+        state.watch = None
+        state.watched.update(state.active)
         unwatch(base)
-        return
-    state = layers[0].state if layers else None
-    if state is not None and state.seen is None and state.route() is None and any(map(_trained, layers)):
-        state.seen, state.watcher = set(), threading.get_ident()
+        if any(map(_compiled, base_modules(base))):  # what runs in there is not seen
+            return
+        trained = dict.fromkeys(slot.site.name for layer in layers for slot in _trained(layer))
+        if unused := [name for name in trained if name not in self._seen]:
+            warnings.warn(_text(unused, len(trained), state.active), UnusedLayersWarning, stacklevel=3)
+
+
+def _begin(base: nn.Module, args: Any) -> None:
+    layers = [] if torch.compiler.is_compiling() or not (base.training and torch.is_grad_enabled()) else _layers(base)
+    state = next((layer.state for layer in layers if _trained(layer)), None)
+    if state is not None and state.route() is None:
+        if state.watch is None:  # in a copy of the model
+            state.watch = _Watch(base)
+        state.watch.begin()
 
 
 def _end(base: nn.Module, args: Any, output: Any) -> None:
-    if torch.compiler.is_compiling():
-        return
-    layers = list(_layers(base))
-    state = layers[0].state if layers else None
-    if state is None or state.seen is None or state.watcher != threading.get_ident():
-        return
-    seen, state.seen = state.seen, None
-    state.watched.update(state.active)
-    unwatch(base)
-    trained = dict.fromkeys(slot.site.name for layer in layers for slot in _trained(layer))
-    unused = [name for name in trained if name not in seen]
-    if unused:
-        warnings.warn(_text(unused, len(trained), state.active), UnusedLayersWarning, stacklevel=2)
+    layer = None if torch.compiler.is_compiling() else next(_layers(base), None)
+    if layer is not None and layer.state.watch is not None:
+        layer.state.watch.end()
 
 
 def _layers(base: nn.Module) -> Iterator[AdaptedLayer]:
