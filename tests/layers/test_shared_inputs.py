@@ -35,6 +35,9 @@ from tests.support.models import randomize, tiny_gpt2, tiny_llama
 
 INN, RANK = 8, 5
 
+# Layers are called one by one, with backwards between them.
+pytestmark = pytest.mark.filterwarnings("ignore::kilotune.UnusedLayersWarning")
+
 
 class Trio(nn.Module):
     """q, k and v over one input, with different numbers of outputs as in attention with fewer key heads."""
