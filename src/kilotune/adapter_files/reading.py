@@ -126,6 +126,6 @@ def _doubled(config: Mapping[str, Any], metadata: Mapping[str, str]) -> bool:
 
     With twice the second factor the adapter does here what it did where it was trained.
     """
-    numbers = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", str(config.get("peft_version", "")))
+    numbers = re.match(r"(\d{1,9})\.(\d{1,9})(?:\.(\d{1,9}))?", str(config.get("peft_version", "")))
     version = tuple(int(number or 0) for number in numbers.groups()) if numbers else (0, 0, 0)
     return "kilotune_format" not in metadata and version <= DOUBLES_UP_TO

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..added_modules import base_modules
-from ..candidates import Candidate, candidates, inside, matches_names, saved_whole
+from ..candidates import HINTS, Candidate, candidates, inside, saved_whole
 from ..config import AdapterConfig
 from ..deltas import Need
 from ..errors import TargetError, UnsupportedError, did_you_mean, gather
@@ -35,6 +35,8 @@ from ..layers.shared_inputs import join
 from ..layers.slot import BIAS, Slot, slot_key, weakly
 from ..layers.stacked_sites import members, start
 from ..methods import Method, Shared, Site, make_method
+from ..name_rules import at_end, fits
+from ..patterns import matching
 from ..projections.matrices import Projections
 from ..storage import Storage
 from ..storage.sharded import whole, whole_copy
@@ -95,6 +97,11 @@ def plan(
         TargetError, ConfigError, UnsupportedError: what cannot be done, and why.
 
     """
+    with matching(names=lambda: [name for name, _, _ in walk(root, aliases=True)]):
+        return _planned(root, adapter, config, method, strict)
+
+
+def _planned(root: nn.Module, adapter: str, config: AdapterConfig, method: Method[Any] | None, strict: bool) -> Plan:
     method = make_method(config) if method is None else method
     config = method.completed(config, _model_type(root))
     config = resolve_targets(config, _model_type(root), method.default_targets)
@@ -186,12 +193,16 @@ def _saved_modules(root: nn.Module, config: AdapterConfig, strict: bool) -> dict
     names = config.modules_to_save or ()
     modules = [(name, module) for name, module, _ in _modules(root) if name]
     saved = {name: module for name, module in modules if saved_whole(names, name)}
-    missing = [n for n in names if not any(saved_whole((n,), name) for name in saved)]
-    if missing and strict:
+    endings = {name[at:] for name in saved for at in range(len(name))} if strict else set()
+    missing = [n for n in names if n not in endings] if strict else []
+    if missing:
         last = {name.rpartition(".")[2] for name, _ in modules}
-        faults = [f"modules_to_save: no module is called {n!r}.{did_you_mean(n, last)}" for n in missing]
+        faults = [
+            f"modules_to_save: no module is called {n!r}.{did_you_mean(n, last) if at < HINTS else ''}"
+            for at, n in enumerate(missing)
+        ]
         raise TargetError(gather("some modules are not there:", faults))
-    inner = [a for a in saved for b in saved if a != b and a.startswith(f"{b}.")]
+    inner = {name for name in saved if any(name[:at] in saved for at, c in enumerate(name) if c == ".")}
     once = {id(module): name for name, module in reversed(saved.items())}  # one that has several names, by the first
     outer = {name: module for name, module in saved.items() if name not in inner and once[id(module)] == name}
     whole = {name: unwrapped(module) for name, module in outer.items()}
@@ -279,16 +290,18 @@ def part_of(name: str, layers: Mapping[str, Candidate] | Mapping[str, AdaptedLay
 
 def _check_patterns(config: AdapterConfig, layers: Mapping[str, Candidate], strict: bool) -> None:
     """rank_pattern and alpha_pattern entries that fit no adapted layer have no effect: refuse them."""
+    if not strict:
+        return
     values = config.to_dict()
     faults = []
     for key in ("rank_pattern", "alpha_pattern"):
         for pattern in values.get(key, {}):
-            if not any(matches_names(rf"(.*\.)?({pattern})", part_of(name, layers) or name) for name in layers):
+            if not any(at_end(key, pattern, part_of(name, layers) or name) for name in layers):
                 faults.append(f"{key}: {pattern!r} fits no adapted layer")
     inputs = values.get("feedforward_modules")
-    if isinstance(inputs, str) and not any(matches_names(inputs, name) for name in layers):
+    if isinstance(inputs, str) and not any(fits("feedforward_modules", inputs, name) for name in layers):
         faults.append(f"feedforward_modules: {inputs!r} fits no adapted layer")
-    if faults and strict:
+    if faults:
         raise TargetError(gather("patterns that fit nothing:", faults))
 
 
