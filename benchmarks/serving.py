@@ -1,7 +1,8 @@
 """Many adapters served at once beside the base alone: throughput, first tokens, and adapters put while it runs.
 
 python benchmarks/serving.py [--hidden 1024] [--layers 4] [--ranks 64,256] [--streams 64] [--tokens 32] [--rounds 5]
-                             [--registered 4096] [--requests 800] [--clients 8] [--puts 20] [--engine-only] [--bars]
+                             [--registered 4096] [--requests 800] [--clients 8] [--puts 20] [--shorts 20]
+                             [--engine-only | --long-only] [--bars]
 
 The model is Llama-shaped, with random weights and a tokenizer of bytes; all its linear layers but the prediction are
 adapted with VeRA. It is saved to a temporary folder, and the store is an SQLite file there.
@@ -13,9 +14,14 @@ adapted with VeRA. It is saved to a temporary folder, and the store is an SQLite
   with 16 and to one with ``--registered`` adapters in its store, in turns of 100; of the time to the first token what
   99 of 100 stay within.
 - **put**: an adapter is put through the API, and answers: from the first byte of the put to the first token.
+- **long prompts**: the first token of ``--shorts`` short requests of one tenant, one after the other, alone and while
+  another tenant sends prompts of 6,000 tokens without a pause, three at once; and how many tokens of such prompts a
+  second are read alone. With 512 features and 6 layers, whatever the other sizes.
 
 ``--bars``: with adapters at least 0.75 of the base's throughput at r 64, at least 0.6 at r 256, at both levels; first
-tokens with many registered at most 1.3 of with 16; a put answers within 100 ms (median); exit code 1 where not.
+tokens with many registered at most 1.3 of with 16; a put answers within 100 ms (median); beside long prompts each
+short request has its first token within 3 times of what it takes alone (median), or 1.5 s more where that is more; exit
+code 1 where not.
 """
 
 from __future__ import annotations
@@ -58,6 +64,9 @@ TURN = 100  # requests before it is the other server's turn
 CPU = torch.device("cpu")
 SUM = "kilotune_sha256"
 LIMITS = {64: 0.75, 256: 0.6}
+LONG = 6000  # tokens of a long prompt
+FLOOD = 3  # of them at once
+PAUSE = 0.3  # seconds between short requests, so that they come at any moment of a step
 
 
 def tokenizer() -> Any:
@@ -141,17 +150,18 @@ def engine_level(base: Any, rank: int, folder: Path, chosen: argparse.Namespace,
 
 @dataclass(frozen=True)
 class Place:
-    """A server: its address, and keys of a tenant and of a manager."""
+    """A server: its address, and keys of a tenant, of another one, and of a manager."""
 
     address: str
     tenant: str
+    other: str
     manager: str
 
-    def client(self) -> Any:
-        """A client with the tenant's key, and as many connections as it needs."""
+    def client(self, key: str | None = None) -> Any:
+        """A client with the tenant's key, or another one, and as many connections as it needs."""
         import httpx2
 
-        headers = {"Authorization": f"Bearer {self.tenant}"}
+        headers = {"Authorization": f"Bearer {key or self.tenant}"}
         limits = httpx2.Limits(max_connections=None)
         return httpx2.AsyncClient(base_url=self.address, timeout=600, limits=limits, headers=headers)
 
@@ -164,7 +174,10 @@ def server(model: Path, store: str, threads: int | None) -> Iterator[Place]:
         port = free.getsockname()[1]
     words = ["serve", "--model", str(model), "--store", store, "--port", str(port), "--name", "base"]
     keys = model / f"keys-{port}.json"
-    place = Place(f"http://127.0.0.1:{port}", add_key(keys, "tenant", "default")[0], add_key(keys, "manager", None)[0])
+    named = [
+        add_key(keys, role, space)[0] for role, space in (("tenant", "default"), ("tenant", "b"), ("manager", None))
+    ]
+    place = Place(f"http://127.0.0.1:{port}", *named)
     words += ["--keys", str(keys)]
     more = ["--set", "max_requests=512", "--set", "max_requests_per_tenant=512"]
     run = "import sys, torch; n = int(sys.argv.pop(1)); n and torch.set_num_threads(n); import kilotune.cli.main as m; "
@@ -193,9 +206,9 @@ def wait_for(address: str, process: subprocess.Popen[bytes]) -> None:
     raise RuntimeError("the server did not become ready")
 
 
-async def ask(client: Any, name: str, i: int, tokens: int) -> tuple[float, int]:
+async def ask(client: Any, name: str, i: int, tokens: int, prompt: int = PROMPT) -> tuple[float, int]:
     """(seconds to the first token, tokens) of one streamed answer."""
-    letters = "".join(chr(random.Random(i).randrange(97, 123)) for i in range(i, i + PROMPT))
+    letters = "".join(chr(random.Random(i).randrange(97, 123)) for i in range(i, i + prompt))
     body = {"model": name, "prompt": letters, "max_tokens": tokens, "temperature": 0, "stream": True}
     start, first, count = time.perf_counter(), 0.0, 0
     async with client.stream("POST", "/v1/completions", json=body) as response:
@@ -291,6 +304,50 @@ def both(few: Place, many: Place, chosen: argparse.Namespace, progress: Progress
     return found
 
 
+async def short_ones(place: Place, flooded: bool, count: int) -> list[float]:
+    """Seconds to the first tokens of short requests, alone or beside another tenant's long prompts."""
+    found, seeds = list[float](), iter(range(10**6, 10**9, LONG))
+    async with place.client() as client, place.client(place.other) as other:
+
+        async def flood() -> None:
+            while True:
+                await ask(other, "base", next(seeds), 1, LONG)
+
+        floods = [asyncio.create_task(flood()) for _ in range(FLOOD if flooded else 0)]
+        await asyncio.sleep(2.0 if flooded else 0.0)
+        for i in range(count):
+            found.append((await ask(client, "u0", i, 1, 10))[0])
+            await asyncio.sleep(PAUSE)
+        for task in floods:
+            task.cancel()
+        await asyncio.gather(*floods, return_exceptions=True)
+    return found
+
+
+def long_level(folder: Path, chosen: argparse.Namespace, progress: Progress) -> dict[str, list[float]]:
+    """Short requests alone, and beside long prompts; long prompts alone."""
+    base = build(Shape("llama", 512, 6), 8192, CPU, torch.float32).eval()
+    base.save_pretrained(folder / "long")
+    tokenizer().save_pretrained(folder / "long")
+    store = f"sqlite:///{folder}/long.db"
+    Adapters(base, 64).fill(store, 1)
+    with server(folder / "long", store, chosen.threads) as place:
+        asyncio.run(short_ones(place, False, 3))
+        progress.show("short requests alone")
+        alone = asyncio.run(short_ones(place, False, chosen.shorts))
+        progress.show("long prompts alone")
+        seconds = asyncio.run(long_alone(place))
+        progress.show("short requests beside long prompts")
+        beside = asyncio.run(short_ones(place, True, chosen.shorts))
+    return {"alone": alone, "beside": beside, "long": seconds}
+
+
+async def long_alone(place: Place) -> list[float]:
+    """Seconds to the first token of long prompts, one after the other; the first one is not counted."""
+    async with place.client(place.other) as other:
+        return [(await ask(other, "base", LONG * i, 1, LONG))[0] for i in range(4)][1:]
+
+
 def save(made: Adapters, seed: int, folder: Path) -> None:
     """An adapter as two files."""
     generator = torch.Generator().manual_seed(seed)
@@ -318,14 +375,20 @@ def options(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--requests", type=harness.positive, default=800)
     parser.add_argument("--clients", type=harness.positive, default=8)
     parser.add_argument("--puts", type=harness.positive, default=20)
+    parser.add_argument("--shorts", type=harness.positive, default=20)
     parser.add_argument("--engine-only", action="store_true", help="not through HTTP")
+    parser.add_argument("--long-only", action="store_true", help="short requests beside long prompts, and nothing else")
     parser.add_argument("--bars", action="store_true", help="what the project promises, and whether it holds")
     return parser.parse_args(words)
 
 
-def bars_of(engine: dict[int, Rounds], http: dict[int, dict[str, Any]]) -> list[Bar]:
+def bars_of(engine: dict[int, Rounds], http: dict[int, dict[str, Any]], long: dict[str, list[float]]) -> list[Bar]:
     """What the project promises; times over the base's, so limits are the inverse of the throughput's."""
     bars = []
+    if long:
+        alone = statistics.median(long["alone"])
+        what = "seconds to the first token of a short request beside another's long prompts, at most"
+        bars.append(Bar(what, max(long["beside"]), max(3 * alone, alone + 1.5)))
     for where, by_rank in (("engine", engine), ("HTTP", {rank: one["times"] for rank, one in http.items()})):
         for rank, times in by_rank.items():
             if rank in LIMITS:
@@ -340,7 +403,12 @@ def bars_of(engine: dict[int, Rounds], http: dict[int, dict[str, Any]]) -> list[
     return bars
 
 
-def report(chosen: argparse.Namespace, engine: dict[int, Rounds], http: dict[int, dict[str, Any]]) -> None:
+def report(
+    chosen: argparse.Namespace,
+    engine: dict[int, Rounds],
+    http: dict[int, dict[str, Any]],
+    long: dict[str, list[float]],
+) -> None:
     """Tables on stdout."""
     rows = []
     for where, by_rank in (("engine", engine), ("HTTP", {rank: one["times"] for rank, one in http.items()})):
@@ -350,7 +418,8 @@ def report(chosen: argparse.Namespace, engine: dict[int, Rounds], http: dict[int
             ]
             ratio = times.ratio("adapters", "base")
             rows.append([f"{where}, r {rank}", f"{speed[0]:.0f}", f"{speed[1]:.0f}", str(ratio)])
-    print(harness.table(["", "base, tokens/s", "adapters, tokens/s", "time / base (quartiles)"], rows))
+    if rows:
+        print(harness.table(["", "base, tokens/s", "adapters, tokens/s", "time / base (quartiles)"], rows))
     for one in http.values():
         if "many" in one:
             for word, count in (("few", FEW), ("many", chosen.registered)):
@@ -361,6 +430,12 @@ def report(chosen: argparse.Namespace, engine: dict[int, Rounds], http: dict[int
             put, total = (1e3 * statistics.median(each) for each in zip(*one["puts"], strict=True))
             worst = 1e3 * max(each for _, each in one["puts"])
             print(f"put: {put:.0f} ms; to the first token of its answer {total:.0f} ms, at most {worst:.0f} ms")
+    if long:
+        for word in ("alone", "beside"):
+            middle, worst = 1e3 * statistics.median(long[word]), 1e3 * max(long[word])
+            where = "alone" if word == "alone" else "beside another tenant's long prompts"
+            print(f"first token of short requests {where}: median {middle:.0f} ms, at most {worst:.0f} ms")
+        print(f"long prompts alone: {LONG / statistics.median(long['long']):.0f} tokens/s")
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -371,21 +446,25 @@ def main(words: Sequence[str] | None = None) -> int:
     base = build(shape, 512, device, torch.float32).eval()
     engine: dict[int, Rounds] = {}
     http: dict[int, dict[str, Any]] = {}
+    long: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         base.save_pretrained(folder / "model")
         tokenizer().save_pretrained(folder / "model")
-        for i, rank in enumerate(chosen.ranks):
+        for i, rank in enumerate([] if chosen.long_only else chosen.ranks):
             engine[rank] = engine_level(base, rank, folder, chosen, progress)
             if not chosen.engine_only:
                 http[rank] = http_level(base, rank, folder, chosen, progress, lone=i == 0)
+        if not chosen.engine_only:
+            long = long_level(folder, chosen, progress)
     progress.clear()
     where = harness.title_of(harness.machine(device))
-    print(f"\nhidden {chosen.hidden}, {chosen.layers} layers, {chosen.streams} streams; {where}\n")
-    report(chosen, engine, http)
-    body = {"engine": engine, "http": http}
+    size = "" if chosen.long_only else f"hidden {chosen.hidden}, {chosen.layers} layers, {chosen.streams} streams; "
+    print(f"\n{size}{where}\n")
+    report(chosen, engine, http, long)
+    body = {"engine": engine, "http": http, "long": long}
     print("written: " + harness.write_results(chosen.out, "serving-cpu-float32", chosen, device, body).name)
-    return harness.judge(bars_of(engine, http)) if chosen.bars else 0
+    return harness.judge(bars_of(engine, http, long)) if chosen.bars else 0
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from kilotune.whole_file import flush, replacing
+from kilotune import whole_file
+from kilotune.whole_file import flush, hold, holder, let_go, replacing
 
 WAYS = [{}, {"shared": True}, {"flushed": True}, {"shared": True, "flushed": True}]
 
@@ -98,3 +99,64 @@ def test_flushed_is_the_file_before_its_name_and_then_the_folder(
     assert done == ["file", "name", "folder"]
     flush(tmp_path / "a")
     assert done[3:] == ["file"]
+
+
+# -- one process at a time -----------------------------------------------------------------------------
+
+
+def test_one_holds_a_file_until_it_lets_go(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    held = hold(path)
+    assert held is not None
+    assert holder(path).startswith(f"process {os.getpid()} on ")
+    assert hold(path) is None
+    let_go(held, path)
+    assert not path.exists()
+    path.write_text("left by a kill")
+    again = hold(path)
+    assert again is not None
+    again.close()
+    assert path.exists()
+    assert holder(tmp_path / "none") == "another process"
+
+
+def test_who_waits_gets_the_file_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opened while another held it, and taken away by that one before it was locked: nobody else would see it."""
+    path, lock = tmp_path / "lock", whole_file._lock
+
+    def late(file: Any) -> bool:
+        if path.exists() and not path.stat().st_size:
+            path.unlink()
+            path.write_text("another's")
+        return lock(file)
+
+    monkeypatch.setattr(whole_file, "_lock", late)
+    held = hold(path)
+    assert held is not None
+    monkeypatch.undo()
+    assert hold(path) is None
+    held.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks here")
+def test_a_worker_that_outlives_its_parent_holds_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    held = hold(path)
+    assert held is not None
+    (reading, writing), (waiting, ready) = os.pipe(), os.pipe()
+    child = os.fork()
+    if not child:  # lives until the parent says so
+        os.write(ready, b"x")
+        os.read(reading, 1)
+        os._exit(0)
+    try:
+        os.read(waiting, 1)
+        held.close()  # as at the parent's death: its own handle goes, and nothing is unlocked
+        again = hold(path)
+        assert again is not None
+        again.close()
+    finally:
+        os.write(writing, b"x")
+        os.waitpid(child, 0)
+        for end in (reading, writing, waiting, ready):
+            os.close(end)

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .model.optimizer_groups import optimizer_groups
     from .model.parameter_report import ParameterReport, count_parameters
     from .model.peft_model import LoraModel, PeftModel, VeraModel, get_peft_model
+    from .model.unused_layers import UnusedLayersWarning
 
 __version__ = "0.1.0"
 
@@ -63,6 +64,7 @@ __all__ = [
     "UniLoraConfig",
     "UnsupportedError",
     "UntrainedExpertsWarning",
+    "UnusedLayersWarning",
     "VeraConfig",
     "VeraModel",
     "count_parameters",
@@ -103,5 +105,6 @@ if not TYPE_CHECKING:  # type checkers have the imports above, and no name besid
             "model.parameter_report": ("ParameterReport", "count_parameters"),
             "model.merging": ("MergePrecisionWarning",),
             "model.peft_model": ("LoraModel", "PeftModel", "VeraModel", "get_peft_model"),
+            "model.unused_layers": ("UnusedLayersWarning",),
         },
     )

@@ -189,10 +189,13 @@ class AdapterConfig(ABC):
     # -- adapter_config.json ---------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
-        """PEFT's keys, sorted, in plain JSON types; keys of ours are left out (see :meth:`ours`)."""
+        """PEFT's keys, sorted, in plain JSON types; keys of ours are left out (see :meth:`ours`).
+
+        ``peft_version`` is None, which says that no PEFT wrote it; PEFT fills it in where it saves the adapter again.
+        """
         fields = [field for field in dataclasses.fields(self) if not field.metadata["ours"]]
         plain = {field.name: _plain(getattr(self, field.name)) for field in fields}
-        return dict(sorted({**plain, "peft_type": self.peft_type, "auto_mapping": None}.items()))
+        return dict(sorted({**plain, "peft_type": self.peft_type, "auto_mapping": None, "peft_version": None}.items()))
 
     def ours(self) -> dict[str, Any]:
         """The keys that PEFT does not have, where they differ from their default."""

@@ -33,6 +33,7 @@ from .deltas import LowRank, Role
 from .errors import CheckpointError, ConfigError, UnsupportedError, gather
 from .injection import inject
 from .injection.inject import Installed
+from .kinds import KINDS
 from .methods import LoraConfig, Site, UniLoraConfig, VeraConfig
 from .methods.lora import Lora
 from .methods.unilora import UniLora
@@ -375,7 +376,8 @@ def rewrite(file: AdapterFile) -> Conversion:
     """An adapter whose form is the same in PEFT and here, written anew by us, with checksums; needs no base.
 
     Raises:
-        UnsupportedError: a VeRA adapter, whose forms differ, or one with tensors that belong to no layer.
+        UnsupportedError: a VeRA adapter, whose forms differ, one with tensors that belong to no layer, or one of
+            PEFT's on an attention.
 
     """
     if isinstance(file.config, VeraConfig) or file.section or file.extra:
@@ -385,6 +387,9 @@ def rewrite(file: AdapterFile) -> Conversion:
         )
     if deep := sorted(key for key, value in file.tensors.items() if "lora_A" in key and value.ndim > 2):
         raise UnsupportedError(f"{deep[0]} is of a convolution; give the base, whose groups decide PEFT's form of it")
+    parts = [f".base_layer.{part}." for kind in KINDS for part in kind.with_it]
+    if file.doubled is not False and (own := [k for k in file.tensors if any(part in k for part in parts)]):
+        raise UnsupportedError(f"{own[0]} is of an attention, whose change PEFT may add twice; give the base (--base)")
     tensors = {f"{PREFIX}{key}": value for key, value in file.tensors.items()}
     config = file.config.to_dict()
     checksums = tensors_checksum(tensors), config_checksum(config, file.config.option_names())

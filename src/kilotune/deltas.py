@@ -8,7 +8,7 @@
 ``Residual(down, up, activation, source)``      y + up act(down s), s the layer's output or input
 ==============================================  =====================================================
 
-Each is stated as a *change* relative to the base, so changes of several adapters sum. A delta says what
+Each is stated as a *change* relative to what is there: the base, and what adapters before made of it. A delta says what
 it needs of a layer; a layer kind says what it offers (:class:`Need`); a pair whose needs are not offered
 is refused when the adapter is added.
 """
@@ -53,7 +53,8 @@ class Role(Enum):
 class Delta(ABC):
     """One layer's change, as plain data.
 
-    ``additive``: several such deltas can be active in one layer at once, and their changes sum.
+    ``additive``: the changes of several such deltas in one layer sum, in any order. ``mergeable``: it is a change of
+    the weight; several that are not cannot be active in one layer at once.
     """
 
     needs: ClassVar[frozenset[Need]]

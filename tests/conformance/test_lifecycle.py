@@ -7,10 +7,11 @@ import io
 import pickle
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import nn  # noqa: F401
+from torch import Tensor, nn
 
 from kilotune import MergeError, MergePrecisionWarning, PeftModel, UnsupportedError, get_peft_model
 from kilotune.deltas import Shift
@@ -41,7 +42,8 @@ def _merges(cell: Cell) -> bool:
 MERGEABLE = [cell for cell in CELLS if _merges(cell)]
 NOT_MERGEABLE = [cell for cell in CELLS if not _merges(cell)]
 ADDITIVE = [cell for cell in CELLS if cell.makes.additive]
-NOT_ADDITIVE = [cell for cell in CELLS if not cell.makes.additive]
+IN_ORDER = [cell for cell in CELLS if not cell.makes.additive and cell.makes.mergeable]
+NOT_LINEAR = [cell for cell in CELLS if not cell.makes.additive and not cell.makes.mergeable]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -72,6 +74,54 @@ def test_merged_is_unmerged_to_rounding_and_unmerging_gives_the_bits_back(cell: 
     assert places(model) == where  # the very tensors, not copies
     assert torch.equal(model(x), y)
     assert layer.merged == ()
+
+
+class _Taken(torch.autograd.Function):
+    """The identity with a backward of its own, which gets its argument as it is."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        return weight * 1
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+@every_cell("read by code around", MERGEABLE, dtype=DTYPES)
+def test_what_code_around_a_layer_reads_in_a_forward_is_the_merged_weight(cell: Cell, dtype: torch.dtype) -> None:
+    """And its gradient is the same on both ways: through torch's functions, and through a function of one's own."""
+    model = adapted(cell, dtype)
+    layers = {name: layer for name, layer in layers_of(model).items() if layer.kind.parameter is None}
+    found: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
+
+    def read(module: nn.Module, args: object) -> None:
+        for name, layer in layers.items():
+            for own in (layer.storage.weight_name, layer.storage.bias_name):
+                if isinstance(value := getattr(layer, own, None), Tensor):
+                    found[name, own] = value * 1, _Taken.apply(value)  # type: ignore[no-untyped-call]
+
+    handle = model.model.register_forward_pre_hook(read)
+    model(data(cell, 4, dtype=dtype))
+    handle.remove()
+    trained = [parameter for _, parameter in model.adapter_parameters()]
+    for value, taken in found.values():
+        if value.requires_grad:
+            weights = torch.linspace(-1, 1, value.numel(), dtype=dtype).view(value.shape)
+            one, two = (
+                torch.autograd.grad((made * weights).sum(), trained, retain_graph=True, allow_unused=True)
+                for made in (value, taken)
+            )
+            torch.testing.assert_close(one, two, rtol=0, atol=0)
+            assert any(gradient is not None for gradient in one)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", MergePrecisionWarning)
+        model.merge_adapter()
+    for (name, own), values in found.items():
+        for value in values:
+            merged = layers[name].base_layer._parameters[own]
+            assert merged is not None
+            torch.testing.assert_close(value, merged.detach(), rtol=0, atol=bound(merged, dtype))
 
 
 @every_cell("merge refusals", MERGEABLE)
@@ -164,11 +214,46 @@ def test_two_of_a_kind_add_up_and_merge_in_any_order(cell: Cell) -> None:
     assert torch.equal(model(x), both)
 
 
-@every_cell("not additive", NOT_ADDITIVE)
-def test_two_that_are_not_additive_are_refused_together(cell: Cell) -> None:
+@every_cell("in order", IN_ORDER)
+def test_two_that_rescale_act_in_the_order_of_activation(cell: Cell) -> None:
+    """Each on what the one before left: the second on a base into which the first is merged for good, in float64."""
     model = adapted(cell)
     model.add_adapter("other", cell.config())
-    with pytest.raises(UnsupportedError, match="'default' and 'other' are both not additive"):
+    model.double()
+    randomize(model, "other", seed=3)
+    x = data(cell, 4, dtype=torch.float64)
+    seen = []
+    for names in (["default", "other"], ["other", "default"]):
+        model.set_adapter(names)
+        both = model(x)
+        layers = model.adapted_layers()
+        for layer in layers.values():
+            weight, bias = layer.base_matrix().double(), layer.base_bias()
+            flat = None if bias is None else layer.flat(bias.double())
+            for name in names:
+                slot = layer.slot(name)
+                assert slot is not None
+                delta = slot.delta()
+                assert delta is not None
+                change, shift = delta.weight_change(weight), delta.bias_change(flat)
+                weight = weight if change is None else weight + change
+                flat = flat if shift is None or flat is None else flat + shift
+            merged = layer.merged_with(names)
+            if merged.weight is not None:
+                torch.testing.assert_close(layer.kind.canonical(layer.base_layer, merged.weight), weight)
+        for part in (names[:1], names[1:], names):  # whoever is merged, the output stays
+            model.merge_adapter(part)
+            torch.testing.assert_close(model(x), both, rtol=0, atol=bound(both, torch.float64))
+            model.unmerge_adapter()
+        assert torch.equal(model(x), both)
+        seen.append(both)
+
+
+@every_cell("not linear", NOT_LINEAR)
+def test_two_that_are_not_linear_are_refused_together(cell: Cell) -> None:
+    model = adapted(cell)
+    model.add_adapter("other", cell.config())
+    with pytest.raises(UnsupportedError, match="'default' and 'other' are both not linear"):
         model.set_adapter(["default", "other"])
     assert model.active_adapters == ["default"]
 
@@ -310,7 +395,7 @@ def test_no_weight_of_the_base_is_copied(cell: Cell, tmp_path: Path) -> None:
 
 @every_cell("freed", after=["forward", "merged", "two", "deleted", "released"])
 def test_a_model_is_freed_with_its_last_name(cell: Cell, after: str) -> None:
-    """The garbage collector may come long after the next base has been loaded."""
+    """The garbage collector may come after the next base was loaded: https://github.com/huggingface/peft/issues/2221."""
     with freed_at_once() as watched:
         base = cell.base()
         model = get_peft_model(base, cell.config())

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kilotune import MergeError, MergePrecisionWarning, PeftModel, UnsupportedError, get_peft_model
+from kilotune import MergeError, MergePrecisionWarning, PeftModel, get_peft_model
 from kilotune.deltas import Residual
 from kilotune.layers.adapted import AdaptedLayer
 from kilotune.storage import STORAGES, storage_of
@@ -303,11 +303,3 @@ def test_requantising_warns_and_names_the_worst_layer() -> None:
             model.merge_adapter()
         assert model.merged_adapters == []  # a warning made an error takes it back
         model.merge_and_unload(dtype=torch.float32)
-
-
-def test_adapters_that_are_not_additive_are_refused_together() -> None:
-    cell = next(c for c in QUANTISED if c.case.name == "toy_rescale" and c.scheme.name == "nf4-double")
-    model, _ = cell.models()
-    model.add_adapter("other", cell.config())
-    with pytest.raises(UnsupportedError, match="are both not additive"):
-        model.set_adapter(["default", "other"])

@@ -544,10 +544,15 @@ def test_all_linear_says_that_experts_are_left() -> None:
 
 
 def test_the_stand_in_only_multiplies() -> None:
-    """Who takes an adapted parameter from outside gets one that cannot be mistaken for the weight."""
+    """A forward that takes an adapted parameter from outside gets one that cannot be mistaken for the weight."""
     model = kilotune.get_peft_model(moe.net("mixtral"), lora(target_parameters=PAIR, init_lora_weights=False))
     experts = model.model.experts
-    held = experts.gate_up_proj
+    assert experts.gate_up_proj is experts.base_layer.gate_up_proj  # for tying, resizing and saving
+    found: list[Any] = []
+    handle = model.register_forward_pre_hook(lambda module, args: found.append(experts.gate_up_proj))
+    model(*moe.routed())
+    handle.remove()
+    (held,) = found
     assert isinstance(held, StandIn)
     assert held.shape == experts.base_layer.gate_up_proj.shape
     for use in (lambda: held + 1, lambda: torch.relu(held), lambda: held[1:3], lambda: held.sum(), lambda: len(held)):

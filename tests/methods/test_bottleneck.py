@@ -321,7 +321,7 @@ def test_lora_inside_a_block_and_a_bottleneck_on_it() -> None:
     with pytest.raises(MergeError, match="is not linear and cannot be merged"):
         model.merge_adapter()
     model.add_adapter("second", BottleneckConfig(width=2, target_modules=["block"]))
-    with pytest.raises(UnsupportedError, match="'neck' and 'second' are both not additive"):
+    with pytest.raises(UnsupportedError, match="'neck' and 'second' are both not linear"):
         model.set_adapter(["neck", "second"])
     assert list(model.adapted_layers()) == ["block", "block.first", "block.last"]
     for name in ("neck", "second"):

@@ -300,6 +300,3 @@ def test_refusals() -> None:
         to_lora(model)
     with pytest.raises(UnsupportedError, match="PEFT has no form for this adapter"):
         to_peft(model)
-    model.add_adapter("other", LoraConfig(r=2, target_modules=["0"], use_dora=True))
-    with pytest.raises(UnsupportedError, match="both not additive"):
-        model.set_adapter(["default", "other"])

@@ -223,7 +223,9 @@ def test_the_file_is_d_numbers_and_a_seed(tmp_path: Path) -> None:
     assert torch.equal(tensors["base_model.intrinsic_vector"], vector_of(model).detach())
     values = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (values["peft_type"], values["d"], values["projection_prng_key"]) == ("KILOTUNE_INTRINSIC", 11, 77)
-    assert values["kilotune"] == {"format": 1, "site_order": list(SHAPES)}
+    with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
+        checksum = file.metadata()["kilotune_projections_sha256"]
+    assert values["kilotune"] == {"format": 1, "site_order": list(SHAPES), "projections_sha256": checksum}
     again = PeftModel.from_pretrained(base(torch.float32), tmp_path, is_trainable=True)
     assert torch.equal(again(X.float()), model(X.float()))
     again.save_pretrained(tmp_path / "again")

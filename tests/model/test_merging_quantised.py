@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from kilotune import LoraConfig, VeraConfig, get_peft_model
 from kilotune.convert import to_lora
+from kilotune.deltas import LowRank, Rescale
 from kilotune.errors import MergeError, TargetError, UnsupportedError
 from tests.conformance.quantised import STORAGE_SCHEMES, StorageCase
+from tests.support.models import randomize
 
 SIZE = 64
 
@@ -149,24 +151,39 @@ def test_a_forward_may_keep_things() -> None:
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
-def test_a_rescaled_matrix_does_not_see_the_change_of_another_adapter() -> None:
+@pytest.mark.parametrize("order", [["plain", "dora"], ["dora", "plain"]])
+def test_a_rescaled_matrix_beside_another_adapter(order: list[str]) -> None:
+    """In the order of activation: DoRA's rows scale what was added before, and not what comes after."""
     options: dict[str, Any] = {"r": 2, "target_modules": [], "target_parameters": ["matrix"]}
     base = nn.Sequential(Product()).double()
     model = get_peft_model(base, LoraConfig(**options), "plain")
     model.add_adapter("dora", LoraConfig(use_dora=True, **options))
     for name in ("plain", "dora"):
-        model.set_adapter(name)
-        for parameter in (p for p in model.parameters() if p.requires_grad):
-            parameter.data += 0.2 * torch.randn_like(parameter)
+        randomize(model, name, scale=0.2)
     x = torch.randn(3, SIZE).double()
-    change = 0
-    for name in ("plain", "dora"):
-        model.set_adapter(name)
-        change = change + model(x) - x
-    model.set_adapter(["plain", "dora"])
-    assert torch.allclose(model(x), x + change, rtol=1e-5, atol=1e-5)
-    model.merge_adapter()
-    assert torch.allclose(model(x), x + change, rtol=1e-5, atol=1e-5)
+    (layer,) = model.adapted_layers().values()
+    plain, dora = (layer.slot(name) for name in ("plain", "dora"))
+    assert plain is not None
+    assert dora is not None
+    low, rescale = plain.delta(), dora.delta()
+    assert isinstance(low, LowRank)
+    assert isinstance(rescale, Rescale)
+    assert rescale.rows is not None
+    added, matrix = low.weight_change(layer.base_matrix()), layer.base_matrix()
+    inner = matrix + (0 if rescale.inner is None else rescale.inner.weight_change(matrix))
+    before, after = (added, 0) if order[0] == "plain" else (0, added)
+    weight = rescale.rows.unsqueeze(-1) * (inner + before) + after
+    model.set_adapter(order)
+    y = model(x)
+    for part in ([], order, order[:1], order[1:]):
+        if part:
+            model.merge_adapter(part)
+        torch.testing.assert_close(model(x), y)
+        if part:
+            model.unmerge_adapter()
+    plain_model: Any = model.merge_and_unload()
+    torch.testing.assert_close(plain_model[0].matrix, layer.kind.native(layer.base_layer, weight))
+    torch.testing.assert_close(plain_model(x), y)
 
 
 def test_an_adapter_on_a_matrix_is_not_turned_into_lora() -> None:

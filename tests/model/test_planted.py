@@ -113,6 +113,7 @@ def test_planted_disable_that_adds_a_zero_change(monkeypatch: Patch) -> None:
 def test_planted_wrapper_that_is_skipped(monkeypatch: Patch) -> None:
     """As torch's fast path does: the weights of the parts are read, and the parts are never called."""
     monkeypatch.setattr(tree, "_set_fast_path", lambda module: None)
+    monkeypatch.setattr("kilotune.layers.adapted.in_forward", lambda: False)  # they would be read with the adapters
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
     model = get_peft_model(nn.Sequential(layer), VeraConfig(r=2, target_modules=["linear1"]))
     z = torch.linspace(-1, 1, 64).view(2, 4, 8)

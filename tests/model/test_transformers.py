@@ -23,6 +23,7 @@ from kilotune import (
     get_peft_model,
 )
 from kilotune.layers.saved_module import SavedModule
+from kilotune.train import for_trainer
 from tests.support.guards import adapters_act
 from tests.support.models import bits, freed_at_once, randomize, tiny_classifier, tiny_gpt2, tiny_llama, trained, watch
 
@@ -237,10 +238,9 @@ def test_the_trainer_trains_and_saves_the_adapter(config: AdapterConfig, tmp_pat
         use_cpu=True,
         disable_tqdm=True,
         save_strategy="no",
-        remove_unused_columns=False,  # the Trainer reads the signature of forward, which passes everything on
     )
     data = [{"input_ids": row, "labels": row} for row in IDS]
-    Trainer(model=model, args=arguments, train_dataset=data).train()
+    Trainer(model=for_trainer(model), args=arguments, train_dataset=data).train()
     assert all(not torch.equal(p, before[name]) for name, p in model.adapter_parameters())
     model.save_pretrained(tmp_path / "adapter")
     again = PeftModel.from_pretrained(tiny_llama(), tmp_path / "adapter")

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -13,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from kilotune.errors import ConfigError
+from kilotune.errors import CheckpointError, ConfigError
 from kilotune.train.run import fit, open_session, train
 from kilotune.train.running.events import Event, Listener
 from kilotune.train.settings.config_file import settings_from
 from kilotune.train.settings.sections import TrainSettings
-from kilotune.train.trainer.output_folder import damage_of, newest
+from kilotune.train.trainer.output_folder import alone, damage_of, find, newest
 from kilotune.train.trainer.stopping import Stopped
 from tests.support.train_support import model_folder, prompts, write_jsonl
 
@@ -197,12 +199,158 @@ def test_a_checkpoint_that_lost_a_file_is_told_and_passed_over(
         (checkpoint / name).unlink(missing_ok=True)
         if left is not None:
             (checkpoint / name).write_bytes(left)
-        assert f"{name} " in str(damage_of(checkpoint))
+        assert f"{name} " in str(damage_of(checkpoint, every_byte=False))
         assert newest(output / "checkpoints") != checkpoint
     capsys.readouterr()
     train(run_settings(base, data, output), resume=True)
     assert f"warning: {checkpoint} is damaged, and passed over: {name} cannot be read" in capsys.readouterr().err
     same_run(output, unbroken, EVALUATIONS)
+
+
+def flip(path: Path, at: float = 0.6) -> None:
+    """One bit of a file, as a bad disk or cable leaves it."""
+    content = bytearray(path.read_bytes())
+    content[int(at * len(content))] ^= 4
+    path.write_bytes(content)
+
+
+@pytest.fixture(scope="module")
+def interrupted(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return stopped_after(base, data, tmp_path_factory.mktemp("interrupted") / "out", 11)
+
+
+EVERY = ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", FILE, "trainer_state.json"]
+
+
+@pytest.mark.parametrize("name", [*EVERY, "checksums.json"])
+def test_a_flipped_bit_is_found_and_its_file_named(name: str, interrupted: Path, tmp_path: Path) -> None:
+    """In files that can be read all the same, and would be trained on."""
+    shutil.copytree(interrupted / "checkpoints", tmp_path / "checkpoints")
+    whole, told = find(tmp_path / "checkpoints", drop=False)
+    assert told == []
+    assert whole is not None
+    for at in (0.1, 0.5, 0.97):
+        before = (whole / name).read_bytes()
+        flip(whole / name, at)
+        found, (line,) = find(tmp_path / "checkpoints", drop=False)
+        assert found is not None
+        assert found.name == "checkpoint-8"
+        assert re.match(rf"{re.escape(str(whole))} is damaged, and passed over: ({name}|\S+ is not as it)", line)
+        assert name == "checksums.json" or f": {name} " in line
+        (whole / name).write_bytes(before)
+    (whole / name).unlink()
+    found, told = find(tmp_path / "checkpoints", drop=False)
+    if name == "checksums.json":  # as an older version left it
+        assert (found, told) == (whole, [])
+    else:
+        assert f"{name} is missing" in told[0] or f"{name} cannot be read" in told[0]
+
+
+def test_a_flipped_bit_of_the_optimizer_is_not_trained_on(
+    base: Path, data: Path, unbroken: Path, interrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    shutil.copytree(interrupted, output)
+    checkpoint = newest(output / "checkpoints")
+    assert checkpoint is not None
+    flip(checkpoint / "optimizer.pt")
+    assert torch.load(checkpoint / "optimizer.pt", weights_only=True), "it can be loaded"
+    capsys.readouterr()
+    train(run_settings(base, data, output), resume=True)
+    told = f"warning: {checkpoint} is damaged, and passed over: optimizer.pt is not as it was written"
+    assert told in capsys.readouterr().err
+    same_run(output, unbroken, EVALUATIONS)
+
+
+def test_where_no_checkpoint_is_whole_it_is_told_that_all_begins_anew(interrupted: Path, tmp_path: Path) -> None:
+    shutil.copytree(interrupted / "checkpoints", tmp_path / "checkpoints")
+    for path in (tmp_path / "checkpoints").glob("checkpoint-*/optimizer.pt"):
+        flip(path)
+    found, told = find(tmp_path / "checkpoints", drop=True)
+    assert found is None
+    assert told[-1] == "no other checkpoint is there, so the training begins anew"
+    assert not [*(tmp_path / "checkpoints").glob("checkpoint-*")]
+
+
+def test_an_older_checkpoint_that_cannot_be_loaded_is_named(
+    base: Path, data: Path, interrupted: Path, tmp_path: Path
+) -> None:
+    """One without checksums, whose file is a whole archive of something else."""
+    output = tmp_path / "out"
+    shutil.copytree(interrupted, output)
+    checkpoint = newest(output / "checkpoints")
+    assert checkpoint is not None
+    (checkpoint / "checksums.json").unlink()
+    torch.save([1, 2, 3], checkpoint / "optimizer.pt")
+    told = rf"optimizer\.pt, or scheduler\.pt, of {re.escape(str(checkpoint))} cannot be loaded: "
+    with pytest.raises(CheckpointError, match=told):
+        train(run_settings(base, data, output), resume=True)
+
+
+def test_the_best_checkpoint_is_held_against_its_checksums(
+    base: Path, data: Path, unbroken: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    shutil.copytree(unbroken, output)
+    (output / "result.json").unlink()
+    state = newest(output / "checkpoints")
+    assert state is not None
+    best = next(path for path in state.parent.glob("checkpoint-*") if path != state)
+    known = json.loads((state / "trainer_state.json").read_text())
+    known["best_global_step"] = int(best.name.split("-")[1])
+    (state / "trainer_state.json").write_text(json.dumps(known))
+    (state / "checksums.json").unlink()
+    flip(best / "model.safetensors", 0.9)
+    with pytest.raises(CheckpointError, match=rf"{best} is damaged: model\.safetensors is not as it was written"):
+        train(run_settings(base, data, output), resume=True)
+
+
+# -- two at once ---------------------------------------------------------------------------------------
+
+
+def test_two_do_not_train_in_one_folder(base: Path, data: Path, interrupted: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    shutil.copytree(interrupted, output)
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    settings = run_settings(base, data, output)
+    told = rf"output: process {os.getpid()} on .* is training in .*out now; wait for it, or take another folder"
+    with alone(output):
+        for how in ({"resume": True}, {"force": True}):
+            with pytest.raises(ConfigError, match=told):
+                train(settings, **how)
+        with pytest.raises(ConfigError, match=told):
+            fit(open_session(settings), resume=True)
+        with pytest.raises(ConfigError, match=told):
+            fit(open_session(run_settings(base, data, output)))
+    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
+    with alone(tmp_path / "new"), pytest.raises(ConfigError, match="is training in .*new now"):
+        fit(open_session(run_settings(base, data, tmp_path / "new")))
+    train(settings, force=True)
+    assert not (output / "checkpoints" / ".lock").exists()
+
+
+@pytest.mark.heavy
+def test_two_processes_that_go_on_at_once(
+    base: Path, data: Path, unbroken: Path, interrupted: Path, processes: Any, tmp_path: Path
+) -> None:
+    """One of them trains, to the bits of an unbroken run; the other is told so. Then one is killed, and lets go."""
+    output = tmp_path / "out"
+    shutil.copytree(interrupted, output)
+    settings = run_settings(base, data, output)
+    both = [processes.Process(target=go, args=(settings, True)) for _ in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(120)
+    assert sorted(process.exitcode == 0 for process in both) == [False, True]
+    same_run(output, unbroken, EVALUATIONS)
+    (output / FILE).unlink()
+    (output / "checkpoints" / ".lock").write_text("left by a kill")
+    train(settings, resume=True)
+    assert (output / FILE).read_bytes() == (unbroken / FILE).read_bytes()
+
+
+# -- other than before ---------------------------------------------------------------------------------
 
 
 def test_another_number_of_processes_is_refused(stopped: Path, base: Path, data: Path) -> None:

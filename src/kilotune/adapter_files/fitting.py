@@ -63,16 +63,20 @@ def match_tensors(file: AdapterFile, made: Plan, base_name: str, of_layers: Want
             gather(f"the adapter in {file.folder} does not fit this {base_name}{trained}:", faults, len(faults))
         )
     found = {target: _from_file(made, target, given[key]) for key, (target, _) in wanted.items()}
-    if file.doubled:
-        for target, (name, key) in {target: _split(target) for target in found}.items():
-            if part_of(name, made.layers) and made.method.roles.get(key) is Role.SECOND:
-                found[target] = 2 * found[target]
-    return found
+    parts = [target for target in found if _is_second_of_part(target, made)] if file.doubled is not False else []
+    if parts and file.doubled is None:
+        raise CheckpointError(
+            f"the adapter in {file.folder} changes {parts[0].rpartition('.')[0]!r}, and which program wrote it cannot "
+            "be told: PEFT up to 0.21.2 adds that change twice, so its numbers stand for twice what they say. Put "
+            '"peft_version" into adapter_config.json: the version of the PEFT that trained it, or null where none did'
+        )
+    return {**found, **{target: 2 * found[target] for target in parts}}
 
 
-def _split(target: str) -> tuple[str, str]:
+def _is_second_of_part(target: str, made: Plan) -> bool:
+    """Whether it is the second factor of what comes with an attention."""
     name, _, key = target.rpartition(".")
-    return name, key
+    return made.method.roles.get(key) is Role.SECOND and bool(part_of(name, made.layers))
 
 
 def wanted_of(made: Plan) -> Wanted:

@@ -26,6 +26,7 @@ __all__ = [
     "BOOKKEEPING",
     "EXTRA_PREFIX",
     "PREFIX",
+    "PROJECTIONS",
     "SELECTION",
     "Said",
     "bias_key",
@@ -42,6 +43,7 @@ EXTRA_PREFIX = "base_model."
 # Options that choose among the layers that target_modules names.
 SELECTION = frozenset({"exclude_modules", "layers_to_transform", "layers_pattern"})
 OPTIONS = "kilotune_options"  # in the weights' header
+PROJECTIONS = "projections_sha256"  # in the config's section of ours; in the weights' header with kilotune_ before it
 # Options that may be edited in a file, for they change no result.
 BOOKKEEPING = frozenset({"base_model_name_or_path", "inference_mode", "revision", "task_type"})
 
@@ -59,7 +61,7 @@ def header_metadata(
     }
     if options:
         metadata[OPTIONS] = json.dumps(options, sort_keys=True)
-    return metadata if projections is None else {**metadata, "kilotune_projections_sha256": projections}
+    return metadata if projections is None else {**metadata, f"kilotune_{PROJECTIONS}": projections}
 
 
 def header_options(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -93,24 +95,26 @@ class Said(NamedTuple):
     kept: Kept | None
 
 
+NOT_THE_METHODS = Said("", None)
+
+
 def said_of(method: Method[Any], keys: Iterable[str]) -> dict[str, Said]:
     """What ``method`` says of each of a file's keys (``base_model.model.fc1.lora_A.weight``)."""
     ends: dict[str, Kept | None] = {}  # the layers of a file end alike
-
-    def kept(end: str) -> Kept | None:
-        if end not in ends:
-            ends[end] = method.kept(_PLAIN.get(end, end))
-        return ends[end]
-
     found = {}
     for key in keys:
         if not key.startswith(PREFIX):
             found[key] = Said("", method.kept(key.removeprefix(EXTRA_PREFIX)))
             continue
-        own = key.removeprefix(PREFIX)
-        cuts = [place for place, letter in enumerate(own) if letter == "."]
-        places = ((own[:cut], kept(own[cut + 1 :])) for cut in reversed(cuts))
-        found[key] = next((Said(layer, said) for layer, said in places if said is not None), Said("", None))
+        found[key] = NOT_THE_METHODS
+        cut = len(key)
+        while (cut := key.rfind(".", len(PREFIX), cut)) >= 0:
+            end = key[cut + 1 :]
+            if end not in ends:
+                ends[end] = method.kept(_PLAIN.get(end, end))
+            if (kept := ends[end]) is not None:
+                found[key] = Said(key[len(PREFIX) : cut], kept)
+                break
     return found
 
 

@@ -19,15 +19,18 @@ from typing import Any, final
 
 from torch import Tensor
 
-from ..config import SECTION, AdapterConfig
+from ..config import CLOSED, SECTION, AdapterConfig
 from ..errors import CheckpointError, ConfigError, gather
 from ..methods import Kept, Method, load_method, make_method, method_of_file
 from .files import CONFIG_NAME, TwoFiles, locate, read_files, weights_of
-from .peft_layout import EXTRA_PREFIX, PREFIX, Said, config_checksum, header_options, said_of
+from .peft_layout import EXTRA_PREFIX, PREFIX, PROJECTIONS, Said, config_checksum, header_options, said_of
 
 __all__ = ["AdapterFile", "open_adapter", "parse"]
 
 DOUBLES_UP_TO = (0, 21, 2)  # the last PEFT for which that is known
+# What every PEFT that adapts an attention writes beside LoRA's options, also those before 0.18, which do not name
+# themselves.
+OLDER_PEFTS = "loftq_config"
 
 
 @final
@@ -37,7 +40,8 @@ class AdapterFile:
 
     files: what its two files say. tensors: PEFT's keys without prefix (``fc1.vera_lambda_b``); extra: those that belong
     to no layer, or are brought along. section: our part of the config. doubled: see :func:`_doubled`.
-    said: what the method says of each key of the files.
+    checksum: of projections that are not in it (SHA-256, hexadecimal), or None. said: what the method says of each key
+    of the files.
     """
 
     files: TwoFiles
@@ -46,7 +50,8 @@ class AdapterFile:
     tensors: dict[str, Tensor]
     extra: dict[str, Tensor]
     section: dict[str, Any]
-    doubled: bool
+    doubled: bool | None
+    checksum: str | None
     said: Mapping[str, Said]
 
     @property
@@ -92,7 +97,7 @@ def parse(files: TwoFiles) -> AdapterFile:
     folder, whole, tensors, metadata = files.folder, files.config, files.tensors, files.header
     values, weights = dict(whole), weights_of(folder, whole)
     section = values.pop(SECTION, {})
-    ours = {key: value for key, value in section.items() if key not in ("format", "weights")}
+    ours = {key: value for key, value in section.items() if key not in ("format", "weights", PROJECTIONS)}
     ours.update(header_options(weights, metadata))
     try:
         method_cls = method_of_file(str(values.get("peft_type")))
@@ -116,16 +121,27 @@ def parse(files: TwoFiles) -> AdapterFile:
     said = said_of(make_method(config), tensors)
     brought = [k.removeprefix(PREFIX) for k, s in said.items() if s.layer and s.kept is Kept.BROUGHT]
     extra.update({key: layered.pop(key) for key in brought})
-    method = load_method(config, extra, metadata.get("kilotune_projections_sha256"))
-    doubled = _doubled(whole, metadata)
-    return AdapterFile(files, method.config, method, layered, extra, section, doubled, said)
+    checksum = metadata.get(f"kilotune_{PROJECTIONS}", section.get(PROJECTIONS))
+    if not isinstance(checksum, str | None):
+        raise CheckpointError(f"{folder / CONFIG_NAME}: {PROJECTIONS}: expected a checksum, got {checksum!r}")
+    method = load_method(config, extra, checksum)
+    doubled = _doubled(whole, metadata, config)
+    return AdapterFile(files, method.config, method, layered, extra, section, doubled, checksum, said)
 
 
-def _doubled(config: Mapping[str, Any], metadata: Mapping[str, str]) -> bool:
+def _doubled(values: Mapping[str, Any], metadata: Mapping[str, str], config: AdapterConfig) -> bool | None:
     """Whether a PEFT wrote the file that adds the change of an attention's out_proj twice (huggingface/peft#3774).
 
-    With twice the second factor the adapter does here what it did where it was trained.
+    With twice the second factor the adapter does here what it did where it was trained. None: who wrote the file cannot
+    be told. Its header says that we did; where another tool has written that anew, adapter_config.json does.
     """
-    numbers = re.match(r"(\d{1,9})\.(\d{1,9})(?:\.(\d{1,9}))?", str(config.get("peft_version", "")))
-    version = tuple(int(number or 0) for number in numbers.groups()) if numbers else (0, 0, 0)
-    return "kilotune_format" not in metadata and version <= DOUBLES_UP_TO
+    if "kilotune_format" in metadata or str(values["peft_type"]).upper().startswith(CLOSED):
+        return False
+    if (version := values.get("peft_version")) is not None:
+        numbers = re.match(r"(\d{1,9})\.(\d{1,9})(?:\.(\d{1,9}))?", str(version))
+        return not numbers or tuple(int(number or 0) for number in numbers.groups()) <= DOUBLES_UP_TO
+    if "peft_version" in values:
+        return False
+    if OLDER_PEFTS in values:
+        return True
+    return False if values.keys() >= config.to_dict().keys() - {"peft_version"} else None  # older ones of ours

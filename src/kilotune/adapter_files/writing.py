@@ -22,6 +22,7 @@ from ..storage.sharded import gathered, is_sharded
 from .files import tensors_checksum, write
 from .peft_layout import (
     PREFIX,
+    PROJECTIONS,
     SELECTION,
     bias_key,
     bias_name_in_file,
@@ -95,7 +96,8 @@ def state_of(installed: Installed) -> tuple[dict[str, Any], dict[str, Tensor], d
     ours = installed.config.ours()
     if not export.peft or _lost_in_peft(installed, list(params)):
         config["peft_type"] = CLOSED + installed.config.peft_type
-        config[SECTION] = {"format": FORMAT_VERSION, **ours, **export.section}
+        checksum = {} if export.checksum is None else {PROJECTIONS: export.checksum}  # a header may get lost
+        config[SECTION] = {"format": FORMAT_VERSION, **ours, **export.section, **checksum}
     elif SELECTION & set(ours) or _taken_otherwise(installed, list(params)):
         # PEFT lacks the key for this method, or would take others: name the layers themselves.
         own = [name for name in params if not part_of(name, installed.layers)]  # it adds the parts by itself

@@ -97,7 +97,7 @@ def _tell_damage(damage: dict[str, Any], as_json: bool) -> None:
 
 def _projections(file: AdapterFile, base: Base | None) -> tuple[str, str | None]:
     """What is known of the frozen matrices, and what is wrong."""
-    if "kilotune_projections_sha256" not in file.metadata:
+    if file.checksum is None:
         return (IN_FILE if file.brought else ABSENT), None
     if base is None:
         return NEEDS_BASE, None

@@ -40,6 +40,7 @@ from ..patterns import matching
 from ..projections.matrices import Projections
 from ..storage import Storage
 from ..storage.sharded import whole, whole_copy
+from .held_modules import check_calls
 from .installed_adapter import Installed, check_compatible
 from .targets import HEADS, read_by_parent, resolve_targets, select
 from .tree import (
@@ -119,6 +120,9 @@ def _planned(root: nn.Module, adapter: str, config: AdapterConfig, method: Metho
     bias_only = _bias_only(found, config, layers, tied)
     _check_saved_overlap(saved, {**layers, **bias_only})
     check_apart(modules, {**layers, **bias_only})
+    wrapped = {c.module: name for name, c in {**layers, **bias_only}.items()}
+    wrapped.update({unwrapped(module): name for name, module in saved.items()})
+    check_calls([(name, unwrapped(module)) for name, module, _ in modules], wrapped)
     _check_layout(config, chosen, strict)
     if strict:  # PEFT's files may have it: it leaves it out there without a word
         _check_dropout(config, chosen, needs)

@@ -105,16 +105,16 @@ def _overlaps(active: Mapping[str, Installed]) -> Iterator[str]:
 
 
 def check_compatible(active: Mapping[str, Installed]) -> None:
-    """Refuse adapters that cannot be active together: two that are not additive, that replace one module, or of which
+    """Refuse adapters that cannot be active together: two that are not linear, that replace one module, or of which
     one changes what another replaces."""
     faults: list[str] = []
     owners: dict[str, str] = {}
     rigid: dict[str, str] = {}
     for name, installed in active.items():
         makes: type[Delta] = installed.method.makes
-        for layer in installed.layers if not makes.additive else ():
+        for layer in installed.layers if not (makes.additive or makes.mergeable) else ():
             if layer in rigid:
-                faults.append(f"layer {layer!r}: {rigid[layer]!r} and {name!r} are both not additive")
+                faults.append(f"layer {layer!r}: {rigid[layer]!r} and {name!r} are both not linear")
             rigid[layer] = name
         for module in installed.saved:
             if module in owners:

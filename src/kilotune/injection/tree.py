@@ -15,6 +15,7 @@ from ..layers.adapted import AdaptedLayer
 from ..layers.adapted_parameters import AdaptedParameters
 from ..layers.saved_module import SavedModule
 from ..projections.matrices import Projections
+from .held_modules import put_into_containers
 
 __all__ = [
     "WRAPPERS",
@@ -154,11 +155,13 @@ def check_base(model: nn.Module) -> None:
 
 
 def put_in_place(root: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
-    """Put ``new[module]`` wherever ``module`` hangs, in one pass over the model; where that is in ``new`` too, the one
-    after it, as where two wrappers go at once."""
-    places = [place for _, module, _ in walk(root) if not is_parameter(module) for place in _places(module)]
-    for place in places:
+    """Put ``new[module]`` wherever ``module`` hangs, and where it stands in a plain list, in one pass over the model;
+    where that is in ``new`` too, the one after it, as where two wrappers go at once."""
+    everywhere = [module for _, module, _ in walk(root) if not is_parameter(module)]
+    for place in [place for module in everywhere for place in _places(module)]:
         place.update({key: _last(new, m) for key, m in place.items() if m is not None and m in new})
+    for module in everywhere if new else ():
+        put_into_containers(unwrapped(module), lambda inner: _last(new, inner))
     for _, module, _ in walk(root):
         _set_fast_path(unwrapped(module))
 

@@ -11,7 +11,10 @@ Tested with transformers 5.19 to 5.23: "eager", "batched_mm" and "grouped_mm".
 
 from __future__ import annotations
 
+from abc import ABC
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from types import MethodType
 from typing import Any, ClassVar, final
 
 import torch
@@ -305,17 +308,42 @@ def _pick(delta: Delta, index: Any) -> Delta:
 # -- running a module with stand-ins ---------------------------------------------------------------
 
 
-@final
-class _View:
-    """A module as its own forward sees it, with other values for some parameters. The module itself stays as it is,
-    so several threads can run it at once."""
+class _View(ABC):  # noqa: B024  # the two below differ in their class alone
+    """A module as its own code sees it, with other values for some parameters. The module itself stays as it is,
+    so several threads can run it at once.
 
-    def __init__(self, module: nn.Module, values: Mapping[str, Any]) -> None:
-        self._module, self._values = module, values
+    Its methods and properties see the values too, and so does a list of its own that holds such a parameter (torch's
+    recurrent layers multiply by theirs).
+    """
+
+    def __init__(self, module: nn.Module, values: Mapping[str, Any], read: Callable[[str], None] | None) -> None:
+        self._module, self._values, self._read = module, values, read
 
     def __getattr__(self, name: str) -> Any:
-        values = self._values
-        return values[name] if name in values else getattr(self._module, name)
+        if name in ("_module", "_values", "_read"):  # torch.compile makes one without them first
+            raise AttributeError(name)
+        if name in self._values:
+            return self._value(name)
+        module = self._module
+        made = getattr(type(module), name, None)
+        if isinstance(made, property) and name not in module.__dict__:
+            return made.__get__(self)
+        found = getattr(module, name)
+        if isinstance(found, MethodType) and found.__self__ is module:
+            return partial(found.__func__, self)
+        return self._swapped(found) if isinstance(found, (list, tuple)) else found
+
+    def _value(self, name: str) -> Any:
+        if self._read is not None:
+            self._read(name)
+        return self._values[name]
+
+    def _swapped(self, found: Any) -> Any:
+        held = self._module._parameters
+        names = [next((n for n in self._values if item is not None and item is held.get(n)), None) for item in found]
+        if not any(names):
+            return found
+        return [item if n is None else self._value(n) for item, n in zip(found, names, strict=True)]
 
     # Hooks get the view; among the modules that they know they find the module.
     def __eq__(self, other: object) -> bool:
@@ -326,9 +354,14 @@ class _View:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         result = type(self._module).forward(self, *args, **kwargs)
-        for name in [name for name in self.__dict__ if name not in ("_module", "_values")]:
-            setattr(self._module, name, self.__dict__[name])  # what a forward keeps stays with the module
+        for name, kept in list(self.__dict__.items()):
+            if name not in ("_module", "_values", "_read") and not self._holds_value(kept):
+                setattr(self._module, name, kept)  # what a forward keeps stays with the module
         return result
+
+    def _holds_value(self, kept: Any) -> bool:
+        items = kept if isinstance(kept, (list, tuple)) else (kept,)
+        return any(item is value for item in items for value in self._values.values())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return nn.Module.__call__(self, *args, **kwargs)
@@ -337,8 +370,39 @@ class _View:
         return nn.Module._call_impl(self, *args, **kwargs)  # type: ignore[arg-type, no-untyped-call]
 
 
-def run_with(module: nn.Module, values: Mapping[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+@final
+class _Traced(_View):
+    """As torch.compile follows it."""
+
+
+@final
+class _Proxy(_View):
+    """One that is of the module's class for ``isinstance``, and for ``super()`` in its methods."""
+
+    @property
+    def __class__(self) -> Any:
+        return type(self._module)
+
+    @__class__.setter
+    def __class__(self, value: Any) -> None:
+        raise TypeError(f"the class of a module cannot become {value} while it runs with adapted parameters")
+
+
+def run_with(
+    module: nn.Module,
+    values: Mapping[str, Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    read: Callable[[str], None] | None = None,
+) -> Any:
     """The output of ``module`` with other values (tensors or stand-ins) for some of its parameters.
+
+    Args:
+        module: what runs.
+        values: by the names of parameters.
+        args: what it is called with.
+        kwargs: the same, by name.
+        read: told of each value that is read, by its name.
 
     Raises:
         UnsupportedError: its forward has been replaced, or the experts implementation takes the weights as they are.
@@ -355,7 +419,8 @@ def run_with(module: nn.Module, values: Mapping[str, Any], args: tuple[Any, ...]
             f"the experts implementation {chosen!r} hands the weights to a fused kernel; adapters on expert parameters "
             'run with "eager", "batched_mm" and "grouped_mm": call set_experts_implementation() of the model'
         )
-    view = _View(module, values)
+    made: type[_View] = _Traced if torch.compiler.is_compiling() else _Proxy
+    view = made(module, values, read)
     if hooked(module):
         return view(*args, **kwargs)
     return view.forward(*args, **kwargs)

@@ -33,6 +33,10 @@ class ActiveState:
             object, tuple[Route, object]
         ] = {}  # by a key in _HERE: a route, and the key of the one around
         self.routed = False  # the last forward had a route
+        # A forward that is watched (model/unused_layers.py): the layers whose adapters acted, and the thread.
+        self.seen: set[str] | None = None
+        self.watcher = 0
+        self.watched: set[str] = set()  # adapters whose first forward with gradients has been watched
 
     @property
     def live(self) -> tuple[str, ...]:
@@ -104,4 +108,4 @@ class ActiveState:
     def __getstate__(self) -> dict[str, Any]:
         if self.disabled:  # the copy would be disabled for good, its weights those of the moment
             raise MergeError("cannot copy or save a model inside disable_adapter(); leave its context first")
-        return {**self.__dict__, "routes": {}}
+        return {**self.__dict__, "routes": {}, "seen": None, "watched": set(self.watched)}

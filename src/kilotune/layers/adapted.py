@@ -28,11 +28,13 @@ from ..kinds import LayerKind, hooked
 from ..methods import Site
 from ..storage import Kept, Storage
 from ..storage.sharded import is_sharded, whole_parts
-from . import fusion
+from . import fusion, in_order
 from .active_adapters import ActiveState
 from .fusion import leading
+from .reading import give, in_forward
 from .routing import changed_rows
 from .slot import BIAS, Merged, Slot, slot_key
+from .substitutes import deltas_of, recipe, substitutes
 
 __all__ = ["AdaptedLayer", "Merged"]
 
@@ -41,8 +43,9 @@ __all__ = ["AdaptedLayer", "Merged"]
 class AdaptedLayer(nn.Module):
     """A base layer with any number of adapters; joins a kind, a storage and methods.
 
-    Attributes of the base layer (``in_features``, ``weight``) are passed through, and assigning ``weight``
-    or ``bias`` (as transformers does when it ties weights) reaches the base layer.
+    Attributes of the base layer (``in_features``, ``weight``) are passed through; in a forward, its weight and bias
+    come with the live adapters in them (reading.py). Assigning these two (as transformers does when it ties weights)
+    reaches the base layer.
     """
 
     def __init__(
@@ -80,6 +83,11 @@ class AdaptedLayer(nn.Module):
         return self._storage
 
     @property
+    def state(self) -> ActiveState:
+        """Which adapters of the model are on."""
+        return self._state
+
+    @property
     def read_by_parent(self) -> bool:
         """Whether the layer's parent reads its weight itself."""
         return self._read_by_parent
@@ -88,6 +96,11 @@ class AdaptedLayer(nn.Module):
     def merged(self) -> tuple[str, ...]:
         """Names of the adapters whose deltas are in the weight now."""
         return self._merged
+
+    @property
+    def kept(self) -> Kept:
+        """The base's own parameters while adapters are merged; else empty."""
+        return self._kept
 
     def site(self, name: str) -> Site:
         """What a method may know of this layer, under the dotted name ``name``."""
@@ -167,9 +180,12 @@ class AdaptedLayer(nn.Module):
         if route is not None:
             output = self._kind.call(self.base_layer, None, args, kwargs)
             return self._kind.with_tensor(output, changed_rows(self, route, x, self._kind.tensor_of(output)))
-        deltas = self._deltas(slots)
+        self.ran(slots)
+        if not self._kind.substitutes and in_order.ordered(self, slots):
+            return in_order.run(self, x, args, kwargs)
+        deltas = deltas_of(slots)
         if self._kind.substitutes:
-            output = self._kind.run_with(self.base_layer, self._substitutes(slots, deltas), args, kwargs)
+            output = self._kind.run_with(self.base_layer, substitutes(self, slots, deltas), args, kwargs)
             deltas = [(slot, delta) for slot, delta in deltas if isinstance(delta, Residual)]
             base = None
         else:
@@ -215,50 +231,24 @@ class AdaptedLayer(nn.Module):
             self._input_dtype = x.dtype
         return x.to(self.compute_dtype())
 
-    def _deltas(self, slots: Sequence[Slot]) -> list[tuple[Slot, Delta]]:
-        deltas: list[tuple[Slot, Delta]] = []  # a plain loop: torch.compile follows it
-        for slot in slots:
-            delta = slot.delta()
-            if delta is not None:
-                deltas.append((slot, delta))
-        return deltas
-
-    def _substitutes(self, slots: Sequence[Slot], deltas: Sequence[tuple[Slot, Delta]]) -> dict[str, Any]:
-        """The layer's parameters with all changes in them, built for one step, by their names in the layer."""
-        kind, storage, module = self._kind, self._storage, self.base_layer
-        found: dict[str, Any] = {}
-        dtype = self.compute_dtype()
-        own = [delta for _, delta in deltas if not isinstance(delta, (Residual, Shift))]
-        if own:
-            now = storage.read(module)
-            standing = kind.stand_in(module, now, storage.read(module, self._kept) if self._merged else None, own)
-            found[storage.weight_name] = self._built(now, own).to(dtype) if standing is None else standing
-        bias = self.base_bias()
-        shifts = [] if (total := self._total_shift(slots, deltas)) is None else [total]
-        for delta in own:  # a plain loop: torch.compile follows it
-            change = delta.bias_change(bias)
-            if change is not None:
-                shifts.append(change)
-        if shifts:
-            held = storage.read_bias(module)
-            changed = sum(shifts[1:], shifts[0])
-            found[storage.bias_name] = (changed if held is None else held + changed).to(dtype)
+    def given(self) -> dict[str, Any]:
+        """What a module that this layer is a parameter of is to use in place of its own, by their names."""
+        slots, storage, module = self._live(), self._storage, self.base_layer
+        if not slots:
+            return {}
+        if self._kind.matrices(module):
+            return substitutes(self, slots, deltas_of(slots))
+        found = {}
+        for bias, name in ((False, storage.weight_name), (True, storage.bias_name)):
+            held, own = getattr(module, name, None), [slot for slot in slots if slot.changes(bias)]
+            if own and held is not None:
+                found[name] = give(recipe(self, held, own, bias, routed=False))
         return found
 
-    def _built(self, now: Tensor, deltas: Sequence[Delta]) -> Tensor:
-        """The weight of now, as stored, with changes in it."""
-        wide = accumulate_dtype(self.compute_dtype())
-        base = self.base_matrix().to(wide)  # (out, in)
-        total = self._kind.canonical(self.base_layer, now).to(wide) if self._merged else base
-        for delta in deltas:
-            change = delta.weight_change(base)
-            total = total if change is None else total + change
-        return self._kind.native(self.base_layer, total)
-
-    def substitutes(self) -> dict[str, Any]:
-        """What the base layer is to use in place of its own parameters now, by their names; empty when none is live."""
-        slots = self._live()
-        return self._substitutes(slots, self._deltas(slots)) if slots else {}
+    def ran(self, slots: Sequence[Slot] | None = None) -> None:
+        """Note that ``slots``, by default the live ones, have acted, where that is wanted (``ActiveState.seen``)."""
+        if not torch.compiler.is_compiling() and self._state.seen is not None:
+            self._state.seen.update([slot.site.name for slot in (self._live() if slots is None else slots)])
 
     def _live(self) -> list[Slot]:
         live = []
@@ -274,19 +264,19 @@ class AdaptedLayer(nn.Module):
         bias = self.base_bias()
         for slot in slots:
             if slot.trained_bias is not None and bias is not None:
-                shifts.append(self._flat(slot.trained_bias - bias))
+                shifts.append(self.flat(slot.trained_bias - bias))
         for shift in shifts:
             total = shift if total is None else total + shift
         return total
 
-    def _flat(self, bias: Tensor) -> Tensor:
+    def flat(self, bias: Tensor) -> Tensor:
         """A stored bias as (out,), or (E, out) for several matrices."""
         return bias if self._kind.matrices(self.base_layer) else bias.flatten()
 
     def _drop(self, slot: Slot, x: Tensor) -> Tensor:
         return slot.drop(x) if self._kind.takes_dropout else x
 
-    def _added(self, slot: Slot, delta: LowRank | Full, x: Tensor, y: Tensor, cols: Tensor | None = None) -> Tensor:
+    def added(self, slot: Slot, delta: LowRank | Full, x: Tensor, y: Tensor, cols: Tensor | None = None) -> Tensor:
         """Y and the change's matrix (or it times diag(cols)) times x (..., out); a low rank stays factored."""
         kind, module = self._kind, self.base_layer
         if isinstance(delta, Full):
@@ -303,7 +293,7 @@ class AdaptedLayer(nn.Module):
 
     def _run_linear(self, slot: Slot, delta: Delta, x: Tensor, base: Tensor | None, y: Tensor) -> Tensor:
         assert isinstance(delta, (LowRank, Full))
-        return self._added(slot, delta, self._drop(slot, x), y)
+        return self.added(slot, delta, self._drop(slot, x), y)
 
     def _run_shift(self, slot: Slot, delta: Delta, x: Tensor, base: Tensor | None, y: Tensor) -> Tensor:
         return y  # the base layer ran with the shifted bias
@@ -325,7 +315,7 @@ class AdaptedLayer(nn.Module):
         else:
             new = linear
         if delta.inner is not None:
-            new = self._added(slot, delta.inner, x, new, delta.cols)
+            new = self.added(slot, delta.inner, x, new, delta.cols)
         if delta.rows is not None:
             new = scale_features(new, kind.spread(delta.rows, new), 1.0)
         y = new.to(y.dtype) if linear is None else y + (new - linear).to(y.dtype)
@@ -360,7 +350,8 @@ class AdaptedLayer(nn.Module):
         """Weight and bias with the deltas of ``names`` in them, from the base's own bits; changes nothing.
 
         Args:
-            names: adapters; those that are not in this layer are passed over.
+            names: adapters, in the order in which they act with ``dtype``, else in that of activation; those that are
+                not in this layer are passed over.
             dtype: measure what rounding to this dtype takes; by default, what writing into the base takes.
 
         """
@@ -368,16 +359,13 @@ class AdaptedLayer(nn.Module):
             return self._merged_with(names, dtype)
 
     def _merged_with(self, names: Sequence[str], dtype: torch.dtype | None) -> Merged:
-        slots = [slot for name in names if (slot := self.slot(name)) is not None]
-        deltas = [delta for slot in slots if (delta := slot.delta()) is not None]
+        pairs = in_order.pairs(self, names, self._state.active if dtype is None else ())
+        deltas = [delta for _, delta in pairs if delta is not None]
         bias = self.base_bias()
-        wide_bias = None if bias is None else self._flat(bias.to(accumulate_dtype(bias.dtype)))
-        shifts = [change for delta in deltas if (change := delta.bias_change(wide_bias)) is not None]
-        shifts += [self._flat(s.trained_bias - bias) for s in slots if s.trained_bias is not None and bias is not None]
-        new_bias: Tensor | None = None
-        if shifts:
-            total = sum(shifts, torch.zeros_like(shifts[0]) if wide_bias is None else wide_bias)
-            new_bias = self._kind.native_bias(self.base_layer, total)
+        wide = None if bias is None else bias.to(accumulate_dtype(bias.dtype))
+        total = in_order.bias_with(wide, pairs, self.flat)
+        same = total is None or (wide is not None and torch.equal(total, self.flat(wide)))
+        new_bias = None if same or total is None else self._kind.native_bias(self.base_layer, total)
         weight, lost, error = self._merged_weight([d for d in deltas if not isinstance(d, Shift)], dtype)
         return Merged(weight, new_bias, lost, error)
 
@@ -386,12 +374,8 @@ class AdaptedLayer(nn.Module):
             return None, 0.0, 0.0
         kind, module = self._kind, self.base_layer
         base = self.base_matrix(accumulate_dtype(self.compute_dtype()))  # (out, in)
-        change = torch.zeros_like(base)
-        for delta in deltas:
-            part = delta.weight_change(base)
-            if part is not None:
-                change += part
-        total = base + change
+        total = in_order.weight_with(base, deltas)
+        change = total - base
         weight = kind.native(module, total)
         if change.device.type == "meta":
             return weight, 0.0, 0.0
@@ -471,14 +455,24 @@ class AdaptedLayer(nn.Module):
         except AttributeError:
             if name == "base_layer":
                 raise
-        if self._read_by_parent and name in (self._storage.weight_name, self._storage.bias_name):
-            return self._adapted(name)
-        return getattr(self.base_layer, name)
+        found = getattr(self.base_layer, name)
+        if name in (self._storage.weight_name, self._storage.bias_name) and (
+            found is None or isinstance(found, Tensor)
+        ):
+            return self._read(name == self._storage.bias_name, found)
+        return found
 
-    def _adapted(self, name: str) -> Any:
-        """What a parent that reads this layer's parameters itself gets: those with all changes in them."""
-        found = self.substitutes()
-        return found[name] if name in found else getattr(self.base_layer, name)
+    def _read(self, bias: bool, held: Tensor | None) -> Tensor | None:
+        """The weight or bias for code outside of the layer: in a forward with all changes in it (reading.py)."""
+        route = self._state.route()
+        slots = self._live() if route is None else route.slots(self)
+        slots = [slot for slot in slots if slot.changes(bias)]
+        # Attention asks outside, too, whether its out_proj has a bias, which an adapter may have brought.
+        gained = held is None and self._read_by_parent
+        if not slots or not (gained or in_forward()):
+            return held
+        how = recipe(self, held, slots, bias, route is not None)
+        return how.build() if held is None or self._read_by_parent else give(how)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in ("weight", BIAS):

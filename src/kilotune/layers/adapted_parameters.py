@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast, final
 
+import torch
 from torch import nn
 
 from ..candidates import HINTS, Candidate, matches_names
@@ -29,6 +30,7 @@ from ..storage import Storage
 from ..storage.dense import Dense
 from .active_adapters import ActiveState
 from .adapted import AdaptedLayer
+from .reading import in_forward
 from .slot import BIAS, slot_key
 
 __all__ = [
@@ -58,8 +60,8 @@ class UntrainedExpertsWarning(UserWarning):
 class AdaptedParameters(nn.Module):
     """A module with adapters on parameters of its own.
 
-    Attributes of the module are passed through; an adapted parameter is given with its adapters in it, as a stand-in
-    that multiplies and does nothing else (``base_layer`` has the frozen one).
+    Attributes of the module are passed through, but for an adapted parameter while a forward runs: that is given with
+    its adapters in it, where it is one of several matrices as a stand-in that multiplies and does nothing else.
     """
 
     def __init__(self, base_layer: nn.Module) -> None:
@@ -67,6 +69,7 @@ class AdaptedParameters(nn.Module):
         self.base_layer = base_layer
         self.layers = nn.ModuleDict()
         self.training = base_layer.training
+        self._untraced = isinstance(base_layer, nn.RNNBase)  # torch.compile leaves these out
 
     def layer(self, parameter: str) -> AdaptedLayer | None:
         """The layer that is this parameter, or None."""
@@ -89,10 +92,24 @@ class AdaptedParameters(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's output, with the live adapters."""
+        if self._untraced and torch.compiler.is_compiling():
+            return self._apart(args, kwargs)
         values: dict[str, Any] = {}
         for layer in self.layers.children():  # a plain loop: torch.compile follows it
-            values.update(cast(AdaptedLayer, layer).substitutes())
-        return run_with(self.base_layer, values, args, kwargs) if values else self.base_layer(*args, **kwargs)
+            values.update(cast(AdaptedLayer, layer).given())
+        if not values:
+            return self.base_layer(*args, **kwargs)
+        return run_with(self.base_layer, values, args, kwargs, self._read)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _apart(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self.forward(*args, **kwargs)
+
+    def _read(self, name: str) -> None:
+        """Note that a forward has read an adapted parameter."""
+        for _, layer in self.adapted():
+            if name in (layer.storage.weight_name, layer.storage.bias_name):
+                layer.ran()
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -100,10 +117,12 @@ class AdaptedParameters(nn.Module):
         except AttributeError:
             if name in ("base_layer", "layers"):
                 raise
+        found = getattr(self.base_layer, name)
         for _, layer in self.adapted():
-            if name in (layer.storage.weight_name, layer.storage.bias_name):
-                return layer.substitutes().get(name, getattr(self.base_layer, name))
-        return getattr(self.base_layer, name)
+            if name in (layer.storage.weight_name, layer.storage.bias_name) and in_forward():
+                layer.ran()
+                return layer.given().get(name, found)
+        return found
 
     def __setattr__(self, name: str, value: Any) -> None:
         if "layers" not in self.__dict__.get("_modules", {}) or name not in self.base_layer._parameters:

@@ -117,6 +117,10 @@ class Route:
         self.names = frozenset(name for cohort in cohorts for name in cohort.names)
         self._seen: tuple[weakref.ref[Tensor], int, dict[Cohort | None, Tensor]] | None = None
 
+    def slots(self, layer: RoutedLayer) -> list[Slot]:
+        """The slots that change ``layer`` for some of the rows."""
+        return [slot for cohort in self.cohorts if (slot := cohort.slot(layer)) is not None]
+
     def own(self, x: Tensor, axes: int, cohort: Cohort | None, rows: Tensor | None) -> Tensor:
         """``x`` with its leading axes as one, and of it ``rows`` (the cohort's), or all.
 

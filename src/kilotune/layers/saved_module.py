@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from typing import Any, cast, final
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..added_modules import Added
 from ..errors import TargetError, gather
 from ..storage import storage_of
 from ..storage.sharded import is_unit
 from .active_adapters import ActiveState
+from .reading import Recipe, give, in_forward
 from .routing import run_saved
 from .slot import BIAS, slot_key
 
@@ -87,7 +88,20 @@ class SavedModule(nn.Module):
         except AttributeError:
             if name in ("original_module", "copies", "_state"):
                 raise
-            return getattr(self.current(), name)
+        found = getattr(self.current(), name)
+        return self._read(name, found) if isinstance(found, Tensor) and in_forward() else found
+
+    def _read(self, name: str, held: Tensor) -> Tensor:
+        """What a forward outside gets that reads a tensor of the module."""
+        route = self._state.route()
+        if route is None:
+            return held
+        held = getattr(self.original_module, name)
+        if not any(slot_key(adapter) in self.copies for adapter in route.names):
+            return held
+        what = f"the code around this {type(self.original_module).__name__}, which adapters replace whole, computes "
+        why = f"with its {name!r} itself, which is one for all rows of a batch; run one adapter at a time"
+        return give(Recipe.refused(held, what + why))
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("weight", BIAS):  # as transformers does when it ties weights

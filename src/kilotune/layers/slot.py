@@ -7,10 +7,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, final
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..deltas import Delta
+from ..deltas import Delta, Rescale, Shift
 from ..methods import Method, Shared, Site
 from ..weak import Weak, call
 from .shared_inputs import SharedInput
@@ -34,8 +33,9 @@ class Slot(nn.Module):
 
     ``method`` is None where only the bias is trained. The trained bias is kept as the bias's full value,
     as PEFT writes it; its delta is the difference to the base's. ``inputs``: with whom the layer may share the
-    product of its input and the first factor, and its place there. ``dropper``: what drops from an input, in place of
-    torch's dropout, where it is to draw from streams of its own.
+    product of its input and the first factor, and its place there. ``dropout``: a module, as in PEFT, so that what
+    turns a model's dropout off, as TRL does, finds it. ``dropper``: what drops from an input in its place, where it is
+    to draw from streams of its own.
     """
 
     def __init__(self, site: Site, method: Method[Any] | None, shared: Shared, params: Mapping[str, nn.Parameter]):
@@ -43,6 +43,8 @@ class Slot(nn.Module):
         self.site, self.method, self.shared = site, method, shared
         self.inputs: tuple[SharedInput, int] | None = None
         self.dropper: Callable[[Tensor], Tensor] | None = None
+        dropout = 0.0 if method is None else method.config.dropout
+        self.dropout = nn.Dropout(dropout) if dropout > 0.0 else None
         for name, parameter in params.items():
             self.register_parameter(name, parameter)
 
@@ -53,6 +55,13 @@ class Slot(nn.Module):
     def own(self) -> dict[str, nn.Parameter]:
         """The method's parameters, without the trained bias."""
         return {name: p for name, p in self._parameters.items() if name != BIAS and p is not None}
+
+    def changes(self, bias: bool) -> bool:
+        """Whether it changes the layer's bias, or else what the layer makes of its input without it."""
+        makes = None if self.method is None else self.method.makes
+        if bias:
+            return self.trained_bias is not None or makes in (Rescale, Shift)
+        return makes not in (None, Shift)
 
     def delta(self) -> Delta | None:
         return None if self.method is None else delta_of(self.method, self.site, self.own(), self.shared)
@@ -67,12 +76,13 @@ class Slot(nn.Module):
     @property
     def drops(self) -> bool:
         """Whether there is dropout on the adapter's input now."""
-        return self.training and self.method is not None and self.method.config.dropout > 0.0
+        return self.dropout is not None and self.dropout.training and self.dropout.p > 0.0
 
     def drop(self, x: Tensor) -> Tensor:
-        if not self.drops or self.method is None:
+        if not self.drops or self.dropout is None:
             return x
-        return F.dropout(x, self.method.config.dropout, training=True) if self.dropper is None else self.dropper(x)
+        dropped: Tensor = self.dropout(x) if self.dropper is None else self.dropper(x)
+        return dropped
 
 
 def weakly(site: Site, layer: nn.Module) -> Site:

@@ -37,8 +37,13 @@ from .merging import MergeReport
 from .parameter_report import ParameterReport, count_parameters
 from .routed_model import RoutedModel, Source, check_rows, generate
 from .unreduced import came_after_shards, check_reduced
+from .unused_layers import unwatch, watch
 
 __all__ = ["DEFAULT", "AdapterModel"]
+
+# What transformers' Trainer, and TRL's, ask of a model when they are made (the second before that, where the base is
+# quantised). No properties: torch.jit.trace asks for all of a class's.
+ASKED_BY_TRAINERS = ("is_distributed_loading_by_transformers", "_hf_peft_config_loaded")
 
 
 class AdapterModel(RoutedModel, ABC):
@@ -97,6 +102,11 @@ class AdapterModel(RoutedModel, ABC):
         except AttributeError:
             if name in ("model", "_installed", "_state"):
                 raise
+            if name in ASKED_BY_TRAINERS:
+                raise ConfigError(
+                    "a Trainer takes kilotune.train.for_trainer(model), not the model of get_peft_model() itself: of "
+                    "that it would save the whole base and no adapter, and its fused head would not find the layers"
+                ) from None
             found = getattr(self.model, name)
             return partial(generate, self, found) if name == "generate" else found
 
@@ -259,6 +269,7 @@ class AdapterModel(RoutedModel, ABC):
     def _set_requires_grad(self, train: bool) -> None:
         self._active_train = train
         set_requires_grad(self._installed, self._perhaps_trained, self._state.active, train)
+        watch(self.model, self._state)
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
         """As of any module: all parameters, the base's too; the next :meth:`set_adapter` sees to the adapters'."""
@@ -296,6 +307,7 @@ class AdapterModel(RoutedModel, ABC):
         if (key := slot_key(name)) in self.shared_parameters:
             del self.shared_parameters[key]
         left = tuple(n for n in self._state.active if n != name)
+        self._state.watched.discard(name)
         self._state.active = left or tuple(islice(self._installed, 1))
         self._set_requires_grad(self._active_train or not left)
 
@@ -414,6 +426,7 @@ class AdapterModel(RoutedModel, ABC):
             self.projections.release(owner)
         storage.release(own_modules(self.model))
         base_overrides.remove_overrides(self.model)
+        unwatch(self.model)
         return self.model
 
     # -- files -----------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from ..layers.active_adapters import ActiveState
 from ..layers.adapted import AdaptedLayer, Merged
 from ..layers.saved_module import SavedModule
 from ..layers.slot import Slot
-from ..storage import forget_quantisation, is_pretrained, storage_of, unknown_scheme
+from ..storage import forget_quantisation, is_pretrained, put_parameter, storage_of, unknown_scheme
 from ..storage.sharded import SHARDED, is_sharded, is_unit
 
 __all__ = [
@@ -385,6 +385,6 @@ class DenseModel:
         for tensor, value in self._cast.values():
             tensor.data, tensor.grad = value, None
         for module, name, parameter in self._written:
-            module.register_parameter(name, parameter)
+            put_parameter(module, name, parameter)
         strip(self._root, saved, self._new)
         forget_quantisation(self._root, self._dtype)

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from ._base import Kept, Storage
+from ._base import Kept, Storage, put_parameter
 from ._transformers import forget_quantisation, is_pretrained, unknown_scheme
 from .bnb4 import BnB4bit
 from .bnb8 import BnBInt8
@@ -26,7 +26,9 @@ __all__ = [
     "forget_quantisation",
     "is_pretrained",
     "prepare",
+    "put_parameter",
     "release",
+    "settle",
     "size_of",
     "storage_of",
     "unknown_scheme",
@@ -58,6 +60,13 @@ def release(modules: Iterable[nn.Module]) -> None:
     for module in modules:
         if (storage := storage_of(module)) is not None:
             storage.release(module)
+
+
+def settle(modules: Iterable[nn.Module]) -> None:
+    """Make the layers of a model ready for others that have the very tensors of theirs."""
+    for module in modules:
+        if (storage := storage_of(module)) is not None:
+            storage.settle(module)
 
 
 def size_of(parameter: Tensor) -> tuple[int, int]:

@@ -94,6 +94,13 @@ class Storage(ABC):
         """Undo :meth:`prepare`, when the model is given back without adapters."""
         return
 
+    def settle(self, module: nn.Module) -> None:
+        """Called before a second layer gets the very tensors of this one.
+
+        For what a vendor's layer takes from its parameter at the first forward, so that the second would not find it.
+        """
+        return
+
     def size(self, parameter: Tensor) -> tuple[int, int] | None:
         """(numbers, bytes) of a parameter that packs several numbers into one; None for all others."""
         return None
@@ -136,6 +143,19 @@ def linear_of(module: nn.Module, weight: Tensor, bias: Tensor | None, dtype: tor
             fresh = value.detach().to(dtype, memory_format=torch.contiguous_format, copy=True)
             layer.register_parameter(name, nn.Parameter(fresh, requires_grad=False))
     return layer.train(module.training)
+
+
+def put_parameter(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+    """Register ``parameter``, and put it into the module's own lists in which the one before it stands."""
+    old = module._parameters.get(name)
+    module.register_parameter(name, parameter)
+    for key, held in module.__dict__.items() if old is not None else ():
+        if isinstance(held, (list, tuple)) and any(item is old for item in held):
+            new = [parameter if item is old else item for item in held]
+            if isinstance(held, list):
+                held[:] = new
+            else:
+                module.__dict__[key] = tuple(new)
 
 
 def set_bias(module: nn.Module, bias: Tensor | None) -> None:

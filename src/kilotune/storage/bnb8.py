@@ -81,6 +81,10 @@ class BnBInt8(Storage):
                 moved = fn(parameter.data)
                 parameter.data = parameter.data.to(moved.device) if name == SCALES else moved
 
+    def settle(self, module: nn.Module) -> None:
+        if getattr(module.weight, "CB", None) is not None:
+            module.init_8bit_state()  # type: ignore[operator]
+
     def dtype(self, module: nn.Module) -> torch.dtype:
         bias = module._parameters.get("bias")
         return torch.float32 if bias is None else bias.dtype  # a guess; the layer runs in its input's

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor  # `import torch` has loaded it
 
 from ..errors import UnsupportedError
-from ._base import Kept, Storage
+from ._base import Kept, Storage, put_parameter
 from .sharded import SHARDED, is_sharded
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -49,7 +49,7 @@ class Dense(Storage):
     def read(self, module: nn.Module, kept: Kept | None = None, dtype: torch.dtype | None = None) -> Tensor:
         held = None if kept is None else kept.get(self.weight_name)
         _check_own(module, self.weight_name)
-        weight = module.get_parameter(self.weight_name) if held is None else held
+        weight = getattr(module, self.weight_name) if held is None else held
         if is_sharded(weight):
             raise UnsupportedError(
                 f"the weight of a {type(module).__name__} {SHARDED}; shard the blocks, and no layer by itself"
@@ -76,14 +76,14 @@ class Dense(Storage):
             like = module._parameters.get(name)
             dtype = self.dtype(module) if like is None else like.dtype
             fresh = value.detach().to(dtype, memory_format=torch.contiguous_format, copy=True).contiguous()
-            module.register_parameter(name, nn.Parameter(fresh, requires_grad=False))
+            put_parameter(module, name, nn.Parameter(fresh, requires_grad=False))
 
     def keep(self, module: nn.Module) -> Kept:
         return {name: module._parameters.get(name) for name in self.names if name in module._parameters}
 
     def restore(self, module: nn.Module, kept: Kept) -> None:
         for name, parameter in kept.items():
-            module.register_parameter(name, parameter)
+            put_parameter(module, name, parameter)
 
     def dtype(self, module: nn.Module) -> torch.dtype:
         return self._main(module).dtype

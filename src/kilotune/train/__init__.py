@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     )
     from .trainer.for_trainer import for_trainer
     from .trainer.parallel import ignore_sharded, shard_base
+    from .trainer.with_reference import with_reference
 
 __all__ = [
     "AdapterSettings",
@@ -56,6 +57,7 @@ __all__ = [
     "settings_from",
     "shard_base",
     "train",
+    "with_reference",
 ]
 
 if not TYPE_CHECKING:  # type checkers have the imports above, and no name beside them
@@ -77,6 +79,7 @@ if not TYPE_CHECKING:  # type checkers have the imports above, and no name besid
             ),
             "trainer.for_trainer": ("for_trainer",),
             "trainer.parallel": ("ignore_sharded", "shard_base"),
+            "trainer.with_reference": ("with_reference",),
             "finished.sampling_options": ("Sampling",),
             "finished.text_generation": ("Answer", "Chat", "Writer"),
         },

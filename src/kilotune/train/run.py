@@ -76,18 +76,29 @@ def train(
     require_for(settings.logging)
     if is_main():
         output_folder.refuse_overwriting(folder, _sources(settings), resume=resume, force=force)
-        if resume:
-            output_folder.check_same_run(folder, settings)  # before minutes of loading
-    session = open_session(settings)
-    plan = plan_run(session, knobs_of(settings)) if is_main() else None
-    if plan is not None and (show is not None or dry_run or settings.logging.progress != "quiet"):
-        (show or _shown_by(settings))(plan, session.prepared.preview)
-    if dry_run:
-        return None
-    if force and is_main():
-        output_folder.clear(folder)
-    shown = progress_for(settings.logging.progress, better=best_by(settings, session.prepared))
-    return fit(session, resume, listeners=[shown, *listeners], plan=plan)
+    with contextlib.ExitStack() as held:
+        early = (folder / CHECKPOINTS).is_dir() and not dry_run
+        if early:  # before minutes of loading; a new folder is made when there is something to write
+            held.enter_context(_alone(folder))
+        if resume and is_main():
+            output_folder.check_same_run(folder, settings)
+        session = open_session(settings)
+        plan = plan_run(session, knobs_of(settings)) if is_main() else None
+        if plan is not None and (show is not None or dry_run or settings.logging.progress != "quiet"):
+            (show or _shown_by(settings))(plan, session.prepared.preview)
+        if dry_run:
+            return None
+        if force and is_main():
+            output_folder.clear(folder)
+        shown = progress_for(settings.logging.progress, better=best_by(settings, session.prepared))
+        if not early:
+            held.enter_context(_alone(folder))
+        return _fit(session, resume, (), [shown, *listeners], plan)
+
+
+def _alone(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """One of the processes of a training keeps others out."""
+    return output_folder.alone(folder) if is_main() else contextlib.nullcontext()
 
 
 def _shown_by(settings: TrainSettings) -> Callable[[RunPlan, str], None]:
@@ -141,10 +152,17 @@ def fit(
 
     Raises:
         DivergedError: a loss or the gradients stopped being numbers. ResourceError: memory or disk ran out.
-        ConfigError: ``resume``, and something is not as it was.
+        ConfigError: ``resume``, and something is not as it was; another process trains in the folder.
         Stopped: Ctrl-C or SIGTERM; a KeyboardInterrupt, raised once a checkpoint is written.
 
     """
+    with _alone(session.folder):
+        return _fit(session, resume, callbacks, listeners, plan)
+
+
+def _fit(
+    session: Session, resume: bool, callbacks: Sequence[Any], listeners: Sequence[Listener], plan: RunPlan | None
+) -> Result:
     settings, folder = session.settings, session.folder
     kept = folder / CHECKPOINTS
     _check_processes(settings)
@@ -191,14 +209,18 @@ def _begin(session: Session, resume: bool) -> Path | None:
             raise ConfigError(f"output: {folder} holds a training; go on with it (resume), or take another folder")
         if there:
             output_folder.check_same_run(folder, settings, session.start)
-            for line in output_folder.drop_incomplete(kept):
-                sys.stderr.write(f"warning: {line}\n")
         else:
             with told_of_disk(kept, "what the training begins with", kept):
                 output_folder.write_record(folder, settings, session.start)
                 if session.task is not None:  # a module of one's own has nothing that a file could say
                     output_folder.write_text(folder / SETTINGS_NAME, settings_text(settings))
-    return output_folder.newest(kept) if there and resume else None
+    if not (there and resume):
+        return None
+    found, told = output_folder.find(kept, drop=is_main())
+    if is_main():
+        for line in told:
+            sys.stderr.write(f"warning: {line}\n")
+    return found
 
 
 def _check_processes(settings: TrainSettings) -> None:

@@ -136,7 +136,7 @@ def test_dropout_does_not_depend_on_company(config: AdapterConfig) -> None:
 
     def prepare(user: User, model: Any, step: int) -> None:
         for number, slot in enumerate(model.installed("default").slots().values()):
-            slot.training = True
+            slot.train()
             slot.dropper = partial(mask_again, seed=user.seed, step=step, layer=number, p=0.3)
 
     for user in (users[0], users[2]):  # without validation, which runs without dropout

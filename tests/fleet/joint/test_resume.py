@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from kilotune import VeraConfig
@@ -188,6 +189,22 @@ def test_a_torn_line_is_cut_off_and_other_damage_is_told(tmp_path: Path) -> None
         go(Kept(), tmp_path, resume=True)
 
 
+def test_a_flipped_bit_of_the_state_is_not_trained_on(tmp_path: Path) -> None:
+    folder = StateFolder(tmp_path, {"settings": {}}, resume=False)
+    rows = {"a.m": torch.arange(12.0), "b.v": torch.ones(3, 2, dtype=torch.bfloat16)}
+    folder.save(7, [{"name": "ann", "step": 3}], rows)
+    path = tmp_path / "state.safetensors"
+    whole = path.read_bytes()
+    steps, members, found = folder.load()
+    assert (steps, members) == (7, [{"name": "ann", "step": 3}])
+    assert all(torch.equal(found[key], value) for key, value in rows.items())
+    for at in (len(whole) - 1, len(whole) - 30, whole.index(b'step\\": 3') + 8):  # a number, and a member's step
+        path.write_bytes(bytes([*whole[:at], whole[at] ^ 1, *whole[at + 1 :]]))
+        with pytest.raises(CheckpointError, match="state.safetensors is not as it was written"):
+            folder.load()
+    folder.close()
+
+
 def test_another_training_is_not_gone_on_with(tmp_path: Path) -> None:
     go(Kept(), tmp_path)
     with pytest.raises(ConfigError, match="holds a joint training"):
@@ -222,7 +239,7 @@ def test_two_are_not_at_one_training(tmp_path: Path) -> None:
     seen: list[str] = []
 
     def second(one: Finished) -> None:
-        with pytest.raises(ConfigError, match="another process is training in"):
+        with pytest.raises(ConfigError, match=r"process \d+ on .* is training in .* now; wait for it"):
             go(Kept(), tmp_path, resume=True)
         seen.append(one.name)
 

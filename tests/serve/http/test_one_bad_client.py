@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import random
 import socket
 import threading
 import time
@@ -26,6 +27,9 @@ from kilotune.serve.http.keys import Keyring, add_key
 from kilotune.serve.http.prompts import LONG, Prompts
 from kilotune.serve.http.schemas import ChatBody, CompletionBody, EmbeddingBody
 from tests.serve.http.test_http_errors import GOOD, error
+from tests.serve.http.test_leaving_clients import Monitor, slow_base
+from tests.serve.http.test_process import keys as keys_of
+from tests.serve.http.test_process import process
 from tests.support.http_support import Running, adapter_folder, prompt_ids, serving, tokenizer
 
 
@@ -106,6 +110,45 @@ def test_a_text_that_is_read_takes_its_place(running: Running, slow: list[str]) 
     assert 429 in statuses, statuses
     assert 200 in statuses, statuses
     assert running.service.gate.count == 0
+
+
+# -- long prompts ------------------------------------------------------------------------------------
+
+
+@pytest.mark.heavy
+def test_a_tenant_that_sends_long_prompts_without_a_pause_keeps_no_short_one_waiting(tmp_path: Path) -> None:
+    """Against a process; counted in steps. https://github.com/vllm-project/vllm/issues/10774"""
+    base = slow_base(tmp_path / "base", "generate")
+    path, tenants, manager = keys_of(tmp_path, "ann", "bob")
+    more = ("--name", "base", "--keys", str(path), "--set", "batch_tokens=128")
+    with process(base, base / "adapters.db", tmp_path, *more) as served:
+        metrics, done, statuses = Monitor(served.url, manager), threading.Event(), list[int]()
+
+        def ask(space: str, prompt: list[int]) -> None:
+            headers = {"Authorization": f"Bearer {tenants[space]}"}
+            body = {"model": "base" if space == "bob" else "a1", "prompt": prompt, "max_tokens": 1}
+            got = httpx2.post(f"{served.url}/v1/completions", json=body, headers=headers, timeout=120)
+            statuses.append(got.status_code)
+
+        def flood(seed: int) -> None:
+            chance = random.Random(seed)
+            while not done.is_set():
+                ask("ann", [chance.randrange(7, 96) for _ in range(1000)])  # 8 steps
+
+        threads = [threading.Thread(target=flood, args=(i,)) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        taken = []
+        for i in range(6):
+            time.sleep(0.1)
+            before = metrics("steps")[0]
+            ask("bob", [10 + i] * 8)
+            taken.append(metrics("steps")[0] - before)
+        done.set()
+        for thread in threads:
+            thread.join()
+    assert set(statuses) == {200}
+    assert sorted(taken)[4] <= 5, taken  # the metrics are read some steps before and after
 
 
 # -- floods of faults --------------------------------------------------------------------------------

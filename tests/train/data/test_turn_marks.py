@@ -28,6 +28,19 @@ NO_SYSTEM = (
 )
 
 
+# Llama 3.1's and Mistral's kinds, which write more than marks around a text.
+DATED = (
+    "{{ bos_token }}[system]\nKnowledge until: 2023\nToday: 26 Jul 2024\n\n{% if messages[0].role == 'system' %}"
+    "{{ messages[0].content }}{% set rest = messages[1:] %}{% else %}{% set rest = messages %}{% endif %}"
+    "{{ eos_token }}{% for m in rest %}[{{ m.role }}]\n{{ m.content }}{{ eos_token }}{% endfor %}"
+)
+OBJECTS = (
+    '{% for m in messages %}{% if m.role == \'tool\' %}[RESULT] {"content": {{ m.content }}, "id": '
+    '"{{ m.tool_call_id }}"}{{ eos_token }}{% elif m.tool_calls %}[CALL] {{ m.tool_calls | tojson }}'
+    "{% else %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+
+
 def marks(tokenizer: Any) -> Marks:
     return ChatTemplate(tokenizer)._marks
 
@@ -42,9 +55,11 @@ def marks(tokenizer: Any) -> Marks:
         (ZEPHYR, {f"<|{role}|>" for role in ("system", "developer", "user", "assistant", "tool", "function")}),
         (NAMES, {f"GPT4 Correct {r}:" for r in ("System", "Developer", "User", "Assistant", "Tool", "Function")}),
         (BLANKS, set()),
+        (DATED, {"[user]", "[assistant]", "[developer]", "[tool]", "[function]"}),
+        (OBJECTS, {"[user]", "[assistant]", "[system]", "[developer]", "[RESULT]", "[function]", "[CALL]"}),
         (NO_SYSTEM, {"[user]", "[assistant]", "[developer]", "[function]"}),
     ],
-    ids=["chatml", "llama", "alpaca", "vicuna", "zephyr", "names", "blanks", "no system"],
+    ids=["chatml", "llama", "alpaca", "vicuna", "zephyr", "names", "blanks", "dated", "objects", "no system"],
 )
 def test_marks_that_are_no_tokens(template: str, plain: set[str]) -> None:
     """A tokenizer that has none of them as tokens. A template's own words, and thoughts left out, are no marks."""

@@ -15,6 +15,7 @@ before the state is written anew, the lines say who of it has ended.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import secrets
@@ -25,9 +26,9 @@ from typing import IO, Any, final
 from safetensors.torch import save
 from torch import Tensor
 
-from ...adapter_files.files import read_weights
+from ...adapter_files.files import read_weights, tensors_checksum
 from ...errors import CheckpointError, ConfigError, gather
-from ...whole_file import flush, replacing
+from ...whole_file import flush, hold, holder, replacing
 from .users import UserReport
 
 __all__ = ["StateFolder"]
@@ -140,7 +141,7 @@ class StateFolder:
         """Write the state: joint steps, the members in JSON types, and their rows in the same order."""
         told = json.dumps({"format": FORMAT, "run": self.run, "steps": steps, "members": list(members)})
         held = {key: value.cpu().contiguous() for key, value in tensors.items()}
-        _write(self.folder / STATE_NAME, save(held, metadata={"joint": told}))
+        _write(self.folder / STATE_NAME, save(held, metadata={"joint": told, "sha256": _sum(told, held)}))
 
     def load(self) -> tuple[int, list[dict[str, Any]], dict[str, Tensor]]:
         """The inverse of :meth:`save`; nothing where nothing was written yet.
@@ -153,6 +154,8 @@ class StateFolder:
         if not path.exists():
             return 0, [], {}
         tensors, metadata = read_weights(path)
+        if metadata.get("sha256", "") not in ("", _sum(metadata.get("joint", ""), tensors)):  # older ones have none
+            raise CheckpointError(f"{path} is not as it was written (its SHA-256 is another)")
         try:
             told = json.loads(metadata["joint"])
             if told["run"] != self.run:
@@ -163,20 +166,17 @@ class StateFolder:
 
 
 def _locked(folder: Path) -> IO[bytes]:
-    """A file that this process alone has open for writing: two at one training would both write its state."""
-    held = (folder / LOCK_NAME).open("ab")
-    try:
-        import fcntl
-    except ImportError:  # Windows: nothing is held, as the system has no such lock
-        return held
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        held.close()
-        raise ConfigError(f"folder: another process is training in {folder}; wait for it, or take another") from None
-    except OSError:  # a file system without locks
-        pass
+    """A file that this process alone holds: two at one training would both write its state."""
+    held = hold(folder / LOCK_NAME)
+    if held is None:
+        who = holder(folder / LOCK_NAME)
+        raise ConfigError(f"folder: {who} is training in {folder} now; wait for it, or take another")
     return held
+
+
+def _sum(told: str, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over the members and all their numbers."""
+    return hashlib.sha256(f"{tensors_checksum(tensors)} {told}".encode()).hexdigest()
 
 
 def _json(path: Path) -> dict[str, Any]:

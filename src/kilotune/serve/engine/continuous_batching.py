@@ -7,8 +7,13 @@
        └ reads the adapter (in a thread of its own pool) before the request may wait
 
 The thread alone touches the batch. It admits requests by turns of tenants (fairness.py), each with its adapter held on
-the device, runs one step of all, and tells each stream what is new. Where a tenant waits and another has all places,
-the other's newest request goes back to wait: it is computed again later from its tokens, and its stream sees nothing.
+the device, runs one step of all, and tells each stream what is new. Where a tenant waits and others have all there is
+(places, room in the cache, adapters' slots), the newest request of who has most goes back to wait: it is computed again
+later from its tokens, and its stream sees nothing.
+
+What generates has its token in each step. What is left of the step is shared out between prompts (fairness.py), as far
+as the time goes that a step is to take (pace.py). A part of the cache is for short requests, so that none of them waits
+until a long one ends, nor a long one for ever.
 
 A step that fails is run again, each request by itself, so that only those fail that fail alone. When the thread itself
 ends, everybody is told.
@@ -23,19 +28,21 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
 from ...errors import ConfigError, KilotuneError, ResourceError, UnsupportedError, first_line
+from .cache_room import CacheRoom
 from .device_adapters import GoneError, Row
-from .fairness import FairQueue
+from .fairness import FairQueue, Unread, share_out
 from .interface import AdapterKey, Engine, EngineError, EngineStats, Finish, Generation, Sampling, Token, Vector
 from .lanes import Lanes
+from .pace import Pace
 from .paged_attention import PagedBatch, PageSizes, Part
-from .running_requests import Again, Run
+from .running_requests import Again, Run, check_request
 from .sampling import Choice, choose
 from .tenant_adapters import AdapterRegistry
 
@@ -56,8 +63,9 @@ class TransformersEngine(Engine):
         tokenizer: of transformers, for the texts; None: tokens come without.
         adapters: the adapters of all tenants.
         max_running: requests that run at once.
-        max_length: tokens of prompt and answer together; by default what the model and the cache can take.
-        batch_tokens: tokens of one step; longer prompts take several.
+        max_length: tokens of prompt and answer together; by default what the model and three quarters of the cache
+            can take.
+        batch_tokens: tokens of one step; longer prompts take several, and so do those that share a step.
         cache_tokens: for which keys and values are kept, of all requests together; by default enough for
             ``max_running`` requests of 512 tokens.
         page: tokens of a page of the cache.
@@ -96,11 +104,13 @@ class TransformersEngine(Engine):
         )
         config = base.config.get_text_config()
         own = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or cache
-        self.max_length = min(own, cache // page * page, *([] if max_length is None else [max_length]))
+        self._room = CacheRoom(cache, page)
+        self.max_length = min(own, self._room.longest, *([] if max_length is None else [max_length]))
         self._vocabulary = int(config.vocab_size)
         self._ends = _end_tokens(base)
         self._batch: PagedBatch | None = None
         self._queue: FairQueue[Run] = FairQueue()
+        self._pace = Pace(self._sizes.batch_tokens)
         self._running: dict[str, Run] = {}  # the oldest first
         self._suspects: deque[Run] = deque()
         self._inbox: deque[Run] = deque()
@@ -118,7 +128,8 @@ class TransformersEngine(Engine):
     def start(self) -> None:
         if self._thread is not None:
             return
-        self._batch = PagedBatch(self._model, self._sizes, self._owner, self._around, self._choose)
+        self._batch = PagedBatch(self._model, self._sizes, self._owner, self._around, self._share, self._choose)
+        self._room = CacheRoom(self._batch.capacity, self._batch.page)
         self._warm()
         self._dead, self._until = None, None
         self._adapters.trial = self._try
@@ -166,7 +177,7 @@ class TransformersEngine(Engine):
         )
 
     async def generate(self, request: Generation) -> AsyncIterator[Token | Finish]:
-        self._check(request)
+        check_request(request, self._vocabulary, self.max_length, self._tokenizer is not None)
         loop = asyncio.get_running_loop()
         row = await self._row(request.adapter)
         run = Run(request, row, loop, self._tokenizer, self._ends)
@@ -218,22 +229,6 @@ class TransformersEngine(Engine):
                 if item.reason not in ("stop", "length"):
                     raise ResourceError(f"the engine did not come to try the adapter: {item.reason}")
                 return
-
-    def _check(self, request: Generation) -> None:
-        prompt, sampling = request.prompt, request.sampling
-        if not prompt or any(not 0 <= token < self._vocabulary for token in prompt):
-            raise ConfigError(f"prompt: expected at least one token, each in 0 ... {self._vocabulary - 1}")
-        if sampling.max_tokens < 1 or len(prompt) + sampling.max_tokens > self.max_length:
-            raise ConfigError(
-                f"max_tokens: expected 1 to {self.max_length - len(prompt)} behind a prompt of {len(prompt)} tokens "
-                f"(at most {self.max_length} together), got {sampling.max_tokens}"
-            )
-        if not (sampling.temperature >= 0 and 0 < sampling.top_p <= 1):
-            raise ConfigError("temperature: expected at least 0; top_p: expected a number in (0, 1]")
-        if (sampling.top_k is not None and sampling.top_k < 1) or (sampling.seed is not None and sampling.seed < 0):
-            raise ConfigError("top_k: expected at least 1; seed: expected at least 0")
-        if sampling.stop and self._tokenizer is None:
-            raise ConfigError("stop: needs a tokenizer, and the engine has none")
 
     async def _row(self, key: AdapterKey | None) -> Row | None:
         if key is None:
@@ -318,38 +313,51 @@ class TransformersEngine(Engine):
             if not self._running:
                 self._start(self._suspects.popleft())
             return
-        blocked: set[str] = set()
+        while len(self._running) > 1 and sum(map(self._size, self._running.values())) > self._room.pages:  # they grew
+            self._put_back(self._victim(self._size) or next(reversed(self._running.values())))
+        blocked: set[str] = set()  # tenants that have all that they get now
+        crowded: set[str] = set()  # tenants whose next long request waits for room in the cache
         while tenants := [tenant for tenant in self._queue.turn() if tenant not in blocked]:
             tenant = tenants[0]
-            run = self._queue.first(tenant)
-            if len(self._running) >= self._sizes.requests:
-                victim = self._victim(tenant)
-                if victim is None:
-                    blocked.add(tenant)
-                    continue
+            run = self._queue.first_of(tenant, self._short) if tenant in crowded else self._queue.first(tenant)
+            if run is None:
+                blocked.add(tenant)
+                continue
+            lacking = self._lacking(run, bool(crowded))
+            if lacking is None:
+                self._queue.remove(tenant, run)
+            elif not self._queue.running(tenant) and (victim := self._victim(lacking)) is not None:
                 self._put_back(victim)
-            if self._running and not self._fits(run):
-                break
-            self._queue.pop(tenant)
-            if not self._start(run):
-                if not run.again:
-                    self._queue.add(tenant, run, first=True)
+                blocked.add(victim.tenant)
+            elif lacking == self._size and not self._short(run):
+                crowded.add(tenant)
+            else:
                 blocked.add(tenant)
 
-    def _fits(self, run: Run) -> bool:
-        """Whether the cache has room for the request's tokens of now, and prompts do not pile up."""
-        assert self._batch is not None
-        taken = sum(-(-(len(other.tokens) + 1) // self._batch.page) for other in self._running.values())
-        left = self._batch.capacity // self._batch.page * 0.9 - taken
-        prompts = sum(other.unread for other in self._running.values())
-        return -(-(len(run.tokens) + 1) // self._batch.page) <= left and prompts < self._sizes.batch_tokens
+    def _lacking(self, run: Run, crowded: bool) -> Callable[[Run], int] | None:
+        """Start a request; where it has no room, how much of what it lacks another one has."""
+        if len(self._running) >= self._sizes.requests:
+            return lambda other: 1
+        if not self._room.fits(self._size(run), [self._size(other) for other in self._running.values()], crowded):
+            return self._size
+        return None if self._start(run) else lambda other: int(_home(other) is _home(run))
 
-    def _victim(self, tenant: str) -> Run | None:
-        """The newest request of the tenant with the most running, if ``tenant`` has none and the other several."""
-        if self._queue.running(tenant):
+    def _size(self, run: Run) -> int:
+        return self._room.size(len(run.tokens))
+
+    def _short(self, run: Run) -> bool:
+        return self._room.short(self._size(run))
+
+    def _victim(self, weight: Callable[[Run], int]) -> Run | None:
+        """The newest request of the tenant with the most of something, of those with several; None: there is none."""
+        weights: dict[str, int] = {}
+        for run in self._running.values():
+            weights[run.tenant] = weights.get(run.tenant, 0) + weight(run)
+        several = [tenant for tenant in weights if weights[tenant] and self._queue.running(tenant) > 1]
+        if not several:
             return None
-        run = max(reversed(self._running.values()), key=lambda other: self._queue.running(other.tenant))
-        return run if self._queue.running(run.tenant) > 1 else None
+        most = max(several, key=lambda tenant: weights[tenant])
+        return next(run for run in reversed(self._running.values()) if run.tenant == most and weight(run))
 
     def _put_back(self, run: Run) -> None:
         tenant = run.tenant
@@ -357,22 +365,23 @@ class TransformersEngine(Engine):
         self._stop(run)
 
     def _start(self, run: Run) -> bool:
-        """Let a request run; False where its adapter finds no room, or has to be read again (``run.again``)."""
+        """Let a request run; False where there is no room for its adapter.
+
+        One whose adapter has to be read again, or cannot be had, is told, and waits no longer.
+        """
         assert self._batch is not None
         if run.row is not None:
             try:
                 run.held = self._adapters.residents.hold(run.row)
             except GoneError:
-                run.again = True
                 run.tell([Again()])
-                return False
+                return True
             except KilotuneError as error:
-                run.again = True
                 run.tell([run.finish("error", first_line(error))])
-                return False
+                return True
             if run.held is None:
                 return False
-        run.begin(str(next(self._ids)))
+        run.id = str(next(self._ids))
         self._running[run.id] = run
         self._queue.started(run.tenant)
         self._batch.add(run.id, run.tokens)
@@ -384,11 +393,13 @@ class TransformersEngine(Engine):
         assert self._batch is not None
         try:
             with self._adapters.residents.turns.stepping():
+                began = time.monotonic()
                 parts = self._batch.step()
         except Exception as error:
             log.exception("a step failed")
             self._failed(error)
             return
+        self._pace.took(sum(part.tokens for part in parts), time.monotonic() - began)
         self._steps += 1
         probing = self._suspects or any(run.suspect for run in self._running.values())
         streams: dict[Any, list[tuple[Run, list[Any]]]] = {}
@@ -448,10 +459,20 @@ class TransformersEngine(Engine):
         with self._adapters.model.running(route):
             yield
 
+    def _share(self, unread: dict[str, int], room: int) -> dict[str, int]:
+        prompts = [Unread(name, run.tenant, unread[name]) for name, run in self._running.items() if name in unread]
+        least = min(room, len(prompts))  # of which each has a turn
+        return share_out(prompts, max(least, min(room, self._pace.tokens(self._queue.tenants))))
+
     def _choose(self, ids: list[str], logits: Tensor) -> Tensor:
         choices = choose(logits, [self._running[name].picker for name in ids])
         self._chosen = dict(zip(ids, choices, strict=True))
         return torch.tensor([choice.token for choice in choices], device=logits.device)
+
+
+def _home(run: Run) -> object:
+    """Where a request's adapter is on the device."""
+    return None if run.row is None else run.row.home
 
 
 def _end_tokens(model: Any) -> frozenset[int]:

@@ -1,8 +1,9 @@
 """The engine for encoders and classifiers: texts of whoever waits run as rows of one batch, each with its own adapter.
 
-A batch takes what waits, by turns of tenants, as long as its padded tokens stay within ``batch_tokens``; it never waits
-for more to come. A classifier's head is a part of its adapter where the adapter has one (``modules_to_save``). A batch
-that fails is run again row by row, so that only those fail that fail alone.
+A batch takes what waits, by turns of tenants, as long as its padded tokens stay within ``batch_tokens`` and within what
+the time allows that a batch is to take (pace.py); it never waits for more to come. A classifier's head is a part of its
+adapter where the adapter has one (``modules_to_save``). A batch that fails is run again row by row, so that only those
+fail that fail alone.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from .device_adapters import GoneError, Held, Row
 from .fairness import FairQueue
 from .interface import AdapterKey, Engine, EngineError, EngineStats, Finish, Generation, Token, Vector
 from .lanes import Lanes
+from .pace import Pace
 from .tenant_adapters import AdapterRegistry
 
 __all__ = ["EncoderEngine", "Pooling", "pooling_of"]
@@ -159,7 +161,7 @@ class EncoderEngine(Engine):
         begin = self._pad + 1 if str(config.model_type) in OFFSET_POSITIONS else 0
         self.max_length = min(longest - begin, batch_tokens, *([] if max_length is None else [max_length]))
         self._vocabulary = int(config.vocab_size)
-        self._pooling, self._batch_tokens = pooling or Pooling(), batch_tokens
+        self._pooling, self._pace = pooling or Pooling(), Pace(batch_tokens)
         self._queue: FairQueue[_Item] = FairQueue()
         self._lock, self._wake = threading.Lock(), threading.Event()
         self._loaders = Lanes("kilotune-adapters", LOADERS, EACH)
@@ -307,12 +309,13 @@ class EncoderEngine(Engine):
         longest = 0
         with self._lock:
             blocked: set[str] = set()
+            most = self._pace.tokens(self._queue.tenants)
             while tenants := [tenant for tenant in self._queue.turn() if tenant not in blocked]:
                 item = self._queue.first(tenants[0])
                 if item.done.cancelled():
                     self._queue.pop(item.tenant)
                     continue
-                if batch and max(longest, len(item.tokens)) * (len(batch) + 1) > self._batch_tokens:
+                if batch and max(longest, len(item.tokens)) * (len(batch) + 1) > most:
                     break
                 try:
                     item.held = None if item.row is None else self._adapters.residents.hold(item.row)
@@ -368,9 +371,11 @@ class EncoderEngine(Engine):
     def _answer(self, batch: list[_Item]) -> None:
         residents = self._adapters.residents
         with residents.turns.stepping(), torch.no_grad():
+            began = time.monotonic()
             route = residents.route([(item.held, 1) for item in batch], tokens=False)
             with contextlib.nullcontext() if route is None else self._adapters.model.running(route):
                 values = self._forward([item.tokens for item in batch])
+        self._pace.took(len(batch) * max(len(item.tokens) for item in batch), time.monotonic() - began)
         self._steps += 1
         finite = torch.isfinite(values).all(-1).tolist()
         for item, own, good in zip(batch, values.tolist(), finite, strict=True):

@@ -3,14 +3,17 @@
 Each tenant has a count of tokens that were computed for it (prompts and answers). Who has the least is next. A tenant
 that comes back begins at the least count of those who are there, so that nobody saves up turns while away. That is the
 virtual token counter of Sheng et al. 2024, arXiv 2401.00588.
+
+And who of those that run gets how much of a step (:func:`share_out`), so that no short prompt waits for a long one.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from typing import Generic, TypeVar, final
+from collections.abc import Callable, Sequence
+from typing import Generic, NamedTuple, TypeVar, final
 
-__all__ = ["FairQueue"]
+__all__ = ["FairQueue", "Unread", "share_out"]
 
 T = TypeVar("T")
 
@@ -48,6 +51,10 @@ class FairQueue(Generic[T]):
         """What is next of a tenant."""
         return self._waiting[tenant][0]
 
+    def first_of(self, tenant: str, wanted: Callable[[T], bool]) -> T | None:
+        """What is next of those of a tenant's that are ``wanted``."""
+        return next((item for item in self._waiting[tenant] if wanted(item)), None)
+
     def pop(self, tenant: str) -> T:
         """Take what is next of a tenant."""
         item = self._waiting[tenant].popleft()
@@ -62,6 +69,11 @@ class FairQueue(Generic[T]):
         queue.remove(item)
         self._forget(tenant)
         return True
+
+    @property
+    def tenants(self) -> int:
+        """How many have something that waits or runs."""
+        return len(self._served)
 
     def items(self) -> list[T]:
         """All that waits."""
@@ -93,3 +105,46 @@ class FairQueue(Generic[T]):
             if not self._running.get(tenant):
                 self._running.pop(tenant, None)
                 self._served.pop(tenant, None)
+
+
+class Unread(NamedTuple):
+    """A prompt of which ``tokens`` are still to be read."""
+
+    id: str
+    tenant: str
+    tokens: int
+
+
+def share_out(prompts: Sequence[Unread], tokens: int) -> dict[str, int]:
+    """How many tokens of a step each prompt gets, by its id; together all of them, or as many as there are to read.
+
+    Tenants get equal parts; what one has no use for is for the others (max-min fairness). Of a tenant's part its oldest
+    prompt gets half at least, so that each has its turn; the rest is for those that have the least left to read, so
+    that no short one waits for a long one.
+
+    Args:
+        prompts: the oldest first.
+        tokens: of the step; each tenant is given some where they are as many as tenants.
+
+    """
+    tenants: dict[str, list[Unread]] = {}
+    for prompt in prompts:
+        tenants.setdefault(prompt.tenant, []).append(prompt)
+    given: dict[str, int] = {}
+    wanted = sorted((sum(prompt.tokens for prompt in own), tenant) for tenant, own in tenants.items())
+    for place, (want, tenant) in enumerate(wanted):
+        part = min(want, -(-tokens // (len(wanted) - place)))
+        given |= _of_one(tenants[tenant], part)
+        tokens -= part
+    return given
+
+
+def _of_one(prompts: Sequence[Unread], tokens: int) -> dict[str, int]:
+    """The same for the prompts of one tenant."""
+    given = {prompt.id: 0 for prompt in prompts}
+    half = -(-tokens // 2)
+    for prompt, most in [(prompts[0], half), *((prompt, tokens) for prompt in sorted(prompts, key=lambda p: p.tokens))]:
+        more = min(prompt.tokens - given[prompt.id], most, tokens)
+        given[prompt.id] += more
+        tokens -= more
+    return given

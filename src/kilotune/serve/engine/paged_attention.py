@@ -3,10 +3,13 @@
 This is the one file that touches its internals (``transformers.generation.continuous_batching``); tested with
 transformers 5.23. What is used of them: ``init_continuous_batching``, the manager's ``_create_batch_processor``, the
 processor's ``prepare_next_batch``, ``_generation_step`` and ``update_batch``, the scheduler's waiting and cancelled
-requests, the cache's ``search_prefix_match`` and ``mark_complete_blocks``, and the model runner's ``_sample``.
+requests and how it goes through them (:func:`_shared_steps`), the cache's ``search_prefix_match`` and
+``mark_complete_blocks``, and the model runner's ``_sample``.
 
 Why not its own thread: its loop ends all requests when one step fails, samples with one generator for all, and shares
 prefixes between whoever sends the same tokens. Here the engine's thread calls :meth:`PagedBatch.step`.
+
+Why not its own order: its prompts are read one after the other, so that a short one waits for all long ones before it.
 
 Its default sizes take 14 to 45 seconds at the first call even for a tiny model on a CPU: it takes 60 % of the memory,
 most of it for an attention mask of 8,192 x (all tokens of the cache + 8,192) numbers, and writes the lowest number into
@@ -73,6 +76,8 @@ class PagedBatch:
         sizes: how much it may take.
         owner: (request's id) -> whose cache this is. Prefixes are shared between equal owners and no others.
         around: (the parts of a step) -> a context in which its forward runs.
+        share: (tokens still to be read of each prompt, by the request's id; how many the step has room for) -> how many
+            of them each is to have in this step, at least one in all. What generates has its token before.
         choose: (ids, logits (n, vocabulary) float32) -> the next token of each, (n,) int64.
 
     """
@@ -83,6 +88,7 @@ class PagedBatch:
         sizes: PageSizes,
         owner: Callable[[str], bytes],
         around: Callable[[list[Part]], AbstractContextManager[None]],
+        share: Callable[[dict[str, int], int], dict[str, int]],
         choose: Callable[[list[str], Tensor], Tensor],
     ) -> None:
         self._model, self._owner, self._around, self._choose = model, owner, around, choose
@@ -99,6 +105,7 @@ class PagedBatch:
         self.page: int = next(iter(cache.cache_allocators.values())).tokens_per_page
         self.capacity: int = min(ca.num_blocks * ca.tokens_per_page for ca in cache.cache_allocators.values())
         self._processor.model_runner._sample = self._sample
+        _shared_steps(self._processor.scheduler, share)
         cache.search_prefix_match = _salted_search(cache, self._salted)
         cache.mark_complete_blocks = _salted_marks(cache, self._salted)
 
@@ -122,10 +129,11 @@ class PagedBatch:
 
         """
         processor = self._processor
+        # It takes in no more after the cache was full, until a request ends by itself; ours never do.
+        processor.scheduler.block_new_requests = False
         if not processor.prepare_next_batch():
             if not processor.scheduler.has_pending_requests():
                 return []
-            # It takes in no more after the cache was full, until a request ends by itself; ours never do.
             processor.scheduler.block_new_requests = False
             if not processor.prepare_next_batch():
                 raise RuntimeError("none of the requests finds room in the cache")
@@ -215,6 +223,52 @@ def _manager(model: Any, sizes: PageSizes) -> Any:
     )
     with torch.no_grad():
         return model.init_continuous_batching(GenerationConfig(do_sample=False, eos_token_id=-1), config)
+
+
+def _shared_steps(scheduler: Any, share: Callable[[dict[str, int], int], dict[str, int]]) -> None:
+    """Make a scheduler give each prompt as many tokens of a step as ``share`` says.
+
+    By itself it lets the first prompt have all of them, and begins none while the cache is fuller than it likes to have
+    it: how full it becomes is for the engine to say, which knows what it lets in.
+    """
+    process, look, begin = scheduler._process_candidates, scheduler._infer_request_tokens, scheduler._schedule_request
+    free_up = scheduler._try_to_meet_safety_margin
+    looked: set[str] = set()
+    given: dict[str, int] = {}
+
+    def candidates(states: Sequence[Any], budget: int, cache_budget: int, begun: set[str]) -> Any:
+        for state in states:  # what of a new prompt is in the cache has not to be read
+            if state.status.name == "PENDING" and state.request_id not in looked:
+                look(state, begun)
+        looked.clear()
+        looked.update(state.request_id for state in states)
+        unread = {state.request_id: len(state.remaining_prefill_tokens) for state in states if not _generates(state)}
+        given.clear()
+        given.update(share(unread, budget - len(states) + len(unread)) if unread else {})
+        chosen = [state for state in states if _generates(state) or given.get(state.request_id)]
+        return process(chosen, budget, cache_budget, begun)
+
+    def tokens(state: Any, begun: set[str]) -> list[int]:
+        found: list[int] = look(state, begun)
+        return found if _generates(state) else found[: given[state.request_id]]
+
+    def schedule(state: Any, own: list[int], budget: int, begun: set[str]) -> None:
+        if _generates(state):
+            begin(state, own, budget, begun)
+        else:
+            begin(state, state.remaining_prefill_tokens, min(budget, len(own)), begun)
+
+    def room() -> bool:
+        free_up()
+        return True
+
+    scheduler._process_candidates, scheduler._infer_request_tokens = candidates, tokens
+    scheduler._schedule_request, scheduler._try_to_meet_safety_margin = schedule, room
+
+
+def _generates(state: Any) -> bool:
+    """Whether a request's prompt has been read."""
+    return bool(state.status.name == "DECODING")
 
 
 def _salted_search(cache: Any, salted: Callable[[str, list[int]], list[int]]) -> Callable[[str, list[int]], int]:

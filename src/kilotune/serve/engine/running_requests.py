@@ -8,13 +8,37 @@ from collections import deque
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, final
 
+from ...errors import ConfigError
 from .device_adapters import Held, Row
 from .interface import Finish, Generation, Sampling, Token
 from .paged_attention import Part
 from .sampling import Choice, Picker
 from .text_stream import TextStream
 
-__all__ = ["Again", "Run"]
+__all__ = ["Again", "Run", "check_request"]
+
+
+def check_request(request: Generation, vocabulary: int, max_length: int, texts: bool) -> None:
+    """What an engine can be asked. texts: it has a tokenizer.
+
+    Raises:
+        ConfigError: with what to ask for instead.
+
+    """
+    prompt, sampling = request.prompt, request.sampling
+    if not prompt or any(not 0 <= token < vocabulary for token in prompt):
+        raise ConfigError(f"prompt: expected at least one token, each in 0 ... {vocabulary - 1}")
+    if sampling.max_tokens < 1 or len(prompt) + sampling.max_tokens > max_length:
+        raise ConfigError(
+            f"max_tokens: expected 1 to {max_length - len(prompt)} behind a prompt of {len(prompt)} tokens "
+            f"(at most {max_length} together), got {sampling.max_tokens}"
+        )
+    if not (sampling.temperature >= 0 and 0 < sampling.top_p <= 1):
+        raise ConfigError("temperature: expected at least 0; top_p: expected a number in (0, 1]")
+    if (sampling.top_k is not None and sampling.top_k < 1) or (sampling.seed is not None and sampling.seed < 0):
+        raise ConfigError("top_k: expected at least 1; seed: expected at least 0")
+    if sampling.stop and not texts:
+        raise ConfigError("stop: needs a tokenizer, and the engine has none")
 
 
 @final
@@ -26,8 +50,7 @@ class Again:
 class Run:
     """A request in the engine. The engine's thread writes it, but for ``left`` and ``row``.
 
-    id: of the present admission; tokens: the prompt and what was generated; unread: how many of them the present
-    admission has still to compute before it gets a new token.
+    id: of the present admission; tokens: the prompt and what was generated.
     """
 
     def __init__(
@@ -44,8 +67,8 @@ class Run:
         self.picker = Picker(sampling)
         self.tokens = list(request.prompt)
         self.held: Held | None = None
-        self.left = self.again = self.suspect = False
-        self.unread = self.cached = 0
+        self.left = self.suspect = False
+        self.cached = 0
         key = request.adapter
         whose = "" if key is None else f"{key.namespace}\0{key.sha256}"
         self.owner = f"{request.tenant}\0{whose}".encode()
@@ -69,16 +92,11 @@ class Run:
 
     # -- the engine's side -----------------------------------------------------------------------
 
-    def begin(self, name: str) -> None:
-        """It is admitted, under this id."""
-        self.id, self.unread, self.again = name, len(self.tokens), False
-
     def took(self, part: Part) -> None:
         """A step computed a part of it."""
         if self._fresh:
             self.cached = min(part.cached, len(self.request.prompt))
             self._fresh = False
-        self.unread = max(0, len(self.tokens) - part.cached - part.tokens)
 
     def push(self, choice: Choice) -> tuple[list[Any], Any]:
         """(what the new token tells the stream, why it is the last one or None)."""

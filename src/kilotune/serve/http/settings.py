@@ -130,12 +130,14 @@ class EngineSettings(Section):
     revision: str | None = setting(None, or_none(text), "The base's revision, where it is a hub id.")
     max_running: int = setting(64, number(1, whole=True), "How many answers are made at once; the rest waits.")
     batch_tokens: int = setting(
-        512, number(1, whole=True), "Tokens of one step of the model; longer prompts take several steps."
+        512,
+        number(1, whole=True),
+        "Tokens of one step of the model; longer prompts, and those that share a step, take several.",
     )
     cache_tokens: int | None = setting(
         None,
         or_none(number(1, whole=True)),
-        "For how many tokens keys and values are kept; null: 512 for each of max_running.",
+        "For how many tokens keys and values are kept; null: 512 for each of max_running. One request has 3/4.",
     )
     slots: int = setting(256, number(1, whole=True), "How many adapters of one form the device holds at once.")
     forms: int = setting(

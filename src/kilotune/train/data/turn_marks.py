@@ -29,6 +29,7 @@ Message = Mapping[str, Any]
 TAG = re.compile(r"<+[^<>\s\"'={}]+>+|\[+[^\[\]\s\"'={},:]+\]+")
 EMPTY = re.compile(r"<([^<>/\s]+)>\s*</\1>")  # a pair around nothing frames no text: a thought that was left out
 LINE = r"(?:^|[\n\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029])[^\S\n]*"
+HEAD = re.compile(r"[^\w\s.!?]$")
 PROBE = re.compile(r"kilotune\d(?:word)?")  # the words of the chats that are tried
 BLANK = "\u2581"  # what SentencePiece writes for a blank
 
@@ -206,7 +207,8 @@ def _edges(text: str, frame: _Frame) -> str:
 def _plain_marks(segments: Sequence[str], first: bool) -> Iterator[tuple[str, bool]]:
     """Tags, and lines without tags that have letters and other signs: ``### User:``, but not ``user`` or ``---``.
 
-    With each, whether it begins a line; ``first``: whether the chat begins with these segments.
+    With each, whether it begins a line; ``first``: whether the chat begins with these segments. There, a line that ends
+    as a sentence does is the template's own message (a date, say), and not what begins somebody's.
     """
     for part, segment in enumerate(segments):
         for number, line in enumerate(segment.split("\n")):
@@ -214,11 +216,13 @@ def _plain_marks(segments: Sequence[str], first: bool) -> Iterator[tuple[str, bo
                 yield from ((tag, False) for tag in tags)
                 continue
             for words in filter(_is_line, map(str.strip, PROBE.split(line))):
-                yield words, first or part > 0 or number > 0
+                if not first or HEAD.search(words):
+                    yield words, first or part > 0 or number > 0
 
 
 def _is_line(words: str) -> bool:
-    return bool(re.search(r"\w", words)) and _is_sign(words)
+    """Not what is between the braces of an object, as templates write a tool's result."""
+    return bool(re.search(r"\w", words)) and _is_sign(words) and not re.search(r"[{}\"]", words)
 
 
 # -- the texts of messages -----------------------------------------------------------------------------

@@ -18,7 +18,8 @@ from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
 from ...model.adapter_model import AdapterModel
 from ...model.optimizer_groups import optimizer_groups
 from ..settings.sections import TrainSettings
-from .failures import Guard, Numbered, NumberedCollate, refuse_metric, told_of_disk
+from .failures import Guard, Numbered, NumberedCollate, refuse_metric, told_of_damage, told_of_disk
+from .output_folder import write_checksums
 from .stopping import Stopper
 
 __all__ = ["AdapterTrainer", "Flow", "Loss", "Own"]
@@ -213,6 +214,21 @@ class AdapterTrainer(Seq2SeqTrainer):  # type: ignore[misc]  # transformers is u
         step = self.state.global_step
         with told_of_disk(self.own.folder / f"checkpoint-{step}", f"the checkpoint of step {step}", self.own.folder):
             super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()  # each process writes the state of its own random numbers
+            if self.args.should_save:
+                write_checksums(self.own.folder / f"checkpoint-{step}")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: Any, model: Any = None) -> None:
+        with told_of_damage(resume_from_checkpoint, "model*.safetensors"):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
+        with told_of_damage(checkpoint, "optimizer.pt, or scheduler.pt,"):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: Any) -> None:
+        with told_of_damage(checkpoint, "rng_state*.pth"):
+            super()._load_rng_state(checkpoint)
 
     def _save(self, output_dir: Any = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)

@@ -34,6 +34,7 @@ __all__ = [
     "advise_on_memory",
     "knobs_of",
     "refuse_metric",
+    "told_of_damage",
     "told_of_disk",
     "told_to_go_on",
 ]
@@ -236,6 +237,31 @@ def told_of_disk(folder: Path, what: str, kept: Path) -> Iterator[None]:
         more = "; training.keep_checkpoints says how many are kept" if full and newest(kept) is not None else ""
         raise ResourceError(
             f"{what} cannot be written to {folder}: {cause} ({_room(folder)}). {last_checkpoint(kept)} {do}{more}"
+        ) from error
+
+
+@contextlib.contextmanager
+def told_of_damage(checkpoint: Any, what: str) -> Iterator[None]:
+    """A checkpoint's file that cannot be loaded is named; those with checksums were held against them before.
+
+    Args:
+        checkpoint: its folder; None where none is loaded.
+        what: which files are loaded.
+
+    Raises:
+        CheckpointError: instead of what PyTorch, pickle or safetensors raised.
+
+    """
+    try:
+        yield
+    except (KilotuneError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # a damaged pickle raises anything
+        if checkpoint is None:
+            raise
+        raise CheckpointError(
+            f"{what} of {checkpoint} cannot be loaded: {first_line(error)}. Take that folder away, and --resume goes "
+            "on from the checkpoint before"
         ) from error
 
 

@@ -29,12 +29,13 @@ from ...storage.sharded import gathered, is_unit
 from .handed_over import OPTIONS, STATE_NAME, HandedOver
 from .parallel import check_averaged, ignore_sharded
 
-__all__ = ["STATE_NAME", "for_trainer"]
+__all__ = ["HAS_REFERENCE", "SHARED", "STATE_NAME", "for_trainer"]
 
-HANDED = "_kilotune_handed"
 CHECKPOINT = re.compile(r"checkpoint-\d+")
 WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
 SHARED = "kilotune_shared"
+ALONE = ("sft", "reward-trainer")  # the tags of TRL's trainers that know no model but the one that they train
+HAS_REFERENCE = "kilotune"  # the tag of one of with_reference's
 # Says that from_pretrained(distributed_config=...) has sharded a model. A Trainer then neither puts
 # DistributedDataParallel around it nor lets it be resumed; for frozen weights there is no reason for that.
 LOADED_SHARDED = "_is_distributed_loading_by_transformers"
@@ -74,24 +75,23 @@ def for_trainer(model: AdapterModel) -> nn.Module:
     except ImportError as error:
         raise MissingExtraError("transformers", "train", "for_trainer") from error
     root = base = model.get_base_model()
-    if HANDED in base.__dict__:  # handed over before
+    if HandedOver.has(base):  # before
         return base
     if isinstance(base, PreTrainedModel):
         attach_module(base, SHARED, model.shared_parameters)
     else:
         root = _as_pretrained(model)
     handed = HandedOver(model, root)
-    override(root, HANDED, handed)
     override(root, "_hf_peft_config_loaded", True)
     override(root, LOADED_SHARDED, False)
     ignore_sharded(root)
     override(root, "save_pretrained", _Saving(handed))
-    wide = _Wide(root)
-    override(root, "load_state_dict", _Loading(handed, wide))
+    override(root, "load_state_dict", _Loading(handed))
+    override(root, "add_model_tags", _Tagging(handed))
     override(root, "_kilotune_head", root.register_forward_pre_hook(_check_head, with_kwargs=True))
     if is_unit(base):
         override(root, "_kilotune_averaged", root.register_forward_pre_hook(check_averaged))
-    override(root, "_kilotune_wide", root.register_forward_pre_hook(wide))
+    override(root, "_kilotune_wide", root.register_forward_pre_hook(_widen))
     return root
 
 
@@ -134,15 +134,15 @@ class _Saving:
 class _Loading:
     """``load_state_dict`` of a model that is handed to a Trainer."""
 
-    def __init__(self, handed: HandedOver, wide: _Wide) -> None:
-        self.handed, self.wide = handed, wide
+    def __init__(self, handed: HandedOver) -> None:
+        self.handed = handed
 
     def __call__(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Take what a checkpoint of ours holds, all of it; every other state dict as any module does."""
         if OPTIONS not in state_dict:
             root = self.handed.root
             return type(root).load_state_dict(root, state_dict, strict, assign)
-        self.wide.restore()
+        self.handed.wide.restore()
         given = dict(state_dict)
         self.handed.check_options(given.pop(OPTIONS))
         own = self.handed.trained()
@@ -159,6 +159,26 @@ class _Loading:
             for name, tensor in own.items():
                 tensor.copy_(given[name])
         return _Loaded([], [])
+
+
+@final
+class _Tagging:
+    """``add_model_tags`` of a model that is handed to a Trainer: TRL's trainers say by it who they are."""
+
+    def __init__(self, handed: HandedOver) -> None:
+        self.handed = handed
+
+    def __call__(self, tags: list[str] | str) -> None:
+        """Refuse a trainer that perhaps loads a second base as its reference, the wrong one where ours was merged."""
+        given = {tags} if isinstance(tags, str) else set(tags)
+        if "trl" in given and not given & {*ALONE, HAS_REFERENCE}:
+            raise UnsupportedError(
+                f"TRL's trainer of {sorted(given - {'trl'})} may load a second base as its reference, and not the one "
+                "that is trained; make it with kilotune.train.with_reference, as in "
+                "with_reference(DPOTrainer)(model=for_trainer(model), ...)"
+            )
+        root = self.handed.root
+        type(root).add_model_tags(root, tags)  # type: ignore[attr-defined]  # a model of transformers
 
 
 class _Loaded(NamedTuple):
@@ -187,22 +207,10 @@ def _check_head(root: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Non
         )
 
 
-@final
-class _Wide:
+def _widen(root: nn.Module, args: tuple[Any, ...]) -> None:
     """A hook before each forward in training: parameters that were float32 are so again."""
-
-    def __init__(self, root: nn.Module) -> None:
-        self.wide = [p for p in root.parameters() if p.requires_grad and p.dtype == torch.float32]
-
-    def __call__(self, root: nn.Module, args: tuple[Any, ...]) -> None:
-        if root.training:
-            self.restore()
-
-    def restore(self) -> None:
-        """Make those that are bfloat16 now float32 again."""
-        for parameter in self.wide:
-            if parameter.dtype == torch.bfloat16:
-                parameter.data = parameter.data.float()
+    if root.training:
+        HandedOver.of(root).wide.restore()
 
 
 def _as_pretrained(model: AdapterModel) -> nn.Module:

@@ -18,13 +18,15 @@ from ...adapter_files.peft_layout import BOOKKEEPING
 from ...errors import CheckpointError, gather
 from ...injection.installed_adapter import Installed
 from ...model.adapter_model import AdapterModel
+from ...model.base_overrides import override
 from ...weak import Weak
 from ...whole_file import replacing
 
-__all__ = ["OPTIONS", "STATE_NAME", "HandedOver"]
+__all__ = ["OPTIONS", "STATE_NAME", "HandedOver", "Wide"]
 
 STATE_NAME = "model.safetensors"  # where a Trainer looks for what it is to load
 OPTIONS = "kilotune.options"  # in that file: the adapters' options as JSON, its bytes as a tensor
+HANDED = "_kilotune_handed"
 
 
 @final
@@ -37,6 +39,19 @@ class HandedOver:
 
     def __init__(self, model: AdapterModel, root: nn.Module) -> None:
         self.installed, self.state, self._root = model._installed, model._state, Weak(root)
+        self.wide = Wide(root)
+        override(root, HANDED, self)
+
+    @staticmethod
+    def has(root: nn.Module) -> bool:
+        """Whether a model is handed over."""
+        return HANDED in root.__dict__
+
+    @staticmethod
+    def of(root: nn.Module) -> HandedOver:
+        """What hangs on a model that is."""
+        handed: HandedOver = root.__dict__[HANDED]
+        return handed
 
     @property
     def root(self) -> nn.Module:
@@ -113,6 +128,23 @@ class HandedOver:
         ]
         if faults:
             raise CheckpointError(gather("the checkpoint is of an adapter with other options:", faults))
+
+
+@final
+class Wide:
+    """The parameters that were float32 when a model was handed over."""
+
+    def __init__(self, root: nn.Module) -> None:
+        wide = [p for p in root.parameters() if p.requires_grad and p.dtype == torch.float32]
+        self.kept = [(parameter, parameter.detach().clone()) for parameter in wide]
+
+    def restore(self) -> None:
+        """Make those that are bfloat16 now float32 again: what they were, where that is what was rounded."""
+        for parameter, kept in self.kept:
+            if parameter.dtype == torch.bfloat16:
+                rounded = parameter.detach()
+                same = torch.equal(kept.to(rounded), rounded)
+                parameter.data = kept.to(rounded.device, copy=True) if same else rounded.float()
 
 
 def _running(root: nn.Module) -> Iterator[Tensor]:

@@ -7,15 +7,17 @@
       kilotune-train.yaml                                the settings as run
       result.json                                        the numbers, written last
       checkpoints/run.json                               what the run began with: held against it before a resume
-      checkpoints/checkpoint-120/                        adapter, optimizer, schedule, RNG, data position
+      checkpoints/checkpoint-120/                        adapter, optimizer, schedule, RNG, data position, checksums
+      checkpoints/.lock                                  held by the process that trains
       logs/, plots/, report.html                         see running/history.py, results/report.py
 
 transformers writes ``trainer_state.json`` last, so a checkpoint in which that can be read is whole; others are what a
-kill or a full disk left, and are passed over.
+kill or a full disk left, and are passed over. The checksums come behind it: older checkpoints have none.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -32,35 +34,39 @@ from torch import Tensor, nn
 
 from ...adapter_files.files import CONFIG_NAME, WEIGHTS_NAME
 from ...errors import CheckpointError, ConfigError, first_line, gather
-from ...whole_file import replacing
+from ...whole_file import hold, holder, let_go, replacing
 from ..settings.sections import SECTIONS, TrainSettings
 
 __all__ = [
     "CHECKPOINTS",
     "SETTINGS_NAME",
+    "alone",
     "base_digest",
     "base_of_run",
     "check_same_run",
     "clear",
     "damage_of",
-    "drop_incomplete",
+    "find",
     "fingerprint",
     "is_finished",
     "newest",
     "processes",
     "refuse_overwriting",
     "state_of",
+    "write_checksums",
     "write_json",
     "write_record",
     "write_text",
 ]
 
 CHECKPOINTS, LOGS, PLOTS = "checkpoints", "logs", "plots"
-SETTINGS_NAME, RESULT_NAME, RECORD_NAME, STATE_NAME = (
+SETTINGS_NAME, RESULT_NAME, RECORD_NAME, STATE_NAME, SUMS_NAME, LOCK_NAME = (
     "kilotune-train.yaml",
     "result.json",
     "run.json",
     "trainer_state.json",
+    "checksums.json",
+    ".lock",
 )
 OWN = (CONFIG_NAME, WEIGHTS_NAME, SETTINGS_NAME, RESULT_NAME, "report.html", CHECKPOINTS, LOGS, PLOTS)
 FORMAT = 1
@@ -122,10 +128,36 @@ def clear(folder: Path) -> None:
     """Take away what an earlier training wrote there; other people's files stay."""
     for name in OWN:
         path = folder / name
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+        for item in path.iterdir() if name == CHECKPOINTS and path.is_dir() else [path]:
+            if item.is_dir() and not item.is_symlink():
+                shutil.rmtree(item)
+            elif item.name != LOCK_NAME:
+                item.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keep other processes from training in the folder: two would write one another's checkpoints and logs over.
+
+    Raises:
+        ConfigError: one is at it.
+
+    """
+    place = folder / CHECKPOINTS / LOCK_NAME
+    held = None
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        held = hold(place)
+        taken = held is None
+    except OSError:  # nothing can be written there: what is written next says so
+        taken = False
+    if taken:
+        raise ConfigError(f"output: {holder(place)} is training in {folder} now; wait for it, or take another folder")
+    try:
+        yield
+    finally:
+        if held is not None:
+            let_go(held, place)
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
@@ -163,10 +195,48 @@ def _all(folder: Path) -> Iterator[tuple[int, Path]]:
     yield from sorted(((int(match.group(1)), path) for match, path in found if match and path.is_dir()), reverse=True)
 
 
-def damage_of(checkpoint: Path) -> str | None:
-    """What of a checkpoint is missing or cannot be read, as a machine that lost its power leaves it; None: nothing.
+def write_checksums(checkpoint: Path) -> None:
+    """Write down what the files of a checkpoint are, once all of them are there.
 
-    Only what tells whether a file has its beginning and its end is read.
+    Raises:
+        OSError: it cannot be written.
+
+    """
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != SUMS_NAME)
+    sums = {path.relative_to(checkpoint).as_posix(): _sha256(path) for path in files}
+    write_json(checkpoint / SUMS_NAME, {"format": FORMAT, "sha256": sums})
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _changed(checkpoint: Path) -> str | None:
+    """What of a checkpoint is not as it was written; None: nothing, or nobody knows."""
+    path = checkpoint / SUMS_NAME
+    if not path.exists():
+        return None
+    try:
+        sums = json.loads(path.read_text(encoding="utf-8"))["sha256"]
+        for name, sha256 in sums.items():
+            if _sha256(checkpoint / name) != sha256:
+                return f"{name} is not as it was written (its SHA-256 is another)"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return f"{SUMS_NAME} cannot be read ({first_line(error)})"
+    return None
+
+
+def damage_of(checkpoint: Path, every_byte: bool = True) -> str | None:
+    """What of a checkpoint is missing, cannot be read, or is not as it was written; None: nothing.
+
+    Args:
+        checkpoint: its folder.
+        every_byte: hold all files against their checksums, where it has some. Else only what tells whether a file has
+            its beginning and its end is read, as a machine that lost its power leaves it.
+
     """
     if state_of(checkpoint) is None:
         return f"{STATE_NAME} cannot be read"
@@ -182,22 +252,34 @@ def damage_of(checkpoint: Path) -> str | None:
             return f"{path.name} is missing"
         except (OSError, SafetensorError, zipfile.BadZipFile) as error:
             return f"{path.name} cannot be read ({first_line(error)})"
-    return None
+    return _changed(checkpoint) if every_byte else None
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest whole checkpoint in ``folder``."""
-    return next((path for _, path in _all(folder) if damage_of(path) is None), None)
+    """The newest checkpoint in ``folder`` whose files have their beginnings and ends: for what is said of it."""
+    return next((path for _, path in _all(folder) if damage_of(path, every_byte=False) is None), None)
 
 
-def drop_incomplete(folder: Path) -> list[str]:
-    """Take away what a kill or a full disk left of checkpoints; what is damaged otherwise is told, a line each."""
-    told = []
+def find(folder: Path, drop: bool) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is as it was written, and what is told of those that are passed over, a line each.
+
+    Args:
+        folder: of the checkpoints.
+        drop: take away what a kill or a full disk left of checkpoints, and what is damaged otherwise.
+
+    """
+    found, told = None, []
     for _, path in _all(folder):
-        if (damage := damage_of(path)) is not None:
-            told += [f"{path} is damaged, and passed over: {damage}"] if state_of(path) is not None else []
+        if (damage := damage_of(path, every_byte=found is None)) is None:
+            found = found or path
+            continue
+        if state_of(path) is not None or (path / SUMS_NAME).exists():  # it was whole once
+            told.append(f"{path} is damaged, and passed over: {damage}")
+        if drop:
             shutil.rmtree(path)
-    return told
+    if told and found is None:
+        told.append("no other checkpoint is there, so the training begins anew")
+    return found, told
 
 
 def is_finished(state: Mapping[str, Any]) -> bool:
