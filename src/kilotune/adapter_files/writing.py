@@ -14,7 +14,8 @@ from ..candidates import matches_names
 from ..config import ALL_LINEAR, CLOSED, FORMAT_VERSION, SECTION, AdapterConfig
 from ..deltas import Role
 from ..errors import AdapterError, ConfigError
-from ..injection.inject import Installed, part_of
+from ..injection.inject import Installed
+from ..injection.option_checks import part_of
 from ..layers import stacked_sites as stacks
 from ..layers.adapted_parameters import file_names
 from ..patterns import matching
