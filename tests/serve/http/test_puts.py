@@ -54,7 +54,7 @@ def _made() -> None:
 
 @pytest.fixture
 def running(tmp_path: Path) -> Iterator[Running]:
-    with serving(tmp_path, catalogue=StoreCatalogue(f"sqlite:///{tmp_path / 'adapters.db'}"), max_seconds=0.6) as made:
+    with serving(tmp_path, catalogue=StoreCatalogue(f"sqlite:///{tmp_path / 'adapters.db'}")) as made:
         yield made
 
 
@@ -183,7 +183,12 @@ def test_an_engine_without_time_to_try_an_adapter_is_no_store_that_does_not_answ
     )
 
 
-def test_a_check_that_takes_too_long_stores_nothing(running: Running, manager: httpx2.Client) -> None:
+def test_a_check_that_takes_too_long_stores_nothing(tmp_path: Path) -> None:
+    with serving(tmp_path, max_seconds=0.6) as running, running.client(running.manager) as manager:
+        check_too_long(running, manager)
+
+
+def check_too_long(running: Running, manager: httpx2.Client) -> None:
     with held(running, "check") as go:
         threads, late = in_threads([lambda: put(manager, "waits", 4)])
         answer = put(manager, "slow", 4)
