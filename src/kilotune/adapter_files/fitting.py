@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..deltas import Role
 from ..errors import CheckpointError, gather
-from ..injection.inject import Plan, part_of
+from ..injection.inject import Plan
+from ..injection.option_checks import part_of
 from ..injection.tree import bare_state
 from ..kinds import LayerKind
 from ..layers.adapted_parameters import file_names

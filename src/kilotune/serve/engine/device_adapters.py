@@ -200,10 +200,10 @@ class Residents:
             while len(self._unbanked) > UNBANKED:
                 self._unbanked.popitem(last=False)  # to be found out again
 
-    def _planned(self, file: AdapterFile) -> inject.Plan:
-        """What the adapter would be in the model, its shapes checked; nothing is made for it."""
+    def _planned(self, file: AdapterFile, strict: bool = False) -> inject.Plan:
+        """What the adapter would be in the model, its shapes checked; nothing is made for it, and nobody waits."""
         base = self.model.get_base_model()
-        made = inject.plan(base, "trial", file.config.replace(inference_mode=True), file.method, strict=False)
+        made = inject.plan(base, "trial", file.config.replace(inference_mode=True), file.method, strict=strict)
         match_tensors(file, made, type(base).__name__)
         return made
 
@@ -216,7 +216,8 @@ class Residents:
 
     def _slots_of(self, file: AdapterFile, what: str) -> int:
         """How many rows the bank of a new form gets; its file is seen to fit before memory is taken for it."""
-        shapes = [shape for own in self._planned(file).shapes.values() for shape in own.values()]
+        planned = self._planned(file, strict=True)  # as a bank does, while the model waits
+        shapes = [shape for own in planned.shapes.values() for shape in own.values()]
         size = sum(torch.Size(shape).numel() for shape in shapes) * self.dtype.itemsize
         slots = min(self.slots, self.form_bytes // max(size, 1))
         if slots < 1:
@@ -300,6 +301,7 @@ class Residents:
                 self._wholes.move_to_end(name)
                 return Row(name, self._wholes[name], None, 0)
         self._check_whole(file, what)
+        self._planned(file)  # what does not fit, or takes long to match, is seen before the model waits
         with self._changing:
             with self._lock:
                 full = len(self._wholes) >= self.whole
