@@ -53,7 +53,7 @@ def _begin(base: nn.Module, args: Any) -> None:
         unwatch(base)
         return
     state = layers[0].state if layers else None
-    if state is not None and state.seen is None and state.route() is None and any(map(_trained, layers)):
+    if state is not None and state.seen is None and state.now().route is None and any(map(_trained, layers)):
         state.seen, state.watcher = set(), threading.get_ident()
 
 
@@ -80,7 +80,7 @@ def _layers(base: nn.Module) -> Iterator[AdaptedLayer]:
 def _trained(layer: AdaptedLayer) -> list[Slot]:
     """The layer's live slots that train something."""
     found = []
-    for name in layer.state.live:
+    for name in layer.state.now().live:
         slot = None if name in layer.merged else layer.slot(name)
         if slot is None:
             continue
