@@ -29,8 +29,10 @@ from ..methods import Site
 from ..storage import Kept, Storage
 from ..storage.sharded import is_sharded, whole_parts
 from . import fusion
-from .active_adapters import ActiveState
+from .active_adapters import ActiveState, Running
+from .bare import Bare
 from .fusion import leading
+from .replicas import with_parameters
 from .routing import changed_rows
 from .slot import BIAS, Merged, Slot, slot_key
 
@@ -64,7 +66,7 @@ class AdaptedLayer(nn.Module):
         self._input_name = next(iter(inspect.signature(base_layer.forward).parameters), "input")
         self._merged: tuple[str, ...] = ()
         self._kept: Kept = {}
-        self._suspended: Kept = {}
+        self._bare = Bare()
         self._input_dtype: torch.dtype | None = None  # the last input's, where the storage computes in that
         self.training = base_layer.training
 
@@ -157,31 +159,32 @@ class AdaptedLayer(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base layer's output and the changes of all live adapters."""
-        route = self._state.route()
-        slots = self._live() if route is None else []
-        if not slots and route is None:
-            return self._kind.call(self.base_layer, None, args, kwargs)
+        now = self._state.now()
+        slots = self._live(now) if now.route is None else []
+        if not slots and now.route is None:
+            base_layer = self.base_layer
+            if now.disabled and self._merged:
+                base_layer = self._bare.of(base_layer, self._storage, self._kept, self._merged)
+            return self._kind.call(base_layer, None, args, kwargs)
         x = given = cast(Tensor, args[0] if args else kwargs.get(self._input_name))
         if not self._storage.lossless:
             x = self._as_computed(x)
-        if route is not None:
+        if now.route is not None:
             output = self._kind.call(self.base_layer, None, args, kwargs)
-            return self._kind.with_tensor(output, changed_rows(self, route, x, self._kind.tensor_of(output)))
-        deltas = self._deltas(slots)
+            return self._kind.with_tensor(output, changed_rows(self, now.route, x, self._kind.tensor_of(output)))
+        deltas, base = self._deltas(slots), None
         if self._kind.substitutes:
             output = self._kind.run_with(self.base_layer, self._substitutes(slots, deltas), args, kwargs)
             deltas = [(slot, delta) for slot, delta in deltas if isinstance(delta, Residual)]
-            base = None
         else:
             shift = self._total_shift(slots, deltas)
             alone = len(args) + len(kwargs) == 1 and x is given
             fused = self._fused(deltas, shift, x) if alone else None
             if fused is not None:
                 output, deltas = fused
-                base = None
             else:
                 output = self._kind.call(self.base_layer, shift, args, kwargs)
-                other = shift is not None or self._merged or hooked(self.base_layer)
+                other = shift is not None or self._merged or hooked(self.base_layer)  # its output is not W x + bias
                 base = None if other else self._kind.tensor_of(output)
         if not deltas:
             return output
@@ -257,14 +260,17 @@ class AdaptedLayer(nn.Module):
 
     def substitutes(self) -> dict[str, Any]:
         """What the base layer is to use in place of its own parameters now, by their names; empty when none is live."""
-        slots = self._live()
+        now = self._state.now()
+        if now.disabled:
+            own = (self._storage.weight_name, self._storage.bias_name)
+            return {name: self._kept[name] for name in own if name in self._kept}
+        slots = self._live(now)
         return self._substitutes(slots, self._deltas(slots)) if slots else {}
 
-    def _live(self) -> list[Slot]:
+    def _live(self, now: Running) -> list[Slot]:
         live = []
-        for name in self._state.live:
-            slot = None if name in self._merged else self.slot(name)
-            if slot is not None:
+        for name in now.live:
+            if name not in self._merged and (slot := self.slot(name)) is not None:
                 live.append(slot)
         return live
 
@@ -433,16 +439,6 @@ class AdaptedLayer(nn.Module):
         held, self._merged, self._kept = before
         self._storage.restore(self.base_layer, held)
 
-    def suspend_merge(self) -> None:
-        """Run with the base's weights until :meth:`resume_merge`."""
-        self._suspended = self._storage.keep(self.base_layer)
-        self._storage.restore(self.base_layer, self._kept)
-
-    def resume_merge(self) -> None:
-        """Put the merged weights back."""
-        self._storage.restore(self.base_layer, self._suspended)
-        self._suspended = {}
-
     def check_mergeable(self, names: Sequence[str], where: str) -> None:
         """Raise MergeError for a delta that cannot be merged."""
         for name in names:
@@ -461,9 +457,12 @@ class AdaptedLayer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptedLayer:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for kept in (self._kept, self._suspended):  # kept out of the module tree while merged, yet it must follow
-            self._storage.move(kept, fn)
+        self._storage.move(self._kept, fn)  # kept out of the module tree while merged, yet it must follow
+        self._bare.forget()
         return self
+
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        return with_parameters(super()._replicate_for_data_parallel(), self._state)  # type: ignore[no-untyped-call]
 
     def __getattr__(self, name: str) -> Any:
         try:
