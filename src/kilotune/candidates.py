@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import final
@@ -10,9 +9,12 @@ from typing import final
 from torch import nn
 
 from .kinds import LayerKind, kind_of
+from .name_rules import ends_so, fits, named
 from .storage import Storage, storage_of
 
 __all__ = ["Candidate", "candidates", "inside", "matches_names", "saved_whole"]
+
+HINTS = 20  # faults whose nearest names are looked for; an error shows no more
 
 
 @final
@@ -36,18 +38,23 @@ def candidates(modules: Iterable[tuple[str, nn.Module, type[nn.Module]]]) -> lis
     return [Candidate(name, m, parent, kind_of(m), storage_of(m)) for name, m, parent in modules]
 
 
-def matches_names(names: Sequence[str] | str | None, name: str) -> bool:
-    """PEFT's rule: a string is a regular expression for the whole name; a list holds names or their ends."""
+def matches_names(names: Sequence[str] | str | None, name: str, field: str = "target_modules") -> bool:
+    """PEFT's rule: a string is a regular expression for the whole name; a list holds names or their ends.
+
+    Raises:
+        ConfigError: the expression takes too long (patterns.py); with the field that it is in.
+
+    """
     if not names:
         return False
     if isinstance(names, str):
-        return re.fullmatch(names, name) is not None
-    return any(name == n or name.endswith(f".{n}") for n in names)
+        return fits(field, names, name)
+    return named(names, name)
 
 
 def saved_whole(names: Sequence[str] | None, name: str) -> bool:
     """PEFT's rule for modules_to_save: any name that ends so, with no dot before it ('norm': 'input_layernorm' too)."""
-    return any(name.endswith(n) for n in names or ())
+    return ends_so(names or (), name)
 
 
 def inside(names: Sequence[str] | None, name: str) -> bool:

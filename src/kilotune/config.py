@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
-import re
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,6 +18,7 @@ from dataclasses import dataclass
 from enum import Enum, StrEnum
 from typing import Any, ClassVar, NoReturn, TypeVar, cast, final
 
+from . import patterns
 from .errors import ConfigError, did_you_mean, gather
 from .known_names import CONFIG_NAMES, METHOD_OPTIONS, PRESETS_OF, may_be_option
 
@@ -28,6 +28,7 @@ FORMAT_VERSION = 1
 SECTION = "kilotune"
 # Before the peft_type of every file that PEFT is not to read: it knows no such type, whatever versions of it come.
 CLOSED = "KILOTUNE_"
+SHOWN = 20  # faults that an error shows; to look for the nearest name of more takes long
 ALL_LINEAR = "all-linear"
 ALL_BIASED = "all-biased"
 C = TypeVar("C", bound="AdapterConfig")
@@ -209,12 +210,15 @@ class AdapterConfig(ABC):
         Unknown keys are accepted where they are switched off (None, False, empty; PEFT writes many) or listed
         as harmless; switched on, they are refused by name, because ignoring them would change the results.
         """
-        known, faults, names = {}, [], set(cls.option_names())
+        known: dict[str, Any] = {}
+        faults: list[str] = []
+        names = set(cls.option_names())
         for key, value in values.items():
             if key in names:
                 known[key] = value
             elif key not in HARMLESS_KEYS and value not in (None, False, "", [], {}):
-                faults.append(f"{key}={value!r}: {cls._unknown(key)}. If it is an option of PEFT, kilotune lacks it.")
+                hint = cls._unknown(key) if len(faults) < SHOWN else "unknown option"
+                faults.append(f"{key}={value!r:.500}: {hint}. If it is an option of PEFT, kilotune lacks it.")
         if faults:
             raise ConfigError(gather(f"{cls.__name__}:", faults))
         return cls(**known)
@@ -367,14 +371,14 @@ def _name_faults(key: str, value: Any) -> list[str]:
 
 
 def regex_faults(key: str, pattern: Any) -> list[str]:
-    """A line when ``pattern`` is no regular expression."""
+    """A line when ``pattern`` is no regular expression; ConfigError where it takes too long to see."""
     if not isinstance(pattern, str):
         return [f"{key}: expected a name or a regular expression, got {pattern!r}"]
     try:
-        re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
-        return [f"{key}: {pattern!r} is no regular expression: {error}"]
-    return []
+        fault = patterns.fault(pattern)
+    except patterns.PatternError as error:  # no time for the other patterns either
+        raise ConfigError(f"{key}: {error}") from error
+    return [] if fault is None else [f"{key}: {pattern[:200]!r} is no regular expression: {fault}"]
 
 
 def _plain(value: Any) -> Any:

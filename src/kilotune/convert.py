@@ -28,7 +28,6 @@ from .adapter_files import writing
 from .adapter_files.files import tensors_checksum, write
 from .adapter_files.peft_layout import PREFIX, config_checksum, header_metadata
 from .adapter_files.reading import AdapterFile
-from .candidates import matches_names
 from .config import SECTION, AdapterConfig
 from .deltas import LowRank, Role
 from .errors import CheckpointError, ConfigError, UnsupportedError, gather
@@ -40,6 +39,7 @@ from .methods.lora import Lora
 from .methods.unilora import UniLora
 from .methods.vera import Vera
 from .model.peft_model import PeftModel
+from .name_rules import ends
 from .projections.matrices import Extent, PeftSource, PortableSource, Projections, StoredSource
 
 __all__ = ["Conversion", "hollow", "rewrite", "to_kilotune", "to_lora", "to_peft", "truncate"]
@@ -265,7 +265,8 @@ def _targets(model: PeftModel, installed: Installed) -> tuple[str, ...] | str:
     """Exactly the adapted layers: their own short list of names where it is one, else their whole names."""
     old, layers = installed.config, list(_sites(installed))
     if isinstance(old.target_modules, tuple) and not old.exclude_modules and old.layers_to_transform is None:
-        return tuple(t for t in old.target_modules if any(matches_names((t,), name) for name in layers))
+        there = {end for name in layers for end in ends(name)}
+        return tuple(target for target in old.target_modules if target in there)
     others = [name for name, _, _ in inject.walk(model.model) if name and name not in layers]
     if any(other.endswith(f".{name}") for other in others for name in layers):
         return "|".join(name.replace(".", r"\.") for name in layers)

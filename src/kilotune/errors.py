@@ -94,8 +94,13 @@ class MissingExtraError(KilotuneError, ImportError):
 
 
 def nearest(name: str, options: Iterable[str], count: int = 3) -> list[str]:
-    """The ``count`` names among ``options`` that look most like ``name``, best first; may be empty."""
+    """The ``count`` names among ``options`` that look most like ``name``, best first; may be empty.
+
+    Nothing is near to what is no name by its length, or among very many: to look would take long.
+    """
     unique = sorted(set(options))
+    if len(name) > 500 or len(unique) > 5000:
+        return []
     lowered = {option.lower(): option for option in unique}
     close = difflib.get_close_matches(name.lower(), list(lowered), n=count, cutoff=0.5)
     return [lowered[c] for c in close]

@@ -422,3 +422,13 @@ def test_values_that_are_not_finite_are_not_loaded(value: float, dtype: torch.dt
     with pytest.raises(CheckpointError, match=r"values of .*0\.lora_B\.weight are not finite"):
         PeftModel.from_pretrained(base, tmp_path / "good")
     assert Snapshot.of(base) == before
+
+
+def test_a_version_of_peft_of_thousands_of_digits_is_no_raw_error(tmp_path: Path) -> None:
+    """Python refuses to make a number of them."""
+    adapted_folder = tmp_path / "a"
+    model = get_peft_model(mlp(), LoraConfig(r=2, target_modules=["0"]))
+    model.save_pretrained(adapted_folder)
+    config = json.loads((adapted_folder / "adapter_config.json").read_text())
+    (adapted_folder / "adapter_config.json").write_text(json.dumps({**config, "peft_version": "9" * 5000 + ".1"}))
+    assert PeftModel.from_pretrained(mlp(), adapted_folder).peft_config["default"].r == 2

@@ -153,6 +153,19 @@ def test_files_are_those_of_one_alone(tmp_path: Path) -> None:
         assert copy.deepcopy(again)(X).equal(again(X))
 
 
+@pytest.mark.parametrize("names", ORDERS, ids="-".join)
+def test_a_file_fits_whoever_is_in_the_model_already(names: tuple[str, ...], tmp_path: Path) -> None:
+    """A module that is replaced whole was held against the names of the wrappers in it."""
+    for name in names:
+        single(name).save_pretrained(tmp_path, selected_adapters=[name])
+    model = PeftModel.from_pretrained(Nested(), tmp_path / names[0], adapter_name=names[0])
+    for name in names[1:]:
+        model.load_adapter(tmp_path / name, name)
+    for name in names:
+        model.set_adapter(name)
+        torch.testing.assert_close(model(X), EXPECTED[name])
+
+
 @pytest.mark.parametrize("tie", [False, True])
 @pytest.mark.parametrize("first", ["lora", "whole"])
 def test_an_embedding_that_one_adapts_and_another_replaces(first: str, tie: bool) -> None:

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from kilotune import LoraConfig, TargetError, UnsupportedError, VeraConfig, get_peft_model
+from kilotune import (
+    AdapterConfig,
+    ConfigError,
+    Ia3Config,
+    LoraConfig,
+    TargetError,
+    UnsupportedError,
+    VeraConfig,
+    get_peft_model,
+    patterns,
+)
 from kilotune.candidates import candidates, matches_names
 from kilotune.deltas import Need
 from kilotune.injection.inject import plan, walk
@@ -190,6 +201,37 @@ def test_a_plan_changes_nothing_and_knows_the_shapes() -> None:
 )
 def test_the_rule_for_names(names: Any, name: str, expected: bool) -> None:
     assert matches_names(names, name) is expected
+
+
+ENDLESS = r"(([a-z._0-9])+)+q_pro"
+FIELDS: dict[str, AdapterConfig] = {
+    "target_modules": VeraConfig(r=2, target_modules=ENDLESS),
+    "exclude_modules": LoraConfig(r=2, target_modules="all-linear", exclude_modules=ENDLESS),
+    "layers_pattern": LoraConfig(r=2, target_modules=["up"], layers_to_transform=[0], layers_pattern=[ENDLESS]),
+    "rank_pattern": LoraConfig(r=2, target_modules=["up"], rank_pattern={ENDLESS: 4}),
+    "alpha_pattern": LoraConfig(r=2, target_modules=["up"], alpha_pattern={ENDLESS: 4}),
+    "feedforward_modules": Ia3Config(target_modules=["up"], feedforward_modules=ENDLESS),
+}
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_a_pattern_without_end_is_an_error_in_time(field: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the caller's own: a process would hang for minutes, and nothing could stop it."""
+    monkeypatch.setattr(patterns, "LIMIT", 0.4)
+    base = nn.ModuleDict({"a_block_with_a_name_of_some_length_and_more": Nested()})
+    began = time.monotonic()
+    with pytest.raises(ConfigError, match=rf"{field}: .*takes too long: what a configuration has may take 0.4 s"):
+        get_peft_model(base, FIELDS[field])
+    assert time.monotonic() - began < 3
+    assert not any("lora" in name for name, _ in base.named_modules())
+
+
+def test_a_pattern_with_groups_and_a_pattern_that_has_none_for_some_names() -> None:
+    """The block's number is the last group; a pattern that goes around it finds no block."""
+    options = {"target_modules": ["up"], "layers_to_transform": [1]}
+    assert taken(**options, layers_pattern="(block)s") == UP[1:]
+    with pytest.raises(TargetError, match="no targeted module lies in a block 1"):
+        taken(**options, layers_pattern="mix|blocks")
 
 
 def test_the_default_targets_are_the_papers_query_and_value() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import peft
@@ -14,7 +15,7 @@ from peft.utils.constants import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING,
 )
-from peft.utils.other import ModulesToSaveWrapper
+from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
 from torch import nn
 
 import kilotune
@@ -139,6 +140,7 @@ PATTERNS = [
     r"model\..*mlp\.\w+",
     "lm_head",
     r".*self_attn\.[kv].*",
+    r"(?!.*mlp).*layers\.1\..*_proj$",
 ]
 
 
@@ -162,6 +164,36 @@ def test_any_selection(targets: Any, excluded: Any, saved: Any, blocks: Any, pat
     except kilotune.TargetError:
         taken = []
     assert_same(taken, expected, "modules taken")
+
+
+MANY_WAYS = [
+    r"(?:\w+\.)*[qv]_proj",
+    r"(?!.*(?:mlp|self_attn\.o))(?:\w+\.)+\w+_proj",
+    r"(?:.*\.)?(?<=self_attn\.)(?:q|v)_proj",
+    r"(?i)MODEL\.layers\.[01]\..*(?:Q|down)_proj",
+    r"(?P<first>\w+)(?:\.\w+)*\.(?:up|k)_proj",
+    r".*?(?:model|text).*?(?:self_attn|mlp|ffn).*?(?:q_proj|up_proj).*?",
+    r"((\w)+\.)*(\2)?lm_head",
+]
+
+
+@pytest.mark.parametrize("pattern", MANY_WAYS)
+def test_patterns_that_are_matched_in_a_process_of_their_own(pattern: str) -> None:
+    """Look-arounds, references and repeats inside repeats: the same modules, and the same ranks, as in PEFT."""
+    options: dict[str, Any] = {"target_modules": pattern}
+    expected = [name for name in LINEAR if check_target_module_exists(peft.LoraConfig(**options), name)]
+    assert expected
+    assert_same(list(plan(LLAMA, "x", kilotune.LoraConfig(**options), strict=False).layers), expected, "modules taken")
+    config = kilotune.LoraConfig(target_modules="all-linear", r=4, rank_pattern={pattern: 2})
+    if "(?i)" in pattern or r"\2" in pattern:  # no expression as a part of a larger one
+        with pytest.raises(re.error):
+            get_pattern_key([pattern], LINEAR[0])
+        with pytest.raises(kilotune.ConfigError, match="rank_pattern: .*cannot be matched"):
+            plan(LLAMA, "x", config, strict=False)
+        return
+    shapes = plan(LLAMA, "x", config, strict=False).shapes
+    fitting = [name for name in shapes if get_pattern_key([pattern], name) == pattern]
+    assert [name for name, own in shapes.items() if own["lora_A"][0] == 2] == fitting
 
 
 TABLES = {

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from ..deltas import Role
 from ..errors import CheckpointError, gather
-from ..injection.inject import Plan, part_of
+from ..injection.inject import Plan
+from ..injection.option_checks import part_of
+from ..injection.tree import bare_state
 from ..kinds import LayerKind
 from ..layers.adapted_parameters import file_names
 from ..layers.slot import BIAS
@@ -36,7 +38,7 @@ def match_tensors(file: AdapterFile, made: Plan, base_name: str, of_layers: Want
     """
     wanted = dict(wanted_of(made) if of_layers is None else of_layers)
     for name, module in made.saved.items():
-        wanted.update({f"{name}.{k}": (f"{name}.{k}", tuple(v.shape)) for k, v in module.state_dict().items()})
+        wanted.update({f"{name}.{k}": (f"{name}.{k}", tuple(v.shape)) for k, v in bare_state(module).items()})
     given = {k: v for k, v in file.tensors.items() if not (_redundant(k, made) or _repeats(k, file, made))}
     bases = {key: weight for key in given if (weight := _base_weight(key, made)) is not None}
     tables = {key: _is_base_weight(given[key], weight) for key, weight in bases.items()}
@@ -144,7 +146,7 @@ def _exact_buffers(made: Plan) -> set[str]:
     return {
         f"{name}.{key}"
         for name, module in made.saved.items()
-        for key, value in module.state_dict().items()
+        for key, value in bare_state(module).items()
         if not value.is_floating_point()
     }
 

@@ -138,7 +138,7 @@ def _doubled(values: Mapping[str, Any], metadata: Mapping[str, str], config: Ada
     if "kilotune_format" in metadata or str(values["peft_type"]).upper().startswith(CLOSED):
         return False
     if (version := values.get("peft_version")) is not None:
-        numbers = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", str(version))
+        numbers = re.match(r"(\d{1,9})\.(\d{1,9})(?:\.(\d{1,9}))?", str(version))
         return not numbers or tuple(int(number or 0) for number in numbers.groups()) <= DOUBLES_UP_TO
     if "peft_version" in values:
         return False

@@ -14,9 +14,11 @@ from ..candidates import matches_names
 from ..config import ALL_LINEAR, CLOSED, FORMAT_VERSION, SECTION, AdapterConfig
 from ..deltas import Role
 from ..errors import AdapterError, ConfigError
-from ..injection.inject import Installed, part_of
+from ..injection.inject import Installed
+from ..injection.option_checks import part_of
 from ..layers import stacked_sites as stacks
 from ..layers.adapted_parameters import file_names
+from ..patterns import matching
 from ..storage.sharded import gathered, is_sharded
 from .files import tensors_checksum, write
 from .peft_layout import (
@@ -160,7 +162,8 @@ def _taken_otherwise(installed: Installed, layers: Sequence[str]) -> bool:
     """Whether PEFT would take other layers: other blocks, or an attention's out_proj by its name and the attention."""
     config = installed.config
     parts = [name for name in layers if part_of(name, installed.layers)]
-    named = config.target_modules == ALL_LINEAR or any(matches_names(config.target_modules, name) for name in parts)
+    with matching(names=lambda: parts):
+        named = config.target_modules == ALL_LINEAR or any(matches_names(config.target_modules, name) for name in parts)
     return bool(parts and named) or _blocks_differ(config, layers)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..added_modules import base_modules
-from ..candidates import Candidate, candidates, inside, matches_names, saved_whole
+from ..candidates import HINTS, Candidate, candidates, inside, saved_whole
 from ..config import AdapterConfig
 from ..deltas import Need
 from ..errors import TargetError, UnsupportedError, did_you_mean, gather
@@ -35,11 +35,13 @@ from ..layers.shared_inputs import join
 from ..layers.slot import BIAS, Slot, slot_key, weakly
 from ..layers.stacked_sites import members, start
 from ..methods import Method, Shared, Site, make_method
+from ..patterns import matching
 from ..projections.matrices import Projections
 from ..storage import Storage
 from ..storage.sharded import whole, whole_copy
 from .held_modules import check_calls
 from .installed_adapter import Installed, check_compatible
+from .option_checks import check_dropout, check_layout, check_patterns, part_of
 from .targets import HEADS, read_by_parent, resolve_targets, select
 from .tree import (
     bare_copy,
@@ -96,6 +98,11 @@ def plan(
         TargetError, ConfigError, UnsupportedError: what cannot be done, and why.
 
     """
+    with matching(names=lambda: [name for name, _, _ in walk(root, aliases=True)]):
+        return _planned(root, adapter, config, method, strict)
+
+
+def _planned(root: nn.Module, adapter: str, config: AdapterConfig, method: Method[Any] | None, strict: bool) -> Plan:
     method = make_method(config) if method is None else method
     config = method.completed(config, _model_type(root))
     config = resolve_targets(config, _model_type(root), method.default_targets)
@@ -116,13 +123,13 @@ def plan(
     wrapped = {c.module: name for name, c in {**layers, **bias_only}.items()}
     wrapped.update({unwrapped(module): name for name, module in saved.items()})
     check_calls([(name, unwrapped(module)) for name, module, _ in modules], wrapped)
-    _check_layout(config, chosen, strict)
+    check_layout(config, chosen, strict)
     if strict:  # PEFT's files may have it: it leaves it out there without a word
-        _check_dropout(config, chosen, needs)
+        check_dropout(config, chosen, needs)
     method.config = config
     result = Plan(adapter, config, method, layers, bias_only, saved, tied=tied)
     result.shapes = _expected_shapes(root, result)
-    _check_patterns(config, layers, strict)
+    check_patterns(config, layers, strict)
     if strict:
         warn_of_untrained(modules, config, layers)
     return result
@@ -190,12 +197,16 @@ def _saved_modules(root: nn.Module, config: AdapterConfig, strict: bool) -> dict
     names = config.modules_to_save or ()
     modules = [(name, module) for name, module, _ in _modules(root) if name]
     saved = {name: module for name, module in modules if saved_whole(names, name)}
-    missing = [n for n in names if not any(saved_whole((n,), name) for name in saved)]
-    if missing and strict:
+    endings = {name[at:] for name in saved for at in range(len(name))} if strict else set()
+    missing = [n for n in names if n not in endings] if strict else []
+    if missing:
         last = {name.rpartition(".")[2] for name, _ in modules}
-        faults = [f"modules_to_save: no module is called {n!r}.{did_you_mean(n, last)}" for n in missing]
+        faults = [
+            f"modules_to_save: no module is called {n!r}.{did_you_mean(n, last) if at < HINTS else ''}"
+            for at, n in enumerate(missing)
+        ]
         raise TargetError(gather("some modules are not there:", faults))
-    inner = [a for a in saved for b in saved if a != b and a.startswith(f"{b}.")]
+    inner = {name for name in saved if any(name[:at] in saved for at, c in enumerate(name) if c == ".")}
     once = {id(module): name for name, module in reversed(saved.items())}  # one that has several names, by the first
     outer = {name: module for name, module in saved.items() if name not in inner and once[id(module)] == name}
     whole = {name: unwrapped(module) for name, module in outer.items()}
@@ -249,51 +260,6 @@ def _bias_only(
     if faults:
         raise UnsupportedError(gather("bias='all' asks for biases that cannot be trained:", faults))
     return chosen
-
-
-def _check_layout(config: AdapterConfig, chosen: Sequence[Candidate], strict: bool) -> None:
-    transposed = any(c.kind is not None and c.kind.stores_in_out for c in chosen)
-    if strict and config.fan_in_fan_out and not transposed:
-        raise UnsupportedError(
-            "fan_in_fan_out=True, but no targeted layer stores its weight as (in, out); layers are recognised by "
-            "themselves, so leave it False"
-        )
-
-
-def _check_dropout(config: AdapterConfig, chosen: Sequence[Candidate], needs: frozenset[Need]) -> None:
-    """Refuse dropout where no input of the adapter's own is: the layer runs with a weight that is built for it."""
-    if config.dropout == 0 or Need.OUTPUT in needs:
-        return
-    built = [c for c in chosen if c.kind is not None and (c.kind.substitutes or read_by_parent(c))]
-    if built and (plain := [c for c in built if c.kind is None or c.kind.parameter is None]):
-        names = [name for name in config.option_names() if name.endswith("dropout")]
-        raise UnsupportedError(
-            f"{names[0] if names else 'dropout'}={config.dropout!r}: {plain[0].name!r} runs with the adapter in its "
-            "weight, so there is no input of the adapter's own that dropout could act on; set it to 0, or leave such "
-            "layers out with exclude_modules"
-        )
-
-
-def part_of(name: str, layers: Mapping[str, Candidate] | Mapping[str, AdaptedLayer]) -> str:
-    """The adapted module whose part ``name`` is, which PEFT's patterns are held against; '' where there is none."""
-    parent, _, own = name.rpartition(".")
-    kind = layers[parent].kind if parent in layers else None
-    return parent if kind is not None and own in kind.with_it else ""
-
-
-def _check_patterns(config: AdapterConfig, layers: Mapping[str, Candidate], strict: bool) -> None:
-    """rank_pattern and alpha_pattern entries that fit no adapted layer have no effect: refuse them."""
-    values = config.to_dict()
-    faults = []
-    for key in ("rank_pattern", "alpha_pattern"):
-        for pattern in values.get(key, {}):
-            if not any(matches_names(rf"(.*\.)?({pattern})", part_of(name, layers) or name) for name in layers):
-                faults.append(f"{key}: {pattern!r} fits no adapted layer")
-    inputs = values.get("feedforward_modules")
-    if isinstance(inputs, str) and not any(matches_names(inputs, name) for name in layers):
-        faults.append(f"feedforward_modules: {inputs!r} fits no adapted layer")
-    if faults and strict:
-        raise TargetError(gather("patterns that fit nothing:", faults))
 
 
 def _expected_shapes(root: nn.Module, made: Plan) -> dict[str, dict[str, tuple[int, ...]]]:

@@ -6,20 +6,21 @@ adapt, or into one error that names the nearest modules and why they were not ta
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
 from torch import nn
 
 from ..added_modules import base_modules
-from ..candidates import Candidate, inside, matches_names
+from ..candidates import HINTS, Candidate, inside, matches_names
 from ..config import ALL_BIASED, ALL_LINEAR, AdapterConfig
 from ..deltas import Need
 from ..errors import ConfigError, TargetError, did_you_mean, gather, nearest
 from ..kinds import KINDS
+from ..name_rules import ends, group
+from ..patterns import matching, members
 from ..storage import STORAGES
 
 __all__ = ["DEFAULT_TARGETS", "Verdict", "explain", "read_by_parent", "resolve_targets", "select"]
@@ -106,6 +107,13 @@ def explain(
         heads: names of output layers, which 'all-linear' leaves out.
 
     """
+    with matching(names=lambda: [c.name for c in found]):
+        return _verdicts(found, config, needs, heads)
+
+
+def _verdicts(
+    found: Sequence[Candidate], config: AdapterConfig, needs: frozenset[Need], heads: frozenset[str]
+) -> list[Verdict]:
     verdicts = {c.name: _verdict(c, config, needs, heads) for c in found}
     if config.target_modules not in (ALL_LINEAR, ALL_BIASED):
         by_name = {c.name: c for c in found}
@@ -161,11 +169,11 @@ def _verdict(c: Candidate, config: AdapterConfig, needs: frozenset[Need], heads:
         matched = linear and c.name not in heads and _refusal(c, needs) is None
         reason = "is a linear layer" if matched else _why_not_linear(c, linear, heads, needs)
     else:
-        matched = matches_names(config.target_modules, c.name)
+        matched = matches_names(config.target_modules, c.name, "target_modules")
         reason = "its name matches" if matched else "its name does not match the targets"
     if not matched:
         return Verdict(c.name, False, False, reason)
-    if matches_names(config.exclude_modules, c.name):
+    if matches_names(config.exclude_modules, c.name, "exclude_modules"):
         return Verdict(c.name, False, True, "left out by exclude_modules")
     if inside(config.modules_to_save, c.name):
         return Verdict(c.name, False, True, "trained whole by modules_to_save")
@@ -182,7 +190,7 @@ def _verdict(c: Candidate, config: AdapterConfig, needs: frozenset[Need], heads:
 
 def _with_parent(c: Candidate, parent: str, config: AdapterConfig, needs: frozenset[Need]) -> Verdict:
     """The verdict on a part of a layer that is taken: PEFT adapts both, and has no name for one alone."""
-    if matches_names(config.exclude_modules, c.name):
+    if matches_names(config.exclude_modules, c.name, "exclude_modules"):
         return Verdict(c.name, False, True, "left out by exclude_modules")
     if inside(config.modules_to_save, c.name):
         return Verdict(c.name, False, True, "trained whole by modules_to_save")
@@ -250,17 +258,18 @@ def read_by_parent(c: Candidate) -> bool:
 
 
 def _in_layers(name: str, config: AdapterConfig) -> bool:
-    """Whether the first block index in ``name`` (after layers_pattern, where given) is wanted."""
-    if config.block_indices is None:
-        return True
-    if config.layers_pattern:
-        found: Iterator[re.Match[str] | None] = (
-            re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name) for pattern in config.layers_pattern
-        )
-    else:
-        found = iter((re.match(r"(?:.*?\.)??[^.]*\.(\d+)\.", name),))
-    match = next((m for m in found if m is not None), None)
-    return match is not None and int(match.group(1)) in config.block_indices
+    """Whether the block that ``name`` lies in is wanted."""
+    return config.block_indices is None or _block_of(name, config) in members(config.block_indices)
+
+
+def _block_of(name: str, config: AdapterConfig) -> int | None:
+    """The first block index in ``name``, after layers_pattern where that is given."""
+    patterns: Iterable[str] = (rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in config.layers_pattern or ())
+    if not config.layers_pattern:
+        patterns = (r"(?:.*?\.)??[^.]*\.(\d+)\.",)
+    found = (group("layers_pattern", pattern, name) for pattern in patterns)
+    index = next((number for number in found if number is not None), None)
+    return None if index is None else int(index)
 
 
 def _unmatched(
@@ -269,21 +278,19 @@ def _unmatched(
     """A line for each listed name, and each block index, that no module fits."""
     if not isinstance(config.target_modules, tuple):
         return []
-    names = [c.name for c in found]
-    faults = []
-    for target in config.target_modules:
-        if any(matches_names((target,), name) for name in names):
-            continue
-        owners = [c.name for c in found if target.rpartition(".")[2] in c.module._parameters]
-        if any(matches_names((target,), f"{name}.{target.rpartition('.')[2]}") for name in owners):
-            faults.append(f"{target!r} is a parameter, not a module: target_parameters={[target]}")
-            continue
-        faults.append(f"no module is called {target!r}, or ends with it.{_near(target, found, needs)}")
+    modules = {end for c in found for end in ends(c.name)}
+    parameters = {end for c in found for own in c.module._parameters for end in ends(f"{c.name}.{own}")}
+    unmatched = [target for target in config.target_modules if target not in modules]
+    faults = [
+        f"{target!r} is a parameter, not a module: target_parameters={[target]}"
+        if target in parameters
+        else f"no module is called {target!r}, or ends with it.{_near(target, found, needs) if at < HINTS else ''}"
+        for at, target in enumerate(unmatched)
+    ]
     if config.block_indices is not None and not faults:
-        taken = [v.name for v in verdicts if v.taken]
-        for index in config.block_indices:
-            if not any(_in_layers(name, config.replace(layers_to_transform=(index,))) for name in taken):
-                faults.append(f"layers_to_transform: no targeted module lies in a block {index}")
+        there = {_block_of(v.name, config) for v in verdicts if v.taken}
+        empty = [index for index in config.block_indices if index not in there]
+        faults = [f"layers_to_transform: no targeted module lies in a block {index}" for index in empty]
     return faults
 
 

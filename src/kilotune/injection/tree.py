@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..added_modules import Added, base_modules
 from ..errors import UnsupportedError
@@ -20,6 +20,7 @@ from .held_modules import put_into_containers
 __all__ = [
     "WRAPPERS",
     "bare_copy",
+    "bare_state",
     "check_base",
     "every_wrapper",
     "find",
@@ -129,6 +130,20 @@ def bare_copy(module: nn.Module) -> nn.Module:
         *_, kept = layer.snapshot()
         layer.storage.restore(memo[id(layer.base_layer)], copy.deepcopy(kept, memo))  # what is tied stays tied
     return twin
+
+
+def bare_state(module: nn.Module) -> dict[str, Tensor]:
+    """The state dict of the base's module behind the wrappers, by the base's own names; what is merged is in it."""
+    if not any(isinstance(inner, WRAPPERS) for inner in base_modules(module)):
+        return dict(module.state_dict())
+    found: dict[str, Tensor] = {}
+    for name, inner, _ in walk(module, aliases=True):
+        own, prefix = unwrapped(inner), f"{name}." if name else ""
+        if isinstance(own, torch.jit.ScriptModule):  # a walk does not enter it
+            own.state_dict(destination=found, prefix=prefix)
+        elif not is_parameter(inner):
+            own._save_to_state_dict(found, prefix, False)
+    return found
 
 
 def own_modules(root: nn.Module) -> Iterator[nn.Module]:

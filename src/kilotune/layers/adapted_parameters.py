@@ -19,12 +19,13 @@ from typing import Any, cast, final
 import torch
 from torch import nn
 
-from ..candidates import Candidate, matches_names
+from ..candidates import HINTS, Candidate, matches_names
 from ..config import ALL_BIASED, ALL_LINEAR, AdapterConfig
 from ..deltas import Need
 from ..errors import MergeError, TargetError, UnsupportedError, gather, nearest
 from ..kinds import LayerKind, kind_of
 from ..kinds.experts import READ_ELSEWHERE, Experts, run_with
+from ..name_rules import ends
 from ..storage import Storage
 from ..storage.dense import Dense
 from .active_adapters import ActiveState
@@ -160,19 +161,23 @@ def select_parameters(modules: Sequence[Named], config: AdapterConfig, needs: fr
         return []
     once: dict[tuple[int, str], Candidate] = {}
     faults: list[str] = []
-    unmet = list(targets)
+    met: set[str] = set()
     for name, wrapped, parent in modules:
         module = wrapped.base_layer if isinstance(wrapped, (AdaptedLayer, AdaptedParameters)) else wrapped
         for own in module._parameters:
             whole = f"{name}.{own}" if name else own
-            if not matches_names(targets, whole):
+            if not matches_names(targets, whole, "target_parameters"):
                 continue
-            unmet = [target for target in unmet if not matches_names((target,), whole)]
+            met.update(ends(whole))
             if (reason := _refusal(name, wrapped, module, own, config, needs)) is not None:
                 faults.append(f"{whole!r}: {reason}")
             storage = Dense(own, _bias_name(own))
             once.setdefault((id(module), own), Candidate(whole, module, parent, Experts(own), storage))
-    faults += [f"no parameter is called {target!r}, or ends with it.{_near(target, modules)}" for target in unmet]
+    unmet = [target for target in targets if target not in met]
+    faults += [
+        f"no parameter is called {target!r}, or ends with it.{_near(target, modules) if at < HINTS else ''}"
+        for at, target in enumerate(unmet)
+    ]
     if faults:
         raise TargetError(gather("target_parameters:", faults))
     if config.dropout > 0:
@@ -232,7 +237,7 @@ def _unfit_parameter(module: nn.Module, held: nn.Parameter | None, own: str, nee
 
 
 def _left_out(name: str, own: str, config: AdapterConfig) -> str | None:
-    if matches_names(config.exclude_modules, name) or matches_names(config.exclude_modules, f"{name}.{own}"):
+    if any(matches_names(config.exclude_modules, each, "exclude_modules") for each in (name, f"{name}.{own}")):
         return "is left out by exclude_modules, which is for modules; leave it out of target_parameters"
     return None
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..config import ALL_LINEAR, AdapterConfig, Names, bool_faults, option, regex_faults
 from ..deltas import Delta, Rescale, Role
 from ..errors import ConfigError, did_you_mean
+from ..name_rules import ends_so, fits
 from ..projections.matrices import Projections
 from ._base import Export, Method, Shared, Site
 
@@ -97,12 +98,12 @@ class Ia3Config(AdapterConfig):
             return [*faults, f"feedforward_modules: expected a list of module names, got {given!r}"]
         if not isinstance(targets, tuple) or not all(isinstance(name, str) for name in targets):
             return faults  # whether names end so is seen when the layers are
-        known = (*targets, *(self.target_parameters or ()))
+        known = {*targets, *(self.target_parameters or ())}
         strange = [name for name in given if name not in known]
         return faults + [
             f"feedforward_modules: {name!r} is not in target_modules.{did_you_mean(name, targets)} A layer that "
             "scales its input is adapted too, so name it in both"
-            for name in strange
+            for name in strange[:20]  # an error shows no more
         ]
 
 
@@ -167,8 +168,8 @@ class Ia3(Method[Ia3Config]):
         """Whether the layer scales its input; PEFT's rule: a regular expression, or any end of the name."""
         names, name = self.config.feedforward_modules, site.stack or site.name
         if isinstance(names, str):
-            return re.fullmatch(names, name) is not None
-        return any(name.endswith(end) for end in names or ())
+            return fits("feedforward_modules", names, name)
+        return ends_so(names or (), name)
 
     def init(self, site: Site, shared: Shared) -> dict[str, Tensor]:
         inputs = self.is_feedforward(site)

@@ -6,7 +6,6 @@ With ``use_rslora`` the scale is alpha / sqrt(r) (Kalajdzievski 2023, arXiv 2312
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, final
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from ..config import AdapterConfig, Names, bool_faults, number_fault, option, rate_fault, regex_faults
 from ..deltas import Delta, LowRank, Role
+from ..name_rules import first_at_end
 from ._base import Export, LowRankConfig, Method, Shared, Site
 
 __all__ = ["Lora", "LoraConfig"]
@@ -100,6 +100,11 @@ class Lora(Method[LoraConfig]):
     roles: Mapping[str, Role] = {"lora_A": Role.FIRST, "lora_B": Role.SECOND}
     default_targets: Mapping[str, Sequence[str]] = {"phi": ("q_proj", "v_proj", "fc1", "fc2")}
 
+    def __init__(self, config: LoraConfig) -> None:
+        super().__init__(config)
+        self._ranks: dict[str, int] = {}  # by name, where there are patterns
+        self._alphas: dict[str, float] = {}
+
     @property
     def frozen(self) -> frozenset[str]:
         """With lora_fa, the first factor (Zhang et al. 2023, arXiv 2308.03303)."""
@@ -107,13 +112,24 @@ class Lora(Method[LoraConfig]):
 
     def rank(self, site: Site) -> int:
         """The layer's rank: the first of rank_pattern that fits its name, else r."""
-        return int(_by_pattern(self.config.rank_pattern, site.pattern_name, self.config.r))
+        return int(self._found(self._ranks, "rank_pattern", site.pattern_name, self.config.r))
 
     def scale(self, site: Site) -> float:
         """Alpha / r, or alpha / sqrt(r) with use_rslora."""
         rank = self.rank(site)
-        alpha = float(_by_pattern(self.config.alpha_pattern, site.pattern_name, self.config.lora_alpha))
-        return alpha / math.sqrt(rank) if self.config.use_rslora else alpha / rank
+        config = self.config
+        alpha = float(self._found(self._alphas, "alpha_pattern", site.pattern_name, config.lora_alpha))
+        return alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
+
+    def _found(self, known: dict[str, Any], field: str, name: str, default: Any) -> Any:
+        """PEFT's rule: the first pattern that is the whole name, or its end after a dot. Looked for once: this is asked
+        for in every forward."""
+        patterns: Mapping[str, Any] = getattr(self.config, field)
+        if not patterns:
+            return default
+        if name not in known:
+            known[name] = first_at_end(field, patterns, name, default)
+        return known[name]
 
     def init(self, site: Site, shared: Shared) -> dict[str, Tensor]:
         rank, device, kind = self.rank(site), site.device(), self.config.init_lora_weights
@@ -139,8 +155,3 @@ class Lora(Method[LoraConfig]):
     def delta(self, site: Site, params: Mapping[str, Tensor], shared: Shared) -> LowRank:
         dtype = site.dtype()  # a 16-bit base never runs float32 products
         return LowRank(a=params["lora_A"].to(dtype), b=params["lora_B"].to(dtype), scale=self.scale(site))
-
-
-def _by_pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
-    """PEFT's rule: the first pattern that is the whole name, or its end after a dot."""
-    return next((v for p, v in patterns.items() if re.match(rf"(.*\.)?({p})$", name)), default)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import json
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kilotune import KilotuneError, LoraConfig, PeftModel, VeraConfig, get_peft_model
+from kilotune import Ia3Config, KilotuneError, LoraConfig, PeftModel, VeraConfig, get_peft_model
 from kilotune.adapter_files.files import TwoFiles
 from kilotune.adapter_files.reading import AdapterFile
 from kilotune.errors import AdapterError, CheckpointError, ConfigError, ResourceError, StoreError
@@ -431,3 +433,103 @@ def test_the_store_is_the_one_that_others_read(registry: AdapterRegistry, folder
     with open_store(registry.url, namespace="ann", base=base_model()) as store:
         assert store.info("mine").sha256 == version.sha256
         assert store.get("mine").form.base == registry.fingerprint
+
+
+# -- patterns and lists without end --------------------------------------------------------------------
+
+ENDLESS = r"(([a-z._0-9])+)+q_pro"
+PATTERNS: dict[str, dict[str, Any]] = {
+    "target_modules": {"target_modules": ENDLESS},
+    "exclude_modules": {"exclude_modules": ENDLESS},
+    "layers_pattern": {"layers_to_transform": [0], "layers_pattern": [ENDLESS]},
+    "rank_pattern": {"rank_pattern": {ENDLESS: 4}},
+    "alpha_pattern": {"alpha_pattern": {ENDLESS: 4}},
+}
+
+
+def changed(place: Path, **config: Any) -> Path:
+    """A LoRA's two files with other options, as anybody may write them: without checksums."""
+    model = get_peft_model(copy.deepcopy(base_model()), LoraConfig(r=2, target_modules=["q_proj"]))
+    model.save_pretrained(place)
+    tensors = load_file(place / "adapter_model.safetensors")
+    save_file(tensors, place / "adapter_model.safetensors")
+    values = json.loads((place / "adapter_config.json").read_text())
+    (place / "adapter_config.json").write_text(json.dumps({**values, **config}))
+    return place
+
+
+def feedforward(place: Path) -> Path:
+    """An IA3's two files with an endless pattern."""
+    config = Ia3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
+    get_peft_model(copy.deepcopy(base_model()), config).save_pretrained(place)
+    save_file(load_file(place / "adapter_model.safetensors"), place / "adapter_model.safetensors")
+    values = json.loads((place / "adapter_config.json").read_text())
+    (place / "adapter_config.json").write_text(json.dumps({**values, "feedforward_modules": ENDLESS}))
+    return place
+
+
+@pytest.mark.parametrize("field", [*PATTERNS, "feedforward_modules"])
+def test_a_pattern_without_end_is_refused_in_time_and_by_the_name_of_its_field(
+    registry: AdapterRegistry, tmp_path: Path, field: str
+) -> None:
+    """As it is put, and where it is in the store already, put there by somebody else."""
+    place = tmp_path / "own"
+    place = feedforward(place) if field == "feedforward_modules" else changed(place, **PATTERNS[field])
+    with pytest.raises(ConfigError, match=rf"{field}: .*takes too long.*may take 1 s"):
+        within(4, lambda: registry.put("ann", "own", place))
+    assert registry.ls("ann") == []
+    with open_store(registry.url, namespace="ann", base=base_model()) as store:
+        store.put("own", place)
+    key = registry.resolve("ann", "own")
+    with pytest.raises(ConfigError, match=rf"{field}: .*takes too long.*may take 1 s"):
+        within(4, lambda: registry.row(key))
+
+
+def test_patterns_that_take_a_process_are_served(registry: AdapterRegistry, tmp_path: Path) -> None:
+    """Look-arounds and repeats inside repeats: what they take is what ``re`` says."""
+    pattern = r"(?!.*mlp)(?:\w+\.)*(?<=\.)q_proj"
+    place = changed(tmp_path / "own", target_modules=pattern, rank_pattern={r"(?:\w+\.)*q_proj": 2}, r=8)
+    version = registry.put("ann", "own", place)
+    row = registry.there(key_of("ann", version))
+    assert row is not None
+    wanted = load_file(place / "adapter_model.safetensors")
+    assert row.values is not None
+    assert row.values.numel() == sum(tensor.numel() for tensor in wanted.values())
+
+
+COUNT = 150_000
+WORDS = [f"no.such.module.of.this.model.{i}" for i in range(COUNT)]
+LISTS: dict[str, dict[str, Any]] = {
+    "target_modules": {"target_modules": [*WORDS, "q_proj"]},
+    "target_modules, none of them": {"target_modules": WORDS},
+    "exclude_modules": {"exclude_modules": WORDS},
+    "modules_to_save": {"modules_to_save": WORDS},
+    "target_parameters": {"target_modules": None, "target_parameters": WORDS},
+    "layers_to_transform": {"layers_to_transform": [*range(2, COUNT), 0, 1]},
+    "layers_to_transform, none of them": {"layers_to_transform": [*range(2, COUNT)]},
+    "layers_pattern": {"layers_to_transform": [0], "layers_pattern": WORDS},
+    "rank_pattern": {"rank_pattern": dict.fromkeys(WORDS, 2)},
+    "alpha_pattern": {"alpha_pattern": dict.fromkeys(WORDS, 2)},
+    "options that are not there": dict.fromkeys(WORDS, 2),
+}
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("what", LISTS)
+def test_lists_without_end_take_little_time(registry: AdapterRegistry, tmp_path: Path, what: str) -> None:
+    """Megabytes of names: held against all modules one by one they would take minutes."""
+    place = changed(tmp_path / "own", **LISTS[what])
+
+    def put() -> None:
+        with contextlib.suppress(KilotuneError):
+            registry.put("ann", "own", place)
+
+    within(20, put)
+
+
+def within(seconds: float, call: Callable[[], Any]) -> Any:
+    began = time.monotonic()
+    try:
+        return call()
+    finally:
+        assert time.monotonic() - began < seconds

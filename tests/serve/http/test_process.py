@@ -26,6 +26,7 @@ import httpx2
 import openai
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from kilotune import LoraConfig, PeftModel, VeraConfig, get_peft_model
 from kilotune.fleet import open_store
@@ -310,6 +311,78 @@ def large_adapter(seed: int, rank: int, folder: Path) -> Path:
             parameter.copy_(0.001 * torch.randn(parameter.shape, generator=chance))
     model.save_pretrained(folder)
     return folder
+
+
+ENDLESS = r"(([a-z._0-9])+)+q_pro"
+
+
+def endless(folder: Path, **config: Any) -> Path:
+    """A LoRA whose configuration anybody may have written: without checksums."""
+    model = get_peft_model(loaded("llama", base_folder()), LoraConfig(r=2, target_modules=["q_proj"]))
+    model.save_pretrained(folder)
+    save_file(load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.safetensors")
+    values = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**values, **config}))
+    return folder
+
+
+@pytest.mark.heavy
+def test_patterns_without_end_are_refused_while_others_are_answered(tmp_path: Path) -> None:
+    """In a real process, put by many at once, and found in the store, where another program put one."""
+    store = tmp_path / "adapters.db"
+    fields: dict[str, dict[str, Any]] = {
+        "target_modules": {"target_modules": ENDLESS},
+        "exclude_modules": {"exclude_modules": ENDLESS},
+        "layers_pattern": {"layers_to_transform": [0], "layers_pattern": [ENDLESS]},
+        "rank_pattern": {"rank_pattern": {ENDLESS: 4}},
+        "alpha_pattern": {"alpha_pattern": {ENDLESS: 4}},
+    }
+    folders = {field: endless(tmp_path / field, **config) for field, config in fields.items()}
+    with open_store(f"sqlite:///{store}", namespace="ann") as opened:
+        opened.put("theirs", folders["target_modules"])
+    path, tenants, manager = keys(tmp_path, "ann", "bob")
+    with process(base_folder(), store, tmp_path, "--keys", str(path)) as served:
+        assert served.put(manager, "bob", "mine", adapter_folder(1)).status_code == 201
+        waited: list[float] = []
+
+        def ask() -> None:
+            began = time.monotonic()
+            made = complete(served.url, tenants["bob"], "mine").json()["choices"][0]["text"]
+            waited.append(time.monotonic() - began)
+            assert made == expected(1, PROMPT, 6)
+
+        for _ in range(5):
+            ask()
+        alone = max(waited)
+        answers: dict[str, httpx2.Response] = {}
+
+        def put(field: str) -> None:
+            answers[field] = served.put(manager, "ann", field, folders[field])
+
+        def name() -> None:
+            answers["theirs"] = complete(served.url, tenants["ann"], "theirs")
+
+        threads = [threading.Thread(target=put, args=(field,)) for field in fields]
+        threads += [threading.Thread(target=name) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads):
+            ask()
+        for field in fields:
+            told = answers[field].json()["error"]["message"]
+            assert answers[field].status_code == 400, told
+            assert f"{field}: " in told
+            assert ENDLESS in told
+            assert "takes too long: what a configuration has may take 1 s" in told
+        assert answers["theirs"].status_code == 400
+        assert "takes too long" in answers["theirs"].text
+        assert max(waited) < 10 * alone + 2, f"alone {alone:.2f} s, beside the patterns {max(waited):.2f} s"
+        headers = {"Authorization": f"Bearer {manager}"}
+        listed = httpx2.get(f"{served.url}/manage/ann/adapters", headers=headers).json()["adapters"]
+        assert [one["name"] for one in listed] == ["theirs"]
+        good = endless(tmp_path / "good", target_modules=r"(?!.*mlp)(?:\w+\.)*(?<=\.)q_proj")
+        assert served.put(manager, "ann", "good", good).status_code == 201
+        assert complete(served.url, tenants["ann"], "good").status_code == 200
 
 
 @pytest.mark.heavy

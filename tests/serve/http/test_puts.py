@@ -54,7 +54,7 @@ def _made() -> None:
 
 @pytest.fixture
 def running(tmp_path: Path) -> Iterator[Running]:
-    with serving(tmp_path, catalogue=StoreCatalogue(f"sqlite:///{tmp_path / 'adapters.db'}"), max_seconds=0.6) as made:
+    with serving(tmp_path, catalogue=StoreCatalogue(f"sqlite:///{tmp_path / 'adapters.db'}")) as made:
         yield made
 
 
@@ -183,7 +183,12 @@ def test_an_engine_without_time_to_try_an_adapter_is_no_store_that_does_not_answ
     )
 
 
-def test_a_check_that_takes_too_long_stores_nothing(running: Running, manager: httpx2.Client) -> None:
+def test_a_check_that_takes_too_long_stores_nothing(tmp_path: Path) -> None:
+    with serving(tmp_path, max_seconds=0.6) as running, running.client(running.manager) as manager:
+        check_too_long(running, manager)
+
+
+def check_too_long(running: Running, manager: httpx2.Client) -> None:
     with held(running, "check") as go:
         threads, late = in_threads([lambda: put(manager, "waits", 4)])
         answer = put(manager, "slow", 4)
@@ -290,20 +295,14 @@ def test_what_is_stored_and_cannot_be_read_back_is_told_as_stored(
     assert put(manager, "lost", 4).status_code == 200
 
 
-def test_of_replicas_that_are_given_the_same_at_once_one_makes_the_version(tmp_path: Path) -> None:
-    replicas = [StoreCatalogue(f"sqlite:///{tmp_path / 'adapters.db'}") for _ in range(2)]
-    with (
-        serving(tmp_path, catalogue=replicas[0]) as one,
-        serving(tmp_path, catalogue=replicas[1]) as other,
-        one.client(one.manager) as first,
-        other.client(other.manager) as second,
-    ):
-        threads, answers = in_threads([lambda client=c: put(client, "raced", 4) for c in (first, second) * 6])  # type: ignore[misc]
-        for thread in threads:
-            thread.join(30)
-        assert sorted(answer.status_code for answer in answers) == [200] * 11 + [201]
-        assert {answer.json()["version"] for answer in answers} == {1}
-        assert len(first.get("/manage/ann/adapters/raced").json()["versions"]) == 1
+def test_of_many_who_put_the_same_at_once_one_makes_the_version(running: Running, manager: httpx2.Client) -> None:
+    """Two processes over one store are in test_process.py."""
+    threads, answers = in_threads([lambda: put(manager, "raced", 4) for _ in range(12)])
+    for thread in threads:
+        thread.join(30)
+    assert sorted(answer.status_code for answer in answers) == [200] * 11 + [201]
+    assert {answer.json()["version"] for answer in answers} == {1}
+    assert len(manager.get("/manage/ann/adapters/raced").json()["versions"]) == 1
 
 
 def test_the_document_says_what_a_put_is_answered_with(running: Running) -> None:

@@ -177,6 +177,19 @@ def test_an_answer_keeps_the_models_own_words_and_a_user_may_say_all_but_those_a
     assert ids_of(tokenizer, real).count(own[5]) == 1
 
 
+@pytest.mark.parametrize("at", [1, 8, 14])
+def test_parts_of_a_message_make_no_token_together_that_only_answers_may_hold(at: int) -> None:
+    tokenizer, mark = byte_pairs(), chats.WORDS[4]
+    number = tokenizer.convert_tokens_to_ids(mark)
+    said = {"role": "assistant", "content": f"a tool says {mark}"}
+    parts = [{"type": "text", "text": text} for text in (f"hi {mark[:at]}", f"{mark[at:]}\n42")]
+    for before, count in (([], 0), ([*user("hi"), said], 1), ([*user("hi"), {"role": "tool", "content": "7"}], 1)):
+        messages = [*before, *user(parts)]
+        found = ids_of(tokenizer, messages)
+        assert found.count(number) == count
+        assert tokenizer.decode(found) == written(tokenizer, messages)
+
+
 # -- pieces --------------------------------------------------------------------------------------------
 
 

@@ -414,6 +414,22 @@ def test_what_cannot_be_copied_is_refused() -> None:
         reference_of(for_trainer(model), "start")
 
 
+@pytest.mark.parametrize("reference", ["start", "base"])
+def test_a_class_of_ones_own_that_hands_its_arguments_on(reference: str, tmp_path: Path) -> None:
+    from trl import DPOTrainer
+
+    class Own(DPOTrainer):  # type: ignore[misc]  # TRL is untyped here
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+
+    model = goes_on()
+    base = dense(model, adapters=False)
+    policy = dense(model, adapters=True)
+    by_hand = dpo_loss(policy, policy if reference == "start" else base)
+    run = with_reference(Own, reference)(model=for_trainer(model), **options("DPO", tmp_path))
+    assert first(run)["loss"] == pytest.approx(by_hand, abs=1e-6)
+
+
 def test_wrong_arguments_are_refused_in_one_line(tmp_path: Path) -> None:
     from trl import DPOTrainer
 
@@ -422,6 +438,8 @@ def test_wrong_arguments_are_refused_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="expected a trainer of TRL's, such as DPOTrainer, got .*tuple"):
         with_reference(("DPOTrainer",))  # type: ignore[arg-type]
     made = with_reference(DPOTrainer)
+    with pytest.raises(ConfigError, match="DPOTrainer is one of with_reference's already"):
+        with_reference(made, "base")
     with pytest.raises(ConfigError, match=r"model: expected for_trainer\(model\), got .*LlamaForCausalLM"):
         made(model=tiny_llama(), **options("DPO", tmp_path))
     with pytest.raises(ConfigError, match="peft_config: the adapter is in the model already; leave it out"):

@@ -439,7 +439,8 @@ class TransformersEngine(Engine):
         if len(runs) == 1:
             if runs[0].row is not None:
                 self._adapters.residents.take_out(runs[0].row.home)
-            runs[0].tell([runs[0].finish("error", f"the model failed: {type(error).__name__}")])
+            why = first_line(error) if isinstance(error, UnsupportedError) else type(error).__name__
+            runs[0].tell([runs[0].finish("error", f"the model failed: {why}")])
             self._warm(1)  # fails where the base alone cannot answer either, which ends the engine
             return
         for run in runs:

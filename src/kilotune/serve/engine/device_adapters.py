@@ -15,6 +15,7 @@ The model's modules change only between steps: :class:`Turns`.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
 from collections import OrderedDict
@@ -42,6 +43,7 @@ __all__ = ["GoneError", "Held", "Residents", "Row", "Turns"]
 
 # Rows of a step are gathered into one matrix, once for as long as the same requests run, where that takes no more.
 GATHERED = 64 * 2**20  # bytes
+UNBANKED = 1024  # forms of which it is remembered that no bank takes them
 
 
 @final
@@ -151,7 +153,7 @@ class Residents:
         self._changing = threading.Lock()
         self._banks: OrderedDict[str, _Home] = OrderedDict()  # the least recently used first
         self._wholes: OrderedDict[str, _Home] = OrderedDict()
-        self._unbanked: set[str] = set()  # forms that no bank takes
+        self._unbanked: OrderedDict[str, None] = OrderedDict()  # forms that no bank takes, the latest last
         self._last: tuple[tuple[tuple[Held | None, int], ...], Route | None] | None = None
 
     # -- rows ------------------------------------------------------------------------------------
@@ -175,7 +177,7 @@ class Residents:
             try:
                 return self._banked(name, key, file, what)
             except UnsupportedError:
-                self._unbanked.add(key)
+                self._note_unbanked(key)
         return self._in_model(name, file, what)
 
     def check(self, file: AdapterFile, what: str) -> None:
@@ -186,16 +188,22 @@ class Residents:
             try:
                 self._banked("", key, file, what)
             except UnsupportedError:
-                self._unbanked.add(key)
+                self._note_unbanked(key)
             else:
                 return
         self._check_whole(file, what)
         self._planned(file)
 
-    def _planned(self, file: AdapterFile) -> inject.Plan:
-        """What the adapter would be in the model, its shapes checked; nothing is made for it."""
+    def _note_unbanked(self, key: str) -> None:
+        with self._lock:
+            self._unbanked[key] = None
+            while len(self._unbanked) > UNBANKED:
+                self._unbanked.popitem(last=False)  # to be found out again
+
+    def _planned(self, file: AdapterFile, strict: bool = False) -> inject.Plan:
+        """What the adapter would be in the model, its shapes checked; nothing is made for it, and nobody waits."""
         base = self.model.get_base_model()
-        made = inject.plan(base, "trial", file.config.replace(inference_mode=True), file.method, strict=False)
+        made = inject.plan(base, "trial", file.config.replace(inference_mode=True), file.method, strict=strict)
         match_tensors(file, made, type(base).__name__)
         return made
 
@@ -208,7 +216,8 @@ class Residents:
 
     def _slots_of(self, file: AdapterFile, what: str) -> int:
         """How many rows the bank of a new form gets; its file is seen to fit before memory is taken for it."""
-        shapes = [shape for own in self._planned(file).shapes.values() for shape in own.values()]
+        planned = self._planned(file, strict=True)  # as a bank does, while the model waits
+        shapes = [shape for own in planned.shapes.values() for shape in own.values()]
         size = sum(torch.Size(shape).numel() for shape in shapes) * self.dtype.itemsize
         slots = min(self.slots, self.form_bytes // max(size, 1))
         if slots < 1:
@@ -292,6 +301,7 @@ class Residents:
                 self._wholes.move_to_end(name)
                 return Row(name, self._wholes[name], None, 0)
         self._check_whole(file, what)
+        self._planned(file)  # what does not fit, or takes long to match, is seen before the model waits
         with self._changing:
             with self._lock:
                 full = len(self._wholes) >= self.whole
@@ -418,8 +428,9 @@ class Residents:
 
 
 def form_key(config: AdapterConfig) -> str:
-    """Equal for configurations whose adapters can be rows of one bank."""
-    return json.dumps([type(config).__name__, form_values(config)], sort_keys=True, default=_text)
+    """Equal for configurations whose adapters can be rows of one bank; short, however long their lists are."""
+    values = json.dumps([type(config).__name__, form_values(config)], sort_keys=True, default=_text)
+    return hashlib.sha256(values.encode()).hexdigest()
 
 
 def _text(value: Any) -> str:

@@ -39,6 +39,7 @@ from ...fleet.store import AdapterStore, Contents, Fingerprint, Version, open_st
 from ...fleet.store.adapter_store import Adapter, Which
 from ...fleet.store.names import check_name, check_which
 from ...fleet.store.preparing import contents_of
+from ...patterns import UPLOAD, matching
 from .device_adapters import Residents, Row
 from .interface import AdapterKey
 
@@ -249,6 +250,10 @@ class AdapterRegistry:
         what = f"adapter {check_name(name)!r}"
         self._ask(namespace, lambda store: store.check_writable())
         self._ask(namespace, lambda store: store.name_for(name))
+        with matching(UPLOAD):
+            return self._checked(namespace, name, adapter, what)
+
+    def _checked(self, namespace: str, name: str, adapter: Adapter, what: str) -> Contents:
         contents = replace(contents_of(adapter), where=Path(name))
         if contents.base is not None:
             self.fingerprint.check(contents.base, what, _saved(contents.config))
@@ -362,7 +367,8 @@ class AdapterRegistry:
             raise CheckpointError(
                 f"adapter {key.name!r}, version {key.version}: the store holds other contents than when it was named"
             )
-        return self.residents.row(name, record.file(), f"adapter {key.name!r}, version {key.version}")
+        with matching(UPLOAD):
+            return self.residents.row(name, record.file(), f"adapter {key.name!r}, version {key.version}")
 
     def _keep(self, row: Row) -> None:
         with self._lock:

@@ -130,19 +130,37 @@ def keep_apart(marks: Marks, messages: Sequence[Message], write: Write, again: A
         neutral = _neutral(marks, messages, borders)
         written = write(neutral.messages)
         own = _masked(neutral, written, again)
-        if [*map(neutral.counted, own)] == [neutral.counted(item.text) for item in written] and (
-            not (neutral.held or neutral.border)
-            # The template may look for a mark in a text, or escape what stands for it.
-            or [neutral.restored(item.text) for item in written] == [item.text for item in write(messages)]
+        joined = _joined(neutral, written, own)
+        if (
+            not joined
+            and [*map(neutral.counted, own)] == [neutral.counted(item.text) for item in written]
+            and (
+                not (neutral.held or neutral.border)
+                # The template may look for a mark in a text, or escape what stands for it.
+                or [neutral.restored(item.text) for item in written] == [item.text for item in write(messages)]
+            )
         ):
             hidden = {mark: "a text" for item, text in zip(written, own) for mark in _hidden(marks, item.text, text)}
-            joined = {"a mark": "a text"} if borders and not (neutral.held or hidden) else {}
-            return Kept(neutral, written, {**hidden, **neutral.held, **joined})
-    place, mark = _culprit(neutral, written, own, again)
+            apart = {"a mark": "a text"} if borders and not (neutral.held or hidden) else {}
+            return Kept(neutral, written, {**hidden, **neutral.held, **apart})
+    place, mark = ("a text", joined) if joined else _culprit(neutral, written, own, again)
     raise ConfigError(
         f"{place} makes {mark!r} in this chat template, the mark of a turn, and it cannot be kept apart from the "
         "template's own: leave it out, or write it in another way"
     )
+
+
+def _joined(neutral: Neutral, written: Sequence[Written], own: Sequence[str]) -> str | None:
+    """A token that only answers may hold, and that stands in a chat more often than the template and answers have it:
+    texts make it together, the parts of a message say."""
+    if not (tokens := neutral.marks.answers):
+        return None
+    for item, its in zip(written, own):
+        said = "\0".join(text.text for text in texts_of(neutral.messages[: item.upto]))
+        for mark in tokens:
+            if item.text.count(mark) > its.count(mark) + said.count(mark):
+                return mark
+    return None
 
 
 def _masked(neutral: Neutral, written: Sequence[Written], again: Again, left: int = 0) -> list[str]:

@@ -23,7 +23,9 @@ def made_of(trainer: Any, reference: str) -> type[Trainer]:
     """A subclass of ``trainer`` that makes its reference of the model that it trains."""
     if not (isinstance(trainer, type) and issubclass(trainer, Trainer)):
         raise ConfigError(f"with_reference: expected a trainer of TRL's, such as DPOTrainer, got {type_name(trainer)}")
-    signature = inspect.signature(trainer.__init__)  # type: ignore[misc]  # the class's
+    if issubclass(trainer, _Ready):
+        raise ConfigError(f"with_reference: {trainer.__name__} is one of with_reference's already; give TRL's own")
+    signature = inspect.signature(trainer.__init__)
 
     @final
     class WithReference(trainer, _Ready):  # type: ignore[misc]  # made when it is asked for
@@ -32,7 +34,7 @@ def made_of(trainer: Any, reference: str) -> type[Trainer]:
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             given = signature.bind(self, *args, **kwargs)
-            options = given.arguments
+            options = _named(given, signature)
             root = options["model"] = root_of(options.get("model"))
             if not any(parameter.requires_grad for parameter in root.parameters()):
                 raise ConfigError(
@@ -52,6 +54,15 @@ def made_of(trainer: Any, reference: str) -> type[Trainer]:
 
     WithReference.__name__, WithReference.__qualname__ = trainer.__name__, trainer.__qualname__
     return WithReference
+
+
+def _named(given: inspect.BoundArguments, signature: inspect.Signature) -> dict[str, Any]:
+    """The arguments by name, to read and to change: where a class hands on what its trainer takes, those in that."""
+    more = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), None)
+    if more is None or "model" in signature.parameters:
+        return given.arguments
+    found: dict[str, Any] = given.arguments.setdefault(more, {})
+    return found
 
 
 class _Ready(Trainer):  # type: ignore[misc]  # transformers is untyped here
