@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .adapter_files.files import REPO_ID
 from .adapter_files.peft_layout import PREFIX, header_metadata
 from .adapter_files.writing import bias_place, in_file_form
+from .bases import located
 from .config import AdapterConfig
 from .errors import ConfigError, KilotuneError, MissingExtraError, did_you_mean, first_line, without_network
 from .known_names import DTYPE_NAMES
@@ -138,12 +139,15 @@ _ROBERTA = {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_siz
 _LLAMA3 = {"vocab_size": 128256, "num_key_value_heads": 8}
 _TIED = {**_LLAMA3, "tie_word_embeddings": True}
 
+_SMOLLM2 = {"vocab_size": 49152, "num_key_value_heads": 3, "tie_word_embeddings": True, "max_position_embeddings": 8192}
+
 BUILT_IN: dict[str, BuiltIn] = {
     "four-layer": BuiltIn("linear layers 80-120-120-120-10, a textbook example", _four_layer),
     "bert-base": _bert("google-bert/bert-base-uncased", "bert", 768, 12, 12),
     "bert-large": _bert("google-bert/bert-large-uncased", "bert", 1024, 24, 16),
     "roberta-base": _bert("FacebookAI/roberta-base", "roberta", 768, 12, 12, **_ROBERTA),
     "roberta-large": _bert("FacebookAI/roberta-large", "roberta", 1024, 24, 16, **_ROBERTA),
+    "smollm2": _llama("SmolLM2-135M-Instruct, which kilotune fetch brings", 576, 1536, 30, 9, **_SMOLLM2),
     "vit-base": _bert("google/vit-base-patch16-224-in21k", "vit", 768, 12, 12),
     "vit-large": _bert("google/vit-large-patch16-224-in21k", "vit", 1024, 24, 16),
     "gpt2": _gpt2("openai-community/gpt2", 768, 12, 12),
@@ -202,8 +206,8 @@ def load_base(
     """Build a base model on the meta device.
 
     Args:
-        source: a config.json or its folder, a built-in name, or a hub id (the only one that needs the
-            network), tried in this order.
+        source: a config.json or its folder, a GGUF file, a built-in name, the name of a packaged model, or a hub id
+            (the last two may need the network), tried in this order.
         dtype: a name of :data:`DTYPES`; by default what the configuration says, else float32.
         revision: a hub id's revision.
         head: which head a transformers model gets.
@@ -216,7 +220,7 @@ def load_base(
     """
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"dtype: expected one of {list(DTYPES)}, got {dtype!r}.{did_you_mean(dtype, DTYPES)}")
-    path = Path(source)
+    path = Path(source if source in built_in else located(source))
     file = path / CONFIG_NAME if path.is_dir() else path
     if source in built_in and not file.is_file():
         _refuse_revision(revision, source)

@@ -27,6 +27,8 @@ LARGE = (
     "transformers",
 )
 WRONG = {
+    "fetch smolm2": "the model's name: expected one of ['smollm2'], got 'smolm2'. Did you mean 'smollm2'?",
+    "fetch": "Missing argument 'NAME'",
     "trian": "No such command 'trian'. Did you mean 'train'?",
     "store putt": "No such command 'putt'. Did you mean 'put'?",
     "--nope": "No such option: --nope",
@@ -65,6 +67,7 @@ WRONG = {
 }
 OFFERED = {
     "": "serve",
+    "fetch": "smollm2",
     "plan": "llama-3.2-1b",
     "plan --method": "vera",
     "train --method": "head",

@@ -111,6 +111,9 @@ def test_what_a_hook_returns_is_what_the_layer_gives(cell: Cell) -> None:
     handle = torch_modules.register_module_forward_hook(doubled)
     try:
         torch.testing.assert_close(model(x), 2.0 * plain + change)
+        names = ["default", None, "default", None]
+        mine = torch.tensor([1.0, 0.0, 1.0, 0.0], dtype=torch.float64).unsqueeze(1)
+        torch.testing.assert_close(model(x, adapter_names=names), 2.0 * plain + mine * change)
     finally:
         handle.remove()
     torch.testing.assert_close(model(x), plain + change)

@@ -413,3 +413,24 @@ def test_a_pointer_is_that_of_the_built_value() -> None:
     model = reader(read)
     model(X)
     assert torch.equal(*model.found)
+
+
+@pytest.mark.parametrize("rescales", [False, True])
+def test_a_change_of_the_active_adapters_before_the_backward(rescales: bool) -> None:
+    """The value is built in the backward there: with what was active, or not at all."""
+    model, _ = adapted("own backward")
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["head"], use_dora=rescales))
+    model.set_adapter(["default", "second"])
+    randomize(model.double())
+    parameters = [p for _, p in model.adapter_parameters("default")]
+    wanted = torch.autograd.grad(loss(model(X)), parameters)
+    y = model(X)
+    model.set_adapter("second")
+    if rescales:
+        with pytest.raises(UnsupportedError, match="change it after the backward"):
+            loss(y).backward()
+        return
+    for parameter in parameters:
+        parameter.requires_grad_()
+    for one, two in zip(torch.autograd.grad(loss(y), parameters), wanted, strict=True):
+        torch.testing.assert_close(one, two)

@@ -303,7 +303,7 @@ def test_coroutines_have_routes_of_their_own() -> None:
 
     with torch.no_grad():
         asyncio.run(all_at_once())
-        assert not model._state.routes
+        assert not model._state.opened
         assert torch.equal(model(x), apart["a1"])
     for name, output in apart.items():
         for what in ("", " in a thread", " in a task"):

@@ -15,7 +15,9 @@ from kilotune import LoraConfig, VeraConfig, get_peft_model
 from kilotune.adapter_files import files, writing
 from kilotune.injection import tree
 from kilotune.kernels import lowrank
+from kilotune.layers import active_adapters
 from kilotune.layers.adapted import AdaptedLayer
+from kilotune.layers.bare import Bare
 from kilotune.layers.slot import Slot
 from kilotune.methods import Shared, Site
 from kilotune.methods.vera import Vera
@@ -65,37 +67,29 @@ def test_planted_merge_that_does_nothing(monkeypatch: Patch) -> None:
 
 
 def test_planted_adapter_that_still_runs_when_merged(monkeypatch: Patch) -> None:
-    def live(self: AdaptedLayer) -> list[Slot]:
-        return [slot for name in self._state.live if (slot := self.slot(name)) is not None]
+    def live(self: AdaptedLayer, now: object) -> list[Slot]:
+        return [slot for name in self._state.active if (slot := self.slot(name)) is not None]
 
     monkeypatch.setattr(AdaptedLayer, "_live", live)
     caught(lambda: guards.merging_is_equal(mlp, VERA, X), "merged gives other outputs")
 
 
 def test_planted_disable_that_forgets_merged_weights(monkeypatch: Patch) -> None:
-    monkeypatch.setattr(AdaptedLayer, "suspend_merge", lambda self: None)
-    monkeypatch.setattr(AdaptedLayer, "resume_merge", lambda self: None)
+    monkeypatch.setattr(Bare, "of", lambda self, merged, *_: merged)
     caught(lambda: guards.disabled_is_the_base(mlp, VERA, X), r"disabled is not the base \(merged=True\)")
 
 
-def test_planted_nested_disable_that_loses_the_merge(monkeypatch: Patch) -> None:
-    """What the library once did: the inner context took the base's weights for the merged ones."""
+def test_planted_nested_disable_that_ends_the_outer_one(monkeypatch: Patch) -> None:
+    real = AdapterModel.disable_adapter
 
     @contextmanager
     def naive(self: AdapterModel) -> Iterator[None]:
-        before, merged = self._state.disabled, [layer for layer in self.adapted_layers().values() if layer.merged]
-        for layer in merged:
-            layer.suspend_merge()
-        self._state.disabled = True
-        try:
+        with real(self):
             yield
-        finally:
-            self._state.disabled = before
-            for layer in merged:
-                layer.resume_merge()
+        active_adapters._HERE.set({})
 
     monkeypatch.setattr(AdapterModel, "disable_adapter", naive)
-    caught(lambda: guards.disabled_is_the_base(mlp, VERA, X), r"afterwards the adapter is not .*\(merged=True\)")
+    caught(lambda: guards.disabled_is_the_base(mlp, VERA, X), r"the inner context ended the outer one \(merged=False\)")
 
 
 def test_planted_disable_that_adds_a_zero_change(monkeypatch: Patch) -> None:
@@ -104,7 +98,7 @@ def test_planted_disable_that_adds_a_zero_change(monkeypatch: Patch) -> None:
 
     def roundabout(self: AdaptedLayer, *args: Any) -> Tensor:
         y = real(self, *args)
-        return (y + 0.1) - 0.1 if self._state.disabled else y
+        return (y + 0.1) - 0.1 if self._state.now().disabled else y
 
     monkeypatch.setattr(AdaptedLayer, "forward", roundabout)
     caught(lambda: guards.disabled_is_the_base(mlp, VERA, X), r"disabled is not the base \(merged=False\)")

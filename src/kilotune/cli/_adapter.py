@@ -11,6 +11,7 @@ from ..adapter_files import reading
 from ..adapter_files.files import REPO_ID
 from ..adapter_files.fitting import match_tensors
 from ..adapter_files.reading import AdapterFile
+from ..bases import located
 from ..candidates import inside
 from ..errors import CheckpointError, ConfigError, TargetError, gather
 from ..injection.inject import plan as plan_adapter
@@ -95,12 +96,13 @@ def load_fitting_base(
         CheckpointError: the adapter is of another base, or the weights are not there.
 
     """
-    cls: Any = type(fitting_base(file, source, revision, built_in={}).model)
+    folder = located(source)
+    cls: Any = type(fitting_base(file, folder, revision, built_in={}).model)
     labels = head_labels(file)
     extra = {**(more or {}), **({} if labels is None else {"num_labels": labels})}
     try:
         model, found = cls.from_pretrained(
-            source,
+            folder,
             revision=revision or "main",
             dtype=DTYPES[dtype] if dtype else "auto",
             use_safetensors=True,

@@ -17,6 +17,7 @@ from ._output import complain
 __all__ = ["app"]
 
 VERBS = (
+    "fetch",
     "init",
     "train",
     "generate",

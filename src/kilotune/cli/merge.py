@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .._ui.sizes import readable_bytes
+from ..bases import located
 from ..errors import CheckpointError, ConfigError, check_one_of, gather
 from ..known_names import DTYPE_NAMES
 from ._output import Json, console, print_json, quiet_transformers, warn
@@ -81,7 +82,8 @@ def merge(
     _check_replaceable(out)
     file = open_adapter(adapter, adapter_revision)
     source, revision = base_of(file, base, revision)
-    if Path(source).is_file():
+    base_folder = located(source)
+    if Path(base_folder).is_file():
         raise ConfigError(f"--base {source}: is a file; merging needs the folder with the weights")
     model = load_fitting_base(file, source, revision, dtype)
     tied = getattr(model.config, "tie_word_embeddings", False)
@@ -89,7 +91,7 @@ def merge(
     untied = tied and not model.config.tie_word_embeddings
     with _fresh(out) as folder:
         model.save_pretrained(folder)
-        copied = _copy_beside(file, source, revision, folder)
+        copied = _copy_beside(file, base_folder, revision, folder)
         if verify:
             _verify(model, folder)
     document = {

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from ._base import LayerKind, hooked
+from ._base import LayerKind, beside, hooked
 from .attention import Attention, SplitAttention
 from .biased import Biased
 from .block import Block
@@ -20,7 +20,7 @@ from .embedding import Embedding
 from .linear import Linear
 from .norm import Norm
 
-__all__ = ["KINDS", "LayerKind", "hooked", "kind_of"]
+__all__ = ["KINDS", "LayerKind", "beside", "hooked", "kind_of"]
 
 # The first that matches is taken; Biased and Block match most, so they stand last.
 KINDS: tuple[LayerKind, ...] = (

@@ -16,13 +16,54 @@ from torch.nn.modules import module as torch_modules
 from ..deltas import Delta, Need, Role
 from ..errors import UnsupportedError
 
-__all__ = ["LayerKind", "NoMatrix", "hooked"]
+__all__ = ["LayerKind", "NoMatrix", "beside", "hooked", "run_with"]
 
 
 def hooked(module: nn.Module) -> bool:
     """Whether somebody wants to see or change what goes through ``module``, or through all modules."""
     own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(own or torch_modules._has_any_global_hook())  # type: ignore[no-untyped-call]
+    everybodys = (
+        torch_modules._global_forward_hooks
+        or torch_modules._global_forward_pre_hooks
+        or torch_modules._global_backward_hooks
+        or torch_modules._global_backward_pre_hooks
+    )
+    return bool(own or everybodys)
+
+
+def beside(module: nn.Module, values: Mapping[str, Tensor | None]) -> nn.Module:
+    """A second module around the same tensors, but for ``values`` in the place of its parameters, by dotted names.
+
+    ``module`` stays as it is, so that other threads may run it meanwhile.
+    """
+    made = type(module).__new__(type(module))
+    own = {name: value for name, value in values.items() if "." not in name}
+    made.__dict__ = {**module.__dict__, "_parameters": {**module._parameters, **own}}
+    inner: dict[str, dict[str, Tensor | None]] = {}
+    for name in values.keys() - own.keys():
+        child, _, rest = name.partition(".")
+        inner.setdefault(child, {})[rest] = values[name]
+    if inner:
+        changed = {child: beside(module.get_submodule(child), held) for child, held in inner.items()}
+        made.__dict__["_modules"] = {**module._modules, **changed}
+    return made
+
+
+def run_with(module: nn.Module, values: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The output of ``module`` with ``values`` in the place of its parameters, by dotted names.
+
+    torch's ``functional_call`` puts them into the module while it runs, where another thread would read them. It stays
+    where the very module has to run: for compilers, and for hooks and a patched forward, which know that one.
+    """
+    if torch.compiler.is_compiling() or hooked(module) or "forward" in module.__dict__:
+        return functional_call(module, values, args, kwargs)
+    other = beside(module, values)
+    before = dict(other.__dict__)
+    result = other(*args, **kwargs)
+    for name, value in other.__dict__.items():
+        if before.get(name, before) is not value:  # what a forward keeps stays with the module
+            module.__dict__[name] = value
+    return result
 
 
 class LayerKind(ABC):
@@ -174,7 +215,7 @@ class LayerKind(ABC):
         self, module: nn.Module, weights: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """The output of ``module`` with other parameters, by name; where the kind ``substitutes``."""
-        return functional_call(module, weights, args, kwargs)
+        return run_with(module, weights, args, kwargs)
 
     def tensor_of(self, output: Any) -> Tensor:
         """The tensor in what the layer returned: itself, or the first of several."""

@@ -12,11 +12,10 @@ from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from ..deltas import Need
 from ..errors import UnsupportedError
-from ._base import LayerKind, NoMatrix
+from ._base import LayerKind, NoMatrix, run_with
 
 SEPARATE = (
     "its weights of query, key and value are separate (kdim or vdim is not embed_dim), so there is no in_proj_weight "
@@ -98,7 +97,7 @@ def _run_with(module: nn.Module, weights: dict[str, Tensor], args: tuple[Any, ..
         while isinstance(inner, nn.Module) and "bias" not in inner._parameters:  # a wrapper
             inner, place = inner._modules["base_layer"], f"{place}.base_layer"
         weights = {**weights, f"{place}.bias": torch.zeros_like(bias[: bias.numel() // 3])}
-    return functional_call(module, weights, args, kwargs)
+    return run_with(module, weights, args, kwargs)
 
 
 def _is_attention(module: nn.Module) -> bool:

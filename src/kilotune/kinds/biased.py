@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, final
 
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from ..deltas import Need
-from ._base import NoMatrix
+from ._base import NoMatrix, run_with
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -42,4 +41,4 @@ class Biased(NoMatrix):
         if shift is None:
             return module(*args, **kwargs)
         bias = module.get_parameter("bias")
-        return functional_call(module, {"bias": (bias + shift.view(bias.shape)).to(bias.dtype)}, args, kwargs)
+        return run_with(module, {"bias": (bias + shift.view(bias.shape)).to(bias.dtype)}, args, kwargs)

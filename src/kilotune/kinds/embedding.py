@@ -8,10 +8,9 @@ from typing import ClassVar, final
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from ..deltas import Need
-from ._base import LayerKind
+from ._base import LayerKind, run_with
 
 
 @final
@@ -69,7 +68,7 @@ class Embedding(LayerKind):
         if type(module).forward is nn.Embedding.forward:
             return self._look_up(module, x, matrix)
         # Some scale what they look up (Gemma's, Bart's): whatever is done with a row is done with the factor's.
-        looked_up: Tensor = functional_call(module, {"weight": matrix.T}, (x,))
+        looked_up: Tensor = run_with(module, {"weight": matrix.T}, (x,), {})
         return looked_up
 
     def feature_axis(self, module: nn.Module, y: Tensor) -> int:

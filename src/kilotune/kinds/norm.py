@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any, ClassVar, final
 
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from ..deltas import Need
-from ._base import NoMatrix
+from ._base import NoMatrix, run_with
 
 _TORCH = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _NAMES = ("RMSNorm", "LayerNorm")
@@ -55,7 +54,7 @@ class Norm(NoMatrix):
         bias = module._parameters.get("bias")
         shift = shift.view(_like(module).shape)
         if bias is not None:
-            return functional_call(module, {"bias": (bias + shift).to(bias.dtype)}, args, kwargs)
+            return run_with(module, {"bias": (bias + shift).to(bias.dtype)}, args, kwargs)
         return super().call(module, shift, args, kwargs)
 
 

@@ -29,9 +29,11 @@ from ..methods import Site
 from ..storage import Kept, Storage
 from ..storage.sharded import is_sharded, whole_parts
 from . import fusion, in_order
-from .active_adapters import ActiveState
+from .active_adapters import ActiveState, Running
+from .bare import Bare
 from .fusion import leading
 from .reading import give, in_forward
+from .replicas import settle, with_parameters
 from .routing import changed_rows
 from .slot import BIAS, Merged, Slot, slot_key
 from .substitutes import deltas_of, recipe, substitutes
@@ -47,6 +49,8 @@ class AdaptedLayer(nn.Module):
     come with the live adapters in them (reading.py). Assigning these two (as transformers does when it ties weights)
     reaches the base layer.
     """
+
+    _unsettled = False
 
     def __init__(
         self,
@@ -67,7 +71,7 @@ class AdaptedLayer(nn.Module):
         self._input_name = next(iter(inspect.signature(base_layer.forward).parameters), "input")
         self._merged: tuple[str, ...] = ()
         self._kept: Kept = {}
-        self._suspended: Kept = {}
+        self._bare = Bare()
         self._input_dtype: torch.dtype | None = None  # the last input's, where the storage computes in that
         self.training = base_layer.training
 
@@ -170,34 +174,35 @@ class AdaptedLayer(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base layer's output and the changes of all live adapters."""
-        route = self._state.route()
-        slots = self._live() if route is None else []
-        if not slots and route is None:
-            return self._kind.call(self.base_layer, None, args, kwargs)
+        now = self._state.now()
+        slots = self._live(now) if now.route is None else []
+        if not slots and now.route is None:
+            base_layer = self.base_layer
+            if now.disabled and self._merged:
+                base_layer = self._bare.of(base_layer, self._storage, self._kept, self._merged)
+            return self._kind.call(base_layer, None, args, kwargs)
         x = given = cast(Tensor, args[0] if args else kwargs.get(self._input_name))
         if not self._storage.lossless:
             x = self._as_computed(x)
-        if route is not None:
+        if now.route is not None:
             output = self._kind.call(self.base_layer, None, args, kwargs)
-            return self._kind.with_tensor(output, changed_rows(self, route, x, self._kind.tensor_of(output)))
+            return self._kind.with_tensor(output, changed_rows(self, now.route, x, self._kind.tensor_of(output)))
         self.ran(slots)
         if not self._kind.substitutes and in_order.ordered(self, slots):
             return in_order.run(self, x, args, kwargs)
-        deltas = deltas_of(slots)
+        deltas, base = deltas_of(slots), None
         if self._kind.substitutes:
             output = self._kind.run_with(self.base_layer, substitutes(self, slots, deltas), args, kwargs)
             deltas = [(slot, delta) for slot, delta in deltas if isinstance(delta, Residual)]
-            base = None
         else:
             shift = self._total_shift(slots, deltas)
             alone = len(args) + len(kwargs) == 1 and x is given
             fused = self._fused(deltas, shift, x) if alone else None
             if fused is not None:
                 output, deltas = fused
-                base = None
             else:
                 output = self._kind.call(self.base_layer, shift, args, kwargs)
-                other = shift is not None or self._merged or hooked(self.base_layer)
+                other = shift is not None or self._merged or hooked(self.base_layer)  # its output is not W x + bias
                 base = None if other else self._kind.tensor_of(output)
         if not deltas:
             return output
@@ -233,7 +238,10 @@ class AdaptedLayer(nn.Module):
 
     def given(self) -> dict[str, Any]:
         """What a module that this layer is a parameter of is to use in place of its own, by their names."""
-        slots, storage, module = self._live(), self._storage, self.base_layer
+        now, storage, module = self._state.now(), self._storage, self.base_layer
+        if now.disabled:
+            return {name: self._kept[name] for name in (storage.weight_name, storage.bias_name) if name in self._kept}
+        slots = self._live(now)
         if not slots:
             return {}
         if self._kind.matrices(module):
@@ -248,13 +256,12 @@ class AdaptedLayer(nn.Module):
     def ran(self, slots: Sequence[Slot] | None = None) -> None:
         """Tell who watches that ``slots``, by default the live ones, have acted."""
         if not torch.compiler.is_compiling() and self._state.watch is not None:
-            self._state.watch.ran(self._live() if slots is None else slots)
+            self._state.watch.ran(self._live(self._state.now()) if slots is None else slots)
 
-    def _live(self) -> list[Slot]:
+    def _live(self, now: Running) -> list[Slot]:
         live = []
-        for name in self._state.live:
-            slot = None if name in self._merged else self.slot(name)
-            if slot is not None:
+        for name in now.live:
+            if name not in self._merged and (slot := self.slot(name)) is not None:
                 live.append(slot)
         return live
 
@@ -417,16 +424,6 @@ class AdaptedLayer(nn.Module):
         held, self._merged, self._kept = before
         self._storage.restore(self.base_layer, held)
 
-    def suspend_merge(self) -> None:
-        """Run with the base's weights until :meth:`resume_merge`."""
-        self._suspended = self._storage.keep(self.base_layer)
-        self._storage.restore(self.base_layer, self._kept)
-
-    def resume_merge(self) -> None:
-        """Put the merged weights back."""
-        self._storage.restore(self.base_layer, self._suspended)
-        self._suspended = {}
-
     def check_mergeable(self, names: Sequence[str], where: str) -> None:
         """Raise MergeError for a delta that cannot be merged."""
         for name in names:
@@ -445,9 +442,12 @@ class AdaptedLayer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptedLayer:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for kept in (self._kept, self._suspended):  # kept out of the module tree while merged, yet it must follow
-            self._storage.move(kept, fn)
+        self._storage.move(self._kept, fn)  # kept out of the module tree while merged, yet it must follow
+        self._bare.forget()
         return self
+
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        return with_parameters(super()._replicate_for_data_parallel(), self._state)  # type: ignore[no-untyped-call]
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -455,23 +455,28 @@ class AdaptedLayer(nn.Module):
         except AttributeError:
             if name == "base_layer":
                 raise
+        own = name in (self._storage.weight_name, self._storage.bias_name)
+        if own and self._unsettled:
+            settle(self)
         found = getattr(self.base_layer, name)
-        if name in (self._storage.weight_name, self._storage.bias_name) and (
-            found is None or isinstance(found, Tensor)
-        ):
+        if own and (found is None or isinstance(found, Tensor)):
             return self._read(name == self._storage.bias_name, found)
         return found
 
     def _read(self, bias: bool, held: Tensor | None) -> Tensor | None:
         """The weight or bias for code outside of the layer: in a forward with all changes in it (reading.py)."""
-        route = self._state.route()
-        slots = self._live() if route is None else route.slots(self)
+        now = self._state.now()
+        if now.disabled:
+            return (
+                self._kept.get(self._storage.bias_name if bias else self._storage.weight_name) if self._kept else held
+            )
+        slots = self._live(now) if now.route is None else now.route.slots(self)
         slots = [slot for slot in slots if slot.changes(bias)]
         # Attention asks outside, too, whether its out_proj has a bias, which an adapter may have brought.
         gained = held is None and self._read_by_parent
         if not slots or not (gained or in_forward()):
             return held
-        how = recipe(self, held, slots, bias, route is not None)
+        how = recipe(self, held, slots, bias, now.route is not None)
         return how.build() if held is None or self._read_by_parent else give(how)
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -112,7 +112,7 @@ def bias_with(base: Tensor | None, changes: Sequence[Pair], flat: Callable[[Tens
 def run(layer: OrderedLayer, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The output with all live and merged deltas, one after the other, over the base's own weight."""
     kind, module = layer.kind, layer.base_layer
-    all_pairs = pairs(layer, (*layer.merged, *layer._state.live), layer._state.active)
+    all_pairs = pairs(layer, (*layer.merged, *layer._state.now().live), layer._state.active)
     deltas = [(slot, delta) for slot, delta in all_pairs if delta is not None]
     linear = [(slot, delta) for slot, delta in deltas if not isinstance(delta, Residual)]
     output = kind.call(module, None, args, kwargs)
@@ -126,7 +126,7 @@ def run(layer: OrderedLayer, x: Tensor, args: tuple[Any, ...], kwargs: dict[str,
 def built(layer: OrderedLayer) -> dict[str, Any]:
     """The layer's parameters with all live and merged deltas in them, by their names in the layer."""
     storage, dtype = layer.storage, layer.compute_dtype()
-    all_pairs = pairs(layer, (*layer.merged, *layer._state.live), layer._state.active)
+    all_pairs = pairs(layer, (*layer.merged, *layer._state.now().live), layer._state.active)
     own = [delta for _, delta in all_pairs if delta is not None and not isinstance(delta, Residual)]
     total = weight_with(layer.base_matrix().to(accumulate_dtype(dtype)), own)
     found: dict[str, Any] = {storage.weight_name: layer.kind.native(layer.base_layer, total).to(dtype)}

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..deltas import Delta, LowRank, Shift
 from ..errors import UnsupportedError
 from ..kernels.banked import Owners, lift_own, lift_shared, per_row
+from ..kinds import hooked
 from .route import Cohort, Route, RoutedLayer
 from .slot import BIAS, Slot, slot_key
 from .stacked_sites import delta_of
@@ -90,7 +91,7 @@ def _changed_by_one(layer: RoutedLayer, slot: Slot, params: dict[str, Tensor], x
     kind, module = layer.kind, layer.base_layer
     bias = params.pop(BIAS, None)
     delta = None if slot.method is None else delta_of(slot.method, slot.site, params, slot.shared)
-    base = y
+    base = None if hooked(module) else y  # a hook may have made something else of it
     shifts = [] if bias is None else [bias_difference(layer, bias)]
     if isinstance(delta, Shift):
         shifts.append(delta.bias)

@@ -11,8 +11,9 @@ from ..added_modules import Added
 from ..errors import TargetError, gather
 from ..storage import storage_of
 from ..storage.sharded import is_unit
-from .active_adapters import ActiveState
+from .active_adapters import ActiveState, Running
 from .reading import Recipe, give, in_forward
+from .replicas import with_parameters
 from .routing import run_saved
 from .slot import BIAS, slot_key
 
@@ -70,17 +71,23 @@ class SavedModule(nn.Module):
 
     def current(self) -> nn.Module:
         """The module that runs now."""
-        merged = () if self._state.disabled else self._state.merged
-        for name in reversed((*merged, *self._state.live)):
+        return self._current(self._state.now())
+
+    def _current(self, now: Running) -> nn.Module:
+        merged = () if now.disabled else self._state.merged
+        for name in reversed((*merged, *now.live)):
             if (key := slot_key(name)) in self.copies:
                 return self.copies[key]
         return self.original_module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        route = self._state.route()
-        if route is not None:
-            return run_saved(route, self.copies, self.original_module, args, kwargs)
-        return self.current()(*args, **kwargs)
+        now = self._state.now()
+        if now.route is not None:
+            return run_saved(now.route, self.copies, self.original_module, args, kwargs)
+        return self._current(now)(*args, **kwargs)
+
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        return with_parameters(super()._replicate_for_data_parallel(), self._state)  # type: ignore[no-untyped-call]
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -93,7 +100,7 @@ class SavedModule(nn.Module):
 
     def _read(self, name: str, held: Tensor) -> Tensor:
         """What a forward outside gets that reads a tensor of the module."""
-        route = self._state.route()
+        route = self._state.now().route
         if route is None:
             return held
         held = getattr(self.original_module, name)

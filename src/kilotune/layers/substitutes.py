@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..deltas import Delta, Residual, Shift
+from ..errors import UnsupportedError
 from ..kernels.lowrank import accumulate_dtype
 from ..storage import Kept
 from . import in_order
@@ -116,12 +117,18 @@ def recipe(layer: ChangedLayer, held: Tensor | None, slots: Sequence[Slot], bias
     def own() -> list[Delta]:
         return [delta for _, delta in deltas_of(slots) if not isinstance(delta, Shift)]
 
+    then = layer._state.adapters
+
     def make() -> Tensor:
         layer.ran(slots)
         if in_order.ordered(layer, slots):
-            return cast(
-                Tensor, in_order.built(layer).get(layer.storage.bias_name if bias else layer.storage.weight_name, held)
-            )
+            if layer._state.adapters is not then:
+                raise UnsupportedError(
+                    "which adapters are active or merged was changed between a forward that read a layer's weight and "
+                    "its backward, where one of several rescales; change it after the backward"
+                )
+            name = layer.storage.bias_name if bias else layer.storage.weight_name
+            return cast(Tensor, in_order.built(layer).get(name, held))
         if not bias:
             return _weight(layer, own())
         changed = _bias(layer, slots, deltas_of(slots))

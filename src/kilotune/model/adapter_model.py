@@ -91,6 +91,7 @@ class AdapterModel(RoutedModel, ABC):
             check_reduced(self)
             self._unreduced = False
         if (names := kwargs.pop("adapter_names", None)) is None:
+            self._state.now()  # noted before any checkpoint begins
             return self.model(*args, **kwargs)
         check_rows(names, args, kwargs)
         with self.route(names):
@@ -263,7 +264,7 @@ class AdapterModel(RoutedModel, ABC):
                 f"cannot change the active adapters while {merged} are merged; call unmerge_adapter() first"
             )
         check_compatible({name: self._installed[name] for name in names})
-        self._state.active = names
+        self._state.change(active=names)
         self._set_requires_grad(train)
 
     def _set_requires_grad(self, train: bool) -> None:
@@ -308,20 +309,22 @@ class AdapterModel(RoutedModel, ABC):
             del self.shared_parameters[key]
         left = tuple(n for n in self._state.active if n != name)
         self._state.watched.discard(name)
-        self._state.active = left or tuple(islice(self._installed, 1))
+        self._state.change(active=left or tuple(islice(self._installed, 1)), removed=name)
         self._set_requires_grad(self._active_train or not left)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Inside this context the model is exactly the base model, merged adapters included."""
-        before = self._state.disabled
-        # Inside another such context the base's weights are in place already.
-        with merging.base_weights({} if before else self.adapted_layers()):
-            self._state.disabled = True
-            try:
-                yield
-            finally:
-                self._state.disabled = before
+        """Inside this context the model is exactly the base model, merged adapters included.
+
+        It holds for this thread and coroutine, and those that are started in it; others run as before meanwhile. It
+        may be nested. A forward that gradient checkpointing runs again runs as it did at first.
+
+        Raises:
+            UnsupportedError: from a forward, while adapters are merged into a layer whose forward was replaced.
+
+        """
+        with self._state.disabling():
+            yield
 
     # -- merge -----------------------------------------------------------------------------------
 
@@ -367,7 +370,7 @@ class AdapterModel(RoutedModel, ABC):
     def _unmerge(self) -> None:
         for layer in self.adapted_layers().values():
             layer.unmerge()
-        self._state.merged = ()
+        self._state.change(merged=())
         merged_state.allow_tying(self.model)
 
     def merge_and_unload(
@@ -402,7 +405,7 @@ class AdapterModel(RoutedModel, ABC):
             merging.untie(self.model)
             return self._release()
         with merging.all_or_nothing(self.adapted_layers(), self._state):
-            self._state.active = tuple(names)
+            self._state.change(active=tuple(names))
             if set(names) != set(self._state.merged):  # exactly these, whatever is merged now
                 self._unmerge()
                 self._merge(names, safe_merge, progressbar)
@@ -420,7 +423,8 @@ class AdapterModel(RoutedModel, ABC):
     def _release(self) -> nn.Module:
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name in self._was_trainable)
-        self._installed, self._state.active, self._state.merged = {}, (), ()
+        self._installed = {}
+        self._state.change(active=(), merged=())
         self.shared_parameters = Added()
         for owner in list(self.projections.owners()):
             self.projections.release(owner)
@@ -470,6 +474,5 @@ class AdapterModel(RoutedModel, ABC):
             raise AdapterError(f"the adapter name {name!r} is taken; delete_adapter({name!r}) first, or take another")
 
     def _check_enabled(self, purpose: str) -> None:
-        if self._state.disabled:
-            raise MergeError(f"cannot {purpose} inside disable_adapter(); leave its context first")
+        self._state.refuse_where_disabled(purpose)
         self._state.refuse_in_route(purpose)

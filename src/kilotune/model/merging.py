@@ -26,7 +26,6 @@ __all__ = [
     "MergePrecisionWarning",
     "MergeReport",
     "all_or_nothing",
-    "base_weights",
     "check_choice",
     "check_finite",
     "merge",
@@ -122,21 +121,8 @@ def all_or_nothing(layers: Mapping[str, AdaptedLayer], state: ActiveState) -> It
     except BaseException:
         for layer, held in before:
             layer.restore(held)
-        state.active, state.merged = active, merged
+        state.change(active, merged)
         raise
-
-
-@contextmanager
-def base_weights(layers: Mapping[str, AdaptedLayer]) -> Iterator[None]:
-    """Inside, the layers have the base's weights, whatever is merged."""
-    merged = [layer for layer in layers.values() if layer.merged]
-    for layer in merged:
-        layer.suspend_merge()
-    try:
-        yield
-    finally:
-        for layer in merged:
-            layer.resume_merge()
 
 
 def check_choice(
@@ -227,7 +213,7 @@ def merge(
     if dtype is None:
         with all_or_nothing(layers, state):  # a warning that is an error takes it back, too
             made = {where: layers[where].merge(names) for where in track(list(layers), "merging", show=show)}
-            state.merged = (*state.merged, *names)
+            state.change(merged=(*state.merged, *names))
             report = _report(layers, made, None)
             report.warn()
         return report
@@ -235,7 +221,7 @@ def merge(
     if safe:
         dense.check_finite()
     dense.report.warn()
-    state.active, state.merged = tuple(names), ()
+    state.change(tuple(names), ())
     dense.put_in(lambda saved: saved.current())
     return dense.report
 

@@ -102,7 +102,7 @@ class _Watch:
 def _begin(base: nn.Module, args: Any) -> None:
     layers = [] if torch.compiler.is_compiling() or not (base.training and torch.is_grad_enabled()) else _layers(base)
     state = next((layer.state for layer in layers if _trained(layer)), None)
-    if state is not None and state.route() is None:
+    if state is not None and state.now().route is None:
         if state.watch is None:  # in a copy of the model
             state.watch = _Watch(base)
         state.watch.begin()
@@ -121,7 +121,7 @@ def _layers(base: nn.Module) -> Iterator[AdaptedLayer]:
 def _trained(layer: AdaptedLayer) -> list[Slot]:
     """The layer's live slots that train something."""
     found = []
-    for name in layer.state.live:
+    for name in layer.state.now().live:
         slot = None if name in layer.merged else layer.slot(name)
         if slot is None:
             continue

@@ -274,7 +274,7 @@ def _look(bank: AdapterBank, stop: threading.Event, seed: int, faults: list[str]
     while not stop.is_set():
         names = [f"u{generator.randrange(USERS)}" for _ in range(3)]
         with contextlib.suppress(AdapterError), bank.model.route(names):
-            for cohort in bank.model._state.route().cohorts:  # type: ignore[union-attr]
+            for cohort in bank.model._state.now().route.cohorts:  # type: ignore[union-attr]
                 for name, row in zip(cohort.names, cohort.values, strict=True):  # type: ignore[attr-defined]
                     low, high = row.min().item(), row.max().item()
                     if low != high or low % 100 != int(name[1:]):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import http.client
-import os
 import tarfile
 import urllib.request
 import zlib
@@ -22,13 +21,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ...bases import cache_folder
 from ...errors import KilotuneError, gather
 from ...whole_file import replacing
 from .cifar_pickles import read_batch
 from .digits_data import Data, ImageSet, Progress
 from .settings import CIFAR_NAMES
 
-__all__ = ["ARCHIVE_SHA256", "ARCHIVE_URL", "cache_folder", "cifar10", "download"]
+__all__ = ["ARCHIVE_SHA256", "ARCHIVE_URL", "cifar10", "download"]
 
 ARCHIVE_URL: Final = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 ARCHIVE_SHA256: Final = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
@@ -45,12 +45,6 @@ CHUNK = 2**20
 TIMEOUT_SECONDS = 60.0
 
 Opener = Callable[[], bytes]
-
-
-def cache_folder() -> Path:
-    """Where a downloaded archive is kept: ``$XDG_CACHE_HOME/kilotune``, or ``~/.cache/kilotune``."""
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "kilotune"
 
 
 def cifar10(place: Path | None = None, progress: Progress | None = None) -> Data:

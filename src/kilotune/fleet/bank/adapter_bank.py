@@ -391,7 +391,7 @@ class AdapterBank(Source):
         with self._lock:
             if not self.slots:
                 return
-            open_routes = [route for route, _ in list(self.model._state.routes.values())]
+            open_routes = self.model._state.open_routes()
             if any(isinstance(c, Resident) and c.form is self.form for route in open_routes for c in route.cohorts):
                 raise AdapterError("close(): a route that runs this bank's adapters is open; leave its context first")
             self.model.detach(self)

@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from ...bases import located
 from ...errors import ConfigError
 from ...train.data.processors import load_tokenizer
 from ...train.running.base_model import device_of, load_base, load_config
@@ -99,7 +100,7 @@ def _base(source: ModelSettings, task: str, options: EngineSettings) -> Any:
     from ...plan import DTYPES
 
     dtype = "auto" if source.dtype == "auto" else DTYPES[source.dtype]
-    made = transformers.AutoModel.from_pretrained(source.base, revision=source.revision, dtype=dtype)
+    made = transformers.AutoModel.from_pretrained(located(source.base), revision=source.revision, dtype=dtype)
     return made.to(device)
 
 
@@ -120,8 +121,8 @@ def _engine(task: str, adapters: AdapterRegistry, tokenizer: Any, options: Engin
 
 def _folder(model: str, revision: str | None) -> Path:
     """Where the base's small files are: what sentence-transformers says of the pooling is not in the config."""
-    if Path(model).is_dir():
-        return Path(model)
+    if (folder := Path(located(model))).is_dir():
+        return folder
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(model, revision=revision, allow_patterns=["modules.json", "*/config.json"]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ...bases import located
 from ...errors import ConfigError, MissingExtraError, first_line
 
 __all__ = ["load_image_processor", "load_tokenizer"]
@@ -41,7 +42,7 @@ def _load(auto: str, what: str, base: str, revision: str | None) -> Any:
         import transformers
     except ImportError as error:
         raise MissingExtraError("transformers", "train", f"The {what} of {base!r}") from error
-    local = Path(base).expanduser()
+    local = Path(located(base)).expanduser()
     where: str = str(local) if local.is_dir() else base
     try:
         return getattr(transformers, auto).from_pretrained(where, revision=revision)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...adapter_files.files import REPO_ID
+from ...bases import located
 from ...config import AdapterConfig
 from ...errors import ConfigError, MissingExtraError, TargetError, UnsupportedError, first_line, without_network
 from ...injection.targets import HEADS
@@ -89,29 +90,33 @@ def load_config(settings: ModelSettings, name: str = BASE) -> Any:
         ConfigError: there is no such folder, it holds no model, or the hub cannot give it; says what to do.
 
     """
-    _check_source(settings, name)
+    source = _source(settings, name)
     transformers = need_transformers("training")
     with _told(settings, "configuration", name):
-        return transformers.AutoConfig.from_pretrained(
-            settings.base, revision=settings.revision, trust_remote_code=False
-        )
+        return transformers.AutoConfig.from_pretrained(source, revision=settings.revision, trust_remote_code=False)
 
 
-def _check_source(settings: ModelSettings, name: str) -> None:
-    folder = Path(settings.base)
+def _source(settings: ModelSettings, name: str) -> str:
+    """The base's folder, or its hub id."""
+    source = located(settings.base)
+    folder = Path(source)
     if folder.is_dir():
         if settings.revision is not None:
             option = "model.revision" if name == BASE else "--revision"
-            raise ConfigError(f"{option}: {settings.base!r} is a folder here, so it has no revisions")
+            what = "a folder here" if source == settings.base else "no hub id"
+            raise ConfigError(f"{option}: {settings.base!r} is {what}, so it has no revisions")
         if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
             more = "; to go on from it give its base as model.base, and the adapter as adapter.start"
             raise ConfigError(f"{name}: {settings.base!r} holds an adapter, not a model{more if name == BASE else ''}")
         if not (folder / "config.json").is_file():
             raise ConfigError(f"{name}: {settings.base!r} holds no config.json, so it is no model's folder")
     elif folder.exists():
-        raise ConfigError(f"{name}: {settings.base!r} is a file; expected a folder with config.json, or a hub id")
+        raise ConfigError(
+            f"{name}: {settings.base!r} is a file; expected a folder with config.json, a GGUF file, or a hub id"
+        )
     elif not REPO_ID.fullmatch(settings.base):
         raise ConfigError(f"{name}: {settings.base!r} is no folder here, and no hub id (owner/name)")
+    return source
 
 
 @contextlib.contextmanager
@@ -164,7 +169,7 @@ def load_base(
         ConfigError: it cannot be had, or its files hold another architecture. MissingExtraError: a package is missing.
 
     """
-    _check_source(settings, name)
+    source = _source(settings, name)
     transformers = need_transformers("training")
     options = dict(task.model_options(prepared)) if prepared is not None else {}
     if settings.quantization != "none":
@@ -175,7 +180,7 @@ def load_base(
     auto = getattr(transformers, task.auto_class)
     with _told(settings, "model", name):
         model, info = auto.from_pretrained(
-            settings.base,
+            source,
             revision=settings.revision,
             dtype="auto" if settings.dtype == "auto" else DTYPES[settings.dtype],
             ignore_mismatched_sizes="id2label" in options or "num_labels" in options,

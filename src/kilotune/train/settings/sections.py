@@ -110,7 +110,11 @@ class ModelSettings(Section):
 
     SECTION: ClassVar[str] = "model"
 
-    base: str = setting("", _base, "The base model: a folder, or a hub id such as 'org/name'.")
+    base: str = setting(
+        "",
+        _base,
+        "The base model: a folder, a hub id such as 'org/name', a GGUF file, or smollm2 (kilotune fetch says more).",
+    )
     revision: str | None = setting(None, or_none(text), "The revision of a hub id: a branch, tag or commit.")
     dtype: str = setting(
         "auto",

@@ -113,7 +113,7 @@ def _tensors(root: nn.Module) -> Iterator[Tensor]:
 def _keep_adapters(made: nn.Module, kept: tuple[str, ...]) -> None:
     """Take the other adapters out, so that the state dict, by which TRL tells references, is of what runs."""
     handed = HandedOver.of(made)
-    handed.state.active = kept
+    handed.state.change(active=kept)
     for name in [name for name in handed.installed if name not in kept]:
         installed = handed.installed.pop(name)
         inject.remove(made, name, installed, Projections())
