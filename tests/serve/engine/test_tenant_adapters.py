@@ -431,3 +431,15 @@ def test_the_store_is_the_one_that_others_read(registry: AdapterRegistry, folder
     with open_store(registry.url, namespace="ann", base=base_model()) as store:
         assert store.info("mine").sha256 == version.sha256
         assert store.get("mine").form.base == registry.fingerprint
+
+
+def test_an_adapter_of_other_weights_is_refused(registry: AdapterRegistry, tmp_path: Path) -> None:
+    """One from a folder, which carries no fingerprint: its file says what base it is of."""
+    adapter_of(base_model(1), 1).save_pretrained(tmp_path / "other")
+    with pytest.raises(CheckpointError, match=r"(has other weights|is of another base model)"):
+        registry.put("ann", "mine", tmp_path / "other")
+    assert registry.ls("ann") == []
+    get_peft_model(copy.deepcopy(base_model()).half(), VeraConfig(r=8, target_modules="all-linear")).save_pretrained(
+        tmp_path / "half"
+    )
+    assert registry.put("ann", "mine", tmp_path / "half").version == 1
