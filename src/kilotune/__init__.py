@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from ._lazy import lazy
 
 if TYPE_CHECKING:
+    from .adapter_files.fitting import OtherBaseWarning
     from .config import AdapterConfig, TaskType
     from .errors import (
         AdapterError,
@@ -56,6 +57,7 @@ __all__ = [
     "MergeError",
     "MergePrecisionWarning",
     "MissingExtraError",
+    "OtherBaseWarning",
     "ParameterReport",
     "PeftModel",
     "TargetError",
@@ -88,6 +90,7 @@ if not TYPE_CHECKING:  # type checkers have the imports above, and no name besid
                 "TargetError",
                 "UnsupportedError",
             ),
+            "adapter_files.fitting": ("OtherBaseWarning",),
             "layers.adapted_parameters": ("TiedTableWarning", "UntrainedExpertsWarning"),
             "methods": (
                 "METHODS",

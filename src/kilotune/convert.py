@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ._ui.progress import track
 from .adapter_files import writing
 from .adapter_files.files import tensors_checksum, write
-from .adapter_files.peft_layout import PREFIX, config_checksum, header_metadata
+from .adapter_files.peft_layout import BASE, PREFIX, config_checksum, header_metadata
 from .adapter_files.reading import AdapterFile
 from .config import SECTION, AdapterConfig
 from .deltas import LowRank, Role
@@ -107,6 +107,7 @@ def _beside(model: PeftModel, config: AdapterConfig, old: Installed) -> Iterator
     model._install(inject.plan(model.model, name, config, strict=False), None)
     try:
         new = model.installed(name)
+        new.base = old.base  # of a hollow base there is none
         if set(new.layers) != set(old.layers) or set(new.saved) != set(old.saved):
             raise UnsupportedError(f"converting would change the layers: {sorted(set(new.layers) ^ set(old.layers))}")
         before = old.slots()
@@ -393,7 +394,7 @@ def rewrite(file: AdapterFile) -> Conversion:
     tensors = {f"{PREFIX}{key}": value for key, value in file.tensors.items()}
     config = file.config.to_dict()
     checksums = tensors_checksum(tensors), config_checksum(config, file.config.option_names())
-    metadata = header_metadata(*checksums, None, file.config.ours())
+    metadata = header_metadata(*checksums, None, file.config.ours(), file.metadata.get(BASE))
     return Conversion((config, tensors, metadata), _same_text(file.method.name), {})
 
 

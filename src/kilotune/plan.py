@@ -24,6 +24,7 @@ from .adapter_files.writing import bias_place, in_file_form
 from .bases import located
 from .config import AdapterConfig
 from .errors import ConfigError, KilotuneError, MissingExtraError, did_you_mean, first_line, without_network
+from .injection.base_mark import LETTERS
 from .known_names import DTYPE_NAMES
 from .layers import stacked_sites as stacks
 from .layers.adapted import AdaptedLayer
@@ -461,7 +462,7 @@ def in_file(adapted: PeftModel) -> InFile:
         twin = saved.copies[installed.key]
         whole.update({f"{PREFIX}{name}.{key}": value for key, value in twin.state_dict().items()})
     projections = None if export.checksum is None else CHECKSUM
-    metadata = header_metadata(CHECKSUM, CHECKSUM, projections, export.header)
+    metadata = header_metadata(CHECKSUM, CHECKSUM, projections, export.header, installed.base or "1" * LETTERS)
     return InFile({**tensors, **whole}, frozenset(whole), metadata)
 
 

@@ -344,6 +344,7 @@ def wide(inn: int = 6, out: int = 3) -> nn.Module:
     return nn.Sequential(nn.Linear(inn, 5), nn.Tanh(), nn.Linear(5, out))
 
 
+@pytest.mark.filterwarnings("ignore::kilotune.OtherBaseWarning")  # the error says more
 @pytest.mark.parametrize("inn", [4, 7, 60])
 def test_stored_matrices_of_another_base(inn: int, tmp_path: Path) -> None:
     """All trained tensors fit, and with 4 inputs the matrices would too: the largest extents tell the bases apart."""

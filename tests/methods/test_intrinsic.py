@@ -280,6 +280,7 @@ def test_another_projection_than_at_training_is_noticed(values: dict[str, Any], 
     assert isinstance(net.first, nn.Linear)
 
 
+@pytest.mark.filterwarnings("ignore::kilotune.OtherBaseWarning")  # the error says more
 def test_another_base_is_noticed(tmp_path: Path) -> None:
     saved(tmp_path)
     with pytest.raises(CheckpointError, match="'third': in site_order, but not adapted here"):

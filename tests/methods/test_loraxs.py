@@ -94,6 +94,7 @@ def test_what_the_factors_cost_in_a_file(tmp_path: Path) -> None:
     assert sizes["random"] < 4 * 8 * 8 + 1000
 
 
+@pytest.mark.filterwarnings("ignore::kilotune.OtherBaseWarning")  # the error says more
 def test_another_base_is_refused_where_the_factors_are_made_again(tmp_path: Path) -> None:
     model = get_peft_model(mlp(), LoraXsConfig(r=3, target_modules="all-linear", save_factors=False))
     model.save_pretrained(tmp_path)

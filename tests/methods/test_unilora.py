@@ -236,6 +236,7 @@ def test_other_indices_than_at_training_are_noticed(generator: str, tmp_path: Pa
         PeftModel.from_pretrained(base(torch.float32), tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore::kilotune.OtherBaseWarning")  # the error says more
 def test_another_base_is_noticed(tmp_path: Path) -> None:
     saved(tmp_path / "portable")
     saved(tmp_path / "peft", generator="peft")

@@ -298,6 +298,7 @@ def test_a_base_without_the_layers(folder: Path) -> None:
     assert "no module is called 'fc1'" in rejected(folder)
 
 
+@pytest.mark.filterwarnings("ignore::kilotune.OtherBaseWarning")  # the error says more
 def test_the_same_names_and_other_input_sizes_are_found_by_the_projections_checksum(folder: Path) -> None:
     def other() -> Any:
         base = mlp()

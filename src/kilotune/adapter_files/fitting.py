@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import cast
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from ..deltas import Role
 from ..errors import CheckpointError, gather
+from ..injection.base_mark import same_base
 from ..injection.inject import Plan
 from ..injection.option_checks import part_of
 from ..injection.tree import bare_state
@@ -19,16 +21,47 @@ from ..layers.slot import BIAS
 from ..storage import Storage
 from ..storage.sharded import whole_parts
 from .files import not_finite
-from .peft_layout import bias_key, bias_name_in_file
+from .peft_layout import BASE, bias_key, bias_name_in_file
 from .reading import AdapterFile
 
-__all__ = ["Wanted", "match_tensors", "wanted_of"]
+__all__ = ["OtherBaseWarning", "Wanted", "check_base", "match_tensors", "wanted_of"]
 
 # PEFT with bias="all" also writes these copies of a bias that it saves under the module's own key.
 REDUNDANT = (".modules_to_save.", ".original_module.")
 
 Wanted = Mapping[str, tuple[str, tuple[int, ...]]]
 """The file's key -> (``<layer>.<parameter>``, the shape in the file)."""
+
+
+class OtherBaseWarning(UserWarning):
+    """An adapter was trained on a base of other weights than the one that it is loaded into."""
+
+
+def check_base(file: AdapterFile, made: Plan, name: str, strict: bool) -> None:
+    """Tell of a base whose weights are not those that the adapter was trained on, as far as their marks say.
+
+    Args:
+        file: the adapter.
+        made: what it would be in the base.
+        name: of the base.
+        strict: raise, and do not warn.
+
+    Raises:
+        CheckpointError: the weights are others, and ``strict``.
+
+    """
+    theirs, ours = file.metadata.get(BASE), made.base
+    if theirs is None or ours is None or same_base(theirs, ours) is not False:
+        return
+    trained = file.config.base_model_name_or_path
+    text = (
+        f"the adapter in {file.folder} was trained on {repr(trained) if trained else 'a base without a name'} "
+        f"(weights {theirs[1:9]} ...), and this base, {name!r}, has other weights ({ours[1:9]} ...), for which the "
+        "adapter was not made; load it into the base that it was trained on"
+    )
+    if strict:
+        raise CheckpointError(text)
+    warnings.warn(text, OtherBaseWarning, stacklevel=3)
 
 
 def match_tensors(file: AdapterFile, made: Plan, base_name: str, of_layers: Wanted | None = None) -> dict[str, Tensor]:

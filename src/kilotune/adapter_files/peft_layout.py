@@ -23,6 +23,7 @@ from ..methods import Kept, Method
 from ..storage import Storage
 
 __all__ = [
+    "BASE",
     "BOOKKEEPING",
     "EXTRA_PREFIX",
     "PREFIX",
@@ -43,22 +44,29 @@ EXTRA_PREFIX = "base_model."
 # Options that choose among the layers that target_modules names.
 SELECTION = frozenset({"exclude_modules", "layers_to_transform", "layers_pattern"})
 OPTIONS = "kilotune_options"  # in the weights' header
+BASE = "kilotune_base"  # in the weights' header
 PROJECTIONS = "projections_sha256"  # in the config's section of ours; in the weights' header with kilotune_ before it
 # Options that may be edited in a file, for they change no result.
 BOOKKEEPING = frozenset({"base_model_name_or_path", "inference_mode", "revision", "task_type"})
 
 
 def header_metadata(
-    tensors: str, config: str, projections: str | None, options: Mapping[str, Any] | None = None
+    tensors: str,
+    config: str,
+    projections: str | None,
+    options: Mapping[str, Any] | None = None,
+    base: str | None = None,
 ) -> dict[str, str]:
-    """What the header of adapter_model.safetensors says of ours: up to three checksums (SHA-256, hexadecimal), and
-    options that PEFT can do without."""
+    """What the header of adapter_model.safetensors says of ours: up to three checksums (SHA-256, hexadecimal), options
+    that PEFT can do without, and the base's mark."""
     metadata = {
         "format": "pt",
         "kilotune_format": str(FORMAT_VERSION),
         "kilotune_config_sha256": config,
         "kilotune_sha256": tensors,
     }
+    if base is not None:
+        metadata[BASE] = base
     if options:
         metadata[OPTIONS] = json.dumps(options, sort_keys=True)
     return metadata if projections is None else {**metadata, f"kilotune_{PROJECTIONS}": projections}

@@ -39,6 +39,7 @@ from ..patterns import matching
 from ..projections.matrices import Projections
 from ..storage import Storage
 from ..storage.sharded import whole, whole_copy
+from .base_mark import mark_of
 from .held_modules import check_calls
 from .installed_adapter import Installed, check_compatible
 from .option_checks import check_dropout, check_layout, check_patterns, part_of
@@ -73,6 +74,7 @@ class Plan:
     saved: dict[str, nn.Module]
     shapes: dict[str, dict[str, tuple[int, ...]]] = field(default_factory=dict)
     tied: dict[str, str] = field(default_factory=dict)  # module -> the one inside it that has the same bias
+    base: str | None = None  # the base's mark (base_mark.py), None where it cannot be told
 
 
 # -- plan ------------------------------------------------------------------------------------------
@@ -127,7 +129,7 @@ def _planned(root: nn.Module, adapter: str, config: AdapterConfig, method: Metho
     if strict:  # PEFT's files may have it: it leaves it out there without a word
         check_dropout(config, chosen, needs)
     method.config = config
-    result = Plan(adapter, config, method, layers, bias_only, saved, tied=tied)
+    result = Plan(adapter, config, method, layers, bias_only, saved, tied=tied, base=mark_of(root, saved))
     result.shapes = _expected_shapes(root, result)
     check_patterns(config, layers, strict)
     if strict:
@@ -163,9 +165,15 @@ def with_base_name(root: nn.Module, config: AdapterConfig) -> AdapterConfig:
     """The config with the name of a transformers model filled in, where it has no ``base_model_name_or_path``."""
     if config.base_model_name_or_path is not None:
         return config
+    name = base_name(root)
+    return config.replace(base_model_name_or_path=name) if name else config
+
+
+def base_name(root: nn.Module) -> str:
+    """What a transformers model says that it was loaded from; "" where it does not."""
     inner = getattr(root, "config", None)
     name = getattr(inner, "_name_or_path", None) or getattr(root, "name_or_path", None)
-    return config.replace(base_model_name_or_path=name) if isinstance(name, str) and name else config
+    return name if isinstance(name, str) else ""
 
 
 def _model_type(root: nn.Module) -> str | None:
@@ -350,7 +358,7 @@ def apply(
     new.update({host.base_layer: host for host in _hosts(root, made, layers)})
     new.update({find(root, name): wrapper for name, wrapper in saved.items() if find(root, name) is not wrapper})
     put_in_place(root, new)
-    return Installed(made.adapter, made.config, made.method, shared, layers, saved)
+    return Installed(made.adapter, made.config, made.method, shared, layers, saved, made.base)
 
 
 def _share_inputs(made: Plan, layers: Mapping[str, AdaptedLayer], sites: Mapping[str, Site], shared: Shared) -> None:

@@ -23,7 +23,10 @@ __all__ = ["Installed", "check_compatible", "set_requires_grad"]
 @final
 @dataclass
 class Installed:
-    """An adapter that is in the model."""
+    """An adapter that is in the model.
+
+    base: the mark of the base that it came to (base_mark.py), or of its file where that base has none; None: neither.
+    """
 
     adapter: str
     config: AdapterConfig
@@ -31,6 +34,7 @@ class Installed:
     shared: Shared
     layers: dict[str, AdaptedLayer]
     saved: dict[str, SavedModule]
+    base: str | None = None
 
     @property
     def key(self) -> str:

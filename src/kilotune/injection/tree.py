@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from abc import ABC
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
@@ -19,6 +20,7 @@ from .held_modules import put_into_containers
 
 __all__ = [
     "WRAPPERS",
+    "AroundBase",
     "bare_copy",
     "bare_state",
     "check_base",
@@ -26,6 +28,7 @@ __all__ = [
     "find",
     "is_parameter",
     "layer_around",
+    "merged_into",
     "own_modules",
     "put_in_place",
     "saved_around",
@@ -36,6 +39,12 @@ __all__ = [
 
 
 WRAPPERS = (AdaptedLayer, AdaptedParameters, SavedModule)
+
+
+class AroundBase(nn.Module, ABC):
+    """A model with adapters, and the base in it: ``model``."""
+
+    model: nn.Module
 
 
 def walk(root: nn.Module, aliases: bool = False) -> Iterator[tuple[str, nn.Module, type[nn.Module]]]:
@@ -92,6 +101,12 @@ def every_wrapper(root: nn.Module) -> Iterator[nn.Module]:
 def layer_around(module: nn.Module) -> AdaptedLayer | None:
     """The adapted layer among the wrappers at one place."""
     return next((inner for inner in wrappers(module) if isinstance(inner, AdaptedLayer)), None)
+
+
+def merged_into(root: nn.Module) -> list[str]:
+    """The names of the adapters that are merged into the weights of a base model now."""
+    layers = (layer for _, module, _ in walk(root) if (layer := layer_around(module)) is not None)
+    return list(dict.fromkeys(name for layer in layers for name in layer.merged))
 
 
 def saved_around(module: nn.Module) -> SavedModule | None:

@@ -16,8 +16,9 @@ from torch import nn
 
 from .. import storage
 from ..adapter_files import writing
-from ..adapter_files.fitting import match_tensors
+from ..adapter_files.fitting import check_base, match_tensors
 from ..adapter_files.names import check_adapter_name
+from ..adapter_files.peft_layout import BASE
 from ..adapter_files.reading import AdapterFile, open_adapter
 from ..adapter_files.writing import DEFAULT
 from ..added_modules import Added, base_modules
@@ -211,15 +212,25 @@ class AdapterModel(RoutedModel, ABC):
         token: str | None = None,
         cache_dir: str | None = None,
         local_files_only: bool = False,
+        strict_base: bool = False,
     ) -> None:
         """Load an adapter that kilotune or PEFT wrote, from a folder or a hub id; not active until set.
 
         With ``is_trainable`` its parameters have gradients at once, as in PEFT, until another adapter is set.
         What was read already will do too: ``store.get("ann").file()`` of an adapter store.
-        Everything is checked before the model is touched.
+        Everything is checked before the model is touched. A base with other weights than those that the adapter was
+        trained on is told by an :class:`OtherBaseWarning`, as far as the file says which they were (one of ours does),
+        the base is here (not on meta, not sharded), and both are not quantised; where one is, only by and large.
+
+        Args:
+            model_id, revision, subfolder, token, cache_dir, local_files_only: the folder, or where on the hub it is.
+            adapter_name: what to call it here.
+            is_trainable: False: its parameters are frozen, and the model is put into eval mode.
+            strict_base: refuse a base with other weights.
 
         Raises:
-            CheckpointError: the files are damaged or unsafe, or do not fit the model (all misfits listed).
+            CheckpointError: the files are damaged or unsafe, or do not fit the model (all misfits listed), or its base
+                (``strict_base``).
 
         """
         self._check_new_name(adapter_name)
@@ -231,6 +242,9 @@ class AdapterModel(RoutedModel, ABC):
         config = file.config.replace(inference_mode=not is_trainable)
         made = inject.plan(self.model, adapter_name, config, file.method, strict=False)
         tensors = match_tensors(file, made, type(self.model).__name__)
+        check_base(file, made, inject.base_name(self.model) or type(self.model).__name__, strict_base)
+        if made.base is None:  # as when only shapes are here: what is written from there is still of the file's base
+            made.base = file.metadata.get(BASE)
         self._install(made, tensors)
         if is_trainable:
             self._perhaps_trained.add(adapter_name)

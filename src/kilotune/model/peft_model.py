@@ -46,11 +46,13 @@ class PeftModel(AdapterModel):
         token: str | None = None,
         cache_dir: str | None = None,
         local_files_only: bool = False,
+        strict_base: bool = False,
     ) -> PeftModel:
         """Put a saved adapter (see :meth:`load_adapter`) into a base model; it is active.
 
         Raises:
-            CheckpointError: the files are damaged or unsafe, or do not fit; the model is then untouched.
+            CheckpointError: the files are damaged or unsafe, or do not fit, or the base has other weights
+                (``strict_base``); the model is then untouched.
 
         """
         wrapped = cls.__new__(cls)
@@ -65,6 +67,7 @@ class PeftModel(AdapterModel):
             token=token,
             cache_dir=cache_dir,
             local_files_only=local_files_only,
+            strict_base=strict_base,
         )
         wrapped._activate((adapter_name,), train=is_trainable)
         return wrapped

@@ -12,11 +12,12 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, NamedTuple, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..added_modules import base_modules
 from ..errors import AdapterError, MergeError, UnsupportedError, did_you_mean, gather
 from ..injection.installed_adapter import Installed
+from ..injection.tree import AroundBase
 from ..layers.active_adapters import ActiveState
 from ..layers.route import Cohort, Route, Stacked
 
@@ -58,10 +59,9 @@ class Source(ABC):
         """
 
 
-class RoutedModel(nn.Module, ABC):
+class RoutedModel(AroundBase, ABC):
     """What a model with adapters needs so that rows of one batch can go to different ones."""
 
-    model: nn.Module
     _state: ActiveState
     _installed: dict[str, Installed]
     _sources: list[Source]

@@ -533,3 +533,15 @@ def within(seconds: float, call: Callable[[], Any]) -> Any:
         return call()
     finally:
         assert time.monotonic() - began < seconds
+
+
+def test_an_adapter_of_other_weights_is_refused(registry: AdapterRegistry, tmp_path: Path) -> None:
+    """One from a folder, which carries no fingerprint: its file says what base it is of."""
+    adapter_of(base_model(1), 1).save_pretrained(tmp_path / "other")
+    with pytest.raises(CheckpointError, match=r"(has other weights|is of another base model)"):
+        registry.put("ann", "mine", tmp_path / "other")
+    assert registry.ls("ann") == []
+    get_peft_model(copy.deepcopy(base_model()).half(), VeraConfig(r=8, target_modules="all-linear")).save_pretrained(
+        tmp_path / "half"
+    )
+    assert registry.put("ann", "mine", tmp_path / "half").version == 1

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from ... import storage
-from ...adapter_files.fitting import Wanted, match_tensors, wanted_of
+from ...adapter_files.fitting import Wanted, check_base, match_tensors, wanted_of
 from ...adapter_files.reading import AdapterFile
 from ...config import AdapterConfig
 from ...deltas import Full
 from ...errors import CheckpointError, ConfigError, UnsupportedError, gather, type_name
-from ...injection.inject import Plan, apply, plan, remove, with_base_name
+from ...injection.inject import Plan, apply, base_name, plan, remove, with_base_name
 from ...injection.installed_adapter import Installed
 from ...injection.tree import own_modules
 from ...layers.route import RoutedLayer
@@ -187,8 +187,8 @@ class ResidentForm:
         """The inverse of :meth:`row`: copies, by ``<layer>.<parameter>``."""
         return {place.name: place.of(row.unsqueeze(0))[0].clone() for place in self.all_places()}
 
-    def row_of_file(self, file: AdapterFile, what: str) -> Tensor:
-        """The row of an adapter that was read from a folder or a store.
+    def row_of_file(self, file: AdapterFile, what: str, strict_base: bool = False) -> Tensor:
+        """The row of an adapter that was read from a folder or a store; warns of another base, or refuses it.
 
         Raises:
             ConfigError: its configuration is another one. CheckpointError: its tensors or projections do not fit.
@@ -202,10 +202,12 @@ class ResidentForm:
         if expected is not None and expected not in self._verified:
             method.verify(self.installed.shared)
             self._verified.add(expected)
-        base = type(self._model.get_base_model()).__name__
+        base = self._model.get_base_model()
         if self._in_file is None:
             self._in_file = wanted_of(self.made)
-        return self.row(match_tensors(file, self.made, base, self._in_file), what)
+        found = match_tensors(file, self.made, type(base).__name__, self._in_file)
+        check_base(file, self.made, base_name(base) or type(base).__name__, strict_base)
+        return self.row(found, what)
 
     def _check_config(self, file: AdapterFile, what: str) -> None:
         mine, theirs = form_values(self.config), form_values(file.config)

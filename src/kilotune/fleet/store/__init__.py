@@ -13,8 +13,7 @@ from ..._lazy import lazy
 
 if TYPE_CHECKING:
     from .adapter_store import AdapterStore, Item
-    from .fingerprint import Fingerprint
-    from .records import Collected, Contents, Fault, Form, Moved, Record, Stats, Version
+    from .records import Collected, Contents, Fault, Fingerprint, Form, Moved, Record, Stats, Version
     from .transfer import copy_adapters, export_adapters
     from .urls import open_store
 
@@ -40,8 +39,7 @@ if not TYPE_CHECKING:  # type checkers have the imports above, and no name besid
         __name__,
         {
             "adapter_store": ("AdapterStore", "Item"),
-            "fingerprint": ("Fingerprint",),
-            "records": ("Collected", "Contents", "Fault", "Form", "Moved", "Record", "Stats", "Version"),
+            "records": ("Collected", "Contents", "Fault", "Fingerprint", "Form", "Moved", "Record", "Stats", "Version"),
             "transfer": ("copy_adapters", "export_adapters"),
             "urls": ("open_store",),
         },

@@ -17,8 +17,8 @@ from typing import Any, Self, final
 from torch import Tensor
 
 from ...errors import KilotuneError, StoreLimitError
+from ...injection.fingerprint import Fingerprint
 from ...model.adapter_model import AdapterModel
-from .fingerprint import Fingerprint
 from .records import Collected, Contents, Fault, Form, Record, Stats, Version
 
 __all__ = ["Adapter", "AdapterStore", "Item", "Which"]

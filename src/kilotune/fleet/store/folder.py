@@ -28,8 +28,8 @@ from ...errors import (
     StoreLimitError,
     did_you_mean,
 )
+from ...injection.fingerprint import Fingerprint
 from .adapter_store import ONLY_READ, Adapter, AdapterStore, Item, Which
-from .fingerprint import Fingerprint
 from .names import (
     check_limit,
     check_name,

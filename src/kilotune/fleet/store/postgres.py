@@ -15,8 +15,8 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, final
 
 from ...errors import MissingExtraError, StoreError, StoreFullError, StoreLimitError, first_line
+from ...injection.fingerprint import Fingerprint
 from .adapter_store import ONLY_READ
-from .fingerprint import Fingerprint
 from .records import Fault
 from .schema import FORMAT, Link, statements
 from .sql import SqlStore

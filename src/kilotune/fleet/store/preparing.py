@@ -12,11 +12,13 @@ from typing import Any, final
 from torch import Tensor
 
 from ...adapter_files.files import locate, read_files, tensors_checksum
+from ...adapter_files.peft_layout import BASE
 from ...adapter_files.writing import state_of
 from ...config import SECTION
 from ...errors import AdapterError, CheckpointError, ConfigError, type_name
+from ...injection.base_mark import same_base
+from ...injection.fingerprint import Fingerprint
 from ...model.adapter_model import AdapterModel
-from .fingerprint import Fingerprint
 from .names import check_metadata, check_name, check_new_word, check_packing, check_tags
 from .packing import Layout
 from .records import SUM, Contents, Form, Record, canonical
@@ -160,8 +162,19 @@ def _new_form(
     form = Form(dict(config), header, layout)
     if base is not None and contents.base is not None:
         base.check(contents.base, "the adapter", form.saved_whole)
+    elif base is not None and not form.saved_whole:  # those heads were left out of the file's mark
+        _check_mark(contents.header.get(BASE), base)
     known = contents.base or base
     return Form(form.config, header, layout, {}, known and known.without(form.saved_whole)), shared
+
+
+def _check_mark(mark: str | None, base: Fingerprint) -> None:
+    """Refuse an adapter out of a folder whose file says that it is of another base than the store's."""
+    if mark is not None and base.mark is not None and same_base(mark, base.mark) is False:
+        raise CheckpointError(
+            f"the adapter is of another base model: the weights that it was trained on ({mark[1:9]} ...) are not those "
+            f"of the store's base ({base.mark[1:9]} ...)"
+        )
 
 
 def _with_frozen(form: Form, frozen: Mapping[str, Tensor]) -> Form:

@@ -19,7 +19,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from ...errors import AdapterError, CheckpointError, did_you_mean
-from .fingerprint import Fingerprint
+from ...injection.fingerprint import Fingerprint
 from .names import NEWEST
 from .packing import Layout
 from .records import Form, Record, Version, check_frozen

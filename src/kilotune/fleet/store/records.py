@@ -22,11 +22,23 @@ from torch import Tensor
 from ...adapter_files.files import TwoFiles, tensors_checksum, write
 from ...adapter_files.reading import AdapterFile, parse
 from ...errors import CheckpointError
+from ...injection.fingerprint import Fingerprint
 from ...injection.targets import HEADS
-from .fingerprint import Fingerprint
 from .packing import Layout
 
-__all__ = ["SUM", "Collected", "Contents", "Fault", "Form", "Moved", "Record", "Stats", "Version", "canonical"]
+__all__ = [
+    "SUM",
+    "Collected",
+    "Contents",
+    "Fault",
+    "Fingerprint",
+    "Form",
+    "Moved",
+    "Record",
+    "Stats",
+    "Version",
+    "canonical",
+]
 
 SUM = "kilotune_sha256"  # the one value of a file's header that differs between adapters of one form
 

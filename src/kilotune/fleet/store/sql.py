@@ -27,9 +27,9 @@ from ...errors import (
     StoreLimitError,
     gather,
 )
+from ...injection.fingerprint import Fingerprint
 from . import reading, upkeep, writing
 from .adapter_store import Adapter, AdapterStore, Item, Which
-from .fingerprint import Fingerprint
 from .names import (
     check_alias,
     check_limit,

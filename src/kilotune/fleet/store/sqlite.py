@@ -21,8 +21,8 @@ from urllib.parse import quote
 
 from ..._ui.sizes import readable_bytes
 from ...errors import StoreError, StoreFullError, StoreLimitError
+from ...injection.fingerprint import Fingerprint
 from .adapter_store import ONLY_READ
-from .fingerprint import Fingerprint
 from .records import Fault
 from .schema import FORMAT, Link, statements
 from .sql import SqlStore

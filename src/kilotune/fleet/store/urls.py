@@ -13,8 +13,8 @@ from .names import check_namespace, check_packing
 if TYPE_CHECKING:
     from torch import nn
 
+    from ...injection.fingerprint import Fingerprint
     from .adapter_store import AdapterStore
-    from .fingerprint import Fingerprint
 
 __all__ = ["DEFAULT", "open_store"]
 
@@ -76,7 +76,7 @@ def open_store(
 
 
 def _fingerprint(base: nn.Module | Fingerprint) -> Fingerprint:
-    from .fingerprint import Fingerprint  # needs torch, which a wrong URL does without
+    from ...injection.fingerprint import Fingerprint  # needs torch, which a wrong URL does without
 
     return base if isinstance(base, Fingerprint) else Fingerprint.of(base)
 

@@ -12,7 +12,7 @@ from safetensors.torch import save
 
 from ...adapter_files.names import check_shown
 from ...errors import AdapterError, StoreError, gather
-from .fingerprint import Fingerprint
+from ...injection.fingerprint import Fingerprint
 from .preparing import Ready
 from .reading import Row, aliases_of, find, missing, of_names
 from .records import Version

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ...adapter_files.files import not_finite
-from ...adapter_files.fitting import match_tensors
+from ...adapter_files.fitting import check_base, match_tensors
 from ...adapter_files.reading import AdapterFile
 from ...config import AdapterConfig
 from ...errors import AdapterError, CheckpointError, ConfigError, ResourceError, UnsupportedError, gather
@@ -205,6 +205,7 @@ class Residents:
         base = self.model.get_base_model()
         made = inject.plan(base, "trial", file.config.replace(inference_mode=True), file.method, strict=strict)
         match_tensors(file, made, type(base).__name__)
+        check_base(file, made, inject.base_name(base) or type(base).__name__, strict=True)
         return made
 
     def _check_rank(self, config: AdapterConfig, what: str) -> None:
@@ -236,7 +237,7 @@ class Residents:
         check_bankable(file, what)
         home = self._home(key, file, what)
         assert home.bank is not None
-        values = home.bank.form.row_of_file(file, what)
+        values = home.bank.form.row_of_file(file, what, strict_base=True)
         self._check_norms_of_row(home.bank.form, values, what)
         return Row(name, home, values, values.numel() * values.element_size())
 
@@ -311,7 +312,7 @@ class Residents:
             with self.turns.changing():
                 if idle is not None:
                     self.model.delete_adapter(idle[0])
-                self.model.load_adapter(file, name)
+                self.model.load_adapter(file, name, strict_base=True)
                 if faults := unroutable(self.model.installed(name)):
                     self.model.delete_adapter(name)
                     raise UnsupportedError(gather(f"{what} cannot be served beside others:", faults))

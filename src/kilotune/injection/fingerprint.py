@@ -11,17 +11,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import final
 
 import torch
 from torch import Tensor, nn
 
-from ...candidates import inside
-from ...errors import CheckpointError, ConfigError, MergeError, UnsupportedError, gather, type_name
-from ...injection.tree import is_parameter, unwrapped, walk
-from ...model.adapter_model import AdapterModel
+from ..candidates import inside
+from ..errors import CheckpointError, ConfigError, MergeError, UnsupportedError, gather, type_name
+from ..storage.sharded import is_sharded
+from .base_mark import mark_of
+from .tree import AroundBase, is_parameter, merged_into, unwrapped, walk
 
 __all__ = ["Fingerprint"]
 
@@ -31,9 +32,14 @@ VALUES = 256  # looked at in each parameter
 @final
 @dataclass(frozen=True)
 class Fingerprint:
-    """What a base model is known by. parameters: ``<shape>:<hash>`` by the parameter's name."""
+    """What a base model is known by.
+
+    parameters: ``<shape>:<hash>`` by the parameter's name. mark: what adapters' files know the base by (base_mark.py),
+    where the fingerprint was taken of a model.
+    """
 
     parameters: Mapping[str, str]
+    mark: str | None = field(default=None, compare=False)
 
     @classmethod
     def of(cls, model: nn.Module) -> Fingerprint:
@@ -46,11 +52,10 @@ class Fingerprint:
         """
         if not isinstance(model, nn.Module):
             raise ConfigError(f"base: expected a model or a Fingerprint, got {type_name(model)}")
-        if isinstance(model, AdapterModel):
-            if merged := model.merged_adapters:
-                raise MergeError(f"adapters {merged} are merged into the base's weights; call unmerge_adapter() first")
-            model = model.get_base_model()
-        return cls({name: _entry(name, value) for name, value in _parameters(model)})
+        base = model.model if isinstance(model, AroundBase) else model
+        if merged := merged_into(base):
+            raise MergeError(f"adapters {merged} are merged into the base's weights; call unmerge_adapter() first")
+        return cls({name: _entry(name, value) for name, value in _parameters(base)}, mark_of(base))
 
     @classmethod
     def of_tensors(cls, parameters: Mapping[str, Tensor]) -> Fingerprint:
@@ -114,7 +119,7 @@ def _parameters(base: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _entry(name: str, value: Tensor) -> str:
     if value.device.type == "meta":
         raise UnsupportedError(f"{name!r} has no values yet (it is on meta), so the base has no fingerprint")
-    if type(value).__name__ == "DTensor" or type(value.data).__name__ == "DTensor":
+    if is_sharded(value) or is_sharded(value.data):
         raise UnsupportedError(f"{name!r} is sharded; take the fingerprint of the whole base, before it is sharded")
     shape = "x".join(map(str, value.shape))
     digest = hashlib.blake2b(shape.encode(), digest_size=8)
