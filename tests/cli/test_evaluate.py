@@ -261,6 +261,7 @@ def test_labels_that_are_not_as_many_as_the_heads(bare: Path, classifier: Path) 
     assert "does not fit this BertForSequenceClassification" in error(*words, "--labels", "rain,red")
 
 
+@pytest.mark.filterwarnings("ignore::kilotune.OtherBaseWarning")  # the head is drawn anew, so it is another base
 def test_an_adapter_that_brings_no_head(tmp_path: Path, classifier: Path) -> None:
     model = AutoModelForSequenceClassification.from_pretrained(model_folder("bert"), num_labels=3)
     get_peft_model(model, LoraConfig(r=2, target_modules=["query"])).save_pretrained(tmp_path)

@@ -65,7 +65,7 @@ FORWARD: dict[str, tuple[str, dict[str, Any], Plant]] = {
     "saved modules forgotten": (
         "lora",
         {"modules_to_save": ["head"]},
-        patched(inject.SavedModule, "current", lambda self: self.original_module),
+        patched(inject.SavedModule, "_current", lambda self, now: self.original_module),
     ),
 }
 

@@ -70,14 +70,16 @@ class _Taken:
     """A mark, and what tells that it still holds: the weights that it was made of, and their versions."""
 
     mark: str | None
-    seen: tuple[tuple[weakref.ref[nn.Module], str, weakref.ref[nn.Parameter], int], ...]
+    seen: tuple[
+        tuple[weakref.ref[nn.Module], str, int, int], ...
+    ]  # no references to weights: torch refuses to swap those
 
     def holds(self) -> bool:
         """Whether the weights are the same objects in the same modules, and nobody has written into them."""
-        for module_ref, key, tensor_ref, version in self.seen:
-            module, tensor = module_ref(), tensor_ref()
+        for module_ref, key, tensor_id, version in self.seen:
+            module = module_ref()
             there = None if module is None else module._parameters.get(key)
-            if tensor is None or there is not tensor or tensor._version != version:
+            if there is None or id(there) != tensor_id or there._version != version:
                 return False
         return bool(self.seen)
 
@@ -144,7 +146,7 @@ def _take(root: nn.Module, without: frozenset[str]) -> _Taken:
     seen = [*chosen.values(), *(own for own, _ in of_layers.values())]
     if any(h.value.is_inference() for h in seen):  # such tensors have no version
         seen = []
-    refs = tuple((weakref.ref(h.module), h.key, weakref.ref(h.value), h.value._version) for h in seen)
+    refs = tuple((weakref.ref(h.module), h.key, id(h.value), h.value._version) for h in seen)
     if fine is None and coarse is None:
         return _Taken(None, refs)
     half = any(h.value.dtype == torch.float16 for h in chosen.values())

@@ -318,7 +318,7 @@ def test_answers_that_grow_until_the_cache_is_full_keep_nobody_else_waiting(tmp_
             async with beside(served.engine, *grow) as growing:
                 while not all(task.done() for task in growing):
                     taken, got = await steps(served.engine, prompt_of(7, 5), greedy(1), served.keys[0], "small")
-                    assert taken <= 4
+                    assert taken <= 6  # 3 or 4, and more where the machine is slow for a moment; 39 before
                     assert got.ids == alone(served.models[0], prompt_of(7, 5), 1)
                 done = [await task for task in growing]
             assert [one.ids for one in done] == [alone(served.base, prompt_of(i, 30), 70) for i in range(4)]
