@@ -1,5 +1,5 @@
 # Each target sets up what it needs in .venv by itself (scripts/environment.py); later runs skip that at once.
-#   make demo ARGS="--data cifar10"      make test PYTHON=python3.12      make test-full JOBS=8
+#   make tutorial ARGS="--data cifar10"      make test PYTHON=python3.12      make test-full JOBS=8
 
 PYTHON ?= python3
 JOBS ?= 2
@@ -22,13 +22,16 @@ vllm_pytest = OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind \
 .DEFAULT_GOAL := help
 # The parts of a target share one .venv and one terminal: in order, under `make -j` too.
 .NOTPARALLEL:
-.PHONY: help demo test test-heavy test-full test-vllm lint type format bench docs clean env-demo env-dev env-docs env-postgresql env-chromium env-vllm
+.PHONY: help demo tutorial test test-heavy test-full test-vllm lint type format bench docs clean env-demo env-dev env-docs env-postgresql env-chromium env-vllm
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
 demo: env-demo  ## fine-tune a small pretrained network with VeRA and LoRA on real images; a report in runs/
 	@.venv/bin/kilotune demo $(ARGS)
+
+tutorial: env-demo  ## a small pretrained network, fine-tuned with VeRA, LoRA and in full on real images; a report in runs/
+	@.venv/bin/kilotune experiment cnn $(ARGS)
 
 test: lint type env-postgresql  ## lint, types, and the tests of every day (under 10 minutes on 2 cores)
 	$(pytest) $(ARGS)

@@ -56,7 +56,7 @@ WRONG = {
     "compare nofile.yaml": "cannot read the config file nofile.yaml: No such file or directory",
     "compare examples/compare/digits.yaml --seeds 0": "seeds: expected a whole number in [1, 1000], got 0",
     "compare examples/compare/digits.yaml --set methods.verra={}": "'verra' is no method. Did you mean 'vera'?",
-    "demo --seeds 0": "the experiment cannot be run: seeds is 0, and must be 1 or more",
+    "experiment cnn --seeds 0": "the experiment cannot be run: seeds is 0, and must be 1 or more",
     "intrinsic-dimension --seeds 0": "the search cannot be run: seeds is 0, and must be 1 or more",
     "intrinsic-dimension --rotation 400": "rotation is 400.0, and must be within -360 and 360 degrees",
     "generate nofolder hi --dtype f": "--dtype: expected one of auto, float32, bfloat16, float16, got 'f'",

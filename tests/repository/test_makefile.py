@@ -71,23 +71,23 @@ def test_ci_runs_both_tiers_and_the_full_one_runs_everything() -> None:
 
 
 @pytest.mark.parametrize(
-    "target", ["demo", "test", "test-heavy", "test-full", "lint", "type", "bench", "docs", "format"]
+    "target", ["demo", "tutorial", "test", "test-heavy", "test-full", "lint", "type", "bench", "docs", "format"]
 )
 def test_each_target_sets_up_first(target: str) -> None:
     done = run_make("-n", "-j4", target)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    extra = {"demo": "demo", "docs": "docs"}.get(target, "dev")
+    extra = {"demo": "demo", "tutorial": "demo", "docs": "docs"}.get(target, "dev")
     position = next(i for i, line in enumerate(lines) if "scripts/environment.py" in line)
     assert lines[position].endswith(f" {extra}")
-    assert not any("-m pytest" in line or "-m ruff" in line or "kilotune demo" in line for line in lines[:position])
+    assert not any("-m pytest" in line or "-m ruff" in line or "/kilotune " in line for line in lines[:position])
 
 
 @pytest.mark.heavy
-def test_make_demo_runs_to_its_report(tmp_path: Path) -> None:
-    """The whole of `make demo`, on one seed and fewer epochs; `make test` has set up what it needs."""
+def test_make_tutorial_runs_to_its_report(tmp_path: Path) -> None:
+    """The whole of `make tutorial`, on one seed and fewer epochs; `make test` has set up what it needs."""
     out = tmp_path / "run"
-    done = run_make("demo", f"ARGS=--quick --out {out}")
+    done = run_make("tutorial", f"ARGS=--quick --out {out}")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "fail" not in re.findall(r"^(pass|fail) ", done.stdout, re.MULTILINE)
     assert {path.name for path in out.iterdir()} == {"report.html", "results.json", "adapters"}

@@ -19,7 +19,7 @@ from tests.support.paths import ROOT
 PAGES = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 WITH_COMMANDS = [*PAGES, ROOT / "CONTRIBUTING.md"]
 LONG = {"demo", "intrinsic-dimension", "init", "train", "chat", "generate", "evaluate", "export", "compare", "store"}
-LONG |= {"fleet", "doctor", "serve", "keys"}
+LONG |= {"experiment", "fleet", "doctor", "serve", "keys"}
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
@@ -123,7 +123,9 @@ def parser(words: list[str]) -> Any:
     group = typer.main.get_command(app)
     assert hasattr(group, "commands"), "kilotune has verbs"
     assert words[1] in group.commands, f"kilotune has no verb {words[1]!r}: {sorted(group.commands)}"
-    return group.commands[words[1]]
+    found = group.commands[words[1]]
+    own = getattr(found, "commands", {})  # a verb with verbs of its own
+    return own[words[2]] if own and words[2:] and not words[2].startswith("-") else found
 
 
 @pytest.mark.parametrize("page", WITH_COMMANDS, ids=lambda p: str(p.relative_to(ROOT)))

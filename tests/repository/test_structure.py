@@ -253,7 +253,7 @@ def test_a_room_of_rooms_has_no_loose_files(sources: Sources, rooms: dict[str, R
         ("kilotune.fleet.store.sql", "from ..bank.adapter_bank import AdapterBank", "both are of floor 13.1"),
         ("kilotune.serve.engine.sampling", "from ..http.keys import Keys", "floor 14.1 imports floor 14.2"),
         ("kilotune.serve.engine.sampling", "from ...vllm import gate", "both are of floor 14"),
-        ("kilotune.experiments.demo.page", "from ..compare import report", "both are of floor 15.2"),
+        ("kilotune.experiments.cnn.page", "from ..compare import report", "both are of floor 15.2"),
     ],
 )
 def test_a_planted_breach_is_caught(

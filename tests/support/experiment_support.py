@@ -1,4 +1,4 @@
-"""Small CIFAR-10 archives of the official layout, for the tests of the experiment and of ``kilotune demo``."""
+"""Small CIFAR-10 archives of the official layout, for the tests of ``kilotune experiment cnn``."""
 
 from __future__ import annotations
 

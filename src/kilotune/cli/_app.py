@@ -26,6 +26,7 @@ VERBS = (
     "export",
     "compare",
     "demo",
+    "experiment",
     "intrinsic-dimension",
     "plan",
     "inspect",

@@ -9,8 +9,8 @@ import typer
 from rich.console import Console
 
 from ..errors import ConfigError
+from ._experiments import progress_bar
 from ._output import Json, console, print_json, quiet_transformers, rows_table
-from .demo import progress_bar
 
 if TYPE_CHECKING:
     from ..experiments.compare.problem import Contender, Problem

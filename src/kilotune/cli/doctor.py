@@ -49,7 +49,7 @@ FOR: Mapping[str, str] = {
     "ray": "replicas of kilotune serve",
     "rich": "the command line, the progress bar",
     "sacrebleu": "the metrics of sequence to sequence",
-    "scikit-learn": "kilotune demo, the metrics of classification",
+    "scikit-learn": "kilotune experiment cnn, the metrics of classification",
     "scipy": "the metrics of regression",
     "tensorboard": "logging.tensorboard",
     "torchao": "weights in torchao's formats",

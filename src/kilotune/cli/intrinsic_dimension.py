@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import ConfigError
+from ._experiments import DataSet, progress_bar
 from ._output import Json, console, print_json, rows_table
-from .demo import DataSet, progress_bar
 
 if TYPE_CHECKING:
     from ..experiments.dimension.results import DimensionResult, Level, Outcome

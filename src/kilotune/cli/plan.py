@@ -28,12 +28,12 @@ USUAL = ("lora", "vera")  # planned where no method is named: those whose size -
 
 
 def models() -> dict[str, BuiltIn]:
-    """The built-in models, and the convolutional networks of ``kilotune demo``."""
+    """The built-in models, and the convolutional networks of ``kilotune experiment cnn``."""
     from ..experiments.images.convnet import LORA_WIDTHS, VERA_WIDTHS, ConvNet
     from ..plan import BUILT_IN, BuiltIn
 
     nets = {"tutorial-vera": VERA_WIDTHS, "tutorial-lora": LORA_WIDTHS}
-    text = "the convolutional network of `kilotune demo`"
+    text = "the convolutional network of `kilotune experiment cnn`"
 
     def built(widths: tuple[int, ...]) -> BuiltIn:
         return BuiltIn(text, lambda head: ConvNet(widths))

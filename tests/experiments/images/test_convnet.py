@@ -8,8 +8,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from kilotune.experiments.demo.experiment import adapted, count
-from kilotune.experiments.demo.results import Counts
+from kilotune.experiments.cnn.experiment import adapted, count
+from kilotune.experiments.cnn.results import Counts
 from kilotune.experiments.images.convnet import LORA_WIDTHS, VERA_WIDTHS, ConvNet, build
 
 CONVOLUTIONS = (3 * 6 * 25 + 6) + (6 * 16 * 25 + 16) + (16 * 32 * 25 + 32)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from kilotune.errors import ConfigError, KilotuneError
-from kilotune.experiments.demo.settings import DemoSettings, choose
+from kilotune.experiments.cnn.settings import CnnSettings, choose
 from kilotune.experiments.images.digits_data import ImageSet
 from kilotune.experiments.images.settings import Recipe
 from kilotune.experiments.images.training import (
@@ -137,7 +137,7 @@ def test_thinning_keeps_the_mean_and_the_last_step() -> None:
 
 def test_defaults_are_those_of_the_data_set() -> None:
     digits = choose("digits", quick=False, chosen={})
-    assert digits == DemoSettings()
+    assert digits == CnnSettings()
     assert (digits.seeds, digits.batch) == (3, 4)
     cifar = choose("cifar10", quick=False, chosen={})
     assert (cifar.epochs, cifar.batch, cifar.pretrain_rate, cifar.rotation) == (6, 4, 1e-3, 0.0)
@@ -158,7 +158,7 @@ def test_what_is_chosen_wins_over_quick_and_defaults() -> None:
 
 def test_everything_that_is_wrong_is_said_at_once(tmp_path: object) -> None:
     with pytest.raises(ConfigError) as caught:
-        DemoSettings(
+        CnnSettings(
             data="digit",
             classes=(1, 1, 12),
             rotation=float("nan"),

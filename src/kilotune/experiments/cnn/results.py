@@ -10,9 +10,9 @@ from typing import Any, final
 
 from torch import Tensor
 
-from .settings import LABELS, METHODS, DemoSettings
+from .settings import LABELS, METHODS, CnnSettings
 
-__all__ = ["AdapterFacts", "Check", "Counts", "DemoResult", "MethodRun", "SeedRun", "checks_of", "spread"]
+__all__ = ["AdapterFacts", "Check", "CnnResult", "Counts", "MethodRun", "SeedRun", "checks_of", "spread"]
 
 LEAST_GAIN = 0.10
 """Mean accuracy that the adapted classes must gain, over the seeds: 10 points."""
@@ -167,7 +167,7 @@ class Check:
 
 @final
 @dataclass(frozen=True)
-class DemoResult:
+class CnnResult:
     """The whole experiment.
 
     Attributes:
@@ -183,7 +183,7 @@ class DemoResult:
         samples: one test picture per class as pretrained on, and as tested after, each (10, 3, 32, 32) uint8.
     """
 
-    settings: DemoSettings
+    settings: CnnSettings
     source: str
     class_names: tuple[str, ...]
     sizes: dict[str, int]
@@ -255,7 +255,7 @@ def spread(values: Sequence[float]) -> str:
     return mean if len(values) == 1 else f"{mean} ({100 * min(values):.1f} to {100 * max(values):.1f})"
 
 
-def checks_of(settings: DemoSettings, counts: Sequence[Counts], seeds: Sequence[SeedRun]) -> list[Check]:
+def checks_of(settings: CnnSettings, counts: Sequence[Counts], seeds: Sequence[SeedRun]) -> list[Check]:
     """Every check of the experiment, from its numbers alone."""
     return [
         *[_gains(method, settings, seeds) for method in METHODS],
@@ -273,7 +273,7 @@ def _points(values: Sequence[float]) -> str:
     return f"{100 * fmean(values):+.1f} points on average (seed by seed {each})"
 
 
-def _gains(method: str, settings: DemoSettings, seeds: Sequence[SeedRun]) -> Check:
+def _gains(method: str, settings: CnnSettings, seeds: Sequence[SeedRun]) -> Check:
     gains = [seed.change(method, settings.classes) for seed in seeds]
     single = {c: fmean(seed.change(method, [c]) for seed in seeds) for c in settings.classes}
     passed = fmean(gains) >= LEAST_GAIN and min(gains) > 0 and min(single.values()) > 0
@@ -281,7 +281,7 @@ def _gains(method: str, settings: DemoSettings, seeds: Sequence[SeedRun]) -> Che
     return Check(f"{LABELS[method]}: the adapted classes gain", passed, f"{_points(gains)}; {wanted}")
 
 
-def _pays(method: str, settings: DemoSettings, seeds: Sequence[SeedRun]) -> Check:
+def _pays(method: str, settings: CnnSettings, seeds: Sequence[SeedRun]) -> Check:
     changes = [seed.change(method, settings.other_classes) for seed in seeds]
     passed = fmean(changes) <= -LEAST_PRICE and max(changes) < 0
     wanted = f"wanted: {-100 * LEAST_PRICE:.0f} or less, every seed down"

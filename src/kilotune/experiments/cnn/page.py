@@ -1,4 +1,4 @@
-"""The demo's report: one HTML page that needs nothing but itself, and the files next to it."""
+"""The experiment's report: one HTML page that needs nothing but itself, and the files next to it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 
 from ..._ui.pages import publish, render
 from .charts import accuracy_chart, loss_chart, sample_strip
-from .results import Counts, DemoResult, spread
+from .results import CnnResult, Counts, spread
 from .settings import LABELS, LORA_RANK, METHODS, VERA_RANK
 
 __all__ = ["page", "write_report"]
 
 
-def page(result: DemoResult) -> str:
+def page(result: CnnResult) -> str:
     """The whole page, as HTML text."""
     settings = result.settings
     vera, lora = result.counts[0], result.counts[1]
@@ -55,7 +55,7 @@ def page(result: DemoResult) -> str:
     )
 
 
-def write_report(result: DemoResult, folder: Path) -> list[Path]:
+def write_report(result: CnnResult, folder: Path) -> list[Path]:
     """Write report.html, results.json and the first seed's adapters into ``folder``, all or nothing of each.
 
     Raises:
@@ -72,17 +72,17 @@ def write_report(result: DemoResult, folder: Path) -> list[Path]:
 # -- what the page says ----------------------------------------------------------------------------
 
 
-def _adapted(result: DemoResult) -> str:
+def _adapted(result: CnnResult) -> str:
     *most, last = [result.class_names[c] for c in result.settings.classes]
     return f"{', '.join(most)} and {last}" if most else last
 
 
-def _turned(result: DemoResult) -> str:
+def _turned(result: CnnResult) -> str:
     """Degrees by which the adapted classes were turned; empty where they were not."""
     return f"{result.settings.rotation:g}" if result.settings.rotation % 360 else ""
 
 
-def _method_row(result: DemoResult, method: str | None) -> dict[str, Any]:
+def _method_row(result: CnnResult, method: str | None) -> dict[str, Any]:
     """What a method did, or for None what there was before."""
     settings = result.settings
     vera, lora = result.counts[0], result.counts[1]
@@ -115,13 +115,13 @@ def _count_row(row: Counts) -> dict[str, Any]:
     }
 
 
-def _norms(result: DemoResult) -> list[list[str]]:
+def _norms(result: CnnResult) -> list[list[str]]:
     """A row for each layer: its name, then before and after, for VeRA and for LoRA."""
     held = [run.adapter.norms for run in result.seeds[0].runs.values() if run.adapter]
     return [[layer, *(f"{value:.4g}" for norms in held for value in norms[layer])] for layer in held[0]]
 
 
-def _settings(result: DemoResult) -> dict[str, str]:
+def _settings(result: CnnResult) -> dict[str, str]:
     settings = result.settings
     rates = ", ".join(f"{LABELS[method]} {settings.rates[method]:g}" for method in METHODS)
     shift = f"turned by {turned} degrees" if (turned := _turned(result)) else "not changed"

@@ -1,4 +1,4 @@
-"""How the learning rates of the experiment were chosen; run ``python -m kilotune.experiments.demo.tuning``.
+"""How the learning rates of the experiment were chosen; run ``python -m kilotune.experiments.cnn.tuning``.
 
 A quarter of the adapted classes' training pictures is held out. Each method is run at several rates on the
 rest, over three seeds, and judged by the cross-entropy on what was held out. The test pictures, on which the
@@ -21,7 +21,7 @@ from ..images.digits_data import ImageSet, digits
 from ..images.settings import Recipe
 from ..images.training import logits_of, one_thread, train
 from .experiment import adapted
-from .settings import DemoSettings
+from .settings import CnnSettings
 
 __all__ = ["RATES", "held_out_loss", "main"]
 
@@ -50,7 +50,7 @@ def held_out_loss(method: str, net: ConvNet, recipe: Recipe, fit: ImageSet, held
 
 def main(say: Callable[[str], object] = print) -> None:
     """Say the held-out loss of every method and rate: each seed's, and their mean."""
-    settings = DemoSettings()
+    settings = CnnSettings()
     with one_thread():
         data = digits()
         nets = [build(VERA_WIDTHS, seed) for seed in SEEDS]

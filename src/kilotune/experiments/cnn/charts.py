@@ -1,4 +1,4 @@
-"""The demo report's pictures, as SVG or PNG bytes; how charts look is in ``kilotune._ui.charts``."""
+"""The report's pictures, as SVG or PNG bytes; how charts look is in ``kilotune._ui.charts``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..._ui.charts import INK, STYLE, blank_figure, png, svg, tidy
-from .results import Curve, DemoResult
+from .results import CnnResult, Curve
 from .settings import LABELS, METHODS
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ ADAPTED_COLOUR = "#FFF3D6"
 FRAME_COLOUR = "#E69F00"
 
 
-def accuracy_chart(result: DemoResult) -> bytes:
+def accuracy_chart(result: CnnResult) -> bytes:
     """Per-class accuracy before and after, a panel per method; bars are means, whiskers ranges (SVG)."""
     import matplotlib as mpl
 
@@ -40,7 +40,7 @@ def accuracy_chart(result: DemoResult) -> bytes:
         return svg(figure)
 
 
-def _accuracy_panel(axis: Axes, result: DemoResult, method: str) -> None:
+def _accuracy_panel(axis: Axes, result: CnnResult, method: str) -> None:
     before = 100 * np.array([seed.before for seed in result.seeds])
     after = 100 * np.array([seed.runs[method].after for seed in result.seeds])
     for label in result.settings.classes:
@@ -60,7 +60,7 @@ def _accuracy_panel(axis: Axes, result: DemoResult, method: str) -> None:
     axis.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, frameon=False, borderaxespad=0.2)
 
 
-def loss_chart(result: DemoResult) -> bytes:
+def loss_chart(result: CnnResult) -> bytes:
     """Training loss of the pretraining and of each adaptation: mean over the seeds, and their range (SVG)."""
     import matplotlib as mpl
 
@@ -93,7 +93,7 @@ def _curves(axis: Axes, curves: Sequence[Curve], colour: str, label: str) -> Non
         axis.fill_between(steps, lowest, highest, color=colour, alpha=0.15, linewidth=0)
 
 
-def sample_strip(result: DemoResult) -> bytes:
+def sample_strip(result: CnnResult) -> bytes:
     """A test picture of each class, as pretrained on, and below as the copies saw it (PNG)."""
     import matplotlib as mpl
 

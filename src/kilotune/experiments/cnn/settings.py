@@ -12,7 +12,7 @@ from typing import Any, final
 from ...errors import ConfigError, did_you_mean, gather
 from ..images.settings import CIFAR_NAMES, Recipe
 
-__all__ = ["CLASS_NAMES", "DEFAULTS", "LABELS", "METHODS", "DemoSettings", "choose"]
+__all__ = ["CLASS_NAMES", "DEFAULTS", "LABELS", "METHODS", "CnnSettings", "choose"]
 
 METHODS = ("vera", "lora", "full")
 LABELS: Mapping[str, str] = MappingProxyType({"vera": "VeRA", "lora": "LoRA", "full": "full fine-tuning"})
@@ -31,7 +31,7 @@ CLASS_NAMES: Mapping[str, tuple[str, ...]] = MappingProxyType(
 
 @final
 @dataclass(frozen=True)
-class DemoSettings:
+class CnnSettings:
     """Everything that decides the experiment's numbers.
 
     Attributes:
@@ -154,13 +154,13 @@ QUICK: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 )
 
 
-def choose(data: str, *, quick: bool, chosen: Mapping[str, Any]) -> DemoSettings:
+def choose(data: str, *, quick: bool, chosen: Mapping[str, Any]) -> CnnSettings:
     """Settings of a data set: what was chosen (not None), else the quick values, else its defaults.
 
     Args:
         data: "digits" or "cifar10".
         quick: one seed and fewer epochs.
-        chosen: fields of :class:`DemoSettings`; ``rates`` may hold some methods only, ``classes`` may be text
+        chosen: fields of :class:`CnnSettings`; ``rates`` may hold some methods only, ``classes`` may be text
             such as "2,3,7" or "bird,cat,deer".
     """
     values = {**DEFAULTS.get(data, {}), **(QUICK.get(data, {}) if quick else {})}
@@ -169,7 +169,7 @@ def choose(data: str, *, quick: bool, chosen: Mapping[str, Any]) -> DemoSettings
         values["classes"] = _parse_classes(values["classes"], CLASS_NAMES.get(data, CLASS_NAMES["digits"]))
     rates = {**DIGITS_RATES, **DEFAULTS.get(data, {}).get("rates", {})}
     rates |= {method: rate for method, rate in values.pop("rates", {}).items() if rate is not None}
-    return DemoSettings(data=data, rates=rates, **values)
+    return CnnSettings(data=data, rates=rates, **values)
 
 
 def _parse_classes(text: str, names: Sequence[str]) -> tuple[int, ...]:

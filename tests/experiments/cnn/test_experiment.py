@@ -19,38 +19,38 @@ from safetensors.torch import load
 from kilotune import OtherBaseWarning, PeftModel, VeraConfig
 from kilotune._ui import pages
 from kilotune.errors import KilotuneError
-from kilotune.experiments.demo import experiment as experiment
-from kilotune.experiments.demo import page as report
-from kilotune.experiments.demo import tuning
-from kilotune.experiments.demo.results import AdapterFacts, Check, DemoResult, MethodRun, SeedRun, checks_of, spread
-from kilotune.experiments.demo.settings import METHODS, DemoSettings, choose
+from kilotune.experiments.cnn import experiment as experiment
+from kilotune.experiments.cnn import page as report
+from kilotune.experiments.cnn import tuning
+from kilotune.experiments.cnn.results import AdapterFacts, Check, CnnResult, MethodRun, SeedRun, checks_of, spread
+from kilotune.experiments.cnn.settings import METHODS, CnnSettings, choose
 from kilotune.experiments.images.convnet import VERA_WIDTHS, build
 from kilotune.experiments.images.digits_data import ImageSet
 from kilotune.experiments.images.settings import Recipe
 from kilotune.experiments.images.training import one_thread
 
-TINY = DemoSettings(seeds=1, epochs=1, adapt_epochs=1)
+TINY = CnnSettings(seeds=1, epochs=1, adapt_epochs=1)
 
 
 @pytest.fixture(scope="module")
-def result() -> DemoResult:
+def result() -> CnnResult:
     """One seed on fewer epochs; enough for every check to hold."""
     return experiment.run(choose("digits", quick=True, chosen={}))
 
 
 @pytest.fixture(scope="module")
-def tiny() -> DemoResult:
+def tiny() -> CnnResult:
     """One epoch of each: nothing is learnt, but everything runs."""
     return experiment.run(TINY)
 
 
 @pytest.mark.heavy
-def test_every_check_holds(result: DemoResult) -> None:
+def test_every_check_holds(result: CnnResult) -> None:
     assert [check.detail for check in result.failures] == []
     assert len(result.checks) == 14
 
 
-def test_adapted_classes_rise_and_others_fall(result: DemoResult) -> None:
+def test_adapted_classes_rise_and_others_fall(result: CnnResult) -> None:
     others = result.settings.other_classes
     (before_adapted,), (before_others,) = result.levels(None, (2, 3, 7)), result.levels(None, others)
     for method in METHODS:
@@ -59,7 +59,7 @@ def test_adapted_classes_rise_and_others_fall(result: DemoResult) -> None:
         assert result.among(method) > result.among(None)
 
 
-def test_turning_makes_the_room_and_touches_nothing_else(result: DemoResult) -> None:
+def test_turning_makes_the_room_and_touches_nothing_else(result: CnnResult) -> None:
     (seed,) = result.seeds
     for label in result.settings.other_classes:
         assert seed.before[label] == seed.pretrained[label]
@@ -69,12 +69,12 @@ def test_turning_makes_the_room_and_touches_nothing_else(result: DemoResult) -> 
     assert [label for label in range(10) if moved[label]] == [2, 3, 7]
 
 
-def test_all_methods_start_from_one_network_and_see_as_much(result: DemoResult) -> None:
+def test_all_methods_start_from_one_network_and_see_as_much(result: CnnResult) -> None:
     assert len({run.losses[-1][0] for run in result.seeds[0].runs.values()}) == 1
     assert result.sizes == {"pretraining": 1198, "adaptation": 359, "test": 599}
 
 
-def test_the_saved_adapters_are_the_first_seeds(result: DemoResult, tmp_path: Path) -> None:
+def test_the_saved_adapters_are_the_first_seeds(result: CnnResult, tmp_path: Path) -> None:
     report.write_report(result, tmp_path)
     assert sorted(result.adapters) == [
         f"{method}/adapter_{what}" for method in ("lora", "vera") for what in ("config.json", "model.safetensors")
@@ -90,14 +90,14 @@ def test_the_saved_adapters_are_the_first_seeds(result: DemoResult, tmp_path: Pa
     assert result.seeds[0].runs["vera"].weight_bytes == len(result.adapters["vera/adapter_model.safetensors"])
 
 
-def without_timings(result: DemoResult) -> dict[str, Any]:
+def without_timings(result: CnnResult) -> dict[str, Any]:
     plain: dict[str, Any] = json.loads(json.dumps(result.to_dict()))
     del plain["timings"]
     return plain
 
 
 @pytest.mark.heavy
-def test_the_same_run_gives_the_same_numbers_and_pictures(tiny: DemoResult) -> None:
+def test_the_same_run_gives_the_same_numbers_and_pictures(tiny: CnnResult) -> None:
     first = tiny
     torch.manual_seed(2)
     second = experiment.run(TINY)
@@ -111,7 +111,7 @@ def test_the_same_run_gives_the_same_numbers_and_pictures(tiny: DemoResult) -> N
     assert report.page(first) == report.page(still)
 
 
-def test_another_seed_gives_other_numbers(tiny: DemoResult) -> None:
+def test_another_seed_gives_other_numbers(tiny: CnnResult) -> None:
     first, second = tiny, experiment.run(dataclasses.replace(TINY, first_seed=1))
     assert first.seeds[0].losses != second.seeds[0].losses
     assert first.adapters["vera/adapter_model.safetensors"] != second.adapters["vera/adapter_model.safetensors"]
@@ -154,7 +154,7 @@ def seed_run(seed: int, changes: dict[str, dict[str, Any]]) -> SeedRun:
 def failed(changes: dict[str, dict[str, Any]], only_last: bool = False) -> list[str]:
     """Names of the checks that fail when three seeds (or only the last) have these changes."""
     seeds = [seed_run(seed, changes if seed == 2 or not only_last else {}) for seed in range(3)]
-    checks: list[Check] = checks_of(DemoSettings(), experiment.count(), seeds)
+    checks: list[Check] = checks_of(CnnSettings(), experiment.count(), seeds)
     return [check.name for check in checks if not check.passed]
 
 
@@ -210,7 +210,7 @@ def test_one_bad_seed_of_three_is_enough_to_fail(change: dict[str, Any], wanted:
 
 def test_counts_that_differ_from_the_tutorials_fail() -> None:
     counts = [dataclasses.replace(row, trainable=row.trainable + 1) for row in experiment.count()]
-    checks = checks_of(DemoSettings(), counts, [seed_run(0, {})])
+    checks = checks_of(CnnSettings(), counts, [seed_run(0, {})])
     assert [check.name for check in checks if not check.passed] == [
         "VeRA: parameters as in the tutorial's table",
         "LoRA: parameters as in the tutorial's table",
@@ -266,7 +266,7 @@ def _leave_b_at_zero(patch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_a_fault_in_the_library_is_found(
-    fault: Touch, claim: str, tiny: DemoResult, monkeypatch: pytest.MonkeyPatch
+    fault: Touch, claim: str, tiny: CnnResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sound = [check.name for check in tiny.failures]
     assert not any(claim in name for name in sound)
@@ -308,7 +308,7 @@ def read_page(text: str) -> Reader:
     return reader
 
 
-def test_the_page_is_whole_and_needs_nothing_else(result: DemoResult) -> None:
+def test_the_page_is_whole_and_needs_nothing_else(result: CnnResult) -> None:
     text = report.page(result)
     reader = read_page(text)
     assert not {"script", "link", "iframe", "object", "embed"} & set(reader.tags)
@@ -325,7 +325,7 @@ def test_the_page_is_whole_and_needs_nothing_else(result: DemoResult) -> None:
             assert not re.search(rb'href="(?!#)', picture)
 
 
-def test_the_page_says_what_matters(result: DemoResult) -> None:
+def test_the_page_says_what_matters(result: CnnResult) -> None:
     text = " ".join("".join(read_page(report.page(result)).text).split())
     for part in (
         *("542", "89,118", "89,660", "0.60 %", "4 pairs", "31,552", "121,212", "3,272", "78,110", "4.19 %", "4,616"),
@@ -337,7 +337,7 @@ def test_the_page_says_what_matters(result: DemoResult) -> None:
         assert part in text, part
 
 
-def test_a_failed_run_says_so(result: DemoResult) -> None:
+def test_a_failed_run_says_so(result: CnnResult) -> None:
     failing = dataclasses.replace(result, seeds=[seed_run(0, {"vera": {"reload_exact": False}})])
     text = report.page(failing)
     assert "1 of 14 checks FAILED" in text
@@ -345,7 +345,7 @@ def test_a_failed_run_says_so(result: DemoResult) -> None:
     assert "Those classes rose" not in text
 
 
-def test_the_page_of_several_seeds_shows_their_range(result: DemoResult) -> None:
+def test_the_page_of_several_seeds_shows_their_range(result: CnnResult) -> None:
     settings = dataclasses.replace(result.settings, seeds=2, rotation=0.0)
     lower = seed_run(1, {"vera": {"after": accuracies(0.7, 0.7)}})
     several = dataclasses.replace(result, settings=settings, seeds=[seed_run(0, {}), lower])
@@ -355,7 +355,7 @@ def test_the_page_of_several_seeds_shows_their_range(result: DemoResult) -> None
     assert "Nothing was done to the pictures" in text
 
 
-def test_names_are_escaped(result: DemoResult) -> None:
+def test_names_are_escaped(result: CnnResult) -> None:
     names = ("<script>alert(1)</script>", *result.class_names[1:])
     settings = dataclasses.replace(result.settings, classes=(0, 2))
     text = report.page(dataclasses.replace(result, class_names=names, settings=settings, source="a & <b>"))
@@ -364,7 +364,7 @@ def test_names_are_escaped(result: DemoResult) -> None:
     read_page(text)
 
 
-def test_results_are_written_next_to_the_page(result: DemoResult, tmp_path: Path) -> None:
+def test_results_are_written_next_to_the_page(result: CnnResult, tmp_path: Path) -> None:
     files = report.write_report(result, tmp_path / "new" / "folder")
     assert [path.name for path in files[-2:]] == ["results.json", "report.html"]
     written = json.loads(files[-2].read_text())
@@ -425,7 +425,7 @@ def test_tuning_adapts_a_copy_and_judges_held_out_pictures() -> None:
 
 
 def test_the_chosen_rates_are_among_those_tried() -> None:
-    for method, rate in DemoSettings().rates.items():
+    for method, rate in CnnSettings().rates.items():
         assert rate in tuning.RATES[method]
 
 
@@ -434,13 +434,13 @@ def test_tuning_finds_the_chosen_rates_good() -> None:
     lines: list[str] = []
     tuning.main(lines.append)
     found = {(line.split()[0], float(line.split()[2])): float(line.split()[5]) for line in lines[1:]}
-    for method, rate in DemoSettings().rates.items():
+    for method, rate in CnnSettings().rates.items():
         best = min(loss for (name, _), loss in found.items() if name == method)
         assert found[method, rate] < 1.25 * best
 
 
 @pytest.mark.full
 def test_the_whole_experiment_over_three_seeds() -> None:
-    result = experiment.run(DemoSettings())
+    result = experiment.run(CnnSettings())
     assert result.failures == []
     assert result.seconds < 120

@@ -32,8 +32,8 @@ from ..images.cifar import cifar10
 from ..images.convnet import LORA_WIDTHS, VERA_WIDTHS, ConvNet, build
 from ..images.digits_data import Data, ImageSet, Progress, digits
 from ..images.training import accuracy_among, count_steps, logits_of, one_thread, per_class, thin, train
-from .results import AdapterFacts, Counts, DemoResult, MethodRun, SeedRun
-from .settings import LORA_ALPHA, LORA_RANK, METHODS, VERA_D_INITIAL, VERA_RANK, DemoSettings
+from .results import AdapterFacts, CnnResult, Counts, MethodRun, SeedRun
+from .settings import LORA_ALPHA, LORA_RANK, METHODS, VERA_D_INITIAL, VERA_RANK, CnnSettings
 
 __all__ = ["adapted", "adapter_config", "count", "run"]
 
@@ -45,7 +45,7 @@ TUTORIAL_COUNTS = {
 }
 
 
-def run(settings: DemoSettings, progress: Progress | None = None) -> DemoResult:
+def run(settings: CnnSettings, progress: Progress | None = None) -> CnnResult:
     """Run the experiment; whether it succeeded is in the result's ``checks``.
 
     Args:
@@ -59,7 +59,7 @@ def run(settings: DemoSettings, progress: Progress | None = None) -> DemoResult:
     with (
         one_thread(),
         torch.random.fork_rng(devices=[]),
-        tempfile.TemporaryDirectory(prefix="kilotune-demo-") as folder,
+        tempfile.TemporaryDirectory(prefix="kilotune-cnn-") as folder,
     ):
         data = digits() if settings.data == "digits" else cifar10(settings.data_dir, progress)
         stage = _Stage.of(settings, data, Path(folder), progress)
@@ -70,7 +70,7 @@ def run(settings: DemoSettings, progress: Progress | None = None) -> DemoResult:
             for method in ("vera", "lora")
             for path in sorted((first / method).iterdir())
         }
-    return DemoResult(
+    return CnnResult(
         settings=settings,
         source=data.source,
         class_names=data.class_names,
@@ -139,7 +139,7 @@ class _Trained:
 class _Stage:
     """What all seeds share, and how far the whole run has come."""
 
-    settings: DemoSettings
+    settings: CnnSettings
     data: Data
     adapting: ImageSet
     test: ImageSet
@@ -149,7 +149,7 @@ class _Stage:
     done_steps: int = 0
 
     @classmethod
-    def of(cls, settings: DemoSettings, data: Data, folder: Path, progress: Progress | None) -> _Stage:
+    def of(cls, settings: CnnSettings, data: Data, folder: Path, progress: Progress | None) -> _Stage:
         adapting = data.train.only(settings.classes).turned(settings.classes, settings.rotation)
         test = data.test.turned(settings.classes, settings.rotation)
         steps = count_steps(len(data.train), settings.pretraining)

@@ -1,4 +1,4 @@
-"""``kilotune demo`` as a user runs it."""
+"""``kilotune experiment cnn`` as a user runs it."""
 
 from __future__ import annotations
 
@@ -9,22 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 from typer.testing import CliRunner, Result
 
-from kilotune.cli.demo import demo
+from kilotune.cli.experiment import app
 from kilotune.errors import ConfigError, KilotuneError, MissingExtraError
-from kilotune.experiments.demo import experiment as experiment
-from kilotune.experiments.demo import page
+from kilotune.experiments.cnn import experiment as experiment
+from kilotune.experiments.cnn import page
 from tests.support.experiment_support import binary_members, cifar_batches, tar_gz
 
 TINY = ("--seeds", "1", "--epochs", "1", "--adapt-epochs", "1")
 
 
 def call(*words: str) -> Result:
-    app = typer.Typer()
-    app.command()(demo)
-    return CliRunner().invoke(app, list(words), env={"COLUMNS": "160", "NO_COLOR": "1"})
+    return CliRunner().invoke(app, ["cnn", *words], env={"COLUMNS": "160", "NO_COLOR": "1"})
 
 
 @pytest.fixture(autouse=True)
@@ -40,12 +37,12 @@ def test_a_quick_run_shows_a_table_and_writes_a_report(tmp_path: Path) -> None:
     for part in ("VeRA", "LoRA", "full fine-tuning", "542", "89,660", "0.60", "121,212", "3,272", "78,110", "4.19"):
         assert part in done.stdout
     assert done.stdout.count("pass  ") == 14
-    assert "runs/demo-digits/report.html" in done.stdout
+    assert "runs/cnn-digits/report.html" in done.stdout
     assert "100%" in done.stderr
     there = sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file())
     assert [name for name in there if "adapters" not in name] == [
-        "runs/demo-digits/report.html",
-        "runs/demo-digits/results.json",
+        "runs/cnn-digits/report.html",
+        "runs/cnn-digits/results.json",
     ]
 
 
@@ -67,7 +64,7 @@ def test_a_run_without_gains_fails_and_still_reports() -> None:
     for label in ("VeRA", "LoRA", "full fine-tuning"):
         assert f"FAIL  {label}: the adapted classes gain" in done.stdout
         assert f"FAIL  {label}: the other classes pay" in done.stdout
-    assert "checks FAILED" in Path("runs/demo-digits/report.html").read_text()
+    assert "checks FAILED" in Path("runs/cnn-digits/report.html").read_text()
 
 
 def test_cifar10_from_a_small_archive() -> None:
@@ -82,7 +79,7 @@ def test_cifar10_from_a_small_archive() -> None:
     assert document["pictures"] == {"pretraining": 100, "adaptation": 30, "test": 20}
     failing = {check["name"] for check in document["checks"] if not check["passed"]}
     assert not any("merging" in name or "loaded" in name or "parameters" in name for name in failing)
-    assert "cat, dog and frog" in Path("runs/demo-cifar10/report.html").read_text()
+    assert "cat, dog and frog" in Path("runs/cnn-cifar10/report.html").read_text()
 
 
 @pytest.mark.parametrize(
@@ -147,9 +144,9 @@ def test_help_names_every_default() -> None:
 
 
 def test_the_command_turns_errors_into_one_line_and_an_exit_code(tmp_path: Path) -> None:
-    from kilotune.cli.main import app
+    from kilotune.cli.main import app as whole
 
-    done = CliRunner().invoke(app, ["demo", "--classes", "cat,2", "--json"])
+    done = CliRunner().invoke(whole, ["experiment", "cnn", "--classes", "cat,2", "--json"])
     assert done.exit_code == 2
     assert done.stdout == ""
     assert done.stderr.startswith("error: classes are numbers or names")
