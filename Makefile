@@ -27,7 +27,7 @@ vllm_pytest = OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind \
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
-demo: env-demo  ## fine-tune a small pretrained network with VeRA and LoRA on real images; a report in runs/
+demo: env-demo  ## a model for each of eight people over one language model (under 5 minutes); a report in runs/demo
 	@.venv/bin/kilotune demo $(ARGS)
 
 tutorial: env-demo  ## a small pretrained network, fine-tuned with VeRA, LoRA and in full on real images; a report in runs/

@@ -1,5 +1,5 @@
-"""What `kilotune experiment`, `compare` and `intrinsic-dimension` run: experiments that show what the library does.
+"""What `kilotune demo`, `experiment`, `compare` and `intrinsic-dimension` run: what shows what the library does.
 
 Each is a room of its own; images/ has the data, network and training that they share. Stands on everything but the
-command line. Begin in cnn/experiment.py.
+command line. Begin in people/experiment.py.
 """
