@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ConfigError
+from ..train.settings.places import check_data
 from ._options import Adapter, AdapterRevision, Alone, Base, Revision
 from ._output import Json, console, print_json, quiet_transformers, rows_table, warn
+from ._paths import check_adapter, is_whole_model
 
 if TYPE_CHECKING:
     from ..train.running.session import Session
@@ -50,6 +52,8 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Score an adapter, or the base alone, on data: the loss and the metrics of the task it was trained for."""
+    check_adapter(adapter, base, revision, whole=True)
+    _check_data(adapter, data, task, settings or [])
     quiet_transformers()
     from ..train.results.scoring import open_scoring, scoring_settings
 
@@ -77,16 +81,20 @@ def evaluate(
         _show(document)
 
 
+def _check_data(adapter: str, data: list[str], task: str | None, settings: list[str]) -> None:
+    """Refuse files that are not there, where it is known what is to be scored, and that they are files."""
+    known = task is not None or (Path(adapter) / "kilotune-train.yaml").is_file()
+    if known and not any(change.partition("=")[0].strip() == "data.format" for change in settings):
+        check_data(data, "DATA")
+
+
 def _places(
     adapter: str, adapter_revision: str | None, base: str | None, revision: str | None
 ) -> tuple[Path, str, str | None]:
     """(folder of the adapter or whole model, base, its revision)."""
     from ._adapter import base_of, open_adapter
-    from ._writing import is_whole_model
 
     if is_whole_model(adapter):
-        if base is not None:
-            raise ConfigError(f"--base: {adapter!r} is a whole model, and no adapter, so it has no base")
         return Path(adapter), adapter, None
     file = open_adapter(adapter, adapter_revision)
     return file.folder, *base_of(file, base, revision)
