@@ -450,7 +450,7 @@ def test_the_plan_is_read_by_people_and_by_programs(session: Session) -> None:
     plan = plan_run(session, ["a smaller batch"])
     first, second, time, third, *notes = plan.lines()
     assert first.startswith(
-        f"causal-lm, vera on {session.settings.model.base}: 96 numbers are trained (1.11 % of 8,624)"
+        f"causal-lm, vera on {session.settings.model.base}: 400 numbers are trained (4.36 % of 9,184)"
     )
     tokens = session.prepared.tokens
     assert second.startswith(f"40 rows to train on, {tokens:,} tokens in all; 15 steps (batches of 4, ")

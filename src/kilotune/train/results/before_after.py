@@ -144,7 +144,7 @@ def compare(session: Session, trainer: Any, seconds: Sequence[float] = ()) -> Co
         tuned=float(tuned),
         first=losses[0] if losses else None,
         last=losses[-1] if losses else None,
-        rate=session.settings.learning_rate,
+        rate=float(trainer.args.learning_rate),
         steps=int(trainer.state.global_step),
     )
 

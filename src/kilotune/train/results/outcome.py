@@ -50,6 +50,7 @@ class Result:
         adapter_bytes: of the adapter's weights on disk; of the whole model's for the methods ``full`` and ``head``.
         peak_memory: bytes, the most while it trained; on CUDA of tensors, elsewhere of the process.
         step_seconds: the median over the steps of this session; 0 where there were none.
+        learning_rate: the highest one. rate_from: where that is from, in a sentence.
         form: what the rows of a model that writes were made into: messages (in the chat template), prompt, text or
             source; else None.
         compared: with the base, on held-out rows; None where that was not asked for, or where there is no base.
@@ -65,6 +66,8 @@ class Result:
     adapter_bytes: int
     peak_memory: int
     step_seconds: float
+    learning_rate: float = 0.0
+    rate_from: str = ""
     form: str | None = None
     compared: Compared | None = None
     history: Sequence[Mapping[str, Any]] = ()
@@ -136,6 +139,8 @@ def finish(
         adapter_bytes=0,
         peak_memory=peak_bytes(device_of(session.settings.training.device)),
         step_seconds=statistics.median(steps) if steps else 0.0,
+        learning_rate=0.0 if session.rate is None else session.rate.value,
+        rate_from="" if session.rate is None else session.rate.why,
         form=session.prepared.form,
         compared=compared,
         history=tuple(history.records),

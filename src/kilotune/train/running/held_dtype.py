@@ -94,7 +94,7 @@ def held_dtype(
 
 @functools.cache
 def product_seconds(dtype: torch.dtype, backward: bool) -> float:
-    """Of one product of a frozen matrix on this CPU, with the backward to its input or without: the least of several."""
+    """Of a product of a frozen matrix on this CPU, with the backward to its input or without: the least of several."""
     rows, inn, out = SHAPE
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(out, inn, generator=generator).to(dtype)

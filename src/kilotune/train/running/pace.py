@@ -23,6 +23,7 @@ from ..data.rows import Ragged, Rows
 from ..settings.fields import EPOCH
 from ..trainer.from_settings import steps_of_epoch
 from .memory_rehearsal import Step, time_real, twin_of
+from .rate_test import steps_of_test
 
 if TYPE_CHECKING:
     from .session import Session
@@ -40,8 +41,9 @@ Batch = Mapping[str, Any]
 class Pace:
     """What a training takes of time, in seconds.
 
-    step: one step of the optimizer. steps: how many there are. evaluations: all of them together. batch: the shape of
-    the batch that was run. rows: how many of its rows; fewer than it has where one took long.
+    step: one step of the optimizer. steps: how many there are, those of the learning rate's test too. evaluations: all
+    of them together. batch: the shape of the batch that was run. rows: how many of its rows; fewer than it has where one
+    took long. once: what is computed once a row and kept, with ``adapter.last_blocks``.
     """
 
     step: float
@@ -49,11 +51,12 @@ class Pace:
     evaluations: float
     batch: tuple[int, ...]
     rows: int
+    once: float = 0.0
 
     @property
     def seconds(self) -> float:
         """All of it."""
-        return self.step * self.steps + self.evaluations
+        return self.step * self.steps + self.evaluations + self.once
 
     def line(self) -> str:
         """As the plan says it."""
@@ -89,11 +92,26 @@ def pace_of(session: Session, steps: int, processes: int = 1) -> Pace | None:
     step = Step(run.precision, 1, settings.model.gradient_checkpointing, session.loss)
     chosen = ordinary_rows(prepared.train, run.batch_size, run.seed)
     with suppress(Exception):  # what the model makes of a batch is told when the training starts
-        forward, whole, rows = _timed(session, step, chosen)
         batch = _shape(prepared.collate(chosen))
+        once = 0.0
+        if settings.adapter.last_blocks is not None and run.input_cache != "off":
+            forward, whole, rows, more = _timed_with_cache(session, step, chosen)
+            once = more * len(prepared.train) / len(chosen) / processes  # type: ignore[arg-type]  # of known length
+        else:
+            forward, whole, rows = _timed(session, step, chosen)
         evaluations = forward * _evaluated(session, steps, processes) / len(chosen)
-        return Pace(whole * run.accumulation, steps, evaluations, batch, rows)
+        tested = steps_of_test(settings, steps)
+        return Pace(whole * run.accumulation, steps + tested, evaluations, batch, rows, once)
     return None
+
+
+def _timed_with_cache(session: Session, step: Step, chosen: Sequence[Any]) -> tuple[float, float, int, float]:
+    """The same where the inputs of the last blocks are kept; and the seconds that these rows take the first time only."""
+    with session.keeping():
+        batch = session.prepared.collate(list(chosen))
+        _, first = time_real(session.model, batch, step)
+        forward, whole = time_real(session.model, batch, step)
+    return forward, whole, len(chosen), max(0.0, first - whole)
 
 
 def _timed(session: Session, step: Step, chosen: Sequence[Any]) -> tuple[float, float, int]:
