@@ -13,9 +13,9 @@ import typer
 from .._ui.sizes import readable_bytes
 from ..errors import ConfigError
 from ..train.settings.config_file import merged, put, read_config, settings_from
+from ..train.settings.data_names import SPLITS
 from ..train.settings.places import check_base, check_data
 from ..train.settings.sections import (
-    SPLITS,
     TASK_NAMES,
     AdapterSettings,
     DataSettings,

@@ -36,8 +36,9 @@ from .running.progress import progress_for
 from .running.rate_test import take_rate
 from .running.session import Session, open_session
 from .settings.config_file import settings_text
+from .settings.data_names import SPLITS
 from .settings.rates import TakenRate
-from .settings.sections import SPLITS, TrainSettings
+from .settings.sections import TrainSettings
 from .trainer import output_folder
 from .trainer.failures import advise_on_memory, knobs_of, told_of_disk, told_to_go_on
 from .trainer.from_settings import best_by, generating, make_trainer, quiet

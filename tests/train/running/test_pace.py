@@ -69,6 +69,12 @@ def test_a_step_takes_as_long_as_it_takes() -> None:
     assert 63 * NAP <= pace.evaluations < 2 * 63 * NAP
     assert pace.seconds == pytest.approx(20 * pace.step + pace.evaluations)
     assert pace.rows == 4
+    tested = pace_of(sleeping(), steps=1000)
+    assert tested is not None
+    assert tested.steps == 1000 + 3 * 50, "the learning rate is tested by three trainings of 5 % of the steps"
+    given = pace_of(sleeping(learning_rate=1e-3), steps=1000)
+    assert given is not None
+    assert given.steps == 1000
     quiet = pace_of(sleeping(eval_every=None), steps=20)
     assert quiet is not None
     assert 3 * NAP <= quiet.evaluations < 2 * 3 * NAP
@@ -88,6 +94,28 @@ def test_where_a_row_takes_long_the_rest_is_reckoned(monkeypatch: pytest.MonkeyP
     pace_of(session, steps=3)
     model = session.model
     assert model.calls == [1]
+
+
+def test_what_is_kept_for_the_last_blocks_is_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = settings_from(
+        {
+            "model": {"base": str(model_folder("llama"))},
+            "adapter": {"method": "lora", "last_blocks": 1},
+            "data": {"train": str(write_jsonl(tmp_path / "rows.jsonl", prompts(9)))},
+            "training": {"device": "cpu", "batch_size": 4, "max_steps": 3},
+        }
+    )
+    session = open_session(settings)
+    monkeypatch.setattr(module, "time_real", lambda *_, times=iter([(0.9, 3.0), (0.1, 1.0)]): next(times))
+    pace = pace_of(session, steps=3)
+    assert pace is not None
+    assert (pace.step, pace.once) == (1.0, 2.0 * 9 / 4)
+    assert pace.seconds == pytest.approx(3 * 1.0 + 4.5)
+    monkeypatch.undo()
+    in_earnest = pace_of(session, steps=3)
+    assert in_earnest is not None
+    assert session.frozen is not None
+    assert session.frozen.usage.computed > 0
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])

@@ -42,8 +42,8 @@ class Pace:
     """What a training takes of time, in seconds.
 
     step: one step of the optimizer. steps: how many there are, those of the learning rate's test too. evaluations: all
-    of them together. batch: the shape of the batch that was run. rows: how many of its rows; fewer than it has where one
-    took long. once: what is computed once a row and kept, with ``adapter.last_blocks``.
+    of them together. batch: the shape of the batch that was run. rows: how many of its rows; fewer than it has where
+    one took long. once: what is computed once a row and kept, with ``adapter.last_blocks``.
     """
 
     step: float
@@ -106,7 +106,7 @@ def pace_of(session: Session, steps: int, processes: int = 1) -> Pace | None:
 
 
 def _timed_with_cache(session: Session, step: Step, chosen: Sequence[Any]) -> tuple[float, float, int, float]:
-    """The same where the inputs of the last blocks are kept; and the seconds that these rows take the first time only."""
+    """The same where what goes into the last blocks is kept; and the seconds that these rows take more at first."""
     with session.keeping():
         batch = session.prepared.collate(list(chosen))
         _, first = time_real(session.model, batch, step)

@@ -26,6 +26,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from ...errors import DivergedError
 from ..settings.rates import TakenRate, rate_for
+from ..settings.sections import TrainSettings
 from ..trainer.from_settings import make_trainer, quiet, total_steps
 from ..trainer.output_folder import processes
 from ..trainer.stopping import Stopper
@@ -34,7 +35,7 @@ from .events import Event, Listener, watching, without_own_output
 if TYPE_CHECKING:
     from .session import Session
 
-__all__ = ["take_rate"]
+__all__ = ["steps_of_test", "take_rate"]
 
 FACTORS = (1 / 3, 1.0, 3.0)
 LEAST, MOST = 20, 60  # steps of one of the three

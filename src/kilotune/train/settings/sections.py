@@ -13,6 +13,7 @@ from typing import Any, ClassVar, cast, final
 from ...config import AdapterConfig, FrozenDict, check_listed_options
 from ...errors import ConfigError, did_you_mean, faults_of, gather
 from ...known_names import METHOD_OPTIONS, PRESET_NAMES, may_be_method, methods_are_loaded
+from .data_names import ROLES, columns, splits
 from .fields import EPOCH, Section, flag, interval, mapping, number, one_of, or_none, paths, setting, text, warmup
 from .rates import rate_for
 from .schedule import SCHEDULES
@@ -36,58 +37,13 @@ TASK_NAMES = (
     "image-classification",
     "seq2seq",
 )
-ROLES = (
-    "text",
-    "text_pair",
-    "prompt",
-    "completion",
-    "messages",
-    "label",
-    "tokens",
-    "tags",
-    "image",
-    "source",
-    "target",
-)
 RATE_WORDS = ("rule", "auto")
-SPLITS = ("train", "validation", "test")
 WHOLE_METHODS = ("full", "head")  # no adapter: every weight, or the task's head alone, is trained
 METHOD_NAMES = (*METHOD_OPTIONS, *PRESET_NAMES, *WHOLE_METHODS)
 
 
 def _base(name: str, value: Any) -> list[str]:
     return [f"{name}: is missing: a folder, or a hub id such as 'org/name'"] if value == "" else text(name, value)
-
-
-def _splits(name: str, value: Any) -> list[str]:
-    if found := mapping(name, value):
-        return found
-    faults = [
-        f"{name}: there is no split {key!r} here.{did_you_mean(key, SPLITS)} Splits: {', '.join(SPLITS)}"
-        for key in value
-        if key not in SPLITS
-    ]
-    return faults + [
-        f"{name}.{key}: expected a split's name, got {split!r}"
-        for key, split in value.items()
-        if not (isinstance(split, str) and split)
-    ]
-
-
-def _columns(name: str, value: Any) -> list[str]:
-    found = mapping(name, value)
-    if found:
-        return found
-    faults = [
-        f"{name}: there is no role {role!r}.{did_you_mean(role, ROLES)} Roles: {', '.join(ROLES)}"
-        for role in value
-        if role not in ROLES
-    ]
-    return faults + [
-        f"{name}.{role}: expected a column's name, got {column!r}"
-        for role, column in value.items()
-        if not (isinstance(column, str) and column)
-    ]
 
 
 def _rate(name: str, value: Any) -> list[str]:
@@ -242,7 +198,7 @@ class DataSettings(Section):
     subset: str | None = setting(None, or_none(text), "The configuration of a hub data set that has several.")
     splits: Mapping[str, str] = setting(
         FrozenDict(),
-        _splits,
+        splits,
         "Which splits of a hub data set are train, validation and test: {train: train, validation: dev}.",
     )
     validation_fraction: float = setting(
@@ -256,7 +212,7 @@ class DataSettings(Section):
     )
     columns: Mapping[str, str] = setting(
         FrozenDict(),
-        _columns,
+        columns,
         f"Which column has which role, where its name is another: {{prompt: question}}. Roles: {', '.join(ROLES)}.",
     )
     max_length: int | None = setting(
