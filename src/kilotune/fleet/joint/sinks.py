@@ -12,7 +12,8 @@ from typing import Any, ClassVar, final
 
 from ...adapter_files.files import WEIGHTS_NAME, read_weights, write
 from ...errors import CheckpointError, ConfigError, KilotuneError, StoreError, type_name
-from ..store import AdapterStore, Contents, Item
+from ..store import AdapterStore, Contents, Item, StandsOn
+from ..store.stands_on import METADATA
 from .users import UserReport
 
 __all__ = ["CallSink", "Finished", "FolderSink", "Sink", "StoreSink", "sink_of"]
@@ -24,13 +25,17 @@ LISTED = 100  # of a user's losses and evaluations that stand there; a store's m
 @final
 @dataclass(frozen=True, eq=False)
 class Finished:
-    """An adapter that is trained. contents: as its two files have it. run: the training that it is of."""
+    """An adapter that is trained. contents: as its two files have it. run: the training that it is of.
+
+    stands_on: the adapter beneath it, which its contents' header names too; None: it stands on the base.
+    """
 
     name: str
     contents: Contents
     report: UserReport
     run: str
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    stands_on: StandsOn | None = None
 
 
 class Sink(ABC):
@@ -95,7 +100,8 @@ class StoreSink(Sink):
             return [self._alone(item) for item in items]
 
     def _item(self, one: Finished) -> Item:
-        return Item(one.name, one.contents, {**one.metadata, KEY: _told(one)}, self.tags)
+        stands = {} if one.stands_on is None else {METADATA: one.stands_on.to_dict()}
+        return Item(one.name, one.contents, {**one.metadata, **stands, KEY: _told(one)}, self.tags)
 
     def _alone(self, item: Item) -> str | None:
         try:

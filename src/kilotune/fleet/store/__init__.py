@@ -14,6 +14,7 @@ from ..._lazy import lazy
 if TYPE_CHECKING:
     from .adapter_store import AdapterStore, Item
     from .records import Collected, Contents, Fault, Fingerprint, Form, Moved, Record, Stats, Version
+    from .stands_on import StandsOn
     from .transfer import copy_adapters, export_adapters
     from .urls import open_store
 
@@ -27,6 +28,7 @@ __all__ = [
     "Item",
     "Moved",
     "Record",
+    "StandsOn",
     "Stats",
     "Version",
     "copy_adapters",
@@ -40,6 +42,7 @@ if not TYPE_CHECKING:  # type checkers have the imports above, and no name besid
         {
             "adapter_store": ("AdapterStore", "Item"),
             "records": ("Collected", "Contents", "Fault", "Fingerprint", "Form", "Moved", "Record", "Stats", "Version"),
+            "stands_on": ("StandsOn",),
             "transfer": ("copy_adapters", "export_adapters"),
             "urls": ("open_store",),
         },
