@@ -73,9 +73,10 @@ class Row:
     @classmethod
     def of(cls, values: Sequence[Any]) -> Row:
         """Of the columns that :func:`_select` asks for."""
-        rest = values[OWN:]
-        below = rest[0], rest[1], rest[2], rest[3]
-        return cls(*values[:OWN], below=below, data=rest[4] if len(rest) > 4 else None)
+        own: tuple[Any, ...] = tuple(values)
+        data = own[OWN + len(NOTHING) :]  # none where nobody asked
+        below = own[OWN : OWN + len(NOTHING)]
+        return cls(*(*own[:OWN], below, *data))
 
     def stands_on(self, form: Form) -> StandsOn | None:
         """What it stands on: where, by its row; which contents, by its form.
