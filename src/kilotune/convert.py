@@ -44,9 +44,7 @@ from .projections.matrices import Extent, PeftSource, PortableSource, Projection
 
 __all__ = [
     "Conversion",
-    "exact_targets",
     "hollow",
-    "low_rank_factors",
     "rewrite",
     "to_kilotune",
     "to_lora",

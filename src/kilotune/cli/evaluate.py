@@ -54,13 +54,14 @@ def evaluate(
     """Score an adapter, or the base alone, on data: the loss and the metrics of the task it was trained for."""
     quiet_transformers()
     from ..train.results.scoring import open_scoring, scoring_settings
+    from ..model.peft_model import PeftModel
     from ._adapter import put_below
 
     folder, source, revision, below = _places(adapter, adapter_revision, base, revision, on)
     chosen = scoring_settings(folder, data, source, revision=revision, task=task, changes=settings or [])
     classes = None if labels is None else [name.strip() for name in labels.split(",")]
     session = open_scoring(chosen, folder, classes)
-    if below is not None:
+    if isinstance(session.model, PeftModel):  # else it is a whole model, which stands on nothing
         put_below(session.model, below)
     with _alone(session, base_alone):
         metrics = _scores(session, generate)

@@ -97,7 +97,7 @@ def export(
     if below is not None:
         model = _summed(model, below)
     write = _lora if to is Form.lora else _gguf
-    document = {
+    document: dict[str, Any] = {
         "adapter": adapter,
         "on": on,
         "base": source,
