@@ -15,7 +15,7 @@ from kilotune import BitfitConfig, LoraConfig, PeftModel, VeraConfig, get_peft_m
 from kilotune.adapter_files.content import content_sha256
 from kilotune.adapter_files.files import read_files, write
 from kilotune.adapter_files.reading import open_adapter
-from kilotune.adapter_files.stands_on import Mark, mark_of, with_mark
+from kilotune.adapter_files.stands_on import StandsOn, with_mark
 from tests.support.cli_helpers import as_json, distance, error, llama, logits, saved, shake
 from tests.support.generation_support import PROMPT, pair
 from tests.support.train_support import prompts, write_jsonl
@@ -45,7 +45,7 @@ def stack(folder: Path, personal: str = "vera", marked: bool = True) -> dict[str
         model.save_pretrained(folder / name)
     if marked:
         files = read_files(folder / "ann")
-        mark = Mark("style", content_sha256(open_adapter(folder / "style")))
+        mark = StandsOn("style", None, content_sha256(open_adapter(folder / "style")))
         write(folder / "ann", files.config, files.tensors, with_mark(files.header, mark))
     plain = base().double().state_dict()
     whole = {name: value.clone() for name, value in plain.items()}
@@ -89,7 +89,7 @@ def test_a_stack_of_low_rank_is_one_lora_of_summed_rank(tmp_path: Path, personal
     theirs = peft.PeftModel.from_pretrained(base(), tmp_path / "out").double()
     for model in (ours, theirs):
         assert distance(want, logits(model)) < 1e-5
-    assert mark_of(open_adapter(tmp_path / "out").metadata) is None, "it is whole by itself"
+    assert StandsOn.of_header(open_adapter(tmp_path / "out").metadata) is None, "it is whole by itself"
     small = as_json(*words(tmp_path, "export", *on, "--rank", 2, "--out", tmp_path / "small"))
     assert small["rank"] == 2
     assert max(small["errors"].values()) > 0
@@ -153,7 +153,7 @@ def test_inspect_says_what_it_stands_on_and_convert_keeps_it(tmp_path: Path) -> 
     style = as_json("inspect", tmp_path / "style")
     assert style["stands_on"] is None
     found = as_json("inspect", tmp_path / "ann")["stands_on"]
-    assert found == {"name": "style", "sha256": style["content_sha256"]}
+    assert found == {"name": "style", "version": None, "sha256": style["content_sha256"]}
     as_json("convert", tmp_path / "ann", tmp_path / "out", "--to", "lora", "--base", tmp_path / "base")
     assert as_json("inspect", tmp_path / "out")["stands_on"] == found
 

@@ -12,7 +12,7 @@ from ..adapter_files.content import content_sha256
 from ..adapter_files.files import REPO_ID
 from ..adapter_files.fitting import match_tensors
 from ..adapter_files.reading import AdapterFile
-from ..adapter_files.stands_on import mark_of
+from ..adapter_files.stands_on import StandsOn
 from ..bases import located
 from ..candidates import inside
 from ..errors import CheckpointError, ConfigError, TargetError, gather
@@ -59,7 +59,7 @@ def open_below(file: AdapterFile, on: str | None) -> AdapterFile | None:
             stands on another itself. CheckpointError: the adapter was trained on top of other contents.
 
     """
-    mark = mark_of(file.metadata, file.folder)
+    mark = StandsOn.of_header(file.metadata)
     if on is None:
         if mark is None:
             return None
@@ -70,7 +70,7 @@ def open_below(file: AdapterFile, on: str | None) -> AdapterFile | None:
             f"that one's folder: --on FOLDER{near}"
         )
     below = reading.open_adapter(on)
-    if (under := mark_of(below.metadata, below.folder)) is not None:
+    if (under := StandsOn.of_header(below.metadata)) is not None:
         raise ConfigError(f"--on {on}: stands on {under.name!r} itself, and a stack has two levels")
     if mark is not None and (actual := content_sha256(below)) != mark.sha256:
         raise CheckpointError(

@@ -62,7 +62,7 @@ def convert(
     if rank is not None and to is not Form.lora:
         raise ConfigError(f"--rank is for --to lora; --to {to.value} keeps the rank")
     quiet_transformers()
-    from ..adapter_files.stands_on import mark_of, with_mark
+    from ..adapter_files.stands_on import StandsOn, with_mark
     from ..convert import rewrite
     from ..methods import VeraConfig
     from ._adapter import check_out, open_adapter
@@ -76,7 +76,7 @@ def convert(
     else:
         result = _with_base(file, to, rank, base, revision)
     config, tensors, header = result.state  # what it stands on, it goes on to stand on
-    result = replace(result, state=(config, tensors, with_mark(header, mark_of(file.metadata, file.folder))))
+    result = replace(result, state=(config, tensors, with_mark(header, StandsOn.of_header(file.metadata))))
     result.save(out)
     written = {path.name: path.stat().st_size for path in sorted(out.iterdir()) if path.is_file()}
     if as_json:

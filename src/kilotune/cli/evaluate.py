@@ -53,8 +53,8 @@ def evaluate(
 ) -> None:
     """Score an adapter, or the base alone, on data: the loss and the metrics of the task it was trained for."""
     quiet_transformers()
-    from ..train.results.scoring import open_scoring, scoring_settings
     from ..model.peft_model import PeftModel
+    from ..train.results.scoring import open_scoring, scoring_settings
     from ._adapter import put_below
 
     folder, source, revision, below = _places(adapter, adapter_revision, base, revision, on)

@@ -114,7 +114,7 @@ def _document(file: AdapterFile, projections: str, base: str | None) -> dict[str
     import torch
 
     from ..adapter_files.content import content_sha256
-    from ..adapter_files.stands_on import mark_of
+    from ..adapter_files.stands_on import StandsOn
     from ..methods import Kept
 
     config = file.config
@@ -126,7 +126,7 @@ def _document(file: AdapterFile, projections: str, base: str | None) -> dict[str
     for key, said in file.said.items():  # what is none of the method's is trained: biases, modules saved whole
         numbers[said.kept or Kept.TRAINED] += file.files.tensors[key].numel()
     layers = {said.layer for said in file.said.values() if said.layer} or set(values.get("site_order") or ())
-    mark = mark_of(file.metadata, file.folder)
+    mark = StandsOn.of_header(file.metadata)
     return {
         "folder": str(file.folder),
         "method": file.method.name,
@@ -146,7 +146,7 @@ def _document(file: AdapterFile, projections: str, base: str | None) -> dict[str
             "projections": projections,
         },
         "fits": base,
-        "stands_on": None if mark is None else {"name": mark.name, "sha256": mark.sha256},
+        "stands_on": None if mark is None else mark.to_dict(),
         "content_sha256": content_sha256(file),
         "non_finite": broken,
         "tensors": {

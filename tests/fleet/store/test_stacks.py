@@ -12,9 +12,9 @@ import pytest
 from kilotune import AdapterError, CheckpointError, ConfigError
 from kilotune.adapter_files.content import content_sha256
 from kilotune.adapter_files.reading import open_adapter
-from kilotune.adapter_files.stands_on import KEY, Mark, mark_of, with_mark
+from kilotune.adapter_files.stands_on import HEADER, StandsOn, with_mark
 from kilotune.errors import StoreError
-from kilotune.fleet.store import AdapterStore, Contents, Item, StandsOn, copy_adapters, export_adapters, open_store
+from kilotune.fleet.store import AdapterStore, Contents, Item, SharedVersion, copy_adapters, export_adapters, open_store
 from kilotune.fleet.store.schema import FORMAT
 from kilotune.fleet.store.transfer import bring
 from tests.support.cli_helpers import as_json, error, kilotune
@@ -58,9 +58,9 @@ def test_a_version_names_what_it_stands_on_by_its_contents(store: AdapterStore, 
     for handle in (store, opened(), opened(read_only=True)):
         on = {info.name: info.stands_on for info in handle.ls()}
         assert on == {
-            "ann": StandsOn("house-style", 1, first.sha256, "default"),
-            "bob": StandsOn("house-style", 2, second.sha256, "default"),
-            "cid": StandsOn("house-style", 1, first.sha256, "default"),
+            "ann": SharedVersion("house-style", 1, first.sha256, "default"),
+            "bob": SharedVersion("house-style", 2, second.sha256, "default"),
+            "cid": SharedVersion("house-style", 1, first.sha256, "default"),
             "dot": None,
             "house-style": None,
         }
@@ -162,7 +162,7 @@ def test_a_tenant_stands_on_its_own_or_on_shared_ones_and_on_nothing_else(opened
             ann.put("me", contents(1), on=on)
         assert "Did you mean" not in str(caught.value), "names of others are not told"
     made = ann.put("me", contents(1), on="house-style")
-    assert made.stands_on == StandsOn("house-style", 1, shared.info("house-style").sha256, SHARED)
+    assert made.stands_on == SharedVersion("house-style", 1, shared.info("house-style").sha256, SHARED)
     assert ann.shared_of(made).info == shared.info("house-style")
     ann.put("house-style", lora(3))  # its own comes first from now on, and what is there stays
     assert ann.put("you", contents(1), on="house-style").stands_on.namespace == "ann"  # type: ignore[union-attr]
@@ -363,9 +363,9 @@ def test_folders_say_what_they_stand_on(store: AdapterStore, tmp_path: Path) -> 
     moved = export_adapters(store, out)
     assert (moved.count, moved.faults) == (6, ())
     assert {path.name for path in out.iterdir()} == {"ann", "bob", "cid", "dot", "house-style", "house-style.1"}
-    mark = mark_of(open_adapter(out / "ann").metadata)
-    assert mark == Mark("house-style.1", content_sha256(open_adapter(out / "house-style.1")))
-    assert mark_of(open_adapter(out / "dot").metadata) is None
+    mark = StandsOn.of_header(open_adapter(out / "ann").metadata)
+    assert mark == StandsOn("house-style.1", None, content_sha256(open_adapter(out / "house-style.1")))
+    assert StandsOn.of_header(open_adapter(out / "dot").metadata) is None
     with open_store(out) as folder:
         assert stands(folder) == {
             "ann": ("house-style.1", 1),
@@ -407,8 +407,8 @@ def test_a_folder_whose_shared_one_is_another_is_found(store: AdapterStore, tmp_
 def test_a_folder_is_put_on_what_its_file_says(store: AdapterStore, tmp_path: Path) -> None:
     stacked(store)
     store.get("ann").save(tmp_path / "ann")
-    assert mark_of(open_adapter(tmp_path / "ann").metadata) == Mark(
-        "house-style", content_sha256(store.get("house-style", 1).file())
+    assert StandsOn.of_header(open_adapter(tmp_path / "ann").metadata) == StandsOn(
+        "house-style", None, content_sha256(store.get("house-style", 1).file())
     )
     with pytest.raises(ConfigError, match="on='house-style'"):
         store.put("eve", tmp_path / "ann")
@@ -421,9 +421,9 @@ def test_a_folder_is_put_on_what_its_file_says(store: AdapterStore, tmp_path: Pa
 def test_a_mark_that_is_none_is_refused(store: AdapterStore) -> None:
     given = contents(1)
     for text in ("", "[]", '{"name": "x"}', '{"name": 1, "sha256": "y"}', '{"name": "", "sha256": "y"}', "{" * 10_000):
-        with pytest.raises(CheckpointError, match="expected an object with 'name' and 'sha256'"):
-            store.put("ann", Contents(given.config, given.tensors, {**given.header, KEY: text}))
-    assert with_mark({KEY: "x", "a": "b"}, None) == {"a": "b"}
+        with pytest.raises(CheckpointError, match="kilotune_stands_on in the header|stands_on: expected"):
+            store.put("ann", Contents(given.config, given.tensors, {**given.header, HEADER: text}))
+    assert with_mark({HEADER: "x", "a": "b"}, None) == {"a": "b"}
 
 
 def test_a_shared_adapter_is_brought_once(store: AdapterStore, tmp_path: Path) -> None:

@@ -21,11 +21,12 @@ if TYPE_CHECKING:
         Form,
         Moved,
         Record,
+        SharedVersion,
         Standing,
-        StandsOn,
         Stats,
         Version,
     )
+    from .stands_on import StandsOn
     from .transfer import copy_adapters, export_adapters
     from .urls import open_store
 
@@ -39,6 +40,7 @@ __all__ = [
     "Item",
     "Moved",
     "Record",
+    "SharedVersion",
     "Standing",
     "StandsOn",
     "Stats",
@@ -61,11 +63,12 @@ if not TYPE_CHECKING:  # type checkers have the imports above, and no name besid
                 "Form",
                 "Moved",
                 "Record",
+                "SharedVersion",
                 "Standing",
-                "StandsOn",
                 "Stats",
                 "Version",
             ),
+            "stands_on": ("StandsOn",),
             "transfer": ("copy_adapters", "export_adapters"),
             "urls": ("open_store",),
         },

@@ -19,7 +19,7 @@ from torch import Tensor
 from ...errors import KilotuneError, StoreLimitError
 from ...injection.fingerprint import Fingerprint
 from ...model.adapter_model import AdapterModel
-from .records import Collected, Contents, Fault, Form, Record, Standing, StandsOn, Stats, Version
+from .records import Collected, Contents, Fault, Form, Record, SharedVersion, Standing, Stats, Version
 
 __all__ = ["Adapter", "AdapterStore", "Item", "Which"]
 
@@ -37,7 +37,7 @@ class Item:
     adapter: Adapter
     metadata: Mapping[str, Any] = field(default_factory=dict)
     tags: Sequence[str] = ()
-    on: str | StandsOn | None = None
+    on: str | SharedVersion | None = None
 
 
 class AdapterStore(ABC):
@@ -81,7 +81,7 @@ class AdapterStore(ABC):
         alias: str | None = None,
         packing: str | None = None,
         adapter_name: str | None = None,
-        on: str | StandsOn | None = None,
+        on: str | SharedVersion | None = None,
     ) -> Version:
         """Keep an adapter as the newest version of ``name``; once this returns, it is on disk.
 
@@ -116,7 +116,7 @@ class AdapterStore(ABC):
         alias: str | None = None,
         packing: str | None = None,
         adapter_name: str | None = None,
-        on: str | StandsOn | None = None,
+        on: str | SharedVersion | None = None,
     ) -> tuple[Version, bool]:
         """As :meth:`put`, but where the newest version is the same, that is the version; so it can be done again.
 
@@ -161,11 +161,11 @@ class AdapterStore(ABC):
         """All versions of an adapter, the oldest first; empty where there is none of this name."""
 
     @abstractmethod
-    def settle(self, on: str | StandsOn) -> StandsOn:
+    def settle(self, on: str | SharedVersion) -> SharedVersion:
         """Which version ``on`` of :meth:`put` means now; raises as :meth:`find_shared`."""
 
     @abstractmethod
-    def find_shared(self, on: str | StandsOn) -> Record:
+    def find_shared(self, on: str | SharedVersion) -> Record:
         """What ``on`` of :meth:`put` means now: the shared adapter, whole and verified against its hash.
 
         Raises:

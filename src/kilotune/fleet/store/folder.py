@@ -21,7 +21,7 @@ from typing import Any, NoReturn, final
 
 from ...adapter_files.content import content_sha256
 from ...adapter_files.files import CONFIG_NAME, WEIGHTS_NAME
-from ...adapter_files.stands_on import mark_of, with_mark
+from ...adapter_files.stands_on import StandsOn, with_mark
 from ...errors import (
     AdapterError,
     CheckpointError,
@@ -46,7 +46,7 @@ from .names import (
 )
 from .preparing import Preparer, folder_contents
 from .reading import moment
-from .records import Collected, Fault, Record, Standing, StandsOn, Stats, Version
+from .records import Collected, Fault, Record, SharedVersion, Standing, Stats, Version
 
 __all__ = ["FolderStore"]
 
@@ -106,7 +106,7 @@ class FolderStore(AdapterStore):
             raise AdapterError(f"{name!r} has no version {version!r}; adapters in folders have the version {ONLY} only")
         place = self._place(name)
         contents = folder_contents(place)
-        mark = mark_of(contents.header, place)
+        mark = StandsOn.of_header(contents.header)
         ready = self._prepare(name, replace(contents, header=with_mark(contents.header, None)), None, ())
         form = replace(ready.form, header=with_mark(ready.form.header, mark))
         written = max(
@@ -124,19 +124,19 @@ class FolderStore(AdapterStore):
             size=len(ready.packed),
             form=form.sha256,
             base=None,
-            stands_on=None if mark is None else StandsOn(mark.name, ONLY, mark.sha256, ROOT),
+            stands_on=None if mark is None else SharedVersion(mark.name, ONLY, mark.sha256, ROOT),
         )
         return Record(info, form, ready.packed, ready.frozen)
 
     def info(self, name: str, version: Which = None) -> Version:
         return self.get(name, version).info
 
-    def settle(self, on: str | StandsOn) -> StandsOn:
+    def settle(self, on: str | SharedVersion) -> SharedVersion:
         record = self.find_shared(on)
-        return StandsOn(record.info.name, ONLY, content_sha256(record.file()), ROOT)
+        return SharedVersion(record.info.name, ONLY, content_sha256(record.file()), ROOT)
 
-    def find_shared(self, on: str | StandsOn) -> Record:
-        name, which = (on.name, on.version) if isinstance(on, StandsOn) else check_on(on)
+    def find_shared(self, on: str | SharedVersion) -> Record:
+        name, which = (on.name, on.version) if isinstance(on, SharedVersion) else check_on(on)
         record = self.get(name, which)
         if record.info.stands_on is not None:
             raise ConfigError(
@@ -251,7 +251,7 @@ class FolderStore(AdapterStore):
         alias: str | None = None,
         packing: str | None = None,
         adapter_name: str | None = None,
-        on: str | StandsOn | None = None,
+        on: str | SharedVersion | None = None,
     ) -> Version:
         self._refuse()
 
@@ -265,7 +265,7 @@ class FolderStore(AdapterStore):
         alias: str | None = None,
         packing: str | None = None,
         adapter_name: str | None = None,
-        on: str | StandsOn | None = None,
+        on: str | SharedVersion | None = None,
     ) -> tuple[Version, bool]:
         self._refuse()
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...adapter_files.files import locate, read_files, tensors_checksum
 from ...adapter_files.peft_layout import BASE
-from ...adapter_files.stands_on import Mark, mark_of, with_mark
+from ...adapter_files.stands_on import StandsOn, with_mark
 from ...adapter_files.writing import state_of
 from ...config import SECTION
 from ...errors import AdapterError, CheckpointError, ConfigError, type_name
@@ -22,7 +22,7 @@ from ...injection.fingerprint import Fingerprint
 from ...model.adapter_model import AdapterModel
 from .names import check_metadata, check_name, check_new_word, check_packing, check_tags
 from .packing import Layout
-from .records import SUM, Contents, Form, Record, StandsOn, canonical, saved_whole
+from .records import SUM, Contents, Form, Record, SharedVersion, canonical, saved_whole
 
 __all__ = ["Below", "Preparer", "Ready", "batches", "contents_of", "folder_contents"]
 
@@ -39,7 +39,7 @@ class Below:
     """
 
     number: int
-    place: StandsOn
+    place: SharedVersion
     content: str
     exact: bool
     base: Fingerprint | None
@@ -169,7 +169,7 @@ def check_said(contents: Contents, on: object) -> None:
         ConfigError: with what to say.
 
     """
-    if on is None and (mark := mark_of(contents.header)) is not None:
+    if on is None and (mark := StandsOn.of_header(contents.header)) is not None:
         raise ConfigError(
             f"it was trained on top of {mark.name!r}, and is another adapter without it: put that one first, and this "
             f"one with on={mark.name!r}"
@@ -186,9 +186,11 @@ def _on_top(contents: Contents, adapter: object, below: Below | None) -> Content
     if below is None:
         check_said(contents, None)
         return contents
-    mark = None if isinstance(adapter, Record) else mark_of(contents.header)  # a record's is of its own store
+    mark = (
+        None if isinstance(adapter, Record) else StandsOn.of_header(contents.header)
+    )  # a record's is of its own store
     on = below.place
-    if mark is not None and below.exact and mark.in_folder.sha256 != below.content:
+    if mark is not None and below.exact and mark.sha256 != below.content:
         raise CheckpointError(
             f"it was trained on top of {mark.name!r} with the contents {mark.sha256[:12]}..., and {on} has "
             f"{below.content[:12]}...: other numbers"
@@ -198,7 +200,7 @@ def _on_top(contents: Contents, adapter: object, below: Below | None) -> Content
         contents.base.check(below.base, what, saved_whole(contents.config))
     if same_base(contents.header.get(BASE), below.base_mark) is False:
         raise CheckpointError(f"{what} is of another base model than the adapter")
-    return replace(contents, header=with_mark(contents.header, Mark(on.name, on.sha256, below.content)))
+    return replace(contents, header=with_mark(contents.header, StandsOn(on.name, None, below.content), on.sha256))
 
 
 def _without_weights(config: Mapping[str, Any]) -> dict[str, Any]:

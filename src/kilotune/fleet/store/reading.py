@@ -18,12 +18,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from ...adapter_files.stands_on import mark_of
+from ...adapter_files.stands_on import stored_of
 from ...errors import AdapterError, CheckpointError, did_you_mean
 from ...injection.fingerprint import Fingerprint
 from .names import NEWEST
 from .packing import Layout
-from .records import Form, Record, StandsOn, Version, check_frozen
+from .records import Form, Record, SharedVersion, Version, check_frozen
 from .schema import Link
 
 __all__ = ["Forms", "Known", "Row", "find", "missing", "names_after", "of_names", "unpacked_text"]
@@ -78,7 +78,7 @@ class Row:
         below = own[OWN : OWN + len(NOTHING)]
         return cls(*(*own[:OWN], below, *data))
 
-    def stands_on(self, form: Form) -> StandsOn | None:
+    def stands_on(self, form: Form) -> SharedVersion | None:
         """What it stands on: where, by its row; which contents, by its form.
 
         Raises:
@@ -86,12 +86,12 @@ class Row:
 
         """
         _, version, name, namespace = self.below
-        mark = mark_of(form.header)
-        if mark is None and version is None:
+        sha256 = stored_of(form.header)
+        if sha256 is None and version is None:
             return None
-        if mark is None or version is None or name is None or namespace is None:
+        if sha256 is None or version is None or name is None or namespace is None:
             raise CheckpointError(f"{self.name!r} (version {self.version}) is damaged: what it stands on is not known")
-        return StandsOn(name, int(version), mark.sha256, namespace)
+        return SharedVersion(name, int(version), sha256, namespace)
 
     def info(self, form: Form) -> Version:
         """As callers see it."""

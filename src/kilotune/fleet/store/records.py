@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ...adapter_files.files import TwoFiles, tensors_checksum, write
 from ...adapter_files.reading import AdapterFile, parse
-from ...adapter_files.stands_on import mark_of, with_mark
+from ...adapter_files.stands_on import StandsOn, with_mark
 from ...errors import CheckpointError
 from ...injection.fingerprint import Fingerprint
 from ...injection.targets import HEADS
@@ -36,8 +36,8 @@ __all__ = [
     "Form",
     "Moved",
     "Record",
+    "SharedVersion",
     "Standing",
-    "StandsOn",
     "Stats",
     "Version",
     "canonical",
@@ -126,7 +126,7 @@ class Form:
 
 @final
 @dataclass(frozen=True)
-class StandsOn:
+class SharedVersion:
     """The shared version below a personal one. sha256: of its contents, which is what it is known by (in a folder,
     which has no versions: :func:`kilotune.adapter_files.content.content_sha256`).
 
@@ -186,7 +186,7 @@ class Version:
     size: int
     form: str
     base: str | None
-    stands_on: StandsOn | None = None
+    stands_on: SharedVersion | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -232,8 +232,7 @@ class Record:
     def header(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
         """The metadata for the weights' file, with the checksum of ``tensors``."""
         checksum = {SUM: tensors_checksum(tensors)} if SUM in self.form.header else {}
-        below = mark_of(self.form.header)
-        return with_mark({**self.form.header, **checksum}, None if below is None else below.in_folder)
+        return with_mark({**self.form.header, **checksum}, StandsOn.of_header(self.form.header))
 
     def file(self) -> AdapterFile:
         """The adapter as if it had been read from a folder, checked; what PeftModel and load_adapter take.

@@ -45,7 +45,7 @@ from .names import (
 )
 from .preparing import Below, Preparer, Ready, batches
 from .reading import Forms, Row
-from .records import Collected, Fault, Record, Standing, StandsOn, Stats, Version
+from .records import Collected, Fault, Record, SharedVersion, Standing, Stats, Version
 from .schema import Link
 
 __all__ = ["SqlStore"]
@@ -157,7 +157,7 @@ class SqlStore(AdapterStore, Forking, ABC):
         alias: str | None = None,
         packing: str | None = None,
         adapter_name: str | None = None,
-        on: str | StandsOn | None = None,
+        on: str | SharedVersion | None = None,
     ) -> Version:
         word = None if alias is None else check_new_word("alias", check_alias(alias))
         ready = self._prepare(self.name_for(name), adapter, metadata, tags, packing, adapter_name, self._below(on))
@@ -173,13 +173,13 @@ class SqlStore(AdapterStore, Forking, ABC):
         alias: str | None = None,
         packing: str | None = None,
         adapter_name: str | None = None,
-        on: str | StandsOn | None = None,
+        on: str | SharedVersion | None = None,
     ) -> tuple[Version, bool]:
         word = None if alias is None else check_new_word("alias", check_alias(alias))
         ready = self._prepare(self.name_for(name), adapter, metadata, tags, packing, adapter_name, self._below(on))
         return self._changing(lambda link: writing.write_once(link, self.namespace, ready, word))
 
-    def _below(self, on: str | StandsOn | None) -> Below | None:
+    def _below(self, on: str | SharedVersion | None) -> Below | None:
         """What ``on`` means now."""
         if on is None:
             return None
@@ -187,10 +187,10 @@ class SqlStore(AdapterStore, Forking, ABC):
             self._contents.clear()
         return self._read(lambda link: stacks.below(link, self._forms, self._contents, self.namespace, on))
 
-    def settle(self, on: str | StandsOn) -> StandsOn:
+    def settle(self, on: str | SharedVersion) -> SharedVersion:
         return self._read(lambda link: stacks.find_shared(link, self._forms, self.namespace, on)[2])
 
-    def find_shared(self, on: str | StandsOn) -> Record:
+    def find_shared(self, on: str | SharedVersion) -> Record:
         record = self._read(lambda link: stacks.find_shared(link, self._forms, self.namespace, on)[1])
         self._check_base(record)
         return record
@@ -306,7 +306,7 @@ class SqlStore(AdapterStore, Forking, ABC):
     def _prepared(
         self, items: Iterable[Item], packing: str | None, failed: Callable[[Item, KilotuneError], None] | None
     ) -> Iterator[Ready]:
-        known: dict[str | StandsOn | None, Below | None] = {}
+        known: dict[str | SharedVersion | None, Below | None] = {}
         for item in items:
             try:
                 if item.on not in known:

@@ -18,7 +18,7 @@ from ...errors import AdapterError, CheckpointError, ConfigError, did_you_mean
 from .names import SHARED, check_on, spellings
 from .preparing import Below
 from .reading import Forms, Row, find, names_after, which_are_there
-from .records import Record, Standing, StandsOn, Version
+from .records import Record, SharedVersion, Standing, Version
 from .schema import Link
 
 __all__ = ["below", "find_shared", "hold", "record_below", "standing", "stood_on", "stood_on_faults"]
@@ -26,7 +26,9 @@ __all__ = ["below", "find_shared", "hold", "record_below", "standing", "stood_on
 SHOWN = 5  # names in a message
 
 
-def below(link: Link, forms: Forms, contents: MutableMapping[str, str], namespace: str, on: str | StandsOn) -> Below:
+def below(
+    link: Link, forms: Forms, contents: MutableMapping[str, str], namespace: str, on: str | SharedVersion
+) -> Below:
     """What ``on`` means for a personal adapter of ``namespace``.
 
     Args:
@@ -47,10 +49,10 @@ def below(link: Link, forms: Forms, contents: MutableMapping[str, str], namespac
     return Below(row.name_id, place, contents[place.sha256], exact, form.base, form.header.get(BASE))
 
 
-def find_shared(link: Link, forms: Forms, namespace: str, on: str | StandsOn) -> tuple[Row, Record, StandsOn]:
+def find_shared(link: Link, forms: Forms, namespace: str, on: str | SharedVersion) -> tuple[Row, Record, SharedVersion]:
     """(its row, the adapter, where it is) of what ``on`` means; raises as :func:`below`."""
     which: int | str | None
-    if isinstance(on, StandsOn):
+    if isinstance(on, SharedVersion):
         space, name, which = on.namespace, on.name, on.version
         if space not in (namespace, SHARED):
             raise AdapterError(f"on={name!r}: is of the namespace {space!r}, and neither of this one nor of {SHARED!r}")
@@ -60,14 +62,14 @@ def find_shared(link: Link, forms: Forms, namespace: str, on: str | StandsOn) ->
     row = find(link, space, name, which, data=True)
     record = row.record(forms.of(link, row.form))
     info = record.info
-    if isinstance(on, StandsOn) and info.sha256 != on.sha256:
+    if isinstance(on, SharedVersion) and info.sha256 != on.sha256:
         raise AdapterError(f"on={name!r}: version {info.version} has other contents than when it was settled")
     if info.stands_on is not None:
         raise ConfigError(
             f"on={name!r}: version {info.version} stands on {info.stands_on} itself, and a stack has two levels: a "
             "shared adapter and a personal one on top; train on the shared one"
         )
-    return row, record, StandsOn(info.name, info.version, info.sha256, space)
+    return row, record, SharedVersion(info.name, info.version, info.sha256, space)
 
 
 def _space_of(link: Link, namespace: str, name: str) -> tuple[str, str]:

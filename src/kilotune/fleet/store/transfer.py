@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, final
 from ...adapter_files.content import content_sha256
 from ...adapter_files.files import write
 from ...adapter_files.names import composed
-from ...adapter_files.stands_on import Mark, mark_of, with_mark
+from ...adapter_files.stands_on import StandsOn, with_mark
 from ...errors import AdapterError, CheckpointError, ConfigError, KilotuneError
 from .adapter_store import Adapter, AdapterStore, Item, Which
 from .names import matches
@@ -294,7 +294,7 @@ class _Out:
 
     def __init__(self, run: _Run, root: Path, version: Which, force: bool) -> None:
         self.run, self.root, self.version, self.force = run, root, version, force
-        self.shared: dict[Place, Mark] = {}  # what is stood on -> as folders say it
+        self.shared: dict[Place, StandsOn] = {}  # what is stood on -> as folders say it
 
     def write(self, record: Record) -> None:
         """One adapter, and what it stands on."""
@@ -309,29 +309,29 @@ class _Out:
             mark = self.shared[place]
         self._put(record, info.name, mark)
 
-    def _shared(self, record: Record) -> Mark:
+    def _shared(self, record: Record) -> StandsOn:
         info = record.info
         try:
             usual = self.run.source.info(info.name, self.version)
         except AdapterError:  # it is of another namespace, or has no such version
             usual = info
         same = (usual.version, usual.sha256) == (info.version, info.sha256)
-        mark = Mark(info.name if same else f"{info.name}.{info.version}", content_sha256(record.file()))
+        mark = StandsOn(info.name if same else f"{info.name}.{info.version}", None, content_sha256(record.file()))
         if not self._has(mark):
             self._put(record, mark.name, None)
         return mark
 
-    def _has(self, mark: Mark) -> bool:
+    def _has(self, mark: StandsOn) -> bool:
         """Whether the folder is there already, with these contents."""
         if not (self.root / mark.name).is_dir():
             return False
         try:
             there = contents_of(self.root / mark.name)
-            return mark_of(there.header) is None and content_sha256(there.file) == mark.sha256
+            return StandsOn.of_header(there.header) is None and content_sha256(there.file) == mark.sha256
         except (CheckpointError, ConfigError):
             return False
 
-    def _put(self, record: Record, name: str, mark: Mark | None) -> None:
+    def _put(self, record: Record, name: str, mark: StandsOn | None) -> None:
         place = self.root / name
         if place.exists() and not self.force:
             raise CheckpointError(f"{place} is there already; move it away, or write over it with force")
