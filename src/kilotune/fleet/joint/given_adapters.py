@@ -74,10 +74,14 @@ def existing(model: AdapterModel, given: object, option: str) -> Given:
 @final
 @dataclass(frozen=True, eq=False)
 class Beneath:
-    """The adapter beneath all users' own, frozen. installed: its parts in the model. known: what they stand on."""
+    """The adapter beneath all users' own, frozen. installed: its parts in the model. known: what they stand on.
+
+    file: what it is saved as.
+    """
 
     installed: Installed
     known: StandsOn
+    file: AdapterFile
 
     def cohort(self, rows: int, device: torch.device) -> Cohort:
         """All rows of a batch through it."""
@@ -117,7 +121,7 @@ def beneath(model: AdapterModel, on: object, form: ResidentForm, held: ExitStack
         raise UnsupportedError(gather(f"on: users' adapters cannot stand on {given.known.name!r}:", faults))
     for _, parameter in installed.parameters():
         parameter.requires_grad_(False)
-    return Beneath(installed, given.known)
+    return Beneath(installed, given.known, given.file)
 
 
 def _free_name(model: AdapterModel, name: str) -> str:

@@ -206,6 +206,8 @@ class JointTraining:
         self._rows = Rows(self._form, self.settings, dtype, layers[0].compute_device())
         on = None if self._given_on is None else beneath(model, self._given_on, self._form, held)
         self._on = None if on is None else on.known
+        if on is not None:
+            self._sink.stand_on(on.known, on.file)
         self._start = None if self._given_start is None else start_of(model, self._form, self._given_start, self._on)
         self._passes = Passes(model, self._form, self._rows, self._collate, self._loss, on)
         self._adapted, self._base = model, Fingerprint.of(model)

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any, ClassVar, final
 
 from ...adapter_files.files import WEIGHTS_NAME, read_weights, write
+from ...adapter_files.reading import AdapterFile
 from ...errors import CheckpointError, ConfigError, KilotuneError, StoreError, type_name
 from ..store import AdapterStore, Contents, Item, StandsOn
 from ..store.stands_on import METADATA
+from ..store.transfer import bring
 from .users import UserReport
 
 __all__ = ["CallSink", "Finished", "FolderSink", "Sink", "StoreSink", "sink_of"]
@@ -42,6 +44,9 @@ class Sink(ABC):
     """Takes finished adapters. remembers: whether :meth:`find` finds them again."""
 
     remembers: ClassVar[bool] = False
+
+    def stand_on(self, on: StandsOn, file: AdapterFile) -> None:  # noqa: B027 - most have nothing to do
+        """Told once, before a training whose adapters all stand on a shared one, which is read already."""
 
     @abstractmethod
     def put(self, finished: Sequence[Finished]) -> list[str | None]:
@@ -88,6 +93,12 @@ class StoreSink(Sink):
         if store.read_only:
             raise ConfigError(f"sink: the store {store.url} is open for reading only")
         self.store, self.alias, self.tags = store, alias, tuple(tags)
+        self._on: str | None = None
+
+    def stand_on(self, on: StandsOn, file: AdapterFile) -> None:
+        """Have the shared adapter in the store, under its name, where it is not there already."""
+        files = file.files
+        self._on = bring(self.store, on.name, Contents(files.config, files.tensors, files.header))
 
     def put(self, finished: Sequence[Finished]) -> list[str | None]:
         items = [self._item(one) for one in finished]
@@ -101,7 +112,8 @@ class StoreSink(Sink):
 
     def _item(self, one: Finished) -> Item:
         stands = {} if one.stands_on is None else {METADATA: one.stands_on.to_dict()}
-        return Item(one.name, one.contents, {**one.metadata, **stands, KEY: _told(one)}, self.tags)
+        on = None if one.stands_on is None else self._on
+        return Item(one.name, one.contents, {**one.metadata, **stands, KEY: _told(one)}, self.tags, on)
 
     def _alone(self, item: Item) -> str | None:
         try:
