@@ -120,6 +120,28 @@ def test_what_it_stands_on_is_in_the_store_and_in_the_file(tmp_path: Path) -> No
     assert HEADER not in open_adapter(tmp_path / "bare" / "u0").metadata
 
 
+def test_a_name_in_the_store_that_is_written_to(tmp_path: Path) -> None:
+    house().save_pretrained(tmp_path)
+    house(scale=0.1).save_pretrained(tmp_path / "new")
+    with open_store(f"sqlite:///{tmp_path / 'a.db'}") as store:
+        store.put("house-style", tmp_path / "house-style", alias="live")
+        store.put("house-style", tmp_path / "new" / "house-style")
+        for on, version in (("house-style/1", 1), ("house-style/live", 1), ("house-style", 2)):
+            fit(Nested().double(), VERA, group(1), SETTINGS, sink=store, on=on, **RUN)
+            info = store.get("u0").info
+            assert info.stands_on is not None
+            assert (info.stands_on.name, info.stands_on.version) == ("house-style", version)
+            assert info.metadata["stands_on"]["version"] == version
+        assert len(store.versions("house-style")) == 2, "it is there, and is not put again"
+        still = SETTINGS.replace(learning_rate=1e-12)
+        fit(Nested().double(), VERA, [User("u0", points(5, 0))], still, sink=store, on="house-style", start="u0", **RUN)
+        torch.testing.assert_close(store.get("u0", 4).vector(), store.get("u0", 3).vector())
+        with pytest.raises(ConfigError, match="start: 'u0' stands on 'house-style'.* the base alone"):
+            fit(Nested().double(), VERA, [User("x", points(5, 0))], still, sink=store, start="u0", **RUN)
+        with pytest.raises(ConfigError, match="(?s)on: 'haus' is no folder, and in the store: .*no such adapter"):
+            fit(Nested().double(), VERA, group(1), SETTINGS, sink=store, on="haus", **RUN)
+
+
 def test_the_hash_is_of_what_is_computed(tmp_path: Path) -> None:
     model = house(VeraConfig(r=4, target_modules=ALL, vera_dropout=0.1))
     first = content_sha256(file_of(model.installed("house-style")))

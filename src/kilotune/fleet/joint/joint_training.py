@@ -29,7 +29,7 @@ from ...adapter_files.names import composed
 from ...config import AdapterConfig
 from ...errors import AdapterError, ConfigError, KilotuneError, UnsupportedError, did_you_mean
 from ...model.adapter_model import AdapterModel
-from ..store import AdapterStore, Fingerprint
+from ..store import AdapterStore, Fingerprint, StandsOn
 from .adapter_rows import Rows, start_row
 from .given_adapters import Existing, beneath, start_of
 from .losses import Loss, loss_of
@@ -88,8 +88,9 @@ class JointTraining:
         folder: where its state is kept, so that it can be resumed; None: nowhere.
         resume: go on with the training in ``folder``, given the same users again; who has ended is passed over.
         told: hear how far it is, in the training's own thread.
-        on: an adapter that runs, frozen, beneath every user's own: the name of one in the model, a folder, or one that
-            was read (``store.get("house-style")``). What is trained is then of use on top of that one alone.
+        on: an adapter that runs, frozen, beneath every user's own: the name of one in the model, a folder, a name in
+            the store that is the sink ("house-style", "house-style/3"), or one that was read (``store.get(name)``).
+            What is trained is then of use on top of that one alone.
         start: an adapter of the same method and configuration, given likewise, from which each user's own starts; a
             user's own ``start`` goes before it. It is trained on, and nothing is left of it beside the result.
 
@@ -204,11 +205,11 @@ class JointTraining:
         for layer in layers:
             dtype = torch.promote_types(dtype, layer.compute_dtype())
         self._rows = Rows(self._form, self.settings, dtype, layers[0].compute_device())
-        on = None if self._given_on is None else beneath(model, self._given_on, self._form, held)
+        on = None if self._given_on is None else beneath(model, self._given_on, self._form, held, self._sink.store)
         self._on = None if on is None else on.known
         if on is not None:
             self._sink.stand_on(on.known, on.file)
-        self._start = None if self._given_start is None else start_of(model, self._form, self._given_start, self._on)
+        self._start = None if self._given_start is None else self._start_of(model, self._given_start)
         self._passes = Passes(model, self._form, self._rows, self._collate, self._loss, on)
         self._adapted, self._base = model, Fingerprint.of(model)
         self._state: StateFolder | None = None
@@ -300,10 +301,13 @@ class JointTraining:
         self._rows.begin(member.slot, row)
         self._queue.append(member)
 
+    def _start_of(self, model: AdapterModel, start: Existing) -> tuple[Tensor, StandsOn]:
+        return start_of(model, self._form, start, self._on, self._sink.store)
+
     def _start_row(self, member: Member) -> Tensor:
         """Where a user's adapter starts: as it says itself, as the training says, or as its method does."""
         if member.user.start is not None:
-            return start_of(self._adapted, self._form, member.user.start, self._on)[0]
+            return self._start_of(self._adapted, member.user.start)[0]
         if self._start is not None:
             return self._start[0]
         return start_row(self._form, member.seed, self._rows.values.dtype)
