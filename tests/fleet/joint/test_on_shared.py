@@ -17,8 +17,19 @@ from kilotune.adapter_files.reading import open_adapter
 from kilotune.errors import CheckpointError, ConfigError, UnsupportedError
 from kilotune.fleet import FleetSettings, StandsOn, User, fit, open_store
 from kilotune.fleet.store.stands_on import HEADER
-from tests.support.fleet_support import Kept, alone, furthest, points, stacked, tensors_of
-from tests.support.models import Nested, bits, randomize
+from kilotune.model.last_blocks import in_last_blocks
+from tests.support.fleet_support import (
+    Kept,
+    alone,
+    furthest,
+    mean_loss,
+    padded,
+    points,
+    stacked,
+    tensors_of,
+    token_rows,
+)
+from tests.support.models import Nested, bits, randomize, tiny_llama
 
 ALL = "all-linear"
 VERA = VeraConfig(r=6, target_modules=ALL)
@@ -157,6 +168,31 @@ def test_the_hash_is_of_what_is_computed(tmp_path: Path) -> None:
     other = get_peft_model(Nested(), VeraConfig(r=4, target_modules=ALL, projection_prng_key=1))
     twin = get_peft_model(Nested(), VeraConfig(r=4, target_modules=ALL, projection_prng_key=2))
     assert content_sha256(file_of(other.installed("default"))) != content_sha256(file_of(twin.installed("default")))
+
+
+def test_with_the_last_blocks_alone_the_shared_one_is_in_what_enters_them() -> None:
+    """What enters them is kept; over a base with the house style in its weights all blocks run each time."""
+    model = get_peft_model(tiny_llama(layers=4).double(), LoraConfig(r=2, target_modules=ALL), "house-style")
+    model.double()
+    randomize(model, "house-style", seed=4, scale=0.3)
+    model.set_adapter([])
+    model.eval()
+    merged = copy.deepcopy(model).merge_and_unload(adapter_names=["house-style"])
+    users = [User(f"u{i}", token_rows(5 + i, i), token_rows(3, 50 + i), seed=i) for i in range(3)]
+    ran: list[int] = []
+    model.get_base_model().model.layers[0].mlp.register_forward_hook(lambda _, args, y: ran.append(y.shape[0]))
+    kept = Kept()
+    settings = SETTINGS.replace(last_blocks=2)
+    report = fit(model, VERA, users, settings, collate=padded, sink=kept, on="house-style")
+    assert 0 < sum(ran) < 2 * sum(len(user.data) + len(user.validation or ()) for user in users)
+    narrow = in_last_blocks(tiny_llama(layers=4), VERA, 2)
+    for user in users:
+        twin, seen = alone(copy.deepcopy(merged), narrow, user, SETTINGS, padded)
+        assert furthest(kept.adapters[user.name], tensors_of(twin)) < 1e-8, user.name
+        assert [loss for _, loss in report[user.name].validation] == pytest.approx(seen, abs=1e-8)
+        with torch.no_grad():
+            bare = mean_loss(merged, padded(list(user.validation or ())))
+        assert report[user.name].without == pytest.approx(float(bare), abs=1e-8)
 
 
 def test_another_shared_one_is_another_training(tmp_path: Path) -> None:
