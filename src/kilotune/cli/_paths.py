@@ -18,7 +18,13 @@ def is_whole_model(folder: str) -> bool:
 
 
 def check_adapter(
-    adapter: str, base: str | None = None, revision: str | None = None, whole: bool = False, shapes: bool = False
+    adapter: str,
+    base: str | None = None,
+    revision: str | None = None,
+    *,
+    whole: bool = False,
+    shapes: bool = False,
+    on: str | None = None,
 ) -> None:
     """Refuse an adapter or a base that is not there, where that is seen without asking the hub.
 
@@ -27,6 +33,7 @@ def check_adapter(
         base: the same, or what else a base is named by; None: what the adapter names.
         revision: of the base.
         whole: whether a whole model will do.
+        on: the adapter that it stands on.
         shapes: whether the base may be a file or a built-in name, for only its shapes are read.
 
     Raises:
@@ -36,8 +43,11 @@ def check_adapter(
     if whole and is_whole_model(adapter):
         if base is not None:
             raise ConfigError(f"--base: {adapter!r} is a whole model, and no adapter, so it has no base")
+        if on is not None:
+            raise ConfigError(f"--on: {adapter!r} is a whole model, and no adapter, so it stands on none")
         return
-    if (place := adapter_place(adapter)) is not None:
-        refuse_empty(place, place)
+    for source in (adapter, *([] if on is None else [on])):
+        if (place := adapter_place(source)) is not None:
+            refuse_empty(place, place)
     if not shapes:
         check_base(base, revision, "--base")

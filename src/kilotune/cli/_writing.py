@@ -15,7 +15,7 @@ from ..train.results.outcome import form_of
 from ..train.results.scoring import check_base
 from ..train.running import base_model as models
 from ..train.tasks import TASKS
-from ._adapter import base_of, load_fitting_base, open_adapter
+from ._adapter import base_of, load_fitting_base, open_adapter, open_below, put_below
 from ._output import quiet_transformers
 from ._paths import is_whole_model
 from ._weights import Weights
@@ -28,12 +28,15 @@ MESSAGES = "messages"
 @final
 @dataclass(frozen=True)
 class Opened:
-    """A model that is ready to write, and where it is from. form: what the rows were that it learned from, if known."""
+    """A model that is ready to write, and where it is from. form: what the rows were that it learned from, if known.
+    on: the shared adapter that it stands on.
+    """
 
     writer: Writer
     adapter: str
     base: str
     form: str | None
+    on: str | None = None
 
     def chat(self, system: str | None, plain: bool | None) -> Chat:
         """A conversation with it.
@@ -59,6 +62,7 @@ def open_writer(
     revision: str | None,
     weights: Weights,
     sampling: Sampling,
+    on: str | None = None,
 ) -> Opened:
     """The base with the adapter in it, or a whole model.
 
@@ -69,6 +73,7 @@ def open_writer(
         revision: of a hub id.
         weights: how the base is held.
         sampling: how tokens are chosen.
+        on: the shared adapter that the adapter stands on; a folder or hub id.
 
     Raises:
         KilotuneError: the files are not there, damaged, of another base, or the model writes no text.
@@ -80,6 +85,7 @@ def open_writer(
         writer = Writer(weights.placed(model), tokenizer_of(Path(adapter), adapter), sampling)
         return Opened(writer, adapter, adapter, form_of(Path(adapter)))
     file = open_adapter(adapter, adapter_revision)
+    below = open_below(file, on)
     source, revision = base_of(file, base, revision)
     called = "--base" if base is not None else "the base that the adapter names (--base gives another)"
     models.load_config(weights.settings(source, revision), called)  # says best what to do where there is no such base
@@ -88,7 +94,8 @@ def open_writer(
     check_base(model, weights.settings(source, revision), file.folder)
     tokenizer = tokenizer_of(file.folder, source, revision)
     adapted = PeftModel.from_pretrained(weights.placed(model), file)
-    return Opened(Writer(adapted, tokenizer, sampling), adapter, source, form_of(file.folder))
+    put_below(adapted, below)
+    return Opened(Writer(adapted, tokenizer, sampling), adapter, source, form_of(file.folder), on)
 
 
 def _whole(folder: str, weights: Weights) -> Any:

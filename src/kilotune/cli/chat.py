@@ -16,6 +16,7 @@ from ._options import (
     Device,
     Dtype,
     MaxTokens,
+    On,
     Plain,
     Quantization,
     Revision,
@@ -45,6 +46,7 @@ ASK, GO_ON = "> ", "... "
 def chat(
     adapter: Adapter,
     base: Base = None,
+    on: On = None,
     system: System = None,
     plain: Plain = None,
     max_tokens: MaxTokens = Sampling.max_tokens,
@@ -69,10 +71,10 @@ def chat(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop=tuple(stop or ())
     )
     weights = Weights(dtype, quantization, device)
-    check_adapter(adapter, base, revision, whole=True)
+    check_adapter(adapter, base, revision, whole=True, on=on)
     from ._writing import alone, open_writer
 
-    opened = open_writer(adapter, adapter_revision, base, revision, weights, sampling)
+    opened = open_writer(adapter, adapter_revision, base, revision, weights, sampling, on)
     talk = opened.chat(system, plain)
     keyboard = sys.stdin.isatty() and not as_json
     if keyboard:
@@ -176,6 +178,7 @@ def _turn(text: str, answer: Answer) -> dict[str, Any]:
 def _document(opened: Opened, talk: Chat, turns: list[dict[str, Any]], base_alone: bool) -> dict[str, Any]:
     return {
         "adapter": None if base_alone else opened.adapter,
+        "on": opened.on,
         "base": opened.base,
         "template": not talk.plain,
         "turns": turns,

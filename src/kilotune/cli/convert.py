@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, final
@@ -63,6 +64,7 @@ def convert(
         raise ConfigError(f"--rank is for --to lora; --to {to.value} keeps the rank")
     check_adapter(adapter, base, revision, shapes=True)
     quiet_transformers()
+    from ..adapter_files.stands_on import StandsOn, with_mark
     from ..convert import rewrite
     from ..methods import VeraConfig
     from ._adapter import check_out, open_adapter
@@ -75,6 +77,8 @@ def convert(
         result = rewrite(file)
     else:
         result = _with_base(file, to, rank, base, revision)
+    config, tensors, header = result.state  # what it stands on, it goes on to stand on
+    result = replace(result, state=(config, tensors, with_mark(header, StandsOn.of_header(file.metadata))))
     result.save(out)
     written = {path.name: path.stat().st_size for path in sorted(out.iterdir()) if path.is_file()}
     if as_json:

@@ -17,6 +17,7 @@ from ._options import (
     Device,
     Dtype,
     MaxTokens,
+    On,
     Plain,
     Quantization,
     Revision,
@@ -44,6 +45,7 @@ def generate(
         str | None, typer.Argument(help="The prompt. Default: all of standard input.", metavar="PROMPT")
     ] = None,
     base: Base = None,
+    on: On = None,
     system: System = None,
     plain: Plain = None,
     max_tokens: MaxTokens = Sampling.max_tokens,
@@ -65,11 +67,11 @@ def generate(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop=tuple(stop or ())
     )
     weights = Weights(dtype, quantization, device)
-    check_adapter(adapter, base, revision, whole=True)
+    check_adapter(adapter, base, revision, whole=True, on=on)
     text = prompt if prompt is not None else _piped()
     from ._writing import alone, open_writer, show, silence
 
-    opened = open_writer(adapter, adapter_revision, base, revision, weights, sampling)
+    opened = open_writer(adapter, adapter_revision, base, revision, weights, sampling, on)
     chat = opened.chat(system, plain)
     with alone(opened, base_alone):
         answer = chat.ask(text, None if as_json else show)
@@ -98,6 +100,7 @@ def _piped() -> str:
 def _document(opened: Opened, chat: Chat, prompt: str, answer: Answer, base_alone: bool) -> dict[str, Any]:
     return {
         "adapter": None if base_alone else opened.adapter,
+        "on": opened.on,
         "base": opened.base,
         "prompt": prompt,
         "template": not chat.plain,

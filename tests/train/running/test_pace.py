@@ -106,7 +106,8 @@ def test_what_is_kept_for_the_last_blocks_is_computed_once(tmp_path: Path, monke
         }
     )
     session = open_session(settings)
-    monkeypatch.setattr(module, "time_real", lambda *_, times=iter([(0.9, 3.0), (0.1, 1.0)]): next(times))
+    times = iter([(0.9, 3.0), (0.1, 1.0)])
+    monkeypatch.setattr(module, "time_real", lambda *_: next(times))
     pace = pace_of(session, steps=3)
     assert pace is not None
     assert (pace.step, pace.once) == (1.0, 2.0 * 9 / 4)
