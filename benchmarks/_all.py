@@ -44,6 +44,7 @@ RUNS = (
     Run(4, ("train_memory",)),
     Run(1, ("import_time",)),
     Run(9, ("vllm_decode",)),
+    Run(150, ("defaults",)),
 )
 
 

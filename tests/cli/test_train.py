@@ -64,7 +64,7 @@ def test_at_the_end_it_says_what_came_out_and_what_to_do_with_it(model: Path, da
     done = kilotune("train", *words, "--set", "training.max_steps=2", "--progress", "plain")
     assert done.exit_code == 0, done.stderr
     first, scores, report, attempt = done.stdout.splitlines()
-    assert re.fullmatch(rf"the adapter of step \d: {out}, \d\.\d+ kB", first)
+    assert re.fullmatch(rf"the adapter of step \d: {out}, \d+\.\d+ kB", first)
     assert scores.startswith("validation: loss 4.")
     assert report == f"report: {out / 'report.html'}"
     assert attempt == f"try it: kilotune chat {out} --base {model}"
@@ -110,7 +110,7 @@ def test_json_lines_for_machines(model: Path, data: Path, tmp_path: Path) -> Non
     short = [word if word != "quiet" else "json" for word in SHORT]
     done = kilotune("train", "-m", model, "-d", data, "-o", tmp_path / "out", *short, "--set", "training.max_steps=2")
     events = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [event["event"] for event in events[:2]] == ["plan", "start"]
+    assert [event["event"] for event in events[:2]] == ["plan", "learning rate"]
     assert [event["event"] for event in events[-2:]] == ["end", "result"]
     assert "take one of them" in error("train", "-m", model, "-d", data, "-o", tmp_path / "b", *short, "--json")
 

@@ -14,7 +14,9 @@ from kilotune.errors import UnsupportedError
 from kilotune.model.adapter_model import AdapterModel
 from tests.conformance.cells import CELLS, METHOD_CASES, Cell, config_of, delta_of
 from tests.conformance.checks import EPSILON, adapted, bound, data
-from tests.conformance.declared import every_cell
+from tests.conformance.declared import every_cell, every_quantised_cell
+from tests.conformance.quantised import INN, QUANTISED
+from tests.conformance.quantised import Cell as QuantisedCell
 from tests.conformance.test_routed import _refused
 from tests.support.models import Nested, randomize
 
@@ -85,6 +87,21 @@ def test_two_that_are_not_linear_are_refused_as_in_a_model(cell: Cell) -> None:
     for attempt in (lambda: model.set_adapter(BOTH), lambda: model(data(cell, 1), adapter_names=[BOTH])):
         with pytest.raises(UnsupportedError, match="'default' and 'other' are both not linear"):
             attempt()
+
+
+@every_quantised_cell([cell for cell in QUANTISED if cell.case.name in ("lora", "vera", "dora", "ia3")])
+def test_a_stack_on_a_quantised_layer(cell: QuantisedCell) -> None:
+    model, _ = cell.models()
+    model.add_adapter("other", cell.config())
+    randomize(model, "other", seed=3)
+    model.eval()
+    x = torch.randn(len(ROWS), 3, INN, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        routed = model(x, adapter_names=ROWS)
+        for place, row in enumerate(ROWS):
+            own = active(model, row, x)
+            near = 1e-4 + cell.scheme.noisy * float(own.abs().max())
+            assert float((routed[place] - own[place]).abs().max()) < near, row
 
 
 # -- one method on another ---------------------------------------------------------------------------

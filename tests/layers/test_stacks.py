@@ -104,8 +104,9 @@ def test_personal_ones_from_a_bank_on_a_shared_one_in_the_model(own: str) -> Non
     bank.close()
 
 
-def test_packed_tokens_and_beams() -> None:
-    model = house(tiny_llama(), scale=2.0)
+@pytest.mark.parametrize("own", [VERA, LoraConfig(r=2, target_modules=ALL, use_dora=True)], ids=["vera", "dora"])
+def test_packed_tokens_and_beams(own: Any) -> None:
+    model = house(tiny_llama(), own=own, scale=2.0)
     ids = torch.randint(2, 32, (3, 5), generator=torch.Generator().manual_seed(1))
     rows = [["house", "p0"], "house", ["house", "p2"]]
     more: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "num_beams": 3, "pad_token_id": 0}
@@ -113,9 +114,9 @@ def test_packed_tokens_and_beams() -> None:
     routed = model.generate(input_ids=ids, attention_mask=mask, adapter_names=rows, **more)
     for i, row in enumerate(rows):
         model.set_adapter(row)
-        own = model.generate(input_ids=ids[i : i + 1], attention_mask=mask[i : i + 1], **more)
-        assert routed[i, : own.shape[1]].tolist() == own[0].tolist()
-    net, x = house(Nested()), torch.randn(1, 7, 6)
+        alone = model.generate(input_ids=ids[i : i + 1], attention_mask=mask[i : i + 1], **more)
+        assert routed[i, : alone.shape[1]].tolist() == alone[0].tolist()
+    net, x = house(Nested(), own=own), torch.randn(1, 7, 6)
     with net.route([["house", "p1"], "p0", ["house", "p0"]], lengths=[2, 1, 4]):
         packed = net(x)
     for place, row in ((slice(0, 2), ["house", "p1"]), (slice(2, 3), ["p0"]), (slice(3, 7), ["house", "p0"])):

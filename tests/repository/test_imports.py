@@ -26,7 +26,7 @@ OPTIONAL = (
 )
 # Parts that need an extra by their nature; each says so in one line when it is absent.
 NEED_AN_EXTRA = ("kilotune.cli", "kilotune.experiments", "kilotune.vllm.native")
-NEED_AN_EXTRA += ("kilotune.train.trainer.adapter_trainer",)
+NEED_AN_EXTRA += ("kilotune.train.trainer.adapter_trainer", "kilotune.train.trainer.reference_trainer")
 NEED_AN_EXTRA += ("kilotune.serve.http",)
 
 # What users do first, on the plain path; run where every optional package is absent or broken.

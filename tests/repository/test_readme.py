@@ -19,7 +19,7 @@ from tests.support.paths import ROOT
 PAGES = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 WITH_COMMANDS = [*PAGES, ROOT / "CONTRIBUTING.md"]
 LONG = {"demo", "intrinsic-dimension", "init", "train", "chat", "generate", "evaluate", "export", "compare", "store"}
-LONG |= {"fleet", "doctor", "serve", "keys"}
+LONG |= {"fleet", "doctor", "serve", "keys", "fetch"}
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 

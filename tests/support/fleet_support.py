@@ -97,7 +97,9 @@ def alone(
     if next(iter(base.parameters())).dtype == torch.float64:
         model.double()
     model.eval()
-    groups = optimizer_groups(model, lr=settings.rate(config), weight_decay=settings.weight_decay)
+    groups = optimizer_groups(
+        model, lr=settings.rate(config, settings.steps(len(user.data))), weight_decay=settings.weight_decay
+    )
     optimizer = torch.optim.AdamW(groups, betas=settings.betas, eps=settings.eps)
     rows, size = len(user.data), settings.batch_size
     per_epoch = math.ceil(rows / size)

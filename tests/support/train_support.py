@@ -76,11 +76,13 @@ def _store() -> Path:
 
 
 @functools.cache
-def model_folder(kind: str, pad: bool = True, dtype: str = "float32", dropout: float = 0.0, seed: int = 0) -> Path:
+def model_folder(
+    kind: str, pad: bool = True, dtype: str = "float32", dropout: float = 0.0, seed: int = 0, layers: int = 2
+) -> Path:
     """A folder with a tiny model of ``kind`` and its tokenizer or image processor; made once, so only read it."""
-    folder = _store() / f"{kind}-{pad}-{dtype}-{dropout}-{seed}"
+    folder = _store() / f"{kind}-{pad}-{dtype}-{dropout}-{seed}-{layers}"
     torch.manual_seed(seed)
-    model = _model(kind, dropout).to(getattr(torch, dtype))
+    model = _model(kind, dropout, layers).to(getattr(torch, dtype))
     model.save_pretrained(folder)
     if kind == "vit":
         from transformers import ViTImageProcessor
@@ -101,12 +103,12 @@ def _without_pad(folder: Path) -> None:
     path.write_text(json.dumps(values))
 
 
-def _model(kind: str, dropout: float) -> Any:
+def _model(kind: str, dropout: float, layers: int) -> Any:
     import transformers as t
 
     tokens = {"bos_token_id": SPECIAL.index("<s>"), "eos_token_id": SPECIAL.index("</s>"), "pad_token_id": 0}
-    size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    gpt = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": LENGTH, "vocab_size": VOCABULARY, **tokens}
+    size = {"hidden_size": 16, "num_hidden_layers": layers, "num_attention_heads": 2, "intermediate_size": 32}
+    gpt = {"n_embd": 16, "n_layer": layers, "n_head": 2, "n_positions": LENGTH, "vocab_size": VOCABULARY, **tokens}
     gpt |= {"resid_pdrop": dropout, "embd_pdrop": dropout, "attn_pdrop": dropout}
     if kind == "llama":
         config = t.LlamaConfig(
@@ -129,7 +131,7 @@ def _model(kind: str, dropout: float) -> Any:
         d_model=16,
         d_kv=8,
         d_ff=32,
-        num_layers=2,
+        num_layers=layers,
         num_heads=2,
         dropout_rate=dropout,
         decoder_start_token_id=0,

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from kilotune.train.settings.config_file import starting_text
-from kilotune.train.settings.sections import USUAL_RATES, usual_rate
+from kilotune.train.settings.rates import RATES, method_behind
 from tests.support.cli_helpers import kilotune
 from tests.support.paths import ROOT
 from tests.support.train_support import model_folder, prompts, write_jsonl
@@ -79,13 +79,12 @@ def test_the_three_commands_and_the_rest_of_the_page(folder: Path) -> None:
 
 def test_the_table_of_rates_is_the_library_s() -> None:
     text = (DOCS / "training.md").read_text(encoding="utf-8")
-    table = text.split("| method | rate |")[1].split("\n\n")[0]
+    table = text.split("| method | at 100 steps | power |")[1].split("\n\n")[0]
     found = {}
-    for names, rates in re.findall(r"^\| ([^|]*`[^|]*) \| ([^|]*) \|", table, re.MULTILINE):
-        methods, values = re.findall(r"`(\w+)`", names), [float(rate) for rate in rates.split(",")]
-        found |= dict(zip(methods, values * len(methods) if len(values) == 1 else values, strict=False))
-    assert found == {name: usual_rate(name) for name in found}
-    assert set(USUAL_RATES) <= set(found)
+    for names, rate, power in re.findall(r"^\| ([^|]*`[^|]*) \| ([^|]*) \| ([^|]*) \|", table, re.MULTILINE):
+        found |= {name: (float(rate), float(power)) for name in re.findall(r"`(\w+)`", names)}
+    assert found == {name: (RATES[method_behind(name)].at_100, RATES[method_behind(name)].power) for name in found}
+    assert set(RATES) <= set(found)
 
 
 def test_a_starting_file_for_every_reader() -> None:

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import AdapterError, ConfigError, gather
+from ..errors import ConfigError, gather
 from ..fleet.joint.settings import FleetSettings
 from ..train.settings.config_file import merged
 from ..train.settings.sections import AdapterSettings, ModelSettings
 from ._output import Json, console, print_json, quiet_transformers, rows_table
-from .store import which
 
 if TYPE_CHECKING:
     from ..fleet import FleetReport, Record
@@ -67,7 +66,7 @@ def train(
         str | None,
         typer.Option(
             metavar="NAME_OR_FOLDER",
-            help="An adapter that runs, frozen, beneath each user's own: a folder, or NAME or NAME@VERSION of --store.",
+            help="An adapter that runs, frozen, beneath each user's own: a folder, or NAME or NAME/VERSION of --store.",
         ),
     ] = None,
     start: Annotated[
@@ -143,13 +142,10 @@ def _existing(flag: str, word: str | None, store: str | None, namespace: str) ->
     if store is None:
         raise ConfigError(f"{flag}: there is no folder {word!r}; names are of a store, and --output is none")
     from ..fleet import open_store
+    from ..fleet.joint.given_adapters import stored
 
-    name, _, version = word.partition("@")
-    try:
-        with open_store(store, namespace=namespace, read_only=True) as opened:
-            return opened.get(name, which(version or None))
-    except AdapterError as error:
-        raise ConfigError(f"{flag}: {word!r} is no folder, and in the store: {error}") from error
+    with open_store(store, namespace=namespace, read_only=True) as opened:
+        return stored(opened, word, flag.removeprefix("--"))
 
 
 def _show(report: FleetReport, as_json: bool) -> None:

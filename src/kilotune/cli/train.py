@@ -66,7 +66,8 @@ def train(
     ] = None,
     epochs: Annotated[float | None, typer.Option(help=f"{TrainingSettings.help_of('epochs')} Default: 3.")] = None,
     learning_rate: Annotated[
-        float | None, typer.Option("--learning-rate", "--lr", help=TrainingSettings.help_of("learning_rate"))
+        str | None,
+        typer.Option("--learning-rate", "--lr", metavar="NUMBER", help=TrainingSettings.help_of("learning_rate")),
     ] = None,
     batch_size: Annotated[
         int | None, typer.Option(help=f"{TrainingSettings.help_of('batch_size')} Default: 8.")
@@ -106,7 +107,7 @@ def train(
         "task": task,
         "adapter.method": method,
         "training.epochs": epochs,
-        "training.learning_rate": learning_rate,
+        "training.learning_rate": None if learning_rate is None else _number(learning_rate),
         "training.batch_size": batch_size,
         "logging.progress": progress,
     }
@@ -173,6 +174,14 @@ def _settings(config: Path | None, flags: Mapping[str, Any], overrides: list[str
     if faults and config is None:
         raise ConfigError(f"give a config file (kilotune init writes one), or {', '.join(faults)}")
     return settings_from(values, where)
+
+
+def _number(text: str) -> float | str:
+    """A number, or the word as it is, which the settings then take or refuse."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _absent(values: Mapping[str, Any], name: str) -> bool:

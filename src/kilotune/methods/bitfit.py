@@ -26,6 +26,7 @@ class BitfitConfig(AdapterConfig):
     """BitFit's options: which layers, and nothing else."""
 
     peft_type: ClassVar[str] = "BITFIT"
+    usual_targets: ClassVar[str | None] = None  # the method's own places
     bias_modes: ClassVar[Names] = ("none",)
     target_words: ClassVar[Names] = (ALL_LINEAR, ALL_BIASED)
 

@@ -99,6 +99,7 @@ class BottleneckConfig(AdapterConfig):
     """Options of bottleneck adapters; PEFT has no such method, so the files are kilotune's own."""
 
     peft_type: ClassVar[str] = "BOTTLENECK"
+    usual_targets: ClassVar[str | None] = None  # the method's own places
 
     target_modules: Sequence[str] | str | None = option(
         None,

@@ -58,6 +58,7 @@ class Ia3Config(AdapterConfig):
     """IA3's options, under PEFT's names. There is no dropout, and the biases are scaled, not trained."""
 
     peft_type: ClassVar[str] = "IA3"
+    usual_targets: ClassVar[str | None] = None  # the method's own places
     bias_modes: ClassVar[Names] = ("none",)
 
     feedforward_modules: Sequence[str] | str | None = option(

@@ -32,8 +32,10 @@ from .running.events import SPEEDS, Listener, watching, without_own_output
 from .running.history import History, tensorboard_callback
 from .running.planning import RunPlan, plan_run
 from .running.progress import progress_for
+from .running.rate_test import take_rate
 from .running.session import Session, open_session
 from .settings.config_file import settings_text
+from .settings.rates import TakenRate
 from .settings.sections import SPLITS, TrainSettings
 from .trainer import output_folder
 from .trainer.failures import advise_on_memory, knobs_of, told_of_disk, told_to_go_on
@@ -184,8 +186,18 @@ def _fit(
         flow = Flow(stopper, time.perf_counter)
         boards = [tensorboard_callback(folder / LOGS / "tensorboard", step)] if settings.logging.tensorboard else []
         hooks = [flow, watcher, *boards, *callbacks]
-        with _use_cache_kept(session.model):
-            trainer = make_trainer(settings, session.model, session.prepared, kept, loss=session.loss, callbacks=hooks)
+        with _use_cache_kept(session.model), advise_on_memory(settings, "while the learning rate was tested"):
+            session.rate = _rate(session, from_checkpoint is not None, stopper)
+        with _use_cache_kept(session.model), session.keeping():
+            trainer = make_trainer(
+                settings,
+                session.model,
+                session.prepared,
+                kept,
+                loss=session.loss,
+                callbacks=hooks,
+                rate=session.rate.value,
+            )
             without_own_output(trainer)
             with advise_on_memory(settings, "while training", trainer.own.guard):
                 if from_checkpoint is not None and state is not None and output_folder.is_finished(state):
@@ -197,6 +209,23 @@ def _fit(
         if settings.logging.report and is_main():
             write_report(session, result, plan)
     return result
+
+
+def _rate(session: Session, goes_on: bool, stopper: Stopper) -> TakenRate:
+    """The learning rate: that of the run which goes on, else the one to take now, told and written down."""
+    if goes_on and (noted := output_folder.noted_rate(session.folder)) is not None:
+        return TakenRate(float(noted["value"]), str(noted["why"]))
+    taken = take_rate(session, stopper)
+    if is_main():
+        output_folder.note_rate(session.folder, taken.to_dict())
+        progress = session.settings.logging.progress
+        if taken.why == "given" or progress == "quiet":
+            return taken
+        if progress == "json":
+            sys.stdout.write(json.dumps({"event": "learning rate", **taken.to_dict()}) + "\n")
+        else:
+            sys.stderr.write(f"{taken.why}\n")
+    return taken
 
 
 def _begin(session: Session, resume: bool) -> Path | None:
@@ -290,7 +319,7 @@ def evaluate(
         without_own_output(trainer)
         writing = generating(trainer, rows) if generate else contextlib.nullcontext()
         advice = advise_on_memory(session.settings, "while evaluating", trainer.own.guard)
-        with _use_cache_kept(session.model), writing, advice:
+        with _use_cache_kept(session.model), session.keeping(), writing, advice:
             scores = trainer.evaluate(rows, metric_key_prefix="test")
     plain = {name.removeprefix("test_"): value for name, value in scores.items() if name.startswith("test_")}
     return {name: float(value) for name, value in plain.items() if not f"_{name}".endswith(SPEEDS)}

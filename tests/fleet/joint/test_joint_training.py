@@ -14,6 +14,7 @@ from torch import Tensor
 from kilotune import AdapterConfig, LoraConfig, VeraConfig, get_config, get_peft_model
 from kilotune.errors import ConfigError, MergeError, UnsupportedError
 from kilotune.fleet import FleetSettings, JointTraining, User, fit, wrap
+from kilotune.model.last_blocks import in_last_blocks
 from tests.support.fleet_support import Kept, Row, alone, furthest, padded, points, stacked, tensors_of, token_rows
 from tests.support.models import Nested, bits, tiny_gpt2, tiny_llama
 
@@ -246,3 +247,27 @@ def test_a_training_runs_once() -> None:
     training.run(group(1))
     with pytest.raises(ConfigError, match="runs once"):
         training.run()
+
+
+# -- the last blocks alone -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [VERA, METHODS["lora"]], ids=["vera", "lora"])
+def test_last_blocks_give_what_all_blocks_give_where_only_those_are_adapted(config: AdapterConfig) -> None:
+    """What enters them is kept; a user alone, with these layers named, runs all blocks each time."""
+    users = [User(f"u{i}", token_rows(5 + i, i), token_rows(3, 50 + i), seed=i) for i in range(3)]
+    kept, base = Kept(), double(tiny_llama(layers=4))
+    ran: list[int] = []
+    base.model.layers[0].mlp.register_forward_hook(lambda _, args, output: ran.append(output.shape[0]))
+    fit(base, config, users, SETTINGS.replace(last_blocks=2), collate=padded, sink=kept)
+    rows = sum(len(user.data) + len(user.validation or ()) for user in users)
+    assert len(ran) < rows
+    narrow = in_last_blocks(tiny_llama(layers=4), config, 2)
+    for user in users:
+        model, _ = alone(double(tiny_llama(layers=4)), narrow, user, SETTINGS, padded)
+        assert furthest(kept.adapters[user.name], tensors_of(model)) < TIGHT, user.name
+
+
+def test_a_bound_without_last_blocks_is_refused() -> None:
+    with pytest.raises(ConfigError, match="input_cache_mb: has no effect without fleet.last_blocks"):
+        FleetSettings(input_cache_mb=5)

@@ -17,8 +17,19 @@ from kilotune.adapter_files.reading import open_adapter
 from kilotune.errors import CheckpointError, ConfigError, UnsupportedError
 from kilotune.fleet import FleetSettings, StandsOn, User, fit, open_store
 from kilotune.fleet.store.stands_on import HEADER
-from tests.support.fleet_support import Kept, alone, furthest, points, stacked, tensors_of
-from tests.support.models import Nested, bits, randomize
+from kilotune.model.last_blocks import in_last_blocks
+from tests.support.fleet_support import (
+    Kept,
+    alone,
+    furthest,
+    mean_loss,
+    padded,
+    points,
+    stacked,
+    tensors_of,
+    token_rows,
+)
+from tests.support.models import Nested, bits, randomize, tiny_llama
 
 ALL = "all-linear"
 VERA = VeraConfig(r=6, target_modules=ALL)
@@ -120,6 +131,28 @@ def test_what_it_stands_on_is_in_the_store_and_in_the_file(tmp_path: Path) -> No
     assert HEADER not in open_adapter(tmp_path / "bare" / "u0").metadata
 
 
+def test_a_name_in_the_store_that_is_written_to(tmp_path: Path) -> None:
+    house().save_pretrained(tmp_path)
+    house(scale=0.1).save_pretrained(tmp_path / "new")
+    with open_store(f"sqlite:///{tmp_path / 'a.db'}") as store:
+        store.put("house-style", tmp_path / "house-style", alias="live")
+        store.put("house-style", tmp_path / "new" / "house-style")
+        for on, version in (("house-style/1", 1), ("house-style/live", 1), ("house-style", 2)):
+            fit(Nested().double(), VERA, group(1), SETTINGS, sink=store, on=on, **RUN)
+            info = store.get("u0").info
+            assert info.stands_on is not None
+            assert (info.stands_on.name, info.stands_on.version) == ("house-style", version)
+            assert info.metadata["stands_on"]["version"] == version
+        assert len(store.versions("house-style")) == 2, "it is there, and is not put again"
+        still = SETTINGS.replace(learning_rate=1e-12)
+        fit(Nested().double(), VERA, [User("u0", points(5, 0))], still, sink=store, on="house-style", start="u0", **RUN)
+        torch.testing.assert_close(store.get("u0", 4).vector(), store.get("u0", 3).vector())
+        with pytest.raises(ConfigError, match="start: 'u0' stands on 'house-style'.* the base alone"):
+            fit(Nested().double(), VERA, [User("x", points(5, 0))], still, sink=store, start="u0", **RUN)
+        with pytest.raises(ConfigError, match="(?s)on: 'haus' is no folder, and in the store: .*no such adapter"):
+            fit(Nested().double(), VERA, group(1), SETTINGS, sink=store, on="haus", **RUN)
+
+
 def test_the_hash_is_of_what_is_computed(tmp_path: Path) -> None:
     model = house(VeraConfig(r=4, target_modules=ALL, vera_dropout=0.1))
     first = content_sha256(file_of(model.installed("house-style")))
@@ -135,6 +168,31 @@ def test_the_hash_is_of_what_is_computed(tmp_path: Path) -> None:
     other = get_peft_model(Nested(), VeraConfig(r=4, target_modules=ALL, projection_prng_key=1))
     twin = get_peft_model(Nested(), VeraConfig(r=4, target_modules=ALL, projection_prng_key=2))
     assert content_sha256(file_of(other.installed("default"))) != content_sha256(file_of(twin.installed("default")))
+
+
+def test_with_the_last_blocks_alone_the_shared_one_is_in_what_enters_them() -> None:
+    """What enters them is kept; over a base with the house style in its weights all blocks run each time."""
+    model = get_peft_model(tiny_llama(layers=4).double(), LoraConfig(r=2, target_modules=ALL), "house-style")
+    model.double()
+    randomize(model, "house-style", seed=4, scale=0.3)
+    model.set_adapter([])
+    model.eval()
+    merged = copy.deepcopy(model).merge_and_unload(adapter_names=["house-style"])
+    users = [User(f"u{i}", token_rows(5 + i, i), token_rows(3, 50 + i), seed=i) for i in range(3)]
+    ran: list[int] = []
+    model.get_base_model().model.layers[0].mlp.register_forward_hook(lambda _, args, y: ran.append(y.shape[0]))
+    kept = Kept()
+    settings = SETTINGS.replace(last_blocks=2)
+    report = fit(model, VERA, users, settings, collate=padded, sink=kept, on="house-style")
+    assert 0 < sum(ran) < 2 * sum(len(user.data) + len(user.validation or ()) for user in users)
+    narrow = in_last_blocks(tiny_llama(layers=4), VERA, 2)
+    for user in users:
+        twin, seen = alone(copy.deepcopy(merged), narrow, user, SETTINGS, padded)
+        assert furthest(kept.adapters[user.name], tensors_of(twin)) < 1e-8, user.name
+        assert [loss for _, loss in report[user.name].validation] == pytest.approx(seen, abs=1e-8)
+        with torch.no_grad():
+            bare = mean_loss(merged, padded(list(user.validation or ())))
+        assert report[user.name].without == pytest.approx(float(bare), abs=1e-8)
 
 
 def test_another_shared_one_is_another_training(tmp_path: Path) -> None:

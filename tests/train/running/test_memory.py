@@ -416,7 +416,7 @@ def test_the_plan_is_read_by_people_and_by_programs(session: Session) -> None:
     plan = plan_run(session, ["a smaller batch"])
     first, second, third, *notes = plan.lines()
     assert first.startswith(
-        f"causal-lm, vera on {session.settings.model.base}: 96 numbers are trained (1.11 % of 8,624)"
+        f"causal-lm, vera on {session.settings.model.base}: 400 numbers are trained (4.36 % of 9,184)"
     )
     assert second.startswith(f"40 rows of {session.prepared.tokens:,} tokens to train on; 15 steps (batches of 4, ")
     assert "2 batches a step, 5 an epoch), 3 epochs" in second

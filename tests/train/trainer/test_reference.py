@@ -428,6 +428,18 @@ def test_a_class_of_ones_own_that_hands_its_arguments_on(reference: str, tmp_pat
     by_hand = dpo_loss(policy, policy if reference == "start" else base)
     run = with_reference(Own, reference)(model=for_trainer(model), **options("DPO", tmp_path))
     assert first(run)["loss"] == pytest.approx(by_hand, abs=1e-6)
+    with pytest.raises(ConfigError, match="Own: give its arguments by name, model=... too"):
+        with_reference(Own, reference)(for_trainer(model), **options("DPO", tmp_path))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_trainer_whose_adapters_were_taken_out_is_refused(name: str, tmp_path: Path) -> None:
+    """It would train the base's own weights, which the reference shares."""
+    model = goes_on()
+    run = trainer(name, model, tmp_path)
+    model.merge_and_unload()
+    with pytest.raises(ConfigError, match="adapters were taken out of the model after this trainer was made"):
+        run.train()
 
 
 def test_wrong_arguments_are_refused_in_one_line(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ tests/train/trainer/test_without_peft.py runs this file again where PEFT is not 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import re
@@ -36,6 +37,27 @@ def trainer(model: PeftModel, rows: list[dict[str, Tensor]], folder: Path, **cha
 
     given = {key: changed.pop(key) for key in ("eval_dataset", "compute_loss_func") if key in changed}
     return Trainer(model=for_trainer(model), args=arguments(folder, **changed), train_dataset=rows, **given)
+
+
+# -- nothing to train --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["merged", "disabled", "deleted", "inference"])
+def test_nothing_to_train_is_one_line(tmp_path: Path, how: str) -> None:
+    """Without it torch says that element 0 of tensors does not require grad."""
+    model = adapted("vera")
+    run = trainer(model, LINES, tmp_path, max_steps=1)
+    if how == "merged":
+        model.merge_adapter()
+    elif how == "deleted":
+        model.delete_adapter("default")
+    elif how == "inference":
+        model.set_adapter("default", inference_mode=True)
+    with (
+        model.disable_adapter() if how == "disabled" else contextlib.nullcontext(),
+        pytest.raises(ConfigError, match="^nothing would be trained: "),
+    ):
+        run.train()
 
 
 # -- saving ------------------------------------------------------------------------------------------

@@ -41,8 +41,8 @@ class RecipeSettings(Section):
         "",
         text,
         "A config file of kilotune train, with validation and test data; from the folder of this config file. Its "
-        "adapter, learning_rate, seed, output and logging are the comparison's, and each run is trained to its end: "
-        "there are no evaluations in between, and no early stopping.",
+        "adapter (but for its last_blocks), learning_rate, seed, output and logging are the comparison's, and each run "
+        "is trained to its end: there are no evaluations in between, and no early stopping.",
     )
 
 

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from ...config import FrozenDict
 from ...errors import ConfigError
+from ...model.frozen_inputs import FrozenInputs
+from ...model.kept_rows import KeptRows
 from ...train.run import Session, evaluate, fit, open_session
 from ...train.running.events import Event, Listener
 from ...train.settings.config_file import load_settings
@@ -45,6 +47,10 @@ class Recipe(Problem):
             if value is not None:
                 raise ConfigError(f"{settings.config}: {name}: not all methods have it, so a comparison cannot")
         self.base = given
+        run = given.training
+        disk = tempfile.gettempdir() if run.input_cache == "disk" else None
+        off = given.adapter.last_blocks is None or run.input_cache == "off"
+        self.kept = None if off else KeptRows(run.input_cache_mb, disk)
         first = _opened(self._settings(BARE, 1.0, given.training.seed, 1.0, None))
         self.prepared: Prepared = first.prepared
         missing = [name for name in ("validation", "test") if getattr(self.prepared, name) is None]
@@ -61,10 +67,18 @@ class Recipe(Problem):
 
     def describe(self) -> dict[str, Any]:
         given = self.base
+        adapter = {} if given.adapter.last_blocks is None else {"last_blocks": given.adapter.last_blocks}
         parts = {section.SECTION: _chosen(section) for section in (given.model, given.data, given.training)}
         for name in OURS:
             parts["training"].pop(name, None)
-        return {"problem": "recipe", "task": given.task, **parts, "base_and_data": self.origin, "rows": self._rows()}
+        return {
+            "problem": "recipe",
+            "task": given.task,
+            **parts,
+            **adapter,
+            "base_and_data": self.origin,
+            "rows": self._rows(),
+        }
 
     def _rows(self) -> dict[str, int]:
         splits: dict[str, Any] = {name: getattr(self.prepared, name) for name in ("train", "validation", "test")}
@@ -79,7 +93,11 @@ class Recipe(Problem):
         steps = run.max_steps if folder is None else max(1, round(budget * self.steps))
         return self.base.replace(
             output=None if folder is None else str(folder),
-            adapter=AdapterSettings(method=contender.method, options=FrozenDict(contender.seeded(seed))),
+            adapter=AdapterSettings(
+                method=contender.method,
+                options=FrozenDict(contender.seeded(seed)),
+                last_blocks=None if contender.method == "head" else self.base.adapter.last_blocks,
+            ),
             training=run.replace(
                 learning_rate=rate,
                 seed=seed,
@@ -93,12 +111,18 @@ class Recipe(Problem):
     def run(self, contender: Contender, rate: float, seed: int, budget: float, test: bool, tick: Tick) -> Score:
         with tempfile.TemporaryDirectory(prefix="kilotune-compare-") as name:
             settings = self._settings(contender, rate, seed, budget, Path(name) / "run")
-            session = _opened(settings, dataclasses.replace(self.prepared, validation=None, test=None))
+            session = self._open(settings, dataclasses.replace(self.prepared, validation=None, test=None))
             fit(session, listeners=[_Ticker(tick)])
             return self._score(session, test)
 
     def start(self, seed: int) -> Score:
-        return self._score(_opened(self._settings(BARE, 1.0, seed, 1.0, None), self.prepared))
+        return self._score(self._open(self._settings(BARE, 1.0, seed, 1.0, None), self.prepared))
+
+    def _open(self, settings: TrainSettings, prepared: Prepared) -> Session:
+        """A session; what goes into the last blocks of the one base is kept for all of them."""
+        session = _opened(settings, prepared)
+        session.kept = self.kept
+        return session
 
     def _score(self, session: Session, test: bool = True) -> Score:
         session.prepared = self.prepared
@@ -111,7 +135,16 @@ class Recipe(Problem):
         model = session.model if contender is not None else session.model.requires_grad_(False)
         rows: Any = self.prepared.train
         batch = self.prepared.collate([rows[i] for i in range(min(len(rows), self.base.training.batch_size))])
-        return Bench(model.train(), lambda: _loss(model, batch))
+        last = session.settings.adapter.last_blocks
+        if last is None or self.kept is None:
+            return Bench(model.train(), lambda: _loss(model, batch))
+        frozen = FrozenInputs(model, last, self.kept)
+
+        def loss() -> Tensor:
+            with frozen:
+                return _loss(model, batch)
+
+        return Bench(model.train(), loss)
 
 
 def _opened(settings: TrainSettings, prepared: Prepared | None = None) -> Session:

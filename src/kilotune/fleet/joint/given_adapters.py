@@ -13,18 +13,20 @@ from torch import Tensor
 
 from ...adapter_files.content import content_sha256, file_of
 from ...adapter_files.reading import AdapterFile, open_adapter
-from ...errors import ConfigError, UnsupportedError, did_you_mean, gather, type_name
+from ...errors import AdapterError, ConfigError, UnsupportedError, did_you_mean, gather, type_name
 from ...injection.installed_adapter import Installed, conflicts
 from ...layers.route import Cohort, Stacked
 from ...model.adapter_model import AdapterModel
 from ...model.routed_model import unroutable
 from ..bank.forms import ResidentForm
-from ..store import Record, StandsOn
+from ..store import AdapterStore, Record, StandsOn
+from ..store.names import check_on
 
-__all__ = ["Beneath", "Existing", "Given", "beneath", "existing", "start_of"]
+__all__ = ["Beneath", "Existing", "Given", "beneath", "existing", "start_of", "stored"]
 
 Existing = str | os.PathLike[str] | AdapterFile | Record
-"""An adapter that is there already: by its name in the model, its folder, or read already, out of a store say."""
+"""An adapter that is there already: its name in the model, its folder, its name in the store that the training writes
+to (NAME, NAME/3, NAME/alias), or read already."""
 
 
 @final
@@ -37,8 +39,8 @@ class Given:
     inside: bool = False
 
 
-def existing(model: AdapterModel, given: object, option: str) -> Given:
-    """The adapter that an option names; a name in the model goes before a folder.
+def existing(model: AdapterModel, given: object, option: str, store: AdapterStore | None = None) -> Given:
+    """The adapter that an option names; a name in the model goes before a folder, and that before one in ``store``.
 
     Raises:
         ConfigError: it is none, or there is none. CheckpointError: its files are damaged.
@@ -59,6 +61,8 @@ def existing(model: AdapterModel, given: object, option: str) -> Given:
         return Given(file, StandsOn(str(given), None, content_sha256(file)), inside=True)
     folder = Path(given)
     if not folder.is_dir():
+        if store is not None and isinstance(given, str):
+            return existing(model, stored(store, given, option), option)
         there = ", ".join(map(repr, model.peft_config)) or "none"
         raise ConfigError(
             f"{option}: there is no folder {str(given)!r}, and no such adapter in the model."
@@ -66,6 +70,19 @@ def existing(model: AdapterModel, given: object, option: str) -> Given:
         )
     file = open_adapter(folder)
     return Given(file, StandsOn(folder.resolve().name, None, content_sha256(file)))
+
+
+def stored(store: AdapterStore, name: str, option: str) -> Record:
+    """What a name (NAME, NAME/3, NAME/alias) means in a store, for an option that is neither in a model nor a folder.
+
+    Raises:
+        ConfigError: there is none.
+
+    """
+    try:
+        return store.find_shared(name) if option == "on" else store.get(*check_on(name))
+    except AdapterError as error:
+        raise ConfigError(f"{option}: {name!r} is no folder, and in the store: {error}") from error
 
 
 # -- beneath ---------------------------------------------------------------------------------------------
@@ -90,7 +107,9 @@ class Beneath:
         )
 
 
-def beneath(model: AdapterModel, on: object, form: ResidentForm, held: ExitStack) -> Beneath:
+def beneath(
+    model: AdapterModel, on: object, form: ResidentForm, held: ExitStack, store: AdapterStore | None = None
+) -> Beneath:
     """The adapter that ``on`` names, in the model until ``held`` is left, and frozen for so long.
 
     Args:
@@ -98,13 +117,14 @@ def beneath(model: AdapterModel, on: object, form: ResidentForm, held: ExitStack
         on: see :data:`Existing`.
         form: of the users' adapters.
         held: takes it out again, if it was not there.
+        store: where a name may be looked for.
 
     Raises:
         ConfigError, CheckpointError: see :func:`existing`. UnsupportedError: rows cannot go through it, or the users'
             adapters cannot stand on it.
 
     """
-    given = existing(model, on, "on")
+    given = existing(model, on, "on", store)
     if (lower := StandsOn.of_header(given.file.metadata)) is not None:
         raise UnsupportedError(
             f"on: {given.known.name!r} stands on {lower} itself; merge that into the base first (merge_and_unload()), "
@@ -136,7 +156,13 @@ def _free_name(model: AdapterModel, name: str) -> str:
 # -- starts ------------------------------------------------------------------------------------------------
 
 
-def start_of(model: AdapterModel, form: ResidentForm, start: object, on: StandsOn | None) -> tuple[Tensor, StandsOn]:
+def start_of(
+    model: AdapterModel,
+    form: ResidentForm,
+    start: object,
+    on: StandsOn | None,
+    store: AdapterStore | None = None,
+) -> tuple[Tensor, StandsOn]:
     """(the row (length,) that a user's adapter starts from, which adapter that is).
 
     Args:
@@ -144,13 +170,14 @@ def start_of(model: AdapterModel, form: ResidentForm, start: object, on: StandsO
         form: of the users' adapters; the one that is given has to be of it.
         start: see :data:`Existing`.
         on: what the users' adapters stand on.
+        store: where a name may be looked for.
 
     Raises:
         ConfigError: there is none, or it is of another method or configuration, or stands on something else.
         CheckpointError: its files are damaged, or do not fit the model.
 
     """
-    given = existing(model, start, "start")
+    given = existing(model, start, "start", store)
     stood = StandsOn.of_header(given.file.metadata)
     if stood is not None and (on is None or on.sha256 != stood.sha256):
         there = "the base alone" if on is None else str(on)

@@ -29,7 +29,10 @@ from ...adapter_files.names import composed
 from ...config import AdapterConfig
 from ...errors import AdapterError, ConfigError, KilotuneError, UnsupportedError, did_you_mean
 from ...model.adapter_model import AdapterModel
-from ..store import AdapterStore, Fingerprint
+from ...model.frozen_inputs import FrozenInputs
+from ...model.kept_rows import KeptRows
+from ...model.last_blocks import in_last_blocks
+from ..store import AdapterStore, Fingerprint, StandsOn
 from .adapter_rows import Rows, start_row
 from .given_adapters import Existing, beneath, start_of
 from .losses import Loss, loss_of
@@ -88,8 +91,9 @@ class JointTraining:
         folder: where its state is kept, so that it can be resumed; None: nowhere.
         resume: go on with the training in ``folder``, given the same users again; who has ended is passed over.
         told: hear how far it is, in the training's own thread.
-        on: an adapter that runs, frozen, beneath every user's own: the name of one in the model, a folder, or one that
-            was read (``store.get("house-style")``). What is trained is then of use on top of that one alone.
+        on: an adapter that runs, frozen, beneath every user's own: the name of one in the model, a folder, a name in
+            the store that is the sink ("house-style", "house-style/3"), or one that was read (``store.get(name)``).
+            What is trained is then of use on top of that one alone.
         start: an adapter of the same method and configuration, given likewise, from which each user's own starts; a
             user's own ``start`` goes before it. It is trained on, and nothing is left of it beside the result.
 
@@ -121,7 +125,6 @@ class JointTraining:
         self._model, self._config, self._collate, self._loss = model, config, collate, loss_of(loss)
         self._sink, self._folder, self._resume, self._told = sink_of(sink), folder, resume, tuple(told)
         self._given_on, self._given_start = on, start
-        self._rate = self.settings.rate(config)
         self._lock = threading.Lock()
         self._added: deque[User] = deque()
         self._cancelled: set[str] = set()
@@ -198,23 +201,25 @@ class JointTraining:
         return FleetReport(tuple(self._reports), self._steps, self._rows_done, seconds)
 
     def _install(self, model: AdapterModel, held: ExitStack) -> None:
-        self._form = form_in(model, self._config, held)
+        last = self.settings.last_blocks
+        config = self._config if last is None else in_last_blocks(model.get_base_model(), self._config, last)
+        self._form = form_in(model, config, held)
         layers = list(self._form.installed.layers.values())
         dtype = torch.float32
         for layer in layers:
             dtype = torch.promote_types(dtype, layer.compute_dtype())
         self._rows = Rows(self._form, self.settings, dtype, layers[0].compute_device())
-        on = None if self._given_on is None else beneath(model, self._given_on, self._form, held)
+        if last is not None:  # what is beneath all is frozen, so what enters the last blocks stays the same with it
+            held.enter_context(FrozenInputs(model, last, KeptRows(self.settings.input_cache_mb)))
+        on = None if self._given_on is None else beneath(model, self._given_on, self._form, held, self._sink.store)
         self._on = None if on is None else on.known
-        if on is not None:
-            self._sink.stand_on(on.known, on.file)
-        self._start = None if self._given_start is None else start_of(model, self._form, self._given_start, self._on)
+        self._start = None if self._given_start is None else self._start_of(model, self._given_start)
         self._passes = Passes(model, self._form, self._rows, self._collate, self._loss, on)
         self._adapted, self._base = model, Fingerprint.of(model)
         self._state: StateFolder | None = None
         if self._folder is not None:
             identity = {
-                "settings": {**self.settings.to_dict(), "learning_rate": self._rate},
+                "settings": {**self.settings.to_dict(), "rate of 100 steps": self.settings.rate(self._config, 100)},
                 "config": self._form.config.to_dict(),
                 "base": self._base.sha256,
                 "dtype": str(dtype),
@@ -223,6 +228,8 @@ class JointTraining:
             }
             self._state = StateFolder(self._folder, identity, self._resume)
             held.callback(self._state.close)
+        if on is not None:
+            self._sink.stand_on(on.known, on.file)
 
     def _loop(self, users: Iterator[User]) -> None:
         self._restore(users)
@@ -300,10 +307,13 @@ class JointTraining:
         self._rows.begin(member.slot, row)
         self._queue.append(member)
 
+    def _start_of(self, model: AdapterModel, start: Existing) -> tuple[Tensor, StandsOn]:
+        return start_of(model, self._form, start, self._on, self._sink.store)
+
     def _start_row(self, member: Member) -> Tensor:
         """Where a user's adapter starts: as it says itself, as the training says, or as its method does."""
         if member.user.start is not None:
-            return start_of(self._adapted, self._form, member.user.start, self._on)[0]
+            return self._start_of(self._adapted, member.user.start)[0]
         if self._start is not None:
             return self._start[0]
         return start_row(self._form, member.seed, self._rows.values.dtype)
@@ -386,7 +396,7 @@ class JointTraining:
 
     def _part(self, member: Member) -> Part | None:
         numbers = member.numbers(self.settings)
-        rate = self._rate * self.settings.factor(member.step, member.steps)
+        rate = self.settings.rate(self._config, member.steps) * self.settings.factor(member.step, member.steps)
         return member.part(member.user.data, numbers, member.step, rate)
 
     def _refuse_if_nobody_can(self, outcomes: Sequence[Outcome]) -> None:

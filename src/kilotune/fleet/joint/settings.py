@@ -9,7 +9,7 @@ from typing import Any, ClassVar, final
 
 from ...config import AdapterConfig, number_fault
 from ...train.settings.fields import EPOCH, Section, flag, interval, number, one_of, or_none, setting, warmup
-from ...train.settings.sections import usual_rate
+from ...train.settings.rates import rate_for
 
 __all__ = ["FleetSettings"]
 
@@ -48,7 +48,9 @@ class FleetSettings(Section):
         None, or_none(number(1, whole=True)), "Steps of each user, whatever epochs says; null: as epochs says."
     )
     learning_rate: float | None = setting(
-        None, or_none(number(0, above=True)), "The highest learning rate; null: the method's usual one."
+        None,
+        or_none(number(0, above=True)),
+        "The highest learning rate; null: by a rule, from the method and the user's steps.",
     )
     schedule: str = setting(
         "linear", one_of("linear", "cosine", "constant"), "How a user's rate goes from its highest to the end."
@@ -86,9 +88,23 @@ class FleetSettings(Section):
         100, number(1, whole=True), "Write the state every so many joint steps, where there is a folder for it."
     )
 
+    last_blocks: int | None = setting(
+        None,
+        or_none(number(1, whole=True)),
+        "Adapt only the last so many blocks of the model. What goes into them is computed once a row, and kept.",
+    )
+    input_cache_mb: float = setting(
+        2000.0,
+        number(0),
+        "With last_blocks: how much of that is kept in memory, in megabytes; rows beyond it run through all blocks "
+        "each time.",
+    )
+
     @classmethod
     def together(cls, values: Mapping[str, Any]) -> list[str]:
         faults = []
+        if values["last_blocks"] is None and values["input_cache_mb"] != cls.defaults()["input_cache_mb"]:
+            faults.append(f"{cls.key('input_cache_mb')}: has no effect without {cls.key('last_blocks')}")
         if values["capacity"] is not None and values["capacity"] < values["users_per_step"]:
             faults.append(
                 f"{cls.key('capacity')}: {values['capacity']} is less than {cls.key('users_per_step')}, "
@@ -103,13 +119,13 @@ class FleetSettings(Section):
         """``capacity``, filled in."""
         return self.capacity or self.users_per_step
 
-    def rate(self, config: AdapterConfig) -> float:
-        """``learning_rate``, filled in for a method."""
+    def rate(self, config: AdapterConfig, steps: int) -> float:
+        """``learning_rate``, filled in for a method and a user's steps."""
         if self.learning_rate is not None:
             return self.learning_rate
         from ...methods import method_of  # needs torch, which help texts do without
 
-        return usual_rate(method_of(config).name)
+        return rate_for(method_of(config).name, steps)
 
     def steps_of_epoch(self, rows: int) -> int:
         """Steps of a user in one epoch; the last one of an epoch may have fewer rows."""

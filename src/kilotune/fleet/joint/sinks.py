@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, final
 
+from ...adapter_files.content import content_sha256
 from ...adapter_files.files import WEIGHTS_NAME, read_weights, write
 from ...adapter_files.reading import AdapterFile
-from ...errors import CheckpointError, ConfigError, KilotuneError, StoreError, type_name
+from ...errors import AdapterError, CheckpointError, ConfigError, KilotuneError, StoreError, type_name
 from ..store import AdapterStore, Contents, Item, StandsOn
 from ..store.stands_on import METADATA
 from ..store.transfer import bring
@@ -41,9 +42,10 @@ class Finished:
 
 
 class Sink(ABC):
-    """Takes finished adapters. remembers: whether :meth:`find` finds them again."""
+    """Takes finished adapters. remembers: whether :meth:`find` finds them again. store: the one that it puts into."""
 
     remembers: ClassVar[bool] = False
+    store: AdapterStore | None = None
 
     def stand_on(self, on: StandsOn, file: AdapterFile) -> None:  # noqa: B027 - most have nothing to do
         """Told once, before a training whose adapters all stand on a shared one, which is read already."""
@@ -88,6 +90,7 @@ class StoreSink(Sink):
     """
 
     remembers = True
+    store: AdapterStore
 
     def __init__(self, store: AdapterStore, alias: str | None = None, tags: Sequence[str] = ()) -> None:
         if store.read_only:
@@ -97,8 +100,19 @@ class StoreSink(Sink):
 
     def stand_on(self, on: StandsOn, file: AdapterFile) -> None:
         """Have the shared adapter in the store, under its name, where it is not there already."""
+        if on.version is not None and (place := self._place(on)) is not None:
+            self._on = place
+            return
         files = file.files
         self._on = bring(self.store, on.name, Contents(files.config, files.tensors, files.header))
+
+    def _place(self, on: StandsOn) -> str | None:
+        """Where the very version is in this store; None where it is not."""
+        try:
+            found = self.store.find_shared(f"{on.name}/{on.version}")
+        except (AdapterError, ConfigError):
+            return None
+        return f"{on.name}/{on.version}" if content_sha256(found.file()) == on.sha256 else None
 
     def put(self, finished: Sequence[Finished]) -> list[str | None]:
         items = [self._item(one) for one in finished]

@@ -22,7 +22,7 @@ class User:
     name: of the adapter; at most 200 bytes, no slash. data: rows, each of which ``collate`` takes. validation: rows to
     evaluate on, or None. seed: of the adapter's start, the order of the rows and dropout; None: the settings' seed.
     metadata: goes into a store beside the adapter. start: an adapter of the same method and configuration to go on
-    from: its name in the model, its folder, or read already (``store.get(name)``); None: the training's ``start``.
+    from, given as the training's ``start`` is; None: that one.
     """
 
     name: str

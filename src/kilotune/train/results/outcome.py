@@ -50,6 +50,7 @@ class Result:
         adapter_bytes: of the adapter's weights on disk; of the whole model's for the methods ``full`` and ``head``.
         peak_memory: bytes; on CUDA of tensors, elsewhere of the process.
         step_seconds: the median over the steps of this session; 0 where there were none.
+        learning_rate: the highest one. rate_from: where that is from, in a sentence.
         form: what the rows of a model that writes are: messages, prompt, text or source; else None.
         history: one dict a record, as in logs/history.jsonl.
     """
@@ -63,6 +64,8 @@ class Result:
     adapter_bytes: int
     peak_memory: int
     step_seconds: float
+    learning_rate: float = 0.0
+    rate_from: str = ""
     form: str | None = None
     history: Sequence[Mapping[str, Any]] = ()
 
@@ -123,6 +126,8 @@ def finish(session: Session, state: Any, best_step: int, history: History, steps
         adapter_bytes=0,
         peak_memory=_peak_memory(device_of(session.settings.training.device)),
         step_seconds=statistics.median(steps) if steps else 0.0,
+        learning_rate=0.0 if session.rate is None else session.rate.value,
+        rate_from="" if session.rate is None else session.rate.why,
         form=session.prepared.form,
         history=tuple(history.records),
     )

@@ -16,6 +16,7 @@ from ...bases import located
 from ...config import AdapterConfig
 from ...errors import ConfigError, MissingExtraError, TargetError, UnsupportedError, first_line, without_network
 from ...injection.targets import HEADS
+from ...model.last_blocks import blocks_of, in_last_blocks
 from ...model.peft_model import get_peft_model
 from ...plan import DTYPES
 from ..settings.sections import ModelSettings, TrainSettings
@@ -253,13 +254,26 @@ def adapt(loaded: Loaded, settings: TrainSettings, task: Task | None) -> nn.Modu
     if method == "full":
         if getattr(model, "is_quantized", False):
             raise UnsupportedError("adapter.method 'full': this model's weights are quantised, and cannot be trained")
-        return nn.Module.float(model).requires_grad_(True)
+        return _whole(nn.Module.float(model), settings.adapter.last_blocks, heads_of(loaded, task))
     heads = heads_of(loaded, task)
     if method == "head":
         return _head_only(model, heads)
     config = _config(settings, task, heads)
+    if settings.adapter.last_blocks is not None:
+        config = in_last_blocks(model, config, settings.adapter.last_blocks)
     hold_in_float32(model, _saved_names(config))
     return get_peft_model(model, config)
+
+
+def _whole(model: nn.Module, last_blocks: int | None, heads: tuple[str, ...]) -> nn.Module:
+    """``model`` with all weights trained, or those of its last blocks and its new heads."""
+    if last_blocks is None:
+        return model.requires_grad_(True)
+    model.requires_grad_(False)
+    blocks = blocks_of(model)
+    for name in (*blocks.names(blocks.first_of(last_blocks)), *heads):
+        model.get_submodule(name).requires_grad_(True)
+    return model
 
 
 def _config(settings: TrainSettings, task: Task | None, heads: tuple[str, ...]) -> AdapterConfig:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["RunPlan", "largest_rows", "plan_run"]
 
+_WHERE = {"memory": "in memory", "disk": "on disk"}
 LOOKED_AT = 1000  # rows of a data set whose lengths only reading them tells
 
 
@@ -45,7 +46,7 @@ class RunPlan:
     saved. rows, tokens: of train; tokens 0 where it has none. steps: of the optimizer, in all. epochs: in all. batch:
     the shape of the largest. memory: None where it could not be found out, and ``unknown`` says why. sharded: whether
     the processes share the frozen weights out. knobs: what needs less. notes: what the user has to know of data and
-    model.
+    model. cached: how much is kept of what goes into the last blocks, in words.
     """
 
     what: str
@@ -65,6 +66,7 @@ class RunPlan:
     sharded: bool = False
     knobs: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    cached: str = ""
 
     @property
     def fits(self) -> bool | None:
@@ -80,6 +82,7 @@ class RunPlan:
             f"{self.what}: {counts.trainable:,} numbers are trained ({share}); {size} on disk",
             f"{self._data()}; {self.steps:,} steps{self._how()}, {self.epochs:.3g} epochs",
             *self._memory(),
+            *([self.cached] if self.cached else []),
             *self.notes,
         ]
 
@@ -129,6 +132,7 @@ class RunPlan:
             "memory_unknown": self.unknown,
             "machine": {"name": self.machine.name, "total": self.machine.total, "free": self.machine.free},
             "fits": self.fits,
+            "input_cache": self.cached,
             "notes": list(self.notes),
         }
 
@@ -169,7 +173,28 @@ def plan_run(session: Session, knobs: Sequence[str] = ()) -> RunPlan:
         sharded=settings.training.shard,
         knobs=tuple(knobs),
         notes=session.notes,
+        cached=_cached(session),
     )
+
+
+def _cached(session: Session) -> str:
+    """A line about what goes into the last blocks, where it is kept."""
+    settings, prepared = session.settings, session.prepared
+    last, run = settings.adapter.last_blocks, settings.training
+    if last is None or run.input_cache == "off":
+        return ""
+    config = getattr(session.model, "config", None)
+    width = getattr(config.get_text_config(), "hidden_size", None) if config is not None else None
+    bound = run.input_cache_mb * 1e6
+    what = f"the last {last} blocks are adapted, and what goes into them is computed once a row"
+    if width is None or not prepared.tokens:
+        return f"{what} and kept {_WHERE[run.input_cache]}, {readable_bytes(round(bound))} at most"
+    validation: Any = prepared.validation
+    tokens = prepared.tokens * (1 + (len(validation) if validation is not None else 0) / len(prepared.train))  # type: ignore[arg-type]
+    size = next((p.element_size() for p in session.model.parameters() if not p.requires_grad), 4)
+    needed = tokens * width * size
+    less = "" if needed <= bound else f"; {needed / bound:.1f} times that would be needed (training.input_cache_mb)"
+    return f"{what} and kept {_WHERE[run.input_cache]}: {readable_bytes(round(min(needed, bound)))}{less}"
 
 
 def _estimate(session: Session, batch: Any, processes: int) -> Estimate:

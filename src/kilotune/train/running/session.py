@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
@@ -10,6 +12,9 @@ from typing import TYPE_CHECKING, Any, final
 from torch import nn
 
 from ...errors import ConfigError, gather
+from ...model.frozen_inputs import FrozenInputs
+from ...model.kept_rows import KeptRows
+from ..settings.rates import TakenRate
 from ..settings.sections import TrainSettings
 from ..tasks import TASKS, Prepared, Task
 from ..trainer import output_folder
@@ -37,6 +42,8 @@ class Session:
         loss: for modules that compute none.
         notes: what the user has to know, the data's notes included.
         start: tells the base and the data from others; see :func:`kilotune.train.trainer.output_folder.fingerprint`.
+        rate: the learning rate that is trained with, once that is known.
+        kept: with ``adapter.last_blocks``, what goes into these blocks, by row; None: it is made when it is needed.
     """
 
     settings: TrainSettings
@@ -47,6 +54,29 @@ class Session:
     loss: Loss | None = None
     notes: tuple[str, ...] = ()
     start: Mapping[str, Any] = field(default_factory=dict)
+    rate: TakenRate | None = None
+    kept: KeptRows | None = None
+    frozen: FrozenInputs | None = field(default=None, init=False)
+
+    @contextmanager
+    def keeping(self) -> Iterator[None]:
+        """With ``adapter.last_blocks``, inside this context the blocks before them run once for each row.
+
+        Raises:
+            UnsupportedError: in the first forward, if that is not possible with this model.
+
+        """
+        run, last = self.settings.training, self.settings.adapter.last_blocks
+        if last is None or run.input_cache == "off":
+            yield
+            return
+        if self.kept is None:
+            disk = self.settings.output or tempfile.gettempdir()
+            self.kept = KeptRows(run.input_cache_mb, disk if run.input_cache == "disk" else None)
+        if self.frozen is None:
+            self.frozen = FrozenInputs(self.model, last, self.kept)
+        with self.frozen:
+            yield
 
     @property
     def folder(self) -> Path:

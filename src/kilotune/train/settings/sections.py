@@ -14,6 +14,7 @@ from ...config import AdapterConfig, FrozenDict, check_listed_options
 from ...errors import ConfigError, did_you_mean, faults_of, gather
 from ...known_names import METHOD_OPTIONS, PRESET_NAMES, may_be_method, methods_are_loaded
 from .fields import EPOCH, Section, flag, interval, mapping, number, one_of, or_none, paths, setting, text, warmup
+from .rates import rate_for
 
 __all__ = [
     "TASK_NAMES",
@@ -24,7 +25,6 @@ __all__ = [
     "TrainSettings",
     "TrainingSettings",
     "adapter_names",
-    "usual_rate",
 ]
 
 TASK_NAMES = (
@@ -48,24 +48,10 @@ ROLES = (
     "source",
     "target",
 )
+RATE_WORDS = ("rule", "auto")
 SPLITS = ("train", "validation", "test")
 WHOLE_METHODS = ("full", "head")  # no adapter: every weight, or the task's head alone, is trained
 METHOD_NAMES = (*METHOD_OPTIONS, *PRESET_NAMES, *WHOLE_METHODS)
-
-USUAL_RATES: Mapping[str, float] = {
-    "lora": 2e-4,
-    "vera": 4e-3,
-    "ia3": 5e-3,
-    "bitfit": 1e-3,
-    "loraxs": 2e-3,
-    "unilora": 5e-3,
-    "bottleneck": 3e-4,
-    "intrinsic": 1e-2,
-    "full": 2e-5,
-    "head": 1e-3,
-}
-"""Where to begin with each method; docs/training.md says where each number is from. No rate is right for every model
-and every data set: ``kilotune compare`` searches."""
 
 
 def _base(name: str, value: Any) -> list[str]:
@@ -101,6 +87,13 @@ def _columns(name: str, value: Any) -> list[str]:
         for role, column in value.items()
         if not (isinstance(column, str) and column)
     ]
+
+
+def _rate(name: str, value: Any) -> list[str]:
+    if isinstance(value, str):
+        hint = did_you_mean(value, RATE_WORDS)
+        return [] if value in RATE_WORDS else [f"{name}: expected a number, rule or auto, got {value!r}.{hint}"]
+    return number(0, above=True)(name, value)
 
 
 @final
@@ -161,12 +154,20 @@ class AdapterSettings(Section):
         f"What is trained: {', '.join(METHOD_NAMES)}. 'full' is every weight, 'head' the task's head alone.",
     )
     options: Mapping[str, Any] = setting(
-        FrozenDict(), mapping, "The method's own options, such as r and target_modules; docs/adapters.md lists them."
+        FrozenDict(),
+        mapping,
+        "The method's own options, such as r; docs/adapters.md lists them. target_modules: all-linear by default here, "
+        "but for methods with places of their own.",
     )
     start: str | None = setting(
         None,
         or_none(text),
         "An adapter of the same base and method (a folder or a hub id) to go on from; it brings its options.",
+    )
+    last_blocks: int | None = setting(
+        None,
+        or_none(number(1, whole=True)),
+        "Adapt only the last so many blocks of the model. What goes into them is computed once a row, and kept.",
     )
 
     @classmethod
@@ -178,7 +179,10 @@ class AdapterSettings(Section):
             ]
         if method in WHOLE_METHODS:
             given = [name for name, value in (("options", options), ("start", start)) if value]
-            return [f"{cls.key(name)}: method {method!r} is no adapter, so it has none" for name in given]
+            faults = [f"{cls.key(name)}: method {method!r} is no adapter, so it has none" for name in given]
+            if method == "head" and values["last_blocks"] is not None:
+                faults.append(f"{cls.key('last_blocks')}: method 'head' trains no block")
+            return faults
         if not options and not methods_are_loaded():
             return []  # every method can do without; torch, which methods need, is not imported for that
         try:
@@ -198,6 +202,8 @@ class AdapterSettings(Section):
     def config(self, **more: Any) -> AdapterConfig:
         """The adapter's configuration; ``more`` adds options that were not given.
 
+        Where nothing is said of what to adapt, it is all linear layers, or the method's own places where it has such.
+
         Raises:
             ConfigError: 'full' and 'head' have none.
 
@@ -206,7 +212,11 @@ class AdapterSettings(Section):
             raise ConfigError(f"{self.key('method')}: {self.method!r} is no adapter, so it has no configuration")
         from ...methods import get_config
 
-        return get_config(self.method, **{**more, **self.options})
+        config = get_config(self.method, **{**more, **self.options})
+        chosen = {"target_modules", "target_parameters", "layers_to_transform"} & set(self.options)
+        if chosen or config.usual_targets is None:
+            return config
+        return config.replace(target_modules=config.usual_targets)
 
 
 @final
@@ -290,10 +300,11 @@ class TrainingSettings(Section):
         None, or_none(number(1, whole=True)), "The same where nothing is learned; null: batch_size."
     )
     accumulation: int = setting(1, number(1, whole=True), "Batches whose gradients are added up for one step.")
-    learning_rate: float | None = setting(
+    learning_rate: float | str | None = setting(
         None,
-        or_none(number(0, above=True)),
-        "The highest learning rate; null: the method's usual one (VeRA's is 20 times LoRA's).",
+        or_none(_rate),
+        "The highest learning rate: a number; rule: by the method and the number of steps; auto: by that and a short "
+        "test, where the training is long enough for one. null: auto.",
     )
     head_learning_rate: float | None = setting(
         None,
@@ -343,6 +354,14 @@ class TrainingSettings(Section):
     )
     workers: int = setting(0, number(0, 256, whole=True), "Processes that prepare batches beside the one that trains.")
     device: str = setting("auto", one_of("auto", "cpu", "cuda"), "Where it runs; auto: a GPU where there is one.")
+    input_cache: str = setting(
+        "memory",
+        one_of("memory", "disk", "off"),
+        "With adapter.last_blocks: where what goes into them is kept. disk: a file in output, gone at the end.",
+    )
+    input_cache_mb: float = setting(
+        2000.0, number(0), "How much of that is kept, in megabytes; rows beyond it run through all blocks each time."
+    )
     shard: bool = setting(
         False,
         flag,
@@ -416,11 +435,10 @@ class TrainSettings(Section):
         if faults := between({name: getattr(self, name) for name in self.known()}):
             raise ConfigError(gather("TrainSettings:", faults))
 
-    @property
-    def learning_rate(self) -> float:
-        """The highest learning rate: the one given, or the method's usual one."""
+    def rate(self, steps: int) -> float:
+        """The highest learning rate: the one given, or that of the rule for the method and so many steps."""
         given = self.training.learning_rate
-        return usual_rate(self.adapter.method) if given is None else given
+        return float(given) if isinstance(given, float | int) else rate_for(self.adapter.method, steps)
 
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), **{name: getattr(self, name).to_dict() for name in SECTIONS}}
@@ -432,11 +450,21 @@ SECTIONS: Mapping[str, type[Section]] = {
 }
 
 
-def usual_rate(method: str) -> float:
-    """The learning rate to begin with for a method; that of the method whose preset a name is."""
-    from ...methods import PRESETS
-
-    return USUAL_RATES[PRESETS.get(method, (method, {}))[0]]
+def _input_cache_faults(task: str, adapter: AdapterSettings, training: TrainingSettings) -> list[str]:
+    defaults = TrainingSettings.defaults()
+    if adapter.last_blocks is None:
+        changed = [name for name in ("input_cache", "input_cache_mb") if getattr(training, name) != defaults[name]]
+        return [f"training.{name}: has no effect without adapter.last_blocks" for name in changed]
+    faults = []
+    if task == "seq2seq":
+        faults.append("adapter.last_blocks: a seq2seq model has two lists of blocks; name layers in target_modules")
+    if training.input_cache == "off" and training.input_cache_mb != defaults["input_cache_mb"]:
+        faults.append("training.input_cache_mb: has no effect with training.input_cache off")
+    if training.shard and training.input_cache != "off":
+        faults.append(
+            "training.input_cache: processes that share the weights out have to run all blocks together; set it off"
+        )
+    return faults
 
 
 # -- what holds between fields -------------------------------------------------------------------------
@@ -454,6 +482,7 @@ def between(values: Mapping[str, Any]) -> list[str]:
         for name in ("lora_plus_ratio", "head_learning_rate"):
             if getattr(training, name) is not None:
                 faults.append(f"training.{name}: has no effect with adapter.method {adapter.method!r}")
+    faults += _input_cache_faults(task, adapter, training)
     if training.shard and model.quantization != "none":
         faults.append("training.shard: FSDP2 shards floating-point weights only; leave model.quantization out")
     if task != "causal-lm":

@@ -43,6 +43,7 @@ class Own:
     ) -> None:
         self.settings, self.model, self.guard, self.folder = settings, model, guard, folder
         self.steps_per_epoch, self.loss = steps_per_epoch, loss
+        self.rate = 0.0  # the highest one; make_trainer knows it
         self.normalises: bool | None = None  # whether the model divides its loss by the labels of a whole step
         self.still = [m for m in model.modules() if isinstance(m, _BatchNorm) and not _trains(m)]
         self.losses: list[tuple[Tensor, Tensor]] = []  # of an evaluation: each batch's mean loss, and labels in it
@@ -54,7 +55,7 @@ class Own:
             return None
         return optimizer_groups(
             self.model,
-            self.settings.learning_rate,
+            self.rate,
             head_lr=run.head_learning_rate,
             lora_plus_ratio=run.lora_plus_ratio,
             weight_decay=run.weight_decay,

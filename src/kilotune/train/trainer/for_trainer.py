@@ -91,7 +91,7 @@ def for_trainer(model: AdapterModel) -> nn.Module:
     override(root, "_kilotune_head", root.register_forward_pre_hook(_check_head, with_kwargs=True))
     if is_unit(base):
         override(root, "_kilotune_averaged", root.register_forward_pre_hook(check_averaged))
-    override(root, "_kilotune_wide", root.register_forward_pre_hook(_widen))
+    override(root, "_kilotune_before", root.register_forward_pre_hook(_before_training))
     return root
 
 
@@ -207,10 +207,13 @@ def _check_head(root: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Non
         )
 
 
-def _widen(root: nn.Module, args: tuple[Any, ...]) -> None:
-    """A hook before each forward in training: parameters that were float32 are so again."""
+def _before_training(root: nn.Module, args: tuple[Any, ...]) -> None:
+    """A hook before each forward in training: parameters that were float32 are so again, and some are trained."""
     if root.training:
-        HandedOver.of(root).wide.restore()
+        handed = HandedOver.of(root)
+        handed.wide.restore()
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            handed.check_trains()
 
 
 def _as_pretrained(model: AdapterModel) -> nn.Module:

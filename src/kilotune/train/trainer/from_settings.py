@@ -42,6 +42,7 @@ def make_trainer(
     *,
     loss: Loss | None = None,
     callbacks: Sequence[Any] = (),
+    rate: float | None = None,
 ) -> Any:
     """A ``transformers.Trainer`` for a model of :func:`kilotune.get_peft_model`, or any other model.
 
@@ -52,17 +53,19 @@ def make_trainer(
         folder: for the checkpoints.
         loss: for modules that return no loss; a batch is then ``{"inputs": ..., "labels": ...}``.
         callbacks: more of the Trainer's callbacks.
+        rate: the highest learning rate; None: as the settings say, else by the rule.
 
     Raises:
         MissingExtraError: transformers or accelerate is not installed.
 
     """
-    arguments = _arguments(settings, model, prepared, folder)
+    arguments = _arguments(settings, model, prepared, folder, rate)
     from .adapter_trainer import AdapterTrainer, Own
 
     root = for_trainer(model) if isinstance(model, AdapterModel) else model
     guard = Guard(settings, folder)
     own = Own(settings, model, guard, folder, steps_of_epoch(settings, prepared, arguments.world_size), loss)
+    own.rate = arguments.learning_rate
     trainer = AdapterTrainer(
         model=root,
         args=arguments,
@@ -90,7 +93,7 @@ def _arguments_class() -> tuple[Any, str]:
     return Seq2SeqTrainingArguments, "activation_checkpointing" if new else "gradient_checkpointing"  # before 5.23
 
 
-def _arguments(settings: TrainSettings, model: nn.Module, prepared: Prepared, folder: Path) -> Any:
+def _arguments(settings: TrainSettings, model: nn.Module, prepared: Prepared, folder: Path, rate: float | None) -> Any:
     """The settings as ``TrainingArguments``."""
     cls, checkpointing = _arguments_class()
     run = settings.training
@@ -105,7 +108,7 @@ def _arguments(settings: TrainSettings, model: nn.Module, prepared: Prepared, fo
         gradient_accumulation_steps=run.accumulation,
         num_train_epochs=run.epochs,
         max_steps=run.max_steps or -1,
-        learning_rate=settings.learning_rate,
+        learning_rate=rate or settings.rate(total_steps(settings, prepared, world)),
         weight_decay=run.weight_decay,
         max_grad_norm=run.max_grad_norm or 0.0,
         lr_scheduler_type="constant_with_warmup" if run.schedule == "constant" else run.schedule,

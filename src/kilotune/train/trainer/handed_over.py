@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from ...adapter_files import writing
 from ...adapter_files.peft_layout import BOOKKEEPING
-from ...errors import CheckpointError, gather
+from ...errors import CheckpointError, ConfigError, gather
 from ...injection.installed_adapter import Installed
 from ...model.adapter_model import AdapterModel
 from ...model.base_overrides import override
@@ -64,6 +64,31 @@ class HandedOver:
     def save(self, folder: Path, is_main_process: bool = True) -> None:
         """Write all adapters, as the model's own ``save_pretrained`` does."""
         writing.save(writing.folders(folder, self.installed), is_main_process)
+
+    def check_trains(self) -> None:
+        """Refuse a forward of training from which no trained parameter would get a gradient.
+
+        Raises:
+            ConfigError: says why, and what to do.
+
+        """
+        state = self.state
+        if state.merged:
+            raise ConfigError(
+                f"nothing would be trained: adapters {list(state.merged)} are merged into the base; "
+                "unmerge_adapter() first"
+            )
+        if state.now().disabled:
+            raise ConfigError("nothing would be trained: the adapters are disabled; train outside disable_adapter()")
+        if not any(parameter.requires_grad for parameter in self.root.parameters()):
+            names = list(state.active)
+            raise ConfigError(
+                f"nothing would be trained: the active adapters {names} are for inference; load them with "
+                "is_trainable=True, or set_adapter() others"
+                if names
+                else f"nothing would be trained: no adapter is active; set_adapter() one of {sorted(self.installed)}, "
+                "or add one"
+            )
 
     # -- what training changes -----------------------------------------------------------------------
 

@@ -361,6 +361,24 @@ def write_record(folder: Path, settings: TrainSettings, found: Mapping[str, Any]
     write_json(folder / CHECKPOINTS / RECORD_NAME, record)
 
 
+def note_rate(folder: Path, taken: Mapping[str, Any]) -> None:
+    """Write down which learning rate the run has, for those who go on with it.
+
+    Raises:
+        OSError: it cannot be written.
+
+    """
+    path = folder / CHECKPOINTS / RECORD_NAME
+    write_json(path, {**json.loads(path.read_text(encoding="utf-8")), "rate": dict(taken)})
+
+
+def noted_rate(folder: Path) -> Mapping[str, Any] | None:
+    """What :func:`note_rate` wrote; None where the run was stopped before."""
+    record = json.loads((folder / CHECKPOINTS / RECORD_NAME).read_text(encoding="utf-8"))
+    found: Mapping[str, Any] | None = record.get("rate")
+    return found
+
+
 def processes() -> int:
     """How many processes there are, as torchrun and accelerate say."""
     return max(1, int(os.environ.get("WORLD_SIZE", "1")))

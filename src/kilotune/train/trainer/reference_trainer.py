@@ -35,12 +35,11 @@ def made_of(trainer: Any, reference: str) -> type[Trainer]:
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             given = signature.bind(self, *args, **kwargs)
             options = _named(given, signature)
+            if args and options.get("model") is None:  # a class of the caller's that hands on all that it gets
+                raise ConfigError(f"with_reference: {trainer.__name__}: give its arguments by name, model=... too")
             root = options["model"] = root_of(options.get("model"))
-            if not any(parameter.requires_grad for parameter in root.parameters()):
-                raise ConfigError(
-                    "with_reference: nothing would be trained: the active adapters are for inference; load them with "
-                    "is_trainable=True, or set_adapter() others"
-                )
+            if not HandedOver.of(root).state.merged:  # of which the reference says more
+                HandedOver.of(root).check_trains()
             if options.get("peft_config") is not None:
                 raise ConfigError("with_reference: peft_config: the adapter is in the model already; leave it out")
             if "ref_model" in signature.parameters and options.get("ref_model") is None:
@@ -80,6 +79,15 @@ class _Ready(Trainer):  # type: ignore[misc]  # transformers is untyped here
         if "model_init_kwargs" in vars(self.args):
             self._given = self.args.model_init_kwargs
             self.args.model_init_kwargs = {**(self._given or {}), "architecture": _Maker(self.model, self._reference)}
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' does it."""
+        if not HandedOver.has(self.accelerator.unwrap_model(self.model)):
+            raise ConfigError(
+                "with_reference: the adapters were taken out of the model after this trainer was made, and its "
+                "reference shares the base's weights; make another trainer"
+            )
+        return super().train(*args, **kwargs)
 
     def _take_back(self) -> None:
         if "_given" in self.__dict__:
