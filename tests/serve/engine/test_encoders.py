@@ -171,7 +171,7 @@ def test_stacks_beside_others(tmp_path: Path, head: bool) -> None:
     base = tiny_classifier()
     config = VeraConfig(r=4, target_modules=["query", "value"], modules_to_save=["classifier"] if head else None)
     style = get_peft_model(copy.deepcopy(base), LoraConfig(r=2, target_modules=["key", "value"]))
-    randomize(style, seed=5, scale=0.4)
+    randomize(style, seed=5, scale=2.0)
     with Served(tmp_path, base, config) as served:
         served.registry.put("t", "style", style)
         for i, model in enumerate(served.models):
