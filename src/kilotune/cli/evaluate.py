@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ConfigError
-from ._options import Adapter, AdapterRevision, Alone, Base, Revision
+from ..train.settings.places import check_data
+from ._options import Adapter, AdapterRevision, Alone, Base, On, Revision
 from ._output import Json, console, print_json, quiet_transformers, rows_table, warn
+from ._paths import check_adapter, is_whole_model
 
 if TYPE_CHECKING:
+    from ..adapter_files.reading import AdapterFile
     from ..train.running.session import Session
 
 __all__ = ["evaluate"]
@@ -23,6 +26,7 @@ def evaluate(
     adapter: Adapter,
     data: Annotated[list[str], typer.Argument(help="Data files, a folder of images, or hub:NAME.", metavar="DATA...")],
     base: Base = None,
+    on: On = None,
     generate: Annotated[
         bool,
         typer.Option("--generate", help="Let the model write its answers, and score those: seq2seq."),
@@ -50,18 +54,25 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Score an adapter, or the base alone, on data: the loss and the metrics of the task it was trained for."""
+    check_adapter(adapter, base, revision, whole=True, on=on)
+    _check_data(adapter, data, task, settings or [])
     quiet_transformers()
+    from ..model.peft_model import PeftModel
     from ..train.results.scoring import open_scoring, scoring_settings
+    from ._adapter import put_below
 
-    folder, source, revision = _places(adapter, adapter_revision, base, revision)
+    folder, source, revision, below = _places(adapter, adapter_revision, base, revision, on)
     chosen = scoring_settings(folder, data, source, revision=revision, task=task, changes=settings or [])
     classes = None if labels is None else [name.strip() for name in labels.split(",")]
     session = open_scoring(chosen, folder, classes)
+    if isinstance(session.model, PeftModel):  # else it is a whole model, which stands on nothing
+        put_below(session.model, below)
     with _alone(session, base_alone):
         metrics = _scores(session, generate)
     rows: Any = session.prepared.test
     document = {
         "adapter": None if base_alone else adapter,
+        "on": on,
         "base": source,
         "task": chosen.task,
         "data": data,
@@ -77,19 +88,23 @@ def evaluate(
         _show(document)
 
 
+def _check_data(adapter: str, data: list[str], task: str | None, settings: list[str]) -> None:
+    """Refuse files that are not there, where it is known what is to be scored, and that they are files."""
+    known = task is not None or (Path(adapter) / "kilotune-train.yaml").is_file()
+    if known and not any(change.partition("=")[0].strip() == "data.format" for change in settings):
+        check_data(data, "DATA")
+
+
 def _places(
-    adapter: str, adapter_revision: str | None, base: str | None, revision: str | None
-) -> tuple[Path, str, str | None]:
-    """(folder of the adapter or whole model, base, its revision)."""
-    from ._adapter import base_of, open_adapter
-    from ._writing import is_whole_model
+    adapter: str, adapter_revision: str | None, base: str | None, revision: str | None, on: str | None
+) -> tuple[Path, str, str | None, AdapterFile | None]:
+    """(folder of the adapter or whole model, base, its revision, the adapter that it stands on)."""
+    from ._adapter import base_of, open_adapter, open_below
 
     if is_whole_model(adapter):
-        if base is not None:
-            raise ConfigError(f"--base: {adapter!r} is a whole model, and no adapter, so it has no base")
-        return Path(adapter), adapter, None
+        return Path(adapter), adapter, None, None
     file = open_adapter(adapter, adapter_revision)
-    return file.folder, *base_of(file, base, revision)
+    return file.folder, *base_of(file, base, revision), open_below(file, on)
 
 
 def _alone(session: Session, wanted: bool) -> contextlib.AbstractContextManager[None]:

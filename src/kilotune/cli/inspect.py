@@ -12,6 +12,7 @@ from .._ui.sizes import readable_bytes
 from ..adapter_files.names import WEIGHTS_NAME
 from ..errors import CheckpointError, ConfigError
 from ._output import Json, complain, console, print_json, quiet_transformers, rows_table
+from ._paths import check_adapter
 
 if TYPE_CHECKING:
     from ..adapter_files.reading import AdapterFile
@@ -43,6 +44,7 @@ def inspect(
     """Show what is in an adapter folder, and verify its checksums. Exits with 1 where one does not match."""
     if revision is not None and base is None:
         raise ConfigError("--revision is of --base, which is not given")
+    check_adapter(adapter, base, revision, shapes=True)
     quiet_transformers()
     from ._adapter import fitting_base, open_adapter
 
@@ -113,6 +115,8 @@ def _projections(file: AdapterFile, base: Base | None) -> tuple[str, str | None]
 def _document(file: AdapterFile, projections: str, base: str | None) -> dict[str, Any]:
     import torch
 
+    from ..adapter_files.content import content_sha256
+    from ..adapter_files.stands_on import StandsOn
     from ..methods import Kept
 
     config = file.config
@@ -124,6 +128,7 @@ def _document(file: AdapterFile, projections: str, base: str | None) -> dict[str
     for key, said in file.said.items():  # what is none of the method's is trained: biases, modules saved whole
         numbers[said.kept or Kept.TRAINED] += file.files.tensors[key].numel()
     layers = {said.layer for said in file.said.values() if said.layer} or set(values.get("site_order") or ())
+    mark = StandsOn.of_header(file.metadata)
     return {
         "folder": str(file.folder),
         "method": file.method.name,
@@ -143,6 +148,8 @@ def _document(file: AdapterFile, projections: str, base: str | None) -> dict[str
             "projections": projections,
         },
         "fits": base,
+        "stands_on": None if mark is None else mark.to_dict(),
+        "content_sha256": content_sha256(file),
         "non_finite": broken,
         "tensors": {
             key: {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
@@ -172,6 +179,8 @@ def _show(document: dict[str, Any], every: bool) -> None:
         ("checksum of the projections", checks["projections"]),
         ("not finite", ", ".join(document["non_finite"]) or "nothing"),
     ]
+    if (on := document["stands_on"]) is not None:
+        rows.insert(3, ("stands on", f"{on['name']}, contents {on['sha256'][:12]}..."))
     out.print(rows_table(document["folder"], ("",), rows, justify="left"))
     tensors = list(document["tensors"].items())
     shown = tensors if every else tensors[:SHOWN]
