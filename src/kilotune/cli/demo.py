@@ -31,9 +31,7 @@ def demo(
         typer.Option("--quick", help="In under a minute and without a download: a small model made on the spot."),
     ] = False,
     seed: Annotated[int, typer.Option(help="Of the split of the rows, the adapters' start and the order of rows.")] = 0,
-    restart: Annotated[
-        bool, typer.Option("--restart", help="Forget the adapters there, and train anew.")
-    ] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Forget the adapters there, and train anew.")] = False,
     out: Annotated[
         Path | None,
         typer.Option(help="Folder for the adapters and report.html. Default: runs/demo, or runs/demo-quick."),

@@ -64,7 +64,9 @@ def fill(base: Base, rows: Mapping[str, Encoded], frozen: FrozenInputs, answers:
     each = [row for own in rows.values() for row in own.all]
     each.sort(key=lambda row: len(row["input_ids"]))
     for begin in range(0, len(each), ROWS):
-        batch: list[Mapping[str, list[int]]] = [{**row, "labels": [IGNORED] * len(row["input_ids"])} for row in each[begin : begin + ROWS]]
+        batch: list[Mapping[str, list[int]]] = [
+            {**row, "labels": [IGNORED] * len(row["input_ids"])} for row in each[begin : begin + ROWS]
+        ]
         given = answers.collate(batch)  # no label, so nothing goes through the head
         base.model(input_ids=given["input_ids"], attention_mask=given["attention_mask"], use_cache=False)
         tick(min(1.0, (begin + ROWS) / len(each)))

@@ -51,7 +51,7 @@ class Question:
 @final
 @dataclass(frozen=True)
 class Row:
-    """A row of the table. loss: held out, mean of the people. least, most: of them. bytes, seconds: of one person more."""
+    """A row of the table. loss, least, most: held out, of the people. bytes, seconds: of one person more."""
 
     name: str
     loss: float
@@ -66,10 +66,10 @@ class Row:
 class PeopleResult:
     """All that the report shows.
 
-    text: what is said of the data (source, licence, kind, rule, task). base: likewise of the model. numbers: trained ones
-    of the shared and of a personal adapter. losses: by adapter, by whose text. alone: the largest difference in nats a
-    token between a person's text in the mixed batch and alone. seconds: by part of this run. faults: of the store.
-    trained_now: False where the adapters were there.
+    text: what is said of the data (source, licence, kind, rule, task). base: likewise of the model. numbers: that are
+    trained, of the shared adapter and of a personal one. losses: by adapter, by whose text. alone: the largest distance
+    in nats a token between a person's text in the mixed batch and alone. seconds: by part of this run. faults: of the
+    store. trained_now: False where the adapters were there.
     """
 
     settings: PeopleSettings

@@ -93,9 +93,9 @@ FULL = PeopleSettings(
 QUICK = PeopleSettings(
     model=TOY,
     last_blocks=2,
-    sizes=Sizes(train=48, validation=12, test=16),
-    shared=Training("lora", rank=4, rate=5e-3, epochs=2, batch=16, patience=2),
-    personal=Training("vera", rank=64, rate=0.1, epochs=4, batch=4, patience=2),
+    sizes=Sizes(train=96, validation=16, test=24),
+    shared=Training("lora", rank=4, rate=5e-3, epochs=2, batch=32, patience=2),
+    personal=Training("vera", rank=64, rate=0.1, epochs=4, batch=8, patience=2),
 )
 
 

@@ -16,7 +16,7 @@ from .library_authors import others
 
 __all__ = ["toy"]
 
-STEPS, ROWS, LENGTH, RATE = 240, 12, 64, 6e-3
+STEPS, ROWS, LENGTH, RATE = 400, 12, 64, 6e-3
 TITLE = "a Llama of bytes, trained here for some seconds"
 SHAPE = {
     "vocab_size": 260,
