@@ -70,8 +70,8 @@ class PeopleSettings:
     shared: Training
     personal: Training
     seed: int = 0
-    questions: int = 4
-    longest: int = 32
+    questions: int = 3
+    longest: int = 24
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -86,9 +86,9 @@ class PeopleSettings:
 FULL = PeopleSettings(
     model="smollm2",
     last_blocks=4,
-    sizes=Sizes(train=80, validation=20, test=40),
+    sizes=Sizes(train=80, validation=16, test=24),
     shared=Training("lora", rank=8, rate=5e-3, epochs=2, batch=16, patience=2),
-    personal=Training("vera", rank=256, rate=0.1, epochs=4, batch=4, patience=2),
+    personal=Training("vera", rank=256, rate=0.06, epochs=2, batch=4, patience=2),
 )
 QUICK = PeopleSettings(
     model=TOY,
