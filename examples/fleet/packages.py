@@ -169,7 +169,10 @@ def of_way(way: str, people: dict[str, dict[str, list[list[int]]]]) -> list[User
 
 def settings(way: str, rate: float) -> FleetSettings:
     size = 4 if way == PERSONAL else 16
-    return FleetSettings(batch_size=size, users_per_step=32, epochs=EPOCHS, learning_rate=rate, seed=0)
+    # Rates are compared on all users, so none may be left out.
+    return FleetSettings(
+        batch_size=size, users_per_step=32, epochs=EPOCHS, learning_rate=rate, seed=0, only_gains=False
+    )
 
 
 def keep(kept: dict[str, Finished]) -> Callable[[Finished], None]:

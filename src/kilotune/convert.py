@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,7 +42,15 @@ from .model.peft_model import PeftModel
 from .name_rules import ends
 from .projections.matrices import Extent, PeftSource, PortableSource, Projections, StoredSource
 
-__all__ = ["Conversion", "hollow", "rewrite", "to_kilotune", "to_lora", "to_peft", "truncate"]
+__all__ = [
+    "Conversion",
+    "hollow",
+    "rewrite",
+    "to_kilotune",
+    "to_lora",
+    "to_peft",
+    "truncate",
+]
 
 SAME_FORM = "PEFT's files and ours are the same"
 State = tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]
@@ -147,7 +155,7 @@ def to_lora(
     broken = [name for name, parameter in installed.parameters() if not bool(torch.isfinite(parameter).all())]
     if broken:
         raise CheckpointError(gather(f"adapter {adapter_name!r} holds values that are not finite:", broken))
-    exact = _factors(installed)
+    exact = low_rank_factors(installed)
     full = max(a.shape[0] for a, _ in exact.values())
     _check_rank(rank, full, installed)
     errors: dict[str, float] = {}
@@ -177,8 +185,8 @@ def _check_rank(rank: int | None, full: int, installed: Installed) -> None:
         )
 
 
-def _factors(installed: Installed) -> dict[str, tuple[Tensor, Tensor]]:
-    """Per layer (A (r, in), B (out, r)), float64, such that the layer's change is B A."""
+def low_rank_factors(installed: Installed) -> dict[str, tuple[Tensor, Tensor]]:
+    """Per layer (A (r, in), B (out, r)), float64, such that the layer's change is B A; raises as the next one."""
     return {name: _split(delta) for name, delta in low_rank_deltas(installed).items()}
 
 
@@ -268,6 +276,11 @@ def _targets(model: PeftModel, installed: Installed) -> tuple[str, ...] | str:
     if isinstance(old.target_modules, tuple) and not old.exclude_modules and old.layers_to_transform is None:
         there = {end for name in layers for end in ends(name)}
         return tuple(target for target in old.target_modules if target in there)
+    return exact_targets(model, layers)
+
+
+def exact_targets(model: PeftModel, layers: Sequence[str]) -> tuple[str, ...] | str:
+    """What a config names so that it takes these layers, by whole names, and no others."""
     others = [name for name, _, _ in inject.walk(model.model) if name and name not in layers]
     if any(other.endswith(f".{name}") for other in others for name in layers):
         return "|".join(name.replace(".", r"\.") for name in layers)

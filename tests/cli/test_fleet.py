@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from kilotune.fleet import open_store
 from tests.support.cli_helpers import as_json, error, kilotune
@@ -57,6 +58,7 @@ def test_a_folder_of_files_into_a_folder(model: Path, tmp_path: Path) -> None:
     for user, first in (("ann", 0), ("bob", 30)):
         write_jsonl(tmp_path / "data" / f"{user}.jsonl", [{"text": row["text"]} for row in rows(user, first, 6)])
     more = ["--validation-fraction", "0.3", "--set", "learning_rate=0.01", "--max-length", "16"]
+    more += ["--set", "only_gains=false"]
     found = as_json("fleet", "train", "-m", model, "-d", tmp_path / "data", "-o", tmp_path / "out", *QUICK, *more)
     assert [len(user["validation"]) for user in found["users"]] == [1, 1]
     config = json.loads((tmp_path / "out" / "bob" / "adapter_config.json").read_text())
@@ -92,3 +94,63 @@ def test_what_is_wrong_is_said(model: Path, one_file: Path, tmp_path: Path) -> N
     assert "are of a store" in error(*start, *out, "--alias", "live")
     assert "is not there" in error("fleet", "train", "-m", model, "-d", tmp_path / "rows.json", *out)
     assert "expected one of plain, json, quiet" in error(*start, *out, "--progress", "bars")
+
+
+def test_personal_on_a_shared_one_by_its_name_and_by_its_folder(model: Path, tmp_path: Path) -> None:
+    """Trained on everybody's rows, put into the store; then each user's own on top of it, and started from it."""
+    data = write_jsonl(tmp_path / "rows.jsonl", [*rows("ann", 0, 6), *rows("bob", 9, 6)])
+    everybody = write_jsonl(tmp_path / "all.jsonl", [{**row, "user": "house-style"} for row in rows("", 0, 8)])
+    url = f"sqlite:///{tmp_path / 'a.db'}"
+    words = [
+        "fleet",
+        "train",
+        "-m",
+        model,
+        "--user-column",
+        "user",
+        "--store",
+        url,
+        *QUICK,
+        "--set",
+        "learning_rate=0.05",
+    ]
+    for seed in (0, 1):  # two versions, of which the older one is taken
+        assert kilotune(*words, "-d", everybody, "--set", f"seed={seed}").exit_code == 0
+    kept = ["--validation-fraction", "0.34", "--set", "only_gains=false"]
+    found = as_json(*words, "-d", data, "--on", "house-style/1", *kept)
+    assert {user["name"]: user["ended"] for user in found["users"]} == {"ann": "done", "bob": "done"}
+    assert all(user["without"] > 0 and user["with_own"] > 0 for user in found["users"])
+    with open_store(url, read_only=True) as store:
+        stands = store.get("ann").info.metadata["stands_on"]
+        assert (stands["name"], stands["version"], len(stands["sha256"])) == ("house-style", 1, 64)
+        store.get("house-style", 1).save(tmp_path / "folder")
+    again = kilotune(*words, "-d", data, "--on", tmp_path / "folder", "--start", "ann", "--set", "learning_rate=1e-12")
+    assert again.exit_code == 0, again.output
+    with open_store(url, read_only=True) as store:
+        newest = store.get("bob")
+        assert newest.info.metadata["stands_on"] == {**stands, "name": "folder", "version": None}
+        torch.testing.assert_close(newest.vector(), store.get("ann", 1).vector())
+
+
+def test_nothing_is_kept_where_it_is_no_gain(model: Path, tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "rows.jsonl", [*rows("ann", 0, 6), *rows("bob", 9, 6)])
+    words = ["fleet", "train", "-m", model, "-d", data, "--user-column", "user", "-o", tmp_path / "out", *QUICK]
+    done = kilotune(*words, "--validation-fraction", "0.34", "--set", "learning_rate=1e-30")
+    assert done.exit_code == 0, done.output
+    assert not (tmp_path / "out").exists()
+    assert "nothing kept: no gain" in done.stdout
+    assert "ann" in done.stdout
+    assert "loss without" in done.stdout
+
+
+def test_what_on_and_start_cannot_name(tmp_path: Path) -> None:
+    """It is said before a model is looked for."""
+    words = ["fleet", "train", "-m", tmp_path / "no-model", "-d", tmp_path / "rows.jsonl", "--user-column", "user"]
+    assert "--on: there is no folder 'house'; names are of a store" in error(
+        *words, "-o", tmp_path / "out", "--on", "house"
+    )
+    url = f"sqlite:///{tmp_path / 'a.db'}"
+    with open_store(url):
+        pass
+    told = error(*words, "--store", url, "--start", "house")
+    assert "start: 'house' is no folder, and in the store:" in told

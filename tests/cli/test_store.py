@@ -65,7 +65,7 @@ def test_aliases_by_command(folders: Path, tmp_path: Path) -> None:
     assert "exclude each other" in error("store", "alias", url, "live", "cid", "--back", "--remove")
     assert "version 1 is named by 'live'" in error("store", "rm", url, "cid", "--version", 1)
     assert as_json("store", "alias", url, "live", "cid", "--remove")["versions"] == {"cid": None}
-    assert as_json("store", "rm", url, "cid", "--version", 1) == {"name": "cid", "removed": 1}
+    assert as_json("store", "rm", url, "cid", "--version", 1) == {"name": "cid", "removed": 1, "broken": []}
     assert "say what to remove" in error("store", "rm", url, "cid")
     assert as_json("store", "gc", url, "--keep", 1, "--dry-run")["versions"] == 0  # live rolls back to version 1
     assert as_json("store", "rm", url, "ann", "--all")["removed"] == 2

@@ -271,6 +271,8 @@ def test_a_switch_after_unfreezing_the_whole_model_freezes_the_other_adapters() 
     model.requires_grad_(False)
     model.delete_adapter("b")
     model.add_adapter("b", VERA)
+    assert trained(model) == {"a": OFF, "c": OFF, "d": OFF, "b": OFF}  # another one's end trains nobody
+    model.set_adapter("c")
     assert trained(model) == {"a": OFF, "c": ON, "d": OFF, "b": OFF}
 
 

@@ -8,18 +8,34 @@ from pathlib import Path
 from typing import Any
 
 from ..adapter_files import reading
+from ..adapter_files.content import content_sha256
 from ..adapter_files.files import REPO_ID
 from ..adapter_files.fitting import match_tensors
 from ..adapter_files.reading import AdapterFile
+from ..adapter_files.stands_on import StandsOn
 from ..bases import located
 from ..candidates import inside
 from ..errors import CheckpointError, ConfigError, TargetError, gather
 from ..injection.inject import plan as plan_adapter
 from ..injection.targets import HEADS
+from ..model.peft_model import PeftModel
 from ..plan import DTYPES, Base, BuiltIn, Head, load_base
 from .plan import models
 
-__all__ = ["base_of", "check_out", "fitting_base", "head_labels", "load_fitting_base", "open_adapter"]
+__all__ = [
+    "PERSONAL",
+    "SHARED",
+    "base_of",
+    "check_out",
+    "fitting_base",
+    "head_labels",
+    "load_fitting_base",
+    "open_adapter",
+    "open_below",
+    "put_below",
+]
+
+PERSONAL, SHARED = "default", "shared"  # what the adapters of a stack are called in a model
 
 WINDOWS_DRIVE = re.compile(r"[A-Za-z]:")
 
@@ -29,6 +45,51 @@ def open_adapter(adapter: str, revision: str | None) -> AdapterFile:
     if revision is not None and Path(adapter).exists():
         raise ConfigError(f"--adapter-revision {revision!r}: {adapter!r} is a folder here, so it has no revisions")
     return reading.open_adapter(adapter, revision)
+
+
+def open_below(file: AdapterFile, on: str | None) -> AdapterFile | None:
+    """The shared adapter that an adapter is to run on top of.
+
+    Args:
+        file: the adapter.
+        on: what the user says: the shared one's folder or hub id; None: nothing.
+
+    Raises:
+        ConfigError: the adapter's file says that it was trained on top of one, and the user nothing; or the shared one
+            stands on another itself. CheckpointError: the adapter was trained on top of other contents.
+
+    """
+    mark = StandsOn.of_header(file.metadata)
+    if on is None:
+        if mark is None:
+            return None
+        beside = file.folder.parent / mark.name
+        near = f" (perhaps --on {beside})" if beside.is_dir() else ""
+        raise ConfigError(
+            f"the adapter in {file.folder} was trained on top of {mark.name!r}, and is another one without it; give "
+            f"that one's folder: --on FOLDER{near}"
+        )
+    below = reading.open_adapter(on)
+    if (under := StandsOn.of_header(below.metadata)) is not None:
+        raise ConfigError(f"--on {on}: stands on {under.name!r} itself, and a stack has two levels")
+    if mark is not None and (actual := content_sha256(below)) != mark.sha256:
+        raise CheckpointError(
+            f"--on {on}: the adapter in {file.folder} was trained on top of {mark.name!r} with the contents "
+            f"{mark.sha256[:12]}..., and this one has {actual[:12]}...: other numbers"
+        )
+    return below
+
+
+def put_below(model: PeftModel, below: AdapterFile | None) -> None:
+    """Have an adapter in a model run on top of a shared one.
+
+    Raises:
+        CheckpointError: the shared one does not fit the model. UnsupportedError: the two cannot act together.
+
+    """
+    if below is not None:
+        model.load_adapter(below, SHARED)
+        model.set_adapter([SHARED, PERSONAL], inference_mode=True)
 
 
 def base_of(file: AdapterFile, given: str | None, revision: str | None) -> tuple[str, str | None]:

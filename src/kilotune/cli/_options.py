@@ -17,6 +17,7 @@ __all__ = [
     "Device",
     "Dtype",
     "MaxTokens",
+    "On",
     "Plain",
     "Quantization",
     "Revision",
@@ -37,6 +38,12 @@ Base = Annotated[
 Revision = Annotated[str | None, typer.Option(help="The base's revision, where it is a hub id.")]
 AdapterRevision = Annotated[str | None, typer.Option(help="The revision of ADAPTER, where it is a hub id.")]
 Alone = Annotated[bool, typer.Option("--base-alone", help="Switch the adapter off, to see what the base does.")]
+On = Annotated[
+    str | None,
+    typer.Option(
+        "--on", metavar="SHARED", help="The shared adapter that ADAPTER was trained on top of: a folder or hub id."
+    ),
+]
 Dtype = Annotated[str, typer.Option(help=ModelSettings.help_of("dtype"))]
 Quantization = Annotated[str, typer.Option(help=ModelSettings.help_of("quantization"))]
 Device = Annotated[str, typer.Option(help=TrainingSettings.help_of("device"))]

@@ -16,7 +16,7 @@ from ..train.results.outcome import form_of
 from ..train.results.scoring import check_base
 from ..train.running import base_model as models
 from ..train.tasks import TASKS
-from ._adapter import base_of, load_fitting_base, open_adapter
+from ._adapter import base_of, load_fitting_base, open_adapter, open_below, put_below
 from ._output import quiet_transformers
 from ._weights import Weights
 
@@ -28,12 +28,15 @@ MESSAGES = "messages"
 @final
 @dataclass(frozen=True)
 class Opened:
-    """A model that is ready to write, and where it is from. form: what the rows were that it learned from, if known."""
+    """A model that is ready to write, and where it is from. form: what the rows were that it learned from, if known.
+    on: the shared adapter that it stands on.
+    """
 
     writer: Writer
     adapter: str
     base: str
     form: str | None
+    on: str | None = None
 
     @property
     def chats(self) -> bool | None:
@@ -48,6 +51,7 @@ def open_writer(
     revision: str | None,
     weights: Weights,
     sampling: Sampling,
+    on: str | None = None,
 ) -> Opened:
     """The base with the adapter in it, or a whole model.
 
@@ -58,6 +62,7 @@ def open_writer(
         revision: of a hub id.
         weights: how the base is held.
         sampling: how tokens are chosen.
+        on: the shared adapter that the adapter stands on; a folder or hub id.
 
     Raises:
         KilotuneError: the files are not there, damaged, of another base, or the model writes no text.
@@ -67,10 +72,13 @@ def open_writer(
     if is_whole_model(adapter):
         if base is not None:
             raise ConfigError(f"--base: {adapter!r} is a whole model, and no adapter, so it has no base")
+        if on is not None:
+            raise ConfigError(f"--on: {adapter!r} is a whole model, and no adapter, so it stands on none")
         model = _whole(adapter, weights)
         writer = Writer(weights.placed(model), tokenizer_of(Path(adapter), adapter), sampling)
         return Opened(writer, adapter, adapter, form_of(Path(adapter)))
     file = open_adapter(adapter, adapter_revision)
+    below = open_below(file, on)
     source, revision = base_of(file, base, revision)
     called = "--base" if base is not None else "the base that the adapter names (--base gives another)"
     models.load_config(weights.settings(source, revision), called)  # says best what to do where there is no such base
@@ -79,7 +87,8 @@ def open_writer(
     check_base(model, weights.settings(source, revision), file.folder)
     tokenizer = tokenizer_of(file.folder, source, revision)
     adapted = PeftModel.from_pretrained(weights.placed(model), file)
-    return Opened(Writer(adapted, tokenizer, sampling), adapter, source, form_of(file.folder))
+    put_below(adapted, below)
+    return Opened(Writer(adapted, tokenizer, sampling), adapter, source, form_of(file.folder), on)
 
 
 def is_whole_model(folder: str) -> bool:

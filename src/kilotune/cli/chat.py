@@ -16,6 +16,7 @@ from ._options import (
     Device,
     Dtype,
     MaxTokens,
+    On,
     Plain,
     Quantization,
     Revision,
@@ -44,6 +45,7 @@ ASK, GO_ON = "> ", "... "
 def chat(
     adapter: Adapter,
     base: Base = None,
+    on: On = None,
     system: System = None,
     plain: Plain = None,
     max_tokens: MaxTokens = Sampling.max_tokens,
@@ -71,7 +73,7 @@ def chat(
     from ..train.finished.text_generation import Chat
     from ._writing import alone, open_writer
 
-    opened = open_writer(adapter, adapter_revision, base, revision, weights, sampling)
+    opened = open_writer(adapter, adapter_revision, base, revision, weights, sampling, on)
     if plain is None and system is None and opened.chats is not None:
         plain = not opened.chats
     talk = Chat(opened.writer, system, plain)
@@ -175,6 +177,7 @@ def _turn(text: str, answer: Answer) -> dict[str, Any]:
 def _document(opened: Opened, talk: Chat, turns: list[dict[str, Any]], base_alone: bool) -> dict[str, Any]:
     return {
         "adapter": None if base_alone else opened.adapter,
+        "on": opened.on,
         "base": opened.base,
         "template": not talk.plain,
         "turns": turns,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, final
@@ -61,6 +62,7 @@ def convert(
     if rank is not None and to is not Form.lora:
         raise ConfigError(f"--rank is for --to lora; --to {to.value} keeps the rank")
     quiet_transformers()
+    from ..adapter_files.stands_on import StandsOn, with_mark
     from ..convert import rewrite
     from ..methods import VeraConfig
     from ._adapter import check_out, open_adapter
@@ -73,6 +75,8 @@ def convert(
         result = rewrite(file)
     else:
         result = _with_base(file, to, rank, base, revision)
+    config, tensors, header = result.state  # what it stands on, it goes on to stand on
+    result = replace(result, state=(config, tensors, with_mark(header, StandsOn.of_header(file.metadata))))
     result.save(out)
     written = {path.name: path.stat().st_size for path in sorted(out.iterdir()) if path.is_file()}
     if as_json:

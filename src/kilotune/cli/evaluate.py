@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ConfigError
-from ._options import Adapter, AdapterRevision, Alone, Base, Revision
+from ._options import Adapter, AdapterRevision, Alone, Base, On, Revision
 from ._output import Json, console, print_json, quiet_transformers, rows_table, warn
 
 if TYPE_CHECKING:
+    from ..adapter_files.reading import AdapterFile
     from ..train.running.session import Session
 
 __all__ = ["evaluate"]
@@ -23,6 +24,7 @@ def evaluate(
     adapter: Adapter,
     data: Annotated[list[str], typer.Argument(help="Data files, a folder of images, or hub:NAME.", metavar="DATA...")],
     base: Base = None,
+    on: On = None,
     generate: Annotated[
         bool,
         typer.Option("--generate", help="Let the model write its answers, and score those: seq2seq."),
@@ -51,17 +53,22 @@ def evaluate(
 ) -> None:
     """Score an adapter, or the base alone, on data: the loss and the metrics of the task it was trained for."""
     quiet_transformers()
+    from ..model.peft_model import PeftModel
     from ..train.results.scoring import open_scoring, scoring_settings
+    from ._adapter import put_below
 
-    folder, source, revision = _places(adapter, adapter_revision, base, revision)
+    folder, source, revision, below = _places(adapter, adapter_revision, base, revision, on)
     chosen = scoring_settings(folder, data, source, revision=revision, task=task, changes=settings or [])
     classes = None if labels is None else [name.strip() for name in labels.split(",")]
     session = open_scoring(chosen, folder, classes)
+    if isinstance(session.model, PeftModel):  # else it is a whole model, which stands on nothing
+        put_below(session.model, below)
     with _alone(session, base_alone):
         metrics = _scores(session, generate)
     rows: Any = session.prepared.test
     document = {
         "adapter": None if base_alone else adapter,
+        "on": on,
         "base": source,
         "task": chosen.task,
         "data": data,
@@ -78,18 +85,20 @@ def evaluate(
 
 
 def _places(
-    adapter: str, adapter_revision: str | None, base: str | None, revision: str | None
-) -> tuple[Path, str, str | None]:
-    """(folder of the adapter or whole model, base, its revision)."""
-    from ._adapter import base_of, open_adapter
+    adapter: str, adapter_revision: str | None, base: str | None, revision: str | None, on: str | None
+) -> tuple[Path, str, str | None, AdapterFile | None]:
+    """(folder of the adapter or whole model, base, its revision, the adapter that it stands on)."""
+    from ._adapter import base_of, open_adapter, open_below
     from ._writing import is_whole_model
 
     if is_whole_model(adapter):
         if base is not None:
             raise ConfigError(f"--base: {adapter!r} is a whole model, and no adapter, so it has no base")
-        return Path(adapter), adapter, None
+        if on is not None:
+            raise ConfigError(f"--on: {adapter!r} is a whole model, and no adapter, so it stands on none")
+        return Path(adapter), adapter, None, None
     file = open_adapter(adapter, adapter_revision)
-    return file.folder, *base_of(file, base, revision)
+    return file.folder, *base_of(file, base, revision), open_below(file, on)
 
 
 def _alone(session: Session, wanted: bool) -> contextlib.AbstractContextManager[None]:

@@ -12,6 +12,7 @@ from .._ui.sizes import readable_bytes
 from ..errors import CheckpointError, ConfigError, check_one_of
 from ..known_names import DTYPE_NAMES
 from . import merge
+from ._options import On
 from ._output import Json, console, print_json, quiet_transformers, warn
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ def export(
             "adapter names."
         ),
     ] = None,
+    on: On = None,
     rank: Annotated[
         int | None, typer.Option("--rank", "-r", help="lora, gguf: approximate with this rank; tells the errors.")
     ] = None,
@@ -74,6 +76,7 @@ def export(
             adapter,
             out,
             base=base,
+            on=on,
             dtype=dtype,
             revision=revision,
             adapter_revision=adapter_revision,
@@ -84,14 +87,24 @@ def export(
     quiet_transformers()
     from ..convert import hollow
     from ..model.peft_model import PeftModel
-    from ._adapter import base_of, fitting_base, open_adapter
+    from ._adapter import base_of, fitting_base, open_adapter, open_below
 
-    _check_place(out, to, [adapter, *([base] if base else [])], force)
+    _check_place(out, to, [adapter, *([base] if base else []), *([on] if on else [])], force)
     file = open_adapter(adapter, adapter_revision)
+    below = open_below(file, on)
     source, revision = base_of(file, base, revision)
     model = PeftModel.from_pretrained(hollow(fitting_base(file, source, revision).model), file)
+    if below is not None:
+        model = _summed(model, below)
     write = _lora if to is Form.lora else _gguf
-    document = {"adapter": adapter, "base": source, "out": str(out), "to": to.value, "method": file.method.name}
+    document: dict[str, Any] = {
+        "adapter": adapter,
+        "on": on,
+        "base": source,
+        "out": str(out),
+        "to": to.value,
+        "method": file.method.name,
+    }
     document.update(write(model, file, out, rank, dtype))
     for note in document["warnings"]:
         warn(note)
@@ -99,6 +112,17 @@ def export(
         print_json(document)
     else:
         _show(document)
+
+
+def _summed(model: PeftModel, below: AdapterFile) -> PeftModel:
+    """A model of the same base with one LoRA in it, which is a stack."""
+    from ..model.peft_model import PeftModel
+    from ..train.finished.stack_export import summed
+    from ._adapter import PERSONAL, SHARED, put_below
+
+    put_below(model, below)
+    whole = summed(model, {"the shared adapter": SHARED, "the personal one": PERSONAL})
+    return PeftModel.from_pretrained(model.unload(), whole)
 
 
 def _check_options(to: Form, rank: int | None, dtype: str | None) -> None:

@@ -16,7 +16,7 @@ from ..train.settings.sections import AdapterSettings, ModelSettings
 from ._output import Json, console, print_json, quiet_transformers, rows_table
 
 if TYPE_CHECKING:
-    from ..fleet import FleetReport
+    from ..fleet import FleetReport, Record
 
 __all__ = ["app"]
 
@@ -62,6 +62,20 @@ def train(
         list[str] | None,
         typer.Option("--set", help=f"KEY=VALUE, of {', '.join(FleetSettings.known())}. May be given again."),
     ] = None,
+    on: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME_OR_FOLDER",
+            help="An adapter that runs, frozen, beneath each user's own: a folder, or NAME or NAME/VERSION of --store.",
+        ),
+    ] = None,
+    start: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME_OR_FOLDER",
+            help="An adapter of the same method and options from which each user's own starts, given likewise.",
+        ),
+    ] = None,
     column: Annotated[
         list[str] | None,
         typer.Option(
@@ -83,7 +97,8 @@ def train(
 ) -> None:
     """Train an adapter for each user of a causal language model, many in one batch, each as if it were alone.
 
-    A user whose data is broken fails alone; the exit code is then 1.
+    A user whose data is broken fails alone; the exit code is then 1. With rows held out to evaluate
+    (--validation-fraction), nothing is kept for a user whose adapter is no better on them than the model without it.
     """
     if (output is None) == (store is None):
         raise ConfigError("give --output FOLDER or --store URL, one of them")
@@ -99,27 +114,38 @@ def train(
 
     adapter = AdapterSettings(method=method, options=_pairs("--option", option))
     telling = told_by(progress)
-    found = text_users(
-        model,
-        data,
-        user_column=user_column,
-        columns=_pairs("--column", column),
-        max_length=max_length,
-        fraction=validation_fraction,
-        seed=chosen.seed,
-    )
     with ExitStack() as held:
+        there = [_existing(flag, word, store, namespace) for flag, word in (("--on", on), ("--start", start))]
+        found = text_users(
+            model, data, user_column=user_column, columns=_pairs("--column", column), max_length=max_length,
+            fraction=validation_fraction, seed=chosen.seed,
+        )  # fmt: skip
         sink: Any = output
         if store is not None:
             sink = StoreSink(held.enter_context(open_store(store, namespace=namespace)), alias)
         config = adapter.config(task_type="CAUSAL_LM", base_model_name_or_path=model)
         report = fit(
             found.model, config, found, chosen, collate=found.collate, sink=sink, folder=state, resume=resume,
-            told=telling,
+            told=telling, on=there[0], start=there[1],
         )  # fmt: skip
     _show(report, as_json)
     if report.failed:
         raise typer.Exit(NO)
+
+
+def _existing(flag: str, word: str | None, store: str | None, namespace: str) -> Record | Path | None:
+    """The adapter that a flag names; it is looked for before the model is loaded."""
+    if word is None:
+        return None
+    if Path(word).is_dir():
+        return Path(word)
+    if store is None:
+        raise ConfigError(f"{flag}: there is no folder {word!r}; names are of a store, and --output is none")
+    from ..fleet import open_store
+    from ..fleet.joint.given_adapters import stored
+
+    with open_store(store, namespace=namespace, read_only=True) as opened:
+        return stored(opened, word, flag.removeprefix("--"))
 
 
 def _show(report: FleetReport, as_json: bool) -> None:
@@ -132,6 +158,9 @@ def _show(report: FleetReport, as_json: bool) -> None:
     rows = [(ending, str(count)) for ending, count in endings.items()]
     rows += [("rows", f"{report.rows:,}"), ("joint steps", f"{report.steps:,}"), ("seconds", f"{report.seconds:.1f}")]
     console().print(rows_table("users", [""], rows))
+    if report.no_gain:
+        names = [(user.name, f"{user.without:.4f}", f"{user.with_own:.4f}") for user in report.no_gain]
+        console().print(rows_table("nothing kept: no gain", ["loss without", "loss with"], names))
     if report.failed:
         faults = [f"{user.name}: {user.error}" for user in report.failed]
         print(gather(f"{len(faults)} users failed:", faults), file=sys.stderr)

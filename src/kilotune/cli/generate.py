@@ -17,6 +17,7 @@ from ._options import (
     Device,
     Dtype,
     MaxTokens,
+    On,
     Quantization,
     Revision,
     Seed,
@@ -42,6 +43,7 @@ def generate(
         str | None, typer.Argument(help="The prompt. Default: all of standard input.", metavar="PROMPT")
     ] = None,
     base: Base = None,
+    on: On = None,
     system: System = None,
     template: Annotated[
         bool | None,
@@ -74,7 +76,7 @@ def generate(
     from ..train.finished.text_generation import Chat
     from ._writing import alone, open_writer, show
 
-    opened = open_writer(adapter, adapter_revision, base, revision, weights, sampling)
+    opened = open_writer(adapter, adapter_revision, base, revision, weights, sampling, on)
     if template is None:
         template = system is not None or bool(opened.chats)
     chat = Chat(opened.writer, system, plain=not template)
@@ -103,6 +105,7 @@ def _piped() -> str:
 def _document(opened: Opened, chat: Chat, prompt: str, answer: Answer, base_alone: bool) -> dict[str, Any]:
     return {
         "adapter": None if base_alone else opened.adapter,
+        "on": opened.on,
         "base": opened.base,
         "prompt": prompt,
         "template": not chat.plain,

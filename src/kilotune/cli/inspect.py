@@ -113,6 +113,8 @@ def _projections(file: AdapterFile, base: Base | None) -> tuple[str, str | None]
 def _document(file: AdapterFile, projections: str, base: str | None) -> dict[str, Any]:
     import torch
 
+    from ..adapter_files.content import content_sha256
+    from ..adapter_files.stands_on import StandsOn
     from ..methods import Kept
 
     config = file.config
@@ -124,6 +126,7 @@ def _document(file: AdapterFile, projections: str, base: str | None) -> dict[str
     for key, said in file.said.items():  # what is none of the method's is trained: biases, modules saved whole
         numbers[said.kept or Kept.TRAINED] += file.files.tensors[key].numel()
     layers = {said.layer for said in file.said.values() if said.layer} or set(values.get("site_order") or ())
+    mark = StandsOn.of_header(file.metadata)
     return {
         "folder": str(file.folder),
         "method": file.method.name,
@@ -143,6 +146,8 @@ def _document(file: AdapterFile, projections: str, base: str | None) -> dict[str
             "projections": projections,
         },
         "fits": base,
+        "stands_on": None if mark is None else mark.to_dict(),
+        "content_sha256": content_sha256(file),
         "non_finite": broken,
         "tensors": {
             key: {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
@@ -172,6 +177,8 @@ def _show(document: dict[str, Any], every: bool) -> None:
         ("checksum of the projections", checks["projections"]),
         ("not finite", ", ".join(document["non_finite"]) or "nothing"),
     ]
+    if (on := document["stands_on"]) is not None:
+        rows.insert(3, ("stands on", f"{on['name']}, contents {on['sha256'][:12]}..."))
     out.print(rows_table(document["folder"], ("",), rows, justify="left"))
     tensors = list(document["tensors"].items())
     shown = tensors if every else tensors[:SHOWN]

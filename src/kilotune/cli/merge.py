@@ -17,6 +17,7 @@ from .._ui.sizes import readable_bytes
 from ..bases import located
 from ..errors import CheckpointError, ConfigError, check_one_of, gather
 from ..known_names import DTYPE_NAMES
+from ._options import On
 from ._output import Json, console, print_json, quiet_transformers, warn
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ def merge(
         str | None,
         typer.Option(help="The base's folder or hub id. Default: the hub id that the adapter names."),
     ] = None,
+    on: On = None,
     dtype: Annotated[
         str | None,
         typer.Option(
@@ -76,18 +78,19 @@ def merge(
         check_one_of("--dtype", dtype, DTYPE_NAMES)
     quiet_transformers()
     from ..model.parameter_report import count_parameters
-    from ._adapter import base_of, check_out, load_fitting_base, open_adapter
+    from ._adapter import base_of, check_out, load_fitting_base, open_adapter, open_below
 
-    check_out(out, [adapter, *([base] if base else [])], force)
+    check_out(out, [adapter, *([base] if base else []), *([on] if on else [])], force)
     _check_replaceable(out)
     file = open_adapter(adapter, adapter_revision)
+    below = open_below(file, on)
     source, revision = base_of(file, base, revision)
     base_folder = located(source)
     if Path(base_folder).is_file():
         raise ConfigError(f"--base {source}: is a file; merging needs the folder with the weights")
     model = load_fitting_base(file, source, revision, dtype)
     tied = getattr(model.config, "tie_word_embeddings", False)
-    notes = _merge(model, file, safe, dtype)
+    notes = _merge(model, file, below, safe, dtype)
     untied = tied and not model.config.tie_word_embeddings
     with _fresh(out) as folder:
         model.save_pretrained(folder)
@@ -96,6 +99,7 @@ def merge(
             _verify(model, folder)
     document = {
         "adapter": adapter,
+        "on": on,
         "base": source,
         "out": str(out),
         "architecture": type(model).__name__,
@@ -135,14 +139,16 @@ def _check_replaceable(out: Path) -> None:
         )
 
 
-def _merge(model: nn.Module, file: AdapterFile, safe: bool, dtype: str | None) -> list[str]:
+def _merge(model: nn.Module, file: AdapterFile, below: AdapterFile | None, safe: bool, dtype: str | None) -> list[str]:
     """Merge for good; returns what was warned of."""
     from ..model.merging import MergePrecisionWarning
     from ..model.peft_model import PeftModel
     from ..plan import DTYPES
     from ..storage import storage_of
+    from ._adapter import put_below
 
     adapted = PeftModel.from_pretrained(model, file)
+    put_below(adapted, below)
     held = ((module, storage_of(module)) for module in model.modules())  # adapted or not
     schemes = [storage.scheme(module) for module, storage in held if storage is not None and not storage.lossless]
     if schemes and dtype is None:  # transformers 5.23 cannot write what came from a quantised folder, so it gets dense

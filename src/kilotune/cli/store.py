@@ -16,7 +16,7 @@ from ..errors import ConfigError
 from ._output import Json, console, print_json, rows_table, warn
 
 if TYPE_CHECKING:
-    from ..fleet.store import AdapterStore, Moved
+    from ..fleet.store import AdapterStore, Moved, Standing, Version
 
 __all__ = ["app"]
 
@@ -24,7 +24,7 @@ NO = 1
 app = typer.Typer(
     name="store",
     no_args_is_help=True,
-    help="Keep adapters by name and version: put, get, ls, rm; move and roll back aliases; import, export, verify, gc.",
+    help="Keep adapters by name and version: put, get, ls, show, rm; aliases; import, export, verify, gc.",
 )
 
 Url = Annotated[
@@ -83,19 +83,35 @@ def put(
         list[str] | None, typer.Option(help="key=value, the value as JSON or plain text; may be given several times.")
     ] = None,
     packing: Packing = None,
+    on: Annotated[
+        str | None,
+        typer.Option(
+            "--on",
+            metavar="NAME[/VERSION]",
+            help="The shared adapter that it was trained on top of, of this namespace or of '@shared'.",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Put an adapter into a store as the newest version of NAME."""
     given = _metadata(metadata)
     with _opened(store, namespace=namespace) as opened:
-        made = opened.put(name, adapter, metadata=given, tags=tag or (), alias=alias, packing=packing)
+        made = opened.put(name, adapter, metadata=given, tags=tag or (), alias=alias, packing=packing, on=on)
     if as_json:
         print_json(made.to_dict())
     else:
         named = "" if alias is None else f", named {alias}"
-        console().print(
-            f"{made.name}: version {made.version}{named}, {readable_bytes(made.size)} ({made.packing})", markup=False
-        )
+        below = "" if made.stands_on is None else f", on {_below(made)}"
+        size = f"{readable_bytes(made.size)} ({made.packing})"
+        console().print(f"{made.name}: version {made.version}{named}{below}, {size}", markup=False)
+
+
+def _below(version: Version) -> str:
+    """What a version stands on, in words; nothing where it stands alone."""
+    on = version.stands_on
+    if on is None:
+        return ""
+    return f"{on.name} (version {on.version}{' of @shared' if on.namespace == '@shared' else ''})"
 
 
 @app.command()
@@ -118,6 +134,34 @@ def get(
         print_json({**record.info.to_dict(), "out": str(out)})
     else:
         console().print(f"wrote {out}: {name}, version {record.info.version}", markup=False)
+        if record.info.stands_on is not None:
+            told = f"it stands on {_below(record.info)}, without which it is another adapter; get that one, too"
+            console().print(told, markup=False)
+
+
+@app.command()
+def show(store: Url, name: Name, version: Which = None, namespace: Space = "default", as_json: Json = False) -> None:
+    """Say all of one version, with what it stands on and who stands on it."""
+    with _opened(store, namespace=namespace, read_only=True) as opened:
+        info = opened.info(name, which(version))
+        others = opened.standing_on(info.name, info.version)
+        named = sorted(alias for alias, number in opened.aliases(info.name).items() if number == info.version)
+    if as_json:
+        print_json({**info.to_dict(), "aliases": named, "stood_on_by": {**vars(others), "names": list(others.names)}})
+        return
+    rows = [
+        ("version", str(info.version)),
+        ("aliases", ", ".join(named)),
+        ("created (UTC)", f"{info.created:%Y-%m-%d %H:%M:%S}"),
+        ("used (UTC)", "" if info.used is None else f"{info.used:%Y-%m-%d %H:%M:%S}"),
+        ("size", f"{readable_bytes(info.size)} ({info.packing})"),
+        ("tags", ", ".join(info.tags)),
+        ("metadata", json.dumps(dict(info.metadata), ensure_ascii=False) if info.metadata else ""),
+        ("SHA-256", info.sha256),
+        ("stands on", _below(info) or "nothing: it is whole by itself"),
+        ("stood on by", str(others) or "nobody"),
+    ]
+    console().print(rows_table(info.name, ("",), rows, justify="left"))
 
 
 @app.command()
@@ -143,6 +187,7 @@ def ls(
     if as_json:
         print_json({"adapters": documents, "more": len(found) > limit})
         return
+    stacks = any(info.stands_on is not None for info in shown)
     rows = [
         (
             document["name"],
@@ -153,10 +198,20 @@ def ls(
             readable_bytes(document["size"]),
             document["packing"],
             ", ".join(document["tags"]),
+            *([_below(info)] if stacks else []),
         )
-        for document in documents
+        for document, info in zip(documents, shown)
     ]
-    heads = ("version", "aliases", "created (UTC)", "used", "size", "packing", "tags")
+    heads = (
+        "version",
+        "aliases",
+        "created (UTC)",
+        "used",
+        "size",
+        "packing",
+        "tags",
+        *(["stands on"] if stacks else []),
+    )
     console().print(rows_table("", heads, rows, justify="left"))
     if len(found) > limit:
         console().print(f"... and more; go on with --after {shown[-1].name!r}", markup=False)
@@ -168,21 +223,28 @@ def rm(
     name: Name,
     version: Annotated[str | None, typer.Option("--version", help="A version's number, an alias, or 'latest'.")] = None,
     every: Annotated[bool, typer.Option("--all", help="Every version, and the aliases.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Even if an alias names the version.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Even if an alias names it, or others stand on it.")] = False,
     namespace: Space = "default",
     as_json: Json = False,
 ) -> None:
     """Remove one version of an adapter, or with --all the whole of it."""
     if (version is None) != every:
         raise ConfigError("say what to remove: --version with a number, an alias or 'latest', or --all")
-    if every and force:
-        raise ConfigError("--force is for --version; --all takes the aliases away as well")
     with _opened(store, namespace=namespace) as opened:
+        broken = _standing(opened, name, None if every else which(version)) if force else []
         count = opened.rm(name, None if every else which(version), force=force)
     if as_json:
-        print_json({"name": name, "removed": count})
-    else:
-        console().print(f"{name}: removed {count} version{'s' * (count != 1)}", markup=False)
+        print_json({"name": name, "removed": count, "broken": [str(others) for others in broken]})
+        return
+    console().print(f"{name}: removed {count} version{'s' * (count != 1)}", markup=False)
+    for others in broken:
+        warn(f"{others} stood on it, and answer no more until they are put anew")
+
+
+def _standing(opened: AdapterStore, name: str, version: int | str | None) -> list[Standing]:
+    """Who stands on what is to be removed."""
+    versions = opened.versions(name) if version is None else [opened.info(name, version)]
+    return [others for info in versions if (others := opened.standing_on(name, info.version))]
 
 
 @app.command()

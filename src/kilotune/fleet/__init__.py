@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .joint.sinks import Finished, FolderSink, Sink, StoreSink
     from .joint.users import FleetReport, Progress, User, UserReport
     from .joint.wrapping import wrap
-    from .store import AdapterStore, Fingerprint, Record, Version, open_store
+    from .store import AdapterStore, Fingerprint, Record, StandsOn, Version, open_store
 
 __all__ = [
     "AdapterBank",
@@ -33,6 +33,7 @@ __all__ = [
     "Record",
     "RowLoss",
     "Sink",
+    "StandsOn",
     "StoreSink",
     "User",
     "UserReport",
@@ -53,6 +54,6 @@ if not TYPE_CHECKING:  # type checkers have the imports above, and no name besid
             "joint.sinks": ("Finished", "FolderSink", "Sink", "StoreSink"),
             "joint.users": ("FleetReport", "Progress", "User", "UserReport"),
             "joint.wrapping": ("wrap",),
-            "store": ("AdapterStore", "Fingerprint", "Record", "Version", "open_store"),
+            "store": ("AdapterStore", "Fingerprint", "Record", "StandsOn", "Version", "open_store"),
         },
     )

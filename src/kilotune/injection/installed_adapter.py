@@ -17,7 +17,7 @@ from ..layers.saved_module import SavedModule
 from ..layers.slot import Slot, slot_key
 from ..methods import Method, Shared
 
-__all__ = ["Installed", "check_compatible", "set_requires_grad"]
+__all__ = ["Installed", "check_compatible", "conflicts", "let_train", "set_requires_grad"]
 
 
 @final
@@ -74,26 +74,43 @@ class Installed:
 
 
 def set_requires_grad(
-    adapters: Mapping[str, Installed], perhaps_trained: set[str], active: Sequence[str], train: bool
+    adapters: Mapping[str, Installed], perhaps_trained: set[str], active: Sequence[str], trained: Sequence[str]
 ) -> None:
-    """Let the active adapters train, or not, and take all gradients from the others.
+    """Let active adapters train, and take all gradients from the others, and from what does not run.
 
     Args:
         adapters: all of a model's, by name.
         perhaps_trained: those that may have gradients now; the active ones afterwards. The others are not looked at,
             so that a change among thousands of adapters costs no more than one among two.
         active: the names of the active ones.
-        train: whether they have gradients.
+        trained: those of them that have gradients.
 
     """
     for name in {*(name for name in perhaps_trained if name in adapters), *active}:
-        wanted = name in active and train
-        for _, parameter in adapters[name].parameters():
-            parameter.requires_grad_(wanted)
-            if not wanted:
-                parameter.grad = None
+        let_train(adapters[name], name in trained)
+    _freeze_overruled({name: adapters[name] for name in active})
     perhaps_trained.clear()
     perhaps_trained.update(active)
+
+
+def let_train(installed: Installed, train: bool) -> None:
+    """Let one adapter train, or freeze it and drop its gradients."""
+    for _, parameter in installed.parameters():
+        parameter.requires_grad_(train)
+        if not train:
+            parameter.grad = None
+
+
+def _freeze_overruled(active: Mapping[str, Installed]) -> None:
+    """Take the gradients from copies of modules in whose place the copy of an adapter above runs."""
+    seen: set[str] = set()
+    for installed in reversed(list(active.values())):
+        for module, saved in installed.saved.items():
+            if module in seen:
+                for parameter in saved.copies[installed.key].parameters():
+                    parameter.requires_grad_(False)
+                    parameter.grad = None
+            seen.add(module)
 
 
 def _overlaps(active: Mapping[str, Installed]) -> Iterator[str]:
@@ -108,11 +125,11 @@ def _overlaps(active: Mapping[str, Installed]) -> Iterator[str]:
                     yield f"module {module!r}: {name!r} replaces it whole, and {other!r} changes {changed[0]!r} in it"
 
 
-def check_compatible(active: Mapping[str, Installed]) -> None:
-    """Refuse adapters that cannot be active together: two that are not linear, that replace one module, or of which
-    one changes what another replaces."""
+def conflicts(active: Mapping[str, Installed]) -> list[str]:
+    """Why adapters cannot act together, in this order: two that are not linear in one layer, or one that changes
+    something inside a module that another replaces. Of two that replace one module, the last one's copy runs.
+    """
     faults: list[str] = []
-    owners: dict[str, str] = {}
     rigid: dict[str, str] = {}
     for name, installed in active.items():
         makes: type[Delta] = installed.method.makes
@@ -120,10 +137,10 @@ def check_compatible(active: Mapping[str, Installed]) -> None:
             if layer in rigid:
                 faults.append(f"layer {layer!r}: {rigid[layer]!r} and {name!r} are both not linear")
             rigid[layer] = name
-        for module in installed.saved:
-            if module in owners:
-                faults.append(f"module {module!r}: {owners[module]!r} and {name!r} both replace it whole")
-            owners[module] = name
-    faults += _overlaps(active)
-    if faults:
+    return [*faults, *_overlaps(active)]
+
+
+def check_compatible(active: Mapping[str, Installed]) -> None:
+    """Refuse adapters that cannot be active together; see :func:`conflicts`."""
+    if faults := conflicts(active):
         raise UnsupportedError(gather("these adapters cannot be active together:", faults))

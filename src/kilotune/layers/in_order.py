@@ -19,7 +19,7 @@ from ..storage import Storage
 from .active_adapters import ActiveState
 from .slot import Slot
 
-__all__ = ["bias_with", "built", "ordered", "pairs", "run", "weight_with"]
+__all__ = ["bias_with", "built", "changed", "ordered", "pairs", "run", "weight_with"]
 
 Pair = tuple[Slot, "Delta | None"]
 
@@ -90,37 +90,57 @@ def weight_with(base: Tensor, deltas: Sequence[Delta]) -> Tensor:
     return total
 
 
-def bias_with(base: Tensor | None, changes: Sequence[Pair], flat: Callable[[Tensor], Tensor]) -> Tensor | None:
+def bias_with(
+    base: Tensor | None,
+    changes: Sequence[Pair],
+    flat: Callable[[Tensor], Tensor],
+    trained: Sequence[Tensor | None] | None = None,
+) -> Tensor | None:
     """The bias (out,) with the changes in it, one after the other; None where there is none, and none is added.
 
     Args:
         base: the base's.
         changes: each adapter's slot and delta.
         flat: a stored bias as (out,).
+        trained: the bias that each has trained, or None; by default, what its slot holds.
 
     """
+    if trained is None:
+        trained = [slot.trained_bias for slot, _ in changes]
     total = None if base is None else flat(base)
-    for slot, delta in changes:
+    for (_, delta), own in zip(changes, trained):
         change = None if delta is None else delta.bias_change(total)
         if change is not None:
             total = change if total is None else total + change
-        if slot.trained_bias is not None and base is not None and total is not None:
-            total = total + flat(slot.trained_bias - base)
+        if own is not None and base is not None and total is not None:
+            total = total + flat(own - base)
     return total
 
 
 def run(layer: OrderedLayer, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The output with all live and merged deltas, one after the other, over the base's own weight."""
-    kind, module = layer.kind, layer.base_layer
+    kind = layer.kind
     all_pairs = pairs(layer, (*layer.merged, *layer._state.now().live), layer._state.active)
-    deltas = [(slot, delta) for slot, delta in all_pairs if delta is not None]
+    output = kind.call(layer.base_layer, None, args, kwargs)
+    return kind.with_tensor(output, changed(layer, all_pairs, x, kind.tensor_of(output).dtype))
+
+
+def changed(
+    layer: OrderedLayer,
+    changes: Sequence[Pair],
+    x: Tensor,
+    dtype: torch.dtype,
+    trained: Sequence[Tensor | None] | None = None,
+) -> Tensor:
+    """The output (..., out) in ``dtype`` with all ``changes``, one after the other; ``trained``: see bias_with()."""
+    kind = layer.kind
+    deltas = [(slot, delta) for slot, delta in changes if delta is not None]
     linear = [(slot, delta) for slot, delta in deltas if not isinstance(delta, Residual)]
-    output = kind.call(module, None, args, kwargs)
     y = _linear(layer, layer.base_matrix(), linear, x, None)
-    if (bias := bias_with(layer.base_bias(), all_pairs, layer.flat)) is not None:
+    if (bias := bias_with(layer.base_bias(), changes, layer.flat, trained)) is not None:
         y = y + kind.spread(bias, y).to(y.dtype)
     last = [(slot, delta) for slot, delta in deltas if isinstance(delta, Residual)]
-    return kind.with_tensor(output, layer.run_deltas(last, x, None, y.to(kind.tensor_of(output).dtype)))
+    return layer.run_deltas(last, x, None, y.to(dtype))
 
 
 def built(layer: OrderedLayer) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 ::
 
-    Route       who each row (or each token of packed rows) belongs to; adapters of one kind together in a Cohort
+    Route       who each row (or each token of packed rows) belongs to, level after level where adapters stand on others
+    level       adapters of which each row has at most one; those of one kind together in a Cohort
     Cohort      n adapters of one method and configuration, and which rows are theirs
       Stacked     adapters in the model, whose vectors are stacked: one pass for all of them (kernels/banked.py)
 """
@@ -11,8 +12,9 @@ from __future__ import annotations
 
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Protocol, final
+from collections.abc import Hashable, Iterable, Sequence
+from itertools import pairwise
+from typing import NamedTuple, Protocol, TypeVar, final
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +25,9 @@ from ..kernels.banked import Owners
 from ..kinds import LayerKind
 from .slot import Slot
 
-__all__ = ["Cohort", "Route", "RoutedLayer", "Stacked"]
+__all__ = ["Chain", "Cohort", "Route", "RoutedLayer", "Stacked", "levels_of"]
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 class RoutedLayer(Protocol):
@@ -100,22 +104,85 @@ def _held(slot: Slot) -> dict[str, Tensor]:
     return {key: value for key, value in slot._parameters.items() if value is not None}
 
 
+def levels_of(chains: Iterable[Sequence[Key]]) -> dict[Key, int] | None:
+    """A level for each key, so that they rise along each chain; the lowest that will do.
+
+    Keys that stand on nothing are on level 0, whatever stands beside them, so that adapters of one form are one cohort
+    wherever that is possible. None where it is not: a key stands on itself, or two on each other.
+    """
+    found: dict[Key, int] = {}
+    steps: set[tuple[Key, Key]] = set()
+    for chain in chains:
+        found.update((key, 0) for key in chain)
+        steps.update(pairwise(chain))
+    for _ in found:
+        raised = False
+        for lower, upper in steps:
+            if found[upper] <= found[lower]:
+                found[upper], raised = found[lower] + 1, True
+        if not raised:
+            return found
+    return found if not steps else None
+
+
+@final
+class Chain(NamedTuple):
+    """The rows that run the same adapters. parts: (cohort, which of its adapters), bottom first. rows: (M,), rising."""
+
+    parts: tuple[tuple[Cohort, int], ...]
+    rows: Tensor
+
+    def spread(self, times: int, device: torch.device) -> Tensor:
+        """``rows`` where each row of the route stands ``times`` times, one after the other."""
+        if times == 1:
+            return self.rows.to(device)
+        return (self.rows.unsqueeze(1) * times + torch.arange(times)).flatten().to(device)
+
+
 @final
 class Route:
-    """Which adapter each row of a batch goes to.
+    """Which adapter each row of a batch goes to, or which stack of them.
 
     Args:
         count: the number of rows; of tokens with ``tokens``.
         cohorts: the adapters; a row of none of them runs the base alone.
         tokens: the rows are packed: what is routed are tokens, in the order in which they stand.
         multiples: a layer may see each row several times, one after the other (beams of a generation).
+        above: further levels, lower ones first. A row's adapter of a level changes what those below it have left.
+
+    Attributes:
+        levels: ``cohorts``, and those above; on each, a row is of one cohort at most. cohorts: all of them.
 
     """
 
-    def __init__(self, count: int, cohorts: Sequence[Cohort], tokens: bool = False, multiples: bool = False) -> None:
-        self.count, self.cohorts, self.tokens, self.multiples = count, tuple(cohorts), tokens, multiples
-        self.names = frozenset(name for cohort in cohorts for name in cohort.names)
+    def __init__(
+        self,
+        count: int,
+        cohorts: Sequence[Cohort],
+        tokens: bool = False,
+        multiples: bool = False,
+        above: Sequence[Sequence[Cohort]] = (),
+    ) -> None:
+        self.count, self.tokens, self.multiples = count, tokens, multiples
+        self.levels = (tuple(cohorts), *map(tuple, above))
+        self.cohorts = tuple(cohort for level in self.levels for cohort in level)
+        self.names = frozenset(name for cohort in self.cohorts for name in cohort.names)
         self._seen: tuple[weakref.ref[Tensor], int, dict[Cohort | None, Tensor]] | None = None
+        self._chains: list[Chain] | None = None
+
+    def chains(self) -> list[Chain]:
+        """The rows of the route by what they run; rows of the base alone are in none."""
+        if self._chains is None:
+            parts: dict[int, list[tuple[Cohort, int]]] = {}
+            for level in self.levels:
+                for cohort in level:
+                    for row, which in zip(cohort.rows.tolist(), cohort.index.tolist(), strict=True):
+                        parts.setdefault(row, []).append((cohort, which))
+            rows: dict[tuple[tuple[Cohort, int], ...], list[int]] = {}
+            for row in sorted(parts):
+                rows.setdefault(tuple(parts[row]), []).append(row)
+            self._chains = [Chain(own, torch.tensor(places)) for own, places in rows.items()]
+        return self._chains
 
     def slots(self, layer: RoutedLayer) -> list[Slot]:
         """The slots that change ``layer`` for some of the rows."""

@@ -3,6 +3,10 @@
 A layer runs its base once, on all rows. Then each cohort changes its own rows: in one pass where the deltas stack (the
 same frozen factors, or factors of a plain product), else adapter by adapter on the rows of each. Rows of the base alone
 are not touched.
+
+Where rows run a stack, this happens level after level, each on what the one before left; an adapter beneath many is one
+cohort over all their rows. Changes that add up need no more than that. Where one in a stack rescales what is beneath
+it, or what is beneath is not linear, a row's adapters act together, as those of a model that are active (in_order.py).
 """
 
 from __future__ import annotations
@@ -13,10 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..deltas import Delta, LowRank, Shift
+from ..deltas import Delta, LowRank, Rescale, Residual, Shift
 from ..errors import UnsupportedError
 from ..kernels.banked import Owners, lift_own, lift_shared, per_row
 from ..kinds import hooked
+from . import in_order
+from .in_order import OrderedLayer
 from .route import Cohort, Route, RoutedLayer
 from .slot import BIAS, Slot, slot_key
 from .stacked_sites import delta_of
@@ -24,8 +30,8 @@ from .stacked_sites import delta_of
 __all__ = ["bias_difference", "changed_rows", "run_saved"]
 
 
-def changed_rows(layer: RoutedLayer, route: Route, x: Tensor, y: Tensor) -> Tensor:
-    """``y`` (rows first), with the changes of each row's adapter in it.
+def changed_rows(layer: OrderedLayer, route: Route, x: Tensor, y: Tensor) -> Tensor:
+    """``y`` (rows first), with the changes of each row's adapters in it.
 
     Args:
         layer: the adapted layer.
@@ -35,26 +41,94 @@ def changed_rows(layer: RoutedLayer, route: Route, x: Tensor, y: Tensor) -> Tens
 
     """
     kind, module = layer.kind, layer.base_layer
-    here = [cohort for cohort in route.cohorts if cohort.slot(layer) is not None]
+    found = [[cohort for cohort in level if cohort.slot(layer) is not None] for level in route.levels]
+    here = [level for level in found if level]
     if not here:
         return y
     features = 0 if kind.input_features(module) == 0 and not x.is_floating_point() else 1
-    where = f"{type(module).__name__} {_name(here[0], layer)!r}"
+    where = f"{type(module).__name__} {_name(here[0][0], layer)!r}"
     axes, times = route.layout(x, y, features, where)
     flat_y = y if axes == 1 else y.flatten(0, axes - 1)
+    if len(here) > 1 and _as_one(layer, here):
+        return _each_chain(layer, route, times, route.own(x, axes, None, None), flat_y).view(y.shape)
+    for level in here:
+        flat_y = _on_level(layer, route, level, (axes, times), x, flat_y)
+    return flat_y.view(y.shape)
+
+
+def _on_level(
+    layer: RoutedLayer, route: Route, level: list[Cohort], layout: tuple[int, int], x: Tensor, flat_y: Tensor
+) -> Tensor:
+    """``flat_y`` (rows, ..., out) with the changes of one level. layout: see :meth:`Route.layout`."""
+    axes, times = layout
     total = flat_y.shape[0]
     pieces, places = [], []
-    for cohort in here:
+    for cohort in level:
         rows, owners = cohort.spread(times, x.device)
         whole = rows.shape[0] == total
         own_x = route.own(x, axes, None if whole else cohort, None if whole else rows)
         own_y = flat_y if whole else flat_y.index_select(0, rows)
         new = _changed(layer, cohort, owners, own_x, own_y)
         if whole:
-            return new.view(y.shape)
+            return new
         pieces.append(new)
         places.append(rows)
-    return flat_y.index_copy(0, torch.cat(places), torch.cat(pieces)).view(y.shape)
+    return flat_y.index_copy(0, torch.cat(places), torch.cat(pieces))
+
+
+# -- adapters on others that act together ------------------------------------------------------------
+
+
+def _as_one(layer: RoutedLayer, levels: list[list[Cohort]]) -> bool:
+    """Whether an adapter of some level may not simply act on what those below it have left."""
+    makes = [[_makes(layer, cohort) for cohort in level] for level in levels]
+    return any(Rescale in own for own in makes[1:]) or any(Residual in own for own in makes[:-1])
+
+
+def _makes(layer: RoutedLayer, cohort: Cohort) -> type[Delta] | None:
+    slot = cohort.slot(layer)
+    return None if slot is None or slot.method is None else slot.method.makes
+
+
+def _each_chain(layer: OrderedLayer, route: Route, times: int, x: Tensor, y: Tensor) -> Tensor:
+    """The rows (rows first) of one stack after the other."""
+    pieces, places = [], []
+    for chain in route.chains():
+        parts = [(cohort, which) for cohort, which in chain.parts if cohort.slot(layer) is not None]
+        if not parts:
+            continue
+        rows = chain.spread(times, y.device)
+        whole = rows.shape[0] == y.shape[0]
+        own_x, own_y = (x, y) if whole else (x.index_select(0, rows), y.index_select(0, rows))
+        new = _stack(layer, parts, own_x, own_y)
+        if whole:
+            return new
+        pieces.append(new)
+        places.append(rows)
+    return y if not pieces else y.index_copy(0, torch.cat(places), torch.cat(pieces))
+
+
+def _stack(layer: OrderedLayer, parts: list[tuple[Cohort, int]], x: Tensor, y: Tensor) -> Tensor:
+    """The rows of one stack."""
+    if len(parts) == 1 or not _as_one(layer, [[cohort] for cohort, _ in parts]):
+        for cohort, which in parts:
+            y = _changed_by_one(layer, _slot(layer, cohort, which), cohort.params(layer, which), x, y)
+        return y
+    changes, trained = [], []
+    for cohort, which in parts:
+        slot, params = _slot(layer, cohort, which), cohort.params(layer, which)
+        trained.append(params.pop(BIAS, None))
+        changes.append((slot, None if slot.method is None else delta_of(slot.method, slot.site, params, slot.shared)))
+    return in_order.changed(layer, changes, x, y.dtype, trained)
+
+
+def _slot(layer: RoutedLayer, cohort: Cohort, which: int) -> Slot:
+    slot = cohort.slot(layer, which) or cohort.slot(layer)
+    assert slot is not None
+    return slot
+
+
+# -- a cohort ------------------------------------------------------------------------------------------
 
 
 def _name(cohort: Cohort, layer: RoutedLayer) -> str:
@@ -78,7 +152,7 @@ def _changed(layer: RoutedLayer, cohort: Cohort, owners: Owners, x: Tensor, y: T
     for which in range(len(cohort.names)):
         rows = None if len(cohort.names) == 1 else (owners.index == which).nonzero().squeeze(1)
         own_x, own_y = (x, y) if rows is None else (x.index_select(0, rows), y.index_select(0, rows))
-        new = _changed_by_one(layer, cohort.slot(layer, which) or slot, cohort.params(layer, which), own_x, own_y)
+        new = _changed_by_one(layer, _slot(layer, cohort, which), cohort.params(layer, which), own_x, own_y)
         if rows is None:
             return new
         pieces.append(new)
@@ -177,10 +251,19 @@ def _one_tensor(output: Any, where: str) -> Tensor:
 
 
 def _groups(route: Route, copies: nn.ModuleDict) -> list[tuple[nn.Module, Tensor]]:
-    """(copy, rows) for each adapter of the batch that has a copy."""
-    return [
-        (copies[key], cohort.rows[cohort.index == which])
-        for cohort in route.cohorts
-        for which, name in enumerate(cohort.names)
-        if (key := slot_key(name)) in copies
-    ]
+    """(copy, rows) for each adapter of the batch that has a copy; of several in a stack, the upper one's runs."""
+    found: list[tuple[nn.Module, Tensor]] = []
+    taken: list[Tensor] = []  # rows of levels above
+    for level in reversed(route.levels):
+        own = [
+            (copies[key], cohort.rows[cohort.index == which])
+            for cohort in level
+            for which, name in enumerate(cohort.names)
+            if (key := slot_key(name)) in copies
+        ]
+        if taken and own:
+            above = torch.cat(taken)
+            own = [(copy, rows[~torch.isin(rows, above)]) for copy, rows in own]
+        found += own
+        taken += [rows for _, rows in own]
+    return found

@@ -59,7 +59,8 @@ def _trains(parameter: nn.Parameter) -> bool:
 class SavedModule(nn.Module):
     """A module of which each adapter has a whole trained copy of its own (``modules_to_save``).
 
-    With no live adapter that has a copy, the original runs, which may have wrappers of other adapters around and in it.
+    Of several live adapters that have one, the last one's runs, which stands on the others. With none, the original
+    runs, which may have wrappers of other adapters around and in it.
     """
 
     def __init__(self, original: nn.Module, state: ActiveState) -> None:
@@ -75,7 +76,7 @@ class SavedModule(nn.Module):
 
     def _current(self, now: Running) -> nn.Module:
         merged = () if now.disabled else self._state.merged
-        for name in reversed((*merged, *now.live)):
+        for name in reversed((*merged, *now.live)):  # the live ones, merged or not, are above what is only merged
             if (key := slot_key(name)) in self.copies:
                 return self.copies[key]
         return self.original_module

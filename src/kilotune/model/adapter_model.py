@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -23,9 +23,9 @@ from ..adapter_files.reading import AdapterFile, open_adapter
 from ..adapter_files.writing import DEFAULT
 from ..added_modules import Added, base_modules
 from ..config import AdapterConfig
-from ..errors import AdapterError, ConfigError, MergeError, did_you_mean, type_name
+from ..errors import AdapterError, ConfigError, MergeError, type_name
 from ..injection import inject
-from ..injection.installed_adapter import Installed, check_compatible, set_requires_grad
+from ..injection.installed_adapter import Installed
 from ..injection.tree import layer_around, own_modules
 from ..kernels.ways import Way
 from ..layers.active_adapters import ActiveState
@@ -33,12 +33,13 @@ from ..layers.adapted import AdaptedLayer
 from ..layers.slot import slot_key
 from ..projections.matrices import Projections
 from . import base_overrides, merged_state, merging
+from .active_model import ActiveModel
 from .adapter_configs import Configs
 from .merging import MergeReport
 from .parameter_report import ParameterReport, count_parameters
-from .routed_model import RoutedModel, Source, check_rows, generate
+from .routed_model import Source, check_rows, generate
 from .unreduced import came_after_shards, check_reduced
-from .unused_layers import unwatch, watch
+from .unused_layers import unwatch
 
 __all__ = ["DEFAULT", "AdapterModel"]
 
@@ -47,7 +48,7 @@ __all__ = ["DEFAULT", "AdapterModel"]
 ASKED_BY_TRAINERS = ("is_distributed_loading_by_transformers", "_hf_peft_config_loaded")
 
 
-class AdapterModel(RoutedModel, ABC):
+class AdapterModel(ActiveModel, ABC):
     """A base model with adapters in it. The base model is changed in place, and its weights are frozen.
 
     Args:
@@ -78,7 +79,6 @@ class AdapterModel(RoutedModel, ABC):
         self._installed: dict[str, Installed] = {}
         self._sources: list[Source] = []
         self._perhaps_trained: set[str] = set()  # no other adapter's parameters have gradients
-        self._active_train = True
         self._unreduced = False
         # With the names of tied weights, which merging for good takes apart.
         everything = model.named_parameters(remove_duplicate=False)
@@ -127,22 +127,6 @@ class AdapterModel(RoutedModel, ABC):
     def peft_config(self) -> dict[str, AdapterConfig]:
         """The configurations of all adapters, by name, with targets and heads filled in; for reading."""
         return Configs({name: installed.config for name, installed in self._installed.items()})
-
-    @property
-    def active_adapters(self) -> list[str]:
-        """The names of the active adapters."""
-        return list(self._state.active)
-
-    @property
-    def active_adapter(self) -> str | list[str]:
-        """The active adapter's name, or a list of names where it is not exactly one."""
-        return self._state.active[0] if len(self._state.active) == 1 else self.active_adapters
-
-    @property
-    def merged_adapters(self) -> list[str]:
-        """The names of the adapters that are merged into the weights now."""
-        merged = self._state.merged
-        return [name for name in self._installed if name in merged] if merged else []
 
     def installed(self, adapter_name: str) -> Installed:
         """One adapter's parts: its config, method, layers and modules saved whole; AdapterError if it is not there."""
@@ -253,44 +237,6 @@ class AdapterModel(RoutedModel, ABC):
         elif any(module.training for module in base_modules(self)):
             self.eval()  # reaches every adapter, so only where it changes something
 
-    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Make one adapter, or several at once, the active ones; the others get no gradient at all.
-
-        As in PEFT they train, whatever they were loaded for.
-
-        Args:
-            adapter_name: a name, or several.
-            inference_mode: True: their parameters are frozen.
-
-        Raises:
-            AdapterError: an unknown name. UnsupportedError: adapters that cannot be active together.
-
-        """
-        if not isinstance(adapter_name, (str, Sequence)):
-            raise AdapterError(f"set_adapter: expected a name or a list of names, got {adapter_name!r}")
-        if inference_mode not in (True, False):
-            raise ConfigError(f"set_adapter: inference_mode: expected True or False, got {inference_mode!r}")
-        self._activate(tuple(self._named(adapter_name)), train=not inference_mode)
-
-    def _activate(self, names: tuple[str, ...], train: bool) -> None:
-        if merged := self.merged_adapters:
-            raise MergeError(
-                f"cannot change the active adapters while {merged} are merged; call unmerge_adapter() first"
-            )
-        check_compatible({name: self._installed[name] for name in names})
-        self._state.change(active=names)
-        self._set_requires_grad(train)
-
-    def _set_requires_grad(self, train: bool) -> None:
-        self._active_train = train
-        set_requires_grad(self._installed, self._perhaps_trained, self._state.active, train)
-        watch(self.model, self._state)
-
-    def requires_grad_(self, requires_grad: bool = True) -> Self:
-        """As of any module: all parameters, the base's too; the next :meth:`set_adapter` sees to the adapters'."""
-        self._perhaps_trained.update(self._installed)
-        return super().requires_grad_(requires_grad)
-
     def set_way(self, way: str) -> None:
         """Say how layers with low-rank adapters run; for tests and experts, since 'picked' is the default.
 
@@ -317,14 +263,20 @@ class AdapterModel(RoutedModel, ABC):
         self._state.refuse_in_route(f"delete adapter {name!r}", name)
         if name in self._state.merged:
             raise MergeError(f"adapter {name!r} is merged into the weights; call unmerge_adapter() before deleting it")
+        trained = self._trained()
         inject.remove(self.model, name, self._installed.pop(name), self.projections)
         merged_state.watch_tables(self.model)
         if (key := slot_key(name)) in self.shared_parameters:
             del self.shared_parameters[key]
-        left = tuple(n for n in self._state.active if n != name)
+        before = self._state.active
+        left = tuple(n for n in before if n != name)
         self._state.watched.discard(name)
-        self._state.change(active=left or tuple(islice(self._installed, 1)), removed=name)
-        self._set_requires_grad(self._active_train or not left)
+        alone = bool(before) and not left  # where nothing was active, nothing is
+        self._state.change(active=tuple(islice(self._installed, 1)) if alone else left, removed=name)
+        if alone:
+            self._set_requires_grad(True)
+        else:
+            self._train([name for name in left if name in trained])
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -471,16 +423,6 @@ class AdapterModel(RoutedModel, ABC):
         writing.save(writing.folders(Path(save_directory), chosen), is_main_process)
 
     # -- checks ----------------------------------------------------------------------------------
-
-    def _known(self, name: str) -> str:
-        if not isinstance(name, str) or name not in self._installed:
-            have = ", ".join(map(repr, self._installed)) or "none"
-            raise AdapterError(f"there is no adapter {name!r}.{did_you_mean(str(name), self._installed)} There: {have}")
-        return name
-
-    def _named(self, names: str | Sequence[str]) -> list[str]:
-        listed = [names] if isinstance(names, str) else names
-        return list(dict.fromkeys(self._known(name) for name in listed))  # a name given twice counts once
 
     def _check_new_name(self, name: str) -> None:
         check_adapter_name(name)

@@ -7,7 +7,7 @@ Names are looked up among the adapters in the model and in the sources that are 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, NamedTuple, final
 
@@ -16,12 +16,14 @@ from torch import Tensor
 
 from ..added_modules import base_modules
 from ..errors import AdapterError, MergeError, UnsupportedError, did_you_mean, gather
-from ..injection.installed_adapter import Installed
+from ..injection.installed_adapter import Installed, conflicts
 from ..injection.tree import AroundBase
 from ..layers.active_adapters import ActiveState
-from ..layers.route import Cohort, Route, Stacked
+from ..layers.route import Cohort, Route, Stacked, levels_of
 
-__all__ = ["BASE", "Group", "RoutedModel", "Source", "check_rows", "unroutable"]
+__all__ = ["BASE", "Group", "RoutedModel", "Source", "check_rows", "check_stacks", "unroutable"]
+
+Row = str | Sequence[str] | None
 
 BASE = "__base__"
 """PEFT's name for a row of the base alone; None says the same."""
@@ -32,10 +34,14 @@ SEQUENCE_FIRST = frozenset({"xlnet"})
 
 @final
 class Group(NamedTuple):
-    """Adapters that can run as one. make: gives their cohort, from the rows and the index of a Cohort."""
+    """Adapters that can run as one.
+
+    make: gives their cohort, from the rows and the index of a Cohort. installed: the parts of one of them in the model.
+    """
 
     names: tuple[str, ...]
     make: Callable[[Tensor, Tensor], Cohort]
+    installed: Installed
 
 
 class Source(ABC):
@@ -67,20 +73,24 @@ class RoutedModel(AroundBase, ABC):
     _sources: list[Source]
 
     @contextmanager
-    def route(self, names: Sequence[str | None], lengths: Sequence[int] | None = None) -> Iterator[None]:
+    def route(self, names: Sequence[Row], lengths: Sequence[int] | None = None) -> Iterator[None]:
         """Inside this context, row i of each batch runs with adapter ``names[i]``; in this thread and coroutine.
 
         ``model(..., adapter_names=names)`` and ``model.generate(..., adapter_names=names)`` do the same for one call.
         Which adapters are active does not matter here. Gradients reach the adapters that want them.
 
+        ``["house-style", "ann"]`` in the place of a name is a stack: ann on top of the house style, with the numbers of
+        ``set_adapter(["house-style", "ann"])``. Adapters beneath others run once for all their rows.
+
         Args:
-            names: an adapter for each row; None (or ``"__base__"``) for the base alone.
+            names: an adapter for each row, or several, the lowest first; None (or ``"__base__"``) for the base alone.
             lengths: for packed sequences, how many tokens each of ``names`` holds for, in their order; their sum is
                 the number of tokens of the batch.
 
         Raises:
             AdapterError: unknown names, or lengths that do not fit them.
-            UnsupportedError: an adapter, or the model, in which rows cannot be told apart; with the reason.
+            UnsupportedError: an adapter, or the model, in which rows cannot be told apart, or a stack of adapters that
+                cannot act together; with the reason.
             MergeError: adapters are merged.
 
         """
@@ -98,7 +108,7 @@ class RoutedModel(AroundBase, ABC):
         self._sources.remove(source)
 
     @contextmanager
-    def _routing(self, names: Sequence[str | None], lengths: Sequence[int] | None, multiples: bool) -> Iterator[None]:
+    def _routing(self, names: Sequence[Row], lengths: Sequence[int] | None, multiples: bool) -> Iterator[None]:
         if self._state.merged:
             raise MergeError(f"route(): {list(self._state.merged)} are merged into the weights; unmerge them first")
         wanted = _checked(names, lengths)
@@ -121,25 +131,26 @@ class RoutedModel(AroundBase, ABC):
             yield
 
     def _route_of(
-        self, names: list[str | None], lengths: Sequence[int] | None, multiples: bool, held: ExitStack
+        self, chains: list[tuple[str, ...]], lengths: Sequence[int] | None, multiples: bool, held: ExitStack
     ) -> Route:
-        distinct = list(dict.fromkeys(name for name in names if name is not None))
-        groups = self._groups(distinct, held)
-        device = self._routing_device()
+        groups = self._groups(list(dict.fromkeys(name for chain in chains for name in chain)), held)
+        home = {name: number for number, group in enumerate(groups) for name in group.names}
+        check_stacks(chains, {name: groups[number].installed for name, number in home.items()})
+        levels = levels_of({tuple(home[name] for name in chain) for chain in chains})
         if lengths is None:
-            places = [(row, row + 1) for row in range(len(names))]
+            places = [(row, row + 1) for row in range(len(chains))]
         else:
             ends = torch.tensor(lengths).cumsum(0).tolist()
             places = list(zip([0, *ends[:-1]], ends, strict=True))
-        count = places[-1][1]
-        cohorts = []
-        for group in groups:
-            which = {name: i for i, name in enumerate(group.names)}
-            mine = [(span, which[name]) for span, name in zip(places, names, strict=True) if name in which]
-            rows = torch.cat([torch.arange(*span) for span, _ in mine])
-            index = torch.cat([torch.full((span[1] - span[0],), i) for span, i in mine])
-            cohorts.append(group.make(rows.to(device), index.to(device)))
-        return Route(count, cohorts, tokens=lengths is not None, multiples=multiples)
+        mine: dict[tuple[int, int], list[tuple[tuple[int, int], str]]] = {}
+        for span, chain in zip(places, chains, strict=True):
+            for position, name in enumerate(chain):
+                level = position if levels is None else levels[home[name]]
+                mine.setdefault((level, home[name]), []).append((span, name))
+        made: list[list[Cohort]] = [[] for _ in range(1 + max((level for level, _ in mine), default=0))]
+        for level, number in sorted(mine):
+            made[level].append(_cohort(groups[number], mine[level, number], self._routing_device()))
+        return Route(places[-1][1], made[0], tokens=lengths is not None, multiples=multiples, above=made[1:])
 
     def _groups(self, names: Sequence[str], held: ExitStack) -> list[Group]:
         inside = [name for name in names if name in self._installed]
@@ -159,7 +170,7 @@ class RoutedModel(AroundBase, ABC):
         if faults:
             raise UnsupportedError(gather("route(): rows cannot go to different adapters here:", faults))
         groups = [
-            Group(tuple(group), lambda rows, index, group=tuple(group): Stacked(group, rows, index))  # type: ignore[misc]
+            _group_of(tuple(group), self._installed[group[0]])
             for group in _alike({name: self._installed[name] for name in inside})
         ]
         for place, own in outside.items():
@@ -189,12 +200,57 @@ class RoutedModel(AroundBase, ABC):
         return next((tensor.device for tensor in self.model.parameters()), torch.device("cpu"))
 
 
-def _checked(names: Sequence[str | None], lengths: Sequence[int] | None) -> list[str | None]:
+def _group_of(names: tuple[str, ...], installed: Installed) -> Group:
+    return Group(names, lambda rows, index: Stacked(names, rows, index), installed)
+
+
+def _cohort(group: Group, mine: Sequence[tuple[tuple[int, int], str]], device: torch.device) -> Cohort:
+    """The cohort of adapters of one group. mine: (the rows of a part, whose it is), in the order of the rows."""
+    which = {name: i for i, name in enumerate(group.names)}
+    rows = torch.cat([torch.arange(*span) for span, _ in mine])
+    index = torch.cat([torch.full((span[1] - span[0],), which[name]) for span, name in mine])
+    return group.make(rows.to(device), index.to(device))
+
+
+def check_stacks(chains: Iterable[Sequence[str]], installed: Mapping[str, Installed]) -> None:
+    """Refuse stacks of adapters that cannot act together.
+
+    Args:
+        chains: the names of adapters, the lowest first.
+        installed: each one's parts.
+
+    Raises:
+        UnsupportedError: which, and why.
+
+    """
+    for chain in dict.fromkeys(tuple(chain) for chain in chains if len(chain) > 1):
+        if faults := conflicts({name: installed[name] for name in chain}):
+            raise UnsupportedError(gather(f"route(): {' and '.join(map(repr, chain))} cannot be a stack:", faults))
+
+
+def _chain(row: object) -> tuple[str, ...] | None:
+    """A row's adapters, the lowest first; None where that is nothing of the kind."""
+    if row is None or row == BASE:
+        return ()
+    if isinstance(row, str):
+        return (row,)
+    if isinstance(row, Sequence) and all(isinstance(name, str) and name != BASE for name in row):
+        return tuple(row)
+    return None
+
+
+def _checked(names: Sequence[Row], lengths: Sequence[int] | None) -> list[tuple[str, ...]]:
     if isinstance(names, str) or not isinstance(names, Sequence):
         raise AdapterError(f"route(): expected a list with a name or None for each row, got {names!r}")
-    wrong = [repr(name) for name in names if name is not None and not isinstance(name, str)]
+    chains = [chain for name in names if (chain := _chain(name)) is not None]
+    wrong = [repr(name) for name in names if _chain(name) is None]
     if wrong or not names:
-        raise AdapterError(f"route(): expected a name or None for each row, got {', '.join(wrong) or 'no rows'}")
+        raise AdapterError(
+            "route(): expected a name or None for each row, or a list of names for a stack, got "
+            f"{', '.join(wrong) or 'no rows'}"
+        )
+    if doubled := [list(chain) for chain in chains if len(set(chain)) < len(chain)]:
+        raise AdapterError(f"route(): an adapter cannot stand on itself, as in {doubled[0]}; name it once")
     if lengths is not None:
         if not isinstance(lengths, Sequence):
             raise AdapterError(f"route(): lengths: expected a list of whole numbers, got {lengths!r}")
@@ -204,7 +260,7 @@ def _checked(names: Sequence[str | None], lengths: Sequence[int] | None) -> list
                 f"route(): expected as many lengths as names ({len(names)}), whole numbers that are not all 0, got "
                 f"{list(lengths)}"
             )
-    return [None if name == BASE else name for name in names]
+    return chains
 
 
 def _alike(adapters: Mapping[str, Installed]) -> list[list[str]]:

@@ -36,7 +36,7 @@ from tests.support.models import Nested
 from tests.support.paths import ROOT, SUPPORT
 
 CONFIG = VeraConfig(r=4, target_modules="all-linear")
-SETTINGS = FleetSettings(batch_size=2, users_per_step=2, epochs=2, learning_rate=0.05, save_every=2)
+SETTINGS = FleetSettings(batch_size=2, users_per_step=2, epochs=2, learning_rate=0.05, save_every=2, only_gains=False)
 
 
 @functools.cache

@@ -653,9 +653,9 @@ def test_a_store_of_a_newer_format_is_refused(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/a.db"
     open_store(url).close()
     with sqlite3.connect(tmp_path / "a.db") as connection:
-        connection.execute("PRAGMA user_version = 2")
+        connection.execute("PRAGMA user_version = 3")
     connection.close()
-    with pytest.raises(StoreError, match="has format 2, this kilotune reads 1; a newer one is needed"):
+    with pytest.raises(StoreError, match="has format 3, this kilotune reads 2; a newer one is needed"):
         open_store(url)
 
 

@@ -311,7 +311,7 @@ class AdapterBank(Source):
                 for slot in slots.values():
                     self._unpin(slot)
         own = tuple(names)
-        yield [Group(own, lambda rows, index: Resident(self.form, own, values, rows, index))]
+        yield [Group(own, lambda rows, index: Resident(self.form, own, values, rows, index), self.form.installed)]
 
     def hold(self, name: str, row: Tensor) -> int | None:
         """The adapter's slot in the arena, which stays its until :meth:`release`; None where no slot is free of use.

@@ -187,8 +187,20 @@ class ResidentForm:
         """The inverse of :meth:`row`: copies, by ``<layer>.<parameter>``."""
         return {place.name: place.of(row.unsqueeze(0))[0].clone() for place in self.all_places()}
 
-    def row_of_file(self, file: AdapterFile, what: str, strict_base: bool = False) -> Tensor:
+    def row_of_file(
+        self,
+        file: AdapterFile,
+        what: str,
+        strict_base: bool = False,
+        whose: tuple[str, str] = ("this bank's adapters", "the bank has"),
+    ) -> Tensor:
         """The row of an adapter that was read from a folder or a store; warns of another base, or refuses it.
+
+        Args:
+            file: the adapter.
+            what: what errors call it.
+            strict_base: refuse another base.
+            whose: what errors call adapters of this form, and say before what these have.
 
         Raises:
             ConfigError: its configuration is another one. CheckpointError: its tensors or projections do not fit.
@@ -196,7 +208,7 @@ class ResidentForm:
 
         """
         check_bankable(file, what)
-        self._check_config(file, what)
+        self._check_config(file, what, whose)
         method: Any = file.method
         expected = getattr(method, "expected_checksum", None)
         if expected is not None and expected not in self._verified:
@@ -209,19 +221,19 @@ class ResidentForm:
         check_base(file, self.made, base_name(base) or type(base).__name__, strict_base)
         return self.row(found, what)
 
-    def _check_config(self, file: AdapterFile, what: str) -> None:
+    def _check_config(self, file: AdapterFile, what: str, whose: tuple[str, str]) -> None:
         mine, theirs = form_values(self.config), form_values(file.config)
         faults = (
             []
             if type(self.config) is type(file.config)
-            else [f"method: the bank has {type(self.config).__name__}, the adapter {type(file.config).__name__}"]
+            else [f"method: {whose[1]} {type(self.config).__name__}, the adapter {type(file.config).__name__}"]
         )
         if not faults:
             for key, value in mine.items():
                 if value != theirs[key]:
-                    faults.append(f"{key}: the bank has {value!r}, the adapter {theirs[key]!r}")
+                    faults.append(f"{key}: {whose[1]} {value!r}, the adapter {theirs[key]!r}")
         if faults:
-            raise ConfigError(gather(f"{what} is of another configuration than this bank's adapters:", faults))
+            raise ConfigError(gather(f"{what} is of another configuration than {whose[0]}:", faults))
 
     def release(self) -> None:
         """Take the form out of the model; layers without other adapters become what they were."""

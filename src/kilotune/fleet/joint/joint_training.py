@@ -20,22 +20,23 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from os import PathLike
-from typing import Any, final
+from typing import final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...adapter_files.names import composed
 from ...config import AdapterConfig
-from ...errors import AdapterError, ConfigError, UnsupportedError, did_you_mean
+from ...errors import AdapterError, ConfigError, KilotuneError, UnsupportedError, did_you_mean
 from ...model.adapter_model import AdapterModel
 from ...model.frozen_inputs import FrozenInputs
 from ...model.kept_rows import KeptRows
 from ...model.last_blocks import in_last_blocks
-from ..store import AdapterStore, Fingerprint
+from ..store import AdapterStore, Fingerprint, StandsOn
 from .adapter_rows import Rows, start_row
+from .given_adapters import Existing, beneath, start_of
 from .losses import Loss, loss_of
-from .members import Member, admitted, broken
+from .members import Member, admitted
 from .mixed_pass import Collate, Outcome, Part, Passes
 from .prepared_base import contents_of, form_in, prepared
 from .saved_state import StateFolder
@@ -45,6 +46,7 @@ from .users import FleetReport, Progress, User, UserReport
 
 __all__ = ["JointTraining", "fit"]
 
+KEPT = ("done", "stopped early")  # the endings with an adapter
 LOOKED_FOR = 8  # adapters of those who ended last, of which one must be in the sink
 
 
@@ -60,14 +62,17 @@ def fit(
     folder: str | PathLike[str] | None = None,
     resume: bool = False,
     told: Sequence[Callable[[Progress], None]] = (),
+    on: Existing | None = None,
+    start: Existing | None = None,
 ) -> FleetReport:
     """Train an adapter for each of ``users``, many at once; see :class:`JointTraining` for the arguments.
 
     A user whose data is broken fails alone; the report says why.
     """
     training = JointTraining(
-        model, config, settings, collate=collate, loss=loss, sink=sink, folder=folder, resume=resume, told=told
-    )
+        model, config, settings, collate=collate, loss=loss, sink=sink, folder=folder, resume=resume, told=told, on=on,
+        start=start,
+    )  # fmt: skip
     return training.run(users)
 
 
@@ -86,6 +91,11 @@ class JointTraining:
         folder: where its state is kept, so that it can be resumed; None: nowhere.
         resume: go on with the training in ``folder``, given the same users again; who has ended is passed over.
         told: hear how far it is, in the training's own thread.
+        on: an adapter that runs, frozen, beneath every user's own: the name of one in the model, a folder, a name in
+            the store that is the sink ("house-style", "house-style/3"), or one that was read (``store.get(name)``).
+            What is trained is then of use on top of that one alone.
+        start: an adapter of the same method and configuration, given likewise, from which each user's own starts; a
+            user's own ``start`` goes before it. It is trained on, and nothing is left of it beside the result.
 
     Raises:
         ConfigError: the arguments. TargetError, UnsupportedError: such adapters cannot be trained together.
@@ -104,6 +114,8 @@ class JointTraining:
         folder: str | PathLike[str] | None = None,
         resume: bool = False,
         told: Sequence[Callable[[Progress], None]] = (),
+        on: Existing | None = None,
+        start: Existing | None = None,
     ) -> None:
         if resume and folder is None:
             raise ConfigError("resume: needs the folder of the training that is to go on")
@@ -112,6 +124,7 @@ class JointTraining:
             raise ConfigError(f"settings: expected FleetSettings, got {type(settings).__name__}")
         self._model, self._config, self._collate, self._loss = model, config, collate, loss_of(loss)
         self._sink, self._folder, self._resume, self._told = sink_of(sink), folder, resume, tuple(told)
+        self._given_on, self._given_start = on, start
         self._lock = threading.Lock()
         self._added: deque[User] = deque()
         self._cancelled: set[str] = set()
@@ -173,7 +186,7 @@ class JointTraining:
             self._total = len(users) + len(self._added) if isinstance(users, Sequence) else None
         self._begun = time.monotonic()
         with ExitStack() as held:
-            model = held.enter_context(prepared(self._model))
+            model = held.enter_context(prepared(self._model, self._given_on))
             self._install(model, held)
             try:
                 self._loop(iter(users))
@@ -196,10 +209,13 @@ class JointTraining:
         for layer in layers:
             dtype = torch.promote_types(dtype, layer.compute_dtype())
         self._rows = Rows(self._form, self.settings, dtype, layers[0].compute_device())
-        if last is not None:
+        if last is not None:  # what is beneath all is frozen, so what enters the last blocks stays the same with it
             held.enter_context(FrozenInputs(model, last, KeptRows(self.settings.input_cache_mb)))
-        self._passes = Passes(model, self._form, self._rows, self._collate, self._loss)
-        self._base = Fingerprint.of(model)
+        on = None if self._given_on is None else beneath(model, self._given_on, self._form, held, self._sink.store)
+        self._on = None if on is None else on.known
+        self._start = None if self._given_start is None else self._start_of(model, self._given_start)
+        self._passes = Passes(model, self._form, self._rows, self._collate, self._loss, on)
+        self._adapted, self._base = model, Fingerprint.of(model)
         self._state: StateFolder | None = None
         if self._folder is not None:
             identity = {
@@ -207,9 +223,13 @@ class JointTraining:
                 "config": self._form.config.to_dict(),
                 "base": self._base.sha256,
                 "dtype": str(dtype),
+                "on": None if self._on is None else self._on.sha256,
+                "start": None if self._start is None else self._start[1].sha256,
             }
             self._state = StateFolder(self._folder, identity, self._resume)
             held.callback(self._state.close)
+        if on is not None:
+            self._sink.stand_on(on.known, on.file)
 
     def _loop(self, users: Iterator[User]) -> None:
         self._restore(users)
@@ -274,13 +294,29 @@ class JointTraining:
         return self._sink.find(name, self._state.run) if self._state is not None and self._resume else None
 
     def _begin(self, user: User) -> None:
-        member = admitted(user, self.settings)
+        member = admitted(user, self.settings, self._on)
+        if isinstance(member, Member):
+            try:
+                row = self._start_row(member)
+            except (KilotuneError, OSError) as error:
+                member = UserReport(user.name, "failed", error=" ".join(str(error).split()))
         if isinstance(member, UserReport):
             self._report(member)
             return
         member.slot = self._free.pop()
-        self._rows.begin(member.slot, start_row(self._form, member.seed, self._rows.values.dtype))
+        self._rows.begin(member.slot, row)
         self._queue.append(member)
+
+    def _start_of(self, model: AdapterModel, start: Existing) -> tuple[Tensor, StandsOn]:
+        return start_of(model, self._form, start, self._on, self._sink.store)
+
+    def _start_row(self, member: Member) -> Tensor:
+        """Where a user's adapter starts: as it says itself, as the training says, or as its method does."""
+        if member.user.start is not None:
+            return self._start_of(self._adapted, member.user.start)[0]
+        if self._start is not None:
+            return self._start[0]
+        return start_row(self._form, member.seed, self._rows.values.dtype)
 
     def _restore(self, users: Iterator[User]) -> None:
         """The members as they were saved, with their data from ``users``."""
@@ -324,7 +360,7 @@ class JointTraining:
 
     def _refuse_another_sink(self, state: StateFolder) -> None:
         """Who has ended is passed over, so their adapters would be missing where these go."""
-        good = [report.name for report in state.finished if report.ended in ("done", "stopped early")][-LOOKED_FOR:]
+        good = [report.name for report in state.finished if report.ended in KEPT][-LOOKED_FOR:]
         if good and self._sink.remembers and not any(self._sink.find(name, state.run) for name in good):
             raise ConfigError(
                 f"sink: the adapter of {good[-1]!r}, whom this training has seen to the end, is not there; go on with "
@@ -361,20 +397,7 @@ class JointTraining:
     def _part(self, member: Member) -> Part | None:
         numbers = member.numbers(self.settings)
         rate = self.settings.rate(self._config, member.steps) * self.settings.factor(member.step, member.steps)
-        return self._fetched(member, member.user.data, numbers, member.step, rate)
-
-    def _fetched(
-        self, member: Member, data: Sequence[Any], numbers: Sequence[int], step: int, rate: float = 0.0
-    ) -> Part | None:
-        rows = []
-        for number in numbers:
-            try:
-                rows.append(data[number])
-            except Exception as error:
-                what = "row" if data is member.user.data else "validation row"
-                member.fail(f"step {step + 1}: {what} {number}: {broken(error)}")
-                return None
-        return Part(member.user.name, member.slot, member.seed, step, rate, rows, list(numbers))
+        return member.part(member.user.data, numbers, member.step, rate)
 
     def _refuse_if_nobody_can(self, outcomes: Sequence[Outcome]) -> None:
         """Where the very first step fails for all in the model or the loss, it is not the users that are broken."""
@@ -388,7 +411,17 @@ class JointTraining:
     # -- evaluation ----------------------------------------------------------------------------------
 
     def _evaluate(self, members: Sequence[Member]) -> None:
-        """The validation losses of some members, in passes that mix them."""
+        """The validation losses of some members, and at first what they are without their adapters."""
+        new = [member for member in members if member.without is None]
+        for member, loss in zip(new, self._losses(new, self._passes.without)):
+            member.without = loss
+        left = [member for member in members if member.ended is None]
+        for member, loss in zip(left, self._losses(left, self._passes.evaluate)):
+            if loss is not None and member.evaluated(loss, self.settings):
+                self._rows.note_best(member.slot)
+
+    def _losses(self, members: Sequence[Member], run: Callable[[Sequence[Part]], list[Outcome]]) -> list[float | None]:
+        """The validation losses of some members, in passes that mix them; None of those that fail."""
         sums = {member.user.name: [0.0, 0.0] for member in members}
         by_name = {member.user.name: member for member in members}
         pieces: list[Part] = []
@@ -396,21 +429,18 @@ class JointTraining:
             data = member.user.validation or ()
             for first in range(0, len(data), self.settings.batch_size):
                 numbers = range(first, min(first + self.settings.batch_size, len(data)))
-                part = self._fetched(member, data, numbers, member.step - 1)
+                part = member.part(data, numbers, member.step - 1)
                 if part is None:
                     break
                 pieces.append(part)
         for first in range(0, len(pieces), self.settings.users_per_step):
-            for outcome in self._passes.evaluate(pieces[first : first + self.settings.users_per_step]):
+            for outcome in run(pieces[first : first + self.settings.users_per_step]):
                 if outcome.error is not None:
                     by_name[outcome.part.name].fail(f"validation at {outcome.error}")
                 sums[outcome.part.name][0] += outcome.total
                 sums[outcome.part.name][1] += outcome.count
-        for member in members:
-            if member.ended is None:
-                total, count = sums[member.user.name]
-                if member.evaluated(total / count, self.settings):
-                    self._rows.note_best(member.slot)
+        found = [(member.ended, sums[member.user.name]) for member in members]
+        return [total / count if ended is None else None for ended, (total, count) in found]
 
     # -- the end of a user, and the state ---------------------------------------------------------------
 
@@ -418,15 +448,18 @@ class JointTraining:
         ended = [member for member in self._queue if member.ended is not None]
         if not ended:
             return
-        good = [member for member in ended if member.ended in ("done", "stopped early")]
-        reports = {member.user.name: member.report() for member in ended}
+        for member in ended:
+            if member.ended in KEPT:
+                member.judge(self.settings)
+        good = [member for member in ended if member.ended in KEPT]
+        reports = {member.user.name: member.report(self.settings) for member in ended}
         run = "" if self._state is None else self._state.run
         if good:
             finished = [self._finished(member, reports[member.user.name], run) for member in good]
             for member, fault in zip(good, self._sink.put(finished)):
                 if fault is not None:
                     member.fail(f"the adapter cannot be kept: {fault}")
-                    reports[member.user.name] = member.report()
+                    reports[member.user.name] = member.report(self.settings)
         if self._state is not None:
             self._state.note(list(reports.values()))
         for member in ended:
@@ -437,8 +470,8 @@ class JointTraining:
     def _finished(self, member: Member, report: UserReport, run: str) -> Finished:
         best = self.settings.keep_best and member.best_step is not None
         row = (self._rows.best if best else self._rows.values)[member.slot]
-        contents = contents_of(self._form, row, self._base)
-        return Finished(member.user.name, contents, report, run, dict(member.user.metadata))
+        contents = contents_of(self._form, row, self._base, self._on)
+        return Finished(member.user.name, contents, report, run, dict(member.user.metadata), self._on)
 
     def _report(self, report: UserReport, note: bool = True) -> None:
         if note and self._state is not None:

@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, final
 
-from ...adapter_files.names import check_adapter_name, check_shown
-from ...errors import KilotuneError, first_line
+from ...adapter_files.names import check_adapter_name, check_shown, composed
+from ...errors import ConfigError, KilotuneError, first_line
 from ...projections.matrices import check_seed
+from ..store import StandsOn
 from ..store.names import check_metadata
+from ..store.stands_on import METADATA
+from .mixed_pass import Part
 from .random_draws import order
 from .settings import FleetSettings
 from .users import User, UserReport
 
 __all__ = ["Member", "admitted", "broken"]
 
-SAVED = ("seed", "rows", "steps", "step", "losses", "validation", "best_loss", "best_step", "worse", "ended", "error")
+SAVED = (
+    "seed",
+    "rows",
+    "steps",
+    "step",
+    "losses",
+    "validation",
+    "best_loss",
+    "best_step",
+    "worse",
+    "ended",
+    "error",
+    "without",
+)
 
 
 @final
@@ -25,7 +41,7 @@ class Member:
     """A user in training.
 
     rows: how many the data has. steps: in all, and step: done. losses: [sum, steps] of each epoch. worse: evaluations
-    since the best one. slot: its row of numbers.
+    since the best one. slot: its row of numbers. without: the validation loss without its adapter.
     """
 
     user: User
@@ -41,6 +57,7 @@ class Member:
     worse: int = 0
     ended: str | None = None
     error: str | None = None
+    without: float | None = None
     _order: tuple[int, list[int]] | None = None
 
     def numbers(self, settings: FleetSettings) -> list[int]:
@@ -50,6 +67,18 @@ class Member:
             self._order = epoch, order(self.seed, epoch, self.rows)
         first = batch * settings.batch_size
         return self._order[1][first : first + settings.batch_size]
+
+    def part(self, data: Sequence[Any], numbers: Sequence[int], step: int, rate: float = 0.0) -> Part | None:
+        """Rows of its data, or of its validation, for a pass; None where one cannot be had, which ends it."""
+        rows = []
+        for number in numbers:
+            try:
+                rows.append(data[number])
+            except Exception as error:
+                what = "row" if data is self.user.data else "validation row"
+                self.fail(f"step {step + 1}: {what} {number}: {broken(error)}")
+                return None
+        return Part(self.user.name, self.slot, self.seed, step, rate, rows, list(numbers))
 
     def learned(self, loss: float, settings: FleetSettings) -> None:
         """A step is done."""
@@ -74,16 +103,36 @@ class Member:
             self.ended = "stopped early"
         return False
 
+    def kept_loss(self, settings: FleetSettings) -> float | None:
+        """The validation loss of the adapter that is its own at the end; None where it was never evaluated."""
+        if not self.validation:
+            return None
+        return self.best_loss if settings.keep_best else self.validation[-1][1]
+
+    def judge(self, settings: FleetSettings) -> None:
+        """It has ended; whether what it learned is worth keeping."""
+        loss = self.kept_loss(settings)
+        if settings.only_gains and loss is not None and self.without is not None and not loss < self.without:
+            self.ended = "no gain"
+
     def fail(self, error: str) -> None:
         """It ends here, without an adapter; the first reason is kept."""
         if self.ended != "failed":
             self.ended, self.error = "failed", error
 
-    def report(self) -> UserReport:
+    def report(self, settings: FleetSettings) -> UserReport:
         """What became of it."""
-        losses = tuple(total / count for total, count in self.losses)
-        ended = self.ended or "cancelled"
-        return UserReport(self.user.name, ended, self.step, losses, tuple(self.validation), self.best_step, self.error)
+        return UserReport(
+            self.user.name,
+            self.ended or "cancelled",
+            self.step,
+            tuple(total / count for total, count in self.losses),
+            tuple(self.validation),
+            self.best_step,
+            self.error,
+            self.without,
+            self.kept_loss(settings),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """In JSON types, without its data and numbers."""
@@ -92,7 +141,8 @@ class Member:
     @classmethod
     def restored(cls, user: User, saved: Mapping[str, Any]) -> Member:
         """As it was saved, with its data again."""
-        member = cls(user, **{name: saved[name] for name in SAVED})
+        told = {"without": None, **saved}  # older ones have none
+        member = cls(user, **{name: told[name] for name in SAVED})
         member.validation = [(int(step), float(loss)) for step, loss in member.validation]
         try:
             rows = len(user.data)
@@ -104,12 +154,13 @@ class Member:
         return member
 
 
-def admitted(user: User, settings: FleetSettings) -> Member | UserReport:
-    """A user as a member, or why it cannot be one."""
+def admitted(user: User, settings: FleetSettings, on: StandsOn | None = None) -> Member | UserReport:
+    """A user as a member, or why it cannot be one. on: what its adapter is to stand on."""
     seed = settings.seed if user.seed is None else user.seed
     try:
         check_shown("adapter name", check_adapter_name(user.name))
         check_metadata(user.metadata)
+        _check_apart(user, on)
         check_seed(seed)
         rows = len(user.data)
         held = None if user.validation is None else len(user.validation)
@@ -120,6 +171,16 @@ def admitted(user: User, settings: FleetSettings) -> Member | UserReport:
     if rows == 0 or held == 0:
         return UserReport(user.name, "failed", error="its data has no rows" if rows == 0 else "validation has no rows")
     return Member(user, seed, rows, settings.steps(rows))
+
+
+def _check_apart(user: User, on: StandsOn | None) -> None:
+    """Refuse what would put a user's adapter in the place of the shared one, or its metadata in that of ours."""
+    if on is not None and composed(user.name) == composed(on.name):
+        raise ConfigError(
+            f"the adapter that all users' own stand on is called {on.name!r} too; name the user otherwise"
+        )
+    if METADATA in user.metadata:
+        raise ConfigError(f"metadata: {METADATA!r} is written by the training itself; take another key")
 
 
 def broken(error: BaseException) -> str:

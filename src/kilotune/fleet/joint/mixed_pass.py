@@ -21,6 +21,7 @@ from ...layers.slot import Slot
 from ...model.adapter_model import AdapterModel
 from ..bank.forms import ResidentForm
 from .adapter_rows import Rows
+from .given_adapters import Beneath
 from .losses import Loss, RowLoss
 from .random_draws import dropped
 
@@ -131,11 +132,21 @@ class Passes:
         rows: their numbers.
         collate: a list of rows -> a dict of tensors, rows first.
         loss: see :mod:`.losses`.
+        on: the adapter beneath all of them, or None.
 
     """
 
-    def __init__(self, model: AdapterModel, form: ResidentForm, rows: Rows, collate: Collate, loss: Loss) -> None:
+    def __init__(
+        self,
+        model: AdapterModel,
+        form: ResidentForm,
+        rows: Rows,
+        collate: Collate,
+        loss: Loss,
+        on: Beneath | None = None,
+    ) -> None:
         self.model, self.form, self.rows, self.collate, self.loss = model, form, rows, collate, loss
+        self.on = on
         self.dropout = form.config.dropout
         self.vocabulary = _vocabulary(model.get_base_model())
 
@@ -148,6 +159,10 @@ class Passes:
     def evaluate(self, parts: Sequence[Part]) -> list[Outcome]:
         """The losses alone."""
         return self._each(parts, self._evaluate)
+
+    def without(self, parts: Sequence[Part]) -> list[Outcome]:
+        """The losses without the users' own adapters: of the base, or of what is beneath them."""
+        return self._each(parts, self._without)
 
     def _each(self, parts: Sequence[Part], run: Callable[[Sequence[Part]], list[Outcome]]) -> list[Outcome]:
         """``run``, apart for rows with other keys: a collator that goes by the first row would mix them up."""
@@ -206,21 +221,31 @@ class Passes:
         values = self.rows.take([part.slot for part in parts])
         return self._judged(parts, self._forward(parts, values, None))[0]
 
+    @torch.no_grad()
+    def _without(self, parts: Sequence[Part]) -> list[Outcome]:
+        return self._judged(parts, self._forward(parts, None, None))[0]
+
     # -- inside a pass ---------------------------------------------------------------------------
 
-    def _forward(self, parts: Sequence[Part], values: Tensor, draws: Sequence[tuple[int, int]] | None) -> RowLoss:
+    def _forward(
+        self, parts: Sequence[Part], values: Tensor | None, draws: Sequence[tuple[int, int]] | None
+    ) -> RowLoss:
+        """The loss of each row. values: the users' rows of numbers; None: without their adapters."""
         rows = [row for part in parts for row in part.rows]
         batch = self._checked(self.collate(rows), len(rows))
         if draws is not None:
             _refuse_left_padding(batch)
-        batch = {key: value.to(values.device) for key, value in batch.items()}
+        device = self.rows.values.device
+        batch = {key: value.to(device) for key, value in batch.items()}
         bounds = [0]
         for part in parts:
             bounds.append(bounds[-1] + len(part.rows))
-        cohort = Trained(self.form, tuple(part.name for part in parts), values, bounds, draws)
+        levels: list[list[Cohort]] = [] if self.on is None else [[self.on.cohort(len(rows), device)]]
+        if values is not None:
+            levels.append([Trained(self.form, tuple(part.name for part in parts), values, bounds, draws)])
         inputs = {key: value for key, value in batch.items() if key not in ("labels", "inputs")}
         given = [batch["inputs"]] if "inputs" in batch else []
-        with self.model.running(Route(len(rows), [cohort])):
+        with self.model.running(Route(len(rows), levels[0] if levels else (), above=levels[1:])):
             output = self.model.model(*given, **inputs)
         found = self.loss(output, batch)
         shapes = (tuple(found.totals.shape), tuple(found.counts.shape))

@@ -13,19 +13,22 @@ from ...errors import ConfigError, type_name
 from ...model.adapter_model import AdapterModel
 from ..bank.adapter_bank import free_key
 from ..bank.forms import ResidentForm
-from ..store import Contents, Fingerprint
+from ..store import Contents, Fingerprint, StandsOn
 from .wrapping import wrap
 
 __all__ = ["contents_of", "form_in", "prepared"]
 
 
 @contextmanager
-def prepared(model: nn.Module) -> Iterator[AdapterModel]:
-    """``model`` frozen, in eval mode and without a cache of keys and values; afterwards it is what it was."""
+def prepared(model: nn.Module, on: object = None) -> Iterator[AdapterModel]:
+    """``model`` frozen, in eval mode and without a cache of keys and values; afterwards it is what it was.
+
+    on: what users' adapters are to stand on; where that is the name of an adapter, it alone may be active.
+    """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model: expected a torch.nn.Module, got {type_name(model)}")
     if isinstance(model, AdapterModel):
-        _check_runs_as_base(model)
+        _check_runs_as(model, on)
     modes = {module: module.training for module in model.modules()}
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
     config = getattr(model, "config", None)
@@ -47,14 +50,15 @@ def prepared(model: nn.Module) -> Iterator[AdapterModel]:
             parameter.requires_grad_(requires)
 
 
-def _check_runs_as_base(model: AdapterModel) -> None:
+def _check_runs_as(model: AdapterModel, on: object) -> None:
     """Refuse a model that runs as something else than what the users' adapters are trained on."""
     model._check_enabled("train users' adapters")
-    on = [name for name in model.active_adapters if name not in model.merged_adapters]
-    if on:
+    active = [name for name in model.active_adapters if name not in model.merged_adapters and name != on]
+    if active:
+        where = "the base without them" if on is None else f"{on!r} without them"
         raise ConfigError(
-            f"model: the adapters {on} are active, and users' adapters are trained on the base without them. To train "
-            "on top of them, give merge_and_unload(), and serve over that base; on the base alone, call set_adapter([])"
+            f"model: the adapters {active} are active, and users' adapters are trained on {where}. To train on top of "
+            f"one of them, name it: on={active[0]!r}; else call set_adapter([])"
         )
 
 
@@ -65,8 +69,8 @@ def form_in(model: AdapterModel, config: AdapterConfig, held: ExitStack) -> Resi
     return form
 
 
-def contents_of(form: ResidentForm, row: Tensor, base: Fingerprint) -> Contents:
-    """A row (length,) as the adapter that ``save_pretrained`` would write."""
+def contents_of(form: ResidentForm, row: Tensor, base: Fingerprint, on: StandsOn | None = None) -> Contents:
+    """A row (length,) as the adapter that ``save_pretrained`` would write; its header says what it stands on."""
     apart = {
         layer: [(place.key, place.of(row.unsqueeze(0))[0]) for place in form.places[layer]] for layer in form.slots
     }
@@ -78,4 +82,4 @@ def contents_of(form: ResidentForm, row: Tensor, base: Fingerprint) -> Contents:
     finally:
         for slot in form.slots.values():
             slot._parameters.clear()
-    return Contents(config, tensors, header, base)
+    return Contents(config, tensors, header if on is None else {**header, **on.header()}, base)

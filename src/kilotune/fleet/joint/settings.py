@@ -78,6 +78,11 @@ class FleetSettings(Section):
     keep_best: bool = setting(
         True, flag, "The adapter of a user with validation rows is that of its best evaluation, not its last step."
     )
+    only_gains: bool = setting(
+        True,
+        flag,
+        "Keep nothing for a user whose adapter is no better on its validation rows than the model without it.",
+    )
     seed: int = setting(0, number(0, 2**63, whole=True), "Of users that bring no seed: start, order and dropout.")
     save_every: int = setting(
         100, number(1, whole=True), "Write the state every so many joint steps, where there is a folder for it."

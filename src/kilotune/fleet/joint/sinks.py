@@ -10,9 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, final
 
+from ...adapter_files.content import content_sha256
 from ...adapter_files.files import WEIGHTS_NAME, read_weights, write
-from ...errors import CheckpointError, ConfigError, KilotuneError, StoreError, type_name
-from ..store import AdapterStore, Contents, Item
+from ...adapter_files.reading import AdapterFile
+from ...errors import AdapterError, CheckpointError, ConfigError, KilotuneError, StoreError, type_name
+from ..store import AdapterStore, Contents, Item, StandsOn
+from ..store.stands_on import METADATA
+from ..store.transfer import bring
 from .users import UserReport
 
 __all__ = ["CallSink", "Finished", "FolderSink", "Sink", "StoreSink", "sink_of"]
@@ -24,19 +28,27 @@ LISTED = 100  # of a user's losses and evaluations that stand there; a store's m
 @final
 @dataclass(frozen=True, eq=False)
 class Finished:
-    """An adapter that is trained. contents: as its two files have it. run: the training that it is of."""
+    """An adapter that is trained. contents: as its two files have it. run: the training that it is of.
+
+    stands_on: the adapter beneath it, which its contents' header names too; None: it stands on the base.
+    """
 
     name: str
     contents: Contents
     report: UserReport
     run: str
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    stands_on: StandsOn | None = None
 
 
 class Sink(ABC):
-    """Takes finished adapters. remembers: whether :meth:`find` finds them again."""
+    """Takes finished adapters. remembers: whether :meth:`find` finds them again. store: the one that it puts into."""
 
     remembers: ClassVar[bool] = False
+    store: AdapterStore | None = None
+
+    def stand_on(self, on: StandsOn, file: AdapterFile) -> None:  # noqa: B027 - most have nothing to do
+        """Told once, before a training whose adapters all stand on a shared one, which is read already."""
 
     @abstractmethod
     def put(self, finished: Sequence[Finished]) -> list[str | None]:
@@ -78,11 +90,29 @@ class StoreSink(Sink):
     """
 
     remembers = True
+    store: AdapterStore
 
     def __init__(self, store: AdapterStore, alias: str | None = None, tags: Sequence[str] = ()) -> None:
         if store.read_only:
             raise ConfigError(f"sink: the store {store.url} is open for reading only")
         self.store, self.alias, self.tags = store, alias, tuple(tags)
+        self._on: str | None = None
+
+    def stand_on(self, on: StandsOn, file: AdapterFile) -> None:
+        """Have the shared adapter in the store, under its name, where it is not there already."""
+        if on.version is not None and (place := self._place(on)) is not None:
+            self._on = place
+            return
+        files = file.files
+        self._on = bring(self.store, on.name, Contents(files.config, files.tensors, files.header))
+
+    def _place(self, on: StandsOn) -> str | None:
+        """Where the very version is in this store; None where it is not."""
+        try:
+            found = self.store.find_shared(f"{on.name}/{on.version}")
+        except (AdapterError, ConfigError):
+            return None
+        return f"{on.name}/{on.version}" if content_sha256(found.file()) == on.sha256 else None
 
     def put(self, finished: Sequence[Finished]) -> list[str | None]:
         items = [self._item(one) for one in finished]
@@ -95,7 +125,9 @@ class StoreSink(Sink):
             return [self._alone(item) for item in items]
 
     def _item(self, one: Finished) -> Item:
-        return Item(one.name, one.contents, {**one.metadata, KEY: _told(one)}, self.tags)
+        stands = {} if one.stands_on is None else {METADATA: one.stands_on.to_dict()}
+        on = None if one.stands_on is None else self._on
+        return Item(one.name, one.contents, {**one.metadata, **stands, KEY: _told(one)}, self.tags, on)
 
     def _alone(self, item: Item) -> str | None:
         try:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
+
+if TYPE_CHECKING:
+    from .given_adapters import Existing
 
 __all__ = ["ENDINGS", "FleetReport", "Progress", "User", "UserReport"]
 
-ENDINGS = ("done", "stopped early", "cancelled", "failed")
+ENDINGS = ("done", "stopped early", "no gain", "cancelled", "failed")
 
 
 @final
@@ -18,7 +21,8 @@ class User:
 
     name: of the adapter; at most 200 bytes, no slash. data: rows, each of which ``collate`` takes. validation: rows to
     evaluate on, or None. seed: of the adapter's start, the order of the rows and dropout; None: the settings' seed.
-    metadata: goes into a store beside the adapter.
+    metadata: goes into a store beside the adapter. start: an adapter of the same method and configuration to go on
+    from, given as the training's ``start`` is; None: that one.
     """
 
     name: str
@@ -26,6 +30,7 @@ class User:
     validation: Sequence[Any] | None = None
     seed: int | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    start: Existing | None = None
 
 
 @final
@@ -35,7 +40,8 @@ class UserReport:
 
     ended: one of :data:`ENDINGS`. steps: of the user's own. losses: the mean training loss of each epoch begun.
     validation: (step, loss) of each evaluation. best_step: the step whose adapter it is, where there was validation;
-    error: why it failed.
+    error: why it failed. without: the validation loss without the user's adapter: of the base, or of what it stands on.
+    with_own: the validation loss of the adapter that is kept; or is not, where it is no gain ("no gain").
     """
 
     name: str
@@ -45,6 +51,8 @@ class UserReport:
     validation: tuple[tuple[int, float], ...] = ()
     best_step: int | None = None
     error: str | None = None
+    without: float | None = None
+    with_own: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -104,6 +112,11 @@ class FleetReport:
             if user.name == name:
                 return user
         raise KeyError(name)
+
+    @property
+    def no_gain(self) -> tuple[UserReport, ...]:
+        """Those for whom nothing was kept, because their adapter did no better than none."""
+        return tuple(user for user in self.users if user.ended == "no gain")
 
     @property
     def failed(self) -> tuple[UserReport, ...]:

@@ -13,7 +13,20 @@ from ..._lazy import lazy
 
 if TYPE_CHECKING:
     from .adapter_store import AdapterStore, Item
-    from .records import Collected, Contents, Fault, Fingerprint, Form, Moved, Record, Stats, Version
+    from .records import (
+        Collected,
+        Contents,
+        Fault,
+        Fingerprint,
+        Form,
+        Moved,
+        Record,
+        SharedVersion,
+        Standing,
+        Stats,
+        Version,
+    )
+    from .stands_on import StandsOn
     from .transfer import copy_adapters, export_adapters
     from .urls import open_store
 
@@ -27,6 +40,9 @@ __all__ = [
     "Item",
     "Moved",
     "Record",
+    "SharedVersion",
+    "Standing",
+    "StandsOn",
     "Stats",
     "Version",
     "copy_adapters",
@@ -39,7 +55,20 @@ if not TYPE_CHECKING:  # type checkers have the imports above, and no name besid
         __name__,
         {
             "adapter_store": ("AdapterStore", "Item"),
-            "records": ("Collected", "Contents", "Fault", "Fingerprint", "Form", "Moved", "Record", "Stats", "Version"),
+            "records": (
+                "Collected",
+                "Contents",
+                "Fault",
+                "Fingerprint",
+                "Form",
+                "Moved",
+                "Record",
+                "SharedVersion",
+                "Standing",
+                "Stats",
+                "Version",
+            ),
+            "stands_on": ("StandsOn",),
             "transfer": ("copy_adapters", "export_adapters"),
             "urls": ("open_store",),
         },

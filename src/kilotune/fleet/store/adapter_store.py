@@ -19,7 +19,7 @@ from torch import Tensor
 from ...errors import KilotuneError, StoreLimitError
 from ...injection.fingerprint import Fingerprint
 from ...model.adapter_model import AdapterModel
-from .records import Collected, Contents, Fault, Form, Record, Stats, Version
+from .records import Collected, Contents, Fault, Form, Record, SharedVersion, Standing, Stats, Version
 
 __all__ = ["Adapter", "AdapterStore", "Item", "Which"]
 
@@ -37,6 +37,7 @@ class Item:
     adapter: Adapter
     metadata: Mapping[str, Any] = field(default_factory=dict)
     tags: Sequence[str] = ()
+    on: str | SharedVersion | None = None
 
 
 class AdapterStore(ABC):
@@ -80,6 +81,7 @@ class AdapterStore(ABC):
         alias: str | None = None,
         packing: str | None = None,
         adapter_name: str | None = None,
+        on: str | SharedVersion | None = None,
     ) -> Version:
         """Keep an adapter as the newest version of ``name``; once this returns, it is on disk.
 
@@ -92,8 +94,13 @@ class AdapterStore(ABC):
             alias: a word that names this version from now on (see :meth:`alias`), moved in the same instant.
             packing: "float32" (every bit as it is), "bfloat16" or "int8"; the store's own by default.
             adapter_name: which adapter of a model; its active one by default.
+            on: the shared adapter that it was trained on top of: NAME (its newest version), NAME/3 or NAME/alias, of
+                this namespace, or where that has no such name, of :data:`~.names.SHARED`; or what :meth:`settle` gave.
+                The version is settled now, by its contents: it stays what the adapter stands on, wherever aliases go.
 
         Raises:
+            AdapterError, ConfigError: ``on`` is not there, stands on another one itself, or is missing for an adapter
+                whose file says that it was trained on top of one.
             CheckpointError: the adapter's files are damaged, its base is not the store's, or it cannot be packed so.
 
         """
@@ -109,6 +116,7 @@ class AdapterStore(ABC):
         alias: str | None = None,
         packing: str | None = None,
         adapter_name: str | None = None,
+        on: str | SharedVersion | None = None,
     ) -> tuple[Version, bool]:
         """As :meth:`put`, but where the newest version is the same, that is the version; so it can be done again.
 
@@ -153,12 +161,39 @@ class AdapterStore(ABC):
         """All versions of an adapter, the oldest first; empty where there is none of this name."""
 
     @abstractmethod
+    def settle(self, on: str | SharedVersion) -> SharedVersion:
+        """Which version ``on`` of :meth:`put` means now; raises as :meth:`find_shared`."""
+
+    @abstractmethod
+    def find_shared(self, on: str | SharedVersion) -> Record:
+        """What ``on`` of :meth:`put` means now: the shared adapter, whole and verified against its hash.
+
+        Raises:
+            AdapterError: there is none. ConfigError: it stands on another one itself.
+
+        """
+
+    @abstractmethod
+    def shared_of(self, version: Version) -> Record:
+        """The shared adapter that a version stands on, whole and verified against its hash.
+
+        Raises:
+            AdapterError: the version stands on none, or that one was removed by force. CheckpointError: it is damaged.
+
+        """
+
+    @abstractmethod
+    def standing_on(self, name: str, version: Which = None) -> Standing:
+        """Who stands on a version; only names of this namespace are told."""
+
+    @abstractmethod
     def rm(self, name: str, version: Which = None, *, force: bool = False) -> int:
         """Remove one version, or with None all of them and the aliases; returns how many versions that were.
 
         Args:
             version: a number, an alias, or "latest".
-            force: remove a version that an alias names, and the alias with it; else that is an AdapterError.
+            force: remove a version that an alias names, and the alias with it; and one that others stand on, which
+                then answer no more. Else that is an AdapterError.
 
         The numbers of removed versions are not given again.
         """
@@ -210,7 +245,7 @@ class AdapterStore(ABC):
         """Keep many adapters, read from ``items`` as they are needed; returns how many.
 
         Args:
-            items: what to put; a name may come several times.
+            items: what to put; a name may come several times. What their ``on`` means is settled once for all.
             alias, packing: as in :meth:`put`, for all of them.
             batch: how many become visible together. What was acknowledged stays when a later one fails.
             done: is told the versions of a batch once it is on disk.
@@ -279,7 +314,7 @@ class AdapterStore(ABC):
 
         Args:
             keep: leave this many of the newest versions of each adapter, and all that an alias names or named
-                before its last move; None: remove no version.
+                before its last move, and all that others stand on; None: remove no version.
             unused_for: of those, only what nobody has read (or put) for so long.
             compact: give the space back to the file system, which takes the store to itself for a while; without it
                 the space serves what is put next.

@@ -13,12 +13,15 @@ folder lacks is an error, never left out.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn, final
 
+from ...adapter_files.content import content_sha256
 from ...adapter_files.files import CONFIG_NAME, WEIGHTS_NAME
+from ...adapter_files.stands_on import StandsOn, with_mark
 from ...errors import (
     AdapterError,
     CheckpointError,
@@ -34,6 +37,7 @@ from .names import (
     check_limit,
     check_name,
     check_namespace,
+    check_on,
     check_tags,
     check_which,
     literal_prefix,
@@ -42,7 +46,7 @@ from .names import (
 )
 from .preparing import Preparer, folder_contents
 from .reading import moment
-from .records import Collected, Fault, Record, Stats, Version
+from .records import Collected, Fault, Record, SharedVersion, Standing, Stats, Version
 
 __all__ = ["FolderStore"]
 
@@ -102,27 +106,63 @@ class FolderStore(AdapterStore):
             raise AdapterError(f"{name!r} has no version {version!r}; adapters in folders have the version {ONLY} only")
         place = self._place(name)
         contents = folder_contents(place)
-        ready = self._prepare(name, contents, None, ())
+        mark = StandsOn.of_header(contents.header)
+        ready = self._prepare(name, replace(contents, header=with_mark(contents.header, None)), None, ())
+        form = replace(ready.form, header=with_mark(ready.form.header, mark))
         written = max(
             (place / file).stat().st_mtime_ns for file in (CONFIG_NAME, WEIGHTS_NAME) if (place / file).exists()
         )
         info = Version(
             name=name,
             version=ONLY,
-            sha256=ready.sha256.hex(),
+            sha256=form.content_hash(ready.packed).hex(),
             created=moment(written // 1000),
             used=None,
             metadata={},
             tags=(),
-            packing=ready.form.layout.packing,
+            packing=form.layout.packing,
             size=len(ready.packed),
-            form=ready.form.sha256,
+            form=form.sha256,
             base=None,
+            stands_on=None if mark is None else SharedVersion(mark.name, ONLY, mark.sha256, ROOT),
         )
-        return Record(info, ready.form, ready.packed, ready.frozen)
+        return Record(info, form, ready.packed, ready.frozen)
 
     def info(self, name: str, version: Which = None) -> Version:
         return self.get(name, version).info
+
+    def settle(self, on: str | SharedVersion) -> SharedVersion:
+        record = self.find_shared(on)
+        return SharedVersion(record.info.name, ONLY, content_sha256(record.file()), ROOT)
+
+    def find_shared(self, on: str | SharedVersion) -> Record:
+        name, which = (on.name, on.version) if isinstance(on, SharedVersion) else check_on(on)
+        record = self.get(name, which)
+        if record.info.stands_on is not None:
+            raise ConfigError(
+                f"on={name!r}: it stands on {record.info.stands_on.name!r} itself; a stack has two levels"
+            )
+        return record
+
+    def shared_of(self, version: Version) -> Record:
+        on, who = version.stands_on, f"{version.name!r} in {self.path}"
+        if on is None:
+            raise AdapterError(f"{who} stands on no other adapter")
+        try:
+            record = self.get(on.name)
+        except AdapterError as error:
+            raise AdapterError(f"{who} stands on {on.name!r}, which is not there: {error}") from None
+        if (actual := content_sha256(record.file())) != on.sha256:
+            raise CheckpointError(
+                f"{who} stands on {on.name!r} with the contents {on.sha256[:12]}..., and the one there has "
+                f"{actual[:12]}...: it was changed since"
+            )
+        return record
+
+    def standing_on(self, name: str, version: Which = None) -> Standing:
+        self.get(name, version)
+        found = [info.name for info in self.ls() if info.stands_on is not None and info.stands_on.name == name]
+        return Standing(tuple(found[:5]), len(found), 0)
 
     def versions(self, name: str) -> list[Version]:
         try:
@@ -163,7 +203,10 @@ class FolderStore(AdapterStore):
     def verify(self, names: Iterable[str] | None = None) -> Iterator[Fault]:
         for name in self._names() if names is None else names:
             try:
-                self.get(name).file()
+                record = self.get(name)
+                record.file()
+                if record.info.stands_on is not None:
+                    self.shared_of(record.info)
             except KilotuneError as error:
                 yield Fault(name, ONLY, str(error))
 
@@ -208,6 +251,7 @@ class FolderStore(AdapterStore):
         alias: str | None = None,
         packing: str | None = None,
         adapter_name: str | None = None,
+        on: str | SharedVersion | None = None,
     ) -> Version:
         self._refuse()
 
@@ -221,6 +265,7 @@ class FolderStore(AdapterStore):
         alias: str | None = None,
         packing: str | None = None,
         adapter_name: str | None = None,
+        on: str | SharedVersion | None = None,
     ) -> tuple[Version, bool]:
         self._refuse()
 

@@ -17,6 +17,7 @@ from ...errors import AdapterError, ConfigError, check_one_of, has_control
 
 __all__ = [
     "PACKINGS",
+    "SHARED",
     "check_alias",
     "check_limit",
     "check_metadata",
@@ -24,6 +25,7 @@ __all__ = [
     "check_namespace",
     "check_new_name",
     "check_new_word",
+    "check_on",
     "check_packing",
     "check_tags",
     "check_which",
@@ -34,6 +36,9 @@ __all__ = [
 
 PACKINGS = ("float32", "bfloat16", "int8")
 """How numbers are kept; packing.py says what each does."""
+
+SHARED = "@shared"
+"""The namespace of adapters that those of every namespace may stand on."""
 
 MAX_METADATA = 65_536  # bytes of its JSON
 MAX_TAGS = 64
@@ -140,6 +145,19 @@ def check_which(version: object) -> int | str | None:
     if not 1 <= version <= MAX_VERSION:
         raise AdapterError(f"version: expected a number from 1, got {version}")
     return version
+
+
+def check_on(on: object) -> tuple[str, int | str | None]:
+    """What an adapter stands on: NAME (its newest version), NAME/3 or NAME/alias, as (name, which)."""
+    text = _plain(on)
+    if not isinstance(text, str):
+        raise AdapterError(
+            f"on: expected the name of a shared adapter, as in 'house-style' or 'house-style/3', got {on!r}"
+        )
+    name, slash, word = text.partition("/")
+    if not slash:
+        return check_name(name), None
+    return check_name(name), check_which(int(word) if word.isdecimal() and word.isascii() and len(word) < 12 else word)
 
 
 def check_limit(limit: object) -> int | None:

@@ -18,7 +18,7 @@ from ...errors import MissingExtraError, StoreError, StoreFullError, StoreLimitE
 from ...injection.fingerprint import Fingerprint
 from .adapter_store import ONLY_READ
 from .records import Fault
-from .schema import FORMAT, Link, statements
+from .schema import FORMAT, FORMATS, Link, statements, upgrades
 from .sql import SqlStore
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ __all__ = ["PostgresStore"]
 T = TypeVar("T")
 TABLES = ("bases", "frozen", "forms", "form_frozen", "names", "payloads", "versions", "aliases", "tags")
 CREATION = 0x6B696C6F  # the advisory lock of who makes the tables
+OF_FORMAT = "SELECT value FROM kilotune_store WHERE key = 'format'"
 CONNECTIONS = 8  # at most, for each store that is open
 TRIES = 10
 WORDS = {
@@ -58,8 +59,8 @@ class PostgresLink(Link):
     locking: ClassVar[str] = " FOR UPDATE"
     sharing: ClassVar[str] = " FOR KEY SHARE"
 
-    def __init__(self, cursor: Cursor[tuple[Any, ...]]) -> None:
-        self.cursor = cursor
+    def __init__(self, cursor: Cursor[tuple[Any, ...]], stacks: bool) -> None:
+        self.cursor, self.stacks = cursor, stacks
 
     def rows(self, sql: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         return self.cursor.execute(_translated(sql), values).fetchall()
@@ -155,10 +156,11 @@ class PostgresStore(SqlStore):
                     connection.execute("SELECT pg_advisory_xact_lock(%s)", (CREATION,))
                     if not self._has_tables(connection):  # else another process was quicker
                         self._make_tables(connection)
-            row = connection.execute("SELECT value FROM kilotune_store WHERE key = 'format'").fetchone()
-            if row != (str(FORMAT),):
+            row = connection.execute(OF_FORMAT).fetchone()
+            if row is None or row[0] not in map(str, FORMATS):
                 had = "no format" if row is None else f"format {row[0]}"
                 raise StoreError(f"{self.url} has {had}, this kilotune reads {FORMAT}; a newer one is needed")
+            self._format = int(row[0])  # at least
 
     @staticmethod
     def _has_tables(connection: Connection[Any]) -> bool:
@@ -216,14 +218,30 @@ class PostgresStore(SqlStore):
                 return pool, connection
         raise AssertionError("unreachable")
 
-    def _run(self, begin: str, work: Callable[[Link], T], wait: float | None = None) -> T:
+    def _older(self, link: PostgresLink, writing: bool) -> None:
+        """See whether tables of an older format were upgraded meanwhile; ``writing``: upgrade them."""
+        if writing:
+            link.run(f"SELECT pg_advisory_xact_lock({CREATION})")
+        link.stacks = int(link.rows(OF_FORMAT)[0][0]) >= FORMAT
+        if link.stacks:
+            self._format = FORMAT
+        elif writing:
+            for statement in upgrades(WORDS):
+                link.run(statement)
+            link.run("UPDATE kilotune_store SET value = ? WHERE key = 'format'", (str(FORMAT),))
+            link.stacks = True
+
+    def _run(self, begin: str, work: Callable[[Link], T], wait: float | None = None, writing: bool = False) -> T:
         with self._guarded():
             pool, connection = self._begun(begin)
             try:
                 if wait is not None:
                     connection.execute(f"SET LOCAL lock_timeout = {int(wait * 1000)}".encode())
                 with connection.cursor() as cursor:
-                    result = work(PostgresLink(cursor))
+                    link = PostgresLink(cursor, stacks=True)
+                    if self._format < FORMAT:
+                        self._older(link, writing)
+                    result = work(link)
                 connection.execute("COMMIT")
                 return result
             except BaseException:
@@ -240,7 +258,7 @@ class PostgresStore(SqlStore):
         errors = self._psycopg.errors
         for left in range(TRIES - 1, -1, -1):
             try:
-                return self._run("BEGIN ISOLATION LEVEL READ COMMITTED", work, None if patient else 0.05)
+                return self._run("BEGIN ISOLATION LEVEL READ COMMITTED", work, None if patient else 0.05, writing=True)
             except StoreError as error:
                 # Nothing was written: the server took one of several back so that the others can go on.
                 again = isinstance(error.__cause__, (errors.DeadlockDetected, errors.SerializationFailure))

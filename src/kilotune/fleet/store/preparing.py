@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, final
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...adapter_files.files import locate, read_files, tensors_checksum
 from ...adapter_files.peft_layout import BASE
+from ...adapter_files.stands_on import StandsOn, with_mark
 from ...adapter_files.writing import state_of
 from ...config import SECTION
 from ...errors import AdapterError, CheckpointError, ConfigError, type_name
@@ -21,17 +22,37 @@ from ...injection.fingerprint import Fingerprint
 from ...model.adapter_model import AdapterModel
 from .names import check_metadata, check_name, check_new_word, check_packing, check_tags
 from .packing import Layout
-from .records import SUM, Contents, Form, Record, canonical
+from .records import SUM, Contents, Form, Record, SharedVersion, canonical, saved_whole
 
-__all__ = ["Preparer", "Ready", "batches", "contents_of", "folder_contents"]
+__all__ = ["Below", "Preparer", "Ready", "batches", "contents_of", "folder_contents"]
 
 CACHED = 256  # kinds of adapters whose form is remembered
 
 
 @final
 @dataclass(frozen=True, eq=False)
+class Below:
+    """The shared version that an adapter is put on top of.
+
+    number: of its name, in the store. place: where it is. content: :func:`content_sha256` of it. exact: its numbers are
+    kept as they were put. base, base_mark: of which model it is, as far as that is known. saved_whole: modules that it
+    brings itself, which do not matter for that.
+    """
+
+    number: int
+    place: SharedVersion
+    content: str
+    exact: bool
+    base: Fingerprint | None
+    base_mark: str | None
+    saved_whole: tuple[str, ...]
+
+
+@final
+@dataclass(frozen=True, eq=False)
 class Ready:
-    """An adapter that can be written: all has been checked. frozen: the form's shared tensors, by key."""
+    """An adapter that can be written: all has been checked. frozen: the form's shared tensors, by key. below: what it
+    stands on."""
 
     name: str
     form: Form
@@ -40,6 +61,7 @@ class Ready:
     metadata: str
     tags: tuple[str, ...]
     frozen: Mapping[str, Tensor]
+    below: Below | None = None
 
 
 @final
@@ -63,6 +85,7 @@ class Preparer:
         tags: Sequence[str],
         packing: str | None = None,
         adapter_name: str | None = None,
+        below: Below | None = None,
     ) -> Ready:
         """Check everything about one adapter, and pack its numbers.
 
@@ -75,14 +98,14 @@ class Preparer:
             check_new_word("tag", word)
         packing = self.packing if packing is None else check_packing(packing)
         try:
-            contents = contents_of(adapter, adapter_name)
+            contents = _on_top(contents_of(adapter, adapter_name), adapter, below)
             form, shared = self._form(contents, packing)
             frozen = {key: contents.tensors[key] for key in shared}
             form = _with_frozen(form, frozen) if frozen else form
             packed = form.layout.pack(contents.tensors)
         except (CheckpointError, ConfigError) as error:
             raise type(error)(f"{name!r}: {error}") from error
-        return Ready(name, form, packed, form.content_hash(packed), text, words, frozen)
+        return Ready(name, form, packed, form.content_hash(packed), text, words, frozen, below)
 
     def _form(self, contents: Contents, packing: str) -> tuple[Form, tuple[str, ...]]:
         """(the form, without checksums of frozen tensors; their keys)."""
@@ -139,6 +162,49 @@ def _of_model(model: AdapterModel, adapter_name: str | None) -> Contents:
         adapter_name = active[0]
     config, tensors, header = state_of(model.installed(adapter_name))
     return Contents(config, tensors, header, Fingerprint.of(model))
+
+
+def check_said(contents: Contents, on: object) -> None:
+    """Refuse an adapter whose file says that it was trained on top of another, where nothing is said of that.
+
+    Raises:
+        ConfigError: with what to say.
+
+    """
+    if on is None and (mark := StandsOn.of_header(contents.header)) is not None:
+        raise ConfigError(
+            f"it was trained on top of {mark.name!r}, and is another adapter without it: put that one first, and this "
+            f"one with on={mark.name!r}"
+        )
+
+
+def _on_top(contents: Contents, adapter: object, below: Below | None) -> Contents:
+    """``contents`` as they stand on ``below``.
+
+    Raises:
+        ConfigError: they stand on something, and nobody says on what. CheckpointError: on something else.
+
+    """
+    if below is None:
+        check_said(contents, None)
+        return contents
+    mark = (
+        None if isinstance(adapter, Record) else StandsOn.of_header(contents.header)
+    )  # a record's is of its own store
+    on = below.place
+    if mark is not None and below.exact and mark.sha256 != below.content:
+        raise CheckpointError(
+            f"it was trained on top of {mark.name!r} with the contents {mark.sha256[:12]}..., and {on} has "
+            f"{below.content[:12]}...: other numbers"
+        )
+    what = f"{on}, below it,"
+    whole = (*saved_whole(contents.config), *below.saved_whole)
+    if contents.base is not None and below.base is not None:
+        contents.base.check(below.base, what, whole)
+    # A head that is saved whole was left out of the file's mark.
+    if not whole and same_base(contents.header.get(BASE), below.base_mark) is False:
+        raise CheckpointError(f"{what} is of another base model than the adapter")
+    return replace(contents, header=with_mark(contents.header, StandsOn(on.name, None, below.content), on.sha256))
 
 
 def _without_weights(config: Mapping[str, Any]) -> dict[str, Any]:

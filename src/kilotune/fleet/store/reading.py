@@ -18,15 +18,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
+from ...adapter_files.stands_on import stored_of
 from ...errors import AdapterError, CheckpointError, did_you_mean
 from ...injection.fingerprint import Fingerprint
 from .names import NEWEST
 from .packing import Layout
-from .records import Form, Record, Version, check_frozen
+from .records import Form, Record, SharedVersion, Version, check_frozen
 from .schema import Link
 
 __all__ = ["Forms", "Known", "Row", "find", "missing", "names_after", "of_names", "unpacked_text"]
 
+Below = tuple[int | None, int | None, str | None, str | None]
+NOTHING: Below = (None, None, None, None)
+OWN = 11  # columns of a version's own
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 MAX_TEXT = 200_000_000  # bytes of a form or a fingerprint, unpacked; a damaged or hostile store could claim any size
 LAST = "\U0010ffff"  # sorts behind every character
@@ -36,6 +40,10 @@ TABLES = (
     "FROM kilotune_namespaces s JOIN kilotune_names n ON n.namespace = s.id JOIN kilotune_versions v ON v.name = n.id"
 )
 WITH_DATA = "LEFT JOIN kilotune_payloads p ON p.id = v.payload"
+SHARED = "v.shared_name, v.shared_version, sn.name, ss.name"
+WITH_SHARED = (
+    "LEFT JOIN kilotune_names sn ON sn.id = v.shared_name LEFT JOIN kilotune_namespaces ss ON ss.id = sn.namespace"
+)
 IS_NEWEST = "v.version = (SELECT MAX(w.version) FROM kilotune_versions w WHERE w.name = n.id)"
 HAS_ALIAS = "v.version = (SELECT a.version FROM kilotune_aliases a WHERE a.name = n.id AND a.alias = ?)"
 
@@ -43,7 +51,10 @@ HAS_ALIAS = "v.version = (SELECT a.version FROM kilotune_aliases a WHERE a.name 
 @final
 @dataclass(frozen=True)
 class Row:
-    """A row of ``versions`` with its name; data: the packed numbers, None where nobody asked or they are not there."""
+    """A row of ``versions`` with its name; data: the packed numbers, None where nobody asked or they are not there.
+
+    below: what it stands on: the number of its name, its version, its name and its namespace; or None four times.
+    """
 
     name_id: int
     name: str
@@ -56,7 +67,31 @@ class Row:
     sha256: bytes
     metadata: str
     tags: str
+    below: Below = NOTHING
     data: bytes | None = None
+
+    @classmethod
+    def of(cls, values: Sequence[Any]) -> Row:
+        """Of the columns that :func:`_select` asks for."""
+        own: tuple[Any, ...] = tuple(values)
+        data = own[OWN + len(NOTHING) :]  # none where nobody asked
+        below = own[OWN : OWN + len(NOTHING)]
+        return cls(*(*own[:OWN], below, *data))
+
+    def stands_on(self, form: Form) -> SharedVersion | None:
+        """What it stands on: where, by its row; which contents, by its form.
+
+        Raises:
+            CheckpointError: one of them says so and the other does not.
+
+        """
+        _, version, name, namespace = self.below
+        sha256 = stored_of(form.header)
+        if sha256 is None and version is None:
+            return None
+        if sha256 is None or version is None or name is None or namespace is None:
+            raise CheckpointError(f"{self.name!r} (version {self.version}) is damaged: what it stands on is not known")
+        return SharedVersion(name, int(version), sha256, namespace)
 
     def info(self, form: Form) -> Version:
         """As callers see it."""
@@ -72,6 +107,7 @@ class Row:
             size=self.size,
             form=form.sha256,
             base=None if form.base is None else form.base.sha256,
+            stands_on=self.stands_on(form),
         )
 
     def record(self, known: Known) -> Record:
@@ -105,14 +141,21 @@ def _clause(which: int | str | None) -> tuple[str, tuple[Any, ...]]:
     return ("v.version = ?", (which,)) if isinstance(which, int) else (HAS_ALIAS, (which,))
 
 
+def _select(link: Link, data: bool) -> str:
+    """The columns of a :class:`Row`, and the tables that they are in."""
+    shared, tables = (SHARED, WITH_SHARED) if link.stacks else ("NULL, NULL, NULL, NULL", "")
+    payload, payloads = (", p.data", WITH_DATA) if data else ("", "")
+    return f"SELECT {COLUMNS}, {shared}{payload} {TABLES} {payloads} {tables}"
+
+
 def find(link: Link, namespace: str, name: str, which: int | str | None, data: bool) -> Row:
     """One version. Raises AdapterError where it is not there."""
     clause, values = _clause(which)
-    sql = f"SELECT {COLUMNS}{', p.data' if data else ''} {TABLES} {WITH_DATA if data else ''}"
-    row = link.one(f"{sql} WHERE s.name = ? AND n.name = ? AND {clause}", (namespace, name, *values))
+    sql = f"{_select(link, data)} WHERE s.name = ? AND n.name = ? AND {clause}"
+    row = link.one(sql, (namespace, name, *values))
     if row is None:
         raise missing(link, namespace, name, which)
-    return Row(*row)
+    return Row.of(row)
 
 
 def of_names(
@@ -120,13 +163,12 @@ def of_names(
 ) -> list[Row]:
     """The version of each name that is meant, or every one, by name and version; what is not there is left out."""
     clause, values = ("1 = 1", ()) if every else _clause(which)
-    sql = f"SELECT {COLUMNS}{', p.data' if data else ''} {TABLES} {WITH_DATA if data else ''}"
     places = ", ".join("?" * len(names))
     found = link.rows(
-        f"{sql} WHERE s.name = ? AND n.name IN ({places}) AND {clause} ORDER BY n.name, v.version",
+        f"{_select(link, data)} WHERE s.name = ? AND n.name IN ({places}) AND {clause} ORDER BY n.name, v.version",
         (namespace, *names, *values),
     )
-    return [Row(*row) for row in found]
+    return [Row.of(row) for row in found]
 
 
 def names_after(

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ...adapter_files.files import TwoFiles, tensors_checksum, write
 from ...adapter_files.reading import AdapterFile, parse
+from ...adapter_files.stands_on import StandsOn, with_mark
 from ...errors import CheckpointError
 from ...injection.fingerprint import Fingerprint
 from ...injection.targets import HEADS
@@ -35,9 +36,12 @@ __all__ = [
     "Form",
     "Moved",
     "Record",
+    "SharedVersion",
+    "Standing",
     "Stats",
     "Version",
     "canonical",
+    "saved_whole",
 ]
 
 SUM = "kilotune_sha256"  # the one value of a file's header that differs between adapters of one form
@@ -75,6 +79,13 @@ class Contents:
         return parse(TwoFiles(self.where, self.config, self.tensors, self.header))
 
 
+def saved_whole(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of modules that an adapter of this adapter_config.json brings itself, such as a head."""
+    named = config.get("modules_to_save") or ()
+    heads = HEADS.get(str(config.get("task_type")), ())
+    return (*((named,) if isinstance(named, str) else named), *heads)
+
+
 @final
 @dataclass(frozen=True, eq=False)
 class Form:
@@ -106,13 +117,50 @@ class Form:
     @property
     def saved_whole(self) -> tuple[str, ...]:
         """The names of modules that the adapter brings itself, such as a head; the base's own do not matter."""
-        named = self.config.get("modules_to_save") or ()
-        heads = HEADS.get(str(self.config.get("task_type")), ())
-        return (*((named,) if isinstance(named, str) else named), *heads)
+        return saved_whole(self.config)
 
     def content_hash(self, packed: bytes) -> bytes:
         """SHA-256 (32 bytes) over the form and the packed numbers: what a version's ``sha256`` says."""
         return hashlib.sha256(bytes.fromhex(self.sha256) + packed).digest()
+
+
+@final
+@dataclass(frozen=True)
+class SharedVersion:
+    """The shared version below a personal one. sha256: of its contents, which is what it is known by (in a folder,
+    which has no versions: :func:`kilotune.adapter_files.content.content_sha256`).
+
+    name, version: where it was when the personal one was put, and is, unless it was removed by force. namespace: its
+    own, which is that of the personal one or :data:`~kilotune.fleet.store.names.SHARED`.
+    """
+
+    name: str
+    version: int
+    sha256: str
+    namespace: str
+
+    def __str__(self) -> str:
+        return f"{self.name!r} (version {self.version})"
+
+
+@final
+@dataclass(frozen=True)
+class Standing:
+    """The adapters that stand on a version. names: the first few, of its own namespace. count: how many there are in
+    it; elsewhere: in others, which are not named."""
+
+    names: tuple[str, ...]
+    count: int
+    elsewhere: int
+
+    def __bool__(self) -> bool:
+        return self.count + self.elsewhere > 0
+
+    def __str__(self) -> str:
+        names = ", ".join(map(repr, self.names)) + (" ..." if self.count > len(self.names) else "")
+        own, others = (f"{n:,} adapter{'s' * (n != 1)}" for n in (self.count, self.elsewhere))
+        parts = [f"{own} ({names})"] if self.count else []
+        return " and ".join(parts + ([f"{others} of other namespaces"] if self.elsewhere else []))
 
 
 @final
@@ -124,7 +172,7 @@ class Version:
     the form and the packed numbers, hexadecimal. created, used: UTC; used is None until the first read, and exact to
     a minute or so (reads are noted together). metadata, tags: what was given when it was put. packing: "float32",
     "bfloat16" or "int8". size: bytes of the packed numbers. form: SHA-256 of its :class:`Form`. base: SHA-256 of the
-    base model's fingerprint, or None.
+    base model's fingerprint, or None. stands_on: the shared version that it was trained on top of, or None.
     """
 
     name: str
@@ -138,11 +186,14 @@ class Version:
     size: int
     form: str
     base: str | None
+    stands_on: SharedVersion | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
         times = {"created": self.created.isoformat(), "used": None if self.used is None else self.used.isoformat()}
-        return {**self.__dict__, **times, "metadata": dict(self.metadata), "tags": list(self.tags)}
+        below = None if self.stands_on is None else dict(self.stands_on.__dict__)
+        own = {"metadata": dict(self.metadata), "tags": list(self.tags), "stands_on": below}
+        return {**self.__dict__, **times, **own}
 
 
 @final
@@ -181,7 +232,7 @@ class Record:
     def header(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
         """The metadata for the weights' file, with the checksum of ``tensors``."""
         checksum = {SUM: tensors_checksum(tensors)} if SUM in self.form.header else {}
-        return {**self.form.header, **checksum}
+        return with_mark({**self.form.header, **checksum}, StandsOn.of_header(self.form.header))
 
     def file(self) -> AdapterFile:
         """The adapter as if it had been read from a folder, checked; what PeftModel and load_adapter take.

@@ -13,9 +13,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
-__all__ = ["FORMAT", "Link", "statements"]
+__all__ = ["FORMAT", "FORMATS", "Link", "statements", "upgrades"]
 
-FORMAT = 1
+FORMAT = 2
+FORMATS = (1, 2)
+"""Those that are read. An older one becomes :data:`FORMAT` with the first change that is made in the store."""
 
 # {serial}: a number that is never given twice, {row}: one that may be. {blob}: bytes. {word}: text that is compared
 # byte by byte. {narrow}: a table that is the index of its primary key. The indices are for what refers to a row that is
@@ -71,9 +73,28 @@ CREATE TABLE kilotune_tags (
 """
 
 
+# What a version stands on: another version. The reference stays where that one is removed by force.
+STACKS = """
+ALTER TABLE kilotune_versions ADD COLUMN shared_name {number} REFERENCES kilotune_names (id);
+
+ALTER TABLE kilotune_versions ADD COLUMN shared_version {number};
+
+CREATE INDEX kilotune_versions_shared ON kilotune_versions (shared_name, shared_version) WHERE shared_name IS NOT NULL;
+"""
+
+
 def statements(words: Mapping[str, str]) -> list[str]:
     """The schema's statements in a database's own words."""
-    return [part.strip() for part in SCHEMA.format(**words).split(";") if part.strip()]
+    return _parts(SCHEMA + STACKS, words)
+
+
+def upgrades(words: Mapping[str, str]) -> list[str]:
+    """What makes tables of format 1 those of :data:`FORMAT`."""
+    return _parts(STACKS, words)
+
+
+def _parts(text: str, words: Mapping[str, str]) -> list[str]:
+    return [part.strip() for part in text.format(**words).split(";") if part.strip()]
 
 
 class Link(ABC):
@@ -81,10 +102,12 @@ class Link(ABC):
 
     locking, sharing: what is put behind a SELECT so that its rows stay as they are (or stay at all) until the
     transaction ends; nothing where a transaction that writes has the whole store to itself.
+    stacks: whether the tables say what a version stands on, as those of format 1 do not.
     """
 
     locking: ClassVar[str]
     sharing: ClassVar[str]
+    stacks: bool
 
     @abstractmethod
     def rows(self, sql: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:

@@ -6,10 +6,8 @@ takes the row of its name first (SQLite: the whole file), so changes of one adap
 
 from __future__ import annotations
 
-import os
 import threading
 import time
-import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -28,8 +26,9 @@ from ...errors import (
     gather,
 )
 from ...injection.fingerprint import Fingerprint
-from . import reading, upkeep, writing
+from . import reading, stacks, upkeep, writing
 from .adapter_store import Adapter, AdapterStore, Item, Which
+from .forks import Forking
 from .names import (
     check_alias,
     check_limit,
@@ -44,9 +43,9 @@ from .names import (
     matches,
     spellings,
 )
-from .preparing import Preparer, Ready, batches
+from .preparing import Below, Preparer, Ready, batches
 from .reading import Forms, Row
-from .records import Collected, Fault, Record, Stats, Version
+from .records import Collected, Fault, Record, SharedVersion, Standing, Stats, Version
 from .schema import Link
 
 __all__ = ["SqlStore"]
@@ -56,10 +55,10 @@ PAGE = 500  # names read at once
 CHUNK = 32_000_000  # bytes of numbers read or written at once, about
 NOTES = 1000  # reads that are noted together
 NOTED_EVERY = 60.0  # seconds
-_alive: weakref.WeakSet[SqlStore] = weakref.WeakSet()
+SHARED_KEPT = 256  # shared adapters whose content_sha256 is remembered
 
 
-class SqlStore(AdapterStore, ABC):
+class SqlStore(AdapterStore, Forking, ABC):
     """What does not depend on the database; see :class:`AdapterStore` for what the methods promise."""
 
     def __init__(
@@ -73,19 +72,9 @@ class SqlStore(AdapterStore, ABC):
         self._noted = time.monotonic()
         self._notes_lock = threading.Lock()
         self._closed = False
-
-    def _enlist(self) -> None:
-        """What the last line of every store's making calls: from now on forks are prepared."""
-        _alive.add(self)
-
-    def before_fork(self) -> None:
-        """Make ready for a fork, where a database asks for that."""
-
-    def after_fork(self) -> None:
-        """In the parent: go on."""
+        self._contents: dict[str, str] = {}  # content_sha256 of shared adapters, by their hash here
 
     def forked(self) -> None:
-        """In a child process: leave the parent its connections, and locks that no thread here will ever open."""
         self._notes_lock = threading.Lock()
         self._notes = {}  # the parent will write them down
         self._prepare.forked()
@@ -168,9 +157,10 @@ class SqlStore(AdapterStore, ABC):
         alias: str | None = None,
         packing: str | None = None,
         adapter_name: str | None = None,
+        on: str | SharedVersion | None = None,
     ) -> Version:
         word = None if alias is None else check_new_word("alias", check_alias(alias))
-        ready = self._prepare(self.name_for(name), adapter, metadata, tags, packing, adapter_name)
+        ready = self._prepare(self.name_for(name), adapter, metadata, tags, packing, adapter_name, self._below(on))
         return self._changing(lambda link: writing.write_batch(link, self.namespace, [ready], word))[0]
 
     def put_once(
@@ -183,10 +173,41 @@ class SqlStore(AdapterStore, ABC):
         alias: str | None = None,
         packing: str | None = None,
         adapter_name: str | None = None,
+        on: str | SharedVersion | None = None,
     ) -> tuple[Version, bool]:
         word = None if alias is None else check_new_word("alias", check_alias(alias))
-        ready = self._prepare(self.name_for(name), adapter, metadata, tags, packing, adapter_name)
+        ready = self._prepare(self.name_for(name), adapter, metadata, tags, packing, adapter_name, self._below(on))
         return self._changing(lambda link: writing.write_once(link, self.namespace, ready, word))
+
+    def _below(self, on: str | SharedVersion | None) -> Below | None:
+        """What ``on`` means now."""
+        if on is None:
+            return None
+        if len(self._contents) > SHARED_KEPT:
+            self._contents.clear()
+        return self._read(lambda link: stacks.below(link, self._forms, self._contents, self.namespace, on))
+
+    def settle(self, on: str | SharedVersion) -> SharedVersion:
+        return self._read(lambda link: stacks.find_shared(link, self._forms, self.namespace, on)[2])
+
+    def find_shared(self, on: str | SharedVersion) -> Record:
+        record = self._read(lambda link: stacks.find_shared(link, self._forms, self.namespace, on)[1])
+        self._check_base(record)
+        return record
+
+    def shared_of(self, version: Version) -> Record:
+        record = self._read(lambda link: stacks.record_below(link, self._forms, self.namespace, version))
+        self._check_base(record)
+        return record
+
+    def standing_on(self, name: str, version: Which = None) -> Standing:
+        name, which = self._named(name), check_which(version)
+
+        def work(link: Link) -> Standing:
+            row = reading.find(link, self.namespace, name, which, data=False)
+            return stacks.standing(link, self.namespace, [row])
+
+        return self._read(work)
 
     def get(self, name: str, version: Which = None) -> Record:
         name, which = self._named(name), check_which(version)
@@ -285,9 +306,13 @@ class SqlStore(AdapterStore, ABC):
     def _prepared(
         self, items: Iterable[Item], packing: str | None, failed: Callable[[Item, KilotuneError], None] | None
     ) -> Iterator[Ready]:
+        known: dict[str | SharedVersion | None, Below | None] = {}
         for item in items:
             try:
-                ready = self._prepare(self.name_for(item.name), item.adapter, item.metadata, item.tags, packing)
+                if item.on not in known:
+                    known[item.on] = self._below(item.on)
+                name, below = self.name_for(item.name), known[item.on]
+                ready = self._prepare(name, item.adapter, item.metadata, item.tags, packing, below=below)
             except KilotuneError as error:
                 if failed is None:
                     raise
@@ -436,28 +461,6 @@ class SqlStore(AdapterStore, ABC):
         except StoreError:  # who reads does not wait for who writes
             with self._notes_lock:
                 self._notes = {**notes, **self._notes}
-
-
-def _in_order() -> list[SqlStore]:
-    return sorted(_alive, key=id)
-
-
-def _before_fork() -> None:
-    for store in _in_order():
-        store.before_fork()
-
-
-def _after_fork() -> None:
-    for store in _in_order():
-        store.after_fork()
-
-
-def _forked() -> None:
-    for store in _in_order():
-        store.forked()
-
-
-os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_forked)
 
 
 def _writer(namespace: str, part: Sequence[Ready], alias: str | None) -> Callable[[Link], list[Version]]:

@@ -24,7 +24,7 @@ from ...errors import StoreError, StoreFullError, StoreLimitError
 from ...injection.fingerprint import Fingerprint
 from .adapter_store import ONLY_READ
 from .records import Fault
-from .schema import FORMAT, Link, statements
+from .schema import FORMAT, FORMATS, Link, statements, upgrades
 from .sql import SqlStore
 
 __all__ = ["PAGE_SIZE", "SqliteStore"]
@@ -55,8 +55,8 @@ class SqliteLink(Link):
     locking: ClassVar[str] = ""
     sharing: ClassVar[str] = ""
 
-    def __init__(self, connection: sqlite3.Connection) -> None:
-        self.connection = connection
+    def __init__(self, connection: sqlite3.Connection, stacks: bool) -> None:
+        self.connection, self.stacks = connection, stacks
 
     def rows(self, sql: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         return self.connection.execute(sql, values).fetchall()
@@ -99,6 +99,7 @@ class SqliteStore(SqlStore):
         if sqlite3.sqlite_version_info < OLDEST:
             raise StoreError(f"SQLite {sqlite3.sqlite_version} is too old: a store needs {'.'.join(map(str, OLDEST))}")
         self.path = path.absolute()
+        self._format = FORMAT  # at least
         self._idle: list[sqlite3.Connection] = []
         self._lock, self._writing, self._taken = threading.Condition(), threading.Lock(), 0
         if read_only and not path.is_file():
@@ -162,8 +163,10 @@ class SqliteStore(SqlStore):
                 raise StoreError(
                     f"{self.path} is {'empty' if empty else 'an SQLite file of another program'}, no store"
                 )
-            elif form != FORMAT:
+            elif form not in FORMATS:
                 raise StoreError(f"{self.path} has format {form}, this kilotune reads {FORMAT}; a newer one is needed")
+            else:
+                self._format = form
             size = int(made.execute("PRAGMA page_size").fetchone()[0])
             made.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT // size}")
         except BaseException:
@@ -264,7 +267,7 @@ class SqliteStore(SqlStore):
             try:
                 connection.execute(f"PRAGMA busy_timeout = {int(wait * 1000)}")
                 connection.execute(begin)
-                yield SqliteLink(connection)
+                yield SqliteLink(connection, self._has_stacks(connection))
                 connection.execute("COMMIT")
             except BaseException:
                 with suppress(sqlite3.Error):
@@ -273,6 +276,19 @@ class SqliteStore(SqlStore):
                 raise
             finally:
                 self._give_back(connection)
+
+    def _has_stacks(self, connection: sqlite3.Connection) -> bool:
+        """Whether the file is of a format that has stacks; an older one may have been upgraded meanwhile."""
+        if self._format < FORMAT:
+            self._format = int(connection.execute("PRAGMA user_version").fetchone()[0])
+        return self._format >= FORMAT
+
+    @staticmethod
+    def _upgrade(link: Link) -> None:
+        """Bring an older file to this format, in the transaction of the first change in it."""
+        for statement in (*upgrades(WORDS), f"PRAGMA user_version = {FORMAT}"):
+            link.run(statement)
+        link.stacks = True
 
     def _read(self, work: Callable[[Link], T]) -> T:
         with self._transaction("BEGIN", self.timeout) as link:
@@ -286,6 +302,8 @@ class SqliteStore(SqlStore):
         lock = self._writing
         try:
             with self._transaction("BEGIN IMMEDIATE", self.timeout if patient else 0.0) as link:
+                if not link.stacks:
+                    self._upgrade(link)
                 return work(link)
         finally:
             lock.release()

@@ -11,6 +11,7 @@ from ...errors import CheckpointError, StoreError
 from .reading import Forms, Row, missing, of_names
 from .records import Collected, Fault, Stats
 from .schema import Link
+from .stacks import stood_on, stood_on_faults
 from .writing import drop, now
 
 __all__ = ["after", "collect_page", "collect_shared", "count_all", "faults_of", "orphans", "verify_page"]
@@ -34,6 +35,8 @@ def faults_of(link: Link, forms: Forms, namespace: str, names: Sequence[str]) ->
                 Row(**{**row.__dict__, "data": found}).record(known).tensors()
             except (CheckpointError, ValueError) as error:
                 yield Fault(row.name, row.version, str(error))
+    for row, what in stood_on_faults(link, forms, rows):
+        yield Fault(row.name, row.version, what)
     yield from _alias_faults(link, namespace, names)
 
 
@@ -134,7 +137,7 @@ def collect_page(
 ) -> tuple[int, int]:
     """Remove the old versions of these names; (how many, bytes of their numbers)."""
     places = ", ".join("?" * len(names))
-    link.rows(
+    numbers = link.rows(
         "SELECT n.id FROM kilotune_names n WHERE n.namespace = (SELECT s.id FROM kilotune_namespaces s WHERE "
         f"s.name = ?) AND n.name IN ({places}) ORDER BY n.name{'' if dry_run else link.locking}",
         (namespace, *names),
@@ -145,6 +148,7 @@ def collect_page(
         (namespace, *names),
     )
     named = {(name, version) for name, *versions in held for version in versions}
+    named |= stood_on(link, [int(number) for (number,) in numbers])
     limit = None if unused_for is None else now() - int(unused_for.total_seconds() * 1e6)
     rows = _old(of_names(link, namespace, names, every=True, data=False), keep)
     gone = [

@@ -13,8 +13,9 @@ from safetensors.torch import save
 from ...adapter_files.names import check_shown
 from ...errors import AdapterError, StoreError, gather
 from ...injection.fingerprint import Fingerprint
+from . import stacks
 from .preparing import Ready
-from .reading import Row, aliases_of, find, missing, of_names
+from .reading import NOTHING, Below, Row, aliases_of, find, missing, of_names
 from .records import Version
 from .schema import Link
 
@@ -47,6 +48,7 @@ def now() -> int:
 def write_batch(link: Link, namespace: str, batch: Sequence[Ready], alias: str | None) -> list[Version]:
     """Write adapters as the newest versions of their names; what was written, in the order of the batch."""
     space = _namespace(link, namespace)
+    stacks.hold(link, [one.below for one in batch if one.below is not None])
     forms = {one.form.sha256: one for one in batch}
     numbers = {sha256: _form(link, forms[sha256]) for sha256 in sorted(forms)}
     counts = sorted(
@@ -63,9 +65,8 @@ def write_batch(link: Link, namespace: str, batch: Sequence[Ready], alias: str |
         number, version = left[one.name]
         left[one.name] = (number, version + 1)
         form, size, tags = numbers[one.form.sha256], len(one.packed), _text(one.tags)
-        rows.append(
-            Row(number, one.name, version, form, payload, size, now(), None, one.sha256, one.metadata, tags, one.packed)
-        )
+        own = (number, one.name, version, form, payload, size, now(), None, one.sha256, one.metadata, tags)
+        rows.append(Row(*own, below=_below(one), data=one.packed))
     _write_rows(link, rows)
     tagged = [(space, tag, row.name, row.version) for one, row in zip(batch, rows) for tag in one.tags]
     link.many("INSERT INTO kilotune_tags (namespace, tag, name, version) VALUES (?, ?, ?, ?)", tagged)
@@ -77,6 +78,7 @@ def write_batch(link: Link, namespace: str, batch: Sequence[Ready], alias: str |
 def write_once(link: Link, namespace: str, one: Ready, alias: str | None) -> tuple[Version, bool]:
     """Write an adapter as the newest version of its name, unless the newest one is it: (that version, is it new)."""
     space = _namespace(link, namespace)
+    stacks.hold(link, [] if one.below is None else [one.below])
     _form(link, one)  # forms before names, as in write_batch, so that no two writers wait for each other
     link.run(
         "INSERT INTO kilotune_names (namespace, name, next) VALUES (?, ?, 1) ON CONFLICT (namespace, name) "
@@ -93,10 +95,17 @@ def write_once(link: Link, namespace: str, one: Ready, alias: str | None) -> tup
 
 def _same(link: Link, row: Row, one: Ready) -> bool:
     """Whether a version is this adapter; its numbers as they are there now, so that a damaged one is nobody's same."""
-    if (bytes(row.sha256), row.metadata, row.tags) != (one.sha256, one.metadata, _text(one.tags)):
+    was = bytes(row.sha256), row.metadata, row.tags, row.below
+    if was != (one.sha256, one.metadata, _text(one.tags), _below(one)):
         return False
     numbers = link.one("SELECT data FROM kilotune_payloads WHERE id = ?", (row.payload,))
     return numbers is not None and bytes(numbers[0]) == one.packed
+
+
+def _below(one: Ready) -> Below:
+    if one.below is None:
+        return NOTHING
+    return one.below.number, one.below.place.version, one.below.place.name, one.below.place.namespace
 
 
 def _text(tags: Sequence[str]) -> str:
@@ -106,9 +115,12 @@ def _text(tags: Sequence[str]) -> str:
 def _write_rows(link: Link, rows: Sequence[Row]) -> None:
     link.many("INSERT INTO kilotune_payloads (id, data) VALUES (?, ?)", [(row.payload, row.data) for row in rows])
     link.many(
-        "INSERT INTO kilotune_versions (name, version, form, payload, size, created, sha256, metadata, tags) "
-        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        [(r.name_id, r.version, r.form, r.payload, r.size, r.created, r.sha256, r.metadata, r.tags) for r in rows],
+        "INSERT INTO kilotune_versions (name, version, form, payload, size, created, sha256, metadata, tags, "
+        "shared_name, shared_version) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        [
+            (r.name_id, r.version, r.form, r.payload, r.size, r.created, r.sha256, r.metadata, r.tags, *r.below[:2])
+            for r in rows
+        ],
     )
 
 
@@ -235,6 +247,12 @@ def remove(link: Link, namespace: str, name: str, which: int | str | None, every
         raise AdapterError(
             f"{name!r}: version {rows[0].version} is named by {', '.join(map(repr, holding))}; move the alias first, "
             "or remove it with force"
+        )
+    if not force and (others := stacks.standing(link, namespace, rows, whole=every)):
+        what = f"version {rows[0].version}" if len(rows) == 1 else "a version"
+        raise AdapterError(
+            f"{name!r}: {others} stand on {what} of it, and would answer no more; remove them first, or this one with "
+            "force"
         )
     drop(link, namespace, rows)
     return len(rows)
