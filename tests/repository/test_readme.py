@@ -144,7 +144,7 @@ def test_the_commands_of_the_page_exist(page: Path) -> None:
         elif words[0] == "python":
             assert (ROOT / words[1]).exists(), words
         else:
-            assert words[0] in {"pip", "git", "cd", "torchrun", "accelerate"}, f"nothing checks this command: {words}"
+            assert words[0] in {"pip", "git", "cd", "curl", "torchrun", "accelerate"}, f"nothing checks this command: {words}"
 
 
 def test_readme_names_every_verb() -> None:
