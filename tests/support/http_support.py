@@ -24,7 +24,7 @@ import torch
 from kilotune import PeftModel, VeraConfig, get_peft_model
 from kilotune.errors import AdapterError
 from kilotune.fleet import wrap
-from kilotune.fleet.store import AdapterStore, Contents, Version, open_store
+from kilotune.fleet.store import AdapterStore, Contents, SharedVersion, Version, open_store
 from kilotune.fleet.store.preparing import contents_of
 from kilotune.serve.engine.interface import AdapterKey, Engine, EngineStats, Finish, Generation, Token, Vector
 from kilotune.serve.http.app import create_app
@@ -96,17 +96,16 @@ class PlainEngine(Engine):
         if job.request.deadline is not None and time.monotonic() > job.request.deadline:
             return job.end("deadline")
         try:
-            name = self._adapter(job.request.adapter)
-            with torch.no_grad(), self.model.route([name]):
+            key = job.request.adapter
+            chain = [] if key is None else [self._adapter(each) for each in (key.on, key) if each is not None]
+            with torch.no_grad(), self.model.route([chain]):
                 logits = self.model(input_ids=torch.tensor([job.ids])).logits[0, -1].float()
         except Exception as error:
             return job.fail(error)
         self.tokens += 1
         return job.take(logits, self.tokenizer)
 
-    def _adapter(self, key: AdapterKey | None) -> str | None:
-        if key is None:
-            return None
+    def _adapter(self, key: AdapterKey) -> str:
         name = f"{key.namespace}-{key.sha256[:16]}"
         if key.sha256 not in self._loaded:
             self.model.load_adapter(self.catalogue.store(key.namespace).get(key.name, key.version).file(), name)
@@ -216,12 +215,15 @@ class StoreCatalogue:
 
     def resolve(self, namespace: str, name: str, which: Any) -> AdapterKey:
         info = self.store(namespace).info(name, which)
-        return AdapterKey(namespace, name, info.version, info.sha256)
+        return dataclasses.replace(AdapterKey.of(namespace, info), name=name)
 
     def put(self, namespace: str, name: str, adapter: Any, **more: Any) -> Version:
         return self.store(namespace).put(name, adapter, **more)
 
-    def check(self, namespace: str, name: str, adapter: Any) -> Contents:
+    def settle(self, namespace: str, on: str) -> SharedVersion:
+        return self.store(namespace).settle(on)
+
+    def check(self, namespace: str, name: str, adapter: Any, on: Any = None) -> Contents:
         return contents_of(adapter)
 
     def keep(self, namespace: str, name: str, contents: Contents, **more: Any) -> tuple[Version, bool]:

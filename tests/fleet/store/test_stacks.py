@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from kilotune import AdapterError, CheckpointError, ConfigError
+from kilotune import AdapterError, CheckpointError, ConfigError, LoraConfig
 from kilotune.adapter_files.content import content_sha256
 from kilotune.adapter_files.reading import open_adapter
 from kilotune.adapter_files.stands_on import HEADER, StandsOn, with_mark
@@ -148,6 +148,21 @@ def test_what_is_of_another_base_is_refused(opened: Opener) -> None:
     with pytest.raises(CheckpointError, match="'house-style' \\(version 1\\), below it, is of another base model"):
         store.put("ann", adapted(2, base=1), on="house-style")
     store.put("ann", adapted(2, base=0), on="house-style")
+
+
+def test_heads_of_their_own_are_no_other_base(opened: Opener, tmp_path: Path) -> None:
+    """Out of models and out of folders, whose files' marks leave such a head out."""
+    store = opened()
+    head = LoraConfig(r=2, target_modules=["0"], modules_to_save=["2"])
+    plain = LoraConfig(r=2, target_modules=["0"])
+    for name, config in (("head", head), ("plain", plain)):
+        adapted(1, config).save_pretrained(tmp_path / name)
+        store.put(f"model-{name}", adapted(1, config))
+        store.put(f"folder-{name}", tmp_path / name)
+    for on in ("model-head", "folder-head", "model-plain", "folder-plain"):
+        for name, config in (("head", head), ("plain", plain)):
+            store.put("a", adapted(2, config), on=on)
+            store.put("b", tmp_path / name, on=on)
 
 
 # -- namespaces -----------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from kilotune import PeftModel, VeraConfig, get_peft_model
+from kilotune import LoraConfig, PeftModel, VeraConfig, get_peft_model
 from kilotune.errors import AdapterError, ConfigError, StoreError, UnsupportedError
 from kilotune.serve.engine.encoders import EncoderEngine, Pooling, pooling_of
 from kilotune.serve.engine.interface import AdapterKey, Vector
@@ -163,3 +163,29 @@ def test_the_pooling_that_a_folder_names(tmp_path: Path) -> None:
     (tmp_path / "modules.json").write_text(json.dumps([*listed, {"path": "3", "type": "x.models.Dense"}]))
     with pytest.raises(UnsupportedError, match="Dense"):
         pooling_of(tmp_path)
+
+
+@pytest.mark.parametrize("head", [True, False])
+def test_stacks_beside_others(tmp_path: Path, head: bool) -> None:
+    """A personal adapter, with a head of its own that no bank takes or without, on a shared one."""
+    base = tiny_classifier()
+    config = VeraConfig(r=4, target_modules=["query", "value"], modules_to_save=["classifier"] if head else None)
+    style = get_peft_model(copy.deepcopy(base), LoraConfig(r=2, target_modules=["key", "value"]))
+    randomize(style, seed=5, scale=2.0)
+    with Served(tmp_path, base, config) as served:
+        served.registry.put("t", "style", style)
+        for i, model in enumerate(served.models):
+            model.save_pretrained(tmp_path / f"own-{i}")
+            served.keys[i] = AdapterKey.of("t", served.registry.put("t", f"on-{i}", model, on="style"))
+        got = together(served, "classify")
+        style.save_pretrained(tmp_path / "style")
+        for i, vectors in enumerate(got[:2]):
+            whole = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "style", adapter_name="style")
+            whole.load_adapter(tmp_path / f"own-{i}", "own")
+            whole.set_adapter(["style", "own"])
+            plain = whole.merge_and_unload().eval()
+            for text, vector in zip(TEXTS, vectors, strict=True):
+                with torch.no_grad():
+                    own = plain(input_ids=torch.tensor([text])).logits[0]
+                torch.testing.assert_close(torch.tensor(vector.values), own, atol=5e-6, rtol=1e-4)
+                assert (served.models[i](input_ids=torch.tensor([text])).logits[0] - own).abs().max() > 1e-4

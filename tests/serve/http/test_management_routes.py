@@ -112,7 +112,8 @@ def test_deleting(running: Running, manager: httpx2.Client) -> None:
     with running.client(running.keys["ann"]) as ann:
         error(ann.post("/v1/completions", json={**GOOD, "model": "gone"}), 404)
     error(manager.delete("/manage/ann/adapters/gone"), 404)
-    error(manager.delete("/manage/ann/adapters/poems?force=true"), 400)
+    put(manager, "gone", 4)
+    assert manager.delete("/manage/ann/adapters/gone?force=true").json() == {"name": "gone", "removed": 1}
 
 
 def test_lists_of_adapters(manager: httpx2.Client) -> None:

@@ -35,7 +35,8 @@ class Below:
     """The shared version that an adapter is put on top of.
 
     number: of its name, in the store. place: where it is. content: :func:`content_sha256` of it. exact: its numbers are
-    kept as they were put. base, base_mark: of which model it is, as far as that is known.
+    kept as they were put. base, base_mark: of which model it is, as far as that is known. saved_whole: modules that it
+    brings itself, which do not matter for that.
     """
 
     number: int
@@ -44,6 +45,7 @@ class Below:
     exact: bool
     base: Fingerprint | None
     base_mark: str | None
+    saved_whole: tuple[str, ...]
 
 
 @final
@@ -196,9 +198,11 @@ def _on_top(contents: Contents, adapter: object, below: Below | None) -> Content
             f"{below.content[:12]}...: other numbers"
         )
     what = f"{on}, below it,"
+    whole = (*saved_whole(contents.config), *below.saved_whole)
     if contents.base is not None and below.base is not None:
-        contents.base.check(below.base, what, saved_whole(contents.config))
-    if same_base(contents.header.get(BASE), below.base_mark) is False:
+        contents.base.check(below.base, what, whole)
+    # A head that is saved whole was left out of the file's mark.
+    if not whole and same_base(contents.header.get(BASE), below.base_mark) is False:
         raise CheckpointError(f"{what} is of another base model than the adapter")
     return replace(contents, header=with_mark(contents.header, StandsOn(on.name, None, below.content), on.sha256))
 

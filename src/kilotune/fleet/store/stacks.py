@@ -46,7 +46,8 @@ def below(
     if place.sha256 not in contents:
         contents[place.sha256] = content_sha256(record.file())
     exact, form = record.info.packing == "float32", record.form
-    return Below(row.name_id, place, contents[place.sha256], exact, form.base, form.header.get(BASE))
+    known = form.base, form.header.get(BASE), form.saved_whole
+    return Below(row.name_id, place, contents[place.sha256], exact, *known)
 
 
 def find_shared(link: Link, forms: Forms, namespace: str, on: str | SharedVersion) -> tuple[Row, Record, SharedVersion]:

@@ -340,7 +340,7 @@ class TransformersEngine(Engine):
             return lambda other: 1
         if not self._room.fits(self._size(run), [self._size(other) for other in self._running.values()], crowded):
             return self._size
-        return None if self._start(run) else lambda other: int(_home(other) is _home(run))
+        return None if self._start(run) else lambda other: len(_homes(other) & _homes(run))
 
     def _size(self, run: Run) -> int:
         return self._room.size(len(run.tokens))
@@ -471,9 +471,9 @@ class TransformersEngine(Engine):
         return torch.tensor([choice.token for choice in choices], device=logits.device)
 
 
-def _home(run: Run) -> object:
-    """Where a request's adapter is on the device."""
-    return None if run.row is None else run.row.home
+def _homes(run: Run) -> set[object]:
+    """Where a request's adapter is on the device, and what that stands on."""
+    return set() if run.row is None else {*run.row.homes}
 
 
 def _end_tokens(model: Any) -> frozenset[int]:

@@ -6,6 +6,9 @@
     Held     an adapter on the device that stays there until it is given back: one running request has one
     route    (Held or None, tokens) of a step -> what the layers of the model run
 
+A personal adapter stands on a shared one: its row and what is held for it have that one ``below``, and the shared one
+is on the device once, for as long as one that stands on it is.
+
 Adapters of one form (method, options, layers) are rows of one bank; how many forms there are at once is bounded, and a
 form that nobody uses makes way. What cannot be a row (a head that is trained whole, a vector for the whole model) is
 put into the model itself, and of those only few.
@@ -34,7 +37,8 @@ from ...errors import AdapterError, CheckpointError, ConfigError, ResourceError,
 from ...fleet.bank.adapter_bank import AdapterBank, Resident
 from ...fleet.bank.forms import ResidentForm, check_bankable, form_values
 from ...injection import inject
-from ...layers.route import Cohort, Route, Stacked
+from ...injection.installed_adapter import Installed, conflicts
+from ...layers.route import Cohort, Route, Stacked, levels_of
 from ...model.parameter_report import readable_bytes
 from ...model.peft_model import PeftModel
 from ...model.routed_model import unroutable
@@ -105,18 +109,41 @@ class _Home:
 
 @final
 class Row:
-    """An adapter in main memory that fits the model. name: unique to its contents and tenant. bytes: what it takes."""
+    """An adapter in main memory that fits the model. name: unique to its contents and tenant. bytes: what it takes.
 
-    def __init__(self, name: str, home: _Home, values: Tensor | None, size: int) -> None:
-        self.name, self.home, self.values, self.bytes = name, home, values, size
+    below: the shared adapter that it stands on, which stands on none.
+    """
+
+    def __init__(self, name: str, home: _Home, values: Tensor | None, size: int, below: Row | None = None) -> None:
+        self.name, self.home, self.values, self.bytes, self.below = name, home, values, size, below
+
+    @property
+    def chain(self) -> tuple[Row, ...]:
+        """What a request for it runs, the shared one first."""
+        return (self,) if self.below is None else (self.below, self)
+
+    @property
+    def homes(self) -> tuple[_Home, ...]:
+        """Where these live."""
+        return tuple(row.home for row in self.chain)
+
+    @property
+    def closed(self) -> bool:
+        """Whether a form of these made way, so that it has to be read again."""
+        return any(home.closed for home in self.homes)
 
 
 @final
 class Held:
-    """An adapter on the device; stays until :meth:`Residents.release`."""
+    """An adapter on the device; stays until :meth:`Residents.release`. below: what it stands on, held for it."""
 
-    def __init__(self, row: Row, slot: int) -> None:
-        self.row, self.slot = row, slot
+    def __init__(self, row: Row, slot: int, below: Held | None = None) -> None:
+        self.row, self.slot, self.below = row, slot, below
+
+    @property
+    def chain(self) -> tuple[Held, ...]:
+        """What its rows run, the shared one first."""
+        return (self,) if self.below is None else (self.below, self)
 
 
 @final
@@ -321,35 +348,60 @@ class Residents:
                 home = self._wholes[name] = _Home(None)
             return Row(name, home, None, 0)
 
+    def stacked(self, row: Row, below: Row, what: str) -> Row:
+        """``row`` on top of ``below``, seen to go together.
+
+        Raises:
+            UnsupportedError: adapters that cannot act together. ConfigError: one bank for both, of a single slot.
+
+        """
+        homes = row.home, below.home
+        if homes[0] is homes[1] and homes[0].bank is not None and homes[0].bank.slots < 2:
+            raise ConfigError(f"{what} and what it stands on are of one form, of which the device takes one adapter")
+        if faults := conflicts(
+            {"the shared adapter": self._installed(below), "the personal one": self._installed(row)}
+        ):
+            raise UnsupportedError(gather(f"{what} cannot be served on top of the adapter that it stands on:", faults))
+        return Row(row.name, row.home, row.values, row.bytes, below)
+
+    def _installed(self, row: Row) -> Installed:
+        bank = row.home.bank
+        return self.model.installed(row.name) if bank is None else bank.form.installed
+
     # -- holding ---------------------------------------------------------------------------------
 
     def hold(self, row: Row) -> Held | None:
-        """Bring a row to the device and keep it there; None where all slots of its form are held.
+        """Bring a row, and what it stands on, to the device and keep them there; None where there is no slot for one.
 
         Raises:
-            GoneError: its form made way meanwhile.
+            GoneError: a form made way meanwhile.
 
         """
         with self._lock:
-            home = row.home
-            if home.closed:
+            if row.closed:
                 raise GoneError(f"the form of adapter {row.name!r} made way for another one")
-            slot: int | None = 0
-            if home.bank is not None:
-                assert row.values is not None
-                slot = home.bank.hold(row.name, row.values)
-            if slot is None:
-                return None
-            home.users += 1
-            return Held(row, slot)
+            held: Held | None = None
+            for each in row.chain:
+                slot: int | None = 0
+                if each.home.bank is not None:
+                    assert each.values is not None
+                    slot = each.home.bank.hold(each.name, each.values)
+                if slot is None:
+                    if held is not None:
+                        self.release(held)
+                    return None
+                each.home.users += 1
+                held = Held(each, slot, held)
+            return held
 
     def release(self, held: Held) -> None:
-        """Let the adapter go, once."""
+        """Let the adapter go, once, and what it stands on."""
         with self._lock:
-            home = held.row.home
-            home.users -= 1
-            if home.bank is not None:
-                home.bank.release(held.slot)
+            for each in held.chain:
+                home = each.row.home
+                home.users -= 1
+                if home.bank is not None:
+                    home.bank.release(each.slot)
 
     def take_out(self, home: _Home) -> None:
         """Take out what failed when it ran: a form's bank, or an adapter that is in the model; nobody may hold it now.
@@ -388,6 +440,8 @@ class Residents:
     def route(self, parts: Sequence[tuple[Held | None, int]], tokens: bool = True) -> Route | None:
         """Who each token (or row) of a step goes to; None where all are of the base alone.
 
+        Shared adapters are on a level beneath those that stand on them, once for all their rows.
+
         Args:
             parts: whose, and how many tokens (or rows), in their order.
             tokens: the rows of the model's inputs are tokens that are packed.
@@ -396,14 +450,18 @@ class Residents:
         key = tuple(parts)
         if self._last is not None and self._last[0] == key:
             return self._last[1]
-        homes: dict[_Home, list[tuple[Held, int, int]]] = {}
+        levels = levels_of({held.row.homes for held, _ in parts if held is not None})
+        homes: dict[tuple[int, _Home], list[tuple[Held, int, int]]] = {}
         at = 0
         for held, count in parts:
-            if held is not None:
-                homes.setdefault(held.row.home, []).append((held, at, at + count))
+            for place, each in enumerate(() if held is None else held.chain):
+                home = each.row.home
+                homes.setdefault((place if levels is None else levels[home], home), []).append((each, at, at + count))
             at += count
-        cohorts = [self._cohort(home, own) for home, own in homes.items()]
-        route = Route(at, cohorts, tokens=tokens) if cohorts else None
+        made: list[list[Cohort]] = [[] for _ in range(1 + max((level for level, _ in homes), default=0))]
+        for (level, home), own in homes.items():
+            made[level].append(self._cohort(home, own))
+        route = Route(at, made[0], tokens=tokens, above=made[1:]) if homes else None
         self._last = (key, route)
         return route
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, final
+from typing import Literal, Self, final
 
 from ...errors import StoreError
+from ...fleet.store.records import SharedVersion, Version
 
 __all__ = ["AdapterKey", "Engine", "EngineError", "EngineStats", "Finish", "Generation", "Sampling", "Token", "Vector"]
 
@@ -21,12 +22,27 @@ Reason = Literal["stop", "length", "cancelled", "deadline", "error"]
 @final
 @dataclass(frozen=True, slots=True)
 class AdapterKey:
-    """One version of one adapter. sha256: of its contents, hexadecimal (:class:`~kilotune.fleet.store.Version`)."""
+    """One version of one adapter. sha256: of its contents, hexadecimal (:class:`~kilotune.fleet.store.Version`).
+
+    on: the shared one that it stands on, which stands on none.
+    """
 
     namespace: str
     name: str
     version: int
     sha256: str
+    on: AdapterKey | None = None
+
+    @classmethod
+    def of(cls, namespace: str, version: Version) -> Self:
+        """Of a version of ``namespace``, with what it stands on."""
+        on = None if version.stands_on is None else cls.shared(version.stands_on)
+        return cls(namespace, version.name, version.version, version.sha256, on)
+
+    @classmethod
+    def shared(cls, on: SharedVersion) -> Self:
+        """Of a version that others stand on."""
+        return cls(on.namespace, on.name, on.version, on.sha256)
 
 
 @final

@@ -71,6 +71,8 @@ class Run:
         self.cached = 0
         key = request.adapter
         whose = "" if key is None else f"{key.namespace}\0{key.sha256}"
+        if key is not None and key.on is not None:  # what the shared one made of a prompt is another tenant's, too
+            whose += f"\0{key.on.namespace}\0{key.on.sha256}"
         self.owner = f"{request.tenant}\0{whose}".encode()
         self._ends = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else ends)
         self._text = TextStream(tokenizer, request.prompt, sampling.stop)

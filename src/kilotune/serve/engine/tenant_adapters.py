@@ -35,10 +35,10 @@ from ...errors import (
     did_you_mean,
 )
 from ...fleet.joint.wrapping import wrap
-from ...fleet.store import AdapterStore, Contents, Fingerprint, Version, open_store
+from ...fleet.store import AdapterStore, Contents, Fingerprint, SharedVersion, Version, open_store
 from ...fleet.store.adapter_store import Adapter, Which
-from ...fleet.store.names import check_name, check_which
-from ...fleet.store.preparing import contents_of
+from ...fleet.store.names import SHARED, check_name, check_which
+from ...fleet.store.preparing import check_said, contents_of
 from ...patterns import UPLOAD, matching
 from .device_adapters import Residents, Row
 from .interface import AdapterKey
@@ -179,7 +179,7 @@ class AdapterRegistry:
             if known is None:
                 raise
             return known
-        key = AdapterKey(namespace, name, found.version, found.sha256)
+        key = replace(AdapterKey.of(namespace, found), name=name)
         with self._lock:
             self._resolved[place] = key
             self._resolved.move_to_end(place)
@@ -227,22 +227,29 @@ class AdapterRegistry:
         metadata: Mapping[str, Any] | None = None,
         tags: Sequence[str] = (),
         alias: str | None = None,
+        on: str | None = None,
     ) -> Version:
-        """Check an adapter whole, keep it as the newest version, and have it ready to answer: the three steps of a put.
+        """Check an adapter whole, keep it as the newest version, and have it ready to answer: the steps of a put.
 
         See :meth:`AdapterStore.put` for the arguments, and the steps for what they raise.
         """
-        contents = self.check(namespace, name, adapter)
-        version, _ = self.keep(namespace, name, contents, metadata=metadata, tags=tags, alias=alias)
-        self.load(AdapterKey(namespace, name, version.version, version.sha256))
+        below = None if on is None else self.settle(namespace, on)
+        contents = self.check(namespace, name, adapter, below)
+        version, _ = self.keep(namespace, name, contents, metadata=metadata, tags=tags, alias=alias, on=below)
+        self.load(AdapterKey.of(namespace, version))
         return version
 
-    def check(self, namespace: str, name: str, adapter: Adapter) -> Contents:
+    def settle(self, namespace: str, on: str) -> SharedVersion:
+        """Which shared version an adapter of ``namespace`` is put on top of; see :meth:`AdapterStore.settle`."""
+        return self._ask(namespace, lambda store: store.settle(on))
+
+    def check(self, namespace: str, name: str, adapter: Adapter, on: SharedVersion | None = None) -> Contents:
         """See that an adapter can be put: files' hashes, base, configuration, shapes, frozen matrices, finite values,
-        norms, and that one token runs through it. Nothing is kept.
+        norms, and that one token runs through it, on top of what it stands on. Nothing is kept.
 
         Raises:
-            CheckpointError, ConfigError, TargetError, UnsupportedError: it is damaged, or does not fit this model.
+            CheckpointError, ConfigError, TargetError, UnsupportedError: it is damaged, does not fit this model, or does
+            not go with what it stands on.
             AdapterError: a name that cannot be one. ResourceError: no room for another form now, or the engine had no
             time to try it. StoreError: the store is only read.
 
@@ -251,13 +258,14 @@ class AdapterRegistry:
         self._ask(namespace, lambda store: store.check_writable())
         self._ask(namespace, lambda store: store.name_for(name))
         with matching(UPLOAD):
-            return self._checked(namespace, name, adapter, what)
+            return self._checked(namespace, name, adapter, what, on)
 
-    def _checked(self, namespace: str, name: str, adapter: Adapter, what: str) -> Contents:
+    def _checked(self, namespace: str, name: str, adapter: Adapter, what: str, on: SharedVersion | None) -> Contents:
         contents = replace(contents_of(adapter), where=Path(name))
+        check_said(contents, on)
         if contents.base is not None:
             self.fingerprint.check(contents.base, what, _saved(contents.config))
-        self._try(contents.file, namespace, what)
+        self._try(contents.file, namespace, what, None if on is None else self.row(AdapterKey.shared(on)))
         return contents
 
     def keep(
@@ -269,24 +277,25 @@ class AdapterRegistry:
         metadata: Mapping[str, Any] | None = None,
         tags: Sequence[str] = (),
         alias: str | None = None,
+        on: SharedVersion | None = None,
     ) -> tuple[Version, bool]:
         """Write what :meth:`check` gave into the store, once however often; see :meth:`AdapterStore.put_once`."""
         return self._ask(
-            namespace, lambda store: store.put_once(name, contents, metadata=metadata, tags=tags, alias=alias)
+            namespace, lambda store: store.put_once(name, contents, metadata=metadata, tags=tags, alias=alias, on=on)
         )
 
     def load(self, key: AdapterKey) -> None:
         """Read a version back, so that it answers at once and what is served is what is kept; raises as :meth:`row`."""
         self.row(key)
 
-    def _try(self, file: AdapterFile, namespace: str, what: str) -> None:
+    def _try(self, file: AdapterFile, namespace: str, what: str, below: Row | None) -> None:
         """Check an adapter against the model, and run something through it before anybody can name it."""
         if self.trial is None:
             self.residents.check(file, what)
             return
         row = self.residents.row(f"trial-{uuid.uuid4().hex}", file, what)
         try:
-            self.trial(row, namespace)
+            self.trial(row if below is None else self.residents.stacked(row, below, what), namespace)
         except UnsupportedError as error:
             raise UnsupportedError(f"{what} fits this model, and fails when it runs: {error}") from error
         finally:
@@ -331,9 +340,11 @@ class AdapterRegistry:
         name = _row_name(key)
         with self._lock:
             row = self._rows.get(name)
-            if row is None or row.home.closed:
+            if row is None or row.closed:
                 return None
-            self._rows.move_to_end(name)
+            for each in row.chain:
+                if each.name in self._rows:
+                    self._rows.move_to_end(each.name)
             return row
 
     def row(self, key: AdapterKey) -> Row:
@@ -367,8 +378,27 @@ class AdapterRegistry:
             raise CheckpointError(
                 f"adapter {key.name!r}, version {key.version}: the store holds other contents than when it was named"
             )
+        what = f"adapter {key.name!r}, version {key.version}"
+        below = self._below(key, record.info, what)
         with matching(UPLOAD):
-            return self.residents.row(name, record.file(), f"adapter {key.name!r}, version {key.version}")
+            row = self.residents.row(name, record.file(), what)
+        return row if below is None else self.residents.stacked(row, below, what)
+
+    def _below(self, key: AdapterKey, version: Version, what: str) -> Row | None:
+        """The shared adapter that a version stands on.
+
+        Raises:
+            AdapterError: it was removed. And what :meth:`row` raises.
+
+        """
+        on = version.stands_on
+        if on is None:
+            return None
+        assert on.namespace in (key.namespace, SHARED)  # the store sees to that
+        try:
+            return self.row(AdapterKey.shared(on))
+        except AdapterError as error:
+            raise AdapterError(f"{what} stands on {on}, which was removed or is broken: {error}") from error
 
     def _keep(self, row: Row) -> None:
         with self._lock:

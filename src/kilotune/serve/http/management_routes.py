@@ -19,6 +19,7 @@ from ...fleet.store.names import (
     check_name,
     check_namespace,
     check_new_word,
+    check_on,
     check_tags,
     check_which,
 )
@@ -113,12 +114,19 @@ def _put_routes(router: APIRouter, service: Service) -> None:
         alias: Annotated[str | None, Form(description="Let this alias name the new version.")] = None,
         tags: Annotated[list[str] | None, Form(description="Words to find it by.")] = None,
         metadata: Annotated[str | None, Form(description="A JSON object.")] = None,
+        on: Annotated[
+            str | None,
+            Form(description="The shared adapter that it was trained on top of: NAME, NAME/3 or NAME/alias."),
+        ] = None,
     ) -> Response:
         """Put an adapter as the newest version of its name. Whatever is answered, it can be put again.
 
         Where the newest version has the same files, tags and metadata, that is the version: 200, and `created` is
         false. Any other put is a new version: 201. Both are on disk. `ready` says whether the version answers requests
         at once; where it does not, `note` says why.
+
+        With `on`, the adapter stands on a version of that shared one, of this namespace or of `@shared`, from now on
+        and wherever its aliases go. Requests for the adapter's name run both.
         """
         space = _space(request, namespace)
         _fit(lambda: check_name(name), "name")
@@ -127,12 +135,21 @@ def _put_routes(router: APIRouter, service: Service) -> None:
         if alias is not None:
             _fit(lambda: check_new_word("alias", check_alias(alias)), "alias")
         _fit(lambda: [check_new_word("tag", tag) for tag in check_tags(tags or ())], "tags")
-        given = Given(config.file, weights.file, _metadata(metadata), tags or (), alias)
+        if on is not None:
+            on = _on(service, on)
+        given = Given(config.file, weights.file, _metadata(metadata), tags or (), alias, on)
         with noted(request.scope).place:
             made = await storing.put(service, space, name, given)
         version, request_id = made.version.version, noted(request.scope).id
         log("put", namespace=space, name=name, version=version, alias=alias, lacks=made.lacks, request_id=request_id)
         return JSONResponse(made.document(), 201 if made.created else 200)
+
+
+def _on(service: Service, text: str) -> str:
+    """What ``on`` says, with the version that a request for that name would mean."""
+    _fit(lambda: check_on(text), "on")
+    name, which = service.split(text)
+    return name if which is None else f"{name}/{which}"
 
 
 def _delete_routes(router: APIRouter, service: Service) -> None:
@@ -142,17 +159,15 @@ def _delete_routes(router: APIRouter, service: Service) -> None:
         namespace: str,
         name: str,
         version: Annotated[str | None, Query(description="A number, an alias or latest; without it all.")] = None,
-        force: Annotated[bool, Query(description="Even if an alias names the version.")] = False,
+        force: Annotated[bool, Query(description="Even if an alias names it, or others stand on it.")] = False,
     ) -> Response:
         """Remove an adapter, or one version of it. Requests that run keep what they began with."""
         space, which = _space(request, namespace), _which(version)
-        if force and version is None:
-            raise ApiError(400, "force: is for a version; the whole adapter takes its aliases along", param="force")
         number: Which = "latest" if version == "latest" else which
         try:
             count = await service.ask(space, lambda: service.adapters.rm(space, name, number, force=force), "name")
         except ApiError as error:
-            held = "is named by" in error.message
+            held = "is named by" in error.message or "would answer no more" in error.message
             raise ApiError(409, error.message, param="version") if held else error from error
         log("deleted", namespace=space, name=name, version=version, request_id=noted(request.scope).id)
         return JSONResponse({"name": name, "removed": count})

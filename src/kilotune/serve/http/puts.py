@@ -3,6 +3,7 @@
 ::
 
     wait     for a thread, namespaces in turn (admission.py)       too long: nothing was stored
+    settle   which version it is put on top of, if it is           too long: nothing was stored
     check    the files, against the base, one token through it     too long: nothing was stored
     keep     one transaction of the store                          too long: stored or not, and never twice
     load     read back what is kept                                too long, or it fails: stored, and not ready yet
@@ -22,8 +23,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, final
 
 from ...adapter_files.files import CONFIG_NAME, WEIGHTS_NAME
-from ...errors import AdapterError, KilotuneError
-from ...fleet.store import Contents, Version
+from ...errors import AdapterError, CheckpointError, ConfigError, KilotuneError
+from ...fleet.store import Contents, SharedVersion, Version
 from ..engine.interface import AdapterKey
 from ..engine.lanes import Lane
 from .http_errors import ApiError, of_library
@@ -47,6 +48,7 @@ class Given:
     metadata: Mapping[str, Any]
     tags: Sequence[str]
     alias: str | None
+    on: str | None = None
 
 
 @final
@@ -88,12 +90,21 @@ async def put(service: Service, namespace: str, name: str, given: Given) -> Stor
             told = f"other puts of {namespace!r} have taken its turn for {seconds:g} s; nothing was stored; try again"
             raise ApiError(503, told, retry_after=5) from None
         told = f"the adapter could not be checked within {seconds:g} s; nothing was stored; try again"
-        contents = await _step(
-            lane, lambda: _checked(adapters, namespace, name, given), until, ApiError(504, told, retry_after=5)
-        )
-        version, created = await _keep(lane, adapters, namespace, name, contents, given)
-        key = AdapterKey(namespace, name, version.version, version.sha256)
-        return Stored(version, created, await _load(lane, adapters, key))
+        late = ApiError(504, told, retry_after=5)
+        on = None if given.on is None else await _settled(lane, adapters, namespace, given.on, until, late)
+        contents = await _step(lane, lambda: _checked(adapters, namespace, name, given, on), until, late)
+        version, created = await _keep(lane, adapters, namespace, name, contents, given, on)
+        return Stored(version, created, await _load(lane, adapters, AdapterKey.of(namespace, version)))
+
+
+async def _settled(
+    lane: Lane, adapters: Catalogue, namespace: str, on: str, until: float, late: ApiError
+) -> SharedVersion:
+    """The shared version that is put on top of; one that is not there, or cannot be stood on, is a bad request."""
+    try:
+        return await _step(lane, lambda: adapters.settle(namespace, on), until, late)
+    except (AdapterError, CheckpointError, ConfigError) as error:
+        raise ApiError(400, str(error), param="on") from error
 
 
 async def _step(lane: Lane, call: Callable[[], T], until: float, late: ApiError) -> T:
@@ -104,13 +115,13 @@ async def _step(lane: Lane, call: Callable[[], T], until: float, late: ApiError)
         raise late from None
 
 
-def _checked(adapters: Catalogue, namespace: str, name: str, given: Given) -> Contents:
+def _checked(adapters: Catalogue, namespace: str, name: str, given: Given, on: SharedVersion | None) -> Contents:
     """In a thread, which takes its folder away itself: nobody else knows when it has ended."""
     folder = folder_for_put()
     try:
         _copy(given.config, folder / CONFIG_NAME)
         _copy(given.weights, folder / WEIGHTS_NAME)
-        return adapters.check(namespace, name, folder)
+        return adapters.check(namespace, name, folder, on)
     except KilotuneError as error:
         made = _refused(error)
         message = made.message.replace(f"{folder}/", "")
@@ -136,10 +147,18 @@ def _copy(source: BinaryIO, place: Path) -> None:
 
 
 async def _keep(
-    lane: Lane, adapters: Catalogue, namespace: str, name: str, contents: Contents, given: Given
+    lane: Lane,
+    adapters: Catalogue,
+    namespace: str,
+    name: str,
+    contents: Contents,
+    given: Given,
+    on: SharedVersion | None,
 ) -> tuple[Version, bool]:
     def keep() -> tuple[Version, bool]:
-        return adapters.keep(namespace, name, contents, metadata=given.metadata, tags=given.tags, alias=given.alias)
+        return adapters.keep(
+            namespace, name, contents, metadata=given.metadata, tags=given.tags, alias=given.alias, on=on
+        )
 
     told = f"the store of adapters has not answered within {KEEPING:g} s: the adapter is stored or not; put it again"
     late = ApiError(503, told, code="store_unavailable", retry_after=5)

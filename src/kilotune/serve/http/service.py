@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, final
 
 from ...errors import KilotuneError
-from ...fleet.store import Contents, Version
+from ...fleet.store import Contents, SharedVersion, Version
 from ...fleet.store.adapter_store import Adapter, Which
 from ..engine.interface import AdapterKey, Engine, Generation, Sampling
 from ..engine.lanes import Lanes
@@ -37,7 +37,8 @@ class Catalogue(Protocol):
     """
 
     def resolve(self, namespace: str, name: str, which: Which) -> AdapterKey: ...
-    def check(self, namespace: str, name: str, adapter: Adapter) -> Contents: ...
+    def settle(self, namespace: str, on: str) -> SharedVersion: ...
+    def check(self, namespace: str, name: str, adapter: Adapter, on: SharedVersion | None = None) -> Contents: ...
     def keep(
         self,
         namespace: str,
@@ -47,6 +48,7 @@ class Catalogue(Protocol):
         metadata: Mapping[str, Any] | None = None,
         tags: Sequence[str] = (),
         alias: str | None = None,
+        on: SharedVersion | None = None,
     ) -> tuple[Version, bool]: ...
     def load(self, key: AdapterKey) -> None: ...
     def info(self, namespace: str, name: str, which: Which = None) -> Version: ...
@@ -94,6 +96,7 @@ class Service:
         self.metrics = Metrics(settings.metrics_tenants, engine.stats)
         self.created = int(time.time())
         self.draining = False
+        self.notes: tuple[str, ...] = ()  # what to tell of the base, once there is a log
         self.tracer = tracer(settings.telemetry)
         self._asking = Lanes("kilotune-store", THREADS, EACH)
 
