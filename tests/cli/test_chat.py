@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 from typer.testing import CliRunner, Result
 
 from kilotune.cli import chat as verb
+from kilotune.cli._writing import silence
 from kilotune.cli.main import app
 from kilotune.errors import ConfigError
 from kilotune.train.finished.sampling_options import Sampling
-from kilotune.train.finished.text_generation import Chat, Writer
+from kilotune.train.finished.text_generation import Answer, Chat, Writer
 from kilotune.train.results.outcome import form_of
 from tests.support.cli_helpers import kilotune
 from tests.support.generation_support import greedy, loaded, merged, pair
@@ -256,13 +258,15 @@ def test_an_interrupt_before_any_word_leaves_no_trace(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("kind", ["messages", "prompt", "text"])
+@pytest.mark.parametrize("kind", ["messages", "prompt", "plain", "text"])
 def test_it_is_talked_to_as_it_was_trained(kind: str, tmp_path: Path) -> None:
     base, _ = pair("llama", True)
     chats = [{"role": "user", "content": ONE}, {"role": "assistant", "content": TWO}]
-    row = {"messages": chats} if kind == "messages" else {"prompt": ONE, "completion": TWO} if kind == "prompt" else {}
-    data = write_jsonl(tmp_path / "rows.jsonl", [row or {"text": ONE}] * 2)
+    pair_of = {"prompt": ONE, "completion": TWO}
+    rows = {"messages": {"messages": chats}, "prompt": pair_of, "plain": pair_of, "text": {"text": ONE}}
+    data = write_jsonl(tmp_path / "rows.jsonl", [rows[kind]] * 2)
     settings = ["--progress", "quiet", "--set", "training.max_steps=1", "--set", "logging.report=false"]
+    settings += ["--plain"] if kind == "plain" else []
     done = kilotune("train", "-m", base, "-d", data, "-o", tmp_path / "out", *settings, "--set", "training.device=cpu")
     assert done.exit_code == 0, done.stderr
     words = [str(tmp_path / "out"), "--base", str(base), "-n", "2", "--json"]
@@ -272,10 +276,76 @@ def test_it_is_talked_to_as_it_was_trained(kind: str, tmp_path: Path) -> None:
         assert result.exit_code == 0, result.stderr
         return bool(json.loads(result.stdout)["template"])
 
-    assert template("chat") is template("generate") is (kind == "messages")
+    assert template("chat") is template("generate") is (kind in ("messages", "prompt"))
     assert template("chat", "--template") is template("generate", "--template") is True
     assert template("chat", "--plain") is template("generate", "--plain") is False
     assert template("chat", "--system", "x") is template("generate", "--system", "x") is True
+
+
+@pytest.mark.heavy
+def test_evaluate_reads_rows_in_the_form_that_was_trained(tmp_path: Path) -> None:
+    """The same prompts and completions, after a training in the template and after a plain one."""
+    base, _ = pair("llama", True)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    data = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": ONE, "completion": TWO}] * 2)
+    said = [{"role": "user", "content": ONE}]
+    given = tokenizer.apply_chat_template(said, add_generation_prompt=True, return_dict=True)["input_ids"]
+    answer = [*tokenizer(TWO)["input_ids"], tokenizer.eos_token_id]  # a token would reach across: so by themselves
+    for how, before in (([], given), (["--plain"], tokenizer(ONE)["input_ids"])):
+        ids, start = [*before, *answer], len(before)
+        out = tmp_path / f"out{len(how)}"
+        settings = ["--progress", "quiet", "--set", "training.max_steps=1", "--set", "logging.report=false", *how]
+        done = kilotune("train", "-m", base, "-d", data, "-o", out, *settings, "--set", "training.device=cpu")
+        assert done.exit_code == 0, done.stderr
+        scored = json.loads(kilotune("evaluate", out, data, "--base", base, "--json").stdout)
+        with torch.no_grad():
+            logits = merged("llama", base, out)(torch.tensor([ids])).logits[0].log_softmax(-1)
+        loss = -sum(float(logits[i - 1, ids[i]]) for i in range(start, len(ids))) / (len(ids) - start)
+        assert scored["metrics"]["loss"] == pytest.approx(loss, rel=1e-4)
+
+
+def test_an_answer_of_nothing_says_why() -> None:
+    base, adapter = pair("llama", True)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    talk = Chat(Writer(merged("llama", base, adapter), tokenizer))
+    plain = Chat(talk.writer, plain=True)
+    bare = AutoTokenizer.from_pretrained(pair("llama")[0])
+    none = Chat(Writer(talk.writer.model, bare))
+    end = "the answer is empty: the model ended it"
+    cases = [
+        (Answer("yes", "end", 2, 1, 0.1), talk, None),
+        (Answer("", "interrupted", 0, 1, 0.1), talk, None),
+        (
+            Answer("", "end", 1, 1, 0.1),
+            talk,
+            f"{end} at once. It was given the prompt in the chat template; --plain gives it as it stands",
+        ),
+        (
+            Answer("", "end", 1, 1, 0.1),
+            plain,
+            f"{end} at once. It was given the prompt as it stands; --template gives it in the chat template",
+        ),
+        (Answer("", "end", 1, 1, 0.1), none, f"{end} at once. It was given the prompt as it stands"),
+        (
+            Answer(" \n", "end", 3, 1, 0.1),
+            none,
+            f"{end} after 2 tokens that are blanks, or no text. It was given the prompt as it stands",
+        ),
+        (Answer("", "stop", 2, 1, 0.1), talk, "the answer is empty: it begins with one of the stops (--stop)"),
+        (Answer("", "length", 6, 1, 0.1), talk, "the answer is empty: its 6 tokens are blanks, or no text"),
+    ]
+    assert [silence(answer, chat) for answer, chat, _ in cases] == [said for _, _, said in cases]
+
+
+@pytest.mark.parametrize("verb", ["chat", "generate"])
+def test_an_empty_answer_is_told_on_stderr(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, adapter = pair("llama", True)
+    monkeypatch.setattr(Writer, "write", lambda self, ids, show=None: Answer("", "end", 1, len(ids), 0.1))
+    words = [verb, str(adapter), "--base", str(base)]
+    for more in ([], ["--json"]):
+        result = CliRunner().invoke(app, [*words, *more], input=f"{ONE}\n", catch_exceptions=False)
+        assert result.exit_code == 0
+        assert result.stderr.startswith("warning: the answer is empty: the model ended it at once.")
 
 
 @pytest.mark.parametrize("said", ["", "[]", '{"form": 3}', "[" * 100_000])

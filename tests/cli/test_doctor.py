@@ -59,6 +59,19 @@ def test_every_package_of_an_extra_is_there_with_what_it_is_for(document: dict[s
     assert document["problems"] == []
 
 
+def test_each_package_is_told_with_an_extra_that_names_it_itself(document: dict[str, Any]) -> None:
+    """Not with one that has it through another: all of `ray` is not what transformers needs."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    own = {
+        extra: {re.sub(r"[-_.]+", "-", Requirement(line).name).lower() for line in lines}
+        for extra, lines in extras.items()
+    }
+    told = {package["name"]: package["extra"] for package in document["packages"]}
+    assert [name for name, extra in told.items() if name not in own[extra]] == []
+    wanted = {"ray": "ray", "fastapi": "serve", "transformers": "transformers", "accelerate": "train", "typer": "cli"}
+    assert {name: told[name] for name in wanted} == wanted
+
+
 def test_the_tables_are_for_people() -> None:
     result = kilotune("doctor")
     assert result.exit_code == 0

@@ -144,7 +144,9 @@ def test_nothing_is_kept_where_it_is_no_gain(model: Path, tmp_path: Path) -> Non
 
 
 def test_what_on_and_start_cannot_name(tmp_path: Path) -> None:
-    """It is said before a model is looked for."""
+    """It is said before a model is loaded."""
+    (tmp_path / "no-model").mkdir()
+    (tmp_path / "no-model" / "config.json").write_text("{}")
     words = ["fleet", "train", "-m", tmp_path / "no-model", "-d", tmp_path / "rows.jsonl", "--user-column", "user"]
     assert "--on: there is no folder 'house'; names are of a store" in error(
         *words, "-o", tmp_path / "out", "--on", "house"

@@ -104,8 +104,10 @@ def test_a_system_message_is_part_of_the_prompt() -> None:
     assert done["text"] == tokenizer.decode(
         greedy(merged("llama", base, adapter), ids, COUNT), skip_special_tokens=True
     )
-    plain = as_json("generate", adapter, PROMPT, "--base", base, "-n", COUNT)
+    plain = as_json("generate", adapter, PROMPT, "--base", base, "-n", COUNT, "--plain")
     assert plain["prompt_tokens"] == len(tokenizer(PROMPT)["input_ids"])
+    unknown = as_json("generate", adapter, PROMPT, "--base", base, "-n", COUNT)
+    assert unknown["template"] is True, "nothing is known of how it was trained, and there is a template"
     assert plain["template"] is False
 
 

@@ -322,6 +322,8 @@ def test_force_deletes_nothing_but_a_model(tmp_path: Path) -> None:
     thesis = tmp_path / "out" / "sub" / "thesis.tex"
     thesis.parent.mkdir(parents=True)
     thesis.write_text("years of work")
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "adapter_config.json").write_text("{}")
     text = error("merge", tmp_path / "none", "--base", tmp_path / "base", "--out", tmp_path / "out", "--force")
     assert "holds more than a model, and --force would delete it: sub" in text
     assert thesis.read_text() == "years of work"

@@ -40,6 +40,7 @@ def test_a_model_and_a_file_are_enough(model: Path, data: Path, tmp_path: Path) 
     done = kilotune("train", "--model", model, "--data", data, "--output", tmp_path / "out", *SHORT)
     assert done.exit_code == 0, done.stderr
     assert done.stdout == ""
+    assert json.loads((tmp_path / "out" / "result.json").read_text())["steps"] == 100, "12 rows, as often as that takes"
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["peft_type"] == "KILOTUNE_VERA"  # only a seed, which PEFT would take for other numbers
     assert config["base_model_name_or_path"] == str(model)
@@ -63,9 +64,11 @@ def test_at_the_end_it_says_what_came_out_and_what_to_do_with_it(model: Path, da
     ]
     done = kilotune("train", *words, "--set", "training.max_steps=2", "--progress", "plain")
     assert done.exit_code == 0, done.stderr
-    first, scores, report, attempt = done.stdout.splitlines()
+    first, scores, compared, *verdict, report, attempt = done.stdout.splitlines()
     assert re.fullmatch(rf"the adapter of step \d: {out}, \d+\.\d+ kB", first)
     assert scores.startswith("validation: loss 4.")
+    assert re.fullmatch(r"loss 4\.\d+, of the base 4\.\d+ \(on 3 rows of validation\)", compared)
+    assert [text.partition(":")[0] for text in verdict] in ([], ["Nothing was learnt"])
     assert report == f"report: {out / 'report.html'}"
     assert attempt == f"try it: kilotune chat {out} --base {model}"
     page = (out / "report.html").read_text()
@@ -94,12 +97,13 @@ def test_several_files_and_a_validation_file(model: Path, data: Path, tmp_path: 
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(model: Path, data: Path, tmp_path: Path) -> None:
-    done = kilotune("train", "-m", model, "-d", data, "-o", tmp_path / "out", *SHORT, "--dry-run")
+    short = [*SHORT, "--epochs", "3"]
+    done = kilotune("train", "-m", model, "-d", data, "-o", tmp_path / "out", *short, "--dry-run")
     assert done.exit_code == 0
     assert "numbers are trained" in done.stderr
     assert "6 steps" in done.stderr, "12 rows in batches of 8, three epochs"
     assert "learn >" in done.stderr, "one example is shown, with what is learned"
-    plan = as_json("train", "-m", model, "-d", data, "-o", tmp_path / "out", *SHORT, "--dry-run")
+    plan = as_json("train", "-m", model, "-d", data, "-o", tmp_path / "out", *short, "--dry-run")
     assert (plan["steps"], plan["rows"], plan["tokens_per_epoch"]) == (6, 12, 3 * plan["tokens"] // 9)
     assert plan["memory"]["peak"] > plan["memory"]["weights"] > 0
     assert "learn >" in plan["example"]
@@ -126,7 +130,7 @@ def test_a_config_file_with_overrides(model: Path, data: Path, tmp_path: Path) -
     result = as_json("train", config, *SHORT, "-o", tmp_path / "b", "--set", "training.max_steps=1")
     assert result["folder"] == str(tmp_path / "b")
     assert not (tmp_path / "a").exists()
-    text = config.read_text().replace("epochs: 3.0", "epocs: 3.0")
+    text = config.read_text().replace("epochs: null", "epocs: 3.0")
     config.write_text(text)
     said = error("train", config, *SHORT)
     assert said == (f"error: {config}: training.epocs: there is no such setting. Did you mean 'training.epochs'?\n")
@@ -134,7 +138,7 @@ def test_a_config_file_with_overrides(model: Path, data: Path, tmp_path: Path) -
 
 def test_resume_needs_the_folder_alone(model: Path, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    first = as_json("train", "-m", model, "-d", data, "-o", out, *SHORT)
+    first = as_json("train", "-m", model, "-d", data, "-o", out, *SHORT, "--epochs", "3")
     (out / FILE).unlink()
     again = as_json("train", "-o", out, "--resume")
     assert (again["steps"], again["metrics"]) == (first["steps"], first["metrics"])

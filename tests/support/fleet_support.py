@@ -68,12 +68,12 @@ def order_again(seed: int, epoch: int, count: int) -> list[int]:
 
 
 def factor_again(settings: FleetSettings, total: int) -> Callable[[int], float]:
-    """Transformers' schedules, written again."""
+    """Transformers' schedules, written again, with a warm-up that begins above 0."""
     rise = math.ceil(settings.warmup * total) if settings.warmup < 1 else int(settings.warmup)
 
     def factor(step: int) -> float:
         if step < rise:
-            return step / max(1, rise)
+            return (step + 1) / (rise + 1)
         progress = (step - rise) / max(1, total - rise)
         return {"linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2, "constant": 1.0}[
             settings.schedule

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -181,8 +182,48 @@ def test_the_schedule_is_the_formula(schedule: str, warmup: float, tmp_path: Pat
     for step in range(steps):
         rest = (step - rise) / (steps - rise)
         down = {"linear": 1 - rest, "cosine": 0.5 * (1 + math.cos(math.pi * rest)), "constant": 1.0}[schedule]
-        expected.append(1e-3 * (step / rise if step < rise else down))
+        expected.append(1e-3 * ((step + 1) / (rise + 1) if step < rise else down))
     assert learning_rates(tmp_path / "out") == pytest.approx(expected)
+
+
+def logged(output: Path) -> list[int]:
+    lines = (output / "logs" / "history.jsonl").read_text().splitlines()
+    return [r["step"] for r in map(json.loads, lines) if r["kind"] == "train"]
+
+
+def test_the_first_step_is_logged_and_so_is_each_half_minute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from kilotune.train import run
+
+    chosen = settings("llama", "causal-lm", rows_for("causal-lm", tmp_path), tmp_path / "a")
+    quiet = chosen.replace(logging=chosen.logging.replace(log_every=100))
+    train(quiet)
+    assert logged(tmp_path / "a") == [1, 4, 8]  # 4 and 8 are epochs' ends, which are saved
+    clock = iter(range(0, 10**6, 4))  # the clock is asked when it begins, and when a step begins and ends: 8 s a step
+    monkeypatch.setattr(run, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
+    slow = quiet.replace(output=str(tmp_path / "b"), training=quiet.training.replace(save_every=100, max_steps=14))
+    train(slow)
+    # 30 s after the last one: from step 1 on every fourth step, and the last, which is saved.
+    assert logged(tmp_path / "b") == [1, 5, 9, 13, 14]
+
+
+def test_without_epochs_there_are_enough_steps(tmp_path: Path) -> None:
+    from kilotune.train.trainer.from_settings import epochs_of, total_steps
+
+    chosen = settings("llama", "causal-lm", rows_for("causal-lm", tmp_path, 16), tmp_path / "out")
+    prepared = open_session(chosen).prepared
+    for given, batch, epochs, steps in ((None, 4, 25, 100), (None, 5, 25, 100), (None, 16, 100, 100), (2, 4, 2, 8)):
+        run = chosen.replace(training=chosen.training.replace(epochs=given, batch_size=batch))
+        assert epochs_of(run, prepared) == epochs
+        assert total_steps(run, prepared) == steps
+    assert epochs_of(chosen.replace(training=chosen.training.replace(epochs=None, batch_size=4)), prepared, 2) == 50
+    many = chosen.replace(training=chosen.training.replace(epochs=None, batch_size=1))
+    assert epochs_of(many, prepared) == 7  # 16 steps each
+    import dataclasses
+
+    from kilotune.train.data.rows import Ragged, Rows
+
+    large = dataclasses.replace(prepared, train=Rows({"input_ids": Ragged([[1, 2]] * 1000, "int64")}))
+    assert epochs_of(many, large) == 3
 
 
 def test_the_usual_learning_rate_is_the_methods_own(tmp_path: Path) -> None:

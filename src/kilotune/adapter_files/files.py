@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..config import FORMAT_VERSION, SECTION
 from ..errors import CheckpointError, MissingExtraError, without_network
-from .names import CONFIG_NAME, REPO_ID, WEIGHTS_NAME
+from .names import CONFIG_NAME, REPO_ID, WEIGHTS_NAME, adapter_place, refuse_empty
 
 __all__ = [
     "CONFIG_NAME",
@@ -169,21 +169,11 @@ def locate(
         MissingExtraError: a hub id, and huggingface_hub is not installed.
 
     """
-    if not isinstance(source, (str, os.PathLike)) or not str(source):
-        raise CheckpointError(f"expected a folder or a hub id (owner/name), got {source!r}")
-    path = Path(source)
-    if path.is_dir():
+    path = adapter_place(source)
+    if path is not None:
         folder = path if subfolder is None else within(path, subfolder, "subfolder")
-        if not (folder / CONFIG_NAME).is_file():
-            near = sorted(str(p.parent.relative_to(path)) for p in path.glob(f"*/{CONFIG_NAME}"))
-            hint = f" Adapters are in its subfolders: {', '.join(near[:10])}" if near else ""
-            raise CheckpointError(f"{folder} holds no {CONFIG_NAME}.{hint}")
+        refuse_empty(folder, path)
         return folder
-    beside = path.parent != Path() and path.parent.is_dir()  # a mistyped folder need not be asked for on the hub
-    if path.exists() or beside or not REPO_ID.fullmatch(str(source)):
-        what = "is a file, not a folder" if path.exists() else "is no folder here, and no hub id (owner/name)"
-        what = f"is no folder in {path.parent}" if beside and not path.exists() else what
-        raise CheckpointError(f"{str(source)!r} {what}")
     return _download(str(source), revision, subfolder, token, cache_dir, local_files_only)
 
 

@@ -108,7 +108,7 @@ def _guarded(run: Callable[[], Any]) -> int:
     except OSError as error:
         complain(str(error))
     except KeyboardInterrupt:
-        complain("interrupted")
+        print("interrupted", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
         # typer's usage errors; their class moved between versions, their method did not

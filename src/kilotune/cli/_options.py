@@ -52,7 +52,7 @@ Plain = Annotated[
     bool | None,
     typer.Option(
         "--plain/--template",
-        help="Give the model each message as it stands, by itself; or the conversation in the chat template. Default: "
+        help="Give the model the prompt as it stands; or in the chat template, with what was said before it. Default: "
         "as it was trained, where its folder says that; else the template, where the tokenizer has one.",
     ),
 ]

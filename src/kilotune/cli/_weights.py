@@ -48,7 +48,11 @@ class Weights:
         return {"quantization_config": config, "device_map": {"": models.device_of(self.device, "--device")}}
 
     def placed(self, model: Any) -> Any:
-        """The model on the device; quantised weights are there already."""
+        """The model on the device, its weights in the dtype that is fast there; quantised weights are there already."""
         from ..train.running import base_model as models
+        from ..train.running.held_dtype import held_dtype
 
-        return model if self.quantization != "none" else model.to(models.device_of(self.device, "--device"))
+        if self.quantization != "none":
+            return model
+        device = models.device_of(self.device, "--device")
+        return held_dtype(model, self.dtype, device, backward=False).apply(model).to(device)

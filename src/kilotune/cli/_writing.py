@@ -7,20 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
-from ..adapter_files.names import CONFIG_NAME
 from ..errors import ConfigError
 from ..model.peft_model import PeftModel
 from ..train.finished.sampling_options import Sampling
-from ..train.finished.text_generation import Writer, check_writes, tokenizer_of
+from ..train.finished.text_generation import Answer, Chat, Writer, check_writes, tokenizer_of
 from ..train.results.outcome import form_of
 from ..train.results.scoring import check_base
 from ..train.running import base_model as models
 from ..train.tasks import TASKS
 from ._adapter import base_of, load_fitting_base, open_adapter, open_below, put_below
 from ._output import quiet_transformers
+from ._paths import is_whole_model
 from ._weights import Weights
 
-__all__ = ["Opened", "alone", "is_whole_model", "open_writer", "show"]
+__all__ = ["Opened", "alone", "open_writer", "show", "silence"]
 
 MESSAGES = "messages"
 
@@ -38,10 +38,21 @@ class Opened:
     form: str | None
     on: str | None = None
 
-    @property
-    def chats(self) -> bool | None:
-        """Whether it learned chats in the tokenizer's template; None: not known."""
-        return None if self.form is None else self.form == MESSAGES and bool(self.writer.tokenizer.chat_template)
+    def chat(self, system: str | None, plain: bool | None) -> Chat:
+        """A conversation with it.
+
+        Args:
+            system: the system message.
+            plain: whether each message is given as it stands; None: as it was trained, where that is known and there is
+                no system message, else in the template where there is one.
+
+        Raises:
+            ConfigError: a system message, and no template for it.
+
+        """
+        if plain is None and system is None and self.form is not None:
+            plain = self.form != MESSAGES or not self.writer.tokenizer.chat_template
+        return Chat(self.writer, system, plain)
 
 
 def open_writer(
@@ -70,10 +81,6 @@ def open_writer(
     """
     quiet_transformers()
     if is_whole_model(adapter):
-        if base is not None:
-            raise ConfigError(f"--base: {adapter!r} is a whole model, and no adapter, so it has no base")
-        if on is not None:
-            raise ConfigError(f"--on: {adapter!r} is a whole model, and no adapter, so it stands on none")
         model = _whole(adapter, weights)
         writer = Writer(weights.placed(model), tokenizer_of(Path(adapter), adapter), sampling)
         return Opened(writer, adapter, adapter, form_of(Path(adapter)))
@@ -89,12 +96,6 @@ def open_writer(
     adapted = PeftModel.from_pretrained(weights.placed(model), file)
     put_below(adapted, below)
     return Opened(Writer(adapted, tokenizer, sampling), adapter, source, form_of(file.folder), on)
-
-
-def is_whole_model(folder: str) -> bool:
-    """Whether a folder holds a transformers model and no adapter."""
-    path = Path(folder)
-    return (path / "config.json").is_file() and not (path / CONFIG_NAME).is_file()
 
 
 def _whole(folder: str, weights: Weights) -> Any:
@@ -115,6 +116,21 @@ def alone(opened: Opened, wanted: bool) -> contextlib.AbstractContextManager[Non
     if not isinstance(model := opened.writer.model, PeftModel):
         raise ConfigError(f"--base-alone: {opened.adapter!r} is a whole model, and no adapter")
     return model.disable_adapter()
+
+
+def silence(answer: Answer, chat: Chat) -> str | None:
+    """Why nothing is to be read in an answer; None where something is, or where somebody stopped it."""
+    if answer.text.strip() or answer.reason == "interrupted":
+        return None
+    if answer.reason == "stop":
+        return "the answer is empty: it begins with one of the stops (--stop)"
+    if answer.reason == "length":
+        return f"the answer is empty: its {answer.tokens} tokens are blanks, or no text"
+    how = "as it stands" if chat.plain else "in the chat template"
+    other = "--template gives it in the chat template" if chat.plain else "--plain gives it as it stands"
+    more = f"; {other}" if chat.writer.tokenizer.chat_template else ""
+    at_once = "at once" if answer.tokens == 1 else f"after {answer.tokens - 1} tokens that are blanks, or no text"
+    return f"the answer is empty: the model ended it {at_once}. It was given the prompt {how}{more}"
 
 
 def show(text: str) -> None:

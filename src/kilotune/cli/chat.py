@@ -28,6 +28,7 @@ from ._options import (
     TopP,
 )
 from ._output import Json, complain, print_json, warn
+from ._paths import check_adapter
 from ._weights import Weights
 
 if TYPE_CHECKING:
@@ -70,13 +71,11 @@ def chat(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop=tuple(stop or ())
     )
     weights = Weights(dtype, quantization, device)
-    from ..train.finished.text_generation import Chat
+    check_adapter(adapter, base, revision, whole=True, on=on)
     from ._writing import alone, open_writer
 
     opened = open_writer(adapter, adapter_revision, base, revision, weights, sampling, on)
-    if plain is None and system is None and opened.chats is not None:
-        plain = not opened.chats
-    talk = Chat(opened.writer, system, plain)
+    talk = opened.chat(system, plain)
     keyboard = sys.stdin.isatty() and not as_json
     if keyboard:
         _greet(opened, talk, base_alone)
@@ -94,7 +93,7 @@ def _greet(opened: Opened, talk: Chat, base_alone: bool) -> None:
 
 def _talk(talk: Chat, keyboard: bool, silent: bool) -> list[dict[str, Any]]:
     """Until the messages end; what each answer took. At a keyboard an error ends the message, else the chat."""
-    from ._writing import show
+    from ._writing import show, silence
 
     turns = []
     for text in _messages(input if keyboard else _line):
@@ -111,6 +110,8 @@ def _talk(talk: Chat, keyboard: bool, silent: bool) -> list[dict[str, Any]]:
             continue
         if not silent:
             print(flush=True)
+        if (why := silence(answer, talk)) is not None:
+            warn(why)
         if answer.left_out:
             warn(f"the first {answer.left_out} messages were left out: the model takes {talk.writer.window} tokens")
         if answer.reason == "interrupted" and not keyboard:

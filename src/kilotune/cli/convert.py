@@ -13,6 +13,7 @@ import typer
 from .._ui.sizes import readable_bytes
 from ..errors import ConfigError
 from ._output import Json, console, print_json, quiet_transformers, rows_table
+from ._paths import check_adapter
 
 if TYPE_CHECKING:
     from ..adapter_files.reading import AdapterFile
@@ -61,6 +62,7 @@ def convert(
     """Convert an adapter: PEFT's form to ours and back, VeRA to an exact LoRA or to one of a smaller rank."""
     if rank is not None and to is not Form.lora:
         raise ConfigError(f"--rank is for --to lora; --to {to.value} keeps the rank")
+    check_adapter(adapter, base, revision, shapes=True)
     quiet_transformers()
     from ..adapter_files.stands_on import StandsOn, with_mark
     from ..convert import rewrite

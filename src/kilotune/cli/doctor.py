@@ -11,7 +11,7 @@ import platform
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
@@ -71,6 +71,7 @@ MODULES: Mapping[str, str] = {
 }
 """Packages whose module has another name."""
 NOT_FOR_USERS = ("docs", "test", "dev", "all", "vllm")  # vLLM wants an environment of its own: docs/vllm.md
+USUAL = "train"  # of extras that bring a package alike
 REQUIREMENT = re.compile(r"([A-Za-z0-9._-]+)(?:\[[^\]]*\])? *([^;]*)(?:;.*extra == ['\"]([^'\"]+)['\"])?")
 FAILED = 1
 
@@ -135,15 +136,28 @@ def packages_here() -> list[Package]:
     """Every package that an extra for users names, by name."""
     from importlib import metadata
 
-    found: dict[str, tuple[str, str]] = {}
-    for line in metadata.requires("kilotune") or ():
+    return [_package(name, *found) for name, found in sorted(extras_of(metadata.requires("kilotune") or ()).items())]
+
+
+def extras_of(requirements: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Package -> (versions, the extra to install it by), of what a distribution requires.
+
+    Installed files say of each extra all that comes with it, what its inner extras bring too: ``ray`` has all of
+    ``serve``. So an extra that holds another one with the package is not meant, and of the rest it is the usual one.
+    """
+    listed: dict[str, dict[str, str]] = {}
+    for line in requirements:
         match = REQUIREMENT.match(line)
-        if match is None or match[3] is None or match[3] in NOT_FOR_USERS or match[1].lower() == "kilotune":
-            continue
-        name, wanted, extra = re.sub(r"[-_.]+", "-", match[1]).lower(), match[2].strip(), match[3]
-        if name not in found or len(extra) < len(found[name][1]):  # of several, the one with the shortest name
-            found[name] = (wanted, extra)
-    return [_package(name, *found[name]) for name in sorted(found)]
+        if match is not None and match[3] is not None and match[3] not in NOT_FOR_USERS:
+            name = re.sub(r"[-_.]+", "-", match[1]).lower()
+            listed.setdefault(match[3], {})[name] = match[2].strip()
+    found: dict[str, tuple[str, str]] = {}
+    for name in {name for own in listed.values() for name in own} - {"kilotune"}:
+        having = {extra: set(own) for extra, own in listed.items() if name in own}
+        least = [extra for extra, own in having.items() if not any(other < own for other in having.values())]
+        extra = USUAL if USUAL in least else min(least)
+        found[name] = (listed[extra][name], extra)
+    return found
 
 
 def _package(name: str, wanted: str, extra: str) -> Package:

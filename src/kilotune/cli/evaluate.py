@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ConfigError
+from ..train.settings.places import check_data
 from ._options import Adapter, AdapterRevision, Alone, Base, On, Revision
 from ._output import Json, console, print_json, quiet_transformers, rows_table, warn
+from ._paths import check_adapter, is_whole_model
 
 if TYPE_CHECKING:
     from ..adapter_files.reading import AdapterFile
@@ -52,6 +54,8 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Score an adapter, or the base alone, on data: the loss and the metrics of the task it was trained for."""
+    check_adapter(adapter, base, revision, whole=True, on=on)
+    _check_data(adapter, data, task, settings or [])
     quiet_transformers()
     from ..model.peft_model import PeftModel
     from ..train.results.scoring import open_scoring, scoring_settings
@@ -84,18 +88,20 @@ def evaluate(
         _show(document)
 
 
+def _check_data(adapter: str, data: list[str], task: str | None, settings: list[str]) -> None:
+    """Refuse files that are not there, where it is known what is to be scored, and that they are files."""
+    known = task is not None or (Path(adapter) / "kilotune-train.yaml").is_file()
+    if known and not any(change.partition("=")[0].strip() == "data.format" for change in settings):
+        check_data(data, "DATA")
+
+
 def _places(
     adapter: str, adapter_revision: str | None, base: str | None, revision: str | None, on: str | None
 ) -> tuple[Path, str, str | None, AdapterFile | None]:
     """(folder of the adapter or whole model, base, its revision, the adapter that it stands on)."""
     from ._adapter import base_of, open_adapter, open_below
-    from ._writing import is_whole_model
 
     if is_whole_model(adapter):
-        if base is not None:
-            raise ConfigError(f"--base: {adapter!r} is a whole model, and no adapter, so it has no base")
-        if on is not None:
-            raise ConfigError(f"--on: {adapter!r} is a whole model, and no adapter, so it stands on none")
         return Path(adapter), adapter, None, None
     file = open_adapter(adapter, adapter_revision)
     return file.folder, *base_of(file, base, revision), open_below(file, on)

@@ -14,6 +14,7 @@ from ..known_names import DTYPE_NAMES
 from . import merge
 from ._options import On
 from ._output import Json, console, print_json, quiet_transformers, warn
+from ._paths import check_adapter
 
 if TYPE_CHECKING:
     from ..adapter_files.reading import AdapterFile
@@ -84,6 +85,7 @@ def export(
             as_json=as_json,
         )
         return
+    check_adapter(adapter, base, revision, shapes=True)
     quiet_transformers()
     from ..convert import hollow
     from ..model.peft_model import PeftModel

@@ -12,7 +12,8 @@ import typer
 from ..errors import ConfigError, gather
 from ..fleet.joint.settings import FleetSettings
 from ..train.settings.config_file import merged
-from ..train.settings.sections import AdapterSettings, ModelSettings
+from ..train.settings.places import check_base
+from ..train.settings.sections import AdapterSettings, DataSettings, ModelSettings
 from ._output import Json, console, print_json, quiet_transformers, rows_table
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ def train(
         ),
     ] = None,
     max_length: Annotated[int | None, typer.Option(help="Cut rows to so many tokens.")] = None,
+    plain: Annotated[bool, typer.Option("--plain", help=DataSettings.help_of("plain"))] = False,
     validation_fraction: Annotated[
         float, typer.Option(help="The part of each user's rows held out to evaluate.")
     ] = 0.0,
@@ -107,6 +109,7 @@ def train(
     if as_json and progress == "json":
         raise ConfigError("--json prints one document on stdout, and --progress json many lines; take one of them")
     chosen = FleetSettings(**_pairs("--set", settings))
+    check_base(model, None)
     quiet_transformers()
     from ..fleet import StoreSink, fit, open_store
     from ..fleet.joint.progress import told_by
@@ -118,8 +121,10 @@ def train(
         there = [_existing(flag, word, store, namespace) for flag, word in (("--on", on), ("--start", start))]
         found = text_users(
             model, data, user_column=user_column, columns=_pairs("--column", column), max_length=max_length,
-            fraction=validation_fraction, seed=chosen.seed,
+            plain=plain, fraction=validation_fraction, seed=chosen.seed,
         )  # fmt: skip
+        for note in found.notes if progress != "quiet" else ():
+            print(note, file=sys.stderr)
         sink: Any = output
         if store is not None:
             sink = StoreSink(held.enter_context(open_store(store, namespace=namespace)), alias)

@@ -18,6 +18,7 @@ from ._options import (
     Dtype,
     MaxTokens,
     On,
+    Plain,
     Quantization,
     Revision,
     Seed,
@@ -27,7 +28,8 @@ from ._options import (
     TopK,
     TopP,
 )
-from ._output import Json, print_json
+from ._output import Json, print_json, warn
+from ._paths import check_adapter
 from ._weights import Weights
 
 if TYPE_CHECKING:
@@ -45,14 +47,7 @@ def generate(
     base: Base = None,
     on: On = None,
     system: System = None,
-    template: Annotated[
-        bool | None,
-        typer.Option(
-            "--template/--plain",
-            help="Give the model the prompt in the chat template, as a user's message; or as it stands. Default: in "
-            "the template with --system, and where its folder says that it learned chats.",
-        ),
-    ] = None,
+    plain: Plain = None,
     max_tokens: MaxTokens = Sampling.max_tokens,
     temperature: Temperature = Sampling.temperature,
     top_p: TopP = None,
@@ -72,20 +67,20 @@ def generate(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop=tuple(stop or ())
     )
     weights = Weights(dtype, quantization, device)
+    check_adapter(adapter, base, revision, whole=True, on=on)
     text = prompt if prompt is not None else _piped()
-    from ..train.finished.text_generation import Chat
-    from ._writing import alone, open_writer, show
+    from ._writing import alone, open_writer, show, silence
 
     opened = open_writer(adapter, adapter_revision, base, revision, weights, sampling, on)
-    if template is None:
-        template = system is not None or bool(opened.chats)
-    chat = Chat(opened.writer, system, plain=not template)
+    chat = opened.chat(system, plain)
     with alone(opened, base_alone):
         answer = chat.ask(text, None if as_json else show)
     if as_json:
         print_json(_document(opened, chat, text, answer, base_alone))
     else:
         print(flush=True)
+    if (why := silence(answer, chat)) is not None:
+        warn(why)
     if answer.reason == "interrupted":
         raise KeyboardInterrupt
 

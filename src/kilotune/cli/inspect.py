@@ -12,6 +12,7 @@ from .._ui.sizes import readable_bytes
 from ..adapter_files.names import WEIGHTS_NAME
 from ..errors import CheckpointError, ConfigError
 from ._output import Json, complain, console, print_json, quiet_transformers, rows_table
+from ._paths import check_adapter
 
 if TYPE_CHECKING:
     from ..adapter_files.reading import AdapterFile
@@ -43,6 +44,7 @@ def inspect(
     """Show what is in an adapter folder, and verify its checksums. Exits with 1 where one does not match."""
     if revision is not None and base is None:
         raise ConfigError("--revision is of --base, which is not given")
+    check_adapter(adapter, base, revision, shapes=True)
     quiet_transformers()
     from ._adapter import fitting_base, open_adapter
 

@@ -19,6 +19,7 @@ from ..errors import CheckpointError, ConfigError, check_one_of, gather
 from ..known_names import DTYPE_NAMES
 from ._options import On
 from ._output import Json, console, print_json, quiet_transformers, warn
+from ._paths import check_adapter
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -76,6 +77,7 @@ def merge(
     """Merge an adapter into its base's weights: a model folder that transformers loads as any other."""
     if dtype is not None:
         check_one_of("--dtype", dtype, DTYPE_NAMES)
+    check_adapter(adapter, base, revision, shapes=True)
     quiet_transformers()
     from ..model.parameter_report import count_parameters
     from ._adapter import base_of, check_out, load_fitting_base, open_adapter, open_below

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .._ui.sizes import parse_bytes, parse_count, readable_bytes
+from ..adapter_files.names import REPO_ID
+from ..bases import GGUF_SUFFIX, PACKAGED
 from ..config import AdapterConfig, TaskType, check_listed_options, listed_options
 from ..errors import ConfigError, check_one_of, did_you_mean, gather
 from ..known_names import DTYPE_NAMES, METHOD_OPTIONS, MODEL_NAMES, PRESETS_OF
@@ -115,6 +118,7 @@ def plan(
         check_one_of("dtype", dtype, DTYPE_NAMES)
     count = parse_count(users, "--users")
     space = None if memory is None else parse_bytes(memory, "--memory")
+    _check_model(model)
     quiet_transformers()
     from ..fleet.scale import scale
     from ..plan import costs, load_base
@@ -130,6 +134,21 @@ def plan(
         print_json(_document(base, results, scales, notes))
     else:
         _show(base, results, scales, notes)
+
+
+def _check_model(model: str) -> None:
+    """Refuse a model that is no name, no path that is there, and no hub id, before anything large is imported."""
+    path = Path(model)
+    if model in MODEL_NAMES or model in PACKAGED or model.endswith(GGUF_SUFFIX) or path.is_file():
+        return
+    if path.is_dir() or path.suffix == ".json":
+        file = path / "config.json" if path.is_dir() else path
+        if not file.is_file():
+            where = f"{file.parent} holds no {file.name}" if file.parent.is_dir() else f"{file} is not there"
+            raise ConfigError(where)
+    elif not REPO_ID.fullmatch(model):
+        hint = did_you_mean(model, MODEL_NAMES)
+        raise ConfigError(f"{model!r} is no file, folder, built-in model or hub id (owner/name).{hint}")
 
 
 def _method(name: str) -> str:

@@ -11,6 +11,7 @@ from ..errors import ConfigError, MissingExtraError
 from ..serve.http.keys import fixed_keys
 from ..serve.http.settings import EngineSettings, ServeSettings
 from ..train.settings.config_file import merged
+from ..train.settings.places import check_base
 from ..train.settings.sections import ModelSettings
 from ._output import Json, print_json, quiet_transformers
 
@@ -58,9 +59,10 @@ def serve(
         {"task": task, "dtype": dtype, "device": device, "revision": revision},
         settings or [],
     )
+    check_base(model, revision)
     quiet_transformers()
     try:
-        from ..serve.http.logs import set_up
+        from ..serve.http.logs import log, set_up
         from ..serve.http.process import listen, run
         from ..serve.http.startup import build
     except ImportError as error:
@@ -71,6 +73,8 @@ def serve(
     with listen(chosen) as listening:
         service = build(model, store, chosen, options, kept)
         set_up()
+        for note in service.notes:
+            log("note", note=note)
         run(service, listening, lambda url: _tell(url, service.base, manager, as_json))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,6 +13,8 @@ import typer
 from .._ui.sizes import readable_bytes
 from ..errors import ConfigError
 from ..train.settings.config_file import merged, put, read_config, settings_from
+from ..train.settings.data_names import SPLITS
+from ..train.settings.places import check_base, check_data
 from ..train.settings.sections import (
     TASK_NAMES,
     AdapterSettings,
@@ -21,7 +24,7 @@ from ..train.settings.sections import (
     TrainSettings,
 )
 from ._completion import complete, complete_settings, complete_trained
-from ._output import Json, complain, print_json, quiet_transformers
+from ._output import Json, print_json, quiet_transformers
 
 if TYPE_CHECKING:
     from ..train.results.outcome import Result
@@ -64,7 +67,8 @@ def train(
         str | None,
         typer.Option(help=f"{AdapterSettings.help_of('method')} Default: vera.", autocompletion=complete_trained),
     ] = None,
-    epochs: Annotated[float | None, typer.Option(help=f"{TrainingSettings.help_of('epochs')} Default: 3.")] = None,
+    plain: Annotated[bool, typer.Option("--plain", help=DataSettings.help_of("plain"))] = False,
+    epochs: Annotated[float | None, typer.Option(help=f"{TrainingSettings.help_of('epochs')}")] = None,
     learning_rate: Annotated[
         str | None,
         typer.Option("--learning-rate", "--lr", metavar="NUMBER", help=TrainingSettings.help_of("learning_rate")),
@@ -103,6 +107,7 @@ def train(
         "model.base": model,
         "data.train": data,
         "data.validation": validation,
+        "data.plain": plain or None,
         "output": output,
         "task": task,
         "adapter.method": method,
@@ -116,14 +121,17 @@ def train(
         raise ConfigError(
             "--json prints one document on stdout, and logging.progress json many lines; take one of them"
         )
+    check_base(chosen.model.base, chosen.model.revision)
+    for split in SPLITS:
+        check_data(getattr(chosen.data, split), f"data.{split}", chosen.data.format)
     quiet_transformers()
     from ..train.results.outcome import is_main
     from ..train.run import train as run
 
     try:
         result = run(chosen, resume, force, dry_run, show=_document if as_json and dry_run else None)
-    except KeyboardInterrupt as stopped:
-        complain(str(stopped) or "interrupted")
+    except KeyboardInterrupt as stopped:  # as the user asked for, so it is no error, but nothing came out either
+        print(str(stopped) or "interrupted", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
     if result is None or not is_main():
         return
@@ -143,6 +151,8 @@ def _summary(settings: TrainSettings, result: Result) -> list[str]:
     split = "test" if "test" in result.metrics else "validation"
     lines = [f"{what} of step {result.best_step}: {result.folder}, {readable_bytes(result.adapter_bytes)}"]
     lines += [f"{split}: {told}"] if told else []
+    if result.compared is not None:
+        lines += [result.compared.line, *([result.compared.verdict] if result.compared.verdict else [])]
     lines += [f"report: {result.folder / 'report.html'}"] if settings.logging.report else []
     base = f" --base {settings.model.base}" if Path(settings.model.base).exists() else ""
     if settings.adapter.is_adapter:

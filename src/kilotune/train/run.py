@@ -21,22 +21,24 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..errors import ConfigError, did_you_mean
+from .results.before_after import compare, samples_of
 from .results.outcome import Result, finish, is_main, take_best
 from .results.report import require_for, write_report
 from .running import base_model as models
 from .running.events import SPEEDS, Listener, watching, without_own_output
 from .running.history import History, tensorboard_callback
 from .running.planning import RunPlan, plan_run
+from .running.process_memory import forget_peak
 from .running.progress import progress_for
 from .running.rate_test import take_rate
 from .running.session import Session, open_session
 from .settings.config_file import settings_text
+from .settings.data_names import SPLITS
 from .settings.rates import TakenRate
-from .settings.sections import SPLITS, TrainSettings
+from .settings.sections import TrainSettings
 from .trainer import output_folder
 from .trainer.failures import advise_on_memory, knobs_of, told_of_disk, told_to_go_on
 from .trainer.from_settings import best_by, generating, make_trainer, quiet
@@ -84,7 +86,7 @@ def train(
             held.enter_context(_alone(folder))
         if resume and is_main():
             output_folder.check_same_run(folder, settings)
-        session = open_session(settings)
+        session = open_session(settings, held=output_folder.held_of_run(folder) if resume else None)
         plan = plan_run(session, knobs_of(settings)) if is_main() else None
         if plan is not None and (show is not None or dry_run or settings.logging.progress != "quiet"):
             (show or _shown_by(settings))(plan, session.prepared.preview)
@@ -175,9 +177,7 @@ def _fit(
     state = None if from_checkpoint is None else output_folder.state_of(from_checkpoint)
     step = None if state is None else int(state["global_step"])
     history = History(folder / LOGS, resume_step=step if resume else None, csv=settings.logging.csv)
-    device = models.device_of(settings.training.device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    forget_peak(models.device_of(settings.training.device))
     stopper = Stopper(f"Go on with --resume: {folder} has all that is needed.", alone=output_folder.processes() == 1)
     unit = "tokens" if session.prepared.tokens else "rows"
     with told_to_go_on(folder, kept), quiet(), watching([history, *listeners], unit=unit) as watcher, stopper:
@@ -205,9 +205,10 @@ def _fit(
                 else:
                     trainer.train(resume_from_checkpoint=None if from_checkpoint is None else str(from_checkpoint))
                 best_step = take_best(session, trainer)
-        result = finish(session, trainer.state, best_step, history, flow.seconds)
+                compared = compare(session, trainer, flow.seconds) if settings.logging.report else None
+        result = finish(session, trainer.state, best_step, history, flow.seconds, compared)
         if settings.logging.report and is_main():
-            write_report(session, result, plan)
+            write_report(session, result, plan, samples_of(session))
     return result
 
 

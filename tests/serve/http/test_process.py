@@ -474,6 +474,8 @@ def by_vocabulary(tokenizer: Any, text: str) -> list[int]:
 
 
 def test_a_port_that_is_in_use_is_told_before_anything_slow(tmp_path: Path) -> None:
+    (tmp_path / "no-model").mkdir()
+    (tmp_path / "no-model" / "config.json").write_text("{}")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         told = error("serve", "--model", tmp_path / "no-model", "--store", f"sqlite:///{tmp_path}/a.db", "--port", port)

@@ -38,6 +38,7 @@ def page(running: Running, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 def enter(page: Tab, running: Running, space: str) -> None:
     page.open(running.url)
+    page.until("!document.querySelector('#key-form').hidden")
     page.type("#key", running.keys[space])
     page.click("#key-form button")
     page.until(f"document.querySelector('#who').textContent === 'namespace {space}'")
@@ -56,7 +57,10 @@ def test_base_against_adapter(page: Tab, running: Running, tmp_path: Path) -> No
     assert names == ["letters", "poems"]
     page.click("#adapters tr:nth-child(2) button")
     assert page.run("document.querySelector('#adapter').value") == "poems"
+    assert page.run("document.querySelector('#live').hidden"), "there is nothing to measure yet"
     page.type("#tokens", "12")
+    page.type("#prompt", PROMPT)
+    page.click("#chat")
     page.click("#go")
     page.until("document.querySelector('#adapter-note').textContent.includes('ended by')")
     page.until("document.querySelector('#base-note').textContent.includes('ended by')")
@@ -64,6 +68,7 @@ def test_base_against_adapter(page: Tab, running: Running, tmp_path: Path) -> No
     assert page.text("#adapter-answer") == expected(1, PROMPT, 12)
     assert page.text("#base-name") == f"Base: {BASE}"
     page.until("document.querySelector('#requests').textContent >= 2")
+    page.until("!document.querySelector('#live').hidden")
     page.until("Number(document.querySelector('#rate').textContent) > 0")
     assert page.text("#first").endswith("ms)")
     place = os.environ.get("KILOTUNE_SCREENSHOT")
@@ -93,7 +98,8 @@ def take_picture(page: Tab, running: Running, path: Path) -> None:
 
 def test_a_chat_and_what_is_wrong_are_shown(page: Tab, running: Running) -> None:
     enter(page, running, "bob")
-    page.click("#chat")
+    assert page.run("document.querySelector('#chat').checked"), "the base has a chat template"
+    assert page.run("document.querySelector('#prompt').value") == "Hello! What can you do?"
     page.type("#tokens", "12")
     page.type("#adapter", "secret-plan")
     page.click("#go")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib
 import json
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch import Tensor, nn
@@ -20,6 +23,7 @@ from kilotune.train.running.memory import Estimate, Machine, estimate_memory, ma
 from kilotune.train.running.memory_ledger import Ledger
 from kilotune.train.running.memory_rehearsal import PLAIN, CannotRehearse, Step, count_real, rehearse
 from kilotune.train.running.planning import largest_rows, plan_run
+from kilotune.train.running.process_memory import forget_peak, peak_bytes, process_bytes
 from kilotune.train.running.session import Session, open_session
 from kilotune.train.settings.sections import (
     AdapterSettings,
@@ -338,6 +342,36 @@ def test_it_fits_or_not_by_what_is_still_to_come() -> None:
     assert estimate.fits(Machine("CPU", 1000, 80)) is True
     assert estimate.fits(Machine("CPU", 1000, 79)) is False
     assert estimate.fits(Machine("other", 0, 0)) is None
+    whole = dataclasses.replace(estimate, process=400)
+    assert (whole.peak, whole.tensors) == (580, 180)
+    assert "Python and libraries 400 B" in whole.line()
+    assert whole.fits(Machine("CPU", 1000, 80)) is True  # the process is there already
+    assert whole.fits(Machine("CPU", 1000, 79)) is False
+
+
+def test_the_plan_and_the_result_count_the_same(session: Session, tmp_path: Path) -> None:
+    from kilotune.train.run import fit
+
+    session = dataclasses.replace(session, settings=session.settings.replace(output=str(tmp_path / "out")))
+    plan = plan_run(session)
+    assert plan.memory is not None
+    resident = psutil.Process().memory_info().rss
+    assert plan.memory.process == pytest.approx(resident - plan.memory.loaded, rel=0.1)
+    assert plan.memory.peak == pytest.approx(fit(session).peak_memory, rel=0.25)
+
+
+def test_the_peak_of_a_process_begins_anew() -> None:
+    forget_peak(CPU)
+    before = peak_bytes(CPU)
+    size = 200_000_000
+    held = torch.zeros(size // 4)
+    assert held.sum() == 0
+    assert size / 2 < peak_bytes(CPU) - before < 2 * size
+    del held
+    if sys.platform == "linux":
+        forget_peak(CPU)
+        assert peak_bytes(CPU) - before < size / 2
+    assert process_bytes() == pytest.approx(psutil.Process().memory_info().rss, rel=0.1)
 
 
 def test_a_containers_limit_counts(tmp_path: Path) -> None:
@@ -414,15 +448,18 @@ def test_the_plan_is_what_then_happens(session: Session) -> None:
 
 def test_the_plan_is_read_by_people_and_by_programs(session: Session) -> None:
     plan = plan_run(session, ["a smaller batch"])
-    first, second, third, *notes = plan.lines()
+    first, second, time, third, *notes = plan.lines()
     assert first.startswith(
         f"causal-lm, vera on {session.settings.model.base}: 400 numbers are trained (4.36 % of 9,184)"
     )
-    assert second.startswith(f"40 rows of {session.prepared.tokens:,} tokens to train on; 15 steps (batches of 4, ")
+    tokens = session.prepared.tokens
+    assert second.startswith(f"40 rows to train on, {tokens:,} tokens in all; 15 steps (batches of 4, ")
+    assert time.startswith("about ")
     assert "2 batches a step, 5 an epoch), 3 epochs" in second
     assert third.startswith("memory: ")
-    for part in ("that CPU has for it", "weights ", "activations ", "gradients ", "optimizer ", "largest batch 4 x "):
+    for part in ("weights ", "activations ", "gradients ", "optimizer ", "Python and libraries ", "largest batch 4 x "):
         assert part in third
+    assert " that are free for it (CPU) (at the peak: " in third
     assert notes == list(session.notes)
     told = json.loads(json.dumps(plan.to_dict(), allow_nan=False))
     assert told["memory"]["peak"] == plan.memory.peak  # type: ignore[union-attr]
@@ -431,12 +468,10 @@ def test_the_plan_is_read_by_people_and_by_programs(session: Session) -> None:
 
 
 def test_a_training_that_does_not_fit_is_told_what_needs_less(session: Session) -> None:
-    import dataclasses
-
     plan = plan_run(session, ["training.batch_size 2", "a smaller model"])
     small = dataclasses.replace(plan, machine=Machine("CPU", 1000, 10))
     assert small.fits is False
-    assert small.lines()[3] == (
+    assert small.lines()[4] == (
         "that will not fit. What needs less, first things first: training.batch_size 2; a smaller model"
     )
 

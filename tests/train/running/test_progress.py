@@ -215,6 +215,23 @@ def test_lines() -> None:
     ]
 
 
+def test_half_a_minute_without_a_line_is_the_most() -> None:
+    clock = iter([0.0, 10.0, 29.0, 31.0, 31.0, 40.0, 62.0, 62.0, 70.0, 93.0, 93.0])
+    out = io.StringIO()
+    lines = progress_for("plain", stream=out, clock=lambda: next(clock))
+    for step in range(1, 4):
+        lines.hear(Event("step", step=step, steps=40, seconds=10.0 * step, seen=100 * step))
+    for done in range(1, 3):
+        lines.hear(Event("evaluating", step=3, steps=40, values={"done": done, "of": 7}))
+    lines.hear(Event("step", step=4, steps=40, seconds=70.0, seen=400))
+    lines.hear(Event("evaluating", step=4, steps=40, values={"done": 5}))
+    assert out.getvalue().splitlines() == [
+        "step 3/40 (epoch 0.00): 10 tokens/s, 6:10 left",
+        "evaluating at step 3: batch 2/7",
+        "evaluating at step 4: batch 5",
+    ]
+
+
 def test_the_best_is_by_the_metric_that_decides() -> None:
     marks = [line for line in shown("plain", better=("token_accuracy", True)).splitlines() if "best" in line]
     assert [re.sub(":.*", "", line) for line in marks] == ["validation at step 10"], "an equal one is no better"

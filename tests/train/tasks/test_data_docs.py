@@ -13,7 +13,8 @@ from kilotune.errors import ConfigError
 from kilotune.train import metrics
 from kilotune.train.data.readers import FORMATS
 from kilotune.train.data.splits import load_splits
-from kilotune.train.settings.sections import ROLES, TASK_NAMES
+from kilotune.train.settings.data_names import ROLES
+from kilotune.train.settings.sections import TASK_NAMES
 from kilotune.train.tasks import TASKS, Limits
 from tests.support.paths import ROOT
 from tests.support.train_data import byte_level, jsonl, settings

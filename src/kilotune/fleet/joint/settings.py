@@ -10,6 +10,7 @@ from typing import Any, ClassVar, final
 from ...config import AdapterConfig, number_fault
 from ...train.settings.fields import EPOCH, Section, flag, interval, number, one_of, or_none, setting, warmup
 from ...train.settings.rates import rate_for
+from ...train.settings.schedule import SCHEDULES, rate_factor
 
 __all__ = ["FleetSettings"]
 
@@ -52,11 +53,9 @@ class FleetSettings(Section):
         or_none(number(0, above=True)),
         "The highest learning rate; null: by a rule, from the method and the user's steps.",
     )
-    schedule: str = setting(
-        "linear", one_of("linear", "cosine", "constant"), "How a user's rate goes from its highest to the end."
-    )
+    schedule: str = setting("linear", one_of(*SCHEDULES), "How a user's rate goes from its highest to the end.")
     warmup: float = setting(
-        0.06, warmup, "How long a user's rate rises from 0: below 1 a part of its steps, else a number of steps."
+        0.06, warmup, "How long a user's rate rises: below 1 a part of its steps, else a number of steps."
     )
     max_grad_norm: float | None = setting(
         1.0, or_none(number(0, above=True)), "Each user's gradient is scaled down to this norm; null: never."
@@ -144,10 +143,4 @@ class FleetSettings(Section):
 
     def factor(self, step: int, steps: int) -> float:
         """What the highest rate is multiplied by in step number ``step`` (from 0) of ``steps``."""
-        rise = math.ceil(self.warmup * steps) if self.warmup < 1 else int(self.warmup)
-        if step < rise:
-            return step / rise
-        if self.schedule == "constant":
-            return 1.0
-        part = (step - rise) / max(1, steps - rise)
-        return max(0.0, 1.0 - part if self.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * part)))
+        return rate_factor(step, steps, self.warmup, self.schedule)

@@ -22,6 +22,7 @@ from ...errors import ConfigError, KilotuneError, did_you_mean, gather
 from ...train.data.readers import read
 from ...train.data.tables import Table
 from ...train.running.base_model import device_of, limits_of, load_base, load_config, set_padding
+from ...train.running.held_dtype import held_dtype
 from ...train.settings.sections import DataSettings, ModelSettings
 from ...train.tasks import TASKS, Limits
 from .users import User
@@ -54,10 +55,23 @@ class _Source:
 
 @final
 class TextUsers(Sequence[User]):
-    """Users whose rows are read when they are asked for. model: the base. collate: what makes batches of their rows."""
+    """Users whose rows are read when they are asked for.
 
-    def __init__(self, model: nn.Module, collate: Callable[[list[Any]], Mapping[str, Tensor]], sources: list[_Source]):
-        self.model, self.collate, self._sources = model, collate, sources
+    Attributes:
+        model: the base.
+        collate: what makes batches of their rows.
+        notes: what to tell of the base.
+
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        collate: Callable[[list[Any]], Mapping[str, Tensor]],
+        sources: list[_Source],
+        notes: Sequence[str] = (),
+    ) -> None:
+        self.model, self.collate, self._sources, self.notes = model, collate, sources, tuple(notes)
 
     def __len__(self) -> int:
         return len(self._sources)
@@ -83,6 +97,7 @@ def text_users(
     user_column: str | None = None,
     columns: Mapping[str, str] | None = None,
     max_length: int | None = None,
+    plain: bool = False,
     fraction: float = 0.0,
     seed: int = 0,
     device: str = "auto",
@@ -96,6 +111,7 @@ def text_users(
         user_column: see ``data``.
         columns: role -> column, where the columns are not called text, or prompt and completion, or messages.
         max_length: rows are cut to so many tokens.
+        plain: prompts and completions are taken as they stand, where the tokenizer has a chat template too.
         fraction: of each user's rows that are held out for validation.
         seed: decides which.
         device: where the model runs: auto, cpu or cuda.
@@ -108,15 +124,17 @@ def text_users(
     place = device_of(device)
     limits = limits_of(load_config(settings))
     processor = task.load_processor(base)
-    common = DataSettings(columns=columns or {}, max_length=max_length, validation_fraction=fraction)
+    common = DataSettings(columns=columns or {}, max_length=max_length, plain=plain, validation_fraction=fraction)
 
     def prepare(path: str) -> Any:
         return task.prepare(common.replace(train=path), processor, limits, seed)
 
     sources = _sources(Path(data), user_column, common.columns, prepare)
-    model = load_base(settings, task, None, place).model.to(place)
+    model = load_base(settings, task, None, place).model
+    held = held_dtype(model, settings.dtype, place, backward=True)
+    model = held.apply(model).to(place)
     set_padding(model, processor)
-    return TextUsers(model, _collator(processor, limits), sources)
+    return TextUsers(model, _collator(processor, limits), sources, [held.note] if held.note else [])
 
 
 def _collator(processor: Any, limits: Limits) -> Callable[[list[Any]], Mapping[str, Tensor]]:

@@ -158,6 +158,7 @@ def _base(service: Service) -> dict[str, Any]:
         "created": service.created,
         "owned_by": "kilotune",
         "root": service.base,
+        "chat_template": service.prompts.chats,
         "kilotune": None,
     }
 

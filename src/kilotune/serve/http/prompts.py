@@ -39,6 +39,11 @@ class Prompts:
         self._opening = tuple(opening[: len(opening) - ends])
         self._texts: dict[int, str] = {}
 
+    @property
+    def chats(self) -> bool:
+        """Whether there is a template for conversations."""
+        return not isinstance(self._chats, str)
+
     # -- to tokens -----------------------------------------------------------------------------------
 
     async def plain(self, given: str | Sequence[int], param: str, tenant: str) -> tuple[int, ...]:

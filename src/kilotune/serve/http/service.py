@@ -96,6 +96,7 @@ class Service:
         self.metrics = Metrics(settings.metrics_tenants, engine.stats)
         self.created = int(time.time())
         self.draining = False
+        self.notes: tuple[str, ...] = ()  # what to tell of the base, once there is a log
         self.tracer = tracer(settings.telemetry)
         self._asking = Lanes("kilotune-store", THREADS, EACH)
 

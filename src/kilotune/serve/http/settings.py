@@ -124,7 +124,8 @@ class EngineSettings(Section):
     dtype: str = setting(
         "auto",
         one_of("auto", "float32", "bfloat16", "float16"),
-        "In what the base's weights are held. auto: as they were saved.",
+        "In what the base's weights are held. auto: as they were saved, and on a CPU whose products of that dtype are "
+        "slow in float32, where memory allows.",
     )
     device: str = setting("auto", one_of("auto", "cpu", "cuda"), "Where it runs. auto: on a GPU if there is one.")
     revision: str | None = setting(None, or_none(text), "The base's revision, where it is a hub id.")

@@ -10,6 +10,7 @@ from ...bases import located
 from ...errors import ConfigError
 from ...train.data.processors import load_tokenizer
 from ...train.running.base_model import device_of, load_base, load_config
+from ...train.running.held_dtype import held_dtype
 from ...train.settings.sections import ModelSettings
 from ...train.tasks import TASKS
 from ..engine.continuous_batching import TransformersEngine
@@ -48,7 +49,8 @@ def build(
     config = load_config(source)
     task = task_of(config, options.task)
     tokenizer = load_tokenizer(model, options.revision)
-    base = _base(source, task, options).eval()
+    base, notes = _base(source, task, options)
+    base.eval()
     with ExitStack() as held:
         adapters = AdapterRegistry(
             store,
@@ -68,6 +70,7 @@ def build(
         held.callback(engine.stop)
         prompts = Prompts(tokenizer, int(base.get_input_embeddings().weight.shape[0]))
         service = Service(engine, adapters, prompts, keys, settings, settings.name or _last(model))
+        service.notes = tuple(notes)
         held.pop_all()
     return service
 
@@ -91,17 +94,20 @@ def task_of(config: Any, wanted: str) -> str:
     return "embed"
 
 
-def _base(source: ModelSettings, task: str, options: EngineSettings) -> Any:
+def _base(source: ModelSettings, task: str, options: EngineSettings) -> tuple[Any, list[str]]:
+    """The base on its device, and what to tell of it."""
     device = device_of(options.device)
     if task in CLASSES:
-        return load_base(source, TASKS[CLASSES[task]](), None, device).model.to(device)
-    import transformers
+        made = load_base(source, TASKS[CLASSES[task]](), None, device).model
+    else:
+        import transformers
 
-    from ...plan import DTYPES
+        from ...plan import DTYPES
 
-    dtype = "auto" if source.dtype == "auto" else DTYPES[source.dtype]
-    made = transformers.AutoModel.from_pretrained(located(source.base), revision=source.revision, dtype=dtype)
-    return made.to(device)
+        dtype = "auto" if source.dtype == "auto" else DTYPES[source.dtype]
+        made = transformers.AutoModel.from_pretrained(located(source.base), revision=source.revision, dtype=dtype)
+    held = held_dtype(made, source.dtype, device, backward=False)
+    return held.apply(made).to(device), [held.note] if held.note else []
 
 
 def _engine(task: str, adapters: AdapterRegistry, tokenizer: Any, options: EngineSettings, folder: Path) -> Engine:

@@ -67,8 +67,8 @@ class Prepared:
         tokens: of one epoch of train, after truncation and without padding; 0 for images.
         notes: what the user has to know: rows cut, left out, warnings. Always shown.
         preview: one example as the model sees it; what the loss leaves out is marked.
-        form: of the rows of a model that writes, the role of the first column: messages, prompt, text or source; None
-            where nothing is written.
+        form: what the rows of a model that writes were made into: messages (in the chat template), prompt, text or
+            source; None where nothing is written.
     """
 
     train: Dataset[Row]

@@ -12,13 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from ...errors import ConfigError, MissingExtraError, did_you_mean, faults_of, first_line, gather
+from ...errors import ConfigError, MissingExtraError, faults_of, first_line, gather
+from ..settings.places import HUB, missing_file
 from .images import IMAGE_SUFFIXES, image_folder
 from .tables import Places, Table, together
 
 __all__ = ["FORMATS", "HUB", "read"]
 
-HUB = "hub:"
 SUFFIXES: Mapping[str, str] = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
@@ -75,19 +75,11 @@ def _read_one(source: str, kind: str, subset: str | None, split: str) -> Table:
     if source.startswith(HUB):
         raise ConfigError(f"{source!r} is a data set of the hub, and data.format is {kind!r}: leave it out")
     path = Path(source).expanduser()
-    if not path.exists():
-        raise ConfigError(_missing(source, path))
+    if (missing := missing_file(source)) is not None:
+        raise ConfigError(missing)
     if path.is_dir():
         return _read_folder(path, kind)
     return FORMATS[_format_of(path) if kind == "auto" else kind](path)
-
-
-def _missing(source: str, path: Path) -> str:
-    hub = f" For a data set of the hub, write {HUB}{source}." if source.count("/") <= 1 and not path.suffix else ""
-    if not path.parent.is_dir():
-        return f"{source}: there is no such file, and no folder {path.parent}.{hub}"
-    near = did_you_mean(path.name, (item.name for item in path.parent.iterdir()))
-    return f"{source}: there is no such file or folder.{near}{hub}"
 
 
 def _suffix(path: Path) -> str:

@@ -81,7 +81,7 @@ def refuse_unused(data: DataSettings, task: str, effective: Sequence[str]) -> No
         ConfigError: for all of them at once.
 
     """
-    defaults: Mapping[str, Any] = {"packing": False, "loss_on": "answer", "max_length": None}
+    defaults: Mapping[str, Any] = {"packing": False, "loss_on": "answer", "max_length": None, "plain": False}
     given = [name for name, default in defaults.items() if getattr(data, name) != default and name not in effective]
     if given:
         faults = [f"data.{name}: has no effect on task {task!r}; leave it out" for name in given]

@@ -7,23 +7,23 @@ import dataclasses
 import json
 import os
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
-import torch
 from safetensors.torch import save_file
 
 from ...errors import CheckpointError
 from ..running.base_model import device_of
 from ..running.history import History
+from ..running.process_memory import peak_bytes
 from ..running.session import Session
 from ..trainer import output_folder
 from ..trainer.failures import told_of_disk
 from ..trainer.from_settings import generating
 from ..trainer.output_folder import CHECKPOINTS, RESULT_NAME
+from .before_after import Compared
 
 __all__ = ["LABELS_NAME", "Result", "finish", "form_of", "is_main", "save", "take_best"]
 
@@ -48,10 +48,12 @@ class Result:
         best_step: the step whose adapter this is; the last one where nothing was evaluated.
         trained: numbers that were trained.
         adapter_bytes: of the adapter's weights on disk; of the whole model's for the methods ``full`` and ``head``.
-        peak_memory: bytes; on CUDA of tensors, elsewhere of the process.
+        peak_memory: bytes, the most while it trained; on CUDA of tensors, elsewhere of the process.
         step_seconds: the median over the steps of this session; 0 where there were none.
         learning_rate: the highest one. rate_from: where that is from, in a sentence.
-        form: what the rows of a model that writes are: messages, prompt, text or source; else None.
+        form: what the rows of a model that writes were made into: messages (in the chat template), prompt, text or
+            source; else None.
+        compared: with the base, on held-out rows; None where that was not asked for, or where there is no base.
         history: one dict a record, as in logs/history.jsonl.
     """
 
@@ -67,12 +69,15 @@ class Result:
     learning_rate: float = 0.0
     rate_from: str = ""
     form: str | None = None
+    compared: Compared | None = None
     history: Sequence[Mapping[str, Any]] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """In plain JSON types, without the history, which has its own file."""
         values = {name: getattr(self, name) for name in (f.name for f in dataclasses.fields(self)) if name != "history"}
-        return {**values, "folder": str(self.folder), "metrics": {k: dict(v) for k, v in self.metrics.items()}}
+        compared = None if self.compared is None else self.compared.to_dict()
+        metrics = {name: dict(scores) for name, scores in self.metrics.items()}
+        return {**values, "folder": str(self.folder), "metrics": metrics, "compared": compared}
 
 
 def form_of(folder: Path) -> str | None:
@@ -101,7 +106,14 @@ def take_best(session: Session, trainer: Any) -> int:
     return best_step
 
 
-def finish(session: Session, state: Any, best_step: int, history: History, steps: Sequence[float]) -> Result:
+def finish(
+    session: Session,
+    state: Any,
+    best_step: int,
+    history: History,
+    steps: Sequence[float],
+    compared: Compared | None = None,
+) -> Result:
     """Write the result.
 
     Args:
@@ -110,6 +122,7 @@ def finish(session: Session, state: Any, best_step: int, history: History, steps
         best_step: from :func:`take_best`.
         history: of all sessions.
         steps: seconds of each step of this session.
+        compared: with the base.
 
     Raises:
         ResourceError: it cannot be written.
@@ -124,11 +137,12 @@ def finish(session: Session, state: Any, best_step: int, history: History, steps
         best_step=best_step,
         trained=sum(p.numel() for p in session.model.parameters() if p.requires_grad),
         adapter_bytes=0,
-        peak_memory=_peak_memory(device_of(session.settings.training.device)),
+        peak_memory=peak_bytes(device_of(session.settings.training.device)),
         step_seconds=statistics.median(steps) if steps else 0.0,
         learning_rate=0.0 if session.rate is None else session.rate.value,
         rate_from="" if session.rate is None else session.rate.why,
         form=session.prepared.form,
+        compared=compared,
         history=tuple(history.records),
     )
     if not is_main():
@@ -167,17 +181,6 @@ def _metrics(records: Sequence[Mapping[str, Any]], best_step: int) -> dict[str, 
     }
     own = ("kind", "step", "epoch", "seconds", "tokens", "rows", "memory")
     return {name: {k: v for k, v in last[0].items() if k not in own} for name, last in found.items() if last}
-
-
-def _peak_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(peak if sys.platform == "darwin" else peak * 1024)
 
 
 def save(session: Session, folder: Path) -> None:

@@ -27,6 +27,7 @@ from .plots import draw
 if TYPE_CHECKING:
     from ..running.planning import RunPlan
     from ..running.session import Session
+    from .before_after import Sample
     from .outcome import Result
 
 __all__ = ["REPORT_NAME", "page", "require_for", "write_report"]
@@ -57,13 +58,16 @@ def _need(module: str, extra: str, purpose: str) -> None:
         raise MissingExtraError((error.name or module).partition(".")[0], extra, purpose) from error
 
 
-def write_report(session: Session, result: Result, plan: RunPlan | None = None) -> list[Path]:
+def write_report(
+    session: Session, result: Result, plan: RunPlan | None = None, samples: Sequence[Sample] = ()
+) -> list[Path]:
     """Write report.html and plots/*.png into the output folder; returns their paths.
 
     Args:
         session: what was run.
         result: what it came to.
         plan: what was said before; None where nobody asked for one.
+        samples: what base and fine-tune write.
 
     Raises:
         MissingExtraError: matplotlib or Jinja2 is not installed.
@@ -73,10 +77,16 @@ def write_report(session: Session, result: Result, plan: RunPlan | None = None) 
     require_packages("train", "logging.report")
     pictures = draw(result.history, result.best_step)
     files = {f"{PLOTS}/{name}.png": picture for name, picture in pictures.items()}
-    return publish(session.folder, {**files, REPORT_NAME: page(session, result, plan, pictures).encode()})
+    return publish(session.folder, {**files, REPORT_NAME: page(session, result, plan, pictures, samples).encode()})
 
 
-def page(session: Session, result: Result, plan: RunPlan | None, pictures: Mapping[str, bytes]) -> str:
+def page(
+    session: Session,
+    result: Result,
+    plan: RunPlan | None,
+    pictures: Mapping[str, bytes],
+    samples: Sequence[Sample] = (),
+) -> str:
     """The whole page, as HTML text; ``pictures`` are PNG by name."""
     settings = session.settings
     names, scores = _scores(result)
@@ -93,7 +103,10 @@ def page(session: Session, result: Result, plan: RunPlan | None, pictures: Mappi
         kept=_kept(session, result),
         score_names=names,
         scores=scores,
+        compared=result.compared,
+        samples=samples,
         pictures=pictures,
+        captions=_captions(session, result),
         costs=_costs(result, plan),
         splits=_splits(session),
         notes=session.notes,
@@ -101,6 +114,28 @@ def page(session: Session, result: Result, plan: RunPlan | None, pictures: Mappi
         settings=settings_text(settings),
         versions=_versions(),
     )
+
+
+def _captions(session: Session, result: Result) -> dict[str, tuple[str, str]]:
+    """Of each picture: what it shows to who cannot see it, and what stands under it. Both say what this run has."""
+    run, history, every = session.settings.training, result.history, session.settings.logging.log_every
+    validated = {record["step"] for record in history if record["kind"] == "validation"}
+    ring = " The ring: what was kept." if result.best_step in validated else ""
+    also = ", and on validation" if validated else ""
+    own = [name for name in ("head_learning_rate", "lora_plus_ratio") if getattr(run, name) is not None]
+    others = f" What {' and '.join(own)} changes has a rate of its own." if own else ""
+    clipped = (
+        "not clipped" if run.max_grad_norm is None else f"before it is scaled down to {run.max_grad_norm:g} at most"
+    )
+    return {
+        "loss": (
+            "Loss over steps",
+            f"The loss on the rows of train: of the first step, and then means over up to {every} steps{also}.{ring}",
+        ),
+        "metrics": ("Metrics over steps, a panel each", f"The metrics on validation.{ring}"),
+        "learning_rate": ("Learning rate over steps", f"The learning rate ({run.schedule}).{others}"),
+        "gradient": ("Norm of the gradients over steps", f"The norm of all gradients, {clipped}."),
+    }
 
 
 def _kept(session: Session, result: Result) -> dict[str, str] | None:
@@ -137,7 +172,7 @@ def _costs(result: Result, plan: RunPlan | None) -> dict[str, str]:
     if plan is not None:
         told["numbers"] = f"{plan.parameters.trainable:,} trained of {plan.parameters.total:,}"
         if plan.memory is not None:
-            told["planned memory"] = f"{readable_bytes(plan.memory.peak)} of tensors: {plan.memory.line()}"
+            told["planned memory"] = f"{readable_bytes(plan.memory.peak)}: {plan.memory.line()}"
     return told
 
 

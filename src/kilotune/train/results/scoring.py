@@ -13,6 +13,7 @@ from ...errors import CheckpointError, ConfigError, did_you_mean, gather
 from ...model.peft_model import PeftModel
 from ..finished.text_generation import TOKENIZER_FILES
 from ..running import base_model as models
+from ..running.held_dtype import held_dtype
 from ..running.session import Session
 from ..settings.config_file import merged, read_config, settings_from
 from ..settings.sections import TASK_NAMES, ModelSettings, TrainSettings
@@ -20,13 +21,17 @@ from ..tasks import TASKS, Task
 from ..trainer import output_folder
 from ..trainer.failures import advise_on_memory
 from ..trainer.output_folder import SETTINGS_NAME
-from .outcome import LABELS_NAME
+from .outcome import LABELS_NAME, form_of
 
 __all__ = ["check_base", "open_scoring", "scoring_settings"]
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", *TOKENIZER_FILES)
 # What of a training's settings also says how rows are read and scored; the rest is about its own data and its steps.
-KEPT = {"data": ("columns", "max_length", "loss_on"), "training": ("batch_size", "seed", "precision", "device")}
+KEPT = {
+    "data": ("columns", "max_length", "loss_on", "plain"),
+    "training": ("batch_size", "seed", "precision", "device"),
+}
+AS_THEY_STAND = ("prompt", "text")  # forms of a training: what it learned was in no chat template
 # What else may be changed. The columns are named one by one: data.columns.text.
 USED = (
     *(f"{part}.{name}" for part, names in KEPT.items() for name in names),
@@ -74,6 +79,8 @@ def scoring_settings(
     values["model"] = {**_section(trained, "model"), "base": base, "revision": revision}
     values["adapter"] = {"method": _section(trained, "adapter").get("method", "lora")}
     values["data"]["test"] = list(data)
+    if form_of(folder) in AS_THEY_STAND:
+        values["data"]["plain"] = True
     found = settings_from(merged(values, changes), str(file) if trained else "the settings")
     changed = [change.partition("=")[0].strip() for change in changes]
     if idle := [name for name in changed if name not in USED and name.rpartition(".")[0] not in USED]:
@@ -128,8 +135,14 @@ def open_scoring(settings: TrainSettings, folder: Path, labels: Sequence[str] | 
     with advise_on_memory(settings, "while the base model was loaded"):
         loaded = models.load_base(settings.model, task, prepared, device, called)
     models.set_padding(loaded.model, processor)
-    model = loaded.model if not (folder / CONFIG_NAME).is_file() else _adapted(loaded, settings, task, folder)
-    return Session(settings, model, processor, prepared, task, notes=prepared.notes)
+    adapted = (folder / CONFIG_NAME).is_file()
+    if adapted:
+        check_base(loaded.model, settings.model, folder, loaded.fresh)
+    held = held_dtype(loaded.model, settings.model.dtype, device, backward=False)
+    held.apply(loaded.model)
+    model = _adapted(loaded, settings, task, folder) if adapted else loaded.model
+    notes = (*prepared.notes, *([held.note] if held.note else []))
+    return Session(settings, model, processor, prepared, task, notes=notes)
 
 
 def _labels(folder: Path) -> tuple[str, ...] | None:
@@ -163,7 +176,6 @@ def check_base(model: Any, settings: ModelSettings, folder: Path, fresh: Sequenc
 
 
 def _adapted(loaded: models.Loaded, settings: TrainSettings, task: Task, folder: Path) -> PeftModel:
-    check_base(loaded.model, settings.model, folder, loaded.fresh)
     models.hold_in_float32(loaded.model, models.heads_of(loaded, task))
     model = PeftModel.from_pretrained(loaded.model, folder)
     saved = model.installed("default").saved

@@ -11,14 +11,13 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from ...adapter_files.files import REPO_ID
-from ...bases import located
 from ...config import AdapterConfig
 from ...errors import ConfigError, MissingExtraError, TargetError, UnsupportedError, first_line, without_network
 from ...injection.targets import HEADS
 from ...model.last_blocks import blocks_of, in_last_blocks
 from ...model.peft_model import get_peft_model
 from ...plan import DTYPES
+from ..settings.places import BASE, base_place
 from ..settings.sections import ModelSettings, TrainSettings
 from ..tasks import Limits, Prepared, Task
 
@@ -35,7 +34,6 @@ __all__ = [
     "set_padding",
 ]
 
-BASE = "model.base"
 HEAD_NAMES = tuple(dict.fromkeys(name for names in HEADS.values() for name in names))
 # Their position numbers begin after the padding's, so that many fewer tokens fit than max_position_embeddings says.
 OFFSET_POSITIONS = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "longformer", "data2vec-text")
@@ -91,33 +89,10 @@ def load_config(settings: ModelSettings, name: str = BASE) -> Any:
         ConfigError: there is no such folder, it holds no model, or the hub cannot give it; says what to do.
 
     """
-    source = _source(settings, name)
+    source = base_place(settings.base, settings.revision, name)
     transformers = need_transformers("training")
     with _told(settings, "configuration", name):
         return transformers.AutoConfig.from_pretrained(source, revision=settings.revision, trust_remote_code=False)
-
-
-def _source(settings: ModelSettings, name: str) -> str:
-    """The base's folder, or its hub id."""
-    source = located(settings.base)
-    folder = Path(source)
-    if folder.is_dir():
-        if settings.revision is not None:
-            option = "model.revision" if name == BASE else "--revision"
-            what = "a folder here" if source == settings.base else "no hub id"
-            raise ConfigError(f"{option}: {settings.base!r} is {what}, so it has no revisions")
-        if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-            more = "; to go on from it give its base as model.base, and the adapter as adapter.start"
-            raise ConfigError(f"{name}: {settings.base!r} holds an adapter, not a model{more if name == BASE else ''}")
-        if not (folder / "config.json").is_file():
-            raise ConfigError(f"{name}: {settings.base!r} holds no config.json, so it is no model's folder")
-    elif folder.exists():
-        raise ConfigError(
-            f"{name}: {settings.base!r} is a file; expected a folder with config.json, a GGUF file, or a hub id"
-        )
-    elif not REPO_ID.fullmatch(settings.base):
-        raise ConfigError(f"{name}: {settings.base!r} is no folder here, and no hub id (owner/name)")
-    return source
 
 
 @contextlib.contextmanager
@@ -170,7 +145,7 @@ def load_base(
         ConfigError: it cannot be had, or its files hold another architecture. MissingExtraError: a package is missing.
 
     """
-    source = _source(settings, name)
+    source = base_place(settings.base, settings.revision, name)
     transformers = need_transformers("training")
     options = dict(task.model_options(prepared)) if prepared is not None else {}
     if settings.quantization != "none":

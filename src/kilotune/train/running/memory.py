@@ -53,7 +53,8 @@ class Estimate:
     the device already. gradients: at the step's peak. optimizer: AdamW's. activations: all else at the step's peak.
     kept: what is held for the backward when the forward has ended. evaluation: the most of an evaluation's forward,
     beyond weights and optimizer. buckets: where several processes average their gradients, DistributedDataParallel's
-    copy of them. how: ``rehearsed``, or why the step was run in earnest, on a few rows.
+    copy of them. process: on a CPU, what the process has beside the model: Python, its libraries, the data. how:
+    ``rehearsed``, or why the step was run in earnest, on a few rows.
     """
 
     weights: int
@@ -64,16 +65,22 @@ class Estimate:
     kept: int
     evaluation: int
     buckets: int = 0
+    process: int = 0
     how: str = "rehearsed"
 
     @property
     def peak(self) -> int:
-        """The most at a time."""
+        """The most at a time; on a CPU of the whole process, as its result tells it."""
+        return self.process + self.tensors
+
+    @property
+    def tensors(self) -> int:
+        """The most of tensors at a time."""
         return self.weights + self.optimizer + self.buckets + max(self.gradients + self.activations, self.evaluation)
 
     def fits(self, machine: Machine) -> bool | None:
         """Whether what is still to come fits into what is free; None where the system does not tell."""
-        return self.peak - self.loaded <= machine.free if machine.total else None
+        return self.tensors - self.loaded <= machine.free if machine.total else None
 
     def line(self) -> str:
         """The parts in one line."""
@@ -83,13 +90,14 @@ class Estimate:
             "gradients": self.gradients + self.buckets,
             "optimizer": self.optimizer,
         }
+        parts |= {"Python and libraries": self.process} if self.process else {}
         told = ", ".join(f"{name} {readable_bytes(size)}" for name, size in parts.items())
         more = self.gradients + self.activations < self.evaluation
         return f"{told}; an evaluation {readable_bytes(self.evaluation)}" if more else told
 
     def to_dict(self) -> dict[str, Any]:
         """In plain JSON types."""
-        return {"peak": self.peak, **asdict(self)}
+        return {"peak": self.peak, "tensors": self.tensors, **asdict(self)}
 
 
 def estimate_memory(

@@ -20,6 +20,7 @@ from __future__ import annotations
 import copy
 import logging
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -35,7 +36,17 @@ from ...errors import KilotuneError, first_line
 from ...projections.matrices import Projections
 from .memory_ledger import Ledger
 
-__all__ = ["PLAIN", "CannotRehearse", "Counted", "Step", "count_real", "held_tensors", "rehearse"]
+__all__ = [
+    "PLAIN",
+    "CannotRehearse",
+    "Counted",
+    "Step",
+    "count_real",
+    "held_tensors",
+    "rehearse",
+    "time_real",
+    "twin_of",
+]
 
 BLOCK = {"cuda": 512}  # CUDA's allocator hands out whole blocks of so many bytes
 Batch = Mapping[str, Any]
@@ -116,6 +127,29 @@ def count_real(model: nn.Module, batch: Batch, step: Step = PLAIN, *, training: 
     with _as_it_was(model), ledger:
         ledger.know([*held_tensors(model), *_tensors(batch)])
         return _count(ledger, model, batch, step, training)
+
+
+def twin_of(model: nn.Module) -> nn.Module:
+    """A copy with parameters of its own for what is trained; all else is the model's, so no step of it is seen."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in held_tensors(model) if not tensor.requires_grad})
+
+
+def time_real(model: nn.Module, batch: Batch, step: Step = PLAIN) -> tuple[float, float]:
+    """(seconds of a forward, of it and its backward), in earnest, once; the model stays as it is."""
+    device = _device(model)
+    with _quiet(), _as_it_was(model), _checkpointing(model, step.checkpointing):
+        model.train()
+        began = _now(device)
+        loss = _loss(model, batch, step)
+        middle = _now(device)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return middle - began, _now(device) - began
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def held_tensors(model: nn.Module) -> list[Tensor]:

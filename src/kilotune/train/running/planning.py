@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,9 +25,12 @@ from ...model.adapter_model import AdapterModel
 from ...model.parameter_report import ParameterReport, count_parameters, readable_bytes
 from ...plan import file_bytes
 from ..data.rows import Ragged, Rows
-from ..trainer.from_settings import steps_of_epoch, total_steps
+from ..trainer.from_settings import FEWEST_STEPS, USUAL_EPOCHS, epochs_of, steps_of_epoch, total_steps
+from . import base_model as models
 from .memory import Estimate, Machine, estimate_memory, machine_of
 from .memory_rehearsal import Step
+from .pace import Pace, pace_of
+from .process_memory import process_bytes
 
 if TYPE_CHECKING:
     from .session import Session
@@ -43,10 +47,11 @@ class RunPlan:
     """What is going to happen.
 
     what: task, method and base. parameters: counts. file_bytes: of the adapter, or of the model where all of it is
-    saved. rows, tokens: of train; tokens 0 where it has none. steps: of the optimizer, in all. epochs: in all. batch:
-    the shape of the largest. memory: None where it could not be found out, and ``unknown`` says why. sharded: whether
-    the processes share the frozen weights out. knobs: what needs less. notes: what the user has to know of data and
-    model. cached: how much is kept of what goes into the last blocks, in words.
+    saved. rows, tokens: of train; tokens 0 where it has none. steps: of the optimizer, in all. epochs: in all. raised:
+    whether they are more than usual, so that there are enough steps. batch: the shape of the largest. pace: what it
+    takes of time; None where no step was run. memory: None where it could not be found out, and ``unknown`` says why.
+    sharded: whether the processes share the frozen weights out. knobs: what needs less. notes: what the user has to
+    know of data and model. cached: how much is kept of what goes into the last blocks, in words.
     """
 
     what: str
@@ -63,6 +68,8 @@ class RunPlan:
     memory: Estimate | None
     machine: Machine
     unknown: str = ""
+    pace: Pace | None = None
+    raised: bool = False
     sharded: bool = False
     knobs: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -80,15 +87,19 @@ class RunPlan:
         size = readable_bytes(self.file_bytes)
         return [
             f"{self.what}: {counts.trainable:,} numbers are trained ({share}); {size} on disk",
-            f"{self._data()}; {self.steps:,} steps{self._how()}, {self.epochs:.3g} epochs",
+            f"{self._data()}; {self.steps:,} steps{self._how()}, {self.epochs:.3g} epochs{self._why()}",
+            *([self.pace.line()] if self.pace is not None else []),
             *self._memory(),
             *([self.cached] if self.cached else []),
             *self.notes,
         ]
 
     def _data(self) -> str:
-        tokens = f" of {self.tokens:,} tokens" if self.tokens else ""
-        return f"{self.rows:,} rows{tokens} to train on"
+        tokens = f", {self.tokens:,} tokens in all" if self.tokens else ""
+        return f"{self.rows:,} rows to train on{tokens}"
+
+    def _why(self) -> str:
+        return f", so that there are {FEWEST_STEPS} steps (training.epochs)" if self.raised else ""
 
     def _how(self) -> str:
         parts = [f"batches of {self.batch[0]}"] if self.batch else []
@@ -101,8 +112,8 @@ class RunPlan:
             return [f"memory: not known beforehand: {self.unknown}"]
         have = ""
         if self.machine.total:
-            free = self.machine.free + self.memory.loaded
-            have = f" of {readable_bytes(free)} that {self.machine.name} has for it"
+            free = self.machine.free + self.memory.loaded + self.memory.process
+            have = f" of {readable_bytes(free)} that are free for it ({self.machine.name})"
         shape = " x ".join(map(str, self.batch))
         peak = f"{readable_bytes(self.memory.peak)}{have}"
         each = " in each process" if self.processes > 1 else ""
@@ -127,7 +138,9 @@ class RunPlan:
             "steps": self.steps,
             "steps_per_epoch": self.steps_per_epoch,
             "epochs": self.epochs,
+            "raised_epochs": self.raised,
             "largest_batch": list(self.batch),
+            "time": None if self.pace is None else self.pace.to_dict(),
             "memory": None if self.memory is None else self.memory.to_dict(),
             "memory_unknown": self.unknown,
             "machine": {"name": self.machine.name, "total": self.machine.total, "free": self.machine.free},
@@ -148,13 +161,25 @@ def plan_run(session: Session, knobs: Sequence[str] = ()) -> RunPlan:
     settings, prepared = session.settings, session.prepared
     processes = max(1, int(os.environ.get("WORLD_SIZE", "1")))
     steps, each = total_steps(settings, prepared, processes), steps_of_epoch(settings, prepared, processes)
-    device = next((parameter.device for parameter in session.model.parameters()), torch.device("cpu"))
+    here = next((parameter.device for parameter in session.model.parameters()), torch.device("cpu"))
+    wanted = models.device_of(settings.training.device)
+    device = wanted if wanted.type == "cuda" else here  # it is loaded on the CPU, and moved when it starts
+    machine = machine_of(device)
     batch = prepared.collate(largest_rows(prepared.train, settings.training.batch_size))
     memory, unknown = None, ""
     try:
         memory = _estimate(session, batch, processes)
     except Exception as error:  # whatever the model makes of the batch: it is told when the training starts
         unknown = f"{type(error).__name__}: {first_line(error)}"
+    if memory is not None and here.type != device.type:
+        memory = dataclasses.replace(memory, loaded=0)
+    known = (
+        here.type == device.type
+        and memory is not None
+        and memory.fits(machine) is not False
+        and not settings.training.shard
+    )
+    epochs = epochs_of(settings, prepared, processes)
     return RunPlan(
         what=f"{settings.task}, {settings.adapter.method} on {settings.model.base}",
         parameters=count_parameters(session.model),
@@ -168,8 +193,10 @@ def plan_run(session: Session, knobs: Sequence[str] = ()) -> RunPlan:
         processes=processes,
         batch=_shape(batch),
         memory=memory,
-        machine=machine_of(device),
+        machine=machine,
         unknown=unknown,
+        pace=pace_of(session, steps, processes) if known else None,
+        raised=settings.training.max_steps is None and settings.training.epochs is None and epochs > USUAL_EPOCHS,
         sharded=settings.training.shard,
         knobs=tuple(knobs),
         notes=session.notes,
@@ -199,12 +226,15 @@ def _cached(session: Session) -> str:
 
 def _estimate(session: Session, batch: Any, processes: int) -> Estimate:
     settings, prepared = session.settings, session.prepared
-    run = settings.training
+    run, before = settings.training, process_bytes()
     evaluation = None
     if prepared.validation is not None and run.eval_every is not None:
         evaluation = prepared.collate(largest_rows(prepared.validation, run.eval_batch_size or run.batch_size))
     step = Step(run.precision, run.accumulation, settings.model.gradient_checkpointing, session.loss)
-    return estimate_memory(session.model, batch, step, evaluation=evaluation, processes=processes)
+    found = estimate_memory(session.model, batch, step, evaluation=evaluation, processes=processes)
+    if models.device_of(run.device).type == "cuda":
+        return found
+    return dataclasses.replace(found, process=max(0, before - found.loaded))
 
 
 def largest_rows(rows: Any, count: int) -> list[Any]:

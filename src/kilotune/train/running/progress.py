@@ -3,7 +3,7 @@
 ``progress_for("auto")`` gives the listener for a mode of ``logging.progress``; hand it to ``watching`` (events.py)::
 
     bar     a line that moves, with loss, learning rate, speed, memory and time left; evaluations stay above it
-    plain   a line for each logged loss, each evaluation and each checkpoint
+    plain   a line for each logged loss, each evaluation and each checkpoint, and one for every half minute without
     json    one JSON object a line: {"event": "train", "step": 10, "steps": 300, "loss": 2.31, ...}
     quiet   nothing
     auto    bar where stderr is a terminal and rich is installed, else plain
@@ -28,6 +28,7 @@ __all__ = ["MODES", "progress_for", "readable_seconds"]
 
 MODES = ("auto", "bar", "plain", "json", "quiet")
 SPARSE = ("step", "evaluating")  # too many to write a line for each
+SILENCE = 30.0  # seconds without a line
 BETWEEN = 0.1  # seconds between two drawings of the bar
 SHOWN = ("loss", "learning_rate", "grad_norm")
 
@@ -63,7 +64,7 @@ def progress_for(
     out = stream or sys.stderr
     if mode == "bar" or (mode == "auto" and out.isatty() and _has_rich()):
         return _Bar(out, _Best(better), clock)
-    return _Lines(out, _Best(better))
+    return _Lines(out, _Best(better), clock)
 
 
 def readable_seconds(seconds: float) -> str:
@@ -153,6 +154,18 @@ def _sentence(event: Event, best: _Best) -> str:
     return ""
 
 
+def _meantime(event: Event) -> str:
+    """How far it is, where nothing has been said for long."""
+    if event.kind == "evaluating":
+        return f"evaluating at step {event.step:,}: {_batch(event)}"
+    return f"step {event.step:,}/{event.steps:,} (epoch {event.epoch:.2f}): {', '.join(_costs(event))}"
+
+
+def _batch(event: Event) -> str:
+    of = f"/{event.values['of']:.0f}" if "of" in event.values else ""
+    return f"batch {event.values['done']:.0f}{of}"
+
+
 # -- listeners -----------------------------------------------------------------------------------------
 
 
@@ -165,13 +178,17 @@ class _Quiet(Listener):
 
 @final
 class _Lines(Listener):
-    def __init__(self, out: TextIO, best: _Best) -> None:
-        self.out, self.best = out, best
+    def __init__(self, out: TextIO, best: _Best, clock: Callable[[], float]) -> None:
+        self.out, self.best, self.clock = out, best, clock
+        self.said = clock()
 
     def hear(self, event: Event) -> None:
         text = _sentence(event, self.best)
+        if not text and self.clock() - self.said >= SILENCE:
+            text = _meantime(event)
         if text:
             print(text, file=self.out, flush=True)
+            self.said = self.clock()
 
     def close(self) -> None: ...
 
@@ -237,8 +254,7 @@ class _Bar(Listener):
     def _move(self, event: Event) -> None:
         told = ", ".join([*([self.values] if self.values else []), *_costs(event)])
         if event.kind == "evaluating":
-            of = f"/{event.values['of']:.0f}" if "of" in event.values else ""
-            told = f"evaluating: batch {event.values['done']:.0f}{of}"
+            told = f"evaluating: {_batch(event)}"
         self.bar.update(self.task, completed=event.step, told=told)
         last = event.kind == "step" and event.step == event.steps
         if last or self.clock() - self.drawn >= BETWEEN:

@@ -26,6 +26,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from ...errors import DivergedError
 from ..settings.rates import TakenRate, rate_for
+from ..settings.sections import TrainSettings
 from ..trainer.from_settings import make_trainer, quiet, total_steps
 from ..trainer.output_folder import processes
 from ..trainer.stopping import Stopper
@@ -34,7 +35,7 @@ from .events import Event, Listener, watching, without_own_output
 if TYPE_CHECKING:
     from .session import Session
 
-__all__ = ["take_rate"]
+__all__ = ["steps_of_test", "take_rate"]
 
 FACTORS = (1 / 3, 1.0, 3.0)
 LEAST, MOST = 20, 60  # steps of one of the three
@@ -60,7 +61,7 @@ def take_rate(session: Session, stopper: Stopper | None = None) -> TakenRate:
     told = f"learning rate {value:g}: the rule for {method} and {steps:,} steps"
     if given == "rule":
         return TakenRate(value, told)
-    each = min(MOST, math.floor(steps * PART / len(FACTORS)))
+    each = _each(steps)
     if each < LEAST:
         return TakenRate(value, f"{told} (a test needs {math.ceil(LEAST * len(FACTORS) / PART):,} steps or more)")
     if processes() > 1:
@@ -79,6 +80,17 @@ def take_rate(session: Session, stopper: Stopper | None = None) -> TakenRate:
     shown = ", ".join(f"{loss:.3g} at {rate:.2g}" for rate, loss in tried)
     found = "kept it" if FACTORS[best] == 1.0 else f"gave {taken:g} in place of the rule's {value:g}"
     return TakenRate(taken, f"learning rate {taken:g}: a test of 3 x {each} steps {found} (loss {shown})", tuple(tried))
+
+
+def steps_of_test(settings: TrainSettings, steps: int) -> int:
+    """Steps that the test of a training of so many takes; 0 where there is none."""
+    each = _each(steps)
+    tests = settings.training.learning_rate in (None, "auto") and each >= LEAST and processes() == 1
+    return len(FACTORS) * each if tests else 0
+
+
+def _each(steps: int) -> int:
+    return min(MOST, math.floor(steps * PART / len(FACTORS)))
 
 
 def _loss_after(session: Session, rate: float, steps: int) -> float:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
+import torch
 from torch import nn
 
 from ...errors import ConfigError, gather
@@ -20,6 +21,7 @@ from ..tasks import TASKS, Prepared, Task
 from ..trainer import output_folder
 from ..trainer.failures import advise_on_memory
 from . import base_model as models
+from .held_dtype import AS_SAVED, Held, held_dtype
 from .start_adapter import start_from
 
 if TYPE_CHECKING:
@@ -94,12 +96,13 @@ class Session:
 # -- open ----------------------------------------------------------------------------------------------
 
 
-def open_session(settings: TrainSettings, prepared: Prepared | None = None) -> Session:
+def open_session(settings: TrainSettings, prepared: Prepared | None = None, held: str | None = None) -> Session:
     """Read the data, load the base, put the adapter in.
 
     Args:
         settings: what to do.
         prepared: data that is ready, as of another session with the same base and data settings.
+        held: how a run that is gone on with held its base, where ``model.dtype`` is auto; None: as is best here.
 
     Raises:
         KilotuneError: whatever is wrong with the settings, the data or the model; nothing is written.
@@ -121,14 +124,24 @@ def open_session(settings: TrainSettings, prepared: Prepared | None = None) -> S
     task.check_model(loaded.model, settings.data)
     rows: Any = prepared.train
     start = output_folder.fingerprint(loaded.model, rows, prepared.tokens, loaded.fresh)
-    notes: tuple[str, ...] = ()
+    best = _held(settings, loaded.model, device) if held is None else Held(held)
+    best.apply(loaded.model)
+    start |= {} if best.how == AS_SAVED else {"held": best.how}
+    notes: tuple[str, ...] = (best.note,) if best.note else ()
     if settings.adapter.start is None:
         model = models.adapt(loaded, settings, task)
     else:
         models.hold_in_float32(loaded.model, models.heads_of(loaded, task))
-        model, notes = start_from(loaded, settings)
+        model, more = start_from(loaded, settings, str(start["base"]))
+        notes = (*notes, *more)
     notes = (*prepared.notes, *loaded.notes, *notes)
     return Session(settings, model, processor, prepared, task, notes=notes, start=start)
+
+
+def _held(settings: TrainSettings, model: nn.Module, device: torch.device) -> Held:
+    if settings.adapter.method == "full":
+        return Held()  # all of it is trained, in float32 anyway
+    return held_dtype(model, settings.model.dtype, device, backward=True)
 
 
 def _task(name: str) -> Task:

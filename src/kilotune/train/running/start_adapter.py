@@ -15,8 +15,13 @@ from .base_model import Loaded
 __all__ = ["start_from"]
 
 
-def start_from(loaded: Loaded, settings: TrainSettings) -> tuple[PeftModel, tuple[str, ...]]:
+def start_from(loaded: Loaded, settings: TrainSettings, digest: str) -> tuple[PeftModel, tuple[str, ...]]:
     """The base with the adapter that ``adapter.start`` names in it, to be trained on; and notes for the user.
+
+    Args:
+        loaded: the base.
+        settings: of the training.
+        digest: of the base as it was loaded.
 
     Raises:
         CheckpointError: it is of another base, or brings no weights for what the base lacks.
@@ -31,7 +36,7 @@ def start_from(loaded: Loaded, settings: TrainSettings) -> tuple[PeftModel, tupl
     named = file.config.base_model_name_or_path
     trained = f"adapter.start: {start!r} was trained on {named!r}, and model.base is {base!r}"
     before = output_folder.base_of_run(file.folder, settings.model.to_dict())
-    if before is not None and before != output_folder.base_digest(loaded.model, loaded.fresh):
+    if before is not None and before != digest:
         raise CheckpointError(f"{trained}: its weights are others")
     try:
         model = PeftModel.from_pretrained(loaded.model, file, is_trainable=True)

@@ -13,8 +13,10 @@ from typing import Any, ClassVar, cast, final
 from ...config import AdapterConfig, FrozenDict, check_listed_options
 from ...errors import ConfigError, did_you_mean, faults_of, gather
 from ...known_names import METHOD_OPTIONS, PRESET_NAMES, may_be_method, methods_are_loaded
+from .data_names import ROLES, columns, splits
 from .fields import EPOCH, Section, flag, interval, mapping, number, one_of, or_none, paths, setting, text, warmup
 from .rates import rate_for
+from .schedule import SCHEDULES
 
 __all__ = [
     "TASK_NAMES",
@@ -35,58 +37,13 @@ TASK_NAMES = (
     "image-classification",
     "seq2seq",
 )
-ROLES = (
-    "text",
-    "text_pair",
-    "prompt",
-    "completion",
-    "messages",
-    "label",
-    "tokens",
-    "tags",
-    "image",
-    "source",
-    "target",
-)
 RATE_WORDS = ("rule", "auto")
-SPLITS = ("train", "validation", "test")
 WHOLE_METHODS = ("full", "head")  # no adapter: every weight, or the task's head alone, is trained
 METHOD_NAMES = (*METHOD_OPTIONS, *PRESET_NAMES, *WHOLE_METHODS)
 
 
 def _base(name: str, value: Any) -> list[str]:
     return [f"{name}: is missing: a folder, or a hub id such as 'org/name'"] if value == "" else text(name, value)
-
-
-def _splits(name: str, value: Any) -> list[str]:
-    if found := mapping(name, value):
-        return found
-    faults = [
-        f"{name}: there is no split {key!r} here.{did_you_mean(key, SPLITS)} Splits: {', '.join(SPLITS)}"
-        for key in value
-        if key not in SPLITS
-    ]
-    return faults + [
-        f"{name}.{key}: expected a split's name, got {split!r}"
-        for key, split in value.items()
-        if not (isinstance(split, str) and split)
-    ]
-
-
-def _columns(name: str, value: Any) -> list[str]:
-    found = mapping(name, value)
-    if found:
-        return found
-    faults = [
-        f"{name}: there is no role {role!r}.{did_you_mean(role, ROLES)} Roles: {', '.join(ROLES)}"
-        for role in value
-        if role not in ROLES
-    ]
-    return faults + [
-        f"{name}.{role}: expected a column's name, got {column!r}"
-        for role, column in value.items()
-        if not (isinstance(column, str) and column)
-    ]
 
 
 def _rate(name: str, value: Any) -> list[str]:
@@ -112,7 +69,8 @@ class ModelSettings(Section):
     dtype: str = setting(
         "auto",
         one_of("auto", "float32", "bfloat16", "float16"),
-        "In what the frozen weights are held. auto: as they were saved. What is trained is float32 in any case.",
+        "In what the frozen weights are held. auto: as they were saved, and on a CPU whose products of that dtype are "
+        "slow in float32, where memory allows. What is trained is float32 in any case.",
     )
     quantization: str = setting(
         "none",
@@ -240,7 +198,7 @@ class DataSettings(Section):
     subset: str | None = setting(None, or_none(text), "The configuration of a hub data set that has several.")
     splits: Mapping[str, str] = setting(
         FrozenDict(),
-        _splits,
+        splits,
         "Which splits of a hub data set are train, validation and test: {train: train, validation: dev}.",
     )
     validation_fraction: float = setting(
@@ -254,7 +212,7 @@ class DataSettings(Section):
     )
     columns: Mapping[str, str] = setting(
         FrozenDict(),
-        _columns,
+        columns,
         f"Which column has which role, where its name is another: {{prompt: question}}. Roles: {', '.join(ROLES)}.",
     )
     max_length: int | None = setting(
@@ -267,6 +225,12 @@ class DataSettings(Section):
         one_of("answer", "all"),
         "answer: the loss is on completions and the assistant's messages; all: on every token. Plain text has no "
         "answer, so all of it counts.",
+    )
+    plain: bool = setting(
+        False,
+        flag,
+        "Prompts and completions of a model with a chat template. false: as a user's and the assistant's messages in "
+        "the template; true: as they stand, one directly after the other.",
     )
     packing: bool = setting(False, flag, "Put several short rows into one sequence, each blind to the others.")
     limit: int | None = setting(None, or_none(number(1, whole=True)), "Take the first so many rows of train only.")
@@ -291,7 +255,11 @@ class TrainingSettings(Section):
 
     SECTION: ClassVar[str] = "training"
 
-    epochs: float = setting(3.0, number(0, above=True), "How often all of train is gone through.")
+    epochs: float | None = setting(
+        None,
+        or_none(number(0, above=True)),
+        "How often all of train is gone through; null: 3 times, or as often as makes 100 steps.",
+    )
     max_steps: int | None = setting(
         None, or_none(number(1, whole=True)), "Stop after so many steps of the optimizer, whatever epochs says."
     )
@@ -314,11 +282,9 @@ class TrainingSettings(Section):
     lora_plus_ratio: float | None = setting(
         None, or_none(number(1)), "LoRA+: the second factor (B) learns at so many times the rate; 16 in the paper."
     )
-    schedule: str = setting(
-        "linear", one_of("linear", "cosine", "constant"), "How the learning rate goes from its highest to the end."
-    )
+    schedule: str = setting("linear", one_of(*SCHEDULES), "How the learning rate goes from its highest to the end.")
     warmup: float = setting(
-        0.06, warmup, "How long the rate rises from 0: below 1 a part of all steps, else a number of steps."
+        0.06, warmup, "How long the rate rises: below 1 a part of all steps, else a number of steps."
     )
     weight_decay: float = setting(0.0, number(0), "AdamW's weight decay.")
     max_grad_norm: float | None = setting(
@@ -393,7 +359,11 @@ class LogSettings(Section):
         one_of("auto", "bar", "plain", "json", "quiet"),
         "bar: a bar that moves; plain: lines; json: one JSON object a line; quiet: nothing. auto: bar on a terminal.",
     )
-    log_every: int = setting(10, number(1, whole=True), "Write the loss every so many steps.")
+    log_every: int = setting(
+        10,
+        number(1, whole=True),
+        "Write the loss every so many steps; that of the first step always, and of slow steps every half minute.",
+    )
     csv: bool = setting(True, flag, "Write logs/history.csv beside logs/history.jsonl.")
     tensorboard: bool = setting(False, flag, "Write TensorBoard's files into logs/tensorboard.")
     report: bool = setting(True, flag, "Write plots/*.png and report.html at the end.")
@@ -486,7 +456,9 @@ def between(values: Mapping[str, Any]) -> list[str]:
     if training.shard and model.quantization != "none":
         faults.append("training.shard: FSDP2 shards floating-point weights only; leave model.quantization out")
     if task != "causal-lm":
-        changed = [name for name in ("packing", "loss_on") if getattr(data, name) != DataSettings.defaults()[name]]
+        changed = [
+            name for name in ("packing", "loss_on", "plain") if getattr(data, name) != DataSettings.defaults()[name]
+        ]
         faults += [f"data.{name}: is for the task causal-lm only, and the task is {task}" for name in changed]
     if (data.format == "images") != (task == "image-classification") and data.format not in ("auto", "hub"):
         faults.append(f"data.format: {data.format!r} does not fit the task {task}")

@@ -21,6 +21,7 @@ from ..data.rendering import ChatTemplate, Example, Rendered, render_pair, rende
 from ..data.rows import Ragged, Rows
 from ..data.splits import Part, load_splits, shown
 from ..data.token_limits import check_vocabulary, longest, pad_token, refuse_unused, share
+from ..data.turn_marks import ASSISTANT
 from ._base import Task
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["CausalLm"]
 
 SHOWN_PLACES = 20
+MESSAGES, USER = "messages", "user"
 
 
 @final
@@ -50,7 +52,10 @@ class _Split:
 
 @final
 class CausalLm(Task):
-    """The loss is on the answers: completions, or the assistant's messages; of plain text, on all of it."""
+    """The loss is on the answers: completions, or the assistant's messages; of plain text, on all of it.
+
+    Prompts and completions of a model with a chat template are messages in it, unless the settings say ``plain``.
+    """
 
     name: ClassVar[str] = "causal-lm"
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
@@ -61,16 +66,18 @@ class CausalLm(Task):
         return load_tokenizer(base, revision)
 
     def prepare(self, data: DataSettings, processor: Any, limits: Limits, seed: int) -> Prepared:
-        refuse_unused(data, self.name, ("packing", "loss_on", "max_length"))
+        refuse_unused(data, self.name, ("packing", "loss_on", "max_length", "plain"))
         size, pad = longest(data, processor, limits), pad_token(processor, limits)
         parts = load_splits(data, self.roles, self.name, seed)
-        rendered = _rendered(parts, processor)
+        first = shown(parts)
+        form = _form(first, processor, data)
+        rendered = _rendered(parts, processor, chats=form == MESSAGES)
         splits = {name: _tokens(part, rendered[name], processor, data, size) for name, part in parts.items()}
         check_vocabulary(max(split.top for split in splits.values()), processor, limits)
         rows = {name: _plain(split.examples) for name, split in splits.items()}
         notes = [note for split in splits.values() for note in split.notes]
-        first = shown(parts)
-        notes += _ending(splits[first.name].examples, processor, chats="messages" in first.columns)
+        notes += _templated(first, rendered[first.name], form)
+        notes += _ending(splits[first.name].examples, processor, chats=form == MESSAGES)
         if data.packing:
             rows["train"], note = _packed(splits["train"].examples, size)
             notes.append(note)
@@ -87,7 +94,7 @@ class CausalLm(Task):
             tokens=splits["train"].tokens,
             notes=tuple(notes),
             preview=_preview(first, splits[first.name].examples[0], processor),
-            form=next(group[0] for group in self.roles if group[0] in first.columns),
+            form=form,
         )
 
     def check_model(self, model: nn.Module, data: DataSettings) -> None:
@@ -102,10 +109,26 @@ def _score(predictions: Predictions) -> dict[str, float]:
 # -- rows as text --------------------------------------------------------------------------------------
 
 
-def _rendered(parts: Mapping[str, Part], processor: Any) -> dict[str, list[list[Rendered]]]:
+def _form(part: Part, processor: Any, data: DataSettings) -> str:
+    """What the rows are made into: messages, prompt or text.
+
+    Raises:
+        ConfigError: plain text is asked for, and the rows are messages.
+
+    """
+    own = next(role for role in (MESSAGES, "prompt", "text") if role in part.columns)
+    if data.plain and own == MESSAGES:
+        raise ConfigError(
+            f"data.plain: {part.name} holds messages, which only the chat template makes into text: set it false"
+        )
+    templated = own == "prompt" and not data.plain and getattr(processor, "chat_template", None)
+    return MESSAGES if templated else own
+
+
+def _rendered(parts: Mapping[str, Part], processor: Any, chats: bool) -> dict[str, list[list[Rendered]]]:
     """Split -> the texts of each row: one, or several where a chat template asks for it."""
     faults: list[str] = []
-    if "messages" in next(iter(parts.values())).columns:
+    if chats:
         template = ChatTemplate(processor)
         found = {name: _chats(part, template, faults) for name, part in parts.items()}
     else:
@@ -119,21 +142,51 @@ def _texts(part: Part, faults: list[str]) -> list[list[Rendered]]:
     if "text" in part.columns:
         found = columns.texts(part.table, part.columns["text"], faults)
         return [[render_text(text)] for text in found if text is not None]
+    return [[render_pair(*pair)] for pair in _pairs(part, faults) if pair is not None]
+
+
+def _pairs(part: Part, faults: list[str]) -> list[tuple[str, str] | None]:
     prompts = columns.texts(part.table, part.columns["prompt"], faults)
     completions = columns.texts(part.table, part.columns["completion"], faults)
-    return [[render_pair(a, b)] for a, b in zip(prompts, completions) if a is not None and b is not None]
+    return [None if a is None or b is None else (a, b) for a, b in zip(prompts, completions)]
 
 
 def _chats(part: Part, template: ChatTemplate, faults: list[str]) -> list[list[Rendered]]:
+    own = MESSAGES in part.columns
+    chats: list[Any] = columns.chats(part.table, part.columns[MESSAGES], faults) if own else _as_chats(part, faults)
+    otherwise = "" if own else "; data.plain: true takes prompts and completions as they stand"
     found = []
-    for row, messages in enumerate(columns.chats(part.table, part.columns["messages"], faults)):
+    for row, messages in enumerate(chats):
         if messages is None:
             continue
         try:
             found.append(template.render(messages))
         except ConfigError as error:
-            faults.append(f"{part.table.places[row]}: {error}")
+            faults.append(f"{part.table.places[row]}: {error}{otherwise}")
     return found
+
+
+def _as_chats(part: Part, faults: list[str]) -> list[list[dict[str, str]] | None]:
+    """Prompts as a user's messages, completions as the answers to them."""
+    return [
+        None if pair is None else [{"role": USER, "content": pair[0]}, {"role": ASSISTANT, "content": pair[1]}]
+        for pair in _pairs(part, faults)
+    ]
+
+
+def _templated(part: Part, rendered: Sequence[Sequence[Rendered]], form: str) -> list[str]:
+    """That prompts and completions are written in the chat template, and what is odd in that."""
+    if MESSAGES in part.columns or form != MESSAGES:
+        return []
+    said = (
+        "prompts and completions are messages in the model's chat template (data.plain: true takes them as they stand)"
+    )
+    answers = [row[-1].text[start:end] for row in rendered for start, end in row[-1].answers[-1:]]
+    blank = sum(text[:1].isspace() for text in answers)
+    if not blank:
+        return [said]
+    more = f"{share(blank, len(answers), f'completions of {part.name}')} begin with a blank, which is learned; in a "
+    return [said, f"{more}template they need none"]
 
 
 # -- text as tokens ------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ Importing it needs transformers; :mod:`.from_settings` does that where it is use
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, final
 
@@ -17,6 +18,7 @@ from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
 
 from ...model.adapter_model import AdapterModel
 from ...model.optimizer_groups import optimizer_groups
+from ..settings.schedule import rate_factor
 from ..settings.sections import TrainSettings
 from .failures import Guard, Numbered, NumberedCollate, refuse_metric, told_of_damage, told_of_disk
 from .output_folder import write_checksums
@@ -24,6 +26,7 @@ from .stopping import Stopper
 
 __all__ = ["AdapterTrainer", "Flow", "Loss", "Own"]
 
+SILENCE = 30.0  # seconds without a logged loss
 Loss = Callable[[Any, Any], Tensor]
 """The loss of a model's output and the labels, for modules that compute none themselves."""
 
@@ -88,6 +91,7 @@ class AdapterTrainer(Seq2SeqTrainer):  # type: ignore[misc]  # transformers is u
     train_dataset: Any
     data_collator: Any
     optimizer: Any
+    lr_scheduler: Any
 
     def get_train_dataloader(self) -> Any:
         rows, collate = self.train_dataset, self.data_collator
@@ -103,6 +107,14 @@ class AdapterTrainer(Seq2SeqTrainer):  # type: ignore[misc]  # transformers is u
             made, options = self.get_optimizer_cls_and_kwargs(self.args)
             self.optimizer = made(groups, **options)
         return super().create_optimizer(model)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        if self.lr_scheduler is None:
+            run = self.own.settings.training
+            factor = partial(rate_factor, steps=num_training_steps, warmup=run.warmup, schedule=run.schedule)
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         self.own.guard.take(inputs)
@@ -241,6 +253,9 @@ class AdapterTrainer(Seq2SeqTrainer):  # type: ignore[misc]  # transformers is u
 class Flow(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
     """Stops where the user asked for it, right after a checkpoint, and takes the time of each step, in ``seconds``.
 
+    Slow steps are logged one by one, so that no more than half a minute goes without a loss; in one process alone, for
+    several add their losses up, and would have to agree on when.
+
     Args:
         stopper: knows whether the user asked.
         clock: seconds, from any start.
@@ -250,17 +265,25 @@ class Flow(TrainerCallback):  # type: ignore[misc]  # transformers is untyped he
     def __init__(self, stopper: Stopper, clock: Callable[[], float]) -> None:
         self.stopper, self.clock = stopper, clock
         self.seconds: list[float] = []
-        self.began = 0.0
+        self.began = self.logged = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.logged = self.clock()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.began = self.clock()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.seconds.append(self.clock() - self.began)
+        now = self.clock()
+        self.seconds.append(now - self.began)
+        if now - self.logged >= SILENCE and args.world_size == 1:
+            control.should_log = True
         if self.stopper.asked:
             control.should_save = True
         if control.should_save or control.should_evaluate:
             control.should_log = True  # so that a resumed run's next loss is a mean over the same steps
+        if control.should_log:
+            self.logged = now
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.stopper.stop(state.global_step)

@@ -31,7 +31,20 @@ from .for_trainer import for_trainer
 if TYPE_CHECKING:
     from .adapter_trainer import Loss
 
-__all__ = ["best_by", "generating", "make_trainer", "quiet", "steps_of_epoch", "total_steps"]
+__all__ = [
+    "FEWEST_STEPS",
+    "USUAL_EPOCHS",
+    "best_by",
+    "epochs_of",
+    "generating",
+    "make_trainer",
+    "quiet",
+    "steps_of_epoch",
+    "total_steps",
+]
+
+
+USUAL_EPOCHS, FEWEST_STEPS = 3, 100  # where nobody says how long it is
 
 
 def make_trainer(
@@ -106,7 +119,7 @@ def _arguments(settings: TrainSettings, model: nn.Module, prepared: Prepared, fo
         per_device_train_batch_size=run.batch_size,
         per_device_eval_batch_size=run.eval_batch_size or run.batch_size,
         gradient_accumulation_steps=run.accumulation,
-        num_train_epochs=run.epochs,
+        num_train_epochs=epochs_of(settings, prepared, world),
         max_steps=run.max_steps or -1,
         learning_rate=rate or settings.rate(total_steps(settings, prepared, world)),
         weight_decay=run.weight_decay,
@@ -115,6 +128,7 @@ def _arguments(settings: TrainSettings, model: nn.Module, prepared: Prepared, fo
         warmup_steps=run.warmup,
         logging_strategy="steps",
         logging_steps=settings.logging.log_every,
+        logging_first_step=True,
         logging_nan_inf_filter=False,  # it would hide what the guard stops at
         eval_strategy="steps" if evaluates else "no",
         eval_steps=_steps(run.eval_every or EPOCH, per_epoch),
@@ -162,10 +176,17 @@ def steps_of_epoch(settings: TrainSettings, prepared: Prepared, world: int = 1) 
     return max(1, math.ceil(batches / settings.training.accumulation))
 
 
+def epochs_of(settings: TrainSettings, prepared: Prepared, world: int = 1) -> float:
+    """How often train is gone through: as the settings say, else 3 times, or as often as makes 100 steps."""
+    if settings.training.epochs is not None:
+        return settings.training.epochs
+    return float(max(USUAL_EPOCHS, math.ceil(FEWEST_STEPS / steps_of_epoch(settings, prepared, world))))
+
+
 def total_steps(settings: TrainSettings, prepared: Prepared, world: int = 1) -> int:
     """Steps of the optimizer in all."""
-    run = settings.training
-    return run.max_steps or math.ceil(run.epochs * steps_of_epoch(settings, prepared, world))
+    each = steps_of_epoch(settings, prepared, world)
+    return settings.training.max_steps or math.ceil(epochs_of(settings, prepared, world) * each)
 
 
 def best_by(settings: TrainSettings, prepared: Prepared) -> tuple[str, bool]:

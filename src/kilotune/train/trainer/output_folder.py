@@ -48,6 +48,7 @@ __all__ = [
     "damage_of",
     "find",
     "fingerprint",
+    "held_of_run",
     "is_finished",
     "newest",
     "processes",
@@ -361,6 +362,15 @@ def write_record(folder: Path, settings: TrainSettings, found: Mapping[str, Any]
     write_json(folder / CHECKPOINTS / RECORD_NAME, record)
 
 
+def held_of_run(folder: Path) -> str | None:
+    """How the run that began in ``folder`` held the weights of its base; None where none is there."""
+    try:
+        found = json.loads((folder / CHECKPOINTS / RECORD_NAME).read_text(encoding="utf-8")).get("held", "as saved")
+    except (OSError, ValueError, AttributeError, RecursionError):  # what is wrong with it, check_same_run says
+        return None
+    return found if isinstance(found, str) else None
+
+
 def note_rate(folder: Path, taken: Mapping[str, Any]) -> None:
     """Write down which learning rate the run has, for those who go on with it.
 
@@ -417,6 +427,11 @@ def check_same_run(folder: Path, settings: TrainSettings, found: Mapping[str, An
         ]
         if not faults and record.get("data") != found["data"]:
             faults.append("the rows of train are others than before")
+        held = [str(values.get("held", "as saved")) for values in (record, found)]
+        if held[0] != held[1]:
+            faults.append(
+                f"how the weights of model.base are held: it was {held[0]}, and is {held[1]}; see model.dtype"
+            )
         if record.get("base") != found["base"]:
             faults.append("model.base: its weights are not those that the run began with")
     if faults:

@@ -54,6 +54,14 @@ function show(model) {
   if (!$("adapter").value) $("adapter").value = model.id;
 }
 
+function showBase(model) {
+  base = model.id;
+  $("base-name").textContent = `Base: ${base}`;
+  $("chat").checked = model.chat_template; // as it was taught to answer; without a template there are no chats
+  $("chat").disabled = !model.chat_template;
+  if (model.chat_template && $("prompt").value === $("prompt").defaultValue) $("prompt").value = "Hello! What can you do?";
+}
+
 async function list(fresh) {
   const mine = round;
   const query = fresh || after === null ? "" : `&after=${encodeURIComponent(after)}`;
@@ -61,7 +69,7 @@ async function list(fresh) {
   if (mine !== round) return;
   if (fresh) { $("adapters").replaceChildren(); $("names").replaceChildren(); }
   for (const model of page.data) {
-    if (model.kilotune === null) { base = model.id; $("base-name").textContent = `Base: ${base}`; } else show(model);
+    if (model.kilotune === null) showBase(model); else show(model);
   }
   after = page.last_id;
   $("more").hidden = !page.has_more;
@@ -92,6 +100,7 @@ async function live() {
     $("rate").textContent = now.tokens_per_second.toFixed(1);
     $("running").textContent = now.running;
     $("requests").textContent = now.requests;
+    $("live").hidden = !(now.requests || now.running); // empty meters tell nothing
     $("first").textContent = `${ms(now.first_token_p50)} (${ms(now.first_token_p99)})`;
     $("whole").textContent = `${ms(now.answer_p50)} (${ms(now.answer_p99)})`;
     rates.push(now.tokens_per_second);
@@ -173,10 +182,13 @@ async function begin() {
   rates.length = 0;
   $("who").textContent = "";
   $("adapter").value = "";
+  $("live").hidden = true;
   trouble("");
+  $("key-form").hidden = !sessionStorage.getItem("key"); // where nobody needs one, there is nothing to fill in
   try {
     await list(true);
   } catch (error) {
+    if (error.status === 401) $("key-form").hidden = false;
     $("adapters").replaceChildren();
     $("none").hidden = true;
     trouble(error.message);
