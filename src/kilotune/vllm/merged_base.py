@@ -82,8 +82,8 @@ def merged_base(model: str, record: Record) -> Path:
         record: the shared adapter, out of a store.
 
     Raises:
-        CheckpointError: it is of another base, or the base has no safetensors files. UnsupportedError, MergeError: it cannot be
-            merged (bottlenecks, a quantised base). ResourceError: there is no room in the cache.
+        CheckpointError: it is of another base, or the base has no safetensors files. UnsupportedError, MergeError: it
+            cannot be merged (bottlenecks, a quantised base). ResourceError: there is no room in the cache.
 
     """
     what = f"on: the adapter {record.info.name!r} (version {record.info.version})"
