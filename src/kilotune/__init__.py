@@ -8,6 +8,7 @@ from ._lazy import lazy
 
 if TYPE_CHECKING:
     from .adapter_files.fitting import OtherBaseWarning
+    from .adapter_files.stands_on import StandsOnWarning
     from .config import AdapterConfig, TaskType
     from .errors import (
         AdapterError,
@@ -60,6 +61,7 @@ __all__ = [
     "OtherBaseWarning",
     "ParameterReport",
     "PeftModel",
+    "StandsOnWarning",
     "TargetError",
     "TaskType",
     "TiedTableWarning",
@@ -91,6 +93,7 @@ if not TYPE_CHECKING:  # type checkers have the imports above, and no name besid
                 "UnsupportedError",
             ),
             "adapter_files.fitting": ("OtherBaseWarning",),
+            "adapter_files.stands_on": ("StandsOnWarning",),
             "layers.adapted_parameters": ("TiedTableWarning", "UntrainedExpertsWarning"),
             "methods": (
                 "METHODS",

@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from kilotune import AdapterConfig, LoraConfig, PeftModel, VeraConfig, get_config, get_peft_model
+from kilotune import AdapterConfig, LoraConfig, PeftModel, StandsOnWarning, VeraConfig, get_config, get_peft_model
+from kilotune.adapter_files.content import content_sha256
+from kilotune.adapter_files.reading import open_adapter
+from kilotune.adapter_files.stands_on import StandsOn
 from kilotune.errors import AdapterError, ConfigError
 from tests.support.models import Nested, mlp, randomize
 
@@ -83,6 +86,38 @@ def test_the_top_alone_is_trained_and_saved(tmp_path: Path) -> None:
     torch.testing.assert_close(again(X), model(X), rtol=1e-6, atol=1e-6)  # files are of float32
 
 
+def test_what_it_stands_on_goes_with_it(tmp_path: Path) -> None:
+    model = stack(PERSONAL["vera"])
+    model.save_pretrained(tmp_path)
+    house = open_adapter(tmp_path / "house-style")
+    on = StandsOn("house-style", None, content_sha256(house))
+    assert StandsOn.of_header(open_adapter(tmp_path / "ann").metadata) == on
+    assert StandsOn.of_header(house.metadata) is None
+    with pytest.warns(
+        StandsOnWarning, match=r"'ann' was trained on top of 'house-style' .* set_adapter\(\['house-style', 'ann'\]"
+    ):
+        again = PeftModel.from_pretrained(Nested().double(), tmp_path / "ann", "ann")
+    again.load_adapter(tmp_path / "house-style", "the house's")
+    again.set_adapter(["the house's", "ann"], inference_mode=True)  # the contents count, and not the name
+    with pytest.warns(StandsOnWarning):
+        again.set_adapter(["ann", "the house's"])
+    again.set_adapter("the house's")
+    again.save_pretrained(tmp_path / "again")
+    assert StandsOn.of_header(open_adapter(tmp_path / "again" / "ann").metadata) == on
+    randomize(again, "the house's", seed=9)
+    with pytest.warns(StandsOnWarning):
+        again.set_adapter(["the house's", "ann"])
+
+
+@pytest.mark.parametrize("trained", [["house-style", "ann"], ["ann", "house-style"], ["house-style"]])
+def test_nobody_stands_on_what_is_trained_too(trained: list[str]) -> None:
+    model = stack(PERSONAL["vera"])
+    for name in trained:
+        model.set_requires_grad(name)
+    assert not model.installed("ann").marks
+    assert not model.installed("house-style").marks
+
+
 def test_who_trains_is_as_peft_says() -> None:
     model = stack(PERSONAL["lora"])
 
@@ -104,7 +139,8 @@ def test_who_trains_is_as_peft_says() -> None:
     model.delete_adapter("house-style")
     assert training() == ["ann"]
     model.add_adapter("carl", PERSONAL["vera"])
-    model.set_adapter(["ann", "carl"])
+    with pytest.warns(StandsOnWarning):  # what it stands on is gone
+        model.set_adapter(["ann", "carl"])
     assert training() == ["ann", "carl"]
 
 
@@ -135,7 +171,8 @@ def test_of_two_heads_the_upper_ones_runs_whoever_is_merged() -> None:
         model.merge_adapter(merged)
         torch.testing.assert_close(model(X), y)
         model.unmerge_adapter()
-    model.set_adapter(["ann", "house-style"])
+    with pytest.warns(StandsOnWarning):
+        model.set_adapter(["ann", "house-style"])
     assert not any(p.requires_grad for p in upper.parameters())  # it does not run, so it does not train
     assert all(p.requires_grad for p in lower.parameters())
     torch.testing.assert_close(model(X), lower(seen[-1]))

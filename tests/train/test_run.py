@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import kilotune
+from kilotune import LoraConfig, get_peft_model
 from kilotune.errors import ConfigError, TargetError
 from kilotune.methods import METHODS, PRESETS
 from kilotune.train.run import Session, evaluate, fit, open_session, train
@@ -22,6 +23,7 @@ from kilotune.train.settings.config_file import settings_from
 from kilotune.train.settings.sections import TrainSettings
 from kilotune.train.tasks import TASKS
 from kilotune.train.trainer.output_folder import newest
+from tests.support.models import tiny_llama
 from tests.support.train_support import model_folder, pictures, prompts, sentence, write_jsonl
 
 FILE = "adapter_model.safetensors"
@@ -486,6 +488,18 @@ def test_an_adapter_can_be_gone_on_from(tmp_path: Path) -> None:
     assert len(first) == len(held)
     fit(session)
     assert any(not torch.equal(value, first[name]) for name, value in load_file(tmp_path / "two" / FILE).items())
+
+
+def test_an_adapter_that_stands_on_another_is_not_gone_on_from_without_it(tmp_path: Path) -> None:
+    data = rows_for("causal-lm", tmp_path)
+    model = get_peft_model(tiny_llama(), LoraConfig(r=2), "house-style")
+    model.add_adapter("ann", LoraConfig(r=2))
+    model.set_adapter(["house-style", "ann"], inference_mode=True)
+    model.set_requires_grad("ann")
+    model.save_pretrained(tmp_path)
+    start = {"method": "lora", "options": {}, "start": str(tmp_path / "ann")}
+    with pytest.raises(ConfigError, match=r"adapter.start: .* stands on 'house-style' .* fleet train --on house-style"):
+        open_session(settings("llama", "causal-lm", data, tmp_path / "two", adapter=start))
 
 
 def test_evaluate_says_which_splits_there_are(tmp_path: Path) -> None:

@@ -16,10 +16,14 @@ from typing import Any, final
 
 from ..errors import CheckpointError
 
-__all__ = ["HEADER", "StandsOn", "stored_of", "with_mark"]
+__all__ = ["HEADER", "StandsOn", "StandsOnWarning", "stored_of", "with_mark"]
 
 HEADER = "kilotune_stands_on"  # in the header of adapter_model.safetensors
 STORED = "stored"
+
+
+class StandsOnWarning(UserWarning):
+    """A personal adapter runs without the shared one that it stands on."""
 
 
 @final

@@ -109,7 +109,8 @@ def state_of(installed: Installed) -> tuple[dict[str, Any], dict[str, Tensor], d
         if "exclude_modules" in ours and any(layer.kind.with_it for layer in installed.layers.values()):
             config[SECTION] = {"format": FORMAT_VERSION, "exclude_modules": ours["exclude_modules"]}
     checksums = tensors_checksum(tensors), config_checksum(config, installed.config.option_names())
-    return config, tensors, header_metadata(*checksums, export.checksum, export.header, installed.base)
+    header = header_metadata(*checksums, export.checksum, export.header, installed.base)
+    return config, tensors, {**header, **installed.marks}
 
 
 def in_file_form(

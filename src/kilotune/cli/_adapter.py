@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from ..adapter_files.content import content_sha256
 from ..adapter_files.files import REPO_ID
 from ..adapter_files.fitting import match_tensors
 from ..adapter_files.reading import AdapterFile
-from ..adapter_files.stands_on import StandsOn
+from ..adapter_files.stands_on import StandsOn, StandsOnWarning
 from ..bases import located
 from ..candidates import inside
 from ..errors import CheckpointError, ConfigError, TargetError, gather
@@ -25,6 +27,7 @@ from .plan import models
 __all__ = [
     "PERSONAL",
     "SHARED",
+    "apart",
     "base_of",
     "check_out",
     "fitting_base",
@@ -78,6 +81,14 @@ def open_below(file: AdapterFile, on: str | None) -> AdapterFile | None:
             f"{mark.sha256[:12]}..., and this one has {actual[:12]}...: other numbers"
         )
     return below
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Inside, an adapter is put into a model whose shared one comes after it, or is not wanted."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", StandsOnWarning)
+        yield
 
 
 def put_below(model: PeftModel, below: AdapterFile | None) -> None:

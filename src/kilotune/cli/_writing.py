@@ -15,7 +15,7 @@ from ..train.results.outcome import form_of
 from ..train.results.scoring import check_base
 from ..train.running import base_model as models
 from ..train.tasks import TASKS
-from ._adapter import base_of, load_fitting_base, open_adapter, open_below, put_below
+from ._adapter import apart, base_of, load_fitting_base, open_adapter, open_below, put_below
 from ._output import quiet_transformers
 from ._paths import is_whole_model
 from ._weights import Weights
@@ -93,7 +93,8 @@ def open_writer(
     check_writes(model)
     check_base(model, weights.settings(source, revision), file.folder)
     tokenizer = tokenizer_of(file.folder, source, revision)
-    adapted = PeftModel.from_pretrained(weights.placed(model), file)
+    with apart():
+        adapted = PeftModel.from_pretrained(weights.placed(model), file)
     put_below(adapted, below)
     return Opened(Writer(adapted, tokenizer, sampling), adapter, source, form_of(file.folder), on)
 

@@ -101,10 +101,11 @@ def convert(
 def _with_base(file: AdapterFile, to: Form, rank: int | None, base: str | None, revision: str | None) -> Conversion:
     from ..convert import hollow, to_kilotune, to_lora, to_peft
     from ..model.peft_model import PeftModel
-    from ._adapter import base_of, fitting_base
+    from ._adapter import apart, base_of, fitting_base
 
     found = fitting_base(file, *base_of(file, base, revision))
-    model = PeftModel.from_pretrained(hollow(found.model), file)
+    with apart():  # what it stands on stays what it is
+        model = PeftModel.from_pretrained(hollow(found.model), file)
     if to is Form.lora:
         return to_lora(model, rank=rank, progressbar=sys.stderr.isatty())
     return to_peft(model) if to is Form.peft else to_kilotune(model)

@@ -59,12 +59,13 @@ def evaluate(
     quiet_transformers()
     from ..model.peft_model import PeftModel
     from ..train.results.scoring import open_scoring, scoring_settings
-    from ._adapter import put_below
+    from ._adapter import apart, put_below
 
     folder, source, revision, below = _places(adapter, adapter_revision, base, revision, on)
     chosen = scoring_settings(folder, data, source, revision=revision, task=task, changes=settings or [])
     classes = None if labels is None else [name.strip() for name in labels.split(",")]
-    session = open_scoring(chosen, folder, classes)
+    with apart():
+        session = open_scoring(chosen, folder, classes)
     if isinstance(session.model, PeftModel):  # else it is a whole model, which stands on nothing
         put_below(session.model, below)
     with _alone(session, base_alone):

@@ -89,13 +89,14 @@ def export(
     quiet_transformers()
     from ..convert import hollow
     from ..model.peft_model import PeftModel
-    from ._adapter import base_of, fitting_base, open_adapter, open_below
+    from ._adapter import apart, base_of, fitting_base, open_adapter, open_below
 
     _check_place(out, to, [adapter, *([base] if base else []), *([on] if on else [])], force)
     file = open_adapter(adapter, adapter_revision)
     below = open_below(file, on)
     source, revision = base_of(file, base, revision)
-    model = PeftModel.from_pretrained(hollow(fitting_base(file, source, revision).model), file)
+    with apart():
+        model = PeftModel.from_pretrained(hollow(fitting_base(file, source, revision).model), file)
     if below is not None:
         model = _summed(model, below)
     write = _lora if to is Form.lora else _gguf

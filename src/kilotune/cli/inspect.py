@@ -104,9 +104,11 @@ def _projections(file: AdapterFile, base: Base | None) -> tuple[str, str | None]
     if base is None:
         return NEEDS_BASE, None
     from ..model.peft_model import PeftModel
+    from ._adapter import apart
 
     try:
-        PeftModel.from_pretrained(base.model, file)
+        with apart():
+            PeftModel.from_pretrained(base.model, file)
     except CheckpointError as error:  # it fits, so only the matrices are left to be wrong
         return MISMATCH, f"projections: {MISMATCH}: {error}"
     return VERIFIED, None

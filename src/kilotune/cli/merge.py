@@ -147,9 +147,10 @@ def _merge(model: nn.Module, file: AdapterFile, below: AdapterFile | None, safe:
     from ..model.peft_model import PeftModel
     from ..plan import DTYPES
     from ..storage import storage_of
-    from ._adapter import put_below
+    from ._adapter import apart, put_below
 
-    adapted = PeftModel.from_pretrained(model, file)
+    with apart():
+        adapted = PeftModel.from_pretrained(model, file)
     put_below(adapted, below)
     held = ((module, storage_of(module)) for module in model.modules())  # adapted or not
     schemes = [storage.scheme(module) for module, storage in held if storage is not None and not storage.lossless]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, final
 
 from torch import nn
@@ -26,6 +26,7 @@ class Installed:
     """An adapter that is in the model.
 
     base: the mark of the base that it came to (base_mark.py), or of its file where that base has none; None: neither.
+    marks: what else the header of its file is to say of it, on what it stands for one.
     """
 
     adapter: str
@@ -35,6 +36,7 @@ class Installed:
     layers: dict[str, AdaptedLayer]
     saved: dict[str, SavedModule]
     base: str | None = None
+    marks: dict[str, str] = field(default_factory=dict)
 
     @property
     def key(self) -> str:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC
 from collections.abc import Sequence
 from typing import Self
 
+from ..adapter_files.content import content_sha256, file_of
+from ..adapter_files.stands_on import StandsOn, StandsOnWarning
 from ..errors import AdapterError, ConfigError, MergeError, did_you_mean
 from ..injection.installed_adapter import check_compatible, let_train, set_requires_grad
+from ..storage.sharded import is_sharded
 from .routed_model import RoutedModel
 from .unused_layers import watch
 
@@ -43,9 +47,11 @@ class ActiveModel(RoutedModel, ABC):
         runs. A stack, of which the top one alone is trained::
 
             model.set_adapter(["house-style", "ann"], inference_mode=True)
-            model.set_requires_grad("ann")
+            model.set_requires_grad("ann")  # from here on its file says that it stands on the house style
             ...
             model.save_pretrained("ann", selected_adapters=["ann"])
+
+        An adapter whose file says what it stands on, without that beneath it, is told of by a :class:`StandsOnWarning`.
 
         Args:
             adapter_name: a name, or several, the lowest first.
@@ -64,6 +70,8 @@ class ActiveModel(RoutedModel, ABC):
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Let adapters train, or freeze them, whether they are active or not; the next :meth:`set_adapter` says anew.
 
+        One that trains on top of a single frozen one, both active, stands on that one: its file will say so.
+
         Args:
             adapter_names: a name, or several.
             requires_grad: False: they are frozen, and their gradients dropped.
@@ -80,6 +88,7 @@ class ActiveModel(RoutedModel, ABC):
             let_train(self._installed[name], requires_grad)
             if requires_grad:
                 self._perhaps_trained.add(name)
+                self._note_beneath(name)
 
     def _activate(self, names: tuple[str, ...], train: bool) -> None:
         if merged := self.merged_adapters:
@@ -87,8 +96,40 @@ class ActiveModel(RoutedModel, ABC):
                 f"cannot change the active adapters while {merged} are merged; call unmerge_adapter() first"
             )
         check_compatible({name: self._installed[name] for name in names})
+        self._tell_of_lacking(names)
         self._state.change(active=names)
         self._set_requires_grad(train)
+
+    def _note_beneath(self, name: str) -> None:
+        """Note what an adapter stands on that trains from now on; and that what trains, nobody stands on."""
+        for other in self._state.active:
+            if (on := StandsOn.of_header(self._installed[other].marks)) is not None and on.name == name:
+                self._installed[other].marks = {}
+        if name not in self._state.active:
+            return
+        below = self._state.active[: self._state.active.index(name)]
+        if len(below) == 1 and self._is_whole(below[0]) and below[0] not in self._trained():
+            on = StandsOn(below[0], None, content_sha256(file_of(self._installed[below[0]])))
+            self._installed[name].marks = on.header()
+
+    def _tell_of_lacking(self, names: Sequence[str]) -> None:
+        for i, name in enumerate(names):
+            on = StandsOn.of_header(self._installed[name].marks)
+            if on is None:
+                continue
+            below = [file_of(self._installed[one]) for one in names[:i] if self._is_whole(one)]
+            if on.sha256 not in map(content_sha256, below):
+                warnings.warn(
+                    f"adapter {name!r} was trained on top of {on}, and runs without it now, which is another thing; "
+                    f"load that one too, and set_adapter([{on.name!r}, {name!r}])",
+                    StandsOnWarning,
+                    stacklevel=4,
+                )
+
+    def _is_whole(self, name: str) -> bool:
+        """Whether all numbers of an adapter are here."""
+        held = [parameter for _, parameter in self._installed[name].parameters()]
+        return not any(parameter.is_meta or is_sharded(parameter) for parameter in held)
 
     def _set_requires_grad(self, train: bool) -> None:
         self._train(self._state.active if train else ())

@@ -20,6 +20,7 @@ from ..adapter_files.fitting import check_base, match_tensors
 from ..adapter_files.names import check_adapter_name
 from ..adapter_files.peft_layout import BASE
 from ..adapter_files.reading import AdapterFile, open_adapter
+from ..adapter_files.stands_on import StandsOn
 from ..adapter_files.writing import DEFAULT
 from ..added_modules import Added, base_modules
 from ..config import AdapterConfig
@@ -229,7 +230,9 @@ class AdapterModel(ActiveModel, ABC):
         check_base(file, made, inject.base_name(self.model) or type(self.model).__name__, strict_base)
         if made.base is None:  # as when only shapes are here: what is written from there is still of the file's base
             made.base = file.metadata.get(BASE)
+        stands = StandsOn.of_header(file.metadata)
         self._install(made, tensors)
+        self._installed[adapter_name].marks = {} if stands is None else stands.header()
         if is_trainable:
             self._perhaps_trained.add(adapter_name)
             for _, parameter in self._installed[adapter_name].parameters():

@@ -15,6 +15,7 @@ from ..fleet.store import AdapterStore, Fingerprint, Version, open_store
 from . import worker_status as run
 from .admission import row_of
 from .base_fingerprint import fingerprint_of_files
+from .merged_base import Merged, check_merged
 from .row_files import write_row
 from .settings import STORE
 
@@ -56,7 +57,7 @@ class Source:
         self._served: run.Served | None = None
         self._stamp: int | None = None
         self._stores: OrderedDict[str, AdapterStore] = OrderedDict()
-        self._base: Fingerprint | None = None
+        self._base: tuple[Fingerprint, Merged | None] | None = None
         self._known: OrderedDict[str, Found] = OrderedDict()  # by pinned name
         self._last: OrderedDict[str, str] = OrderedDict()  # what a name meant last -> pinned
         self._admitted: set[str] = set()
@@ -138,16 +139,18 @@ class Source:
             raise CheckpointError(f"{info.name!r} was removed while it was read") from error
         if record.info.sha256 != info.sha256:
             raise CheckpointError(f"{info.name!r} was changed while it was read; ask again")
-        row = row_of(record, served, self._fingerprint(served))
+        row = row_of(record, served, *self._fingerprint(served))
         try:
             return write_row(run.folder(), row, served.layout)
         except OSError as error:
             raise StoreError(f"the row of {info.name!r} cannot be written: {error}") from error
 
-    def _fingerprint(self, served: run.Served) -> Fingerprint:
+    def _fingerprint(self, served: run.Served) -> tuple[Fingerprint, Merged | None]:
+        """(of the engine's base, what is merged into it on top)."""
         with self._lock:
             if self._base is None:
-                self._base = fingerprint_of_files(served.model)
+                merged = check_merged(served.settings.on, served.model)
+                self._base = fingerprint_of_files(served.model) if merged is None else merged.base, merged
             return self._base
 
     def _store(self, namespace: str, served: run.Served) -> AdapterStore:

@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 
 from ..adapter_files.reading import AdapterFile
+from ..adapter_files.stands_on import StandsOn
 from ..errors import CheckpointError, UnsupportedError, did_you_mean, gather
 from ..fleet.store import Fingerprint, Record
 from ..methods.vera import Vera, VeraConfig
 from ..projections.matrices import Extent, PortableSource, pair_checksum
 from .base_fingerprint import check_base
+from .merged_base import Merged
+from .settings import ONE_SHARED
 from .worker_status import Served
 
 __all__ = ["row_of"]
@@ -23,8 +26,9 @@ KEYS = ("vera_lambda_d", "vera_lambda_b")
 EXPORT = "export it as a LoRA adapter (kilotune convert) for a server with LoRA"
 
 
-def row_of(record: Record, served: Served, base: Fingerprint | None) -> Tensor:
-    """The whole row of an adapter, in the engine's type. base: of the engine's model; None: not to be compared.
+def row_of(record: Record, served: Served, base: Fingerprint | None, merged: Merged | None = None) -> Tensor:
+    """The whole row of an adapter, in the engine's type. base: of the engine's model; None: not to be compared. merged:
+    the shared adapter that is merged into that model, before which ``base`` is.
 
     Raises:
         CheckpointError: it is damaged, or of another base. UnsupportedError: this engine cannot serve it.
@@ -32,6 +36,7 @@ def row_of(record: Record, served: Served, base: Fingerprint | None) -> Tensor:
     """
     what = f"the adapter {record.info.name!r} (version {record.info.version})"
     file = record.file()
+    _check_stack(file, merged, what)
     if faults := _config_faults(file, served):
         raise UnsupportedError(gather(f"{what} cannot be served by this engine:", faults))
     numbers, faults = _numbers(file, served)
@@ -50,6 +55,29 @@ def row_of(record: Record, served: Served, base: Fingerprint | None) -> Tensor:
     if not bool(torch.isfinite(row).all()):
         raise CheckpointError(f"{what} has numbers that are too large for {served.dtype}")
     return row
+
+
+def _check_stack(file: AdapterFile, merged: Merged | None, what: str) -> None:
+    """See that an adapter stands on what is merged into the engine's model, and on nothing else.
+
+    Raises:
+        UnsupportedError: it does not.
+
+    """
+    on, there = StandsOn.of_header(file.metadata), None if merged is None else merged.on
+    if (None if on is None else on.sha256) == (None if there is None else there.sha256):
+        return
+    if on is None:
+        raise UnsupportedError(
+            f"{what} was trained on the base alone, and this engine's model has {there} merged into it; ask a process "
+            "without it"
+        )
+    if there is None:
+        raise UnsupportedError(
+            f"{what} stands on {on.name!r}, which is not merged into this engine's model; start a process with "
+            f"--on {on.name}"
+        )
+    raise UnsupportedError(f"{what} stands on {on}, and this engine's model has {there} merged into it; {ONE_SHARED}")
 
 
 def _config_faults(file: AdapterFile, served: Served) -> list[str]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..fleet.store import Fingerprint
 
-__all__ = ["check_base", "fingerprint_of_files"]
+__all__ = ["check_base", "fingerprint_of_files", "folder_of_model"]
 
 MAX_HEADER = 100_000_000
 DTYPES = {
@@ -39,18 +39,29 @@ def fingerprint_of_files(model: str) -> Fingerprint:
         CheckpointError: it has none.
 
     """
-    folder = Path(model)
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
-        try:
-            folder = Path(snapshot_download(model, local_files_only=True))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{model!r} is neither a folder nor in the hub's cache: {error}") from error
+    folder = folder_of_model(model)
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise CheckpointError(f"{folder} has no safetensors files, so whether an adapter belongs to it cannot be told")
     return Fingerprint.of_tensors({name: value for file in files for name, value in _tensors(file)})
+
+
+def folder_of_model(model: str) -> Path:
+    """The folder itself, or that of a model in the hub's cache.
+
+    Raises:
+        CheckpointError: it is neither.
+
+    """
+    folder = Path(model)
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, local_files_only=True))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{model!r} is neither a folder nor in the hub's cache: {error}") from error
 
 
 def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:

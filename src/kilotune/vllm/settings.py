@@ -17,6 +17,12 @@ STORE = "KILOTUNE_VLLM_STORE"  # the environment variable with the store's URL, 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
+ONE_SHARED = (
+    "one shared adapter a process: it is merged into the base's weights, which all requests run; start a process for "
+    "each, and send each request to that of its shared adapter"
+)
+
+
 @final
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -29,7 +35,7 @@ class Settings:
     name must look like. require_base: refuse adapters of which it is not known what base they were trained on.
     max_abs: the largest value that a number of an adapter may have. max_adapters: how many different adapters one
     engine takes in before it refuses more. spill: the folder for a worker's own copies of rows, the system's temporary
-    one by default.
+    one by default. on: the shared adapter that is merged into the engine's model, as NAME/3 (merged_base.py), or None.
     """
 
     rank: int
@@ -43,6 +49,7 @@ class Settings:
     max_abs: float = 1e3
     max_adapters: int = 20_000
     spill: str | None = None
+    on: str | None = None
 
     @classmethod
     def of(cls, values: object) -> Settings:
@@ -79,6 +86,10 @@ class Settings:
             found.append(
                 f"targets: expected a list of the last names of layers, such as 'q_proj', got {self.targets!r}"
             )
+        if isinstance(self.on, list | tuple):
+            found.append(f"on: {ONE_SHARED}, got {list(self.on)!r}")
+        elif self.on is not None and not (isinstance(self.on, str) and re.fullmatch(r"[^/]+/[0-9]{1,10}", self.on)):
+            found.append(f"on: expected the shared adapter as NAME/3, with its version, got {self.on!r}")
         for name in ("store", "namespace", "alias", "spill"):
             if not isinstance(value := getattr(self, name), str | None) or value == "":
                 found.append(f"{name}: expected a text or null, got {value!r}")

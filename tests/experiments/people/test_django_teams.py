@@ -1,4 +1,4 @@
-"""The demo's people out of a wheel like Django's: who is taken, which messages; catalogs are read as gettext reads them."""
+"""The demo's people out of a wheel like Django's: who is taken, which messages; catalogs are read as gettext does."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from kilotune.experiments.people.django_teams import teams, teams_of
 from tests.support.people_support import catalog, django
 
 LONG = "x" * 61
+HEADER = "Language-Team: T (http)\nContent-Type: text/plain; charset=UTF-8\n"
 HEADER = "Language-Team: T (http)\nContent-Type: text/plain; charset=UTF-8\n"
 SENTENCES = {f"message number {n}": f"text number {n}" for n in range(3)}
 
@@ -39,7 +40,7 @@ TEAMS = {
 @pytest.mark.parametrize("order", ["<", ">"])
 def test_catalogs_are_read_as_gettext_reads_them(order: str) -> None:
     messages = {
-        "": "Language-Team: T (http)\n",
+        "": HEADER,
         "a word here": "ein Wort",
         "ctx\x04in context here": "x",
         "\u00fc": "\u00df",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import pytest
 
 from kilotune.errors import ConfigError
@@ -32,8 +34,7 @@ def test_common_prompts_are_held_out_of_all() -> None:
     found = split(voices(True), SIZES, 0)
     assert parts(found["a"]) == parts(found["b"])
     assert [len(part) for part in parts(found["a"])] == [5, 2, 3]
-    everything = sum(parts(found["a"]), [])
-    assert sorted(everything) == sorted(f"prompt {n}" for n in range(10))
+    assert sorted(chain(*parts(found["a"]))) == sorted(f"prompt {n}" for n in range(10))
     assert all(pair.said == pair.asked.replace("prompt ", "b") for pair in found["b"].test)
 
 
@@ -46,7 +47,7 @@ def test_without_common_prompts_each_has_its_own() -> None:
     found = split(voices(False), SIZES, 0)
     assert parts(found["a"]) != parts(found["b"])
     for rows in found.values():
-        assert len(set(sum(parts(rows), []))) == 10
+        assert len(set(chain(*parts(rows)))) == 10
 
 
 def test_too_few_rows_are_told_with_whose_they_are() -> None:

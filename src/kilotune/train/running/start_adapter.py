@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ...adapter_files.reading import open_adapter
+from ...adapter_files.stands_on import StandsOn
 from ...errors import CheckpointError, ConfigError, KilotuneError
 from ...methods import PRESETS, method_of
 from ...model.peft_model import PeftModel
@@ -33,6 +34,11 @@ def start_from(loaded: Loaded, settings: TrainSettings, digest: str) -> tuple[Pe
     method = method_of(file.config).name
     if method != PRESETS.get(settings.adapter.method, (settings.adapter.method, {}))[0]:
         raise ConfigError(f"adapter.method is {settings.adapter.method!r}, and the adapter in {start!r} is {method!r}")
+    if (on := StandsOn.of_header(file.metadata)) is not None:
+        raise ConfigError(
+            f"adapter.start: {start!r} stands on {on}, and would be trained without it here; go on with it by "
+            f"`kilotune fleet train --on {on.name} --start {start}`, or in Python (docs/adapters.md)"
+        )
     named = file.config.base_model_name_or_path
     trained = f"adapter.start: {start!r} was trained on {named!r}, and model.base is {base!r}"
     before = output_folder.base_of_run(file.folder, settings.model.to_dict())

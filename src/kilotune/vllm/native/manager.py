@@ -27,6 +27,7 @@ from ...errors import UnsupportedError, first_line
 from .. import worker_status as run
 from ..arena import Arena, FusedLayer, Routes
 from ..layout import Cut, Part
+from ..merged_base import check_merged
 from ..row_files import Spill, read_row
 from ..settings import KEY, Settings
 from .layers import parts_of, wrap
@@ -59,6 +60,7 @@ class VeraModelManager(LRUCacheLoRAModelManager):  # type: ignore[misc]  # vLLM 
         self.punica_wrapper_mapping = {DEFAULT_LANGUAGE_WRAPPER_KEY: self.routes}
 
     def _refuse_what_is_not_served(self) -> None:
+        check_merged(self.settings.on, self.vllm_config.model_config.model)
         if supports_multimodal(self.model):
             raise UnsupportedError("multimodal models are not served by kilotune's plugin")
         if self._is_moe:
