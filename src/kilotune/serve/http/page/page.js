@@ -184,7 +184,8 @@ async function begin() {
   $("adapter").value = "";
   $("live").hidden = true;
   trouble("");
-  $("key-form").hidden = !sessionStorage.getItem("key"); // where nobody needs one, there is nothing to fill in
+  $("key-form").hidden = true; // where nobody needs one, or has one that is let in, there is nothing to fill in
+  $("other-key").hidden = !sessionStorage.getItem("key");
   try {
     await list(true);
   } catch (error) {
@@ -203,6 +204,7 @@ $("key-form").addEventListener("submit", (event) => {
   $("key").value = "";
   begin();
 });
+$("other-key").addEventListener("click", () => { $("key-form").hidden = false; $("key").focus(); });
 $("more").addEventListener("click", () => list(false).catch((error) => trouble(error.message)));
 begin();
 setInterval(live, 1000);
