@@ -129,7 +129,10 @@ def test_a_missing_package_costs_what_it_costs(monkeypatch: pytest.MonkeyPatch) 
     result = kilotune("doctor")
     assert result.exit_code == 0, "what is optional may be missing"
     text = " ".join(result.stdout.split())
-    assert "To have more: pip install 'kilotune[export]' for gguf (kilotune export to llama.cpp)" in text
+    assert (
+        "To have more: pip install 'kilotune[export]' for gguf (models in GGUF files, kilotune export to llama.cpp)"
+        in text
+    )
     assert "To have more: pip install 'kilotune[train]' for pyarrow (Parquet files)" in text
 
 

@@ -84,6 +84,18 @@ def test_each_target_sets_up_first(target: str) -> None:
 
 
 @pytest.mark.heavy
+def test_make_demo_runs_to_its_report(tmp_path: Path) -> None:
+    """The whole of `make demo`, in its short form: no download, and all of its checks."""
+    out = tmp_path / "run"
+    done = run_make("demo", f"ARGS=--quick --out {out}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("pass  ") == 5
+    results = json.loads((out / "results.json").read_text())
+    assert results["passed"] is True
+    assert (out / "report.html").stat().st_size > 100_000
+
+
+@pytest.mark.heavy
 def test_make_tutorial_runs_to_its_report(tmp_path: Path) -> None:
     """The whole of `make tutorial`, on one seed and fewer epochs; `make test` has set up what it needs."""
     out = tmp_path / "run"

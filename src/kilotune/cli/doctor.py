@@ -32,7 +32,7 @@ FOR: Mapping[str, str] = {
     "bitsandbytes": "4-bit and int8 weights: model.quantization nf4, int8",
     "datasets": "data sets of the hub",
     "fastapi": "kilotune serve",
-    "gguf": "kilotune export to llama.cpp",
+    "gguf": "models in GGUF files, kilotune export to llama.cpp",
     "httptools": "kilotune serve",
     "huggingface-hub": "models, adapters and data by hub id",
     "jinja2": "reports",
