@@ -88,6 +88,7 @@ def test_one_name_gives_the_stack(running: Running, manager: httpx2.Client) -> N
     assert (made.json()["stands_on"], made.json()["ready"]) == (on, True)
     assert text(running, "me") == stacked(1, 4)
     assert text(running, "me") != expected(4, PROMPT, 6)
+    assert running.openai().models.retrieve("me").kilotune["stands_on"] == on
     again = put(manager, "me", adapter_folder(4), on="style/live")
     assert (again.status_code, again.json()["created"]) == (200, False), "the same on the same"
     put(manager, "style", style_folder(2), alias="live")
