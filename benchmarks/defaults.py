@@ -257,6 +257,9 @@ def main() -> int:
             rows.append(row)
     for row in rows:
         print(" | ".join(f"{k}: {v:.4g}" if isinstance(v, float) else f"{k}: {v}" for k, v in row.items()))
+    every = sum(len(model.steps) * len(model.methods) for model in MODELS)
+    searched = {case for case, _, seed in results.known if seed == SEARCHED}
+    print(f"of {every} cases, {len(searched)} are searched, by {len(results.known)} runs in {results.path}")
     if not held:
         return 0
     share = sum(held) / len(held)

@@ -139,6 +139,7 @@ def test_nothing_is_kept_where_it_is_no_gain(model: Path, tmp_path: Path) -> Non
     assert done.exit_code == 0, done.output
     assert not (tmp_path / "out").exists()
     assert "nothing kept: no gain" in done.stdout
+    assert "validation loss without their own, mean" in done.stdout
     assert "ann" in done.stdout
     assert "loss without" in done.stdout
 

@@ -75,6 +75,25 @@ def test_two_orders_and_two_of_one_form_in_one_batch() -> None:
     assert not torch.allclose(routed[1], together(model, ["p0", "house"], x)[1], atol=1e-3)  # the order matters
 
 
+@pytest.mark.parametrize("hooked", [False, True])
+def test_what_scales_the_output_scales_what_is_beneath_it(hooked: bool) -> None:
+    """By itself, without a second run of the base; but with it where somebody looks at what the base gives."""
+    model, x = house(Nested(), own=get_config("ia3", target_modules=["up"], feedforward_modules=[])), torch.randn(3, 6)
+    runs: list[int] = []
+    layer = model.adapted_layers()["blocks.0.mix.up"]
+    real = layer.kind.run
+    if hooked:
+        layer.base_layer.register_forward_hook(lambda module, args, output: None)
+    rows = [["house", "p0"], ["house", "p1"], "p2"]
+    expected = [together(model, [row] if isinstance(row, str) else row, x)[i] for i, row in enumerate(rows)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(layer.kind), "run", lambda self, *args: (runs.append(1), real(*args))[1])
+        routed = model(x, adapter_names=rows)
+    for i, row in enumerate(expected):
+        torch.testing.assert_close(routed[i], row, rtol=1e-4, atol=1e-5)
+    assert bool(runs) is hooked
+
+
 def test_a_stack_of_one_is_bit_for_bit_the_adapter() -> None:
     model, x = house(Nested()), torch.randn(4, 6)
     plain = model(x, adapter_names=["p0", "house", "p1", None])

@@ -161,6 +161,12 @@ def _show(report: FleetReport, as_json: bool) -> None:
     for user in report.users:
         endings[user.ended] = endings.get(user.ended, 0) + 1
     rows = [(ending, str(count)) for ending, count in endings.items()]
+    for what, losses in (
+        ("validation loss without", [user.without for user in report.users if user.with_own is not None]),
+        ("validation loss with", [user.with_own for user in report.users]),
+    ):
+        if known := [loss for loss in losses if loss is not None]:
+            rows.append((f"{what} their own, mean", f"{sum(known) / len(known):.4f}"))
     rows += [("rows", f"{report.rows:,}"), ("joint steps", f"{report.steps:,}"), ("seconds", f"{report.seconds:.1f}")]
     console().print(rows_table("users", [""], rows))
     if report.no_gain:

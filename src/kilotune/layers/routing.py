@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..deltas import Delta, LowRank, Rescale, Residual, Shift
+from ..deltas import Delta, LowRank, Rescale, Residual, Role, Shift
 from ..errors import UnsupportedError
 from ..kernels.banked import Owners, lift_own, lift_shared, per_row
 from ..kinds import hooked
@@ -81,8 +81,22 @@ def _on_level(
 
 def _as_one(layer: RoutedLayer, levels: list[list[Cohort]]) -> bool:
     """Whether an adapter of some level may not simply act on what those below it have left."""
-    makes = [[_makes(layer, cohort) for cohort in level] for level in levels]
-    return any(Rescale in own for own in makes[1:]) or any(Residual in own for own in makes[:-1])
+    if any(_makes(layer, cohort) is Residual for level in levels[:-1] for cohort in level):
+        return True
+    rescaling = [cohort for level in levels[1:] for cohort in level if _makes(layer, cohort) is Rescale]
+    return not all(_scales_output(layer, cohort) for cohort in rescaling)
+
+
+def _scales_output(layer: RoutedLayer, cohort: Cohort) -> bool:
+    """Whether a rescaling does no more than to scale what the layer gives, whatever is in that."""
+    slot = cohort.slot(layer, 0) or cohort.slot(layer)
+    if slot is None or slot.method is None or hooked(layer.base_layer):
+        return False
+    params = cohort.params(layer, 0)
+    if any(slot.method.roles.get(key) is not Role.ROWS for key in params):
+        return False  # to ask for the delta could cost much, too
+    delta = delta_of(slot.method, slot.site, params, slot.shared)
+    return isinstance(delta, Rescale) and delta.inner is None is delta.cols and delta.scale_bias
 
 
 def _makes(layer: RoutedLayer, cohort: Cohort) -> type[Delta] | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kilotune import AdapterConfig, LoraConfig, PeftModel, VeraConfig, get_config, get_peft_model
 from kilotune.adapter_files.content import content_sha256, file_of
@@ -239,6 +239,30 @@ def test_what_cannot_be_beneath_says_so(tmp_path: Path) -> None:
     assert [user.ended for user in report.users] == ["failed", "failed", "done"]
     assert "is called 'house-style' too" in str(report.users[0].error)
     assert "'stands_on' is written by the training itself" in str(report.users[1].error)
+
+
+class Attends(nn.Module):
+    """Attention whose parent multiplies with the packed weight itself, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.attention(x[:, None], x[:, None], x[:, None])[0][:, 0])
+        return y
+
+
+def test_a_shared_one_that_is_one_for_all_rows_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    model = get_peft_model(Attends().double(), LoraConfig(r=2, target_modules=["attention"]), "house-style")
+    model.set_adapter([])
+    with open_store(f"sqlite:///{tmp_path / 'a.db'}") as store:
+        with pytest.raises(UnsupportedError, match="(?s)cannot stand on 'house-style'.*the weight itself"):
+            fit(
+                model, VeraConfig(r=2, target_modules=["head"]), group(1), SETTINGS, sink=store, on="house-style", **RUN
+            )
+        assert not list(store.ls())
 
 
 @pytest.mark.parametrize("header", ["{", "3", '{"name": 3, "version": null, "sha256": "a"}', '{"name": "a"}'])

@@ -28,7 +28,7 @@ from ..data.rows import Ragged, Rows
 from ..trainer.from_settings import FEWEST_STEPS, USUAL_EPOCHS, epochs_of, steps_of_epoch, total_steps
 from . import base_model as models
 from .memory import Estimate, Machine, estimate_memory, machine_of
-from .memory_rehearsal import Step
+from .memory_rehearsal import Step, held_tensors
 from .pace import Pace, pace_of
 from .process_memory import process_bytes
 
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["RunPlan", "largest_rows", "plan_run"]
 
 _WHERE = {"memory": "in memory", "disk": "on disk"}
+PAGE = 4096  # bytes that a system reads of a file at least
 LOOKED_AT = 1000  # rows of a data set whose lengths only reading them tells
 
 
@@ -226,7 +227,7 @@ def _cached(session: Session) -> str:
 
 def _estimate(session: Session, batch: Any, processes: int) -> Estimate:
     settings, prepared = session.settings, session.prepared
-    run, before = settings.training, process_bytes()
+    run, before = settings.training, _process_with(session.model)
     evaluation = None
     if prepared.validation is not None and run.eval_every is not None:
         evaluation = prepared.collate(largest_rows(prepared.validation, run.eval_batch_size or run.batch_size))
@@ -235,6 +236,14 @@ def _estimate(session: Session, batch: Any, processes: int) -> Estimate:
     if models.device_of(run.device).type == "cuda":
         return found
     return dataclasses.replace(found, process=max(0, before - found.loaded))
+
+
+def _process_with(model: nn.Module) -> int:
+    """What this process has with all of the model in memory: of weights in a file, the system has read none before."""
+    for tensor in held_tensors(model):
+        if tensor.device.type == "cpu" and tensor.is_contiguous() and type(tensor.data) is Tensor:
+            tensor.detach().reshape(-1)[:: max(1, PAGE // tensor.element_size())].sum()  # a number of each page
+    return process_bytes()
 
 
 def largest_rows(rows: Any, count: int) -> list[Any]:

@@ -26,16 +26,16 @@ class Rate:
     """at_100: for 100 steps. power: of (100 / steps), by which shorter trainings get more and longer ones less."""
 
     at_100: float
-    power: float = 0.5
+    power: float = 0.45
 
 
 RATES: Mapping[str, Rate] = {
-    "lora": Rate(1e-2),
-    "vera": Rate(0.15),
+    "lora": Rate(7e-3),
+    "vera": Rate(8e-2),
     "ia3": Rate(2e-2),
     "bitfit": Rate(1e-2),
     "loraxs": Rate(2e-2),
-    "unilora": Rate(5e-2),
+    "unilora": Rate(0.15),
     "bottleneck": Rate(3e-3),
     "intrinsic": Rate(5e-2),
     "full": Rate(1e-4),
