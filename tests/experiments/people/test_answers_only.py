@@ -26,7 +26,7 @@ def base() -> Base:
 
 
 def batch_of(base: Base, answers: AnswersOnly) -> dict[str, Tensor]:
-    return answers.collate([base.speech.row(pair, "=") for pair in PAIRS])
+    return answers.collate([base.speech.row(pair, "=", " ") for pair in PAIRS])
 
 
 def run(base: Base, batch: dict[str, Tensor]) -> Any:
@@ -34,7 +34,7 @@ def run(base: Base, batch: dict[str, Tensor]) -> Any:
 
 
 def test_a_row_is_the_prompt_and_the_answer_with_its_end() -> None:
-    row = Letters().row(Pair("ab", "c"), "=")
+    row = Letters().row(Pair("ab", "c"), "=", " ")
     assert row["input_ids"] == [97, 98, 61, 32, 99, 256]
     assert row["labels"] == [-100, -100, -100, 32, 99, 256]
     assert Letters().text([97, 256]) == "a"

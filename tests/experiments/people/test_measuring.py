@@ -43,7 +43,7 @@ def model(base: Base) -> PeftModel:
 
 def rows_of(base: Base) -> dict[str, Encoded]:
     def of(name: str) -> list[dict[str, list[int]]]:
-        return [base.speech.row(Pair(f"{name} asks {'x' * n}", f"answer {n}"), "=") for n in range(4)]
+        return [base.speech.row(Pair(f"{name} asks {'x' * n}", f"answer {n}"), "=", " ") for n in range(4)]
 
     return {name: Encoded([], [], of(name)) for name in PEOPLE}
 

@@ -34,9 +34,9 @@ class Speech(ABC):
         """What a model is given."""
         return self.numbers(f"{asked}{after}")
 
-    def row(self, pair: Pair, after: str) -> dict[str, list[int]]:
+    def row(self, pair: Pair, after: str, lead: str) -> dict[str, list[int]]:
         """A row to learn from: the loss is on the answer and its end."""
-        prompt, answer = self.prompt(pair.asked, after), [*self.numbers(f" {pair.said}"), self.end]
+        prompt, answer = self.prompt(pair.asked, after), [*self.numbers(f"{lead}{pair.said}"), self.end]
         return {"input_ids": prompt + answer, "labels": [IGNORED] * len(prompt) + answer}
 
 

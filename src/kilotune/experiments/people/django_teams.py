@@ -75,6 +75,7 @@ def teams() -> Voices:
         rule=RULE,
         task="the English message, and how this team has put it",
         after=" =",
+        lead=" ",  # a tokenizer has words with the blank before them
         common=True,
         people=tuple(found),
     )

@@ -210,7 +210,7 @@ def _had(settings: PeopleSettings, folder: Path, tick: Tick) -> tuple[Base, Voic
 
 def _encoded(base: Base, voices: Voices, rows: Rows) -> Encoded:
     def of(pairs: tuple[Pair, ...]) -> list[dict[str, list[int]]]:
-        return [base.speech.row(pair, voices.after) for pair in pairs]
+        return [base.speech.row(pair, voices.after, voices.lead) for pair in pairs]
 
     return Encoded(of(rows.train), of(rows.validation), of(rows.test))
 

@@ -42,14 +42,15 @@ def authors() -> Voices:
         rule="the eight largest public modules; a line and the next one, both of 12 to 60 characters, each line once",
         task="a line, and the one after it",
         after="\n",
+        lead="",
         common=False,
         people=tuple(people),
     )
 
 
-def others() -> str:
-    """The text of other modules: what the small base learns to write from."""
-    return "\n".join("\n".join(_lines(path)) for path in _by_size()[PEOPLE : PEOPLE + READ])
+def others() -> list[str]:
+    """The lines of other modules: what the small base learns to write from."""
+    return [line for path in _by_size()[PEOPLE : PEOPLE + READ] for line in _lines(path)]
 
 
 def _by_size() -> list[Path]:

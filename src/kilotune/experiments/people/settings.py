@@ -93,9 +93,9 @@ FULL = PeopleSettings(
 QUICK = PeopleSettings(
     model=TOY,
     last_blocks=2,
-    sizes=Sizes(train=96, validation=16, test=24),
-    shared=Training("lora", rank=4, rate=5e-3, epochs=2, batch=32, patience=2),
-    personal=Training("vera", rank=64, rate=0.1, epochs=4, batch=8, patience=2),
+    sizes=Sizes(train=160, validation=24, test=32),
+    shared=Training("lora", rank=4, rate=1e-2, epochs=2, batch=32, patience=2),
+    personal=Training("vera", rank=64, rate=0.08, epochs=3, batch=16, patience=2),
 )
 
 

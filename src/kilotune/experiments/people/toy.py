@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ def toy(folder: Path, told: Told) -> Base:
 def _train(transformers: Any, told: Told) -> Any:
     """From nothing, on text of the standard library, the same each time."""
     letters = Letters()
-    text = torch.tensor(letters.numbers(others()))
+    text = torch.tensor([number for two in _pairs(letters, others()) for number in two])
     special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), letters.end)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -68,3 +68,9 @@ def _train(transformers: Any, told: Told) -> Any:
             schedule.step()
             told(step + 1, STEPS)
     return model
+
+
+def _pairs(letters: Letters, lines: Sequence[str]) -> Iterator[list[int]]:
+    """A line and the next one with its end, as the rows are."""
+    for line, after in zip(lines[::2], lines[1::2]):
+        yield [*letters.numbers(f"{line}\n{after}"), letters.end]

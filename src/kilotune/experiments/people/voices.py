@@ -34,7 +34,8 @@ class Voices:
     """People, and what their text is.
 
     source, licence: where it is from. kind: what one of them is. rule: who is in it, and which rows. task: what a row
-    is. after: what stands between a prompt and its answer. common: all have answered the same prompts.
+    is. after, lead: what stands between a prompt and its answer, as the prompt's part and as the answer's. common: all
+    have answered the same prompts.
     """
 
     source: str
@@ -43,6 +44,7 @@ class Voices:
     rule: str
     task: str
     after: str
+    lead: str
     common: bool
     people: tuple[Voice, ...]
 
