@@ -33,6 +33,13 @@ def one_file(tmp_path: Path) -> Path:
     return write_jsonl(tmp_path / "rows.jsonl", mixed)
 
 
+def test_it_says_by_which_rate_it_trains(model: Path, one_file: Path, tmp_path: Path) -> None:
+    words = ["fleet", "train", "-m", model, "-d", one_file, "--user-column", "user", *QUICK[:-2]]
+    assert "learning rate: by the rule for vera, 0.08 for 100 steps" in kilotune(*words, "-o", tmp_path / "a").stderr
+    given = kilotune(*words, "-o", tmp_path / "b", "--set", "learning_rate=0.01")
+    assert "learning rate" not in given.stderr
+
+
 def test_one_file_into_a_store(model: Path, one_file: Path, tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'a.db'}"
     done = kilotune("fleet", "train", "-m", model, "-d", one_file, "--user-column", "user", "--store", url,

@@ -129,6 +129,10 @@ def train(
         if store is not None:
             sink = StoreSink(held.enter_context(open_store(store, namespace=namespace)), alias)
         config = adapter.config(task_type="CAUSAL_LM", base_model_name_or_path=model)
+        if progress == "plain" and chosen.learning_rate is None:
+            print(
+                f"learning rate: by the rule for {method}, {chosen.rate(config, 100):g} for 100 steps", file=sys.stderr
+            )
         report = fit(
             found.model, config, found, chosen, collate=found.collate, sink=sink, folder=state, resume=resume,
             told=telling, on=there[0], start=there[1],

@@ -13,6 +13,7 @@ import typer
 
 from .._ui.sizes import readable_bytes
 from ..errors import ConfigError
+from ..fleet.store.names import SHARED
 from ._output import Json, console, print_json, rows_table, warn
 
 if TYPE_CHECKING:
@@ -111,7 +112,8 @@ def _below(version: Version) -> str:
     on = version.stands_on
     if on is None:
         return ""
-    return f"{on.name} (version {on.version}{' of @shared' if on.namespace == '@shared' else ''})"
+    more = (" of @shared" if on.namespace == SHARED else "") + (", which was removed" if on.removed else "")
+    return f"{on.name} (version {on.version}{more})"
 
 
 @app.command()

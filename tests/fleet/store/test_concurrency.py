@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
 import torch
 
-from kilotune.errors import StoreError
-from kilotune.fleet.store import AdapterStore, Contents, Item, open_store
+from kilotune.errors import AdapterError, StoreError
+from kilotune.fleet.store import AdapterStore, Contents, Item, open_store, stacks
+from kilotune.fleet.store.preparing import Below
+from kilotune.fleet.store.schema import Link
 from tests.support.store_support import CONFIG, KEYS, KINDS, contents, new_url
 
 # Python 3.12 warns of any fork beside threads; a child here only uses the store.
@@ -289,3 +291,39 @@ def test_a_fork_in_the_middle_of_a_threads_write(url: str) -> None:
                 thread.join()
         assert list(store.names()) == ["a", *(f"child-{number}" for number in range(5))]
         assert list(store.verify()) == []
+
+
+@pytest.mark.heavy
+def test_nobody_is_put_on_what_goes_at_the_same_time(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some put personal adapters on a shared one whose versions another one puts and removes meanwhile."""
+    hold = stacks.hold
+
+    def slow(link: Link, places: Iterable[Below]) -> None:
+        hold(link, places)
+        time.sleep(0.02)  # the version was there; it must be when this is on disk
+
+    with open_store(url) as store:
+        store.put("style", uniform(0))
+        monkeypatch.setattr(stacks, "hold", slow)
+        put, refused = list[int](), list[str]()
+
+        def personal(worker: int) -> None:
+            for number in range(EACH):
+                try:
+                    put.append(store.put(f"p{worker}-{number}", uniform(number), on="style").version)
+                except AdapterError as error:
+                    refused.append(str(error))
+
+        def shared() -> None:
+            for number in range(EACH):
+                made = store.put("style", uniform(number))
+                try:
+                    store.rm("style", made.version - 1)
+                except AdapterError as error:
+                    refused.append(str(error))
+
+        run_all([*(lambda worker=worker: personal(worker) for worker in range(WORKERS)), shared])  # type: ignore[misc]
+        assert list(store.verify()) == [], "who stands on something has it"
+        assert put
+        told = ("would answer no more", "removed meanwhile", "has no version")
+        assert all(any(words in text for words in told) for text in refused), refused

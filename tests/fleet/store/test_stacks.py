@@ -213,7 +213,19 @@ def test_what_is_stood_on_is_removed_by_force_alone(store: AdapterStore) -> None
     assert len(store.versions("house-style")) == 2
     on = store.info("ann").stands_on
     assert store.rm("house-style", 1, force=True) == 1
-    assert store.info("ann").stands_on == on, "what it stood on is known still"
+    assert on is not None
+    assert not on.removed
+    after = store.info("ann").stands_on
+    assert after == on, "what it stood on is known still"
+    assert after.removed
+    assert not store.info("bob").stands_on.removed  # type: ignore[union-attr]
+    again, new = store.put_once("house-style", lora(1))
+    assert (again.version, new) == (3, True), "the same contents are another version"
+    with pytest.raises(AdapterError, match="has no version 1"):
+        store.put_once("ann", contents(1), on="house-style/1")
+    moved, new = store.put_once("ann", contents(1), on="house-style/3")
+    assert (moved.version, new) == (2, True)
+    assert store.rm("ann", 2) == 1
     with pytest.raises(
         AdapterError, match="'ann' \\(version 1\\) stands on 'house-style' \\(version 1\\), which was rem"
     ):
@@ -222,7 +234,7 @@ def test_what_is_stood_on_is_removed_by_force_alone(store: AdapterStore) -> None
     assert set(faults) == {"ann", "cid", *(f"more-{i}" for i in range(8))}
     assert faults["ann"] == "stands on 'house-style' (version 1), which was removed"
     assert store.rm("bob") == 1
-    assert store.rm("house-style") == 1, "nobody stands on what is left"
+    assert store.rm("house-style") == 2, "nobody stands on what is left"
 
 
 def test_versions_of_one_name_that_stand_on_each_other_go_together(store: AdapterStore) -> None:
@@ -468,6 +480,7 @@ def test_stacks_by_command(tmp_path: Path) -> None:
         "version": 1,
         "sha256": shared["sha256"],
         "namespace": "default",
+        "removed": False,
     }
     assert shared["stands_on"] is None
     listed = kilotune("store", "ls", url).stdout

@@ -200,6 +200,8 @@ def test_a_broken_stack_fails_its_own_requests_alone(stacks: Stacks) -> None:
         stacks.registry._rows.clear()
     with open_store(stacks.registry.url, namespace="t") as store:
         store.rm("other", force=True)
+    with pytest.raises(AdapterError, match="stands on 'other' \\(version 1\\), which was removed"):
+        stacks.registry.resolve("t", "bob")
     with pytest.raises(AdapterError, match="'other' \\(version 1\\), which was removed"):
         asyncio.run(answer(stacks.engine, [1, 2], greedy(2), gone))
     stacks.check(["ann", "style", "base"])

@@ -84,10 +84,11 @@ def test_one_name_gives_the_stack(running: Running, manager: httpx2.Client) -> N
     assert style["stands_on"] is None
     made = put(manager, "me", adapter_folder(4), on="style")
     assert made.status_code == 201, made.text
-    on = {"name": "style", "version": 1, "sha256": style["sha256"], "namespace": "ann"}
+    on = {"name": "style", "version": 1, "sha256": style["sha256"], "namespace": "ann", "removed": False}
     assert (made.json()["stands_on"], made.json()["ready"]) == (on, True)
     assert text(running, "me") == stacked(1, 4)
     assert text(running, "me") != expected(4, PROMPT, 6)
+    assert running.openai().models.retrieve("me").kilotune["stands_on"] == on
     again = put(manager, "me", adapter_folder(4), on="style/live")
     assert (again.status_code, again.json()["created"]) == (200, False), "the same on the same"
     put(manager, "style", style_folder(2), alias="live")
@@ -142,9 +143,6 @@ def test_what_is_stood_on_goes_by_force_and_fails_alone(running: Running, manage
         told = error(manager.delete(f"/manage/ann/adapters/style{query}"), 409)["message"]
         assert "1 adapter ('me') stand on version 1 of it, and would answer no more" in told
     assert manager.delete("/manage/ann/adapters/style?force=true").json() == {"name": "style", "removed": 1}
-    registry: Any = running.catalogue
-    with registry._lock:  # as when the server is started anew
-        registry._rows.clear()
     with running.client(running.keys["ann"]) as client:
         body = {"model": "me", "prompt": PROMPT, "max_tokens": 2}
         assert "which was removed" in error(client.post("/v1/completions", json=body), 404)["message"]

@@ -28,8 +28,8 @@ from .schema import Link
 
 __all__ = ["Forms", "Known", "Row", "find", "missing", "names_after", "of_names", "unpacked_text"]
 
-Below = tuple[int | None, int | None, str | None, str | None]
-NOTHING: Below = (None, None, None, None)
+Below = tuple[int | None, int | None, str | None, str | None, int | None]
+NOTHING: Below = (None, None, None, None, None)
 OWN = 11  # columns of a version's own
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 MAX_TEXT = 200_000_000  # bytes of a form or a fingerprint, unpacked; a damaged or hostile store could claim any size
@@ -40,9 +40,10 @@ TABLES = (
     "FROM kilotune_namespaces s JOIN kilotune_names n ON n.namespace = s.id JOIN kilotune_versions v ON v.name = n.id"
 )
 WITH_DATA = "LEFT JOIN kilotune_payloads p ON p.id = v.payload"
-SHARED = "v.shared_name, v.shared_version, sn.name, ss.name"
+SHARED = "v.shared_name, v.shared_version, sn.name, ss.name, sv.version"
 WITH_SHARED = (
-    "LEFT JOIN kilotune_names sn ON sn.id = v.shared_name LEFT JOIN kilotune_namespaces ss ON ss.id = sn.namespace"
+    "LEFT JOIN kilotune_names sn ON sn.id = v.shared_name LEFT JOIN kilotune_namespaces ss ON ss.id = sn.namespace "
+    "LEFT JOIN kilotune_versions sv ON sv.name = v.shared_name AND sv.version = v.shared_version"
 )
 IS_NEWEST = "v.version = (SELECT MAX(w.version) FROM kilotune_versions w WHERE w.name = n.id)"
 HAS_ALIAS = "v.version = (SELECT a.version FROM kilotune_aliases a WHERE a.name = n.id AND a.alias = ?)"
@@ -53,7 +54,8 @@ HAS_ALIAS = "v.version = (SELECT a.version FROM kilotune_aliases a WHERE a.name 
 class Row:
     """A row of ``versions`` with its name; data: the packed numbers, None where nobody asked or they are not there.
 
-    below: what it stands on: the number of its name, its version, its name and its namespace; or None four times.
+    below: what it stands on: the number of its name, its version, its name, its namespace, and its version again where
+    that is there still; or None five times.
     """
 
     name_id: int
@@ -85,13 +87,13 @@ class Row:
             CheckpointError: one of them says so and the other does not.
 
         """
-        _, version, name, namespace = self.below
+        _, version, name, namespace, there = self.below
         sha256 = stored_of(form.header)
         if sha256 is None and version is None:
             return None
         if sha256 is None or version is None or name is None or namespace is None:
             raise CheckpointError(f"{self.name!r} (version {self.version}) is damaged: what it stands on is not known")
-        return SharedVersion(name, int(version), sha256, namespace)
+        return SharedVersion(name, int(version), sha256, namespace, removed=there is None)
 
     def info(self, form: Form) -> Version:
         """As callers see it."""
@@ -143,7 +145,7 @@ def _clause(which: int | str | None) -> tuple[str, tuple[Any, ...]]:
 
 def _select(link: Link, data: bool) -> str:
     """The columns of a :class:`Row`, and the tables that they are in."""
-    shared, tables = (SHARED, WITH_SHARED) if link.stacks else ("NULL, NULL, NULL, NULL", "")
+    shared, tables = (SHARED, WITH_SHARED) if link.stacks else (", ".join(["NULL"] * len(NOTHING)), "")
     payload, payloads = (", p.data", WITH_DATA) if data else ("", "")
     return f"SELECT {COLUMNS}, {shared}{payload} {TABLES} {payloads} {tables}"
 

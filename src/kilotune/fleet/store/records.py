@@ -131,13 +131,15 @@ class SharedVersion:
     which has no versions: :func:`kilotune.adapter_files.content.content_sha256`).
 
     name, version: where it was when the personal one was put, and is, unless it was removed by force. namespace: its
-    own, which is that of the personal one or :data:`~kilotune.fleet.store.names.SHARED`.
+    own, which is that of the personal one or :data:`~kilotune.fleet.store.names.SHARED`. removed: by force, since; what
+    stands on it answers no more.
     """
 
     name: str
     version: int
     sha256: str
     namespace: str
+    removed: bool = field(default=False, compare=False)
 
     def __str__(self) -> str:
         return f"{self.name!r} (version {self.version})"

@@ -161,7 +161,7 @@ def stood_on_faults(link: Link, forms: Forms, rows: Sequence[Row]) -> list[tuple
     known: dict[tuple[int | None, int | None], str | None] = {}
     faults = []
     for row in rows:
-        number, version, name, _ = row.below
+        number, version, name, *_ = row.below
         if number is None:
             continue
         if (number, version) not in known:

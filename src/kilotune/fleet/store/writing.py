@@ -105,7 +105,8 @@ def _same(link: Link, row: Row, one: Ready) -> bool:
 def _below(one: Ready) -> Below:
     if one.below is None:
         return NOTHING
-    return one.below.number, one.below.place.version, one.below.place.name, one.below.place.namespace
+    place = one.below.place
+    return one.below.number, place.version, place.name, place.namespace, place.version
 
 
 def _text(tags: Sequence[str]) -> str:

@@ -179,6 +179,8 @@ class AdapterRegistry:
             if known is None:
                 raise
             return known
+        if (on := found.stands_on) is not None and on.removed:
+            raise AdapterError(f"adapter {name!r}, version {found.version} stands on {on}, which was removed")
         key = replace(AdapterKey.of(namespace, found), name=name)
         with self._lock:
             self._resolved[place] = key

@@ -140,7 +140,8 @@ def _handlers(app: FastAPI) -> None:
 
 
 def _model(service: Service, version: Version) -> dict[str, Any]:
-    more = {"version": version.version, "sha256": version.sha256, "tags": list(version.tags)}
+    told = version.to_dict()
+    more = {key: told[key] for key in ("version", "sha256", "tags", "stands_on")}
     return {
         "id": version.name,
         "object": "model",
