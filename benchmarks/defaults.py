@@ -76,7 +76,7 @@ def causal(base: str, data: str, **more: Any) -> dict[str, Any]:
         "task": "causal-lm",
         "model": {"base": base},
         "data": {s: f"{where}/{n}.jsonl" for s, n in (("train", "train"), ("validation", "validation"))}
-        | {"test": f"{where}/test.jsonl", "max_length": 64},
+        | {"test": f"{where}/test.jsonl", "max_length": 64, "plain": True},
         **more,
     }
 

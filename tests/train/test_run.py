@@ -20,6 +20,7 @@ from kilotune.train.run import Session, evaluate, fit, open_session, train
 from kilotune.train.running.base_model import load_base, set_padding
 from kilotune.train.running.events import Event, Listener
 from kilotune.train.settings.config_file import settings_from
+from kilotune.train.settings.rates import rate_for
 from kilotune.train.settings.sections import TrainSettings
 from kilotune.train.tasks import TASKS
 from kilotune.train.trainer.output_folder import newest
@@ -228,14 +229,15 @@ def test_without_epochs_there_are_enough_steps(tmp_path: Path) -> None:
     assert epochs_of(many, large) == 3
 
 
-def test_the_usual_learning_rate_is_the_methods_own(tmp_path: Path) -> None:
+def test_without_a_learning_rate_it_is_the_rules_for_method_and_steps(tmp_path: Path) -> None:
     data = rows_for("causal-lm", tmp_path)
-    for method, rate in (("lora", 2e-4), ("vera", 4e-3), ("dvora", 4e-3)):
+    for method in ("lora", "vera", "dvora"):
         output = tmp_path / method
         adapter = {"method": method, "options": {}}
         run = {"learning_rate": None, "warmup": 0, "schedule": "constant", "max_steps": 1}
         train(settings("llama", "causal-lm", data, output, adapter=adapter, training=run))
-        assert learning_rates(output) == [rate]
+        assert learning_rates(output) == [rate_for(method, 1)]
+    assert rate_for("dvora", 1) == rate_for("vera", 1) != rate_for("lora", 1)
 
 
 def test_head_and_second_factor_have_rates_of_their_own(tmp_path: Path) -> None:

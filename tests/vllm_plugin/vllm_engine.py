@@ -9,6 +9,8 @@ from typing import Any
 import vllm_support as support
 from vllm_support import Answer, Kind
 
+from kilotune.vllm.merged_base import merged_base
+
 TOLERANCE = 2e-6
 KINDS = {
     "ann": Kind(),
@@ -21,16 +23,31 @@ MIXED = [None, *KINDS] * 4
 
 
 class Engine:
-    """An engine over a base and a store, with what transformers says beside it."""
+    """An engine over a base and a store, with what transformers says beside it.
 
-    def __init__(self, folder: Path, kinds: dict[str, Kind], *, workers: int = 1, kv_heads: int = 2, **options: Any):
+    shared: what a shared adapter is called that all others stand on, and that is merged into the base; None: none.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        kinds: dict[str, Kind],
+        *,
+        workers: int = 1,
+        kv_heads: int = 2,
+        shared: str | None = None,
+        **options: Any,
+    ):
         from vllm import LLM
 
-        self.base = support.base(folder / "base", kv_heads=kv_heads)
+        self.base = self.plain = support.base(folder / "base", kv_heads=kv_heads)
         self.url = f"sqlite:///{folder}/store.db"
-        self.store = support.store_of(self.url, self.base, kinds)
+        self.store = support.store_of(self.url, self.base, kinds, shared=shared)
         self.kinds = kinds
         settings = {"rank": 16, "seed": support.SEED, "store": self.url, **options.pop("settings", {})}
+        if shared is not None:
+            self.base = merged_base(str(self.base), self.store.find_shared(shared))
+            settings["on"] = f"{shared}/1"
         self.llm = LLM(
             str(self.base),
             dtype=options.pop("dtype", "float32"),

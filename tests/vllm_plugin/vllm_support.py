@@ -16,7 +16,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from kilotune import VeraConfig, get_peft_model
+from kilotune import LoraConfig, VeraConfig, get_peft_model
 from kilotune.fleet.store import AdapterStore, open_store
 
 VOCAB, EOS = 256, 255
@@ -92,11 +92,27 @@ def adapted(folder: Path, number: int, kind: Kind = Kind()) -> Any:
     return model.eval()
 
 
-def store_of(url: str, folder: Path, kinds: dict[str, Kind], packing: str = "float32") -> AdapterStore:
-    """A store with an adapter for each name."""
+def style(folder: Path) -> Any:
+    """The base with a shared adapter, of a method that the plugin does not serve by itself."""
+    plain = load(folder)
+    torch.manual_seed(77)  # of its first numbers
+    model = get_peft_model(plain, LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
+    generator = torch.Generator().manual_seed(77)
+    with torch.no_grad():
+        for _, value in model.adapter_parameters():
+            value.add_(0.1 * torch.randn(value.shape, generator=generator))
+    return model.eval()
+
+
+def store_of(
+    url: str, folder: Path, kinds: dict[str, Kind], packing: str = "float32", shared: str | None = None
+) -> AdapterStore:
+    """A store with an adapter for each name. shared: what a shared one is called that they all stand on."""
     store = open_store(url, base=load(folder), packing=packing)
+    if shared is not None:
+        store.put(shared, style(folder))
     for number, (name, kind) in enumerate(kinds.items()):
-        store.put(name, adapted(folder, number, kind))
+        store.put(name, adapted(folder, number, kind), on=shared)
     return store
 
 

@@ -44,8 +44,9 @@ class Weights:
             return {}
         from ..train.running import base_model as models
 
-        config = models.quantised(self.settings(source), models.need_transformers("quantising"))
-        return {"quantization_config": config, "device_map": {"": models.device_of(self.device, "--device")}}
+        device = models.device_of(self.device, "--device")
+        config = models.quantised(self.settings(source), models.need_transformers("quantising"), device)
+        return {"quantization_config": config, "device_map": {"": device}}
 
     def placed(self, model: Any) -> Any:
         """The model on the device, its weights in the dtype that is fast there; quantised weights are there already."""

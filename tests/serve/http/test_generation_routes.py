@@ -208,6 +208,14 @@ def test_models_are_the_base_and_ones_own(running: Running) -> None:
     assert (one.id, one.root, one.kilotune["version"], one.kilotune["aliases"]) == ("poems/live", BASE, 1, {"live": 1})
 
 
+def test_the_base_says_whether_it_has_a_chat_template(running: Running) -> None:
+    with running.client(running.keys["ann"]) as client:
+        base, *others = client.get("/v1/models").json()["data"]
+        assert (base["id"], base["chat_template"]) == (BASE, True)
+        assert all("chat_template" not in model for model in others), "an adapter is asked as its base is"
+        assert client.get(f"/v1/models/{BASE}").json()["chat_template"] is True
+
+
 def test_models_come_in_pages(running: Running) -> None:
     with running.client(running.keys["ann"]) as client:
         seen, after, pages = [], None, 0

@@ -11,7 +11,7 @@ import httpx2
 import pytest
 import torch
 
-from kilotune import LoraConfig, PeftModel, get_peft_model
+from kilotune import BottleneckConfig, LoraConfig, PeftModel, get_peft_model
 from kilotune.fleet.store import open_store
 from tests.serve.http.test_http_errors import error
 from tests.serve.http.test_management_routes import files_of
@@ -147,3 +147,27 @@ def test_what_is_stood_on_goes_by_force_and_fails_alone(running: Running, manage
         body = {"model": "me", "prompt": PROMPT, "max_tokens": 2}
         assert "which was removed" in error(client.post("/v1/completions", json=body), 404)["message"]
     assert text(running, "poems") == expected(1, PROMPT, 6)
+
+
+def test_a_pair_that_cannot_act_together_is_a_bad_request(
+    running: Running, manager: httpx2.Client, tmp_path: Path
+) -> None:
+    neck = get_peft_model(loaded("llama", base_folder()), BottleneckConfig(target_modules=["down_proj"]))
+    neck.save_pretrained(tmp_path / "neck")
+    assert put(manager, "neck", tmp_path / "neck").status_code == 201
+    answer = error(put(manager, "x", tmp_path / "neck", on="neck"), 400)
+    assert "cannot be served on top of the adapter that it stands on" in answer["message"]
+    assert "both not linear" in answer["message"]
+    assert put(manager, "x", adapter_folder(4), on="neck").json()["ready"], "another on top of it can"
+
+
+def test_another_base_below_is_a_bad_request(running: Running, manager: httpx2.Client, tmp_path: Path) -> None:
+    """Put behind the service's back, as by another one with another base."""
+    with open_store(running.catalogue.url, namespace="ann") as store:
+        other = loaded("llama", base_folder())
+        with torch.no_grad():
+            other.lm_head.weight.add_(1.0)
+        foreign = get_peft_model(other, LoraConfig(r=2, target_modules=["o_proj"]))
+        store.put("foreign", foreign)
+    answer = error(put(manager, "x", adapter_folder(4), on="foreign"), 422)
+    assert "'foreign' (version 1) is of another base model" in answer["message"]

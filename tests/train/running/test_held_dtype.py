@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from kilotune.cli._weights import Weights
@@ -19,6 +20,7 @@ from kilotune.serve.http.startup import _base
 from kilotune.train.results.scoring import open_scoring, scoring_settings
 from kilotune.train.run import fit, open_session, train
 from kilotune.train.running import held_dtype as module
+from kilotune.train.running.base_model import quantised
 from kilotune.train.running.held_dtype import AS_SAVED, WIDENED, Held, held_dtype, product_seconds
 from kilotune.train.running.memory import Machine
 from kilotune.train.running.planning import plan_run
@@ -95,6 +97,19 @@ def test_a_product_is_timed_in_earnest_and_once(monkeypatch: pytest.MonkeyPatch)
     assert all(0 < seconds < 1 for seconds in times.values())
     assert product_seconds(torch.float32, True) == times[torch.float32, True]
     product_seconds.cache_clear()
+
+
+@pytest.mark.parametrize(("timed", "found"), [(slow, torch.float32), (even, torch.bfloat16)])
+def test_4_bit_weights_are_multiplied_in_what_is_fast(
+    timed: Any, found: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr(module, "product_seconds", timed)
+    settings = ModelSettings(base="x", quantization="nf4")
+    assert quantised(settings, transformers, CPU).bnb_4bit_compute_dtype == found
+    assert quantised(settings, transformers, torch.device("cuda")).bnb_4bit_compute_dtype == torch.bfloat16
+    explicit = settings.replace(dtype="float16")
+    assert quantised(explicit, transformers, CPU).bnb_4bit_compute_dtype == torch.float16
 
 
 # -- wherever a base is loaded -------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from ...plan import DTYPES
 from ..settings.places import BASE, base_place
 from ..settings.sections import ModelSettings, TrainSettings
 from ..tasks import Limits, Prepared, Task
+from .held_dtype import fast_dtype
 
 __all__ = [
     "Loaded",
@@ -149,7 +150,7 @@ def load_base(
     transformers = need_transformers("training")
     options = dict(task.model_options(prepared)) if prepared is not None else {}
     if settings.quantization != "none":
-        options["quantization_config"] = quantised(settings, transformers)
+        options["quantization_config"] = quantised(settings, transformers, device)
         options["device_map"] = {"": device}
     if settings.attention is not None:
         options["attn_implementation"] = settings.attention
@@ -170,15 +171,15 @@ def load_base(
     return Loaded(model, fresh, notes)
 
 
-def quantised(settings: ModelSettings, transformers: Any) -> Any:
-    """How bitsandbytes is to hold the frozen weights."""
+def quantised(settings: ModelSettings, transformers: Any, device: torch.device) -> Any:
+    """How bitsandbytes is to hold the frozen weights, and in what 4-bit ones are multiplied on ``device``."""
     try:
         import bitsandbytes  # noqa: F401  # transformers' own message is a page
     except ImportError as error:
         raise MissingExtraError("bitsandbytes", "quant", f"model.quantization {settings.quantization}") from error
     if settings.quantization == "int8":
         return transformers.BitsAndBytesConfig(load_in_8bit=True)
-    compute = DTYPES.get(settings.dtype, torch.bfloat16)
+    compute = DTYPES.get(settings.dtype) or fast_dtype(device)
     return transformers.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute, bnb_4bit_use_double_quant=True
     )

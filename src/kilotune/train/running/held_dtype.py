@@ -23,7 +23,7 @@ from torch import nn
 from ..._ui.sizes import readable_bytes
 from .memory import Machine, machine_of
 
-__all__ = ["AS_SAVED", "WIDENED", "Held", "held_dtype", "product_seconds"]
+__all__ = ["AS_SAVED", "WIDENED", "Held", "fast_dtype", "held_dtype", "product_seconds"]
 
 SHAPE = (64, 576, 1536)  # rows, in, out: of a layer of a small language model
 LASTS = 0.05  # seconds that a dtype is timed for
@@ -90,6 +90,13 @@ def held_dtype(
             f"{readable_bytes(have.free)} are free: they stay in {name}"
         )
     return Held(WIDENED, f"{slower}: the weights are held in float32, {readable_bytes(more)} more (model.dtype)")
+
+
+def fast_dtype(device: torch.device, seconds: Seconds | None = None) -> torch.dtype:
+    """In what 4-bit weights are multiplied: bfloat16, or float32 on a CPU whose products of bfloat16 are slow."""
+    took = seconds or product_seconds
+    slow = device.type == "cpu" and took(torch.bfloat16, True) >= SLOW * took(torch.float32, True)
+    return torch.float32 if slow else torch.bfloat16
 
 
 @functools.cache

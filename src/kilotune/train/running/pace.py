@@ -19,6 +19,7 @@ import numpy as np
 from torch import Tensor
 
 from ...model.adapter_model import AdapterModel
+from ...model.frozen_inputs import FrozenInputs
 from ..data.rows import Ragged, Rows
 from ..settings.fields import EPOCH
 from ..trainer.from_settings import steps_of_epoch
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Pace", "about", "ordinary_rows", "pace_of"]
 
-LONG = 4.0  # seconds of one row, or of one step, from which on nothing is run again
+QUICK = 2.0  # seconds of one row, up to which it is run again
+LONG = 20.0  # seconds of a batch, from which on one row of it has to do
 DRAWN = 50  # batches that are looked at for an ordinary one
 UNITS = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))
 Batch = Mapping[str, Any]
@@ -62,9 +64,10 @@ class Pace:
         """As the plan says it."""
         shape = " x ".join(map(str, self.batch))
         what = f"{shape} tokens" if len(self.batch) == 2 else f"{self.batch[0] if self.batch else 1} rows"
-        part = f", reckoned from {self.rows} of its rows" if self.batch and self.rows < self.batch[0] else ""
+        part = ", reckoned from one of its rows" if self.batch and self.rows < self.batch[0] else ""
+        each = f"{self.step:.2g}" if self.step < 100 else f"{self.step:,.0f}"
         more = f"; evaluations {about(self.evaluations)} of it" if self.evaluations >= self.seconds / 20 else ""
-        return f"about {about(self.seconds)} (a step of {what} takes {self.step:.2g} s here{part}{more})"
+        return f"about {about(self.seconds)} (a step of {what} takes {each} s here{part}{more})"
 
     def to_dict(self) -> dict[str, Any]:
         """In plain JSON types."""
@@ -94,8 +97,8 @@ def pace_of(session: Session, steps: int, processes: int = 1) -> Pace | None:
     with suppress(Exception):  # what the model makes of a batch is told when the training starts
         batch = _shape(prepared.collate(chosen))
         once = 0.0
-        if settings.adapter.last_blocks is not None and run.input_cache != "off":
-            forward, whole, rows, more = _timed_with_cache(session, step, chosen)
+        if (last := settings.adapter.last_blocks) is not None and run.input_cache != "off":
+            forward, whole, rows, more = _timed_with_cache(session, step, chosen, last)
             once = more * len(prepared.train) / len(chosen) / processes  # type: ignore[arg-type]  # of known length
         else:
             forward, whole, rows = _timed(session, step, chosen)
@@ -105,9 +108,11 @@ def pace_of(session: Session, steps: int, processes: int = 1) -> Pace | None:
     return None
 
 
-def _timed_with_cache(session: Session, step: Step, chosen: Sequence[Any]) -> tuple[float, float, int, float]:
+def _timed_with_cache(
+    session: Session, step: Step, chosen: Sequence[Any], last: int
+) -> tuple[float, float, int, float]:
     """The same where what goes into the last blocks is kept; and the seconds that these rows take more at first."""
-    with session.keeping():
+    with FrozenInputs(session.model, last):  # in memory, also where the session keeps it on disk: nothing is written
         batch = session.prepared.collate(list(chosen))
         _, first = time_real(session.model, batch, step)
         forward, whole = time_real(session.model, batch, step)
@@ -123,7 +128,7 @@ def _timed(session: Session, step: Step, chosen: Sequence[Any]) -> tuple[float, 
         return time_real(model, collate(list(rows)), step)
 
     forward, whole = run(chosen[:1])
-    if whole < LONG:  # it also set things up, which takes a while and comes once
+    if whole < QUICK:  # it also set things up, which takes a while and comes once
         forward, whole = map(min, (forward, whole), run(chosen[:1]))
     if whole * len(chosen) > LONG:
         return forward * len(chosen), whole * len(chosen), 1
