@@ -25,6 +25,7 @@ from ...errors import CheckpointError, ConfigError
 from ...fleet import AdapterStore, open_store
 from ...model.frozen_inputs import FrozenInputs
 from ...whole_file import hold, holder, let_go, replacing
+from ..images.training import one_thread
 from . import entering
 from .answers_only import AnswersOnly
 from .bases import Base, packaged
@@ -61,6 +62,8 @@ def run(settings: PeopleSettings, folder: Path, report: Report | None = None) ->
     """
     with _held(folder), torch.random.fork_rng(devices=[]), ExitStack() as open_:
         _claim(folder, settings)
+        if settings.model == TOY:
+            open_.enter_context(one_thread())  # so small a model's threads would only wait for one another
         stage = _Stage(settings, folder, report)
         store = open_.enter_context(open_store(f"sqlite:///{folder.absolute() / STORE}"))
         return stage.result(store)
