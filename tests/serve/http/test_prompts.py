@@ -65,3 +65,29 @@ def test_the_copy_for_such_messages_is_there_before_the_first_comes(monkeypatch:
     prompts = Prompts(byte_pairs(), 600)
     monkeypatch.setattr("kilotune.train.data.rendering.Speller", None)
     assert asyncio.run(prompts.chat([{"role": "user", "content": EVIL}], "ann"))
+
+
+@pytest.mark.parametrize("content", ["a b ", EVIL], ids=["clean", "marks"])
+def test_a_developer_is_the_system_where_the_template_knows_no_developer(content: str) -> None:
+    said = [{"role": "developer", "content": content}, {"role": "user", "content": "hi"}]
+    system = [{**said[0], "role": "system"}, said[1]]
+    assert made(byte_pairs(), said) == made(byte_pairs(), system)
+    knows = byte_pairs(chats.PLAIN_CHATML + "{# developer #}")
+    assert made(knows, said) != made(knows, system)
+
+
+def test_a_message_that_is_gone_on_with_holds_no_turn_either() -> None:
+    tokenizer = byte_pairs()
+    prompts = Prompts(tokenizer, len(tokenizer))
+    said = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "a b"}]
+    for content in ("a b", " a", EVIL, "a <"):
+        said[1]["content"] = content
+        ids = list(asyncio.run(prompts.chat(said, "ann", "continued")))
+        clean = tokenizer.apply_chat_template(
+            [said[0], {**said[1], "content": "a b"}], continue_final_message=True, return_dict=False
+        )
+        held = special_ids(tokenizer)
+        assert [i for i in ids if i in held] == [i for i in clean if i in held]
+        assert tokenizer.decode(ids, clean_up_tokenization_spaces=False).endswith(content)
+    with pytest.raises(ApiError, match="the chat template refuses"):
+        asyncio.run(prompts.chat([], "ann", "continued"))

@@ -127,7 +127,7 @@ def _sampling(body: GenerationBody, tokens: int, logprobs: int | None, choice: i
         max_tokens=tokens,
         temperature=1.0 if body.temperature is None else body.temperature,
         top_p=1.0 if body.top_p is None else body.top_p,
-        top_k=body.top_k,
+        top_k=None if body.top_k in (0, -1) else body.top_k,
         seed=seed_of(body.seed, choice),
         stop=body.stops,
         stop_token_ids=tuple(body.stop_token_ids or ()),
@@ -187,7 +187,7 @@ def routes(service: Service, errors: dict[int | str, dict[str, Any]]) -> APIRout
         messages = [
             {"role": m.role, "content": m.text, **({} if m.name is None else {"name": m.name})} for m in body.messages
         ]
-        prompt = await service.prompts.chat(messages, tenant)
+        prompt = await service.prompts.chat(messages, tenant, body.ending)
         tokens = service.room(prompt, body.limit, None, "messages")
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         generations = await _generations(service, request, body, meant, [prompt], [tokens], logprobs)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, final
 
 from ...errors import ConfigError
-from ...train.data.rendering import ChatTemplate, Rendered, tokenize
+from ...train.data.rendering import ChatTemplate, Ending, Rendered, tokenize
 from .http_errors import ApiError
 
 __all__ = ["Prompts"]
@@ -56,8 +56,8 @@ class Prompts:
         """A text for an encoder, between the tokens that its tokenizer puts around it."""
         return self._checked(given if not isinstance(given, str) else await self._encode(given, True, tenant), param)
 
-    async def chat(self, messages: Sequence[dict[str, Any]], tenant: str) -> tuple[int, ...]:
-        """A conversation in the model's template, up to where the answer begins.
+    async def chat(self, messages: Sequence[dict[str, Any]], tenant: str, ending: Ending = "asked") -> tuple[int, ...]:
+        """A conversation in the model's template, up to where the answer begins, or as ``ending`` says.
 
         Tokens that mark turns are words where a message holds them, so no message becomes another turn.
 
@@ -68,7 +68,7 @@ class Prompts:
         if isinstance(chats := self._chats, str):
             raise ApiError(400, chats, param="messages")
         try:
-            rendered = await self._in_turn(tenant, lambda: chats.prompt(messages))
+            rendered = await self._in_turn(tenant, lambda: chats.prompt(messages, ending))
         except ConfigError as error:
             raise ApiError(400, str(error), param="messages") from error
         if (speller := rendered.speller) is not None:

@@ -1,14 +1,19 @@
 """What requests may say, as OpenAI's API has it. An option that is not served is refused, never passed over.
 
-Options of OpenAI's that change nothing at some value (``presence_penalty: 0``) are taken at that value. A list stops at
-its first wrong element: an error for each of a million would keep everybody waiting.
+What asks for nothing is taken: null for any option, and the values of options.py. A list stops at its first wrong
+element: an error for each of a million would keep everybody waiting.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, final
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, final
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from ...train.data.rendering import Ending
+from .options import ASKING, MESSAGE, Option, drop_neutral
 
 __all__ = [
     "AliasesBody",
@@ -32,18 +37,33 @@ MAX_LOGPROBS = 20
 MAX_OPTIONS = 100
 
 
-class Body(BaseModel):
-    """A request's body: nothing unknown in it, and no value bent into another type."""
+def _taken(schema: dict[str, Any], body: type[Body]) -> None:
+    """In the API's document: options that ask for nothing, and null for any other name."""
+    taken = {name: option.schema for name, option in body.neutral.items() if name not in body.model_fields}
+    schema["properties"] |= {name: {"anyOf": [kind, {"type": "null"}]} for name, kind in taken.items()}
+    schema["additionalProperties"] = {"type": "null"}
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+class Body(BaseModel):
+    """A request's body: nothing unknown in it, and no value bent into another type. What is null asks for nothing.
+
+    neutral: options that are not served, and taken where they ask for nothing.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, json_schema_extra=_taken)
+    neutral: ClassVar[Mapping[str, Option]] = {}
 
     @model_validator(mode="before")
     @classmethod
-    def _few(cls, given: Any) -> Any:
-        """One error for a flood of unknown options, not one for each."""
-        if isinstance(given, dict) and len(given) > MAX_OPTIONS:
+    def _asks(cls, given: Any) -> Any:
+        """What the body asks for; one error for a flood of unknown options, not one for each."""
+        if not isinstance(given, dict):
+            return given
+        if len(given) > MAX_OPTIONS:
             raise ValueError(f"an object with {len(given)} options; there are fewer than {MAX_OPTIONS}")
-        return given
+        needed = [name for name, field in cls.model_fields.items() if field.is_required()]
+        asked = {name: value for name, value in given.items() if value is not None or name in needed}
+        return drop_neutral(asked, cls.neutral, cls.model_fields)
 
 
 @final
@@ -54,16 +74,10 @@ class StreamOptions(Body):
     include_obfuscation: Literal[False] | None = None
 
 
-@final
-class TextFormat(Body):
-    """The one format of answers that is served."""
-
-    type: Literal["text"]
-
-
 class GenerationBody(Body):
     """What completions and chats have in common. top_k, ignore_eos, stop_token_ids and timeout are not OpenAI's."""
 
+    neutral = ASKING
     model: Model
     n: int | None = Field(None, ge=1, le=128)
     stream: bool | None = None
@@ -76,7 +90,9 @@ class GenerationBody(Body):
     presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
-    top_k: int | None = Field(None, ge=1, lt=2**31, description="Draw from so many of the likeliest tokens only.")
+    top_k: int | None = Field(
+        None, ge=-1, lt=2**31, description="Draw from so many of the likeliest tokens only; 0 or -1: from all."
+    )
     ignore_eos: bool | None = Field(None, description="Go on behind the model's end token.")
     stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] | None = None
     timeout: float | None = Field(None, gt=0, le=86400, description="Seconds; then it ends with an error.")
@@ -107,7 +123,6 @@ class CompletionBody(GenerationBody):
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: bool | None = None
     best_of: int | None = Field(None, ge=1, le=128)
-    suffix: Literal[""] | None = None
 
     @model_validator(mode="after")
     def _served(self) -> CompletionBody:
@@ -138,13 +153,24 @@ class Part(Body):
 class Message(Body):
     """A message of a chat."""
 
+    neutral = MESSAGE
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[Part], Field(min_length=1, fail_fast=True)]
+    content: Text | Annotated[list[Part], Field(min_length=1, fail_fast=True)] | None = Field(
+        None, description="May be null in an assistant's message only."
+    )
     name: str | None = Field(None, max_length=64)
+
+    @model_validator(mode="after")
+    def _says(self) -> Message:
+        if self.content is None and self.role != "assistant":
+            raise PydanticCustomError("lacking", "is missing", {"option": "content"})
+        return self
 
     @property
     def text(self) -> str:
         """The content as one text."""
+        if self.content is None:
+            return ""
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
@@ -157,17 +183,27 @@ class ChatBody(GenerationBody):
     max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    response_format: TextFormat | None = None
-    tools: Annotated[list[dict[str, Any]], Field(max_length=0)] | None = None
-    tool_choice: Literal["none", "auto"] | None = None
+    add_generation_prompt: bool | None = Field(
+        None, description="Whether the template begins an answer; by default so."
+    )
+    continue_final_message: bool | None = Field(None, description="Go on with the last message instead.")
 
     @model_validator(mode="after")
     def _together(self) -> ChatBody:
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs: only with logprobs: true")
+        if self.continue_final_message and self.add_generation_prompt:
+            raise ValueError("continue_final_message: not together with add_generation_prompt: true")
         if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
             raise ValueError("max_tokens: the old name of max_completion_tokens; give one of them")
         return self
+
+    @property
+    def ending(self) -> Ending:
+        """How the prompt is to end."""
+        if self.continue_final_message:
+            return "continued"
+        return "closed" if self.add_generation_prompt is False else "asked"
 
     @property
     def limit(self) -> int | None:
