@@ -302,6 +302,12 @@ def test_evaluate_reads_rows_in_the_form_that_was_trained(tmp_path: Path) -> Non
             logits = merged("llama", base, out)(torch.tensor([ids])).logits[0].log_softmax(-1)
         loss = -sum(float(logits[i - 1, ids[i]]) for i in range(start, len(ids))) / (len(ids) - start)
         assert scored["metrics"]["loss"] == pytest.approx(loss, rel=1e-4)
+    file = out / "kilotune-train.yaml"  # of the plain one, as it was before there was such a setting
+    text = file.read_text()
+    assert "  plain: true\n" in text
+    file.write_text(text.replace("  plain: true\n", ""))
+    older = json.loads(kilotune("evaluate", out, data, "--base", base, "--json").stdout)
+    assert older["metrics"] == scored["metrics"]
 
 
 def test_an_answer_of_nothing_says_why() -> None:

@@ -460,11 +460,14 @@ def test_the_plan_is_read_by_people_and_by_programs(session: Session) -> None:
     for part in ("weights ", "activations ", "gradients ", "optimizer ", "Python and libraries ", "largest batch 4 x "):
         assert part in third
     assert " that are free for it (CPU) (at the peak: " in third
-    assert notes == list(session.notes)
+    assert notes[0].startswith("15 steps are too few for most adapters to learn much in: give more epochs or rows")
+    assert notes[1:] == list(session.notes)
+    assert dataclasses.replace(plan, steps=40).short == ""
     told = json.loads(json.dumps(plan.to_dict(), allow_nan=False))
     assert told["memory"]["peak"] == plan.memory.peak  # type: ignore[union-attr]
     assert told["tokens"] == 3 * session.prepared.tokens
     assert told["fits"] is True
+    assert told["too_short"] is True
 
 
 def test_a_training_that_does_not_fit_is_told_what_needs_less(session: Session) -> None:

@@ -39,6 +39,7 @@ __all__ = ["RunPlan", "largest_rows", "plan_run"]
 
 _WHERE = {"memory": "in memory", "disk": "on disk"}
 PAGE = 4096  # bytes that a system reads of a file at least
+SHORT = 40  # steps, the fewest that the rule of rates was held against a grid at
 LOOKED_AT = 1000  # rows of a data set whose lengths only reading them tells
 
 
@@ -92,8 +93,19 @@ class RunPlan:
             *([self.pace.line()] if self.pace is not None else []),
             *self._memory(),
             *([self.cached] if self.cached else []),
+            *([self.short] if self.short else []),
             *self.notes,
         ]
+
+    @property
+    def short(self) -> str:
+        """A line for a training of so few steps that most methods learn little in it."""
+        if self.steps >= SHORT:
+            return ""
+        return (
+            f"{self.steps} steps are too few for most adapters to learn much in: give more epochs or rows "
+            f"(training.max_steps, if that is set), to {SHORT} steps and more"
+        )
 
     def _data(self) -> str:
         tokens = f", {self.tokens:,} tokens in all" if self.tokens else ""
@@ -146,6 +158,7 @@ class RunPlan:
             "memory_unknown": self.unknown,
             "machine": {"name": self.machine.name, "total": self.machine.total, "free": self.machine.free},
             "fits": self.fits,
+            "too_short": bool(self.short),
             "input_cache": self.cached,
             "notes": list(self.notes),
         }
