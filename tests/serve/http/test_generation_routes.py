@@ -253,6 +253,14 @@ def test_the_base_says_whether_it_has_a_chat_template(running: Running) -> None:
         assert client.get(f"/v1/models/{BASE}").json()["chat_template"] is True
 
 
+def test_models_say_what_they_are_made_of_and_how_long_their_texts_are(running: Running) -> None:
+    with running.client(running.keys["ann"]) as client:
+        found = client.get("/v1/models").json()["data"]
+        assert [(one["id"], one["parent"]) for one in found] == [(BASE, None), ("letters", BASE), ("poems", BASE)]
+        assert {one["max_model_len"] for one in found} == {running.engine.max_length}
+        assert client.get("/v1/models/poems/live").json()["parent"] == BASE
+
+
 def test_models_come_in_pages(running: Running) -> None:
     with running.client(running.keys["ann"]) as client:
         seen, after, pages = [], None, 0

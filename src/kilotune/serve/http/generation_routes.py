@@ -19,7 +19,7 @@ from .http_errors import ApiError
 from .keys import Key
 from .middleware import noted
 from .response_shapes import DONE, ChatShape, CompletionShape, Shape, event_of, usage_of
-from .schemas import ChatBody, CompletionBody, GenerationBody
+from .schemas import ChatBody, CompletionBody, GenerationBody, told_messages
 from .service import Meant, Service, namespace_of, seed_of
 
 __all__ = ["routes"]
@@ -197,10 +197,7 @@ def routes(service: Service, errors: dict[int | str, dict[str, Any]]) -> APIRout
         _check_biases(service, body)
         tenant = _enter(service, request, body.choices)
         meant = await service.meant(_caller(request), body.model)
-        messages = [
-            {"role": m.role, "content": m.text, **({} if m.name is None else {"name": m.name})} for m in body.messages
-        ]
-        prompt = await service.prompts.chat(messages, tenant, body.ending)
+        prompt = await service.prompts.chat(told_messages(body.messages), tenant, body.ending)
         tokens = service.room(prompt, body.limit, None, "messages")
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         generations = await _generations(service, request, body, meant, [prompt], [tokens], logprobs)

@@ -52,6 +52,10 @@ class Prompts:
             return self._checked(given, param)
         return self._checked((*self._opening, *await self._encode(given, False, tenant)), param)
 
+    async def tokens(self, text: str, opening: bool, tenant: str) -> tuple[int, ...]:
+        """A text's tokens, which may be none; opening: with what begins every text of this tokenizer."""
+        return (*(self._opening if opening else ()), *await self._encode(text, False, tenant))
+
     async def whole(self, given: str | Sequence[int], param: str, tenant: str) -> tuple[int, ...]:
         """A text for an encoder, between the tokens that its tokenizer puts around it."""
         return self._checked(given if not isinstance(given, str) else await self._encode(given, True, tenant), param)
@@ -109,9 +113,23 @@ class Prompts:
             self._texts[number] = text
         return text
 
+    def names(self, ids: Sequence[int]) -> list[str | None]:
+        """What the vocabulary calls tokens; None: it has no such token."""
+        found: list[str | None] = self._tokenizer.convert_ids_to_tokens(list(ids))
+        return found
+
+    async def decoded(self, ids: Sequence[int], param: str, tenant: str) -> str:
+        """The text of tokens that a request names."""
+        if not ids:
+            return ""
+        checked = self._checked(ids, param)
+        if len(checked) <= LONG:
+            return self.text(checked)
+        return await self._in_turn(tenant, lambda: _text(self._beside, checked))
+
     def text(self, ids: Sequence[int]) -> str:
         """The text of tokens."""
-        return str(self._tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+        return _text(self._tokenizer, ids)
 
     def bytes_of(self, number: int) -> list[int] | None:
         """The UTF-8 of one token; None where it is a part of a character only."""
@@ -143,3 +161,7 @@ def _ids(tokenizer: Any, text: str, special: bool) -> Sequence[int]:
         text, add_special_tokens=special, return_attention_mask=False, return_token_type_ids=False, verbose=False
     )
     return [*map(int, found["input_ids"])]
+
+
+def _text(tokenizer: Any, ids: Sequence[int]) -> str:
+    return str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))

@@ -6,7 +6,7 @@ element: an error for each of a million would keep everybody waiting.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, final
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -20,10 +20,13 @@ __all__ = [
     "ChatBody",
     "ClassifyBody",
     "CompletionBody",
+    "DetokenizeBody",
     "EmbeddingBody",
     "GenerationBody",
     "Message",
     "NamesBody",
+    "TokenizeBody",
+    "told_messages",
 ]
 
 Text = Annotated[str, Field(max_length=4_000_000)]
@@ -181,6 +184,18 @@ class Message(Body):
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
+def told_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Messages as a chat template takes them."""
+    return [{"role": m.role, "content": m.text, **({} if m.name is None else {"name": m.name})} for m in messages]
+
+
+def _ending(asks: bool | None, goes_on: bool | None) -> Ending:
+    """Of add_generation_prompt and continue_final_message."""
+    if goes_on and asks:
+        raise ValueError("continue_final_message: not together with add_generation_prompt: true")
+    return "continued" if goes_on else "closed" if asks is False else "asked"
+
+
 @final
 class ChatBody(GenerationBody):
     """``/v1/chat/completions``."""
@@ -199,8 +214,7 @@ class ChatBody(GenerationBody):
     def _together(self) -> ChatBody:
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs: only with logprobs: true")
-        if self.continue_final_message and self.add_generation_prompt:
-            raise ValueError("continue_final_message: not together with add_generation_prompt: true")
+        _ending(self.add_generation_prompt, self.continue_final_message)
         if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
             raise ValueError("max_tokens: the old name of max_completion_tokens; give one of them")
         return self
@@ -208,14 +222,51 @@ class ChatBody(GenerationBody):
     @property
     def ending(self) -> Ending:
         """How the prompt is to end."""
-        if self.continue_final_message:
-            return "continued"
-        return "closed" if self.add_generation_prompt is False else "asked"
+        return _ending(self.add_generation_prompt, self.continue_final_message)
 
     @property
     def limit(self) -> int | None:
         """The most new tokens, where the request says so."""
         return self.max_completion_tokens or self.max_tokens
+
+
+@final
+class TokenizeBody(Body):
+    """``/tokenize``: a prompt or messages."""
+
+    model: Model | None = None
+    prompt: Text | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=4096, fail_fast=True)] | None = None
+    add_special_tokens: bool | None = Field(
+        None, description="Of a prompt: with what begins a text, as completions do."
+    )
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    return_token_strs: bool | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> TokenizeBody:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("prompt: give either a prompt or messages")
+        if self.messages is not None and self.add_special_tokens:
+            raise ValueError("add_special_tokens: of messages it is not served; the chat template writes them itself")
+        if self.prompt is not None and (self.continue_final_message or self.add_generation_prompt is not None):
+            raise ValueError("add_generation_prompt: only with messages, and so is continue_final_message")
+        _ = self.ending
+        return self
+
+    @property
+    def ending(self) -> Ending:
+        """How the chat is to end."""
+        return _ending(self.add_generation_prompt, self.continue_final_message)
+
+
+@final
+class DetokenizeBody(Body):
+    """``/detokenize``."""
+
+    model: Model | None = None
+    tokens: Annotated[list[TokenId], Field(fail_fast=True)]
 
 
 class InputBody(Body):
