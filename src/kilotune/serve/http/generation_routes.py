@@ -122,6 +122,12 @@ def _check_generates(service: Service) -> None:
         raise ApiError(400, f"{service.base} writes no text; it has /v1/embeddings or /v1/classify", param="model")
 
 
+def _check_biases(service: Service, body: GenerationBody) -> None:
+    if (top := max(map(int, body.logit_bias or ()), default=0)) >= service.prompts.vocabulary:
+        told = f"logit_bias: token {top}; the model has {service.prompts.vocabulary}"
+        raise ApiError(400, told, param="logit_bias")
+
+
 def _sampling(body: GenerationBody, tokens: int, logprobs: int | None, choice: int) -> Sampling:
     return Sampling(
         max_tokens=tokens,
@@ -133,6 +139,11 @@ def _sampling(body: GenerationBody, tokens: int, logprobs: int | None, choice: i
         stop_token_ids=tuple(body.stop_token_ids or ()),
         ignore_eos=bool(body.ignore_eos),
         logprobs=logprobs,
+        logit_bias=tuple((int(token), value) for token, value in (body.logit_bias or {}).items()),
+        repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        presence_penalty=body.presence_penalty or 0.0,
+        min_p=body.min_p or 0.0,
     )
 
 
@@ -166,6 +177,7 @@ def routes(service: Service, errors: dict[int | str, dict[str, Any]]) -> APIRout
     async def completions(request: Request, body: CompletionBody) -> Response:
         """Go on with a text."""
         _check_generates(service)
+        _check_biases(service, body)
         tenant = _enter(service, request, len(body.prompts) * body.choices)
         meant = await service.meant(_caller(request), body.model)
         prompts = [await service.prompts.plain(prompt, "prompt", tenant) for prompt in body.prompts]
@@ -182,6 +194,7 @@ def routes(service: Service, errors: dict[int | str, dict[str, Any]]) -> APIRout
     async def chat(request: Request, body: ChatBody) -> Response:
         """Answer a conversation."""
         _check_generates(service)
+        _check_biases(service, body)
         tenant = _enter(service, request, body.choices)
         meant = await service.meant(_caller(request), body.model)
         messages = [

@@ -28,6 +28,8 @@ __all__ = [
 
 Text = Annotated[str, Field(max_length=4_000_000)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+TokenName = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,8})$")]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 Tokens = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 Texts = Annotated[list[Text], Field(min_length=1, fail_fast=True)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
@@ -75,7 +77,10 @@ class StreamOptions(Body):
 
 
 class GenerationBody(Body):
-    """What completions and chats have in common. top_k, ignore_eos, stop_token_ids and timeout are not OpenAI's."""
+    """What completions and chats have in common.
+
+    Not OpenAI's: top_k, min_p, repetition_penalty, ignore_eos, stop_token_ids and timeout.
+    """
 
     neutral = ASKING
     model: Model
@@ -87,9 +92,11 @@ class GenerationBody(Body):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     user: str | None = Field(None, max_length=512, description="Whom of yours it is for; noted in the log.")
-    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100, description="As in transformers; 1: none.")
+    logit_bias: Annotated[dict[TokenName, Bias], Field(max_length=1024)] | None = None
+    min_p: float | None = Field(None, ge=0, le=1, description="Draw from tokens of this part of the best one's chance.")
     top_k: int | None = Field(
         None, ge=-1, lt=2**31, description="Draw from so many of the likeliest tokens only; 0 or -1: from all."
     )
