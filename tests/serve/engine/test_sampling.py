@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from kilotune.serve.engine.fairness import FairQueue
 from kilotune.serve.engine.interface import Sampling
@@ -24,11 +24,13 @@ CASES = {
     "top_k": {"top_k": 5},
     "both": {"top_k": 9, "top_p": 0.6, "temperature": 1.3},
     "hardly any": {"top_p": 1e-9},
+    "min_p": {"min_p": 0.1},
+    "min_p and others": {"min_p": 0.2, "top_p": 0.8, "top_k": 15, "temperature": 1.4},
 }
 
 
 def wanted(
-    logits: torch.Tensor, temperature: float = 1.0, top_p: float = 1.0, top_k: int | None = None
+    logits: torch.Tensor, temperature: float = 1.0, top_p: float = 1.0, top_k: int | None = None, min_p: float = 0.0
 ) -> torch.Tensor:
     """The probabilities that transformers' own warpers leave."""
     scores = logits.unsqueeze(0).clone()
@@ -39,6 +41,8 @@ def wanted(
         scores = TopKLogitsWarper(top_k)(ids, scores)
     if top_p < 1.0:
         scores = TopPLogitsWarper(top_p)(ids, scores)
+    if min_p > 0.0:
+        scores = MinPLogitsWarper(min_p)(ids, scores)
     return torch.softmax(scores, -1)[0]
 
 

@@ -62,7 +62,8 @@ def asked(case: Any, running: Running) -> None:
     """Ask, and hold what comes against the document."""
     managing = case.path.startswith(("/manage", "/metrics"))
     key = running.manager if managing else running.keys["ann"]
-    if isinstance(case.body, dict) and isinstance(case.body.get("model"), str):
+    model = case.body.get("model") if isinstance(case.body, dict) else None
+    if isinstance(model, str) and 1 <= len(model) <= 400:  # one that breaks the document stays as it is
         case.body["model"] = [BASE, "poems", "letters/1"][len(case.body["model"]) % 3]  # else few get past their names
     case.call_and_validate(headers={"Authorization": f"Bearer {key}"}, checks=CHECKS)
 

@@ -6,6 +6,7 @@ import asyncio
 import json
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -146,13 +147,49 @@ def test_a_plain_engine_serves_the_same_and_sees_what_the_request_says(tmp_path:
 
 
 def _sees_what_the_request_says(running: Running) -> None:
-    more = {"top_k": 5, "ignore_eos": True, "stop_token_ids": [7], "timeout": 20}
-    complete(running.openai(), temperature=0.7, top_p=0.4, seed=9, stop="x", count=3, extra_body=more)
+    more = {
+        "top_k": 5,
+        "ignore_eos": True,
+        "stop_token_ids": [7],
+        "timeout": 20,
+        "min_p": 0.1,
+        "repetition_penalty": 1.5,
+    }
+    own: dict[str, Any] = {"presence_penalty": 0.5, "frequency_penalty": -1, "logit_bias": {"5": 2, "70": -1.5}}
+    complete(running.openai(), temperature=0.7, top_p=0.4, seed=9, stop="x", count=3, extra_body=more, **own)
     asked = running.engine.asked[-1]
     assert (asked.tenant, asked.adapter.name, asked.adapter.namespace) == ("ann", "poems", "ann")
     wanted = asked.sampling
     assert (wanted.temperature, wanted.top_p, wanted.seed, wanted.stop) == (0.7, 0.4, 9, ("x",))
+    assert (wanted.presence_penalty, wanted.frequency_penalty, wanted.repetition_penalty) == (0.5, -1.0, 1.5)
+    assert (wanted.min_p, wanted.logit_bias) == (0.1, ((5, 2.0), (70, -1.5)))
     assert (wanted.top_k, wanted.ignore_eos, wanted.stop_token_ids, wanted.max_tokens) == (5, True, (7,), 3)
+
+
+def test_penalties_are_those_of_transformers_generate(client: Any) -> None:
+    """Side by side with requests that have none, in one batch."""
+    ids = torch.tensor([prompt_ids(PROMPT)])
+    more: dict[str, Any] = {"repetition_penalty": 1.7, "sequence_bias": [[[20], 2.0], [[21], -3.0]]}
+    made = reference(1).generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=10, **more
+    )
+    wanted = tokenizer().decode(made[0, ids.shape[1] :].tolist(), skip_special_tokens=True)
+    own: dict[str, Any] = {"extra_body": {"repetition_penalty": 1.7}, "logit_bias": {"20": 2, "21": -3}}
+    with ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(complete, client, **(own if odd else {})) for odd in (True, False) * 4]
+        texts = [one.result().choices[0].text for one in asked]
+    assert wanted != expected(1, PROMPT, 10)
+    assert texts == [wanted, expected(1, PROMPT, 10)] * 4
+
+
+def test_frequency_and_presence_are_taken_off_as_openai_says(client: Any) -> None:
+    ids, made = prompt_ids(PROMPT), []
+    for _ in range(8):
+        row = log_probabilities(1, ids + made)[-1].tolist()
+        row = [value - 1.5 * made.count(i) - 1.9 * (i in made) for i, value in enumerate(row)]
+        made.append(row.index(max(row)))
+    got = complete(client, count=8, frequency_penalty=1.5, presence_penalty=1.9, extra_body={"ignore_eos": True})
+    assert got.choices[0].text == tokenizer().decode(made, clean_up_tokenization_spaces=False)
 
 
 # -- log-probabilities -------------------------------------------------------------------------------
@@ -214,6 +251,14 @@ def test_the_base_says_whether_it_has_a_chat_template(running: Running) -> None:
         assert (base["id"], base["chat_template"]) == (BASE, True)
         assert all("chat_template" not in model for model in others), "an adapter is asked as its base is"
         assert client.get(f"/v1/models/{BASE}").json()["chat_template"] is True
+
+
+def test_models_say_what_they_are_made_of_and_how_long_their_texts_are(running: Running) -> None:
+    with running.client(running.keys["ann"]) as client:
+        found = client.get("/v1/models").json()["data"]
+        assert [(one["id"], one["parent"]) for one in found] == [(BASE, None), ("letters", BASE), ("poems", BASE)]
+        assert {one["max_model_len"] for one in found} == {running.engine.max_length}
+        assert client.get("/v1/models/poems/live").json()["parent"] == BASE
 
 
 def test_models_come_in_pages(running: Running) -> None:

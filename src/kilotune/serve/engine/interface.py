@@ -55,6 +55,12 @@ class Sampling:
     on the seed and on nothing else, whatever else is in the batch. stop: texts that end the answer, and are not part of
     it. stop_token_ids: tokens that do, beside the model's own. ignore_eos: go on behind the model's end token.
     logprobs: how many likeliest tokens come with each token; 0: only the token's own; None: no log-probabilities.
+
+    These change the logits before a token is chosen, greedily too, in this order. logit_bias: (token, what is added).
+    repetition_penalty: logits of tokens of the prompt and the answer so far are divided by it where they are positive,
+    else multiplied; 1: nothing. frequency_penalty: is taken off once for each time that the answer has the token.
+    presence_penalty: is taken off where the answer has it. min_p: then only tokens are drawn that have this part of the
+    likeliest token's probability, after the temperature.
     """
 
     max_tokens: int
@@ -66,6 +72,11 @@ class Sampling:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    min_p: float = 0.0
 
 
 @final
@@ -86,8 +97,8 @@ class Generation:
 class Token:
     """One token of an answer. text: what it adds, which may be empty while a character or a stop text is unfinished.
 
-    logprob: natural, of the model's own distribution (before temperature and top_p). top: the likeliest tokens
-    with theirs, best first.
+    logprob: natural, of the model's own distribution (before penalties, temperature and top_p). top: the likeliest
+    tokens with theirs, best first.
     """
 
     id: int

@@ -37,8 +37,26 @@ def check_request(request: Generation, vocabulary: int, max_length: int, texts: 
         raise ConfigError("temperature: expected at least 0; top_p: expected a number in (0, 1]")
     if (sampling.top_k is not None and sampling.top_k < 1) or (sampling.seed is not None and sampling.seed < 0):
         raise ConfigError("top_k: expected at least 1; seed: expected at least 0")
+    _check_penalties(sampling, vocabulary)
     if sampling.stop and not texts:
         raise ConfigError("stop: needs a tokenizer, and the engine has none")
+
+
+def _check_penalties(sampling: Sampling, vocabulary: int) -> None:
+    """Bounds within which no logit leaves float32."""
+    for name, value, least, most in (
+        ("repetition_penalty", sampling.repetition_penalty, 0.01, 100.0),
+        ("frequency_penalty", sampling.frequency_penalty, -2.0, 2.0),
+        ("presence_penalty", sampling.presence_penalty, -2.0, 2.0),
+        ("min_p", sampling.min_p, 0.0, 1.0),
+    ):
+        if not least <= value <= most:
+            raise ConfigError(f"{name}: expected a number from {least:g} to {most:g}, got {value!r}")
+    for token, value in sampling.logit_bias:
+        if not 0 <= token < vocabulary:
+            raise ConfigError(f"logit_bias: token {token}; the model has {vocabulary}")
+        if not -100 <= value <= 100:
+            raise ConfigError(f"logit_bias: expected numbers from -100 to 100, got {value!r} of token {token}")
 
 
 @final
@@ -64,8 +82,8 @@ class Run:
         self.request, self.row, self.loop = request, row, loop
         self.tenant, self.deadline, self.id = request.tenant, request.deadline, ""
         sampling = request.sampling
-        self.picker = Picker(sampling)
         self.tokens = list(request.prompt)
+        self.picker = Picker(sampling, self.tokens)
         self.held: Held | None = None
         self.left = self.suspect = False
         self.cached = 0

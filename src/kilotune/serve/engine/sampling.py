@@ -1,8 +1,8 @@
 """The next token of each request of a step, each by its own temperature, top_p, top_k and seed. Exact, one by one.
 
-Order, as in transformers: temperature, then top_k, then top_p of what is left. A draw is the inverse of the cumulated
-probabilities at one random number, of a generator that the request has for itself: with a seed it gives the same
-numbers whatever else is in the batch.
+Order, as in transformers: penalties (penalties.py), temperature, top_k, top_p of what is left, min_p. A draw is the
+inverse of the cumulated probabilities at one random number, of a generator that the request has for itself: with a seed
+it gives the same numbers whatever else is in the batch.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .interface import Sampling
+from .penalties import Penalties
 
 __all__ = ["Choice", "Picker", "choose"]
 
@@ -34,10 +35,14 @@ class Choice(NamedTuple):
 
 @final
 class Picker:
-    """How one request chooses, and its random numbers."""
+    """How one request chooses, and its random numbers.
 
-    def __init__(self, sampling: Sampling) -> None:
+    tokens: the prompt, in the list to which the request adds what was chosen.
+    """
+
+    def __init__(self, sampling: Sampling, tokens: Sequence[int] = ()) -> None:
         self.sampling = sampling
+        self.penalties = Penalties.of(sampling, tokens)
         seed = int.from_bytes(os.urandom(16), "little") if sampling.seed is None else sampling.seed
         self._random = np.random.Generator(np.random.Philox(seed))
 
@@ -64,17 +69,29 @@ def choose(logits: Tensor, pickers: Sequence[Picker]) -> list[Choice]:
         pickers: how each row chooses.
 
     """
-    best = logits.max(-1)
+    scores = _penalised(logits, pickers)
+    best = scores.max(-1)
     peaks, tokens = best.values, best.indices.clone()
     finite = torch.isfinite(peaks)
     drawn = [row for row, picker in enumerate(pickers) if not picker.greedy]
     if drawn:
-        tokens[drawn] = _drawn(logits, peaks, [(row, pickers[row]) for row in drawn])
+        tokens[drawn] = _drawn(scores, peaks, [(row, pickers[row]) for row in drawn])
     told = [row for row, picker in enumerate(pickers) if picker.sampling.logprobs is not None]
     logprobs = _logprobs(logits, tokens, told, pickers) if told else {}
     plain: tuple[float | None, tuple[tuple[int, float], ...]] = (None, ())
     numbers, good = tokens.tolist(), finite.tolist()
     return [Choice(int(numbers[i]), *logprobs.get(i, plain), bool(good[i])) for i in range(len(pickers))]
+
+
+def _penalised(logits: Tensor, pickers: Sequence[Picker]) -> Tensor:
+    """(n, V): the logits, of rows with penalties changed; the very same tensor where no row has any."""
+    rows = [(row, picker.penalties) for row, picker in enumerate(pickers) if picker.penalties is not None]
+    if not rows:
+        return logits
+    scores = logits.clone()
+    for row, penalties in rows:
+        penalties.apply(scores[row])
+    return scores
 
 
 def _drawn(logits: Tensor, peaks: Tensor, rows: Sequence[tuple[int, Picker]]) -> Tensor:
@@ -86,11 +103,20 @@ def _drawn(logits: Tensor, peaks: Tensor, rows: Sequence[tuple[int, Picker]]) ->
     found = torch.zeros(len(rows), dtype=torch.int64, device=logits.device)
     whole = [i for i, (_, picker) in enumerate(rows) if picker.whole]
     if whole:
-        found[whole] = _inverse(weights[whole], torch.tensor([rows[i][1].draw() for i in whole]))
+        own = [rows[i][1] for i in whole]
+        found[whole] = _inverse(_likely(weights[whole], own), torch.tensor([picker.draw() for picker in own]))
     for i, (_, picker) in enumerate(rows):
         if not picker.whole:
             found[i] = _among_likeliest(weights[i], picker)
     return found
+
+
+def _likely(weights: Tensor, pickers: Sequence[Picker]) -> Tensor:
+    """The weights (m, V), whose largest is 1, without those that min_p leaves out."""
+    least = [picker.sampling.min_p for picker in pickers]
+    if not any(least):
+        return weights
+    return weights * (weights >= torch.tensor(least, device=weights.device).unsqueeze(1))
 
 
 def _inverse(weights: Tensor, at: Tensor) -> Tensor:
@@ -101,7 +127,7 @@ def _inverse(weights: Tensor, at: Tensor) -> Tensor:
 
 
 def _among_likeliest(weights: Tensor, picker: Picker) -> Tensor:
-    """One draw from the weights (V,) of one row, cut by top_k and top_p."""
+    """One draw from the weights (V,) of one row, cut by top_k, top_p and min_p."""
     vocabulary = weights.shape[0]
     top_k = min(picker.sampling.top_k or vocabulary, vocabulary)
     top_p = picker.sampling.top_p
@@ -118,7 +144,8 @@ def _among_likeliest(weights: Tensor, picker: Picker) -> Tensor:
         reached = cumulated >= top_p * total_here
         if size == top_k or bool(reached[-1]):
             last = int(reached.int().argmax()) if bool(reached[-1]) else size - 1
-            return ids[_inverse(kept[None, : last + 1], torch.tensor([picker.draw()]))[0]]
+            left = _likely(kept[None, : last + 1], [picker])
+            return ids[_inverse(left, torch.tensor([picker.draw()]))[0]]
     raise AssertionError("the last size takes all")
 
 

@@ -18,10 +18,11 @@ from ...fleet.store import Version
 from . import embedding_routes as encoding
 from . import generation_routes as generating
 from . import management_routes as managing
+from . import token_routes as tokens
 from . import web_page as pages
 from .http_errors import ApiError, of_library, of_parsing, of_validation
 from .middleware import Front, internal, noted
-from .schemas import ChatBody, ClassifyBody, CompletionBody, EmbeddingBody
+from .schemas import ChatBody, ClassifyBody, CompletionBody, DetokenizeBody, EmbeddingBody, TokenizeBody
 from .service import Service
 
 __all__ = ["create_app"]
@@ -63,6 +64,8 @@ KNOWN = {
     "/v1/chat/completions": sorted(ChatBody.model_fields),
     "/v1/embeddings": sorted(EmbeddingBody.model_fields),
     "/v1/classify": sorted(ClassifyBody.model_fields),
+    "/tokenize": sorted(TokenizeBody.model_fields),
+    "/detokenize": sorted(DetokenizeBody.model_fields),
 }
 MAX_PAGE = 1000
 QUIET: TelemetryConfig = {
@@ -92,6 +95,7 @@ def create_app(service: Service) -> ASGIApp:
     _health(app, service, errors)
     app.include_router(generating.routes(service, errors))
     app.include_router(encoding.routes(service, errors))
+    app.include_router(tokens.routes(service, errors))
     app.include_router(managing.routes(service, errors))
     app.include_router(pages.routes(service))
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
@@ -148,6 +152,8 @@ def _model(service: Service, version: Version) -> dict[str, Any]:
         "created": int(version.created.timestamp()),
         "owned_by": "you",
         "root": service.base,
+        "parent": service.base,
+        "max_model_len": service.engine.max_length,
         "kilotune": more,
     }
 
@@ -159,6 +165,8 @@ def _base(service: Service) -> dict[str, Any]:
         "created": service.created,
         "owned_by": "kilotune",
         "root": service.base,
+        "parent": None,
+        "max_model_len": service.engine.max_length,
         "chat_template": service.prompts.chats,
         "kilotune": None,
     }

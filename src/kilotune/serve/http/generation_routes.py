@@ -19,7 +19,7 @@ from .http_errors import ApiError
 from .keys import Key
 from .middleware import noted
 from .response_shapes import DONE, ChatShape, CompletionShape, Shape, event_of, usage_of
-from .schemas import ChatBody, CompletionBody, GenerationBody
+from .schemas import ChatBody, CompletionBody, GenerationBody, told_messages
 from .service import Meant, Service, namespace_of, seed_of
 
 __all__ = ["routes"]
@@ -122,17 +122,28 @@ def _check_generates(service: Service) -> None:
         raise ApiError(400, f"{service.base} writes no text; it has /v1/embeddings or /v1/classify", param="model")
 
 
+def _check_biases(service: Service, body: GenerationBody) -> None:
+    if (top := max(map(int, body.logit_bias or ()), default=0)) >= service.prompts.vocabulary:
+        told = f"logit_bias: token {top}; the model has {service.prompts.vocabulary}"
+        raise ApiError(400, told, param="logit_bias")
+
+
 def _sampling(body: GenerationBody, tokens: int, logprobs: int | None, choice: int) -> Sampling:
     return Sampling(
         max_tokens=tokens,
         temperature=1.0 if body.temperature is None else body.temperature,
         top_p=1.0 if body.top_p is None else body.top_p,
-        top_k=body.top_k,
+        top_k=None if body.top_k in (0, -1) else body.top_k,
         seed=seed_of(body.seed, choice),
         stop=body.stops,
         stop_token_ids=tuple(body.stop_token_ids or ()),
         ignore_eos=bool(body.ignore_eos),
         logprobs=logprobs,
+        logit_bias=tuple((int(token), value) for token, value in (body.logit_bias or {}).items()),
+        repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        presence_penalty=body.presence_penalty or 0.0,
+        min_p=body.min_p or 0.0,
     )
 
 
@@ -166,6 +177,7 @@ def routes(service: Service, errors: dict[int | str, dict[str, Any]]) -> APIRout
     async def completions(request: Request, body: CompletionBody) -> Response:
         """Go on with a text."""
         _check_generates(service)
+        _check_biases(service, body)
         tenant = _enter(service, request, len(body.prompts) * body.choices)
         meant = await service.meant(_caller(request), body.model)
         prompts = [await service.prompts.plain(prompt, "prompt", tenant) for prompt in body.prompts]
@@ -182,12 +194,10 @@ def routes(service: Service, errors: dict[int | str, dict[str, Any]]) -> APIRout
     async def chat(request: Request, body: ChatBody) -> Response:
         """Answer a conversation."""
         _check_generates(service)
+        _check_biases(service, body)
         tenant = _enter(service, request, body.choices)
         meant = await service.meant(_caller(request), body.model)
-        messages = [
-            {"role": m.role, "content": m.text, **({} if m.name is None else {"name": m.name})} for m in body.messages
-        ]
-        prompt = await service.prompts.chat(messages, tenant)
+        prompt = await service.prompts.chat(told_messages(body.messages), tenant, body.ending)
         tokens = service.room(prompt, body.limit, None, "messages")
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         generations = await _generations(service, request, body, meant, [prompt], [tokens], logprobs)

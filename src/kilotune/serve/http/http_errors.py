@@ -126,6 +126,8 @@ def of_validation(faults: Sequence[Mapping[str, Any]], known: Sequence[str] = ()
             at = fault["loc"][-1]
             return ApiError(400, f"the body is no JSON: {fault['ctx']['error']} at character {at}", code="invalid_json")
         place = _place(fault["loc"], fault["type"] == "extra_forbidden")
+        if "option" in fault.get("ctx", ()):  # a check of several options together, that is of one of them
+            place = f"{place}.{fault['ctx']['option']}".lstrip(".")
         # Of a value that may be of several types, what is said of the type that it has is what helps.
         if place not in worst or worst[place]["type"].endswith("_type"):
             worst[place] = fault
@@ -171,6 +173,8 @@ def _line(place: str, fault: Mapping[str, Any], known: Sequence[str]) -> str:
         return f"{place or 'the body'}: is missing"
     if fault["type"] == "value_error" and not place:  # a check of several options together, which names them
         return str(fault["ctx"]["error"])
+    if fault["type"] in ("not_served", "lacking"):
+        return f"{place}: {fault['msg']}"
     given = fault.get("input")
     told = f", got {given!r:.80}" if isinstance(given, (str, int, float, bool)) or given is None else ""
     return f"{place or 'the body'}: {fault['msg'][:1].lower()}{fault['msg'][1:]}{told}"

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import re
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, final
 
 from ...errors import ConfigError
-from ...train.data.rendering import ChatTemplate, Rendered, tokenize
+from ...train.data.rendering import ChatTemplate, Ending, Rendered, tokenize
 from .http_errors import ApiError
 
 __all__ = ["Prompts"]
@@ -21,6 +22,12 @@ __all__ = ["Prompts"]
 T = TypeVar("T")
 LONG = 4000  # characters of a text that is not tokenised on the loop's own thread
 INCOMPLETE = "\ufffd"  # what a tokenizer makes of a part of a character
+NAMED = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+PRINTED = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))  # bytes that stand for themselves
+SIGNS = {chr(byte): byte for byte in PRINTED} | {
+    chr(0x100 + place): byte for place, byte in enumerate(sorted({*range(0x100)} - {*PRINTED}))
+}
+"""Sign -> byte, in the vocabularies that are made of bytes, as GPT-2's is."""
 
 
 @final
@@ -52,12 +59,16 @@ class Prompts:
             return self._checked(given, param)
         return self._checked((*self._opening, *await self._encode(given, False, tenant)), param)
 
+    async def tokens(self, text: str, opening: bool, tenant: str) -> tuple[int, ...]:
+        """A text's tokens, which may be none; opening: with what begins every text of this tokenizer."""
+        return (*(self._opening if opening else ()), *await self._encode(text, False, tenant))
+
     async def whole(self, given: str | Sequence[int], param: str, tenant: str) -> tuple[int, ...]:
         """A text for an encoder, between the tokens that its tokenizer puts around it."""
         return self._checked(given if not isinstance(given, str) else await self._encode(given, True, tenant), param)
 
-    async def chat(self, messages: Sequence[dict[str, Any]], tenant: str) -> tuple[int, ...]:
-        """A conversation in the model's template, up to where the answer begins.
+    async def chat(self, messages: Sequence[dict[str, Any]], tenant: str, ending: Ending = "asked") -> tuple[int, ...]:
+        """A conversation in the model's template, up to where the answer begins, or as ``ending`` says.
 
         Tokens that mark turns are words where a message holds them, so no message becomes another turn.
 
@@ -68,7 +79,7 @@ class Prompts:
         if isinstance(chats := self._chats, str):
             raise ApiError(400, chats, param="messages")
         try:
-            rendered = await self._in_turn(tenant, lambda: chats.prompt(messages))
+            rendered = await self._in_turn(tenant, lambda: chats.prompt(messages, ending))
         except ConfigError as error:
             raise ApiError(400, str(error), param="messages") from error
         if (speller := rendered.speller) is not None:
@@ -109,14 +120,28 @@ class Prompts:
             self._texts[number] = text
         return text
 
+    def names(self, ids: Sequence[int]) -> list[str | None]:
+        """What the vocabulary calls tokens; None: it has no such token."""
+        found: list[str | None] = self._tokenizer.convert_ids_to_tokens(list(ids))
+        return found
+
+    async def decoded(self, ids: Sequence[int], param: str, tenant: str) -> str:
+        """The text of tokens that a request names."""
+        if not ids:
+            return ""
+        checked = self._checked(ids, param)
+        if len(checked) <= LONG:
+            return self.text(checked)
+        return await self._in_turn(tenant, lambda: _text(self._beside, checked))
+
     def text(self, ids: Sequence[int]) -> str:
         """The text of tokens."""
-        return str(self._tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+        return _text(self._tokenizer, ids)
 
     def bytes_of(self, number: int) -> list[int] | None:
-        """The UTF-8 of one token; None where it is a part of a character only."""
+        """The UTF-8 of one token, also where it is a part of a character; None where the vocabulary does not say it."""
         text = self.token(number)
-        return None if INCOMPLETE in text else [*text.encode()]
+        return _bytes_named(self.names([number])[0]) if INCOMPLETE in text else [*text.encode()]
 
 
 def _chats(tokenizer: Any) -> ChatTemplate | str:
@@ -143,3 +168,17 @@ def _ids(tokenizer: Any, text: str, special: bool) -> Sequence[int]:
         text, add_special_tokens=special, return_attention_mask=False, return_token_type_ids=False, verbose=False
     )
     return [*map(int, found["input_ids"])]
+
+
+def _text(tokenizer: Any, ids: Sequence[int]) -> str:
+    return str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+
+
+def _bytes_named(name: str | None) -> list[int] | None:
+    """The bytes of a token that is no text by itself, by what vocabularies call it: ``<0xF0>``, or a sign a byte."""
+    if name is None:
+        return None
+    if (one := NAMED.fullmatch(name)) is not None:
+        return [int(one[1], 16)]
+    found = [SIGNS.get(sign) for sign in name]
+    return None if None in found else [byte for byte in found if byte is not None]

@@ -1,28 +1,38 @@
 """What requests may say, as OpenAI's API has it. An option that is not served is refused, never passed over.
 
-Options of OpenAI's that change nothing at some value (``presence_penalty: 0``) are taken at that value. A list stops at
-its first wrong element: an error for each of a million would keep everybody waiting.
+What asks for nothing is taken: null for any option, and the values of options.py. A list stops at its first wrong
+element: an error for each of a million would keep everybody waiting.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, final
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, final
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from ...train.data.rendering import Ending
+from .options import ASKING, MESSAGE, Option, drop_neutral
 
 __all__ = [
     "AliasesBody",
     "ChatBody",
     "ClassifyBody",
     "CompletionBody",
+    "DetokenizeBody",
     "EmbeddingBody",
     "GenerationBody",
     "Message",
     "NamesBody",
+    "TokenizeBody",
+    "told_messages",
 ]
 
 Text = Annotated[str, Field(max_length=4_000_000)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+TokenName = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,8})$")]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 Tokens = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 Texts = Annotated[list[Text], Field(min_length=1, fail_fast=True)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
@@ -32,18 +42,33 @@ MAX_LOGPROBS = 20
 MAX_OPTIONS = 100
 
 
-class Body(BaseModel):
-    """A request's body: nothing unknown in it, and no value bent into another type."""
+def _taken(schema: dict[str, Any], body: type[Body]) -> None:
+    """In the API's document: options that ask for nothing, and null for any other name."""
+    taken = {name: option.schema for name, option in body.neutral.items() if name not in body.model_fields}
+    schema["properties"] |= {name: {"anyOf": [kind, {"type": "null"}]} for name, kind in taken.items()}
+    schema["additionalProperties"] = {"type": "null"}
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+class Body(BaseModel):
+    """A request's body: nothing unknown in it, and no value bent into another type. What is null asks for nothing.
+
+    neutral: options that are not served, and taken where they ask for nothing.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, json_schema_extra=_taken)
+    neutral: ClassVar[Mapping[str, Option]] = {}
 
     @model_validator(mode="before")
     @classmethod
-    def _few(cls, given: Any) -> Any:
-        """One error for a flood of unknown options, not one for each."""
-        if isinstance(given, dict) and len(given) > MAX_OPTIONS:
+    def _asks(cls, given: Any) -> Any:
+        """What the body asks for; one error for a flood of unknown options, not one for each."""
+        if not isinstance(given, dict):
+            return given
+        if len(given) > MAX_OPTIONS:
             raise ValueError(f"an object with {len(given)} options; there are fewer than {MAX_OPTIONS}")
-        return given
+        needed = [name for name, field in cls.model_fields.items() if field.is_required()]
+        asked = {name: value for name, value in given.items() if value is not None or name in needed}
+        return drop_neutral(asked, cls.neutral, cls.model_fields)
 
 
 @final
@@ -54,16 +79,13 @@ class StreamOptions(Body):
     include_obfuscation: Literal[False] | None = None
 
 
-@final
-class TextFormat(Body):
-    """The one format of answers that is served."""
-
-    type: Literal["text"]
-
-
 class GenerationBody(Body):
-    """What completions and chats have in common. top_k, ignore_eos, stop_token_ids and timeout are not OpenAI's."""
+    """What completions and chats have in common.
 
+    Not OpenAI's: top_k, min_p, repetition_penalty, ignore_eos, stop_token_ids and timeout.
+    """
+
+    neutral = ASKING
     model: Model
     n: int | None = Field(None, ge=1, le=128)
     stream: bool | None = None
@@ -73,10 +95,14 @@ class GenerationBody(Body):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     user: str | None = Field(None, max_length=512, description="Whom of yours it is for; noted in the log.")
-    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
-    top_k: int | None = Field(None, ge=1, lt=2**31, description="Draw from so many of the likeliest tokens only.")
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100, description="As in transformers; 1: none.")
+    logit_bias: Annotated[dict[TokenName, Bias], Field(max_length=1024)] | None = None
+    min_p: float | None = Field(None, ge=0, le=1, description="Draw from tokens of this part of the best one's chance.")
+    top_k: int | None = Field(
+        None, ge=-1, lt=2**31, description="Draw from so many of the likeliest tokens only; 0 or -1: from all."
+    )
     ignore_eos: bool | None = Field(None, description="Go on behind the model's end token.")
     stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] | None = None
     timeout: float | None = Field(None, gt=0, le=86400, description="Seconds; then it ends with an error.")
@@ -107,7 +133,6 @@ class CompletionBody(GenerationBody):
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: bool | None = None
     best_of: int | None = Field(None, ge=1, le=128)
-    suffix: Literal[""] | None = None
 
     @model_validator(mode="after")
     def _served(self) -> CompletionBody:
@@ -138,14 +163,37 @@ class Part(Body):
 class Message(Body):
     """A message of a chat."""
 
+    neutral = MESSAGE
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[Part], Field(min_length=1, fail_fast=True)]
+    content: Text | Annotated[list[Part], Field(min_length=1, fail_fast=True)] | None = Field(
+        None, description="May be null in an assistant's message only."
+    )
     name: str | None = Field(None, max_length=64)
+
+    @model_validator(mode="after")
+    def _says(self) -> Message:
+        if self.content is None and self.role != "assistant":
+            raise PydanticCustomError("lacking", "is missing", {"option": "content"})
+        return self
 
     @property
     def text(self) -> str:
         """The content as one text."""
+        if self.content is None:
+            return ""
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+def told_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Messages as a chat template takes them."""
+    return [{"role": m.role, "content": m.text, **({} if m.name is None else {"name": m.name})} for m in messages]
+
+
+def _ending(asks: bool | None, goes_on: bool | None) -> Ending:
+    """Of add_generation_prompt and continue_final_message."""
+    if goes_on and asks:
+        raise ValueError("continue_final_message: not together with add_generation_prompt: true")
+    return "continued" if goes_on else "closed" if asks is False else "asked"
 
 
 @final
@@ -157,22 +205,68 @@ class ChatBody(GenerationBody):
     max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    response_format: TextFormat | None = None
-    tools: Annotated[list[dict[str, Any]], Field(max_length=0)] | None = None
-    tool_choice: Literal["none", "auto"] | None = None
+    add_generation_prompt: bool | None = Field(
+        None, description="Whether the template begins an answer; by default so."
+    )
+    continue_final_message: bool | None = Field(None, description="Go on with the last message instead.")
 
     @model_validator(mode="after")
     def _together(self) -> ChatBody:
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs: only with logprobs: true")
+        _ending(self.add_generation_prompt, self.continue_final_message)
         if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
             raise ValueError("max_tokens: the old name of max_completion_tokens; give one of them")
         return self
 
     @property
+    def ending(self) -> Ending:
+        """How the prompt is to end."""
+        return _ending(self.add_generation_prompt, self.continue_final_message)
+
+    @property
     def limit(self) -> int | None:
         """The most new tokens, where the request says so."""
         return self.max_completion_tokens or self.max_tokens
+
+
+@final
+class TokenizeBody(Body):
+    """``/tokenize``: a prompt or messages."""
+
+    model: Model | None = None
+    prompt: Text | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=4096, fail_fast=True)] | None = None
+    add_special_tokens: bool | None = Field(
+        None, description="Of a prompt: with what begins a text, as completions do."
+    )
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    return_token_strs: bool | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> TokenizeBody:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("prompt: give either a prompt or messages")
+        if self.messages is not None and self.add_special_tokens:
+            raise ValueError("add_special_tokens: of messages it is not served; the chat template writes them itself")
+        if self.prompt is not None and (self.continue_final_message or self.add_generation_prompt is not None):
+            raise ValueError("add_generation_prompt: only with messages, and so is continue_final_message")
+        _ = self.ending
+        return self
+
+    @property
+    def ending(self) -> Ending:
+        """How the chat is to end."""
+        return _ending(self.add_generation_prompt, self.continue_final_message)
+
+
+@final
+class DetokenizeBody(Body):
+    """``/detokenize``."""
+
+    model: Model | None = None
+    tokens: Annotated[list[TokenId], Field(fail_fast=True)]
 
 
 class InputBody(Body):

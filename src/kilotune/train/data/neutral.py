@@ -18,7 +18,7 @@ from ...errors import ConfigError
 from .spelling import Speller
 from .turn_marks import Marks, Message, Text, changed, texts_of
 
-__all__ = ["Kept", "Neutral", "Write", "Written", "keep_apart"]
+__all__ = ["Again", "Kept", "Neutral", "Write", "Written", "keep_apart"]
 
 
 @final

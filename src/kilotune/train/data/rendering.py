@@ -13,17 +13,19 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import accumulate, islice, pairwise
-from typing import Any, final
+from typing import Any, Literal, final
 
 from ...errors import ConfigError, first_line
-from .neutral import Kept, Write, Written, keep_apart
+from .neutral import Again, Kept, Write, Written, keep_apart
 from .spelling import Speller
 from .turn_marks import ASSISTANT, Message, marks_of
 
-__all__ = ["ChatTemplate", "Example", "Rendered", "Tokenized", "render_pair", "render_text", "tokenize"]
+__all__ = ["ChatTemplate", "Ending", "Example", "Rendered", "Tokenized", "render_pair", "render_text", "tokenize"]
 
 CHUNK = 512  # rows that are tokenised at once
 GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+Ending = Literal["asked", "closed", "continued"]
+"""How a prompt ends: where an answer begins, behind the last message, or within it, for the model to go on with it."""
 Encode = Callable[[Sequence[str]], list[list[int]]]
 
 
@@ -83,7 +85,8 @@ class ChatTemplate:
     """Chats by the model's own template; the assistant's messages are the answers, with what ends them.
 
     What a message says never begins or ends a turn: tokens that the template marks turns with are words where a message
-    holds them (:mod:`~kilotune.train.data.turn_marks`).
+    holds them (:mod:`~kilotune.train.data.turn_marks`). A developer's message is the system's for a template that
+    knows no developers.
 
     Raises:
         ConfigError: the tokenizer has no template.
@@ -99,7 +102,8 @@ class ChatTemplate:
             )
         self._tokenizer = tokenizer
         try:
-            self._marked = bool(GENERATION.search(tokenizer.get_chat_template()))
+            template = tokenizer.get_chat_template()
+            self._marked, self._developers = bool(GENERATION.search(template)), "developer" in template
         except ValueError as error:  # several templates, and none of them the usual one
             raise ConfigError(f"the tokenizer's chat templates: {first_line(error)}") from error
         self._special = tuple({*map(str, tokenizer.all_special_tokens), *tokenizer.get_added_vocab()} - {""})
@@ -117,14 +121,16 @@ class ChatTemplate:
         """
         return self._apart(messages, self._by_marks if self._marked else self._by_turns)
 
-    def prompt(self, messages: Sequence[Message]) -> Rendered:
-        """The chat up to where the answer begins.
+    def prompt(self, messages: Sequence[Message], ending: Ending = "asked") -> Rendered:
+        """The chat up to where the answer begins, or with another ending.
 
         Raises:
             ConfigError: as :meth:`render`.
 
         """
-        return self._apart(messages, self._asked)[0]
+        if ending == "continued":
+            return self._apart(messages, self._unfinished, lambda some, _: self._text(some, going_on=True))[0]
+        return self._apart(messages, self._asked if ending == "asked" else self._closed)[0]
 
     def warm(self) -> None:
         """Make now what is else made when a text first holds a mark: seconds for the largest vocabularies."""
@@ -135,9 +141,11 @@ class ChatTemplate:
     def _speller(self) -> Speller:
         return Speller(self._tokenizer, self._marks.tokens)
 
-    def _apart(self, messages: Sequence[Message], write: Write) -> list[Rendered]:
+    def _apart(self, messages: Sequence[Message], write: Write, again: Again | None = None) -> list[Rendered]:
         """What is written, in which no text of a message makes a mark of a turn."""
-        kept = keep_apart(self._marks, messages, write, self._text)
+        if not self._developers:
+            messages = [{**one, "role": "system"} if one.get("role") == "developer" else one for one in messages]
+        kept = keep_apart(self._marks, messages, write, again or self._text)
         for i, message in enumerate(kept.neutral.messages):
             content = message.get("content")
             if isinstance(content, (list, dict)) and content and str(content) in kept.written[-1].text:
@@ -161,6 +169,12 @@ class ChatTemplate:
     def _asked(self, messages: Sequence[Message]) -> list[Written]:
         return [Written(self._text(messages, prompt=True), (), len(messages), prompt=True)]
 
+    def _closed(self, messages: Sequence[Message]) -> list[Written]:
+        return [Written(self._text(messages), (), len(messages))]
+
+    def _unfinished(self, messages: Sequence[Message]) -> list[Written]:
+        return [Written(self._text(messages, going_on=True), (), len(messages))]
+
     def _by_turns(self, messages: Sequence[Message]) -> list[Written]:
         turns = [i for i, message in enumerate(messages) if message["role"] == ASSISTANT]
         whole = self._text(messages)
@@ -170,9 +184,11 @@ class ChatTemplate:
             return [Written(whole, tuple(answers), len(messages))]
         return [Written(text, (answer,), i + 1) for i, text, answer in zip(turns, upto, answers)]
 
-    def _text(self, messages: Sequence[Message], prompt: bool = False) -> str:
+    def _text(self, messages: Sequence[Message], prompt: bool = False, going_on: bool = False) -> str:
         with _refusals():
-            text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
+            text = self._tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=prompt, continue_final_message=going_on
+            )
         return str(text)
 
     def _start(self, before: Sequence[Message], text: str) -> int:

@@ -1,0 +1,145 @@
+"""Options of OpenAI's and vLLM's APIs that are not served, and the values at which they ask for nothing.
+
+At such a value, and at null, an option is taken and changes nothing. At any other it is refused, by name. The table is
+the only list of them: requests are checked by it, the API's document has it, and docs/serve.md is compared with it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from typing import Annotated, Any, Literal, final
+
+from pydantic import Field, TypeAdapter, ValidationError
+from pydantic_core import PydanticCustomError
+
+__all__ = ["ASKING", "MESSAGE", "Option", "drop_neutral"]
+
+Word = Annotated[str, Field(max_length=512)]
+Nothing = Annotated[list[Any], Field(max_length=0)]
+Empty = Annotated[dict[str, Any], Field(max_length=0)]
+Metadata = Annotated[dict[str, Annotated[str, Field(max_length=512)]], Field(max_length=16)]
+
+
+@final
+class Option:
+    """One option.
+
+    Args:
+        name: as requests have it.
+        kind: the type that has those values only at which it asks for nothing.
+        told: these values, for readers; by default those of a ``Literal``.
+
+    """
+
+    def __init__(self, name: str, kind: Any, told: str | None = None) -> None:
+        self.name = name
+        self._type: TypeAdapter[Any] = TypeAdapter(kind)
+        self.schema = self._type.json_schema()
+        values = self.schema.get("enum", [self.schema["const"]] if "const" in self.schema else [])
+        self._values = [json.dumps(value) for value in values]
+        self.told = ", ".join(f"`{value}`" for value in self._values) if told is None else told
+
+    def neutral(self, value: Any) -> bool:
+        """Whether the option asks for nothing at this value."""
+        try:
+            self._type.validate_python(value, strict=True)
+        except ValidationError:
+            return False
+        return not self._values or json.dumps(value) in self._values  # for Python, 0 is False
+
+
+def _zero(name: str, value: float) -> Option:
+    return Option(name, Annotated[float, Field(ge=value, le=value)], f"`{value:g}`")
+
+
+def _never(name: str) -> Option:
+    """It asks for nothing at null alone, which is taken of all."""
+    return Option(name, None, "")
+
+
+ASKING = {
+    option.name: option
+    for option in (
+        Option("store", Literal[False]),
+        Option("metadata", Metadata, "up to 16 texts by name"),
+        Option("safety_identifier", Word, "any text"),
+        Option("prompt_cache_key", Word, "any text"),
+        Option("prompt_cache_retention", Literal["in_memory", "in-memory", "24h"]),
+        Option("service_tier", Literal["auto", "default"]),
+        Option("modalities", Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)], '`["text"]`'),
+        Option(
+            "response_format",
+            Annotated[dict[Literal["type"], Literal["text"]], Field(min_length=1)],
+            '`{"type": "text"}`',
+        ),
+        Option("verbosity", Literal["medium"]),
+        Option("tools", Nothing, "`[]`"),
+        Option("tool_choice", Literal["none", "auto"]),
+        Option("parallel_tool_calls", bool, "`true`, `false` (there are no tools)"),
+        Option("functions", Nothing, "`[]`"),
+        Option("function_call", Literal["none", "auto"]),
+        Option("suffix", Literal[""]),
+        Option("echo", Literal[False]),
+        Option("use_beam_search", Literal[False]),
+        _zero("length_penalty", 1),
+        _zero("min_tokens", 0),
+        _zero("priority", 0),
+        Option("bad_words", Nothing, "`[]`"),
+        Option("skip_special_tokens", Literal[True]),
+        Option("spaces_between_special_tokens", Literal[True]),
+        Option("include_stop_str_in_output", Literal[False]),
+        Option("return_tokens_as_token_ids", Literal[False]),
+        Option("return_token_ids", Literal[False]),
+        Option("chat_template_kwargs", Empty, "`{}`"),
+        Option("documents", Nothing, "`[]`"),
+        *map(
+            _never,
+            (
+                "audio",
+                "prediction",
+                "reasoning_effort",
+                "web_search_options",
+                "prompt_logprobs",
+                "allowed_token_ids",
+                "truncate_prompt_tokens",
+                "structured_outputs",
+                "guided_json",
+                "guided_regex",
+                "guided_choice",
+                "guided_grammar",
+            ),
+        ),
+    )
+}
+"""Of requests for text, by name. Where a route serves an option of this name, the route's own holds."""
+
+MESSAGE = {
+    option.name: option
+    for option in (
+        Option("refusal", Literal[""]),
+        Option("annotations", Nothing, "`[]`"),
+        Option("tool_calls", Nothing, "`[]`"),
+        *map(_never, ("audio", "function_call", "tool_call_id", "reasoning_content")),
+    )
+}
+"""Of messages: what comes back with an answer."""
+
+
+def drop_neutral(given: dict[str, Any], options: Mapping[str, Option], own: Collection[str]) -> dict[str, Any]:
+    """A body without the options that ask for nothing. own: what the body serves itself.
+
+    Raises:
+        PydanticCustomError: ``not_served``, with the option.
+
+    """
+    for name in given:
+        if name in options and name not in own and not options[name].neutral(given[name]):
+            raise PydanticCustomError(
+                "not_served", "not served; taken is {taken}", {"option": name, "taken": _plain(options[name].told)}
+            )
+    return {name: value for name, value in given.items() if name in own or name not in options}
+
+
+def _plain(told: str) -> str:
+    return f"{told.replace('`', '')} or null" if told else "null alone"

@@ -1,0 +1,59 @@
+"""``/tokenize``, ``/detokenize`` and ``/version``, as vLLM has them."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+
+from .middleware import noted
+from .schemas import DetokenizeBody, TokenizeBody, told_messages
+from .service import Service, namespace_of
+
+__all__ = ["routes"]
+
+
+async def _enter(service: Service, request: Request, model: str | None) -> str:
+    """Take a place before anything slow is done, and see that there is such a model; the tenant's name."""
+    caller = noted(request.scope).caller
+    assert caller is not None  # the front let it in
+    tenant = namespace_of(caller)
+    noted(request.scope).held.enter_context(service.gate.enter(tenant, 1))
+    if model is not None:
+        noted(request.scope).fields["model"] = model
+        await service.meant(caller, model)
+    return tenant
+
+
+def routes(service: Service, errors: dict[int | str, dict[str, Any]]) -> APIRouter:
+    """The three routes."""
+    router = APIRouter(responses=errors, tags=["tokens"])
+
+    @router.post("/tokenize", operation_id="tokenize", response_model=None)
+    async def tokenize(request: Request, body: TokenizeBody) -> Response:
+        """The tokens that a completion of this prompt, or a chat of these messages, begins with."""
+        tenant = await _enter(service, request, body.model)
+        prompts = service.prompts
+        if body.messages is not None:
+            ids = await prompts.chat(told_messages(body.messages), tenant, body.ending)
+        else:
+            ids = await prompts.tokens(body.prompt or "", body.add_special_tokens is not False, tenant)
+        names = prompts.names(ids) if body.return_token_strs else None
+        return JSONResponse(
+            {"count": len(ids), "max_model_len": service.engine.max_length, "tokens": ids, "token_strs": names}
+        )
+
+    @router.post("/detokenize", operation_id="detokenize", response_model=None)
+    async def detokenize(request: Request, body: DetokenizeBody) -> Response:
+        """The text of tokens."""
+        tenant = await _enter(service, request, body.model)
+        return JSONResponse({"prompt": await service.prompts.decoded(body.tokens, "tokens", tenant)})
+
+    @router.get("/version", operation_id="version", response_model=None)
+    async def version() -> Response:
+        """Kilotune's version."""
+        return JSONResponse({"version": importlib.metadata.version("kilotune")})
+
+    return router
