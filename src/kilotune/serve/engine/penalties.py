@@ -29,8 +29,7 @@ class Penalties:
     def __init__(self, sampling: Sampling, tokens: Sequence[int]) -> None:
         self._sampling, self._tokens, self._prompt = sampling, tokens, len(tokens)
         self._told = 0  # of the tokens, how many are counted
-        self._seen: Tensor | None = None  # (V,) bool: whether prompt or answer has the token
-        self._count: Tensor | None = None  # (V,) float32: how often the answer has it
+        self._all, self._answer = _Counted(), _Counted()
         self._bias: tuple[Tensor, Tensor] | None = None
 
     @classmethod
@@ -50,12 +49,12 @@ class Penalties:
         if asked.logit_bias:
             places, values = self._biases(logits)
             logits.index_add_(0, places, values)
-        seen, count = self._counted(logits)
-        if seen is not None:
-            factor = asked.repetition_penalty
-            logits.copy_(torch.where(seen, torch.where(logits < 0, logits * factor, logits / factor), logits))
-        if count is not None:
-            logits -= asked.frequency_penalty * count + asked.presence_penalty * (count > 0)
+        self._count(logits)
+        if (ids := self._all.ids) is not None:
+            factor, own = asked.repetition_penalty, logits[ids]
+            logits[ids] = torch.where(own < 0, own * factor, own / factor)
+        if (ids := self._answer.ids) is not None:
+            logits[ids] -= asked.frequency_penalty * self._answer.counts + asked.presence_penalty
 
     def _biases(self, like: Tensor) -> tuple[Tensor, Tensor]:
         if self._bias is None:
@@ -63,16 +62,34 @@ class Penalties:
             self._bias = torch.tensor(places, device=like.device), torch.tensor(values).to(like)
         return self._bias
 
-    def _counted(self, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """(seen, count), up to the last token; None: not asked for."""
+    def _count(self, like: Tensor) -> None:
+        """Take note of the tokens that came since the last time, as far as a penalty asks for them."""
         asked = self._sampling
-        new, made = self._tokens[self._told :], self._tokens[max(self._told, self._prompt) :]
-        self._told = len(self._tokens)
         if asked.repetition_penalty != 1.0:
-            self._seen = torch.zeros_like(like, dtype=torch.bool) if self._seen is None else self._seen
-            self._seen[torch.tensor(new, dtype=torch.int64, device=like.device)] = True
+            self._all.add(self._tokens[self._told :], like)
         if asked.frequency_penalty or asked.presence_penalty:
-            self._count = torch.zeros_like(like) if self._count is None else self._count
-            places = torch.tensor(made, dtype=torch.int64, device=like.device)
-            self._count.index_add_(0, places, torch.ones_like(places, dtype=like.dtype))
-        return self._seen, self._count
+            self._answer.add(self._tokens[max(self._told, self._prompt) :], like)
+        self._told = len(self._tokens)
+
+
+@final
+class _Counted:
+    """Different tokens (n,) int64, None while there are none, and how often each came (n,)."""
+
+    def __init__(self) -> None:
+        self._places: dict[int, int] = {}
+        self.ids: Tensor | None = None
+        self.counts = torch.zeros(0)
+
+    def add(self, tokens: Sequence[int], like: Tensor) -> None:
+        """Count tokens, on the device of ``like`` and in its dtype."""
+        if not tokens:
+            return
+        fresh = [token for token in dict.fromkeys(tokens) if token not in self._places]
+        self._places |= {token: place for place, token in enumerate(fresh, len(self._places))}
+        if fresh:
+            more = torch.tensor(fresh, device=like.device)
+            self.ids = more if self.ids is None else torch.cat([self.ids, more])
+            self.counts = torch.cat([self.counts.to(like), like.new_zeros(len(fresh))])
+        places = torch.tensor([self._places[token] for token in tokens], device=like.device)
+        self.counts.index_add_(0, places, torch.ones_like(places, dtype=like.dtype))
