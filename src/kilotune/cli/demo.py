@@ -81,7 +81,7 @@ def _show(result: PeopleResult, report: Path) -> None:
     screen = console()
     screen.print(_losses(result))
     for number, question in enumerate(result.questions[:SHOWN]):
-        rows = [(name, said[number]) for name, said in result.answers.texts.items()]
+        rows = [(name, " ".join(said[number].split())) for name, said in result.answers.texts.items()]
         screen.print(rows_table(f"{question.asked}", ["the answer, as each of them"], rows, justify="left"))
     for check in result.checks:
         mark = "[green]pass[/]" if check.passed else "[bold red]FAIL[/]"
