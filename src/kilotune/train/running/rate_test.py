@@ -2,7 +2,7 @@
 
 ::
 
-    taken = take_rate(session)      # Rate(value=0.36, why="the rule for vera and 160 steps gives 0.12; ...")
+    taken = take_rate(session)      # TakenRate(0.042, "learning rate 0.042: a test of 3 x 21 steps kept it ...")
 
 The test trains for a few steps at a third of the rule's rate for so few steps, at that rate and at three times it, each
 from the same start and on the same rows, and holds the losses of the last steps against each other. What was best there

@@ -5,8 +5,9 @@
     rate_for("vera", steps=160)     # what `kilotune train` takes for 160 steps without --learning-rate
 
 A training of few steps needs a larger rate than one of many: with Adam every number moves by about the rate in each
-step, so what it can come to is steps times rate. The rule is a power of the number of steps, with a rate and a power
-for each method, and was held against grids on four models (benchmarks/defaults.py; the table is in docs/training.md).
+step, so what it can come to is steps times rate. The rule is a power of the number of steps, with a rate
+and a power for each method. VeRA's, LoRA's, IA3's and Uni-LoRA's were held against a grid on SmolLM2, the others are
+places to start from (benchmarks/defaults.py; the table is in docs/training.md).
 """
 
 from __future__ import annotations
