@@ -10,12 +10,13 @@ from typing import Any, final
 
 from ...errors import ConfigError
 from .device_adapters import Held, Row
+from .grammars import Guide
 from .interface import Finish, Generation, Sampling, Token
 from .paged_attention import Part
 from .sampling import Choice, Picker
 from .text_stream import TextStream
 
-__all__ = ["Again", "Run", "check_request"]
+__all__ = ["Again", "Run", "check_request", "end_tokens", "homes"]
 
 
 def check_request(request: Generation, vocabulary: int, max_length: int, texts: bool) -> None:
@@ -38,6 +39,8 @@ def check_request(request: Generation, vocabulary: int, max_length: int, texts: 
     if (sampling.top_k is not None and sampling.top_k < 1) or (sampling.seed is not None and sampling.seed < 0):
         raise ConfigError("top_k: expected at least 1; seed: expected at least 0")
     _check_penalties(sampling, vocabulary)
+    if sampling.grammar is not None and (sampling.ignore_eos or not texts):
+        raise ConfigError("ignore_eos: not with a grammar, which says where an answer ends, and needs a tokenizer")
     if sampling.stop and not texts:
         raise ConfigError("stop: needs a tokenizer, and the engine has none")
 
@@ -78,7 +81,9 @@ class Run:
         loop: asyncio.AbstractEventLoop | None,
         tokenizer: Any,
         ends: frozenset[int],
+        guide: Guide | None = None,
     ) -> None:
+        self.guide = guide
         self.request, self.row, self.loop = request, row, loop
         self.tenant, self.deadline, self.id = request.tenant, request.deadline, ""
         sampling = request.sampling
@@ -93,7 +98,7 @@ class Run:
             whose += f"\0{key.on.namespace}\0{key.on.sha256}"
         self.owner = f"{request.tenant}\0{whose}".encode()
         self._ends = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else ends)
-        self._text = TextStream(tokenizer, request.prompt, sampling.stop)
+        self._text = TextStream(tokenizer, request.prompt, sampling.stop, sampling.shown)
         self._fresh = True
         self._stopped = False
         self._items: deque[Token | Finish | Again] = deque()
@@ -118,6 +123,11 @@ class Run:
             self.cached = min(part.cached, len(self.request.prompt))
             self._fresh = False
 
+    def look(self) -> None:
+        """Before a token is chosen: take in what may come next."""
+        if self.guide is not None:
+            self.picker.allowed, self.picker.idle = self.guide.allowed, self.guide.allowed is None or self.guide.over
+
     def push(self, choice: Choice) -> tuple[list[Any], Any]:
         """(what the new token tells the stream, why it is the last one or None)."""
         self.tokens.append(choice.token)
@@ -127,7 +137,11 @@ class Run:
         items = [Token(choice.token, text, choice.logprob, choice.top)]
         if self._stopped:
             return items, "stop"
-        return items, "length" if self.made >= self.request.sampling.max_tokens else None
+        if self.made >= self.request.sampling.max_tokens:
+            return items, "length"
+        if self.guide is not None:
+            self.guide.advance(choice.token)
+        return items, None
 
     @property
     def made(self) -> int:
@@ -171,3 +185,16 @@ class Run:
 def _put_all(told: Sequence[tuple[Run, Sequence[Any]]]) -> None:
     for run, items in told:
         run._put(items)
+
+
+def homes(run: Run) -> set[object]:
+    """Where a request's adapter is on the device, and what that stands on."""
+    return set() if run.row is None else {*run.row.homes}
+
+
+def end_tokens(model: Any) -> frozenset[int]:
+    """The tokens that end an answer, as ``generate`` takes them."""
+    found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    if found is None:
+        found = model.config.get_text_config().eos_token_id
+    return frozenset([] if found is None else [found] if isinstance(found, int) else found)

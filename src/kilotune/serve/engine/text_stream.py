@@ -20,10 +20,12 @@ class TextStream:
         tokenizer: of transformers; None: there is no text.
         prompt: the prompt's tokens.
         stops: texts that end the answer.
+        shown: special tokens that are text; others are not.
 
     """
 
-    def __init__(self, tokenizer: Any, prompt: Sequence[int], stops: Sequence[str]) -> None:
+    def __init__(self, tokenizer: Any, prompt: Sequence[int], stops: Sequence[str], shown: Sequence[int] = ()) -> None:
+        self._hidden = _special(tokenizer).difference(shown) if shown else None
         self._tokenizer, self._stops = tokenizer, [stop for stop in stops if stop]
         self._ids = list(prompt[-CONTEXT:])
         self._begin, self._read = 0, len(self._ids)
@@ -52,7 +54,9 @@ class TextStream:
         return text if stopped else text + held
 
     def _decode(self, ids: Sequence[int]) -> str:
-        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        hidden = self._hidden
+        told = list(ids) if hidden is None else [number for number in ids if number not in hidden]
+        text: str = self._tokenizer.decode(told, skip_special_tokens=hidden is None, clean_up_tokenization_spaces=False)
         return text
 
     def _cut(self, text: str) -> tuple[str, bool]:
@@ -66,6 +70,11 @@ class TextStream:
         keep = max((_overlap(held, stop) for stop in self._stops), default=0)
         self._held = held[len(held) - keep :]
         return held[: len(held) - keep], False
+
+
+def _special(tokenizer: Any) -> frozenset[int]:
+    added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return frozenset({*added, *tokenizer.all_special_ids})
 
 
 def _overlap(text: str, stop: str) -> int:

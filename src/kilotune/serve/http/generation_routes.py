@@ -144,6 +144,7 @@ def _sampling(body: GenerationBody, tokens: int, logprobs: int | None, choice: i
         frequency_penalty=body.frequency_penalty or 0.0,
         presence_penalty=body.presence_penalty or 0.0,
         min_p=body.min_p or 0.0,
+        grammar=body.grammar,
     )
 
 

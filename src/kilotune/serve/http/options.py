@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, final
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic_core import PydanticCustomError
 
-__all__ = ["ASKING", "MESSAGE", "Option", "drop_neutral"]
+__all__ = ["ASKING", "MESSAGE", "STRUCTURED", "Option", "drop_neutral"]
 
 Word = Annotated[str, Field(max_length=512)]
 Nothing = Annotated[list[Any], Field(max_length=0)]
@@ -68,11 +68,6 @@ ASKING = {
         Option("prompt_cache_retention", Literal["in_memory", "in-memory", "24h"]),
         Option("service_tier", Literal["auto", "default"]),
         Option("modalities", Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)], '`["text"]`'),
-        Option(
-            "response_format",
-            Annotated[dict[Literal["type"], Literal["text"]], Field(min_length=1)],
-            '`{"type": "text"}`',
-        ),
         Option("verbosity", Literal["medium"]),
         Option("tools", Nothing, "`[]`"),
         Option("tool_choice", Literal["none", "auto"]),
@@ -103,16 +98,21 @@ ASKING = {
                 "prompt_logprobs",
                 "allowed_token_ids",
                 "truncate_prompt_tokens",
-                "structured_outputs",
-                "guided_json",
-                "guided_regex",
-                "guided_choice",
-                "guided_grammar",
             ),
         ),
     )
 }
 """Of requests for text, by name. Where a route serves an option of this name, the route's own holds."""
+
+STRUCTURED = {
+    option.name: option
+    for option in (
+        Option("disable_fallback", Literal[False]),
+        Option("disable_any_whitespace", Literal[False]),
+        Option("disable_additional_properties", Literal[False]),
+    )
+}
+"""Of ``structured_outputs``."""
 
 MESSAGE = {
     option.name: option

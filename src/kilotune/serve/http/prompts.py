@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import re
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, final
 
 from ...errors import ConfigError
 from ...train.data.rendering import ChatTemplate, Ending, Rendered, tokenize
+from ..engine.vocabulary import named_bytes
 from .http_errors import ApiError
 
 __all__ = ["Prompts"]
@@ -22,12 +22,6 @@ __all__ = ["Prompts"]
 T = TypeVar("T")
 LONG = 4000  # characters of a text that is not tokenised on the loop's own thread
 INCOMPLETE = "\ufffd"  # what a tokenizer makes of a part of a character
-NAMED = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-PRINTED = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))  # bytes that stand for themselves
-SIGNS = {chr(byte): byte for byte in PRINTED} | {
-    chr(0x100 + place): byte for place, byte in enumerate(sorted({*range(0x100)} - {*PRINTED}))
-}
-"""Sign -> byte, in the vocabularies that are made of bytes, as GPT-2's is."""
 
 
 @final
@@ -141,7 +135,7 @@ class Prompts:
     def bytes_of(self, number: int) -> list[int] | None:
         """The UTF-8 of one token, also where it is a part of a character; None where the vocabulary does not say it."""
         text = self.token(number)
-        return _bytes_named(self.names([number])[0]) if INCOMPLETE in text else [*text.encode()]
+        return named_bytes(self.names([number])[0]) if INCOMPLETE in text else [*text.encode()]
 
 
 def _chats(tokenizer: Any) -> ChatTemplate | str:
@@ -172,13 +166,3 @@ def _ids(tokenizer: Any, text: str, special: bool) -> Sequence[int]:
 
 def _text(tokenizer: Any, ids: Sequence[int]) -> str:
     return str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
-
-
-def _bytes_named(name: str | None) -> list[int] | None:
-    """The bytes of a token that is no text by itself, by what vocabularies call it: ``<0xF0>``, or a sign a byte."""
-    if name is None:
-        return None
-    if (one := NAMED.fullmatch(name)) is not None:
-        return [int(one[1], 16)]
-    found = [SIGNS.get(sign) for sign in name]
-    return None if None in found else [byte for byte in found if byte is not None]
