@@ -152,7 +152,7 @@ def test_plain_patterns_start_no_process(monkeypatch: pytest.MonkeyPatch) -> Non
     def refuse(*_: Any, **__: Any) -> Any:
         raise AssertionError("a process")
 
-    monkeypatch.setattr(subprocess, "run", refuse)
+    monkeypatch.setattr(subprocess, "Popen", refuse)
     listed = "|".join(re.escape(name) for name in LONG * 3)
     for pattern in (r".*\.(q|v)_proj", r"^(?!.*vision).*\.layers\.\d+\.self_attn\.q_proj", r".*layers.*attn.*", listed):
         assert fault(pattern) is None
@@ -237,13 +237,13 @@ def test_the_outer_time_counts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_each_pattern_has_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    runs, own = list[int](), subprocess.run
+    runs, own = list[int](), subprocess.Popen
 
     def counted(*given: Any, **more: Any) -> Any:
         runs.append(1)
         return own(*given, **more)
 
-    monkeypatch.setattr(subprocess, "run", counted)
+    monkeypatch.setattr(subprocess, "Popen", counted)
     with matching(names=lambda: NAMES):
         for _ in range(2):
             with matching(names=lambda: NAMES[:3]):

@@ -12,10 +12,8 @@ thread matches within :func:`matching` takes so many seconds together, and for e
 
 from __future__ import annotations
 
-import json
 import math
 import re
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -32,7 +30,7 @@ FEW = 250_000  # ways: some milliseconds
 OFTEN = 16  # times that something is repeated which can be gone through in several ways
 LONGEST = 20_000  # characters of a pattern that is looked at; a list of a model's names, made a pattern, is shorter
 SHOWN = 200  # characters of a pattern in an error
-PROGRAM = Path(__file__).with_name("pattern_process.py")
+FUNCTION = Path(__file__).with_name("pattern_process.py")
 # What makes tables as large as Unicode: letters beyond ASCII, and the flag that ignores case.
 WIDE = re.compile(r"[^\x00-\x7f]|\\[xuUN]|\(\?[a-zA-Z]*i[a-zA-Z]*[-:)]")
 
@@ -188,29 +186,19 @@ class _Matching:
 
     def _ask(self, how: str, pattern: str, names: list[str]) -> dict[str, Any]:
         """Ask a process of its own, which is gone when this returns."""
-        import subprocess  # most patterns do without
+        from .bounded import Bounded, BoundedError, Bounds  # most patterns do without
 
         began = time.perf_counter()
-        asked = {"how": how, "pattern": pattern, "names": names, "seconds": self.left}
         try:
-            done = subprocess.run(
-                [sys.executable or "python", "-I", "-S", str(PROGRAM)],  # of nobody's folders and packages
-                input=json.dumps(asked).encode(),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                timeout=max(self.left, 0.0),
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            self.left = -1.0
-            raise self._too_long(pattern) from None
-        except (OSError, RuntimeError) as error:
-            why = f"it needs a process of its own, which cannot be started: {error}"
-            raise _unfit(pattern, why) from None
+            with Bounded(FUNCTION, "answer", Bounds(max(self.left, 0.0))) as process:
+                answer: dict[str, Any] = process.call({"how": how, "pattern": pattern, "names": names})
+        except BoundedError as error:
+            if error.why == "time":
+                self.left = -1.0
+                raise self._too_long(pattern) from None
+            self._spend(pattern, began)
+            raise _unfit(pattern, error) from None
         self._spend(pattern, began)
-        if done.returncode:
-            raise _unfit(pattern, f"it takes too much time or memory (exit status {done.returncode})")
-        answer: dict[str, Any] = json.loads(done.stdout)
         return answer
 
     def _too_long(self, pattern: str) -> PatternError:
