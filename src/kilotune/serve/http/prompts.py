@@ -69,8 +69,12 @@ class Prompts:
         """A text for an encoder, between the tokens that its tokenizer puts around it."""
         return self._checked(given if not isinstance(given, str) else await self._encode(given, True, tenant), param)
 
-    async def chat(self, messages: Sequence[dict[str, Any]], tenant: str, ending: Ending = "asked") -> tuple[int, ...]:
+    async def chat(
+        self, messages: Sequence[dict[str, Any]], tenant: str, ending: Ending = "asked", param: str = "messages"
+    ) -> tuple[int, ...]:
         """A conversation in the model's template, up to where the answer begins, or as ``ending`` says.
+
+        param: what requests call the messages.
 
         Tokens that mark turns are words where a message holds them, so no message becomes another turn.
 
@@ -79,14 +83,14 @@ class Prompts:
 
         """
         if isinstance(chats := self._chats, str):
-            raise ApiError(400, chats, param="messages")
+            raise ApiError(400, chats, param=param)
         try:
             rendered = await self._in_turn(tenant, lambda: chats.prompt(messages, ending))
         except ConfigError as error:
-            raise ApiError(400, str(error), param="messages") from error
+            raise ApiError(400, str(error), param=param) from error
         if (speller := rendered.speller) is not None:
-            return self._checked((await self._in_turn(tenant, lambda: speller.ids([rendered.text])))[0], "messages")
-        return self._checked(await self._encode(rendered.text, False, tenant), "messages")
+            return self._checked((await self._in_turn(tenant, lambda: speller.ids([rendered.text])))[0], param)
+        return self._checked(await self._encode(rendered.text, False, tenant), param)
 
     async def _encode(self, text: str, special: bool, tenant: str) -> Sequence[int]:
         if len(text) <= LONG:
