@@ -38,10 +38,11 @@ from ...errors import ConfigError, KilotuneError, ResourceError, UnsupportedErro
 from .cache_room import CacheRoom
 from .device_adapters import GoneError, Row
 from .fairness import FairQueue, Unread, share_out
-from .interface import AdapterKey, Engine, EngineError, EngineStats, Finish, Generation, Sampling, Token, Vector
+from .interface import AdapterKey, Engine, EngineError, EngineStats, Finish, Generation, Item, Sampling, Vector
 from .lanes import Lanes
 from .pace import Pace
 from .paged_attention import PagedBatch, PageSizes, Part
+from .prompt_scores import PromptScores, most_tokens, share_scored
 from .running_requests import Again, Run, check_request
 from .sampling import Choice, choose
 from .tenant_adapters import AdapterRegistry
@@ -128,7 +129,9 @@ class TransformersEngine(Engine):
     def start(self) -> None:
         if self._thread is not None:
             return
-        self._batch = PagedBatch(self._model, self._sizes, self._owner, self._around, self._share, self._choose)
+        self._batch = PagedBatch(
+            self._model, self._sizes, self._owner, self._around, self._share, self._choose, self._scoring
+        )
         self._room = CacheRoom(self._batch.capacity, self._batch.page)
         self._warm()
         self._dead, self._until = None, None
@@ -176,7 +179,7 @@ class TransformersEngine(Engine):
             slots=self._adapters.residents.room,
         )
 
-    async def generate(self, request: Generation) -> AsyncIterator[Token | Finish]:
+    async def generate(self, request: Generation) -> AsyncIterator[Item]:
         check_request(request, self._vocabulary, self.max_length, self._tokenizer is not None)
         loop, asked = asyncio.get_running_loop(), time.monotonic()
         row = await self._row(request.adapter)
@@ -419,11 +422,11 @@ class TransformersEngine(Engine):
 
     def _told(self, run: Run, choice: Choice) -> list[Any]:
         """What a new token means for its stream; ends the request where it is the last one."""
-        if not choice.finite:
+        if not (choice.finite and run.finite):
             self._stop(run)
             return [run.finish("error", "the model's numbers are no longer finite with this adapter")]
-        self._tokens += 1
         items, reason = run.push(choice)
+        self._tokens += bool(run.made)
         if reason is not None:
             self._stop(run)
             items.append(run.finish(reason))
@@ -464,7 +467,12 @@ class TransformersEngine(Engine):
     def _share(self, unread: dict[str, int], room: int) -> dict[str, int]:
         prompts = [Unread(name, run.tenant, unread[name]) for name, run in self._running.items() if name in unread]
         least = min(room, len(prompts))  # of which each has a turn
-        return share_out(prompts, max(least, min(room, self._pace.tokens(self._queue.tenants))))
+        given = share_out(prompts, max(least, min(room, self._pace.tokens(self._queue.tenants))))
+        scored = [prompt for prompt in prompts if self._scoring(prompt.id) is not None]
+        return share_scored(given, scored, most_tokens(self._vocabulary)) if scored else given
+
+    def _scoring(self, request: str) -> PromptScores | None:
+        return self._running[request].scoring
 
     def _choose(self, ids: list[str], logits: Tensor) -> Tensor:
         choices = choose(logits, [self._running[name].picker for name in ids])

@@ -11,8 +11,9 @@ from typing import Any, final
 
 from ...errors import ConfigError
 from .device_adapters import Held, Row
-from .interface import Finish, Generation, Sampling, Token
+from .interface import Finish, Generation, Item, Prompted, Sampling, Token
 from .paged_attention import Part
+from .prompt_scores import PromptScores
 from .sampling import Choice, Picker
 from .text_stream import TextStream
 
@@ -29,15 +30,17 @@ def check_request(request: Generation, vocabulary: int, max_length: int, texts: 
     prompt, sampling = request.prompt, request.sampling
     if not prompt or any(not 0 <= token < vocabulary for token in prompt):
         raise ConfigError(f"prompt: expected at least one token, each in 0 ... {vocabulary - 1}")
-    if sampling.max_tokens < 1 or len(prompt) + sampling.max_tokens > max_length:
+    if sampling.max_tokens < 0 or len(prompt) + sampling.max_tokens > max_length:
         raise ConfigError(
-            f"max_tokens: expected 1 to {max_length - len(prompt)} behind a prompt of {len(prompt)} tokens "
+            f"max_tokens: expected 0 to {max_length - len(prompt)} behind a prompt of {len(prompt)} tokens "
             f"(at most {max_length} together), got {sampling.max_tokens}"
         )
     if not (sampling.temperature >= 0 and 0 < sampling.top_p <= 1):
         raise ConfigError("temperature: expected at least 0; top_p: expected a number in (0, 1]")
     if (sampling.top_k is not None and sampling.top_k < 1) or (sampling.seed is not None and sampling.seed < 0):
         raise ConfigError("top_k: expected at least 1; seed: expected at least 0")
+    if sampling.prompt_logprobs is not None and sampling.prompt_logprobs < 0:
+        raise ConfigError(f"prompt_logprobs: expected at least 0, got {sampling.prompt_logprobs}")
     _check_penalties(sampling, vocabulary)
     if sampling.stop and not texts:
         raise ConfigError("stop: needs a tokenizer, and the engine has none")
@@ -87,6 +90,9 @@ class Run:
         sampling = request.sampling
         self.tokens = list(request.prompt)
         self.picker = Picker(sampling, self.tokens)
+        asked = sampling.prompt_logprobs
+        self._scores = None if asked is None else PromptScores(request.prompt, asked)
+        self._prompted = False
         self.held: Held | None = None
         self.left = self.suspect = False
         self.cached = 0
@@ -99,7 +105,7 @@ class Run:
         self._text = TextStream(tokenizer, request.prompt, sampling.stop)
         self._fresh = True
         self._stopped = False
-        self._items: deque[Token | Finish | Again] = deque()
+        self._items: deque[Item | Again] = deque()
         self._ready = asyncio.Event()
 
     @classmethod
@@ -126,16 +132,33 @@ class Run:
             self.cached = min(part.cached, len(self.request.prompt))
             self._fresh = False
 
-    def push(self, choice: Choice) -> tuple[list[Any], Any]:
+    @property
+    def scoring(self) -> PromptScores | None:
+        """Its prompt's log-probabilities, where they are asked for and not all known."""
+        return None if self._scores is None or self._scores.complete else self._scores
+
+    @property
+    def finite(self) -> bool:
+        """Whether what is known of them is numbers."""
+        return self._scores is None or self._scores.finite
+
+    def push(self, choice: Choice) -> tuple[list[Item], Any]:
         """(what the new token tells the stream, why it is the last one or None)."""
+        items: list[Item] = []
+        if self._scores is not None and not self._prompted:
+            items.append(Prompted(self._scores.all))
+            self._prompted = True
+        most = self.request.sampling.max_tokens
+        if not most:  # the prompt is all of it
+            return items, "length"
         self.tokens.append(choice.token)
         if choice.token in self._ends:
-            return [Token(choice.token, "", choice.logprob, choice.top)], "stop"
+            return [*items, Token(choice.token, "", choice.logprob, choice.top)], "stop"
         text, self._stopped = self._text.push(choice.token)
-        items = [Token(choice.token, text, choice.logprob, choice.top)]
+        items.append(Token(choice.token, text, choice.logprob, choice.top))
         if self._stopped:
             return items, "stop"
-        return items, "length" if self.made >= self.request.sampling.max_tokens else None
+        return items, "length" if self.made >= most else None
 
     @property
     def made(self) -> int:
@@ -147,7 +170,7 @@ class Run:
         text = "" if self._stopped else self._text.flush()
         return Finish(reason, text, error, len(self.request.prompt), self.made, self.cached)
 
-    def tell(self, items: Sequence[Token | Finish | Again]) -> None:
+    def tell(self, items: Sequence[Item | Again]) -> None:
         """Give items to the stream, in its loop's thread."""
         if self.loop is not None:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens
@@ -161,13 +184,13 @@ class Run:
                 with contextlib.suppress(RuntimeError):
                     loop.call_soon_threadsafe(_put_all, told)
 
-    def _put(self, items: Sequence[Token | Finish | Again]) -> None:
+    def _put(self, items: Sequence[Item | Again]) -> None:
         self._items.extend(items)
         self._ready.set()
 
     # -- the stream's side -----------------------------------------------------------------------
 
-    async def items(self) -> AsyncIterator[Token | Finish | Again]:
+    async def items(self) -> AsyncIterator[Item | Again]:
         """What comes; ends never by itself."""
         while True:
             await self._ready.wait()

@@ -20,10 +20,12 @@ class TextStream:
         tokenizer: of transformers; None: there is no text.
         prompt: the prompt's tokens.
         stops: texts that end the answer.
+        special: whether special tokens are part of it.
 
     """
 
-    def __init__(self, tokenizer: Any, prompt: Sequence[int], stops: Sequence[str]) -> None:
+    def __init__(self, tokenizer: Any, prompt: Sequence[int], stops: Sequence[str], special: bool = False) -> None:
+        self._special = special
         self._tokenizer, self._stops = tokenizer, [stop for stop in stops if stop]
         self._ids = list(prompt[-CONTEXT:])
         self._begin, self._read = 0, len(self._ids)
@@ -52,7 +54,9 @@ class TextStream:
         return text if stopped else text + held
 
     def _decode(self, ids: Sequence[int]) -> str:
-        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text: str = self._tokenizer.decode(
+            list(ids), skip_special_tokens=not self._special, clean_up_tokenization_spaces=False
+        )
         return text
 
     def _cut(self, text: str) -> tuple[str, bool]:

@@ -10,23 +10,24 @@ from dataclasses import dataclass, field
 from typing import final
 
 from ...errors import KilotuneError
-from ..engine.interface import Finish, Generation, Token
+from ..engine.interface import Finish, Generation, Item, Prompted, Scored, Token
 from .http_errors import ApiError, of_library
 from .metrics import Metrics
 
 __all__ = ["Answer", "Asked", "Event", "collect", "ended_badly", "events"]
 
-Event = tuple[int, Token | Finish]
+Event = tuple[int, Item]
 AHEAD = 64  # events of several answers that wait for the client
 
 
 @final
 @dataclass
 class Answer:
-    """One answer so far."""
+    """One answer so far. scores: of its prompt's tokens, where they were asked for."""
 
     tokens: list[Token] = field(default_factory=list)
     finish: Finish | None = None
+    scores: tuple[Scored | None, ...] | None = None
 
     @property
     def text(self) -> str:
@@ -40,7 +41,7 @@ class Asked:
 
     def __init__(
         self,
-        engine_events: AsyncIterator[Token | Finish],
+        engine_events: AsyncIterator[Item],
         generation: Generation,
         metrics: Metrics,
         labels: tuple[str, str],
@@ -51,7 +52,7 @@ class Asked:
         self.first: float | None = None
         self.made = 0
 
-    async def events(self) -> AsyncGenerator[Token | Finish, None]:
+    async def events(self) -> AsyncGenerator[Item, None]:
         """What comes of it, with errors in HTTP's terms."""
         recent, metrics = self._metrics.recent(self._tenant), self._metrics
         began = last = time.monotonic()
@@ -70,7 +71,7 @@ class Asked:
                         metrics.between.observe(now - last)
                     recent.add_token(now)
                     last = now
-                else:
+                elif isinstance(event, Finish):
                     self._count(event)
                     recent.whole.append(now - began)
                 yield event
@@ -163,6 +164,9 @@ async def collect(stream: AsyncIterator[Event], count: int) -> list[Answer]:
     async for index, event in stream:
         if isinstance(event, Token):
             answers[index].tokens.append(event)
+            continue
+        if isinstance(event, Prompted):
+            answers[index].scores = event.scores
             continue
         if (error := ended_badly(event)) is not None:
             raise error

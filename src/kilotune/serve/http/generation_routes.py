@@ -13,12 +13,12 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from ..engine.interface import Finish, Generation, Sampling, Token
+from ..engine.interface import Finish, Generation, Prompted, Sampling, Token
 from .answers import Asked, Event, collect, ended_badly, events
 from .http_errors import ApiError
 from .keys import Key
 from .middleware import noted
-from .response_shapes import DONE, ChatShape, CompletionShape, Shape, event_of, usage_of
+from .response_shapes import DONE, ChatShape, CompletionShape, Echo, Shape, event_of, usage_of
 from .schemas import ChatBody, CompletionBody, GenerationBody, told_messages
 from .service import Meant, Service, namespace_of, seed_of
 
@@ -82,9 +82,12 @@ class Run:
         index, event = first
         try:
             while True:
-                text = b"" if index in begun else self.shape.begin(index)
+                scores = event.scores if isinstance(event, Prompted) else None
+                text = b"" if index in begun else self.shape.begin(index, scores)
                 begun.add(index)
-                if isinstance(event, Token):
+                if isinstance(event, Prompted):
+                    pass
+                elif isinstance(event, Token):
                     text += self.shape.token(index, event)
                 elif (error := ended_badly(event)) is not None:
                     raise error
@@ -142,6 +145,7 @@ def _sampling(body: GenerationBody, tokens: int, logprobs: int | None, choice: i
         stop_token_ids=tuple(body.stop_token_ids or ()),
         ignore_eos=bool(body.ignore_eos),
         logprobs=logprobs,
+        prompt_logprobs=body.scored,
         logit_bias=tuple((int(token), value) for token, value in (body.logit_bias or {}).items()),
         repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
         frequency_penalty=body.frequency_penalty or 0.0,
@@ -185,12 +189,9 @@ def routes(service: Service, errors: dict[int | str, dict[str, Any]]) -> APIRout
         meant = await service.meant(_caller(request), body.model)
         prompts = [await service.prompts.plain(prompt, "prompt", tenant) for prompt in body.prompts]
         tokens = [service.room(prompt, body.max_tokens, USUAL, "prompt") for prompt in prompts]
-        echoes = None
-        if body.echo:
-            texts = [p if isinstance(p, str) else service.prompts.text(p) for p in body.prompts]
-            echoes = [text for text in texts for _ in range(body.choices)]
+        echoes = await _echoes(service, body, prompts, tenant) if body.echo else None
         generations = await _generations(service, request, body, meant, prompts, tokens, body.logprobs)
-        shape = CompletionShape(*_common(service, "cmpl", body, body.logprobs is not None), echoes=echoes)
+        shape = CompletionShape(*_common(service, "cmpl", body, body.logprobs), echoes=echoes)
         return await Run(service, request, body, generations, shape).answer()
 
     @router.post("/v1/chat/completions", operation_id="chat", response_model=None)
@@ -204,7 +205,7 @@ def routes(service: Service, errors: dict[int | str, dict[str, Any]]) -> APIRout
         tokens = service.room(prompt, body.limit, None, "messages")
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         generations = await _generations(service, request, body, meant, [prompt], [tokens], logprobs)
-        shape = ChatShape(*_common(service, "chatcmpl", body, bool(body.logprobs)))
+        shape = ChatShape(*_common(service, "chatcmpl", body, logprobs))
         return await Run(service, request, body, generations, shape).answer()
 
     return router
@@ -221,8 +222,22 @@ def _enter(service: Service, request: Request, count: int) -> str:
     return tenant
 
 
+async def _echoes(
+    service: Service, body: CompletionBody, prompts: Sequence[tuple[int, ...]], tenant: str
+) -> list[Echo]:
+    """The prompt of each choice."""
+    made = []
+    for given, ids in zip(body.prompts, prompts, strict=True):
+        plain = isinstance(given, str)
+        offsets = [] if body.echoed is None else await service.prompts.offsets(ids, plain, tenant)
+        echo = Echo(given if isinstance(given, str) else service.prompts.text(given), ids, offsets)
+        made.extend([echo] * body.choices)
+    return made
+
+
 def _common(
-    service: Service, prefix: str, body: GenerationBody, logprobs: bool
-) -> tuple[str, str, int, Any, bool, bool]:
+    service: Service, prefix: str, body: GenerationBody, logprobs: int | None
+) -> tuple[str, str, int, Any, bool, int | None, int | None]:
     usage = bool(body.stream_options and body.stream_options.include_usage)
-    return f"{prefix}-{uuid.uuid4().hex}", body.model, int(time.time()), service.prompts, logprobs, usage
+    name = f"{prefix}-{uuid.uuid4().hex}"
+    return name, body.model, int(time.time()), service.prompts, usage, logprobs, body.prompt_logprobs

@@ -100,7 +100,6 @@ ASKING = {
                 "prediction",
                 "reasoning_effort",
                 "web_search_options",
-                "prompt_logprobs",
                 "allowed_token_ids",
                 "truncate_prompt_tokens",
                 "structured_outputs",

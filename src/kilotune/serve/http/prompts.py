@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import itertools
 import re
 import weakref
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from typing import Any, TypeVar, final
 
 from ...errors import ConfigError
 from ...train.data.rendering import ChatTemplate, Ending, Rendered, tokenize
+from ..engine.text_stream import TextStream
 from .http_errors import ApiError
 
 __all__ = ["Prompts"]
@@ -134,6 +136,16 @@ class Prompts:
             return self.text(checked)
         return await self._in_turn(tenant, lambda: _text(self._beside, checked))
 
+    async def offsets(self, ids: Sequence[int], plain: bool, tenant: str) -> list[int]:
+        """Where each token begins in the text of a prompt. plain: it was a text, without what begins them all."""
+        opening = len(self._opening) if plain else 0
+        own = ids[opening:]
+        if len(own) <= LONG // 4:
+            found = _offsets(self._tokenizer, own)
+        else:
+            found = await self._in_turn(tenant, lambda: _offsets(self._beside, own))
+        return [*[0] * opening, *found]
+
     def text(self, ids: Sequence[int]) -> str:
         """The text of tokens."""
         return _text(self._tokenizer, ids)
@@ -172,6 +184,13 @@ def _ids(tokenizer: Any, text: str, special: bool) -> Sequence[int]:
 
 def _text(tokenizer: Any, ids: Sequence[int]) -> str:
     return str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+
+
+def _offsets(tokenizer: Any, ids: Sequence[int]) -> list[int]:
+    """A token that is no whole character begins where the character does."""
+    stream = TextStream(tokenizer, (), (), special=True)
+    lengths = [len(stream.push(number)[0]) for number in ids]
+    return [0, *itertools.accumulate(lengths)][: len(ids)]
 
 
 def _bytes_named(name: str | None) -> list[int] | None:

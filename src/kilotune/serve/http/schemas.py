@@ -82,7 +82,7 @@ class StreamOptions(Body):
 class GenerationBody(Body):
     """What completions and chats have in common.
 
-    Not OpenAI's: top_k, min_p, repetition_penalty, ignore_eos, stop_token_ids and timeout.
+    Not OpenAI's: top_k, min_p, repetition_penalty, ignore_eos, stop_token_ids, prompt_logprobs and timeout.
     """
 
     neutral = ASKING
@@ -105,12 +105,20 @@ class GenerationBody(Body):
     )
     ignore_eos: bool | None = Field(None, description="Go on behind the model's end token.")
     stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] | None = None
+    prompt_logprobs: int | None = Field(
+        None,
+        ge=0,
+        le=MAX_LOGPROBS,
+        description="Log-probabilities of the prompt, with so many likeliest tokens.",
+    )
     timeout: float | None = Field(None, gt=0, le=86400, description="Seconds; then it ends with an error.")
 
     @model_validator(mode="after")
     def _streaming(self) -> GenerationBody:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options: only with stream: true")
+        if self.prompt_logprobs is not None and self.stream:
+            raise ValueError("prompt_logprobs: not with stream: true; a stream has them by echo and logprobs")
         return self
 
     @property
@@ -123,13 +131,18 @@ class GenerationBody(Body):
         """``n``, filled in."""
         return self.n or 1
 
+    @property
+    def scored(self) -> int | None:
+        """How many likeliest tokens are wanted with each token of the prompt; None: no log-probabilities of these."""
+        return self.prompt_logprobs
+
 
 @final
 class CompletionBody(GenerationBody):
     """``/v1/completions``."""
 
     prompt: Text | Tokens | Texts | Annotated[list[Tokens], Field(min_length=1, fail_fast=True)]
-    max_tokens: int | None = Field(None, ge=1, lt=2**31)
+    max_tokens: int | None = Field(None, ge=0, lt=2**31, description="0 only with echo.")
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: bool | None = None
     best_of: int | None = Field(None, ge=1, le=128)
@@ -138,9 +151,19 @@ class CompletionBody(GenerationBody):
     def _served(self) -> CompletionBody:
         if self.best_of is not None and self.best_of != self.choices:
             raise ValueError("best_of: only the same as n is served")
-        if self.echo and self.logprobs is not None:
-            raise ValueError("echo: with logprobs it is not served, for the prompt's log-probabilities are not known")
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens: 0 only with echo: true; else the answer has at least 1")
         return self
+
+    @property
+    def echoed(self) -> int | None:
+        """The same as ``logprobs`` of the prompt that comes back."""
+        return self.logprobs if self.echo else None
+
+    @property
+    def scored(self) -> int | None:
+        wanted = [count for count in (self.echoed, self.prompt_logprobs) if count is not None]
+        return max(wanted, default=None)
 
     @property
     def prompts(self) -> list[str | list[int]]:

@@ -177,12 +177,12 @@ class Service:
             raise ApiError(
                 400, f"max_tokens: {wanted}; an answer has at most {self.settings.max_tokens} here", param="max_tokens"
             )
-        if left < (wanted or 1):
+        if left < (1 if wanted is None else wanted):
             more = "" if wanted is None else f" and {wanted} more are asked for"
             raise ApiError(
                 400, f"{told}; the prompt has {len(prompt)}{more}", param=param, code="context_length_exceeded"
             )
-        return wanted or min(left, self.settings.max_tokens, usual or left)
+        return min(left, self.settings.max_tokens, usual or left) if wanted is None else wanted
 
     def generation(
         self, request_id: str, caller: Key, meant: Meant, prompt: tuple[int, ...], sampling: Sampling, deadline: float
