@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Query, Request
@@ -11,6 +12,7 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from fastapi.telemetry import TelemetryConfig
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from ...errors import KilotuneError
@@ -103,7 +105,25 @@ def create_app(service: Service) -> ASGIApp:
     app.include_router(managing.routes(service, errors))
     app.include_router(pages.routes(service))
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
-    return Front(app, service)
+    return cross_origin(Front(app, service), service.settings.cors_origin)
+
+
+def cross_origin(app: ASGIApp, origins: Sequence[str]) -> ASGIApp:
+    """The application for pages of these origins, too: around all else, so that errors carry the header.
+
+    A preflight has no key and needs none. Credentials (cookies) are never allowed, for the service has no use for any:
+    who asks has a key, which a page sends by itself.
+    """
+    if not origins:
+        return app
+    return CORSMiddleware(
+        app,
+        allow_origins=origins,
+        allow_methods=("GET", "POST", "PUT", "DELETE"),
+        allow_headers=("*",),
+        expose_headers=("x-request-id", "retry-after"),
+        allow_private_network="*" not in origins,
+    )
 
 
 # -- errors ------------------------------------------------------------------------------------------

@@ -68,7 +68,10 @@ class Run:
     async def answer(self) -> Response:
         """The response; a stream's first event is waited for, so that what fails at once has its status."""
         held, engine, metrics = self.note.held, self.service.engine, self.service.metrics
-        asked = [Asked(engine.generate(one), one, metrics) for one in self.generations]
+        adapter = self.generations[0].adapter
+        labels = metrics.of_adapter(self.generations[0].tenant, None if adapter is None else adapter.name)
+        asked = [Asked(engine.generate(one), one, metrics, labels) for one in self.generations]
+        self.note.labels, self.note.asked = labels, asked
         stream = await held.enter_async_context(contextlib.aclosing(events(asked)))
         if self.body.stream:
             first = await anext(stream)

@@ -93,9 +93,10 @@ class Service:
         self.gate = Gate(settings.max_requests, settings.max_requests_per_tenant)
         self.puts = Gate(settings.max_puts, settings.max_puts_per_tenant, "puts")
         self.putting = Lanes("kilotune-puts", PUTS, PUTS_EACH)
-        self.metrics = Metrics(settings.metrics_tenants, engine.stats)
+        self.metrics = Metrics(settings.metrics_tenants, settings.metrics_adapters, base, engine.stats)
         self.created = int(time.time())
-        self.draining = False
+        self.draining = False  # takes no requests for answers
+        self.ending = False  # the process was told to end: nothing new is taken
         self.notes: tuple[str, ...] = ()  # what to tell of the base, once there is a log
         self.tracer = tracer(settings.telemetry)
         self._asking = Lanes("kilotune-store", THREADS, EACH)
