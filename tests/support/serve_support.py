@@ -96,8 +96,8 @@ def byte_tokenizer() -> Any:
 class Answer:
     """A stream, read to its end."""
 
-    def __init__(self, tokens: list[Token], finish: Finish) -> None:
-        self.tokens, self.finish = tokens, finish
+    def __init__(self, tokens: list[Token], finish: Finish, prompted: Any = None) -> None:
+        self.tokens, self.finish, self.prompted = tokens, finish, prompted
 
     @property
     def ids(self) -> list[int]:
@@ -120,10 +120,14 @@ async def answer(
         id="r", tenant=tenant, adapter=adapter, prompt=tuple(prompt), sampling=sampling, deadline=deadline
     )
     tokens: list[Token] = []
+    prompted = None
     async for item in engine.generate(request):
         if isinstance(item, Finish):
-            return Answer(tokens, item)
-        tokens.append(item)
+            return Answer(tokens, item, prompted)
+        if isinstance(item, Token):
+            tokens.append(item)
+        else:
+            prompted = item
     raise AssertionError("a stream without an end")
 
 

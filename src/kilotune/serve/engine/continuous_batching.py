@@ -39,11 +39,12 @@ from .cache_room import CacheRoom
 from .device_adapters import GoneError, Row
 from .fairness import FairQueue, Unread, share_out
 from .grammars import Grammars, wait_for
-from .interface import AdapterKey, Engine, EngineError, EngineStats, Finish, Generation, Sampling, Token, Vector
+from .interface import AdapterKey, Engine, EngineError, EngineStats, Finish, Generation, Item, Sampling, Vector
 from .lanes import Lanes
 from .pace import Pace
 from .paged_attention import PagedBatch, PageSizes, Part
-from .running_requests import Again, Run, check_request, end_tokens, homes
+from .prompt_scores import PromptScores, most_tokens, share_scored
+from .running_requests import Again, Run, check_request, end_tokens, homes, newest_of_most
 from .sampling import Choice, choose
 from .tenant_adapters import AdapterRegistry
 
@@ -52,7 +53,6 @@ __all__ = ["TransformersEngine"]
 LOADERS, EACH = 4, 2  # threads that read adapters, and how many of them one tenant has at most
 TRIAL = 60.0  # seconds that an adapter's trial may wait for its turn
 IDLE = 0.05  # seconds between looks at deadlines
-GRACE = 0.02  # seconds that a step waits for what grammars allow; who is not done sits out
 log = logging.getLogger("kilotune.serve")
 
 
@@ -132,7 +132,9 @@ class TransformersEngine(Engine):
     def start(self) -> None:
         if self._thread is not None:
             return
-        self._batch = PagedBatch(self._model, self._sizes, self._owner, self._around, self._share, self._choose)
+        self._batch = PagedBatch(
+            self._model, self._sizes, self._owner, self._around, self._share, self._choose, self._scoring
+        )
         self._room = CacheRoom(self._batch.capacity, self._batch.page)
         self._warm()
         self._dead, self._until = None, None
@@ -181,16 +183,16 @@ class TransformersEngine(Engine):
             slots=self._adapters.residents.room,
         )
 
-    async def generate(self, request: Generation) -> AsyncIterator[Token | Finish]:
+    async def generate(self, request: Generation) -> AsyncIterator[Item]:
         check_request(request, self._vocabulary, self.max_length, self._tokenizer is not None)
-        loop = asyncio.get_running_loop()
+        loop, asked = asyncio.get_running_loop(), time.monotonic()
         row = await self._row(request.adapter)
         try:
             guide = await self._grammars.guide(request.tenant, request.sampling.grammar, request.deadline)
         except TimeoutError:
             yield Finish("deadline", prompt_tokens=len(request.prompt))
             return
-        run = Run(request, row, loop, self._tokenizer, self._ends, guide)
+        run = Run(request, row, loop, self._tokenizer, self._ends, asked, guide)
         try:
             while True:
                 self._send(run)
@@ -368,15 +370,7 @@ class TransformersEngine(Engine):
         return self._room.short(self._size(run))
 
     def _victim(self, weight: Callable[[Run], int]) -> Run | None:
-        """The newest request of the tenant with the most of something, of those with several; None: there is none."""
-        weights: dict[str, int] = {}
-        for run in self._running.values():
-            weights[run.tenant] = weights.get(run.tenant, 0) + weight(run)
-        several = [tenant for tenant in weights if weights[tenant] and self._queue.running(tenant) > 1]
-        if not several:
-            return None
-        most = max(several, key=lambda tenant: weights[tenant])
-        return next(run for run in reversed(self._running.values()) if run.tenant == most and weight(run))
+        return newest_of_most([*self._running.values()], weight, self._queue.running)
 
     def _put_back(self, run: Run) -> None:
         tenant = run.tenant
@@ -400,6 +394,7 @@ class TransformersEngine(Engine):
                 return True
             if run.held is None:
                 return False
+        run.begins()
         run.id = str(next(self._ids))
         self._running[run.id] = run
         self._queue.started(run.tenant)
@@ -444,11 +439,11 @@ class TransformersEngine(Engine):
             run.guide.sit_out()
             self._parked.append(run)
             return []
-        if not choice.finite:
+        if not (choice.finite and run.finite):
             self._stop(run)
             return [run.finish("error", "the model's numbers are no longer finite with this adapter")]
-        self._tokens += 1
         items, reason = run.push(choice)
+        self._tokens += bool(run.made)
         if reason is not None:
             self._stop(run)
             items.append(run.finish(reason))
@@ -489,13 +484,17 @@ class TransformersEngine(Engine):
     def _share(self, unread: dict[str, int], room: int) -> dict[str, int]:
         prompts = [Unread(name, run.tenant, unread[name]) for name, run in self._running.items() if name in unread]
         least = min(room, len(prompts))  # of which each has a turn
-        return share_out(prompts, max(least, min(room, self._pace.tokens(self._queue.tenants))))
+        given = share_out(prompts, max(least, min(room, self._pace.tokens(self._queue.tenants))))
+        scored = [prompt for prompt in prompts if self._scoring(prompt.id) is not None]
+        return share_scored(given, scored, most_tokens(self._vocabulary)) if scored else given
+
+    def _scoring(self, request: str) -> PromptScores | None:
+        return self._running[request].scoring
 
     def _choose(self, ids: list[str], logits: Tensor) -> Tensor:
         runs = [self._running[name] for name in ids]
-        wait_for([run.guide for run in runs if run.guide is not None], GRACE)
-        for run in runs:
-            run.look()
+        wait_for([run.guide for run in runs if run.guide is not None])
+        Run.look_all(runs)
         choices = choose(logits, [run.picker for run in runs])
         self._chosen = dict(zip(ids, choices, strict=True))
         return torch.tensor([choice.token for choice in choices], device=logits.device)

@@ -46,6 +46,7 @@ COMPILED = 16  # compiled grammars that are kept for later requests
 LONGEST = 2**18  # bytes of a grammar
 STARTING = 60.0  # seconds for the first process
 COMPILING = 5.0  # seconds that compiling may take on a busy machine; of a processor's time it may take one
+GRACE = 0.02  # seconds that a step waits for what grammars allow; an answer whose grammar is not done sits out
 LATE = 5.0  # seconds that an answer may sit out for its masks, all together
 SLOW = "the grammar takes too long or too much memory at this point of the answer; make it simpler"
 
@@ -132,9 +133,11 @@ class Guide:
         del self._buffer[:end]
 
 
-def wait_for(guides: Sequence[Guide], seconds: float) -> None:
-    """Wait until all of them know what may come next, so long at most."""
-    until = time.monotonic() + seconds
+def wait_for(guides: Sequence[Guide]) -> None:
+    """Wait until all of them know what may come next, so long at most as a step may wait."""
+    if not guides:
+        return
+    until = time.monotonic() + GRACE
     unknown = [guide for guide in guides if not guide.look()]
     while unknown and (left := until - time.monotonic()) > 0:
         poll = select.poll()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Self, final
+from typing import Literal, NamedTuple, Self, final
 
 from ...errors import ConfigError, StoreError
 from ...fleet.store.records import SharedVersion, Version
@@ -24,9 +24,13 @@ __all__ = [
     "Generation",
     "Grammar",
     "GrammarError",
+    "Item",
+    "Prompted",
     "Sampling",
+    "Scored",
     "Token",
     "Vector",
+    "Waits",
 ]
 
 JSON_SPACE = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,40}"}
@@ -83,11 +87,13 @@ class Grammar:
 class Sampling:
     """How tokens are chosen.
 
-    max_tokens: at most so many. temperature: 0 takes the likeliest token. top_p: of the likeliest tokens that together
-    have this probability, in (0, 1]. top_k: of so many; None: of all. seed: the draws of a request with a seed depend
-    on the seed and on nothing else, whatever else is in the batch. stop: texts that end the answer, and are not part of
-    it. stop_token_ids: tokens that do, beside the model's own. ignore_eos: go on behind the model's end token.
+    max_tokens: at most so many; 0: the prompt is read, and that is all. temperature: 0 takes the likeliest token.
+    top_p: of the likeliest tokens that together have this probability, in (0, 1]. top_k: of so many; None: of all.
+    seed: the draws of a request with a seed depend on the seed and on nothing else, whatever else is in the batch.
+    stop: texts that end the answer, and are not part of it. stop_token_ids: tokens that do, beside the model's own.
+    ignore_eos: go on behind the model's end token.
     logprobs: how many likeliest tokens come with each token; 0: only the token's own; None: no log-probabilities.
+    prompt_logprobs: the same of the prompt's tokens, which are then all computed, whatever is in the cache.
 
     These change the logits before a token is chosen, greedily too, in this order. logit_bias: (token, what is added).
     repetition_penalty: logits of tokens of the prompt and the answer so far are divided by it where they are positive,
@@ -108,6 +114,7 @@ class Sampling:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     logit_bias: tuple[tuple[int, float], ...] = ()
     repetition_penalty: float = 1.0
     frequency_penalty: float = 0.0
@@ -115,6 +122,17 @@ class Sampling:
     min_p: float = 0.0
     grammar: Grammar | None = None
     shown: tuple[int, ...] = ()
+
+
+@final
+@dataclass(slots=True)
+class Waits:
+    """What an engine notes of a request that it has taken, for who asked, and be it gone.
+
+    queued: seconds until it began with it, its adapter read and its turn come; None: it has not begun.
+    """
+
+    queued: float | None = None
 
 
 @final
@@ -128,6 +146,7 @@ class Generation:
     prompt: tuple[int, ...] = field(repr=False)
     sampling: Sampling
     deadline: float | None = None
+    waits: Waits = field(default_factory=Waits, compare=False, repr=False)
 
 
 @final
@@ -146,6 +165,27 @@ class Token:
 
 
 @final
+class Scored(NamedTuple):
+    """A token of a prompt. logprob: after the tokens before it, natural, of the model's own distribution.
+
+    rank: how many tokens are at least as likely, from 1. top: the likeliest tokens with theirs, best first.
+    """
+
+    id: int
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Prompted:
+    """What a request with ``prompt_logprobs`` has before its first token: one of each token; None of the first one."""
+
+    scores: tuple[Scored | None, ...]
+
+
+@final
 @dataclass(frozen=True, slots=True)
 class Finish:
     """The end of an answer, always the last thing of a stream.
@@ -161,6 +201,10 @@ class Finish:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
+
+
+Item = Prompted | Token | Finish
+"""What comes of a request."""
 
 
 @final
@@ -233,8 +277,10 @@ class Engine(ABC):
         """How it stands."""
 
     @abstractmethod
-    def generate(self, request: Generation) -> AsyncIterator[Token | Finish]:
+    def generate(self, request: Generation) -> AsyncIterator[Item]:
         """The answer, token by token, with one :class:`Finish` at the end; for an asyncio loop.
+
+        With ``prompt_logprobs`` one :class:`Prompted` comes before all tokens.
 
         Requests of different tenants share the engine fairly: one that sends many does not keep another waiting.
         Leaving the iterator (``aclose``, a cancelled task) ends the request at the next step.

@@ -4,7 +4,7 @@ This is the one file that touches its internals (``transformers.generation.conti
 transformers 5.23. What is used of them: ``init_continuous_batching``, the manager's ``_create_batch_processor``, the
 processor's ``prepare_next_batch``, ``_generation_step`` and ``update_batch``, the scheduler's waiting and cancelled
 requests and how it goes through them (:func:`_shared_steps`), the cache's ``search_prefix_match`` and
-``mark_complete_blocks``, and the model runner's ``_sample``.
+``mark_complete_blocks``, the inputs' ``get_model_kwargs``, and the model runner's ``_sample``.
 
 Why not its own thread: its loop ends all requests when one step fails, samples with one generator for all, and shares
 prefixes between whoever sends the same tokens. Here the engine's thread calls :meth:`PagedBatch.step`.
@@ -36,6 +36,7 @@ from torch import Tensor
 from ...errors import ConfigError, MissingExtraError, UnsupportedError
 from ...layers.adapted import AdaptedLayer
 from ...layers.saved_module import SavedModule
+from .prompt_scores import PromptScores
 
 __all__ = ["PageSizes", "PagedBatch", "Part"]
 
@@ -79,6 +80,8 @@ class PagedBatch:
         share: (tokens still to be read of each prompt, by the request's id; how many the step has room for) -> how many
             of them each is to have in this step, at least one in all. What generates has its token before.
         choose: (ids, logits (n, vocabulary) float32) -> the next token of each, (n,) int64.
+        scoring: (request's id) -> what takes the logits of its prompt's tokens, of which none is then taken from the
+            cache; None: nothing does, or has all.
 
     """
 
@@ -90,8 +93,9 @@ class PagedBatch:
         around: Callable[[list[Part]], AbstractContextManager[None]],
         share: Callable[[dict[str, int], int], dict[str, int]],
         choose: Callable[[list[str], Tensor], Tensor],
+        scoring: Callable[[str], PromptScores | None] = lambda request: None,
     ) -> None:
-        self._model, self._owner, self._around, self._choose = model, owner, around, choose
+        self._model, self._owner, self._around, self._choose, self._scoring = model, owner, around, choose, scoring
         self._secret = os.urandom(32)
         self._salts: dict[str, list[int]] = {}
         self._parts: list[Part] = []
@@ -105,8 +109,9 @@ class PagedBatch:
         self.page: int = next(iter(cache.cache_allocators.values())).tokens_per_page
         self.capacity: int = min(ca.num_blocks * ca.tokens_per_page for ca in cache.cache_allocators.values())
         self._processor.model_runner._sample = self._sample
+        _wider(self._processor.inputs_and_outputs, self._wanted)
         _shared_steps(self._processor.scheduler, share)
-        cache.search_prefix_match = _salted_search(cache, self._salted)
+        cache.search_prefix_match = _salted_search(cache, self._salted, scoring)
         cache.mark_complete_blocks = _salted_marks(cache, self._salted)
 
     def add(self, request: str, tokens: Sequence[int]) -> None:
@@ -177,8 +182,26 @@ class PagedBatch:
         """The share of the cache that is in use, or kept for prefixes."""
         return 1.0 - float(self._processor.cache.compute_free_capacity())
 
+    def _wanted(self) -> list[int]:
+        """The tokens of the step whose logits are wanted beside those with which new ones are chosen."""
+        found: list[int] = []
+        at = 0
+        for part in self._parts:
+            if self._scoring(part.id) is not None:
+                found.extend(range(at, at + part.tokens))
+            at += part.tokens
+        return found
+
     def _sample(self, scores: Tensor, output_ids: Tensor) -> None:
-        """In place of the runner's own. scores: (1, requests of the step, vocabulary), those with a new token first."""
+        """In place of the runner's own.
+
+        scores: (1, requests of the step + what is wanted beside, vocabulary), those with a new token first.
+        """
+        at = len(self._parts)
+        for part in self._parts:
+            if (taking := self._scoring(part.id)) is not None:
+                taking.take(part.cached, scores[0, at : at + part.tokens])
+                at += part.tokens
         ids = [part.id for part in self._parts if part.last]
         if ids:
             output_ids[0, : len(ids)].copy_(self._choose(ids, scores[0, : len(ids)]))
@@ -271,10 +294,28 @@ def _generates(state: Any) -> bool:
     return bool(state.status.name == "DECODING")
 
 
-def _salted_search(cache: Any, salted: Callable[[str, list[int]], list[int]]) -> Callable[[str, list[int]], int]:
+def _wider(inputs: Any, wanted: Callable[[], list[int]]) -> None:
+    """Have the model's head run on more tokens than those after which one is chosen."""
+    own = inputs.get_model_kwargs
+
+    def kwargs(use_padding: bool = False) -> Any:
+        made = own(use_padding)
+        if more := wanted():
+            places = made["logits_indices"]
+            made["logits_indices"] = torch.cat([places, torch.tensor(more, dtype=places.dtype, device=places.device)])
+        return made
+
+    inputs.get_model_kwargs = kwargs
+
+
+def _salted_search(
+    cache: Any, salted: Callable[[str, list[int]], list[int]], scoring: Callable[[str], PromptScores | None]
+) -> Callable[[str, list[int]], int]:
     own = cache.search_prefix_match
 
     def search(request_id: str, prompt_ids: list[int]) -> int:
+        if scoring(request_id) is not None:
+            return 0
         found: int = own(request_id, salted(request_id, prompt_ids))
         return found
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections import deque
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, final
 
 from ...errors import ConfigError
 from .device_adapters import Held, Row
 from .grammars import Guide
-from .interface import Finish, Generation, Sampling, Token
+from .interface import Finish, Generation, Item, Prompted, Sampling, Token
 from .paged_attention import Part
+from .prompt_scores import PromptScores
 from .sampling import Choice, Picker
 from .text_stream import TextStream
 
-__all__ = ["Again", "Run", "check_request", "end_tokens", "homes"]
+__all__ = ["Again", "Run", "check_request", "end_tokens", "homes", "newest_of_most"]
 
 
 def check_request(request: Generation, vocabulary: int, max_length: int, texts: bool) -> None:
@@ -29,15 +31,17 @@ def check_request(request: Generation, vocabulary: int, max_length: int, texts: 
     prompt, sampling = request.prompt, request.sampling
     if not prompt or any(not 0 <= token < vocabulary for token in prompt):
         raise ConfigError(f"prompt: expected at least one token, each in 0 ... {vocabulary - 1}")
-    if sampling.max_tokens < 1 or len(prompt) + sampling.max_tokens > max_length:
+    if sampling.max_tokens < 0 or len(prompt) + sampling.max_tokens > max_length:
         raise ConfigError(
-            f"max_tokens: expected 1 to {max_length - len(prompt)} behind a prompt of {len(prompt)} tokens "
+            f"max_tokens: expected 0 to {max_length - len(prompt)} behind a prompt of {len(prompt)} tokens "
             f"(at most {max_length} together), got {sampling.max_tokens}"
         )
     if not (sampling.temperature >= 0 and 0 < sampling.top_p <= 1):
         raise ConfigError("temperature: expected at least 0; top_p: expected a number in (0, 1]")
     if (sampling.top_k is not None and sampling.top_k < 1) or (sampling.seed is not None and sampling.seed < 0):
         raise ConfigError("top_k: expected at least 1; seed: expected at least 0")
+    if sampling.prompt_logprobs is not None and sampling.prompt_logprobs < 0:
+        raise ConfigError(f"prompt_logprobs: expected at least 0, got {sampling.prompt_logprobs}")
     _check_penalties(sampling, vocabulary)
     if sampling.grammar is not None and (sampling.ignore_eos or not texts):
         raise ConfigError("ignore_eos: not with a grammar, which says where an answer ends, and needs a tokenizer")
@@ -81,14 +85,19 @@ class Run:
         loop: asyncio.AbstractEventLoop | None,
         tokenizer: Any,
         ends: frozenset[int],
+        asked: float | None = None,
         guide: Guide | None = None,
     ) -> None:
         self.guide = guide
         self.request, self.row, self.loop = request, row, loop
+        self._asked = time.monotonic() if asked is None else asked
         self.tenant, self.deadline, self.id = request.tenant, request.deadline, ""
         sampling = request.sampling
         self.tokens = list(request.prompt)
         self.picker = Picker(sampling, self.tokens)
+        asked = sampling.prompt_logprobs
+        self._scores = None if asked is None else PromptScores(request.prompt, asked)
+        self._prompted = False
         self.held: Held | None = None
         self.left = self.suspect = False
         self.cached = 0
@@ -98,10 +107,10 @@ class Run:
             whose += f"\0{key.on.namespace}\0{key.on.sha256}"
         self.owner = f"{request.tenant}\0{whose}".encode()
         self._ends = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else ends)
-        self._text = TextStream(tokenizer, request.prompt, sampling.stop, sampling.shown)
+        self._text = TextStream(tokenizer, request.prompt, sampling.stop, shown=sampling.shown)
         self._fresh = True
         self._stopped = False
-        self._items: deque[Token | Finish | Again] = deque()
+        self._items: deque[Item | Again] = deque()
         self._ready = asyncio.Event()
 
     @classmethod
@@ -117,27 +126,51 @@ class Run:
 
     # -- the engine's side -----------------------------------------------------------------------
 
+    def begins(self) -> None:
+        """It runs, for the first time or again."""
+        if self.request.waits.queued is None:
+            self.request.waits.queued = time.monotonic() - self._asked
+
     def took(self, part: Part) -> None:
         """A step computed a part of it."""
         if self._fresh:
             self.cached = min(part.cached, len(self.request.prompt))
             self._fresh = False
 
-    def look(self) -> None:
-        """Before a token is chosen: take in what may come next."""
-        if self.guide is not None:
-            self.picker.allowed, self.picker.idle = self.guide.allowed, self.guide.allowed is None or self.guide.over
+    @staticmethod
+    def look_all(runs: Sequence[Run]) -> None:
+        """Before tokens are chosen: take in which ones may come next."""
+        for run in runs:
+            if (guide := run.guide) is not None:
+                run.picker.allowed, run.picker.idle = guide.allowed, guide.allowed is None or guide.over
 
-    def push(self, choice: Choice) -> tuple[list[Any], Any]:
+    @property
+    def scoring(self) -> PromptScores | None:
+        """Its prompt's log-probabilities, where they are asked for and not all known."""
+        return None if self._scores is None or self._scores.complete else self._scores
+
+    @property
+    def finite(self) -> bool:
+        """Whether what is known of them is numbers."""
+        return self._scores is None or self._scores.finite
+
+    def push(self, choice: Choice) -> tuple[list[Item], Any]:
         """(what the new token tells the stream, why it is the last one or None)."""
+        items: list[Item] = []
+        if self._scores is not None and not self._prompted:
+            items.append(Prompted(self._scores.all))
+            self._prompted = True
+        most = self.request.sampling.max_tokens
+        if not most:  # the prompt is all of it
+            return items, "length"
         self.tokens.append(choice.token)
         if choice.token in self._ends:
-            return [Token(choice.token, "", choice.logprob, choice.top)], "stop"
+            return [*items, Token(choice.token, "", choice.logprob, choice.top)], "stop"
         text, self._stopped = self._text.push(choice.token)
-        items = [Token(choice.token, text, choice.logprob, choice.top)]
+        items.append(Token(choice.token, text, choice.logprob, choice.top))
         if self._stopped:
             return items, "stop"
-        if self.made >= self.request.sampling.max_tokens:
+        if self.made >= most:
             return items, "length"
         if self.guide is not None:
             self.guide.advance(choice.token)
@@ -153,7 +186,7 @@ class Run:
         text = "" if self._stopped else self._text.flush()
         return Finish(reason, text, error, len(self.request.prompt), self.made, self.cached)
 
-    def tell(self, items: Sequence[Token | Finish | Again]) -> None:
+    def tell(self, items: Sequence[Item | Again]) -> None:
         """Give items to the stream, in its loop's thread."""
         if self.loop is not None:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens
@@ -167,13 +200,13 @@ class Run:
                 with contextlib.suppress(RuntimeError):
                     loop.call_soon_threadsafe(_put_all, told)
 
-    def _put(self, items: Sequence[Token | Finish | Again]) -> None:
+    def _put(self, items: Sequence[Item | Again]) -> None:
         self._items.extend(items)
         self._ready.set()
 
     # -- the stream's side -----------------------------------------------------------------------
 
-    async def items(self) -> AsyncIterator[Token | Finish | Again]:
+    async def items(self) -> AsyncIterator[Item | Again]:
         """What comes; ends never by itself."""
         while True:
             await self._ready.wait()
@@ -198,3 +231,18 @@ def end_tokens(model: Any) -> frozenset[int]:
     if found is None:
         found = model.config.get_text_config().eos_token_id
     return frozenset([] if found is None else [found] if isinstance(found, int) else found)
+
+
+def newest_of_most(runs: Sequence[Run], weight: Callable[[Run], int], running: Callable[[str], int]) -> Run | None:
+    """The newest request of the tenant with the most of something, of those with several; None: there is none.
+
+    runs: the oldest first. running: (tenant) -> how many it has.
+    """
+    weights: dict[str, int] = {}
+    for run in runs:
+        weights[run.tenant] = weights.get(run.tenant, 0) + weight(run)
+    several = [tenant for tenant in weights if weights[tenant] and running(tenant) > 1]
+    if not several:
+        return None
+    most = max(several, key=lambda tenant: weights[tenant])
+    return next(run for run in reversed(runs) if run.tenant == most and weight(run))

@@ -20,12 +20,21 @@ class TextStream:
         tokenizer: of transformers; None: there is no text.
         prompt: the prompt's tokens.
         stops: texts that end the answer.
-        shown: special tokens that are text; others are not.
+        special: whether special tokens are part of it.
+        shown: special tokens that are, where others are not.
 
     """
 
-    def __init__(self, tokenizer: Any, prompt: Sequence[int], stops: Sequence[str], shown: Sequence[int] = ()) -> None:
-        self._hidden = _special(tokenizer).difference(shown) if shown else None
+    def __init__(
+        self,
+        tokenizer: Any,
+        prompt: Sequence[int],
+        stops: Sequence[str],
+        special: bool = False,
+        shown: Sequence[int] = (),
+    ) -> None:
+        self._hidden = _special(tokenizer).difference(shown) if shown else frozenset()
+        self._special = special or bool(shown)
         self._tokenizer, self._stops = tokenizer, [stop for stop in stops if stop]
         self._ids = list(prompt[-CONTEXT:])
         self._begin, self._read = 0, len(self._ids)
@@ -54,9 +63,10 @@ class TextStream:
         return text if stopped else text + held
 
     def _decode(self, ids: Sequence[int]) -> str:
-        hidden = self._hidden
-        told = list(ids) if hidden is None else [number for number in ids if number not in hidden]
-        text: str = self._tokenizer.decode(told, skip_special_tokens=hidden is None, clean_up_tokenization_spaces=False)
+        told = [number for number in ids if number not in self._hidden] if self._hidden else list(ids)
+        text: str = self._tokenizer.decode(
+            told, skip_special_tokens=not self._special, clean_up_tokenization_spaces=False
+        )
         return text
 
     def _cut(self, text: str) -> tuple[str, bool]:

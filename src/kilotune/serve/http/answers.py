@@ -10,23 +10,24 @@ from dataclasses import dataclass, field
 from typing import final
 
 from ...errors import KilotuneError
-from ..engine.interface import Finish, Generation, Token
+from ..engine.interface import Finish, Generation, Item, Prompted, Scored, Token
 from .http_errors import ApiError, of_library
 from .metrics import Metrics
 
 __all__ = ["Answer", "Asked", "Event", "collect", "ended_badly", "events"]
 
-Event = tuple[int, Token | Finish]
+Event = tuple[int, Item]
 AHEAD = 64  # events of several answers that wait for the client
 
 
 @final
 @dataclass
 class Answer:
-    """One answer so far."""
+    """One answer so far. scores: of its prompt's tokens, where they were asked for."""
 
     tokens: list[Token] = field(default_factory=list)
     finish: Finish | None = None
+    scores: tuple[Scored | None, ...] | None = None
 
     @property
     def text(self) -> str:
@@ -38,11 +39,20 @@ class Answer:
 class Asked:
     """The engine, with what is measured of its answers."""
 
-    def __init__(self, engine_events: AsyncIterator[Token | Finish], generation: Generation, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        engine_events: AsyncIterator[Item],
+        generation: Generation,
+        metrics: Metrics,
+        labels: tuple[str, str],
+    ) -> None:
+        """labels: of :meth:`Metrics.of_adapter`."""
         self._events, self._metrics, self._tenant = engine_events, metrics, generation.tenant
+        self._generation, self._labels = generation, labels
         self.first: float | None = None
+        self.made = 0
 
-    async def events(self) -> AsyncGenerator[Token | Finish, None]:
+    async def events(self) -> AsyncGenerator[Item, None]:
         """What comes of it, with errors in HTTP's terms."""
         recent, metrics = self._metrics.recent(self._tenant), self._metrics
         began = last = time.monotonic()
@@ -51,15 +61,17 @@ class Asked:
             async for event in self._events:
                 now = time.monotonic()
                 if isinstance(event, Token):
+                    self.made += 1
                     if self.first is None:
                         self.first = now - began
                         metrics.first.observe(self.first)
+                        metrics.by_adapter.first.labels(*self._labels).observe(self.first)
                         recent.first.append(self.first)
                     else:
                         metrics.between.observe(now - last)
                     recent.add_token(now)
                     last = now
-                else:
+                elif isinstance(event, Finish):
                     self._count(event)
                     recent.whole.append(now - began)
                 yield event
@@ -71,15 +83,31 @@ class Asked:
             raise of_library(error, "model") from error
         finally:
             recent.running -= 1
+            if self.queued is not None:
+                metrics.queue.observe(self.queued)
             close = getattr(self._events, "aclose", None)
             if close is not None:
                 await close()
+
+    @property
+    def queued(self) -> float | None:
+        """Seconds that the engine let it wait before it began; None: it has not begun."""
+        return self._generation.waits.queued
+
+    @property
+    def prompt(self) -> int:
+        """Tokens of the prompt."""
+        return len(self._generation.prompt)
 
     def _count(self, finish: Finish) -> None:
         label = self._metrics.label(self._tenant)
         self._metrics.prompt.labels(label).inc(finish.prompt_tokens)
         self._metrics.completion.labels(label).inc(finish.completion_tokens)
         self._metrics.cached.inc(finish.cached_tokens)
+        by_adapter = self._metrics.by_adapter
+        by_adapter.prompt.labels(*self._labels).inc(finish.prompt_tokens)
+        by_adapter.completion.labels(*self._labels).inc(finish.completion_tokens)
+        by_adapter.cached.labels(*self._labels).inc(finish.cached_tokens)
 
 
 def ended_badly(finish: Finish) -> ApiError | None:
@@ -138,6 +166,9 @@ async def collect(stream: AsyncIterator[Event], count: int) -> list[Answer]:
     async for index, event in stream:
         if isinstance(event, Token):
             answers[index].tokens.append(event)
+            continue
+        if isinstance(event, Prompted):
+            answers[index].scores = event.scores
             continue
         if (error := ended_badly(event)) is not None:
             raise error

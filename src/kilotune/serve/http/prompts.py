@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import itertools
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, final
 
 from ...errors import ConfigError
 from ...train.data.rendering import ChatTemplate, Ending, Rendered, tokenize
+from ..engine.text_stream import TextStream
 from ..engine.vocabulary import named_bytes
 from .http_errors import ApiError
 
@@ -61,8 +63,12 @@ class Prompts:
         """A text for an encoder, between the tokens that its tokenizer puts around it."""
         return self._checked(given if not isinstance(given, str) else await self._encode(given, True, tenant), param)
 
-    async def chat(self, messages: Sequence[dict[str, Any]], tenant: str, ending: Ending = "asked") -> tuple[int, ...]:
+    async def chat(
+        self, messages: Sequence[dict[str, Any]], tenant: str, ending: Ending = "asked", param: str = "messages"
+    ) -> tuple[int, ...]:
         """A conversation in the model's template, up to where the answer begins, or as ``ending`` says.
+
+        param: what requests call the messages.
 
         Tokens that mark turns are words where a message holds them, so no message becomes another turn.
 
@@ -71,14 +77,14 @@ class Prompts:
 
         """
         if isinstance(chats := self._chats, str):
-            raise ApiError(400, chats, param="messages")
+            raise ApiError(400, chats, param=param)
         try:
             rendered = await self._in_turn(tenant, lambda: chats.prompt(messages, ending))
         except ConfigError as error:
-            raise ApiError(400, str(error), param="messages") from error
+            raise ApiError(400, str(error), param=param) from error
         if (speller := rendered.speller) is not None:
-            return self._checked((await self._in_turn(tenant, lambda: speller.ids([rendered.text])))[0], "messages")
-        return self._checked(await self._encode(rendered.text, False, tenant), "messages")
+            return self._checked((await self._in_turn(tenant, lambda: speller.ids([rendered.text])))[0], param)
+        return self._checked(await self._encode(rendered.text, False, tenant), param)
 
     async def _encode(self, text: str, special: bool, tenant: str) -> Sequence[int]:
         if len(text) <= LONG:
@@ -128,6 +134,16 @@ class Prompts:
             return self.text(checked)
         return await self._in_turn(tenant, lambda: _text(self._beside, checked))
 
+    async def offsets(self, ids: Sequence[int], plain: bool, tenant: str) -> list[int]:
+        """Where each token begins in the text of a prompt. plain: it was a text, without what begins them all."""
+        opening = len(self._opening) if plain else 0
+        own = ids[opening:]
+        if len(own) <= LONG // 4:
+            found = _offsets(self._tokenizer, own)
+        else:
+            found = await self._in_turn(tenant, lambda: _offsets(self._beside, own))
+        return [*[0] * opening, *found]
+
     def text(self, ids: Sequence[int]) -> str:
         """The text of tokens."""
         return _text(self._tokenizer, ids)
@@ -166,3 +182,10 @@ def _ids(tokenizer: Any, text: str, special: bool) -> Sequence[int]:
 
 def _text(tokenizer: Any, ids: Sequence[int]) -> str:
     return str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+
+
+def _offsets(tokenizer: Any, ids: Sequence[int]) -> list[int]:
+    """A token that is no whole character begins where the character does."""
+    stream = TextStream(tokenizer, (), (), special=True)
+    lengths = [len(stream.push(number)[0]) for number in ids]
+    return [0, *itertools.accumulate(lengths)][: len(ids)]

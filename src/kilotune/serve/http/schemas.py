@@ -13,12 +13,15 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from ...train.data.rendering import Ending
+from ..engine.interface import Grammar
 from .bodies import Body
 from .options import ASKING, MESSAGE
 from .structured import FormBody
 
 __all__ = [
+    "MAX_LOGPROBS",
     "AliasesBody",
+    "Body",
     "ChatBody",
     "ClassifyBody",
     "CompletionBody",
@@ -27,6 +30,8 @@ __all__ = [
     "GenerationBody",
     "Message",
     "NamesBody",
+    "SamplingBody",
+    "Text",
     "TokenizeBody",
     "told_messages",
 ]
@@ -51,17 +56,14 @@ class StreamOptions(Body):
     include_obfuscation: Literal[False] | None = None
 
 
-class GenerationBody(FormBody):
-    """What completions and chats have in common.
+class SamplingBody(Body):
+    """What all that asks for a text has in common.
 
     Not OpenAI's: top_k, min_p, repetition_penalty, ignore_eos, stop_token_ids and timeout.
     """
 
-    neutral = ASKING
     model: Model
-    n: int | None = Field(None, ge=1, le=128)
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     temperature: float | None = Field(None, ge=0, le=2)
@@ -79,23 +81,54 @@ class GenerationBody(FormBody):
     stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] | None = None
     timeout: float | None = Field(None, gt=0, le=86400, description="Seconds; then it ends with an error.")
 
-    @model_validator(mode="after")
-    def _streaming(self) -> GenerationBody:
-        if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options: only with stream: true")
-        if self.ignore_eos and self.grammar is not None:
-            raise ValueError("ignore_eos: not with a form that the answer has, for that says where it ends")
-        return self
-
     @property
     def stops(self) -> tuple[str, ...]:
         """``stop`` as texts."""
         return () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
     @property
+    def grammar(self) -> Grammar | None:
+        """What the answer has to fit; None: any text will do."""
+        return None
+
+    @property
     def choices(self) -> int:
-        """``n``, filled in."""
+        """How many answers are wanted."""
+        return 1
+
+    @property
+    def scored(self) -> int | None:
+        """How many likeliest tokens are wanted with each token of the prompt; None: no log-probabilities of these."""
+        return None
+
+
+class GenerationBody(FormBody, SamplingBody):
+    """What completions and chats have in common. Not OpenAI's: prompt_logprobs."""
+
+    neutral = ASKING
+    n: int | None = Field(None, ge=1, le=128)
+    stream_options: StreamOptions | None = None
+    prompt_logprobs: int | None = Field(
+        None, ge=0, le=MAX_LOGPROBS, description="Log-probabilities of the prompt, with so many likeliest tokens."
+    )
+
+    @model_validator(mode="after")
+    def _streaming(self) -> GenerationBody:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options: only with stream: true")
+        if self.ignore_eos and self.grammar is not None:
+            raise ValueError("ignore_eos: not with a form that the answer has, for that says where it ends")
+        if self.prompt_logprobs is not None and self.stream:
+            raise ValueError("prompt_logprobs: not with stream: true; a stream has them by echo and logprobs")
+        return self
+
+    @property
+    def choices(self) -> int:
         return self.n or 1
+
+    @property
+    def scored(self) -> int | None:
+        return self.prompt_logprobs
 
 
 @final
@@ -103,7 +136,7 @@ class CompletionBody(GenerationBody):
     """``/v1/completions``."""
 
     prompt: Text | Tokens | Texts | Annotated[list[Tokens], Field(min_length=1, fail_fast=True)]
-    max_tokens: int | None = Field(None, ge=1, lt=2**31)
+    max_tokens: int | None = Field(None, ge=0, lt=2**31, description="0 only with echo.")
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: bool | None = None
     best_of: int | None = Field(None, ge=1, le=128)
@@ -112,9 +145,19 @@ class CompletionBody(GenerationBody):
     def _served(self) -> CompletionBody:
         if self.best_of is not None and self.best_of != self.choices:
             raise ValueError("best_of: only the same as n is served")
-        if self.echo and self.logprobs is not None:
-            raise ValueError("echo: with logprobs it is not served, for the prompt's log-probabilities are not known")
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens: 0 only with echo: true; else the answer has at least 1")
         return self
+
+    @property
+    def echoed(self) -> int | None:
+        """The same as ``logprobs`` of the prompt that comes back."""
+        return self.logprobs if self.echo else None
+
+    @property
+    def scored(self) -> int | None:
+        wanted = [count for count in (self.echoed, self.prompt_logprobs) if count is not None]
+        return max(wanted, default=None)
 
     @property
     def prompts(self) -> list[str | list[int]]:
