@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -137,3 +138,19 @@ def masked_greedy(model: Any, kind: str, grammar: Grammar, prompt: Sequence[int]
             logits_processor=[Masked(kind, grammar, len(prompt))],
         )
     return [int(token) for token in made[0, len(prompt) :]]
+
+
+@contextmanager
+def guided_serving(folder: Path, tokenizer: Any = None, **settings: Any) -> Iterator[Any]:
+    """A service with the guided base, without adapters; tokenizer: with another template, say."""
+    from kilotune.serve.engine.continuous_batching import TransformersEngine
+    from kilotune.serve.engine.tenant_adapters import AdapterRegistry
+    from kilotune.serve.http.prompts import Prompts
+    from tests.support.http_support import serving
+
+    tokenizer, base = tokenizer or tokenizer_of("pairs"), copy.deepcopy(guided_base())
+    registry = AdapterRegistry(f"sqlite:///{folder / 'adapters.db'}", base)
+    engine = TransformersEngine(registry.model.get_base_model(), tokenizer, registry, max_running=16)
+    prompts = Prompts(tokenizer, base.config.vocab_size)
+    with serving(folder, engine=engine, catalogue=registry, prompts=prompts, **settings) as running:
+        yield running

@@ -329,18 +329,25 @@ def test_a_mask_that_takes_too_long_fails_its_own_answer(tmp_path: Path, monkeyp
 
 
 def test_processes_that_are_killed_cost_their_own_answers_alone(served: Served) -> None:
+    async def killed_after_a_token() -> Any:
+        request = Generation(
+            id="k", tenant="t", adapter=None, prompt=CAT, sampling=greedy(700, grammar=regex("(ab){400}"))
+        )
+        tokens = 0
+        async for item in served.engine.generate(request):
+            if isinstance(item, Finish):
+                return item
+            tokens += 1
+            if tokens == 1:
+                for number in running_pids(grammars.PROGRAM):
+                    os.kill(number, signal.SIGKILL)
+        return None
+
     async def run() -> Any:
-        many = regex("(ab){400}")
-        task = asyncio.create_task(answer(served.engine, CAT, greedy(700, grammar=many)))
-        free = asyncio.create_task(answer(served.engine, CAT, greedy(40)))
-        while not served.engine.stats().running:
-            await asyncio.sleep(0.01)
-        for number in running_pids(grammars.PROGRAM):
-            os.kill(number, signal.SIGKILL)
-        return await task, await free
+        return await asyncio.gather(killed_after_a_token(), answer(served.engine, CAT, greedy(40)))
 
     killed, free = asyncio.run(run())
-    assert killed.finish.reason == "grammar"
+    assert killed.reason == "grammar"
     assert free.ids == alone(served.base, CAT, 40)
     (got,) = answers(served.engine, [(CAT, greedy(9, grammar=regex("abc")), None, "t")])
     assert got.text == "abc"

@@ -19,7 +19,7 @@ import signal
 import socket
 import struct
 import sys
-from typing import Any
+from typing import Any, final
 
 MEMORY = 192 * 2**20  # bytes that a grammar may take beside what it was forked with
 COMPILING = 1.0  # seconds of a processor
@@ -31,6 +31,7 @@ FREE = '\n%llguidance {"no_forcing": true}\n'
 OPEN, OVER, FAULT = b"\0", b"\1", b"\2"  # how an answer's grammar stands: it goes on, only an end can come, it failed
 
 
+@final
 class Ended(Exception):
     """Nobody is at the other side."""
 
@@ -240,6 +241,7 @@ def follow(wire: socket.socket, matcher: Any) -> None:
 # -- the first process -------------------------------------------------------------------------------
 
 
+@final
 class Vocabulary:
     """As llguidance takes it."""
 

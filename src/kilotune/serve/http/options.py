@@ -131,6 +131,7 @@ MESSAGE = {
         Option("refusal", Literal[""]),
         Option("annotations", Nothing, "`[]`"),
         Option("tool_calls", Nothing, "`[]`"),
+        Option("parsed", dict[str, Any], "any object"),  # what OpenAI's client made of the content
         *map(_never, ("audio", "function_call", "tool_call_id", "reasoning_content")),
     )
 }

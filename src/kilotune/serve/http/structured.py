@@ -92,9 +92,11 @@ class FormBody(Body):
 
     @model_validator(mode="after")
     def _one_form(self) -> FormBody:
-        asked = [grammar.place.partition(".json_schema")[0] for grammar in self._grammars()]
+        asked = [grammar.place.partition(".")[::2] for grammar in self._grammars()]
         if len(asked) > 1:
-            raise ValueError(f"{asked[1]}: not together with {asked[0]}; an answer has one form")
+            (first, own), (name, more) = asked[:2]
+            told = f"not together with {first}" if name != first else f"not {own} together with {more}"
+            raise ValueError(f"{name}: {told}; an answer has one form")
         return self
 
     def _grammars(self) -> Iterator[Grammar]:
