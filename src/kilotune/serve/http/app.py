@@ -20,10 +20,12 @@ from ...fleet.store import Version
 from . import embedding_routes as encoding
 from . import generation_routes as generating
 from . import management_routes as managing
+from . import responses_routes as responding
 from . import token_routes as tokens
 from . import web_page as pages
 from .http_errors import ApiError, of_library, of_parsing, of_validation
 from .middleware import Front, internal, noted
+from .responses_body import ResponseBody
 from .schemas import ChatBody, ClassifyBody, CompletionBody, DetokenizeBody, EmbeddingBody, TokenizeBody
 from .service import Service
 
@@ -64,6 +66,7 @@ STATUSES = {
 KNOWN = {
     "/v1/completions": sorted(CompletionBody.model_fields),
     "/v1/chat/completions": sorted(ChatBody.model_fields),
+    "/v1/responses": sorted(ResponseBody.model_fields),
     "/v1/embeddings": sorted(EmbeddingBody.model_fields),
     "/v1/classify": sorted(ClassifyBody.model_fields),
     "/tokenize": sorted(TokenizeBody.model_fields),
@@ -96,6 +99,7 @@ def create_app(service: Service) -> ASGIApp:
     _models(app, service, errors)
     _health(app, service, errors)
     app.include_router(generating.routes(service, errors))
+    app.include_router(responding.routes(service, errors))
     app.include_router(encoding.routes(service, errors))
     app.include_router(tokens.routes(service, errors))
     app.include_router(managing.routes(service, errors))

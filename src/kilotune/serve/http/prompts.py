@@ -81,11 +81,12 @@ class Prompts:
         messages: Sequence[dict[str, Any]],
         tenant: str,
         ending: Ending = "asked",
+        param: str = "messages",
         own: OwnTemplate | None = None,
     ) -> tuple[int, ...]:
         """A conversation in the model's template, up to where the answer begins, or as ``ending`` says.
 
-        own: instead of the base's template, the adapter's.
+        param: what requests call the messages. own: instead of the base's template, the adapter's.
 
         Tokens that mark turns are words where a message holds them, so no message becomes another turn.
 
@@ -100,10 +101,10 @@ class Prompts:
             else:
                 rendered = await self._in_turn(tenant, partial(chats.prompt, messages, ending))
         except ConfigError as error:
-            raise ApiError(400, str(error), param="messages") from error
+            raise ApiError(400, str(error), param=param) from error
         if (speller := rendered.speller) is not None:
-            return self._checked((await self._in_turn(tenant, lambda: speller.ids([rendered.text])))[0], "messages")
-        return self._checked(await self._encode(rendered.text, False, tenant), "messages")
+            return self._checked((await self._in_turn(tenant, lambda: speller.ids([rendered.text])))[0], param)
+        return self._checked(await self._encode(rendered.text, False, tenant), param)
 
     async def _encode(self, text: str, special: bool, tenant: str) -> Sequence[int]:
         if len(text) <= LONG:

@@ -157,7 +157,9 @@ class Service:
         """Until when, of time.monotonic()."""
         return time.monotonic() + min(timeout or self.settings.max_seconds, self.settings.max_seconds)
 
-    def room(self, prompt: Sequence[int], wanted: int | None, usual: int | None, param: str) -> int:
+    def room(
+        self, prompt: Sequence[int], wanted: int | None, usual: int | None, param: str, limit: str = "max_tokens"
+    ) -> int:
         """How many new tokens an answer to this prompt may have.
 
         Args:
@@ -165,6 +167,7 @@ class Service:
             wanted: what the request says.
             usual: where it says nothing; None: as many as there is room for.
             param: what to name in an error.
+            limit: what requests call ``wanted``.
 
         """
         longest = self.engine.max_length
@@ -175,9 +178,8 @@ class Service:
             raise ApiError(400, f"{told}; the prompt has {len(prompt)}", param=param, code="context_length_exceeded")
         left = longest - len(prompt)
         if wanted is not None and wanted > self.settings.max_tokens:
-            raise ApiError(
-                400, f"max_tokens: {wanted}; an answer has at most {self.settings.max_tokens} here", param="max_tokens"
-            )
+            most = self.settings.max_tokens
+            raise ApiError(400, f"{limit}: {wanted}; an answer has at most {most} here", param=limit)
         if left < (1 if wanted is None else wanted):
             more = "" if wanted is None else f" and {wanted} more are asked for"
             raise ApiError(
