@@ -328,58 +328,63 @@ def test_a_mask_that_takes_too_long_fails_its_own_answer(tmp_path: Path, monkeyp
     assert free.ids == alone(guided_base(), CAT, 60)
 
 
-def test_processes_that_are_killed_cost_their_own_answers_alone(served: Served) -> None:
-    async def killed_after_a_token() -> Any:
+def test_processes_that_are_killed_cost_their_own_answers_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "grammar_process.py"  # of this test alone
+    program.write_text(grammars.PROGRAM.read_text())
+    monkeypatch.setattr(grammars, "PROGRAM", program)
+
+    async def killed_after_a_token(engine: Any) -> Any:
         request = Generation(
             id="k", tenant="t", adapter=None, prompt=CAT, sampling=greedy(700, grammar=regex("(ab){400}"))
         )
         tokens = 0
-        async for item in served.engine.generate(request):
+        async for item in engine.generate(request):
             if isinstance(item, Finish):
                 return item
             tokens += 1
             if tokens == 1:
-                for number in running_pids(grammars.PROGRAM):
+                for number in running_pids(program):
                     os.kill(number, signal.SIGKILL)
         return None
 
-    async def run() -> Any:
-        return await asyncio.gather(killed_after_a_token(), answer(served.engine, CAT, greedy(40)))
+    async def run(engine: Any) -> Any:
+        return await asyncio.gather(killed_after_a_token(engine), answer(engine, CAT, greedy(40)))
 
-    killed, free = asyncio.run(run())
-    assert killed.reason == "grammar"
-    assert free.ids == alone(served.base, CAT, 40)
-    (got,) = answers(served.engine, [(CAT, greedy(9, grammar=regex("abc")), None, "t")])
-    assert got.text == "abc"
+    with made(tmp_path) as running:
+        killed, free = asyncio.run(run(running.engine))
+        assert killed.reason == "grammar"
+        assert free.ids == alone(running.base, CAT, 40)
+        (got,) = answers(running.engine, [(CAT, greedy(9, grammar=regex("abc")), None, "t")])
+        assert got.text == "abc"
 
 
-def test_all_processes_end_with_the_engine_and_with_their_answers(tmp_path: Path) -> None:
+def test_all_processes_end_with_the_engine_and_with_their_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def count() -> int:
         return len(running_pids(program))
 
     program = tmp_path / "grammar_process.py"  # of this test alone
     program.write_text(grammars.PROGRAM.read_text())
-    before = grammars.PROGRAM
-    grammars.PROGRAM = program
-    try:
-        with made(tmp_path) as running:
+    monkeypatch.setattr(grammars, "PROGRAM", program)
+    with made(tmp_path) as running:
 
-            async def leave() -> None:
-                task = asyncio.create_task(answer(running.engine, CAT, greedy(700, grammar=regex("(ab){400}"))))
-                while count() < 3:
-                    await asyncio.sleep(0.02)
-                task.cancel()
-                await asyncio.gather(task, return_exceptions=True)
+        async def leave() -> None:
+            task = asyncio.create_task(answer(running.engine, CAT, greedy(700, grammar=regex("(ab){400}"))))
+            while count() < 3:
+                await asyncio.sleep(0.02)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
 
-            answers(running.engine, [(CAT, greedy(9, grammar=regex("abc")), None, "t")] * 5)
-            asyncio.run(leave())
-            until = time.monotonic() + 10
-            while count() > 3 and time.monotonic() < until:  # the first one, and two compiled grammars
-                time.sleep(0.02)
-            assert count() == 3
+        answers(running.engine, [(CAT, greedy(9, grammar=regex("abc")), None, "t")] * 5)
+        asyncio.run(leave())
         until = time.monotonic() + 10
-        while count() and time.monotonic() < until:
+        while count() > 3 and time.monotonic() < until:  # the first one, and two compiled grammars
             time.sleep(0.02)
-        assert count() == 0
-    finally:
-        grammars.PROGRAM = before
+        assert count() == 3
+    until = time.monotonic() + 10
+    while count() and time.monotonic() < until:
+        time.sleep(0.02)
+    assert count() == 0
