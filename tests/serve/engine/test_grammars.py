@@ -373,7 +373,7 @@ def test_all_processes_end_with_the_engine_and_with_their_answers(
 
         async def leave() -> None:
             task = asyncio.create_task(answer(running.engine, CAT, greedy(700, grammar=regex("(ab){400}"))))
-            while count() < 3:
+            while count() < 4:  # the answer has its own
                 await asyncio.sleep(0.02)
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
