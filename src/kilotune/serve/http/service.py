@@ -105,6 +105,7 @@ class Service:
         """Let go of the threads and the store."""
         self.putting.close()
         self._asking.close()
+        self.prompts.close()
         self.adapters.close()
 
     # -- the store -----------------------------------------------------------------------------------
