@@ -379,6 +379,7 @@ def serving(
     delay: float = 0.0,
     ring: Any = None,
     prompts: Prompts | None = None,
+    base: str = BASE,
     **settings: Any,
 ) -> Iterator[Running]:
     """A service with the tiny base, over a store in ``folder``; ann has the adapters of seeds 1 and 2, bob one of 3.
@@ -400,7 +401,7 @@ def serving(
     engine.start()
     keys, tenants, manager, monitor = ring or keyring("ann", "bob", "carl")
     chosen = ServeSettings(**{"port": 0, "keys": "in memory", **settings})
-    service = Service(engine, catalogue, prompts or Prompts(tokenizer(), 96), keys, chosen, BASE)
+    service = Service(engine, catalogue, prompts or Prompts(tokenizer(), 96), keys, chosen, base)
     listening = listen(chosen)
     config = uvicorn.Config(
         create_app(service), http=Wire, ws="none", lifespan="off", log_config=None, access_log=False,

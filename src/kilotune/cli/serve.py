@@ -25,6 +25,7 @@ OWN = (
     "namespace",
     "cors_origin",
     "slow_request",
+    "adapter_folder",
 )  # settings with an option of their own
 OF_ENGINE = ("task", "dtype", "device", "revision")
 REST = [key for key in (*ServeSettings.known(), *EngineSettings.known()) if key not in (*OWN, *OF_ENGINE)]
@@ -57,6 +58,9 @@ def serve(
         list[str] | None, typer.Option(help=f"{_help('cors_origin')} May be given again; none: no page may.")
     ] = None,
     slow_request: Annotated[float | None, typer.Option(metavar="SECONDS", help=_help("slow_request"))] = None,
+    adapter_folder: Annotated[
+        list[str] | None, typer.Option(metavar="DIR", help=f"{_help('adapter_folder')} May be given again; none: off.")
+    ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help=f"KEY=VALUE, of {', '.join(REST)}. May be given again.")
     ] = None,
@@ -75,6 +79,7 @@ def serve(
             "namespace": namespace,
             "cors_origin": tuple(cors_origin or ()),
             "slow_request": slow_request,
+            "adapter_folder": tuple(adapter_folder or ()),
         },
         {"task": task, "dtype": dtype, "device": device, "revision": revision},
         settings or [],

@@ -262,7 +262,7 @@ def test_anothers_adapter_is_not_there(running: Running) -> None:
 
 
 def test_without_a_chat_template_it_is_refused(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(running.service.prompts, "_chats", "this model has no chat template")
+    monkeypatch.setattr(running.service.prompts.templates, "base", "this model has no chat template")
     with pytest.raises(openai.BadRequestError, match="no chat template") as refused:
         respond(running.openai())
     assert refused.value.param == "input"

@@ -19,6 +19,7 @@ from ...errors import KilotuneError
 from ...fleet.store import Version
 from . import embedding_routes as encoding
 from . import generation_routes as generating
+from . import lora_routes as loading
 from . import management_routes as managing
 from . import responses_routes as responding
 from . import token_routes as tokens
@@ -70,6 +71,8 @@ KNOWN = {
     "/v1/responses": sorted(ResponseBody.model_fields),
     "/v1/embeddings": sorted(EmbeddingBody.model_fields),
     "/v1/classify": sorted(ClassifyBody.model_fields),
+    "/v1/load_lora_adapter": sorted(loading.LoadBody.model_fields),
+    "/v1/unload_lora_adapter": sorted(loading.UnloadBody.model_fields),
     "/tokenize": sorted(TokenizeBody.model_fields),
     "/detokenize": sorted(DetokenizeBody.model_fields),
 }
@@ -104,6 +107,7 @@ def create_app(service: Service) -> ASGIApp:
     app.include_router(encoding.routes(service, errors))
     app.include_router(tokens.routes(service, errors))
     app.include_router(managing.routes(service, errors))
+    app.include_router(loading.routes(service, errors))
     app.include_router(pages.routes(service))
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
     return cross_origin(Front(app, service), service.settings.cors_origin)

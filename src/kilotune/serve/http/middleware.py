@@ -25,6 +25,7 @@ from .settings import is_local
 
 __all__ = ["Front", "Noted", "internal", "noted"]
 
+LOADS = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
 OPEN = frozenset({"/", "/health", "/ready", "/openapi.json"})
 MANAGE = "/manage"
 REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
@@ -317,7 +318,7 @@ def _is_put(scope: Scope) -> bool:
 
 
 def _roles(path: str) -> tuple[str, ...]:
-    if path == MANAGE or path.startswith(f"{MANAGE}/"):
+    if path == MANAGE or path.startswith(f"{MANAGE}/") or path in LOADS:
         return (MANAGER,)
     return (MANAGER, MONITOR) if path == "/metrics" else (TENANT,)
 

@@ -16,6 +16,7 @@ from pydantic_core import PydanticCustomError
 __all__ = [
     "ASKING",
     "ITEM",
+    "LORA",
     "MESSAGE",
     "PART",
     "REASONING",
@@ -173,6 +174,12 @@ TEXT = {"verbosity": ASKING["verbosity"]}
 
 REASONING = {option.name: option for option in (Option("effort", Literal["none"]), _never("summary"))}
 """Of its ``reasoning``."""
+
+LORA = {
+    option.name: option
+    for option in (Option("is_3d_lora_weight", Literal[False]), Option("lora_int_id", int, "any number"))
+}
+"""Of loads and unloads of adapters."""
 
 ITEM = {
     option.name: option

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -39,6 +40,12 @@ def _origins(name: str, value: Any) -> list[str]:
         return [f"{name}: expected a list of origins, got {value!r}"]
     told = "expected an origin such as https://app.example.com, in small letters and without a path, or '*'"
     return [f"{name}: {told}, got {one!r}" for one in listed if one != "*" and not ORIGIN.fullmatch(one)]
+
+
+def _folders(name: str, value: Any) -> list[str]:
+    if not isinstance(value, tuple) or not all(isinstance(one, str) for one in value):
+        return [f"{name}: expected a list of folders, got {value!r}"]
+    return [f"{name}: expected a folder that is there, got {one!r}" for one in value if not os.path.isdir(one)]
 
 
 @final
@@ -104,6 +111,11 @@ class ServeSettings(Section):
         (),
         _origins,
         "Pages of this origin may ask from a browser: https://app.example.com, or '*' for all, which needs keys.",
+    )
+    adapter_folder: tuple[str, ...] = setting(
+        (),
+        _folders,
+        "Adapters in this folder, at any depth, may be loaded by /v1/load_lora_adapter, with a manager's key.",
     )
     telemetry: bool = setting(False, flag, "A span of OpenTelemetry for each request; its own variables say where to.")
 
