@@ -273,9 +273,10 @@ def write(out: Path, seeds: int, journal: Journal[Part]) -> None:
         "|---|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
+        loss, gain = (f"{row[what]:{sign}.3f} ± {row[error]:.3f}" for what, sign, error in COLUMNS)
         lines.append(
-            f"| {row['title']} | {row['mean']:.3f} ± {row['deviation']:.3f} | {row['gain']:+.3f} ± {row['error']:.3f} | "
-            f"{row['better']} of {row['cases']} | {row['numbers']:,} | {row['bytes']:,} |"
+            f"| {row['title']} | {loss} | {gain} | {row['better']} of {row['cases']} | {row['numbers']:,} | "
+            f"{row['bytes']:,} |"
         )
     text = "\n".join(lines)
     (out / "translators.md").write_text(text + "\n", encoding="utf-8")
