@@ -16,6 +16,8 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, final
@@ -99,8 +101,13 @@ class Bounded:
         finally:
             self._idle.put(process)
 
-    def call(self, asked: Any, seconds: float | None = None) -> Any:
-        """The function's answer. seconds: instead of those of the bounds.
+    def call(self, asked: Any, seconds: float | None = None, spent: Callable[[float], object] | None = None) -> Any:
+        """The function's answer.
+
+        Args:
+            asked: what it is given.
+            seconds: instead of those of the bounds.
+            spent: is told the seconds that the call took, without what was waited for a process.
 
         Raises:
             BoundedError: see there.
@@ -110,9 +117,12 @@ class Bounded:
         process = self._idle.get()
         try:
             process = process or _Process(self.file, self.function)
+            began = time.monotonic()
             told = process.ask(
                 {"asked": asked, "seconds": limit, "memory": bounds.memory, "most": bounds.most}, limit + GRACE
             )
+            if spent is not None:
+                spent(time.monotonic() - began)
         finally:
             if process is not None and not process.lasts:
                 process.end()

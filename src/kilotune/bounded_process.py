@@ -11,6 +11,7 @@ anything of another one. Where there is no ``fork``, who started it ends this pr
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib.util
 import json
 import os
@@ -125,6 +126,7 @@ def main() -> None:
     except Exception as error:
         write(out, json.dumps({"failed": f"{type(error).__name__}: {error}"}).encode())
         return
+    gc.freeze()  # what is loaded stays, and children need not look through it
     write(out, b'{"ready": true}')
     while (call := read(source)) is not None:
         forks = hasattr(os, "fork")

@@ -372,7 +372,14 @@ def keyring(*namespaces: str) -> tuple[Keyring, dict[str, str], str, str]:
 
 @contextmanager
 def serving(
-    folder: Path, *, engine: Any = None, catalogue: Any = None, delay: float = 0.0, ring: Any = None, **settings: Any
+    folder: Path,
+    *,
+    engine: Any = None,
+    catalogue: Any = None,
+    delay: float = 0.0,
+    ring: Any = None,
+    base: str = BASE,
+    **settings: Any,
 ) -> Iterator[Running]:
     """A service with the tiny base, over a store in ``folder``; ann has the adapters of seeds 1 and 2, bob one of 3."""
     import uvicorn
@@ -389,7 +396,7 @@ def serving(
     engine.start()
     keys, tenants, manager, monitor = ring or keyring("ann", "bob", "carl")
     chosen = ServeSettings(**{"port": 0, "keys": "in memory", **settings})
-    service = Service(engine, catalogue, Prompts(tokenizer(), 96), keys, chosen, BASE)
+    service = Service(engine, catalogue, Prompts(tokenizer(), 96), keys, chosen, base)
     listening = listen(chosen)
     config = uvicorn.Config(
         create_app(service), http=Wire, ws="none", lifespan="off", log_config=None, access_log=False,

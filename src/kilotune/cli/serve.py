@@ -17,7 +17,16 @@ from ._output import Json, print_json, quiet_transformers
 
 __all__ = ["serve"]
 
-OWN = ("host", "port", "name", "keys", "namespace")  # settings with an option of their own
+OWN = (
+    "host",
+    "port",
+    "name",
+    "keys",
+    "namespace",
+    "cors_origin",
+    "slow_request",
+    "adapter_folder",
+)  # settings with an option of their own
 OF_ENGINE = ("task", "dtype", "device", "revision")
 REST = [key for key in (*ServeSettings.known(), *EngineSettings.known()) if key not in (*OWN, *OF_ENGINE)]
 
@@ -45,6 +54,13 @@ def serve(
     dtype: Annotated[str, typer.Option(help=_engine_help("dtype"))] = "auto",
     device: Annotated[str, typer.Option(help=_engine_help("device"))] = "auto",
     revision: Annotated[str | None, typer.Option(help=_engine_help("revision"))] = None,
+    cors_origin: Annotated[
+        list[str] | None, typer.Option(help=f"{_help('cors_origin')} May be given again; none: no page may.")
+    ] = None,
+    slow_request: Annotated[float | None, typer.Option(metavar="SECONDS", help=_help("slow_request"))] = None,
+    adapter_folder: Annotated[
+        list[str] | None, typer.Option(metavar="DIR", help=f"{_help('adapter_folder')} May be given again; none: off.")
+    ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help=f"KEY=VALUE, of {', '.join(REST)}. May be given again.")
     ] = None,
@@ -55,7 +71,16 @@ def serve(
     It runs until SIGTERM or Ctrl-C, and then lets running requests end. Its log is on stderr, a JSON object a line.
     """
     chosen, options = _settings(
-        {"host": host, "port": port, "keys": keys, "name": name, "namespace": namespace},
+        {
+            "host": host,
+            "port": port,
+            "keys": keys,
+            "name": name,
+            "namespace": namespace,
+            "cors_origin": tuple(cors_origin or ()),
+            "slow_request": slow_request,
+            "adapter_folder": tuple(adapter_folder or ()),
+        },
         {"task": task, "dtype": dtype, "device": device, "revision": revision},
         settings or [],
     )
@@ -94,7 +119,7 @@ def _settings(own: dict[str, Any], engine: dict[str, Any], words: list[str]) -> 
     for word in words:
         key = word.partition("=")[0].strip()
         if key in own or key in engine:
-            raise ConfigError(f"--set {word!r}: has an option of its own, --{key}")
+            raise ConfigError(f"--set {word!r}: has an option of its own, --{key.replace('_', '-')}")
     more = merged({}, words)
     for_engine = {key: more.pop(key) for key in [*more] if key in EngineSettings.known()}
     return ServeSettings(**own, **more), EngineSettings(**engine, **for_engine)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["application"]
 
 KEPT = ("type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string", "headers", "client")
-NAMED = ("/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/v1/classify")
+NAMED = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/embeddings", "/v1/classify")
 WHICH = b"x-kilotune-replica"  # a header of each answer: which replica it is from
 DRAIN = 30.0  # seconds that Ray gives a replica's answers when it takes the replica away
 

@@ -261,6 +261,21 @@ def test_models_say_what_they_are_made_of_and_how_long_their_texts_are(running: 
         assert client.get("/v1/models/poems/live").json()["parent"] == BASE
 
 
+def test_a_base_may_be_called_as_on_the_hub(tmp_path: Path) -> None:
+    """By its name as it is, in paths also quoted; adapters' names have no slash, so it is none of theirs."""
+    with serving(tmp_path, base="org/tiny") as made:
+        client = made.openai()
+        assert complete(client, "org/tiny").choices[0].text == expected(None, PROMPT, 10)
+        assert client.models.retrieve("org/tiny").id == "org/tiny"
+        with made.client(made.keys["ann"]) as plain:
+            for path in ("org/tiny", "org%2Ftiny", "org%2ftiny"):
+                assert plain.get(f"/v1/models/{path}").json()["root"] == "org/tiny"
+            assert plain.get("/v1/models/poems%2Flive").json()["kilotune"]["version"] == 1
+        assert complete(client, "poems/live").choices[0].text == expected(1, PROMPT, 10)
+        with pytest.raises(openai.NotFoundError):
+            complete(client, "org/other")
+
+
 def test_models_come_in_pages(running: Running) -> None:
     with running.client(running.keys["ann"]) as client:
         seen, after, pages = [], None, 0

@@ -203,7 +203,10 @@ class Monitor:
 
     def __call__(self, *names: str) -> list[int]:
         text = httpx2.get(f"{self.url}/metrics", headers=self.headers, timeout=30).text
-        return [int(float(re.findall(rf"^kilotune_engine_{name} (\S+)", text, re.MULTILINE)[0])) for name in names]
+        return [
+            int(float(re.findall(rf"^kilotune_engine_{name}(?:_total)? (\S+)", text, re.MULTILINE)[0]))
+            for name in names
+        ]
 
 
 WAYS = ("at once", "reset", "half", "ahead", "soon", "reading")

@@ -466,7 +466,7 @@ def test_metrics_count_and_name_few_tenants(tmp_path: Path) -> None:
         }
         assert found['kilotune_requests_total{route="/v1/completions",status="200",tenant="other"}'] == 2
         assert found["kilotune_first_token_seconds_count"] == 4
-        assert found["kilotune_engine_generated_tokens"] >= 12
+        assert found["kilotune_engine_generated_tokens_total"] >= 12
 
 
 def test_a_manager_of_one_namespace_sees_its_own_numbers_alone(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from kilotune.serve.http.options import ASKING, MESSAGE, Option
+from kilotune.serve.http.options import ASKING, MESSAGE, RESPONSE, TEXT, Option
 from kilotune.serve.http.schemas import ChatBody, CompletionBody
 from tests.support.http_support import Running, serving
 from tests.support.paths import ROOT
@@ -87,11 +87,17 @@ def test_top_k_of_all_is_no_top_k(running: Running, ann: httpx2.Client) -> None:
         assert running.engine.asked[-1].sampling.top_k is None
 
 
-def test_the_docs_have_the_table() -> None:
+@pytest.mark.parametrize(
+    ("of", "options"),
+    [("", ASKING), (" of `/v1/responses`", {**RESPONSE, **{f"text.{k}": v for k, v in TEXT.items()}})],
+    ids=["texts", "responses"],
+)
+def test_the_docs_have_the_table(of: str, options: dict[str, Option]) -> None:
     docs = (ROOT / "docs" / "serve.md").read_text()
-    listed = docs.partition("| option that is not served | asks for nothing at |\n|---|---|\n")[2].partition("\n\n")[0]
-    wanted = [f"| `{option.name}` | {option.told} |" for option in ASKING.values() if option.told]
-    never = ", ".join(f"`{option.name}`" for option in ASKING.values() if not option.told)
+    head = f"| option{of} that is not served | asks for nothing at |\n|---|---|\n"
+    listed = docs.partition(head)[2].partition("\n\n")[0]
+    wanted = [f"| `{name}` | {option.told} |" for name, option in options.items() if option.told]
+    never = ", ".join(f"`{name}`" for name, option in options.items() if not option.told)
     assert listed.splitlines() == [*wanted, f"| {never} | null alone |"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from kilotune.serve.http.chat_templates import FEW
 from kilotune.serve.http.http_errors import ApiError
 from kilotune.serve.http.prompts import LONG, SIGNS, Prompts
 from tests.support import chat_tokenizers as chats
@@ -94,6 +96,51 @@ def test_a_message_that_is_gone_on_with_holds_no_turn_either() -> None:
         assert tokenizer.decode(ids, clean_up_tokenization_spaces=False).endswith(content)
     with pytest.raises(ApiError, match="the chat template refuses"):
         asyncio.run(prompts.chat([], "ann", "continued"))
+
+
+def conversation(count: int) -> list[dict[str, Any]]:
+    return [{"role": ("user", "assistant")[i % 2], "content": f"a b {i}"} for i in range(count)]
+
+
+@pytest.mark.parametrize("last", ["a b", EVIL], ids=["clean", "marks"])
+def test_a_chat_of_many_messages_is_rendered_elsewhere_and_is_the_same(
+    last: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = [*conversation(FEW + 2), {"role": "user", "content": last}]
+    tokenizer = byte_pairs()
+    monkeypatch.setattr("kilotune.serve.http.chat_templates.FEW", 1000)
+    here = made(tokenizer, said)
+    monkeypatch.setattr("kilotune.serve.http.chat_templates.FEW", FEW)
+    monkeypatch.setattr(type(tokenizer), "apply_chat_template", None)  # what renders here
+    prompts = Prompts(byte_pairs(), len(tokenizer))
+    assert list(asyncio.run(prompts.chat(said, "ann"))) == here
+    prompts.close()
+
+
+def test_many_messages_in_a_slow_template_end_and_keep_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The base's own template, too, can take a time that grows with the square of a chat."""
+    monkeypatch.setattr("kilotune.serve.http.chat_templates.BASE_SECONDS", 1.0)
+    slow = (
+        "{% for m in messages %}{% for i in range(9000) %}{% for n in messages %}{% endfor %}{% endfor %}{% endfor %}"
+    )
+    prompts = Prompts(byte_pairs("{% if messages | length > 64 %}" + slow + "{% endif %}" + chats.PLAIN_CHATML), 600)
+
+    async def both() -> tuple[str, list[float]]:
+        prompts.templates._bounded.start()
+        evil, waits = asyncio.ensure_future(prompts.chat(conversation(1000), "eve")), list[float]()
+        while not evil.done():
+            began = time.monotonic()
+            await prompts.chat(conversation(3), "ann")
+            waits.append(time.monotonic() - began)
+        with pytest.raises(ApiError) as told:
+            await evil
+        return told.value.message, waits
+
+    message, waits = asyncio.run(both())
+    prompts.close()
+    assert message == "the base's chat template cannot be rendered: it takes more than 1 s"
+    assert len(waits) > 5
+    assert max(waits) < 0.9
 
 
 TEXT = "größer 🦜🦜 naïve\n\tend — 日本語 ok"

@@ -181,9 +181,9 @@ class TransformersEngine(Engine):
 
     async def generate(self, request: Generation) -> AsyncIterator[Item]:
         check_request(request, self._vocabulary, self.max_length, self._tokenizer is not None)
-        loop = asyncio.get_running_loop()
+        loop, asked = asyncio.get_running_loop(), time.monotonic()
         row = await self._row(request.adapter)
-        run = Run(request, row, loop, self._tokenizer, self._ends)
+        run = Run(request, row, loop, self._tokenizer, self._ends, asked)
         try:
             while True:
                 self._send(run)
@@ -384,6 +384,7 @@ class TransformersEngine(Engine):
                 return True
             if run.held is None:
                 return False
+        run.begins()
         run.id = str(next(self._ids))
         self._running[run.id] = run
         self._queue.started(run.tenant)

@@ -27,6 +27,7 @@ __all__ = [
     "Scored",
     "Token",
     "Vector",
+    "Waits",
 ]
 
 Reason = Literal["stop", "length", "cancelled", "deadline", "error"]
@@ -96,6 +97,17 @@ class Sampling:
 
 
 @final
+@dataclass(slots=True)
+class Waits:
+    """What an engine notes of a request that it has taken, for who asked, and be it gone.
+
+    queued: seconds until it began with it, its adapter read and its turn come; None: it has not begun.
+    """
+
+    queued: float | None = None
+
+
+@final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generation:
     """One text to go on with. tenant: whom it counts for; deadline: of time.monotonic(), or None."""
@@ -106,6 +118,7 @@ class Generation:
     prompt: tuple[int, ...] = field(repr=False)
     sampling: Sampling
     deadline: float | None = None
+    waits: Waits = field(default_factory=Waits, compare=False, repr=False)
 
 
 @final

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, final
@@ -81,8 +82,10 @@ class Run:
         loop: asyncio.AbstractEventLoop | None,
         tokenizer: Any,
         ends: frozenset[int],
+        asked: float | None = None,
     ) -> None:
         self.request, self.row, self.loop = request, row, loop
+        self._asked = time.monotonic() if asked is None else asked
         self.tenant, self.deadline, self.id = request.tenant, request.deadline, ""
         sampling = request.sampling
         self.tokens = list(request.prompt)
@@ -117,6 +120,11 @@ class Run:
         )
 
     # -- the engine's side -----------------------------------------------------------------------
+
+    def begins(self) -> None:
+        """It runs, for the first time or again."""
+        if self.request.waits.queued is None:
+            self.request.waits.queued = time.monotonic() - self._asked
 
     def took(self, part: Part) -> None:
         """A step computed a part of it."""

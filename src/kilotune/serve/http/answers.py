@@ -39,9 +39,18 @@ class Answer:
 class Asked:
     """The engine, with what is measured of its answers."""
 
-    def __init__(self, engine_events: AsyncIterator[Item], generation: Generation, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        engine_events: AsyncIterator[Item],
+        generation: Generation,
+        metrics: Metrics,
+        labels: tuple[str, str],
+    ) -> None:
+        """labels: of :meth:`Metrics.of_adapter`."""
         self._events, self._metrics, self._tenant = engine_events, metrics, generation.tenant
+        self._generation, self._labels = generation, labels
         self.first: float | None = None
+        self.made = 0
 
     async def events(self) -> AsyncGenerator[Item, None]:
         """What comes of it, with errors in HTTP's terms."""
@@ -52,9 +61,11 @@ class Asked:
             async for event in self._events:
                 now = time.monotonic()
                 if isinstance(event, Token):
+                    self.made += 1
                     if self.first is None:
                         self.first = now - began
                         metrics.first.observe(self.first)
+                        metrics.by_adapter.first.labels(*self._labels).observe(self.first)
                         recent.first.append(self.first)
                     else:
                         metrics.between.observe(now - last)
@@ -72,15 +83,31 @@ class Asked:
             raise of_library(error, "model") from error
         finally:
             recent.running -= 1
+            if self.queued is not None:
+                metrics.queue.observe(self.queued)
             close = getattr(self._events, "aclose", None)
             if close is not None:
                 await close()
+
+    @property
+    def queued(self) -> float | None:
+        """Seconds that the engine let it wait before it began; None: it has not begun."""
+        return self._generation.waits.queued
+
+    @property
+    def prompt(self) -> int:
+        """Tokens of the prompt."""
+        return len(self._generation.prompt)
 
     def _count(self, finish: Finish) -> None:
         label = self._metrics.label(self._tenant)
         self._metrics.prompt.labels(label).inc(finish.prompt_tokens)
         self._metrics.completion.labels(label).inc(finish.completion_tokens)
         self._metrics.cached.inc(finish.cached_tokens)
+        by_adapter = self._metrics.by_adapter
+        by_adapter.prompt.labels(*self._labels).inc(finish.prompt_tokens)
+        by_adapter.completion.labels(*self._labels).inc(finish.completion_tokens)
+        by_adapter.cached.labels(*self._labels).inc(finish.cached_tokens)
 
 
 def ended_badly(finish: Finish) -> ApiError | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Query, Request
@@ -11,17 +12,21 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from fastapi.telemetry import TelemetryConfig
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from ...errors import KilotuneError
 from ...fleet.store import Version
 from . import embedding_routes as encoding
 from . import generation_routes as generating
+from . import lora_routes as loading
 from . import management_routes as managing
+from . import responses_routes as responding
 from . import token_routes as tokens
 from . import web_page as pages
 from .http_errors import ApiError, of_library, of_parsing, of_validation
 from .middleware import Front, internal, noted
+from .responses_body import ResponseBody
 from .schemas import ChatBody, ClassifyBody, CompletionBody, DetokenizeBody, EmbeddingBody, TokenizeBody
 from .service import Service
 
@@ -62,8 +67,11 @@ STATUSES = {
 KNOWN = {
     "/v1/completions": sorted(CompletionBody.model_fields),
     "/v1/chat/completions": sorted(ChatBody.model_fields),
+    "/v1/responses": sorted(ResponseBody.model_fields),
     "/v1/embeddings": sorted(EmbeddingBody.model_fields),
     "/v1/classify": sorted(ClassifyBody.model_fields),
+    "/v1/load_lora_adapter": sorted(loading.LoadBody.model_fields),
+    "/v1/unload_lora_adapter": sorted(loading.UnloadBody.model_fields),
     "/tokenize": sorted(TokenizeBody.model_fields),
     "/detokenize": sorted(DetokenizeBody.model_fields),
 }
@@ -94,12 +102,32 @@ def create_app(service: Service) -> ASGIApp:
     _models(app, service, errors)
     _health(app, service, errors)
     app.include_router(generating.routes(service, errors))
+    app.include_router(responding.routes(service, errors))
     app.include_router(encoding.routes(service, errors))
     app.include_router(tokens.routes(service, errors))
     app.include_router(managing.routes(service, errors))
+    app.include_router(loading.routes(service, errors))
     app.include_router(pages.routes(service))
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
-    return Front(app, service)
+    return cross_origin(Front(app, service), service.settings.cors_origin)
+
+
+def cross_origin(app: ASGIApp, origins: Sequence[str]) -> ASGIApp:
+    """The application for pages of these origins, too: around all else, so that errors carry the header.
+
+    A preflight has no key and needs none. Credentials (cookies) are never allowed, for the service has no use for any:
+    who asks has a key, which a page sends by itself.
+    """
+    if not origins:
+        return app
+    return CORSMiddleware(
+        app,
+        allow_origins=origins,
+        allow_methods=("GET", "POST", "PUT", "DELETE"),
+        allow_headers=("*",),
+        expose_headers=("x-request-id", "retry-after"),
+        allow_private_network="*" not in origins,
+    )
 
 
 # -- errors ------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ async def _vectors(service: Service, request: Request, body: InputBody, what: st
     tenant = namespace_of(caller)
     with service.gate.enter(tenant, 1):  # before anything slow is done
         meant = await service.meant(caller, body.model)
+        labels = service.metrics.of_adapter(tenant, None if meant.adapter is None else meant.adapter.name)
         texts = [await service.prompts.whole(text, "input", tenant) for text in body.inputs]
         longest = min(service.engine.max_length, service.settings.max_prompt or service.engine.max_length)
         for place, text in enumerate(texts):
@@ -38,6 +39,7 @@ async def _vectors(service: Service, request: Request, body: InputBody, what: st
                 told = f"input[{place}]: has {len(text)} tokens; this model takes {longest}"
                 raise ApiError(400, told, param="input", code="context_length_exceeded")
         call = service.engine.embed if what == "embed" else service.engine.classify
+        noted(request.scope).labels = labels
         noted(request.scope).fields |= {"model": body.model, "user": body.user, "inputs": len(texts)}
         try:
             async with asyncio.timeout(service.settings.max_seconds):
@@ -49,6 +51,7 @@ async def _vectors(service: Service, request: Request, body: InputBody, what: st
     tokens = sum(vector.tokens for vector in vectors)
     noted(request.scope).fields["prompt_tokens"] = tokens
     service.metrics.prompt.labels(service.metrics.label(tenant)).inc(tokens)
+    service.metrics.by_adapter.prompt.labels(*labels).inc(tokens)
     return vectors
 
 

@@ -18,13 +18,22 @@ from .answers import Asked, Event, collect, ended_badly, events
 from .http_errors import ApiError
 from .keys import Key
 from .middleware import noted
-from .response_shapes import DONE, ChatShape, CompletionShape, Echo, Shape, event_of, usage_of
-from .schemas import ChatBody, CompletionBody, GenerationBody, told_messages
+from .response_shapes import ChatShape, CompletionShape, Echo, Writer, usage_of
+from .schemas import ChatBody, CompletionBody, GenerationBody, SamplingBody, told_messages
 from .service import Meant, Service, namespace_of, seed_of
 
-__all__ = ["routes"]
+__all__ = ["STREAMS", "Run", "caller_of", "check_biases", "check_generates", "enter", "generations_of", "routes"]
 
 USUAL = 16  # OpenAI's own number of new tokens for a completion
+STREAMS: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The answer, or with stream its events.",
+        "content": {
+            "application/json": {"schema": {"type": "object"}},
+            "text/event-stream": {"schema": {"type": "string"}},
+        },
+    }
+}
 
 
 @final
@@ -50,7 +59,7 @@ class Run:
     """One request on its way: what it asks the engine for, and how the answers are written."""
 
     def __init__(
-        self, service: Service, request: Request, body: GenerationBody, generations: list[Generation], shape: Shape
+        self, service: Service, request: Request, body: SamplingBody, generations: list[Generation], shape: Writer
     ) -> None:
         self.service, self.body, self.generations, self.shape = service, body, generations, shape
         self.note = noted(request.scope)
@@ -59,7 +68,10 @@ class Run:
     async def answer(self) -> Response:
         """The response; a stream's first event is waited for, so that what fails at once has its status."""
         held, engine, metrics = self.note.held, self.service.engine, self.service.metrics
-        asked = [Asked(engine.generate(one), one, metrics) for one in self.generations]
+        adapter = self.generations[0].adapter
+        labels = metrics.of_adapter(self.generations[0].tenant, None if adapter is None else adapter.name)
+        asked = [Asked(engine.generate(one), one, metrics, labels) for one in self.generations]
+        self.note.labels, self.note.asked = labels, asked
         stream = await held.enter_async_context(contextlib.aclosing(events(asked)))
         if self.body.stream:
             first = await anext(stream)
@@ -67,9 +79,9 @@ class Run:
                 raise error
             return EventStream(self._written(first, stream, asked))
         answers = await collect(stream, len(asked))
-        document = self.shape.whole(answers, self.body.choices)
-        self._count(asked, document["usage"])
-        return JSONResponse(document)
+        finishes = [answer.finish for answer in answers if answer.finish is not None]
+        self._count(asked, usage_of(finishes, self.body.choices))
+        return JSONResponse(self.shape.whole(answers, self.body.choices))
 
     async def _written(
         self, first: Event, stream: AsyncIterator[Event], asked: Sequence[Asked]
@@ -98,12 +110,12 @@ class Run:
                 index, event = await anext(stream)
         except ApiError as error:
             self.note.fields["error"] = error.code
-            yield event_of(error.document()) + DONE
+            yield self.shape.failed(error)
             return
         ordered = [finishes[i] for i in range(len(asked))]
         self._count(asked, usage_of(ordered, self.body.choices))
         await self.note.held.aclose()  # before the client knows, who may ask again at once
-        yield text + (self.shape.counts(ordered, self.body.choices) if self.shape.usage else b"") + DONE
+        yield text + self.shape.last(ordered, self.body.choices)
 
     def _count(self, asked: Sequence[Asked], usage: dict[str, Any]) -> None:
         first = [one.first for one in asked if one.first is not None]
@@ -114,24 +126,27 @@ class Run:
         }
 
 
-def _caller(request: Request) -> Key:
+def caller_of(request: Request) -> Key:
+    """Who asks."""
     caller = noted(request.scope).caller
     assert caller is not None  # the front let it in
     return caller
 
 
-def _check_generates(service: Service) -> None:
+def check_generates(service: Service) -> None:
+    """The base is to write texts."""
     if not service.engine.generates:
         raise ApiError(400, f"{service.base} writes no text; it has /v1/embeddings or /v1/classify", param="model")
 
 
-def _check_biases(service: Service, body: GenerationBody) -> None:
+def check_biases(service: Service, body: SamplingBody) -> None:
+    """Biases are to be of tokens that the model has."""
     if (top := max(map(int, body.logit_bias or ()), default=0)) >= service.prompts.vocabulary:
         told = f"logit_bias: token {top}; the model has {service.prompts.vocabulary}"
         raise ApiError(400, told, param="logit_bias")
 
 
-def _sampling(body: GenerationBody, tokens: int, logprobs: int | None, choice: int) -> Sampling:
+def _sampling(body: SamplingBody, tokens: int, logprobs: int | None, choice: int) -> Sampling:
     return Sampling(
         max_tokens=tokens,
         temperature=1.0 if body.temperature is None else body.temperature,
@@ -151,16 +166,17 @@ def _sampling(body: GenerationBody, tokens: int, logprobs: int | None, choice: i
     )
 
 
-async def _generations(
+def generations_of(
     service: Service,
     request: Request,
-    body: GenerationBody,
+    body: SamplingBody,
     meant: Meant,
     prompts: Sequence[tuple[int, ...]],
     tokens: Sequence[int],
     logprobs: int | None,
 ) -> list[Generation]:
-    caller, deadline, name = _caller(request), service.deadline(body.timeout), noted(request.scope).id
+    """What to ask the engine for: each prompt as often as answers are wanted. tokens: the most of each."""
+    caller, deadline, name = caller_of(request), service.deadline(body.timeout), noted(request.scope).id
     return [
         service.generation(f"{name}-{place}", caller, meant, prompt, _sampling(body, room, logprobs, choice), deadline)
         for place, ((prompt, room), choice) in enumerate(
@@ -171,50 +187,46 @@ async def _generations(
 
 def routes(service: Service, errors: dict[int | str, dict[str, Any]]) -> APIRouter:
     """The two routes."""
-    streams = {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {"schema": {"type": "string"}}}
-    both: dict[int | str, dict[str, Any]] = {
-        200: {"description": "The answer, or with stream its events.", "content": streams}
-    }
-    router = APIRouter(responses={**errors, **both}, tags=["OpenAI"])
+    router = APIRouter(responses={**errors, **STREAMS}, tags=["OpenAI"])
 
     @router.post("/v1/completions", operation_id="completions", response_model=None)
     async def completions(request: Request, body: CompletionBody) -> Response:
         """Go on with a text."""
-        _check_generates(service)
-        _check_biases(service, body)
-        tenant = _enter(service, request, len(body.prompts) * body.choices)
-        meant = await service.meant(_caller(request), body.model)
+        check_generates(service)
+        check_biases(service, body)
+        tenant = enter(service, request, len(body.prompts) * body.choices)
+        meant = await service.meant(caller_of(request), body.model)
         prompts = [await service.prompts.plain(prompt, "prompt", tenant) for prompt in body.prompts]
         tokens = [service.room(prompt, body.max_tokens, USUAL, "prompt") for prompt in prompts]
         echoes = await _echoes(service, body, prompts, tenant) if body.echo else None
-        generations = await _generations(service, request, body, meant, prompts, tokens, body.logprobs)
+        generations = generations_of(service, request, body, meant, prompts, tokens, body.logprobs)
         shape = CompletionShape(*_common(service, "cmpl", body, body.logprobs), echoes=echoes)
         return await Run(service, request, body, generations, shape).answer()
 
     @router.post("/v1/chat/completions", operation_id="chat", response_model=None)
     async def chat(request: Request, body: ChatBody) -> Response:
         """Answer a conversation."""
-        _check_generates(service)
-        _check_biases(service, body)
-        tenant = _enter(service, request, body.choices)
-        meant = await service.meant(_caller(request), body.model)
+        check_generates(service)
+        check_biases(service, body)
+        tenant = enter(service, request, body.choices)
+        meant = await service.meant(caller_of(request), body.model)
         prompt = await service.prompts.chat(told_messages(body.messages), tenant, body.ending)
         tokens = service.room(prompt, body.limit, None, "messages")
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        generations = await _generations(service, request, body, meant, [prompt], [tokens], logprobs)
+        generations = generations_of(service, request, body, meant, [prompt], [tokens], logprobs)
         shape = ChatShape(*_common(service, "chatcmpl", body, logprobs))
         return await Run(service, request, body, generations, shape).answer()
 
     return router
 
 
-def _enter(service: Service, request: Request, count: int) -> str:
+def enter(service: Service, request: Request, count: int) -> str:
     """Take places for so many answers, before anything slow is done for them; the tenant's name."""
     if count > (most := service.settings.max_choices):
         raise ApiError(
             400, f"{count} answers asked for (prompts times n); a request has at most {most} here", param="n"
         )
-    tenant = namespace_of(_caller(request))
+    tenant = namespace_of(caller_of(request))
     noted(request.scope).held.enter_context(service.gate.enter(tenant, count))
     return tenant
 

@@ -131,6 +131,11 @@ def of_validation(faults: Sequence[Mapping[str, Any]], known: Sequence[str] = ()
         # Of a value that may be of several types, what is said of the type that it has is what helps.
         if place not in worst or worst[place]["type"].endswith("_type"):
             worst[place] = fault
+    for place in [place for place in worst if any(inner.startswith((f"{place}[", f"{place}.")) for inner in worst)]:
+        if worst[place]["type"].endswith(
+            "_type"
+        ):  # of a type that it has not; what is wrong inside is of the one it has
+            del worst[place]
     lines = [_line(place, fault, known) for place, fault in worst.items()]
     more = len(lines) - SHOWN
     message = "; ".join(lines[:SHOWN]) + (f"; and {more} more" if more > 0 else "")

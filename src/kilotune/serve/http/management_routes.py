@@ -27,11 +27,11 @@ from . import puts as storing
 from .http_errors import ApiError
 from .logs import log
 from .middleware import noted
-from .puts import Given
+from .puts import Given, uploaded
 from .schemas import AliasesBody, NamesBody
 from .service import Service
 
-__all__ = ["routes"]
+__all__ = ["fit", "namespace_here", "routes", "space_of"]
 
 MAX_PAGE = 1000
 STORED = {
@@ -55,18 +55,29 @@ for _answer in PUT_ANSWERS.values():
     _answer["content"] = {"application/json": {"schema": STORED}}
 
 
-def _space(request: Request, namespace: str) -> str:
+def space_of(request: Request, namespace: str) -> str:
     """The namespace of the path, where the key may manage it; another one is as good as not there."""
     caller = noted(request.scope).caller
     assert caller is not None
     if caller.namespace not in (None, namespace):
         raise ApiError(403, f"this key manages the namespace {caller.namespace!r} only", param="namespace")
     noted(request.scope).fields["managed"] = namespace
-    _fit(lambda: check_namespace(namespace), "namespace")
+    fit(lambda: check_namespace(namespace), "namespace")
     return namespace
 
 
-def _fit(check: Any, param: str) -> Any:
+def namespace_here(service: Service, request: Request, given: str | None) -> str:
+    """The namespace that a body names, or the only one that there is for the key."""
+    caller, anybody = noted(request.scope).caller, service.keys.open_to
+    assert caller is not None
+    only = caller.namespace or (None if anybody is None else anybody.namespace)
+    if (namespace := given or only) is None:
+        told = "namespace: is missing; this key manages all of them, so say whose adapter it is"
+        raise ApiError(400, told, param="namespace")
+    return space_of(request, namespace)
+
+
+def fit(check: Any, param: str) -> Any:
     """What cannot be a name, an alias or a tag is a bad request, and not something that is not there."""
     try:
         return check()
@@ -77,7 +88,7 @@ def _fit(check: Any, param: str) -> Any:
 def _which(text: str | None) -> Which:
     if text is None:
         return None
-    found: Which = _fit(lambda: check_which(int(text) if text.isdecimal() and len(text) < 12 else text), "version")
+    found: Which = fit(lambda: check_which(int(text) if text.isdecimal() and len(text) < 12 else text), "version")
     return found
 
 
@@ -93,7 +104,7 @@ def _metadata(text: str | None) -> dict[str, Any]:
         found = json.loads(text or "{}")
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"metadata: expected a JSON object: {error}", param="metadata") from error
-    _fit(lambda: check_metadata(found), "metadata")
+    fit(lambda: check_metadata(found), "metadata")
     return dict(found)
 
 
@@ -128,16 +139,16 @@ def _put_routes(router: APIRouter, service: Service) -> None:
         With `on`, the adapter stands on a version of that shared one, of this namespace or of `@shared`, from now on
         and wherever its aliases go. Requests for the adapter's name run both.
         """
-        space = _space(request, namespace)
-        _fit(lambda: check_name(name), "name")
+        space = space_of(request, namespace)
+        fit(lambda: check_name(name), "name")
         if composed(name) == composed(service.base.partition("/")[0]):
             raise ApiError(409, f"{name!r} is what the base is called here; take another name", param="name")
         if alias is not None:
-            _fit(lambda: check_new_word("alias", check_alias(alias)), "alias")
-        _fit(lambda: [check_new_word("tag", tag) for tag in check_tags(tags or ())], "tags")
+            fit(lambda: check_new_word("alias", check_alias(alias)), "alias")
+        fit(lambda: [check_new_word("tag", tag) for tag in check_tags(tags or ())], "tags")
         if on is not None:
             on = _on(service, on)
-        given = Given(config.file, weights.file, _metadata(metadata), tags or (), alias, on)
+        given = Given(uploaded(config.file, weights.file), _metadata(metadata), tags or (), alias, on)
         with noted(request.scope).place:
             made = await storing.put(service, space, name, given)
         version, request_id = made.version.version, noted(request.scope).id
@@ -147,7 +158,7 @@ def _put_routes(router: APIRouter, service: Service) -> None:
 
 def _on(service: Service, text: str) -> str:
     """What ``on`` says, with the version that a request for that name would mean."""
-    _fit(lambda: check_on(text), "on")
+    fit(lambda: check_on(text), "on")
     name, which = service.split(text)
     return name if which is None else f"{name}/{which}"
 
@@ -162,7 +173,7 @@ def _delete_routes(router: APIRouter, service: Service) -> None:
         force: Annotated[bool, Query(description="Even if an alias names it, or others stand on it.")] = False,
     ) -> Response:
         """Remove an adapter, or one version of it. Requests that run keep what they began with."""
-        space, which = _space(request, namespace), _which(version)
+        space, which = space_of(request, namespace), _which(version)
         number: Which = "latest" if version == "latest" else which
         try:
             count = await service.ask(space, lambda: service.adapters.rm(space, name, number, force=force), "name")
@@ -184,8 +195,8 @@ def _list_routes(router: APIRouter, service: Service) -> None:
         limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = 100,
     ) -> Response:
         """The newest version of each adapter, by name."""
-        space = _space(request, namespace)
-        tags = _fit(lambda: check_tags(tag or ()), "tag")
+        space = space_of(request, namespace)
+        tags = fit(lambda: check_tags(tag or ()), "tag")
         found = await service.ask(
             space, lambda: service.adapters.ls(space, pattern, tags=tags, after=after, limit=limit + 1), "pattern"
         )
@@ -195,8 +206,8 @@ def _list_routes(router: APIRouter, service: Service) -> None:
     @router.get("/{namespace}/adapters/{name}", operation_id="show_adapter", response_model=None)
     async def show(request: Request, namespace: str, name: str) -> Response:
         """All versions of an adapter, with their aliases."""
-        space = _space(request, namespace)
-        _fit(lambda: check_name(name), "name")
+        space = space_of(request, namespace)
+        fit(lambda: check_name(name), "name")
         aliases = await service.ask(space, lambda: service.adapters.aliases(space, name), "name")
         versions = await service.ask(space, lambda: service.adapters.versions(space, name), "name")
         return JSONResponse({"name": name, "versions": [_shown(one, aliases) for one in versions]})
@@ -206,10 +217,10 @@ def _alias_routes(router: APIRouter, service: Service) -> None:
     @router.post("/{namespace}/aliases/{alias}", operation_id="roll_out", response_model=None)
     async def roll_out(request: Request, namespace: str, alias: str, body: AliasesBody) -> Response:
         """Let an alias name a version of each of these adapters, for all or for none."""
-        space = _space(request, namespace)
-        _fit(lambda: check_new_word("alias", check_alias(alias)), "alias")
+        space = space_of(request, namespace)
+        fit(lambda: check_new_word("alias", check_alias(alias)), "alias")
         for which in body.versions.values():
-            _fit(lambda which=which: check_which(which), "versions")
+            fit(lambda which=which: check_which(which), "versions")
         moved = await service.ask(space, lambda: service.adapters.roll_out(space, alias, body.versions), "versions")
         log("rolled out", namespace=space, alias=alias, adapters=len(moved), request_id=noted(request.scope).id)
         return JSONResponse({"alias": alias, "versions": moved})
@@ -217,8 +228,8 @@ def _alias_routes(router: APIRouter, service: Service) -> None:
     @router.post("/{namespace}/aliases/{alias}/back", operation_id="roll_back", response_model=None)
     async def roll_back(request: Request, namespace: str, alias: str, body: NamesBody) -> Response:
         """Let an alias name what it named before its last move, for all or for none."""
-        space = _space(request, namespace)
-        _fit(lambda: check_alias(alias), "alias")
+        space = space_of(request, namespace)
+        fit(lambda: check_alias(alias), "alias")
         try:
             moved = await service.ask(space, lambda: service.adapters.roll_back(space, alias, body.names), "names")
         except ApiError as error:
@@ -229,8 +240,8 @@ def _alias_routes(router: APIRouter, service: Service) -> None:
     @router.delete("/{namespace}/adapters/{name}/aliases/{alias}", operation_id="unalias", response_model=None)
     async def unalias(request: Request, namespace: str, name: str, alias: str) -> Response:
         """Take an alias away; the version that it named stays."""
-        space = _space(request, namespace)
-        _fit(lambda: check_alias(alias), "alias")
+        space = space_of(request, namespace)
+        fit(lambda: check_alias(alias), "alias")
         await service.ask(space, lambda: service.adapters.unalias(space, name, alias), "name")
         return JSONResponse({"name": name, "removed": alias})
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, final
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from ..engine.interface import EngineStats
@@ -63,13 +63,13 @@ def percentile(values: deque[float], part: float) -> float | None:
 
 
 @final
-class _EngineGauges(Collector):
+class _EngineNumbers(Collector):
     """The engine as it stands when somebody asks."""
 
     def __init__(self, stats: Callable[[], EngineStats]) -> None:
         self._stats = stats
 
-    def collect(self) -> Iterator[GaugeMetricFamily]:
+    def collect(self) -> Iterator[Metric]:
         now = self._stats()
         for name, text, value in (
             ("waiting", "Requests that wait in the engine.", now.waiting),
@@ -77,10 +77,13 @@ class _EngineGauges(Collector):
             ("cache_used", "The part of the key-value cache in use.", now.cache),
             ("adapters_resident", "Adapters on the device.", now.resident),
             ("adapter_slots", "Adapters that the device can hold.", now.slots),
+        ):
+            yield GaugeMetricFamily(f"kilotune_engine_{name}", text, value=value)
+        for name, text, count in (
             ("generated_tokens", "Tokens generated since the start.", now.tokens),
             ("steps", "Steps of the engine since the start.", now.steps),
         ):
-            yield GaugeMetricFamily(f"kilotune_engine_{name}", text, value=value)
+            yield CounterMetricFamily(f"kilotune_engine_{name}", text, value=count)
 
 
 @final
@@ -100,14 +103,41 @@ class _OfOne(CollectorRegistry):
 
 
 @final
-class Metrics:
-    """Used on the loop's thread; tenants beyond the first ``tenants`` share one label."""
+class _ByAdapter:
+    """What is counted of each adapter; its labels are few (:meth:`Metrics.of_adapter`)."""
 
-    def __init__(self, tenants: int, stats: Callable[[], EngineStats]) -> None:
+    def __init__(self, registry: CollectorRegistry) -> None:
+        both = ("tenant", "adapter")
+
+        def counter(name: str, text: str, *more: str) -> Counter:
+            return Counter(f"kilotune_adapter_{name}", text, (*both, *more), registry=registry)
+
+        self.requests = counter("requests", "Requests that came to the engine, by adapter and status.", "status")
+        self.prompt = counter("prompt_tokens", "Tokens of prompts, by adapter.")
+        self.cached = counter("cached_tokens", "Of the prompts, tokens that were in the cache, by adapter.")
+        self.completion = counter("completion_tokens", "Tokens of answers, by adapter.")
+        self.first = Histogram(
+            "kilotune_adapter_first_token_seconds", "Seconds to an answer's first token, by adapter.", both,
+            buckets=SECONDS, registry=registry,
+        )  # fmt: skip
+
+
+@final
+class Metrics:
+    """Used on the loop's thread.
+
+    Tenants beyond the first ``tenants``, and adapters beyond the first ``adapters`` that are asked, share one label.
+    base: what the base alone is called, as an adapter.
+    """
+
+    def __init__(self, tenants: int, adapters: int, base: str, stats: Callable[[], EngineStats]) -> None:
         self.registry = CollectorRegistry()
-        self.registry.register(_EngineGauges(stats))
+        self.registry.register(_EngineNumbers(stats))
+        self.by_adapter = _ByAdapter(self.registry)
         self._named: set[str] = set()
         self._most = tenants
+        self._adapters: set[tuple[str, str]] = set()
+        self._most_adapters, self._base = adapters, base
         self._recent: OrderedDict[str, Recent] = OrderedDict()
         to = self.registry
         self.requests = Counter(
@@ -118,6 +148,9 @@ class Metrics:
         )
         self.first = Histogram(
             "kilotune_first_token_seconds", "Seconds to an answer's first token.", buckets=SECONDS, registry=to
+        )
+        self.queue = Histogram(
+            "kilotune_queue_seconds", "Seconds until the engine began with an answer.", buckets=SECONDS, registry=to
         )
         self.between = Histogram(
             "kilotune_token_seconds", "Seconds between two tokens of an answer.", buckets=SECONDS, registry=to
@@ -133,10 +166,27 @@ class Metrics:
         if tenant is None:
             return ""
         if tenant not in self._named:
-            if len(self._named) >= self._most:
+            if len(self._named) >= self._most or tenant == OTHER:  # who is called so counts among the others
                 return OTHER
             self._named.add(tenant)
         return tenant
+
+    def of_adapter(self, tenant: str, name: str | None) -> tuple[str, str]:
+        """The labels of a tenant's adapter, or of the base for it.
+
+        There are no more of them than named adapters, and for each label of tenants one for the base and one for the
+        adapters that are not named.
+        """
+        label = self.label(tenant)
+        if name is None:
+            return label, self._base
+        if label == OTHER or name in (OTHER, self._base):
+            return label, OTHER
+        if (tenant, name) not in self._adapters:
+            if len(self._adapters) >= self._most_adapters:
+                return label, OTHER
+            self._adapters.add((tenant, name))
+        return label, name
 
     def recent(self, tenant: str) -> Recent:
         """A tenant's last minutes."""
@@ -148,4 +198,6 @@ class Metrics:
 
     def text(self, tenant: str | None = None) -> bytes:
         """In Prometheus' text format; of one tenant its own series alone, none where it counts among the others."""
+        if tenant == OTHER:  # all that has this label is of several
+            return b""
         return generate_latest(self.registry if tenant is None else _OfOne(self.registry, tenant))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import re
 import time
 import uuid
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, final
 
@@ -14,6 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from . import tracing
+from .answers import Asked
 from .http_errors import ApiError, body_of
 from .keys import MANAGER, MONITOR, TENANT, Key
 from .logs import log
@@ -22,6 +25,7 @@ from .settings import is_local
 
 __all__ = ["Front", "Noted", "internal", "noted"]
 
+LOADS = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
 OPEN = frozenset({"/", "/health", "/ready", "/openapi.json"})
 MANAGE = "/manage"
 REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
@@ -38,7 +42,8 @@ class Noted:
     """What is known of a request when it ends; routes write into it.
 
     fields: more for the log. held: what the request holds, let go of when it ends, however that is. place: its place
-    among the puts; who has one gives it back before the answer, or the client's next put may find it taken.
+    among the puts; who has one gives it back before the answer, or the client's next put may find it taken. labels:
+    its adapter's in the metrics. asked: its answers, once the engine is asked for them.
     """
 
     id: str
@@ -49,6 +54,8 @@ class Noted:
     fields: dict[str, Any] = field(default_factory=dict)
     held: contextlib.AsyncExitStack = field(default_factory=contextlib.AsyncExitStack)
     place: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    labels: tuple[str, str] | None = None
+    asked: Sequence[Asked] = ()
 
 
 def noted(scope: Scope) -> Noted:
@@ -114,7 +121,8 @@ class Front:
         roles = _roles(path)
         if caller.role not in roles:
             raise ApiError(403, f"this key is a {caller.role}'s; {path} needs that of a {' or '.join(roles)}")
-        if self.service.draining and TENANT in roles:
+        changes = MANAGER in roles and scope["method"] not in ("GET", "HEAD")
+        if (self.service.draining and TENANT in roles) or (self.service.ending and changes):
             raise ApiError(
                 503, "the service is about to end; ask another one", retry_after=5, headers={"Connection": "close"}
             )
@@ -154,6 +162,11 @@ class Front:
         metrics = self.service.metrics
         metrics.requests.labels(note.route, str(note.status), metrics.label(namespace)).inc()
         metrics.seconds.labels(note.route).observe(seconds)
+        if note.labels is not None:
+            metrics.by_adapter.requests.labels(*note.labels, str(note.status)).inc()
+        slow = self.service.settings.slow_request
+        if slow is not None and seconds >= slow:
+            log("slow request", level=logging.WARNING, **_slow(note, namespace, seconds))
         log(
             "request",
             request_id=note.id,
@@ -266,6 +279,30 @@ class _Exchange:
         await self.send({"type": "http.response.body", "body": body})
 
 
+def _slow(note: Noted, namespace: str | None, seconds: float) -> dict[str, Any]:
+    """What the log says of a request that took long: whose it was, what it was of, and where the time went.
+
+    Of several answers, the longest waits; null: it did not come to that.
+    """
+    asked, told = note.asked, note.fields
+
+    def longest(values: Iterable[float | None]) -> float | None:
+        return max((round(1000 * value, 1) for value in values if value is not None), default=None)
+
+    return {
+        "request_id": note.id,
+        "route": note.route,
+        "status": note.status,
+        "namespace": namespace,
+        "adapter": told.get("model"),
+        "prompt_tokens": told.get("prompt_tokens", sum(one.prompt for one in asked) if asked else None),
+        "completion_tokens": sum(one.made for one in asked) if asked else None,
+        "queue_ms": longest(one.queued for one in asked),
+        "first_token_ms": longest(one.first for one in asked),
+        "whole_ms": round(1000 * seconds, 1),
+    }
+
+
 def internal(request_id: str) -> ApiError:
     """The error of a defect, which tells nothing of it."""
     return ApiError(500, f"an internal error; the log has it as request {request_id}")
@@ -281,7 +318,7 @@ def _is_put(scope: Scope) -> bool:
 
 
 def _roles(path: str) -> tuple[str, ...]:
-    if path == MANAGE or path.startswith(f"{MANAGE}/"):
+    if path == MANAGE or path.startswith(f"{MANAGE}/") or path in LOADS:
         return (MANAGER,)
     return (MANAGER, MONITOR) if path == "/metrics" else (TENANT,)
 

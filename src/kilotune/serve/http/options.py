@@ -13,7 +13,19 @@ from typing import Annotated, Any, Literal, final
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic_core import PydanticCustomError
 
-__all__ = ["ASKING", "MESSAGE", "Option", "drop_neutral"]
+__all__ = [
+    "ASKING",
+    "ITEM",
+    "LORA",
+    "MESSAGE",
+    "PART",
+    "REASONING",
+    "RESPONSE",
+    "TEXT",
+    "Metadata",
+    "Option",
+    "drop_neutral",
+]
 
 Word = Annotated[str, Field(max_length=512)]
 Nothing = Annotated[list[Any], Field(max_length=0)]
@@ -123,6 +135,65 @@ MESSAGE = {
     )
 }
 """Of messages: what comes back with an answer."""
+
+
+RESPONSE = {
+    option.name: option
+    for option in (
+        Option("background", Literal[False]),
+        Option("truncation", Literal["disabled"]),
+        Option(
+            "stream_options",
+            Annotated[dict[Literal["include_obfuscation"], Literal[False]], Field(max_length=1)],
+            '`{"include_obfuscation": false}`',
+        ),
+        *(
+            ASKING[name]
+            for name in (
+                "safety_identifier",
+                "prompt_cache_key",
+                "prompt_cache_retention",
+                "service_tier",
+                "tools",
+                "tool_choice",
+                "parallel_tool_calls",
+                "priority",
+                "skip_special_tokens",
+                "chat_template_kwargs",
+            )
+        ),
+        *map(_never, ("max_tool_calls", "prompt", "context_management", "moderation", "structured_outputs")),
+    )
+}
+"""Of ``/v1/responses``."""
+
+TEXT = {"verbosity": ASKING["verbosity"]}
+"""Of its ``text``."""
+
+REASONING = {option.name: option for option in (Option("effort", Literal["none"]), _never("summary"))}
+"""Of its ``reasoning``."""
+
+LORA = {
+    option.name: option
+    for option in (Option("is_3d_lora_weight", Literal[False]), Option("lora_int_id", int, "any number"))
+}
+"""Of loads and unloads of adapters."""
+
+ITEM = {
+    option.name: option
+    for option in (
+        Option("id", Word, "any text"),
+        Option("status", Literal["completed", "incomplete", "in_progress"]),
+        Option("phase", Literal["commentary", "final_answer"]),
+    )
+}
+"""Of items of its input: what comes back with an answer."""
+
+PART = {
+    option.name: option
+    for option in (Option("annotations", Nothing, "`[]`"), Option("logprobs", list[Any], "those of an answer"))
+}
+"""Of their parts."""
 
 
 def drop_neutral(given: dict[str, Any], options: Mapping[str, Option], own: Collection[str]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import socket
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import final
@@ -64,26 +65,44 @@ def url_of(listening: socket.socket) -> str:
 
 @final
 class _Server(uvicorn.Server):
-    """uvicorn, which ends as this service does: it stops taking requests, and lets those that run go on for a while."""
+    """uvicorn, which ends as this service does: it lets what runs go on for a while, and refuses what is new.
+
+    Meanwhile it takes connections still, so that a balancer reads from ``/ready`` that it ends, and who asks is told to
+    ask another one, where a closed port would be an error. After that it does what uvicorn does.
+    """
 
     service: Service
     drain_seconds: float
     tell: Callable[[], None]
+    until: float | None = None
+    """When what runs is cut off, of time.monotonic(); None: nobody told it to end."""
+    _told = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self.service.draining = True
-        if self.should_exit:  # asked again
-            self.force_exit = True
-        self.should_exit = True
+        self.service.draining = self.service.ending = True
+        if self.until is not None:  # asked again
+            self.should_exit = self.force_exit = True
+        else:
+            self.until = time.monotonic() + self.drain_seconds
+
+    async def on_tick(self, counter: int) -> bool:
+        if await super().on_tick(counter):
+            return True
+        if self.until is None:
+            return False
+        if not self._told:
+            self._told = True
+            log("ending", answers=self.service.gate.count)
+        return not self.server_state.tasks or time.monotonic() >= self.until
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self.tell()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self.service.draining = True
-        log("ending", answers=self.service.gate.count)
-        engine = asyncio.create_task(asyncio.to_thread(self.service.engine.stop, self.drain_seconds))
+        self.service.draining = self.service.ending = True
+        left = self.drain_seconds if self.until is None else max(0.0, self.until - time.monotonic())
+        engine = asyncio.create_task(asyncio.to_thread(self.service.engine.stop, left))
         await super().shutdown(sockets)
         if not self.force_exit:
             await engine

@@ -12,11 +12,13 @@ import itertools
 import re
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeVar, final
 
 from ...errors import ConfigError
-from ...train.data.rendering import ChatTemplate, Ending, Rendered, tokenize
+from ...train.data.rendering import Ending, Rendered, tokenize
 from ..engine.text_stream import TextStream
+from .chat_templates import ChatTemplates, OwnTemplate
 from .http_errors import ApiError
 
 __all__ = ["Prompts"]
@@ -39,7 +41,8 @@ class Prompts:
     def __init__(self, tokenizer: Any, vocabulary: int) -> None:
         # Fast tokenizers do not like two users in one instant: one is for the loop's thread, one for long texts.
         self._tokenizer, self._beside = copy.deepcopy(tokenizer), copy.deepcopy(tokenizer)
-        self._chats = _chats(self._beside)
+        _ids(self._beside, "", False)  # from here on nothing of it is changed, and several threads may read it
+        self.templates = ChatTemplates(self._beside)
         self._turn = asyncio.Lock()
         self._turns: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
         self.vocabulary = vocabulary
@@ -51,7 +54,11 @@ class Prompts:
     @property
     def chats(self) -> bool:
         """Whether there is a template for conversations."""
-        return not isinstance(self._chats, str)
+        return not isinstance(self.templates.base, str)
+
+    def close(self) -> None:
+        """Let go of threads and processes."""
+        self.templates.close()
 
     # -- to tokens -----------------------------------------------------------------------------------
 
@@ -69,8 +76,17 @@ class Prompts:
         """A text for an encoder, between the tokens that its tokenizer puts around it."""
         return self._checked(given if not isinstance(given, str) else await self._encode(given, True, tenant), param)
 
-    async def chat(self, messages: Sequence[dict[str, Any]], tenant: str, ending: Ending = "asked") -> tuple[int, ...]:
+    async def chat(
+        self,
+        messages: Sequence[dict[str, Any]],
+        tenant: str,
+        ending: Ending = "asked",
+        param: str = "messages",
+        own: OwnTemplate | None = None,
+    ) -> tuple[int, ...]:
         """A conversation in the model's template, up to where the answer begins, or as ``ending`` says.
+
+        param: what requests call the messages. own: instead of the base's template, the adapter's.
 
         Tokens that mark turns are words where a message holds them, so no message becomes another turn.
 
@@ -78,15 +94,17 @@ class Prompts:
             ApiError: there is no template, or it refuses these messages; a text cannot be told from a mark of a turn.
 
         """
-        if isinstance(chats := self._chats, str):
-            raise ApiError(400, chats, param="messages")
         try:
-            rendered = await self._in_turn(tenant, lambda: chats.prompt(messages, ending))
+            chats = self.templates.here(messages, own)
+            if chats is None:
+                rendered = await self.templates.render(messages, tenant, ending, own)
+            else:
+                rendered = await self._in_turn(tenant, partial(chats.prompt, messages, ending))
         except ConfigError as error:
-            raise ApiError(400, str(error), param="messages") from error
+            raise ApiError(400, str(error), param=param) from error
         if (speller := rendered.speller) is not None:
-            return self._checked((await self._in_turn(tenant, lambda: speller.ids([rendered.text])))[0], "messages")
-        return self._checked(await self._encode(rendered.text, False, tenant), "messages")
+            return self._checked((await self._in_turn(tenant, lambda: speller.ids([rendered.text])))[0], param)
+        return self._checked(await self._encode(rendered.text, False, tenant), param)
 
     async def _encode(self, text: str, special: bool, tenant: str) -> Sequence[int]:
         if len(text) <= LONG:
@@ -154,21 +172,6 @@ class Prompts:
         """The UTF-8 of one token, also where it is a part of a character; None where the vocabulary does not say it."""
         text = self.token(number)
         return _bytes_named(self.names([number])[0]) if INCOMPLETE in text else [*text.encode()]
-
-
-def _chats(tokenizer: Any) -> ChatTemplate | str:
-    """What renders chats, or why nothing does.
-
-    It is ready for texts that hold marks of turns: to make what they need when one comes would keep others waiting.
-    """
-    if not tokenizer.chat_template:
-        return "this model has no chat template; use /v1/completions"
-    try:
-        chats = ChatTemplate(tokenizer)
-    except ConfigError as error:
-        return str(error)
-    chats.warm()
-    return chats
 
 
 def _ids(tokenizer: Any, text: str, special: bool) -> Sequence[int]:

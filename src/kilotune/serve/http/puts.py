@@ -31,7 +31,7 @@ from .http_errors import ApiError, of_library
 from .logs import log
 from .service import PATIENCE, Catalogue, Service
 
-__all__ = ["Given", "Stored", "put"]
+__all__ = ["Given", "Stored", "put", "uploaded"]
 
 T = TypeVar("T")
 KEEPING = 60.0  # seconds that the store has to write an adapter; its own waiting for others is shorter
@@ -41,10 +41,12 @@ CHUNK = 1 << 20
 @final
 @dataclass(frozen=True)
 class Given:
-    """What a put brings: its two files, open at their beginning, and what :meth:`AdapterStore.put` takes with them."""
+    """What a put brings, and what :meth:`AdapterStore.put` takes with it.
 
-    config: BinaryIO
-    weights: BinaryIO
+    bring: writes the adapter's two files into a folder; called once, in a thread of the puts.
+    """
+
+    bring: Callable[[Path], None]
     metadata: Mapping[str, Any]
     tags: Sequence[str]
     alias: str | None
@@ -119,8 +121,7 @@ def _checked(adapters: Catalogue, namespace: str, name: str, given: Given, on: S
     """In a thread, which takes its folder away itself: nobody else knows when it has ended."""
     folder = folder_for_put()
     try:
-        _copy(given.config, folder / CONFIG_NAME)
-        _copy(given.weights, folder / WEIGHTS_NAME)
+        given.bring(folder)
         return adapters.check(namespace, name, folder, on)
     except KilotuneError as error:
         made = _refused(error)
@@ -138,7 +139,23 @@ def folder_for_put() -> Path:
         raise ApiError(507, f"the adapter cannot be kept: {error.strerror}") from error
 
 
-def _copy(source: BinaryIO, place: Path) -> None:
+def uploaded(config: BinaryIO, weights: BinaryIO) -> Callable[[Path], None]:
+    """Of two files that are open at their beginning, what writes them into a folder."""
+
+    def bring(folder: Path) -> None:
+        copied(config, folder / CONFIG_NAME)
+        copied(weights, folder / WEIGHTS_NAME)
+
+    return bring
+
+
+def copied(source: BinaryIO, place: Path) -> None:
+    """Write the rest of a file to a place.
+
+    Raises:
+        ApiError: there is no room.
+
+    """
     try:
         with place.open("wb") as out:
             shutil.copyfileobj(source, out, CHUNK)

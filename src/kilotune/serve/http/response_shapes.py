@@ -9,9 +9,10 @@ from typing import Any, NamedTuple, final
 
 from ..engine.interface import Finish, Scored, Token
 from .answers import Answer
+from .http_errors import ApiError
 from .prompts import Prompts
 
-__all__ = ["ChatShape", "CompletionShape", "Echo", "Shape", "event_of", "usage_of"]
+__all__ = ["ChatShape", "CompletionShape", "Echo", "Scores", "Shape", "Writer", "event_of", "usage_of"]
 
 Scores = Sequence[Scored | None]
 
@@ -35,8 +36,36 @@ def usage_of(finishes: Sequence[Finish], choices: int) -> dict[str, Any]:
     }
 
 
-class Shape(ABC):
-    """How the answers to one request are written. usage: whether a stream ends with the counts.
+class Writer(ABC):
+    """How the answers to one request are written, whole and as a stream's events."""
+
+    @abstractmethod
+    def whole(self, answers: Sequence[Answer], choices: int) -> dict[str, Any]:
+        """The answer to a request without a stream."""
+
+    @abstractmethod
+    def begin(self, index: int, scores: Scores | None) -> bytes:
+        """What a stream has before an answer's first token. scores: of the prompt's, where they are asked for."""
+
+    @abstractmethod
+    def token(self, index: int, token: Token) -> bytes:
+        """A token in a stream; nothing where there is nothing to tell."""
+
+    @abstractmethod
+    def end(self, index: int, finish: Finish) -> bytes:
+        """The end of an answer in a stream."""
+
+    @abstractmethod
+    def last(self, finishes: Sequence[Finish], choices: int) -> bytes:
+        """The end of a stream."""
+
+    @abstractmethod
+    def failed(self, error: ApiError) -> bytes:
+        """The end of a stream in place of what was to come."""
+
+
+class Shape(Writer):
+    """OpenAI's two shapes with choices. usage: whether a stream ends with the counts.
 
     logprobs: how many likeliest tokens are told with each token; None: no log-probabilities. prompt_logprobs: the same
     of the prompt's.
@@ -70,7 +99,6 @@ class Shape(ABC):
         }
 
     def whole(self, answers: Sequence[Answer], choices: int) -> dict[str, Any]:
-        """The answer to a request without a stream."""
         finishes = [answer.finish for answer in answers if answer.finish is not None]
         made = [self.choice(index, answer) for index, answer in enumerate(answers)]
         return self.document(self.kind, made, usage_of(finishes, choices))
@@ -82,9 +110,12 @@ class Shape(ABC):
             del document["usage"]
         return event_of(document)
 
-    def counts(self, finishes: Sequence[Finish], choices: int) -> bytes:
-        """The last event, where the request wants the counts."""
-        return event_of(self.document(self.chunk, [], usage_of(finishes, choices)))
+    def last(self, finishes: Sequence[Finish], choices: int) -> bytes:
+        counts = event_of(self.document(self.chunk, [], usage_of(finishes, choices))) if self.usage else b""
+        return counts + DONE
+
+    def failed(self, error: ApiError) -> bytes:
+        return event_of(error.document()) + DONE
 
     @abstractmethod
     def choice(self, index: int, answer: Answer) -> dict[str, Any]:
@@ -103,18 +134,6 @@ class Shape(ABC):
             str(token): {"logprob": value, "rank": rank, "decoded_token": self.prompts.token(token)}
             for token, (value, rank) in ranked.items()
         }
-
-    @abstractmethod
-    def begin(self, index: int, scores: Scores | None) -> bytes:
-        """What a stream has before an answer's first token. scores: of the prompt's, where they are asked for."""
-
-    @abstractmethod
-    def token(self, index: int, token: Token) -> bytes:
-        """A token in a stream; nothing where there is nothing to tell."""
-
-    @abstractmethod
-    def end(self, index: int, finish: Finish) -> bytes:
-        """The end of an answer in a stream."""
 
 
 @final

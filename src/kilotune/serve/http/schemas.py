@@ -16,7 +16,9 @@ from ...train.data.rendering import Ending
 from .options import ASKING, MESSAGE, Option, drop_neutral
 
 __all__ = [
+    "MAX_LOGPROBS",
     "AliasesBody",
+    "Body",
     "ChatBody",
     "ClassifyBody",
     "CompletionBody",
@@ -25,6 +27,8 @@ __all__ = [
     "GenerationBody",
     "Message",
     "NamesBody",
+    "SamplingBody",
+    "Text",
     "TokenizeBody",
     "told_messages",
 ]
@@ -79,17 +83,14 @@ class StreamOptions(Body):
     include_obfuscation: Literal[False] | None = None
 
 
-class GenerationBody(Body):
-    """What completions and chats have in common.
+class SamplingBody(Body):
+    """What all that asks for a text has in common.
 
-    Not OpenAI's: top_k, min_p, repetition_penalty, ignore_eos, stop_token_ids, prompt_logprobs and timeout.
+    Not OpenAI's: top_k, min_p, repetition_penalty, ignore_eos, stop_token_ids and timeout.
     """
 
-    neutral = ASKING
     model: Model
-    n: int | None = Field(None, ge=1, le=128)
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     temperature: float | None = Field(None, ge=0, le=2)
@@ -105,13 +106,33 @@ class GenerationBody(Body):
     )
     ignore_eos: bool | None = Field(None, description="Go on behind the model's end token.")
     stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] | None = None
-    prompt_logprobs: int | None = Field(
-        None,
-        ge=0,
-        le=MAX_LOGPROBS,
-        description="Log-probabilities of the prompt, with so many likeliest tokens.",
-    )
     timeout: float | None = Field(None, gt=0, le=86400, description="Seconds; then it ends with an error.")
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """``stop`` as texts."""
+        return () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def choices(self) -> int:
+        """How many answers are wanted."""
+        return 1
+
+    @property
+    def scored(self) -> int | None:
+        """How many likeliest tokens are wanted with each token of the prompt; None: no log-probabilities of these."""
+        return None
+
+
+class GenerationBody(SamplingBody):
+    """What completions and chats have in common. Not OpenAI's: prompt_logprobs."""
+
+    neutral = ASKING
+    n: int | None = Field(None, ge=1, le=128)
+    stream_options: StreamOptions | None = None
+    prompt_logprobs: int | None = Field(
+        None, ge=0, le=MAX_LOGPROBS, description="Log-probabilities of the prompt, with so many likeliest tokens."
+    )
 
     @model_validator(mode="after")
     def _streaming(self) -> GenerationBody:
@@ -122,18 +143,11 @@ class GenerationBody(Body):
         return self
 
     @property
-    def stops(self) -> tuple[str, ...]:
-        """``stop`` as texts."""
-        return () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-
-    @property
     def choices(self) -> int:
-        """``n``, filled in."""
         return self.n or 1
 
     @property
     def scored(self) -> int | None:
-        """How many likeliest tokens are wanted with each token of the prompt; None: no log-probabilities of these."""
         return self.prompt_logprobs
 
 

@@ -93,9 +93,10 @@ class Service:
         self.gate = Gate(settings.max_requests, settings.max_requests_per_tenant)
         self.puts = Gate(settings.max_puts, settings.max_puts_per_tenant, "puts")
         self.putting = Lanes("kilotune-puts", PUTS, PUTS_EACH)
-        self.metrics = Metrics(settings.metrics_tenants, engine.stats)
+        self.metrics = Metrics(settings.metrics_tenants, settings.metrics_adapters, base, engine.stats)
         self.created = int(time.time())
-        self.draining = False
+        self.draining = False  # takes no requests for answers
+        self.ending = False  # the process was told to end: nothing new is taken
         self.notes: tuple[str, ...] = ()  # what to tell of the base, once there is a log
         self.tracer = tracer(settings.telemetry)
         self._asking = Lanes("kilotune-store", THREADS, EACH)
@@ -104,6 +105,7 @@ class Service:
         """Let go of the threads and the store."""
         self.putting.close()
         self._asking.close()
+        self.prompts.close()
         self.adapters.close()
 
     # -- the store -----------------------------------------------------------------------------------
@@ -155,7 +157,9 @@ class Service:
         """Until when, of time.monotonic()."""
         return time.monotonic() + min(timeout or self.settings.max_seconds, self.settings.max_seconds)
 
-    def room(self, prompt: Sequence[int], wanted: int | None, usual: int | None, param: str) -> int:
+    def room(
+        self, prompt: Sequence[int], wanted: int | None, usual: int | None, param: str, limit: str = "max_tokens"
+    ) -> int:
         """How many new tokens an answer to this prompt may have.
 
         Args:
@@ -163,6 +167,7 @@ class Service:
             wanted: what the request says.
             usual: where it says nothing; None: as many as there is room for.
             param: what to name in an error.
+            limit: what requests call ``wanted``.
 
         """
         longest = self.engine.max_length
@@ -173,9 +178,8 @@ class Service:
             raise ApiError(400, f"{told}; the prompt has {len(prompt)}", param=param, code="context_length_exceeded")
         left = longest - len(prompt)
         if wanted is not None and wanted > self.settings.max_tokens:
-            raise ApiError(
-                400, f"max_tokens: {wanted}; an answer has at most {self.settings.max_tokens} here", param="max_tokens"
-            )
+            most = self.settings.max_tokens
+            raise ApiError(400, f"{limit}: {wanted}; an answer has at most {most} here", param=limit)
         if left < (1 if wanted is None else wanted):
             more = "" if wanted is None else f" and {wanted} more are asked for"
             raise ApiError(

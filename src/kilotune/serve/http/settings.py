@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from ipaddress import ip_address
@@ -11,6 +13,8 @@ from ...fleet.store.names import check_namespace, check_which
 from ...train.settings.fields import Section, flag, number, one_of, or_none, setting, size, text
 
 __all__ = ["EngineSettings", "ServeSettings"]
+
+ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(?:[a-z0-9._-]+|\[[0-9a-f:]+\])(?::[0-9]{1,5})?")
 
 
 def _version(name: str, value: Any) -> list[str]:
@@ -27,6 +31,21 @@ def _namespace(name: str, value: Any) -> list[str]:
     except ValueError as error:
         return [f"{name}: {error}"]
     return []
+
+
+def _origins(name: str, value: Any) -> list[str]:
+    """Origins as browsers write them (the Fetch standard), or ``*``."""
+    listed = (value,) if isinstance(value, str) else value
+    if not isinstance(listed, tuple) or not all(isinstance(one, str) for one in listed):
+        return [f"{name}: expected a list of origins, got {value!r}"]
+    told = "expected an origin such as https://app.example.com, in small letters and without a path, or '*'"
+    return [f"{name}: {told}, got {one!r}" for one in listed if one != "*" and not ORIGIN.fullmatch(one)]
+
+
+def _folders(name: str, value: Any) -> list[str]:
+    if not isinstance(value, tuple) or not all(isinstance(one, str) for one in value):
+        return [f"{name}: expected a list of folders, got {value!r}"]
+    return [f"{name}: expected a folder that is there, got {one!r}" for one in value if not os.path.isdir(one)]
 
 
 @final
@@ -78,6 +97,26 @@ class ServeSettings(Section):
     metrics_tenants: int = setting(
         100, number(0, whole=True), "So many namespaces are named in the metrics; the rest together are 'other'."
     )
+    metrics_adapters: int = setting(
+        100,
+        number(0, whole=True),
+        "So many adapters are named in the metrics, the first that are asked; each namespace's rest is 'other'.",
+    )
+    slow_request: float | None = setting(
+        None,
+        or_none(number(0)),
+        "A request that takes so many seconds has a line in the log with its waits and tokens; null: none has.",
+    )
+    cors_origin: tuple[str, ...] = setting(
+        (),
+        _origins,
+        "Pages of this origin may ask from a browser: https://app.example.com, or '*' for all, which needs keys.",
+    )
+    adapter_folder: tuple[str, ...] = setting(
+        (),
+        _folders,
+        "Adapters in this folder, at any depth, may be loaded by /v1/load_lora_adapter, with a manager's key.",
+    )
     telemetry: bool = setting(False, flag, "A span of OpenTelemetry for each request; its own variables say where to.")
 
     @classmethod
@@ -90,6 +129,8 @@ class ServeSettings(Section):
             )
         if values["keys"] is not None and values["namespace"] != "default":
             faults.append(f"{cls.key('namespace')}: each key has its own, so it goes without --keys only")
+        if values["keys"] is None and "*" in values["cors_origin"]:
+            faults.append(f"{cls.key('cors_origin')}: with '*' any web page could ask, so name origins, or give --keys")
         for total in ("max_requests", "max_puts"):
             if values[f"{total}_per_tenant"] > values[total]:
                 faults.append(

@@ -20,12 +20,24 @@ from .neutral import Again, Kept, Write, Written, keep_apart
 from .spelling import Speller
 from .turn_marks import ASSISTANT, Message, marks_of
 
-__all__ = ["ChatTemplate", "Ending", "Example", "Rendered", "Tokenized", "render_pair", "render_text", "tokenize"]
+__all__ = [
+    "ChatTemplate",
+    "Ending",
+    "Example",
+    "Render",
+    "Rendered",
+    "Tokenized",
+    "render_pair",
+    "render_text",
+    "tokenize",
+]
 
 CHUNK = 512  # rows that are tokenised at once
 GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 Ending = Literal["asked", "closed", "continued"]
 """How a prompt ends: where an answer begins, behind the last message, or within it, for the model to go on with it."""
+Render = Callable[[Sequence[Message], bool, bool], str]
+"""(messages, whether the prompt of an answer follows, whether the last one goes on) -> the text; raises ConfigError."""
 Encode = Callable[[Sequence[str]], list[list[int]]]
 
 
@@ -82,19 +94,31 @@ def render_pair(prompt: str, completion: str) -> Rendered:
 
 @final
 class ChatTemplate:
-    """Chats by the model's own template; the assistant's messages are the answers, with what ends them.
+    """Chats by a template; the assistant's messages are the answers, with what ends them.
 
     What a message says never begins or ends a turn: tokens that the template marks turns with are words where a message
     holds them (:mod:`~kilotune.train.data.turn_marks`). A developer's message is the system's for a template that
     knows no developers.
+
+    Args:
+        tokenizer: the model's.
+        template: instead of the tokenizer's own.
+        render: what renders it; None: transformers, here.
+        speller: makes what spells tokens out; None: a new one.
 
     Raises:
         ConfigError: the tokenizer has no template.
 
     """
 
-    def __init__(self, tokenizer: Any) -> None:
-        if not getattr(tokenizer, "chat_template", None):
+    def __init__(
+        self,
+        tokenizer: Any,
+        template: str | None = None,
+        render: Render | None = None,
+        speller: Callable[[tuple[str, ...]], Speller] | None = None,
+    ) -> None:
+        if template is None and not getattr(tokenizer, "chat_template", None):
             raise ConfigError(
                 "the tokenizer has no chat template, so messages cannot be rendered: put the model's "
                 "chat_template.jinja into its folder, take the model that was tuned for chat, or give the columns "
@@ -102,10 +126,12 @@ class ChatTemplate:
             )
         self._tokenizer = tokenizer
         try:
-            template = tokenizer.get_chat_template()
-            self._marked, self._developers = bool(GENERATION.search(template)), "developer" in template
+            self._template = str(tokenizer.get_chat_template(template))
         except ValueError as error:  # several templates, and none of them the usual one
             raise ConfigError(f"the tokenizer's chat templates: {first_line(error)}") from error
+        self._make_speller = partial(Speller, tokenizer) if speller is None else speller
+        self._render = self._rendered if render is None else render
+        self._marked, self._developers = bool(GENERATION.search(self._template)), "developer" in self._template
         self._special = tuple({*map(str, tokenizer.all_special_tokens), *tokenizer.get_added_vocab()} - {""})
         self._marks = marks_of(tokenizer, self._text)
 
@@ -139,7 +165,7 @@ class ChatTemplate:
 
     @cached_property
     def _speller(self) -> Speller:
-        return Speller(self._tokenizer, self._marks.tokens)
+        return self._make_speller(tuple(sorted(self._marks.tokens)))
 
     def _apart(self, messages: Sequence[Message], write: Write, again: Again | None = None) -> list[Rendered]:
         """What is written, in which no text of a message makes a mark of a turn."""
@@ -185,9 +211,16 @@ class ChatTemplate:
         return [Written(text, (answer,), i + 1) for i, text, answer in zip(turns, upto, answers)]
 
     def _text(self, messages: Sequence[Message], prompt: bool = False, going_on: bool = False) -> str:
+        return self._render(messages, prompt, going_on)
+
+    def _rendered(self, messages: Sequence[Message], prompt: bool, going_on: bool) -> str:
         with _refusals():
             text = self._tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=prompt, continue_final_message=going_on
+                list(messages),
+                chat_template=self._template,
+                tokenize=False,
+                add_generation_prompt=prompt,
+                continue_final_message=going_on,
             )
         return str(text)
 
@@ -221,7 +254,7 @@ class ChatTemplate:
         with _refusals():
             texts, spans = render_jinja_template(
                 conversations=[list(messages)],
-                chat_template=self._tokenizer.get_chat_template(),
+                chat_template=self._template,
                 return_assistant_tokens_mask=True,
                 **self._tokenizer.special_tokens_map,
             )

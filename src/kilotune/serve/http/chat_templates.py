@@ -1,0 +1,124 @@
+"""The chat templates of a service: the base's, and those that adapters bring.
+
+Short chats in the base's template are rendered in this process, as a training renders them. A chat of many messages,
+and any chat in an adapter's template, is rendered in another process within bounds (train/data/bounded_templates.py),
+in threads of their own: what takes long there keeps nobody waiting but its own tenant.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from threading import Lock
+from typing import Any, final
+
+from ...errors import ConfigError
+from ...train.data.bounded_templates import SECONDS, BoundedTemplates
+from ...train.data.rendering import ChatTemplate, Ending, Rendered
+from ...train.data.spelling import Speller
+from ..engine.lanes import Lanes
+
+__all__ = ["ChatTemplates", "OwnTemplate"]
+
+FEW = 64  # messages of a chat that is rendered here
+BASE_SECONDS = 10.0  # for a chat in the base's template
+RENDERERS = 2  # chats that are rendered elsewhere at once, of different tenants
+KEPT = 256  # templates of adapters whose marks are known
+SPELLERS = 4  # copies of the tokenizer, each for other marks
+
+
+@final
+@dataclass(frozen=True)
+class OwnTemplate:
+    """A template that an adapter brings. name: as errors call it."""
+
+    text: str
+    name: str
+
+
+@final
+class ChatTemplates:
+    """With one tokenizer, of which nobody else changes anything."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._speller = functools.lru_cache(maxsize=SPELLERS)(lambda names: Speller(tokenizer, names))
+        self.base = self._of_base()
+        self._bounded = BoundedTemplates(tokenizer.special_tokens_map, RENDERERS)
+        self._lanes = Lanes("kilotune-templates", RENDERERS, 1)
+        self._known: OrderedDict[OwnTemplate | None, ChatTemplate] = OrderedDict()
+        self._lock = Lock()
+
+    def close(self) -> None:
+        """Let go of the threads and processes."""
+        self._lanes.close()
+        self._bounded.close()
+
+    def _of_base(self) -> ChatTemplate | str:
+        """What renders chats, or why nothing does.
+
+        It is ready for texts that hold marks of turns: to make what they need when one comes would keep others waiting.
+        """
+        if not self._tokenizer.chat_template:
+            return "this model has no chat template; use /v1/completions"
+        try:
+            chats = ChatTemplate(self._tokenizer, speller=self._speller)
+        except ConfigError as error:
+            return str(error)
+        chats.warm()
+        return chats
+
+    def here(self, messages: Sequence[Any], own: OwnTemplate | None) -> ChatTemplate | None:
+        """What renders a chat at once; None: it is for :meth:`render`.
+
+        Raises:
+            ConfigError: there is no template.
+
+        """
+        if own is not None:
+            return None
+        if isinstance(self.base, str):
+            raise ConfigError(self.base)
+        return self.base if len(messages) <= FEW else None
+
+    async def render(
+        self, messages: Sequence[dict[str, Any]], tenant: str, ending: Ending, own: OwnTemplate | None
+    ) -> Rendered:
+        """A chat, rendered in another process; one of each tenant at a time.
+
+        Raises:
+            ConfigError: the template refuses it, or takes too long, too much memory or too much text.
+
+        """
+        async with self._lanes.lane(tenant) as lane:
+            return await lane.run(lambda: self._rendered(messages, ending, own))
+
+    def check(self, own: OwnTemplate) -> None:
+        """See that a template renders anything; raises as :meth:`render`."""
+        chats = self._chats(own)
+        with self._bounded.within():
+            chats.prompt([{"role": "user", "content": "x"}])
+        chats.warm()
+
+    def _rendered(self, messages: Sequence[dict[str, Any]], ending: Ending, own: OwnTemplate | None) -> Rendered:
+        chats = self._chats(own)
+        with self._bounded.within(BASE_SECONDS if own is None else SECONDS):
+            return chats.prompt(messages, ending)
+
+    def _chats(self, own: OwnTemplate | None) -> ChatTemplate:
+        """With the marks of the template, which are found by trying."""
+        with self._lock:
+            if own in self._known:
+                self._known.move_to_end(own)
+                return self._known[own]
+        given = own or OwnTemplate(self._tokenizer.get_chat_template(), "the base's chat template")
+        render = self._bounded.renderer(given.text, given.name)
+        with self._bounded.within():
+            made = ChatTemplate(self._tokenizer, given.text, render, self._speller)
+        with self._lock:
+            self._known[own] = made
+            while len(self._known) > KEPT:
+                self._known.popitem(last=False)
+        return made

@@ -1,0 +1,130 @@
+"""What ``/v1/responses`` takes: a text or a conversation in, a text out. Nothing is kept of an answer."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, final
+
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from .options import ITEM, PART, REASONING, RESPONSE, TEXT, Metadata
+from .schemas import MAX_LOGPROBS, Body, SamplingBody, Text
+
+__all__ = ["ResponseBody"]
+
+LOGPROBS = "message.output_text.logprobs"
+KEPT_NOTHING = "answers are not kept here"
+
+
+def _of_type(given: Any, taken: tuple[str, ...]) -> Any:
+    """Another type is one that is not served, and not a mistake in writing."""
+    if isinstance(given, dict) and given.get("type") is not None and given["type"] not in taken:
+        told = " or ".join(f'"{name}"' for name in taken)
+        raise PydanticCustomError("not_served", "not served; taken is {taken}", {"option": "type", "taken": told})
+    return given
+
+
+@final
+class ItemPart(Body):
+    """A part of a message."""
+
+    neutral = PART
+    type: Literal["input_text", "output_text"]
+    text: Text
+
+    @model_validator(mode="before")
+    @classmethod
+    def _served(cls, given: Any) -> Any:
+        return _of_type(given, ("input_text", "output_text"))
+
+
+@final
+class Item(Body):
+    """A message; an answer's, too, as it came."""
+
+    neutral = ITEM
+    type: Literal["message"] | None = None
+    role: Literal["user", "assistant", "system", "developer"]
+    content: Text | Annotated[list[ItemPart], Field(min_length=1, fail_fast=True)]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _served(cls, given: Any) -> Any:
+        return _of_type(given, ("message",))
+
+    @property
+    def text(self) -> str:
+        """The content as one text."""
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+@final
+class TextFormat(Body):
+    """How the answer is to be written."""
+
+    type: Literal["text"]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _served(cls, given: Any) -> Any:
+        return _of_type(given, ("text",))
+
+
+@final
+class TextOptions(Body):
+    """Of the answer's text."""
+
+    neutral = TEXT
+    format: TextFormat | None = None
+
+
+@final
+class Reasoning(Body):
+    """There is none."""
+
+    neutral = REASONING
+
+
+@final
+class ResponseBody(SamplingBody):
+    """``/v1/responses``. Not OpenAI's: what sampling has beyond temperature and top_p, and timeout."""
+
+    neutral = RESPONSE
+    input: Text | Annotated[list[Item], Field(min_length=1, max_length=4096, fail_fast=True)]
+    instructions: Text | None = Field(None, description="A system message before the input.")
+    max_output_tokens: int | None = Field(None, ge=1, lt=2**31)
+    metadata: Metadata | None = None
+    text: TextOptions | None = None
+    reasoning: Reasoning | None = None
+    store: bool | None = Field(None, description="Only false: answers are not kept, also where nothing is said.")
+    previous_response_id: str | None = Field(None, description="Only null: answers are not kept.")
+    conversation: Any = Field(None, description="Only null: answers are not kept.")
+    include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None = Field(
+        None, max_length=16, description="Log-probabilities of the answer; there is no reasoning to be included."
+    )
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, description="With those that are included.")
+
+    @model_validator(mode="after")
+    def _served(self) -> ResponseBody:
+        if self.previous_response_id is not None:
+            raise ValueError(f"previous_response_id: {KEPT_NOTHING}; send the whole conversation as input")
+        if self.conversation is not None:
+            raise ValueError(f"conversation: {KEPT_NOTHING}; send the whole conversation as input")
+        if self.store:
+            raise ValueError(f"store: {KEPT_NOTHING}; leave it out, or send false")
+        if self.top_logprobs is not None and self.logprobs is None:
+            raise ValueError(f"top_logprobs: only with include: {LOGPROBS}")
+        return self
+
+    @property
+    def logprobs(self) -> int | None:
+        """How many likeliest tokens are told with each token; None: no log-probabilities."""
+        return (self.top_logprobs or 0) if LOGPROBS in (self.include or ()) else None
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """As a chat template takes them."""
+        first = [] if self.instructions is None else [{"role": "system", "content": self.instructions}]
+        if isinstance(self.input, str):
+            return [*first, {"role": "user", "content": self.input}]
+        return [*first, *({"role": item.role, "content": item.text} for item in self.input)]

@@ -1,0 +1,34 @@
+"""``/v1/responses``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from .generation_routes import STREAMS, Run, caller_of, check_biases, check_generates, enter, generations_of
+from .responses_body import ResponseBody
+from .responses_shape import ResponseShape
+from .service import Service
+
+__all__ = ["routes"]
+
+
+def routes(service: Service, errors: dict[int | str, dict[str, Any]]) -> APIRouter:
+    """The one route: what is not kept cannot be read, cancelled or deleted."""
+    router = APIRouter(responses={**errors, **STREAMS}, tags=["OpenAI"])
+
+    @router.post("/v1/responses", operation_id="responses", response_model=None)
+    async def responses(request: Request, body: ResponseBody) -> Response:
+        """Answer a text or a conversation."""
+        check_generates(service)
+        check_biases(service, body)
+        tenant = enter(service, request, 1)
+        meant = await service.meant(caller_of(request), body.model)
+        prompt = await service.prompts.chat(body.messages, tenant, param="input")
+        tokens = service.room(prompt, body.max_output_tokens, None, "input", "max_output_tokens")
+        generations = generations_of(service, request, body, meant, [prompt], [tokens], body.logprobs)
+        return await Run(service, request, body, generations, ResponseShape(body, service.prompts)).answer()
+
+    return router
