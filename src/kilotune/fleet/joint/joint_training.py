@@ -124,8 +124,7 @@ class JointTraining:
             raise ConfigError(f"settings: expected FleetSettings, got {type(settings).__name__}")
         self._model, self._config, self._collate, self._loss = model, config, collate, loss_of(loss)
         self._sink, self._folder, self._resume, self._told = sink_of(sink), folder, resume, tuple(told)
-        self._given_on, self._given_start = on, start
-        self._lock = threading.Lock()
+        self._given_on, self._given_start, self._lock = on, start, threading.Lock()
         self._added: deque[User] = deque()
         self._cancelled: set[str] = set()
         self._known: set[str] = set()  # names, as stores keep them
@@ -211,8 +210,8 @@ class JointTraining:
         self._rows = Rows(self._form, self.settings.at_once, dtype, layers[0].compute_device())
         if last is not None:  # what is beneath all is frozen, so what enters the last blocks stays the same with it
             held.enter_context(FrozenInputs(model, last, KeptRows(self.settings.input_cache_mb)))
-        store, start = self._sink.store, self._given_start
-        on = None if self._given_on is None else beneath(model, self._given_on, self._form, held, store)
+        store, start, given = self._sink.store, self._given_start, self._given_on
+        on = None if given is None else beneath(model, given, self._form, held, store)
         self._on = None if on is None else on.known
         self._start = None if start is None else start_of(model, self._form, start, self._on, store)
         self._setup, self._passes = Setup(self._rows, self._collate, self._loss, on), Passes(model)
@@ -344,8 +343,8 @@ class JointTraining:
                 continue
             member = Member.restored(user, saved[i])
             member.slot = self._free.pop()
-            for name, tensor in tensors.items():
-                getattr(self._rows, name)[member.slot].copy_(tensor[i])
+            for name, tensor in self._rows.state().items():
+                tensor[member.slot].copy_(tensors[name][i])
             found[user.name] = member
         if missing := [name for name in waiting if name not in found]:
             raise ConfigError(
@@ -488,16 +487,14 @@ class JointTraining:
     def _save(self) -> None:
         assert self._state is not None
         slots = [member.slot for member in self._queue]
-        rows = self._rows
-        tensors = {"values": rows.values, "m": rows.m, "v": rows.v, "best": rows.best}
-        members = [member.to_dict() for member in self._queue]
-        self._state.save(self._steps, members, {name: tensor[slots] for name, tensor in tensors.items()})
+        tensors = {name: tensor[slots] for name, tensor in self._rows.state().items()}
+        self._state.save(self._steps, [member.to_dict() for member in self._queue], tensors)
         self._tell("save", {})
 
     def _tell(self, kind: str, losses: dict[str, float], name: str | None = None, error: str | None = None) -> None:
         if not self._told:
             return
-        done, seconds = len(self._reports) - self._failed, time.monotonic() - self._begun
+        seconds, done = time.monotonic() - self._begun, len(self._reports) - self._failed
         counts = (self._steps, done, self._failed, len(self._queue), self._total, self._rows_done)
         for listener in self._told:
             listener(Progress(kind, *counts, seconds, losses, name, error))

@@ -81,6 +81,10 @@ class Rows:
         """How many rows there are."""
         return self.values.shape[0]
 
+    def state(self) -> dict[str, Tensor]:
+        """By name, all that a row is between two steps: (capacity, length) each."""
+        return {"values": self.values, "m": self.m, "v": self.v, "best": self.best}
+
     def grow(self, capacity: int) -> None:
         """Have room for so many rows; those that are there stay."""
         more = capacity - self.capacity
