@@ -165,6 +165,7 @@ def _sampling(
         frequency_penalty=body.frequency_penalty or 0.0,
         presence_penalty=body.presence_penalty or 0.0,
         min_p=body.min_p or 0.0,
+        grammar=body.grammar,
     )
 
 
