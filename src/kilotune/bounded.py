@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, final
 
-__all__ = ["Bounded", "BoundedError", "Bounds"]
+__all__ = ["KEPT", "ONE_THREAD", "Bounded", "BoundedError", "Bounds"]
 
 PROGRAM = Path(__file__).with_name("bounded_process.py")
 LENGTH = 8  # bytes of a length, as there

@@ -84,7 +84,7 @@ GEMMA_MARKS = ["<start_of_turn>", "<end_of_turn>"]
 
 
 @functools.cache
-def _pieces(kind: str) -> str:
+def pieces_file(kind: str) -> str:
     """SentencePiece's kinds: blanks are letters, the control tokens are pieces of the vocabulary as any other."""
     special = ["<unk>", "<s>", "</s>"]
     made = Tokenizer(models.Unigram() if kind == "unigram" else models.BPE(unk_token="<unk>", byte_fallback=True))
@@ -106,7 +106,7 @@ def _pieces(kind: str) -> str:
 def pieces(kind: str = "unigram", template: str = LLAMA) -> Any:
     """kind: unigram or bpe."""
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(_pieces(kind)),
+        tokenizer_object=Tokenizer.from_str(pieces_file(kind)),
         bos_token="<s>",
         eos_token="</s>",
         unk_token="<unk>",

@@ -232,6 +232,10 @@ class StoreCatalogue:
     def load(self, key: AdapterKey) -> None:
         self.store(key.namespace).get(key.name, key.version)
 
+    def own_files(self, key: AdapterKey) -> Mapping[str, bytes]:
+        record = self.store(key.namespace).get(key.name, key.version)
+        return dict(record.files or (self.store(key.namespace).shared_of(record.info).files if key.on else {}))
+
     def info(self, namespace: str, name: str, which: Any = None) -> Version:
         return self.store(namespace).info(name, which)
 
@@ -378,10 +382,14 @@ def serving(
     catalogue: Any = None,
     delay: float = 0.0,
     ring: Any = None,
+    prompts: Prompts | None = None,
     base: str = BASE,
     **settings: Any,
 ) -> Iterator[Running]:
-    """A service with the tiny base, over a store in ``folder``; ann has the adapters of seeds 1 and 2, bob one of 3."""
+    """A service with the tiny base, over a store in ``folder``; ann has the adapters of seeds 1 and 2, bob one of 3.
+
+    prompts: of another base, for which there are no adapters.
+    """
     import uvicorn
 
     from kilotune.serve.http.connections import Wire
@@ -390,13 +398,15 @@ def serving(
     catalogue = catalogue or StoreCatalogue(f"sqlite:///{folder / 'adapters.db'}")
     if engine is None:
         engine = PlainEngine(wrap(loaded("llama", base_folder())), tokenizer(), catalogue, delay)
-    catalogue.put("ann", "poems", adapter_folder(1), alias="live")
-    catalogue.put("ann", "letters", adapter_folder(2))
-    catalogue.put("bob", "secret-plans", adapter_folder(3))
+    if prompts is None:
+        catalogue.put("ann", "poems", adapter_folder(1), alias="live")
+        catalogue.put("ann", "letters", adapter_folder(2))
+        catalogue.put("bob", "secret-plans", adapter_folder(3))
     engine.start()
     keys, tenants, manager, monitor = ring or keyring("ann", "bob", "carl")
     chosen = ServeSettings(**{"port": 0, "keys": "in memory", **settings})
-    service = Service(engine, catalogue, Prompts(tokenizer(), 96), keys, chosen, base)
+    made_prompts = prompts or Prompts(tokenizer(), 96, chosen.own_chat_templates)
+    service = Service(engine, catalogue, made_prompts, keys, chosen, base)
     listening = listen(chosen)
     config = uvicorn.Config(
         create_app(service), http=Wire, ws="none", lifespan="off", log_config=None, access_log=False,

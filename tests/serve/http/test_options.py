@@ -16,12 +16,11 @@ from tests.support.http_support import Running, serving
 from tests.support.paths import ROOT
 
 CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "a cat"}], "max_tokens": 1}
-WORDS = {"any text": ["x"], "up to 16 texts by name": [{}, {"a": "b"}]}
+WORDS = {"any text": ["x"], "any object": [{}, {"a": 1}], "up to 16 texts by name": [{}, {"a": "b"}]}
 WRONG: dict[str, list[Any]] = {
     "store": [True, 0, "false"],
     "metadata": [{"a": 1}, [], {str(i): "x" for i in range(17)}],
     "modalities": [["audio"], ["text", "audio"], [], "text"],
-    "response_format": [{"type": "json_object"}, {}, {"type": "text", "more": 1}],
     "parallel_tool_calls": [1, "true"],
     "length_penalty": [0.9, "1", True],
     "echo": [True],

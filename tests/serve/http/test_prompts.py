@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from kilotune.serve.http.chat_templates import FEW
 from kilotune.serve.http.http_errors import ApiError
-from kilotune.serve.http.prompts import LONG, SIGNS, Prompts
+from kilotune.serve.http.prompts import LONG, Prompts
 from tests.support import chat_tokenizers as chats
 from tests.support.chat_tokenizers import asked, byte_pairs, pieces, special_ids
 from tests.support.serve_support import byte_tokenizer
@@ -165,8 +165,6 @@ def test_the_bytes_of_tokens_join_to_the_text(make: Any) -> None:
     assert any("\ufffd" in prompts.token(number) for number in ids), "parts of characters are among them"
 
 
-def test_all_bytes_have_their_sign() -> None:
-    assert {*SIGNS} == {*pre_tokenizers.ByteLevel.alphabet()}
-    assert sorted(SIGNS.values()) == [*range(256)]
+def test_bytes_by_their_names() -> None:
     whole = Prompts(by_byte_names(), 259)
     assert [whole.bytes_of(i) for i in (1, 3, 258)] == [[97], [0], [255]]

@@ -38,12 +38,13 @@ from ...errors import ConfigError, KilotuneError, ResourceError, UnsupportedErro
 from .cache_room import CacheRoom
 from .device_adapters import GoneError, Row
 from .fairness import FairQueue, Unread, share_out
+from .grammars import Grammars, wait_for
 from .interface import AdapterKey, Engine, EngineError, EngineStats, Finish, Generation, Item, Sampling, Vector
 from .lanes import Lanes
 from .pace import Pace
 from .paged_attention import PagedBatch, PageSizes, Part
 from .prompt_scores import PromptScores, most_tokens, share_scored
-from .running_requests import Again, Run, check_request
+from .running_requests import Again, Run, check_request, end_tokens, homes, newest_of_most
 from .sampling import Choice, choose
 from .tenant_adapters import AdapterRegistry
 
@@ -108,12 +109,14 @@ class TransformersEngine(Engine):
         self._room = CacheRoom(cache, page)
         self.max_length = min(own, self._room.longest, *([] if max_length is None else [max_length]))
         self._vocabulary = int(config.vocab_size)
-        self._ends = _end_tokens(base)
+        self._ends = end_tokens(base)
         self._batch: PagedBatch | None = None
         self._queue: FairQueue[Run] = FairQueue()
         self._pace = Pace(self._sizes.batch_tokens)
         self._running: dict[str, Run] = {}  # the oldest first
         self._suspects: deque[Run] = deque()
+        self._parked: list[Run] = []  # whose grammars are not done with their next token
+        self._grammars = Grammars(tokenizer, self._vocabulary, self._ends, max_running)
         self._inbox: deque[Run] = deque()
         self._wake = threading.Event()
         self._ids = itertools.count()
@@ -160,6 +163,7 @@ class TransformersEngine(Engine):
         self._thread.join()
         self._thread = None
         self._loaders.close()
+        self._grammars.close()
         if self._batch is not None:
             self._batch.close()
             self._batch = None
@@ -170,7 +174,7 @@ class TransformersEngine(Engine):
     def stats(self) -> EngineStats:
         batch = self._batch
         return EngineStats(
-            waiting=len(self._queue) + len(self._inbox) + len(self._suspects),
+            waiting=len(self._queue) + len(self._inbox) + len(self._suspects) + len(self._parked),
             running=len(self._running),
             tokens=self._tokens,
             steps=self._steps,
@@ -183,7 +187,12 @@ class TransformersEngine(Engine):
         check_request(request, self._vocabulary, self.max_length, self._tokenizer is not None)
         loop, asked = asyncio.get_running_loop(), time.monotonic()
         row = await self._row(request.adapter)
-        run = Run(request, row, loop, self._tokenizer, self._ends, asked)
+        try:
+            guide = await self._grammars.guide(request.tenant, request.sampling.grammar, request.deadline)
+        except TimeoutError:
+            yield Finish("deadline", prompt_tokens=len(request.prompt))
+            return
+        run = Run(request, row, loop, self._tokenizer, self._ends, asked, guide)
         try:
             while True:
                 self._send(run)
@@ -197,6 +206,8 @@ class TransformersEngine(Engine):
         finally:
             run.left = True
             self._wake.set()
+            if guide is not None:
+                await guide.aclose()
 
     async def embed(self, tenant: str, adapter: AdapterKey | None, texts: Sequence[Sequence[int]]) -> list[Vector]:
         raise UnsupportedError("a language model that generates gives no embeddings; serve an encoder for them")
@@ -261,32 +272,37 @@ class TransformersEngine(Engine):
                 if self._running:
                     self._step()
                 else:
-                    self._wake.wait(IDLE)
+                    self._wake.wait(0.002 if self._parked else IDLE)
                     self._wake.clear()
         except BaseException as error:
             reason = f"the engine ended with {type(error).__name__}: {first_line(error)}"
             log.exception("the engine's thread ended")
         finally:
             self._dead = reason
-            for run in [*self._running.values(), *self._suspects, *self._queue.items(), *self._inbox]:
+            for run in [*self._running.values(), *self._suspects, *self._parked, *self._queue.items(), *self._inbox]:
                 self._give_back(run)
                 run.tell([run.finish("cancelled")])
             self._running.clear()
             self._inbox.clear()
 
     def _work(self) -> bool:
-        return bool(self._running or self._suspects or len(self._queue) or self._inbox)
+        return bool(self._running or self._suspects or self._parked or len(self._queue) or self._inbox)
 
     def _take_in(self) -> None:
         while self._inbox:
             run = self._inbox.popleft()
             self._queue.add(run.tenant, run)
+        for run in [run for run in self._parked if run.guide is None or run.guide.waited()]:
+            self._parked.remove(run)
+            self._queue.add(run.tenant, run, first=True)
         now = time.monotonic()
-        for run in [*self._running.values(), *self._suspects, *self._queue.items()]:
+        for run in [*self._running.values(), *self._suspects, *self._parked, *self._queue.items()]:
             if run.left:
                 self._end(run, "cancelled")
             elif run.deadline is not None and now >= run.deadline:
                 self._end(run, "deadline")
+            elif run.guide is not None and run.guide.fault is not None:
+                self._end(run, "grammar", run.guide.fault)
 
     def _end(self, run: Run, reason: Any, error: str | None = None) -> None:
         """Take a request out, wherever it is, and tell its stream."""
@@ -294,6 +310,8 @@ class TransformersEngine(Engine):
             self._stop(run)
         elif run in self._suspects:
             self._suspects.remove(run)
+        elif run in self._parked:
+            self._parked.remove(run)
         else:
             self._queue.remove(run.tenant, run)
         run.tell([run.finish(reason, error)])
@@ -343,7 +361,7 @@ class TransformersEngine(Engine):
             return lambda other: 1
         if not self._room.fits(self._size(run), [self._size(other) for other in self._running.values()], crowded):
             return self._size
-        return None if self._start(run) else lambda other: len(_homes(other) & _homes(run))
+        return None if self._start(run) else lambda other: len(homes(other) & homes(run))
 
     def _size(self, run: Run) -> int:
         return self._room.size(len(run.tokens))
@@ -352,15 +370,7 @@ class TransformersEngine(Engine):
         return self._room.short(self._size(run))
 
     def _victim(self, weight: Callable[[Run], int]) -> Run | None:
-        """The newest request of the tenant with the most of something, of those with several; None: there is none."""
-        weights: dict[str, int] = {}
-        for run in self._running.values():
-            weights[run.tenant] = weights.get(run.tenant, 0) + weight(run)
-        several = [tenant for tenant in weights if weights[tenant] and self._queue.running(tenant) > 1]
-        if not several:
-            return None
-        most = max(several, key=lambda tenant: weights[tenant])
-        return next(run for run in reversed(self._running.values()) if run.tenant == most and weight(run))
+        return newest_of_most([*self._running.values()], weight, self._queue.running)
 
     def _put_back(self, run: Run) -> None:
         tenant = run.tenant
@@ -422,6 +432,13 @@ class TransformersEngine(Engine):
 
     def _told(self, run: Run, choice: Choice) -> list[Any]:
         """What a new token means for its stream; ends the request where it is the last one."""
+        if run.picker.idle:  # its grammar is at its end, or not done
+            self._stop(run)
+            if run.guide is None or run.guide.over:
+                return [run.finish("stop")]
+            run.guide.sit_out()
+            self._parked.append(run)
+            return []
         if not (choice.finite and run.finite):
             self._stop(run)
             return [run.finish("error", "the model's numbers are no longer finite with this adapter")]
@@ -475,19 +492,9 @@ class TransformersEngine(Engine):
         return self._running[request].scoring
 
     def _choose(self, ids: list[str], logits: Tensor) -> Tensor:
-        choices = choose(logits, [self._running[name].picker for name in ids])
+        runs = [self._running[name] for name in ids]
+        wait_for([run.guide for run in runs if run.guide is not None])
+        Run.look_all(runs)
+        choices = choose(logits, [run.picker for run in runs])
         self._chosen = dict(zip(ids, choices, strict=True))
         return torch.tensor([choice.token for choice in choices], device=logits.device)
-
-
-def _homes(run: Run) -> set[object]:
-    """Where a request's adapter is on the device, and what that stands on."""
-    return set() if run.row is None else {*run.row.homes}
-
-
-def _end_tokens(model: Any) -> frozenset[int]:
-    """The tokens that end an answer, as ``generate`` takes them."""
-    found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    if found is None:
-        found = model.config.get_text_config().eos_token_id
-    return frozenset([] if found is None else [found] if isinstance(found, int) else found)

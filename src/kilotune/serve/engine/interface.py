@@ -11,16 +11,19 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Self, final
 
-from ...errors import StoreError
+from ...errors import ConfigError, StoreError
 from ...fleet.store.records import SharedVersion, Version
 
 __all__ = [
+    "JSON_SPACE",
     "AdapterKey",
     "Engine",
     "EngineError",
     "EngineStats",
     "Finish",
     "Generation",
+    "Grammar",
+    "GrammarError",
     "Item",
     "Prompted",
     "Sampling",
@@ -30,7 +33,10 @@ __all__ = [
     "Waits",
 ]
 
-Reason = Literal["stop", "length", "cancelled", "deadline", "error"]
+JSON_SPACE = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,40}"}
+"""What a schema's JSON may have between its parts, as llguidance's own key ``x-guidance`` says it: blanks, but not for
+ever, which is what small models like to write."""
+Reason = Literal["stop", "length", "cancelled", "deadline", "grammar", "error"]
 
 
 @final
@@ -38,7 +44,8 @@ Reason = Literal["stop", "length", "cancelled", "deadline", "error"]
 class AdapterKey:
     """One version of one adapter. sha256: of its contents, hexadecimal (:class:`~kilotune.fleet.store.Version`).
 
-    on: the shared one that it stands on, which stands on none.
+    on: the shared one that it stands on, which stands on none. own: SHA-256 of what it brings beside its numbers (a
+    chat template, say); None: nothing, or nobody has looked.
     """
 
     namespace: str
@@ -46,17 +53,35 @@ class AdapterKey:
     version: int
     sha256: str
     on: AdapterKey | None = None
+    own: str | None = None
 
     @classmethod
     def of(cls, namespace: str, version: Version) -> Self:
         """Of a version of ``namespace``, with what it stands on."""
         on = None if version.stands_on is None else cls.shared(version.stands_on)
-        return cls(namespace, version.name, version.version, version.sha256, on)
+        return cls(namespace, version.name, version.version, version.sha256, on, version.own)
 
     @classmethod
     def shared(cls, on: SharedVersion) -> Self:
         """Of a version that others stand on."""
         return cls(on.namespace, on.name, on.version, on.sha256)
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grammar:
+    """What an answer's text has to fit, from its first token to its end.
+
+    kind: of ``text``: a JSON schema; a regular expression for all of the text; Lark's or llama.cpp's (GBNF) form of a
+    grammar; or a JSON list of the texts that may be. place: what of a request it is, for errors. schemas: the JSON
+    schemas within a grammar, with their places. lenient: keywords of a schema that cannot be held to are passed over.
+    """
+
+    kind: Literal["json", "regex", "grammar", "choice"]
+    text: str = field(repr=False)
+    place: str
+    schemas: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+    lenient: bool = False
 
 
 @final
@@ -77,6 +102,9 @@ class Sampling:
     else multiplied; 1: nothing. frequency_penalty: is taken off once for each time that the answer has the token.
     presence_penalty: is taken off where the answer has it. min_p: then only tokens are drawn that have this part of the
     likeliest token's probability, after the temperature.
+
+    grammar: what the answer has to fit. Only tokens that it allows are chosen; the model's end, where it may end.
+    shown: special tokens that are a part of the text, which others are not.
     """
 
     max_tokens: int
@@ -94,6 +122,8 @@ class Sampling:
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
     min_p: float = 0.0
+    grammar: Grammar | None = None
+    shown: tuple[int, ...] = ()
 
 
 @final
@@ -162,7 +192,8 @@ class Prompted:
 class Finish:
     """The end of an answer, always the last thing of a stream.
 
-    text: what was held back and belongs to it. error: what went wrong, for reason "error" only, fit for the tenant.
+    text: what was held back and belongs to it. error: what went wrong, for reason "error", and for "grammar", where the
+    grammar cannot be followed any more; fit for the tenant.
     prompt_tokens, completion_tokens: what is billed. cached_tokens: of the prompt, what was already in the cache.
     """
 
@@ -208,6 +239,15 @@ class EngineStats:
 @final
 class EngineError(StoreError):
     """The engine takes no requests: it was not started, was stopped, or has ended."""
+
+
+@final
+class GrammarError(ConfigError):
+    """A grammar that cannot be compiled. place: what of the request it is."""
+
+    def __init__(self, told: str, place: str) -> None:
+        super().__init__(f"{place}: {told}")
+        self.place = place
 
 
 class Engine(ABC):

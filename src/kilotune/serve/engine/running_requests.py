@@ -6,18 +6,19 @@ import asyncio
 import contextlib
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, final
 
 from ...errors import ConfigError
 from .device_adapters import Held, Row
+from .grammars import Guide
 from .interface import Finish, Generation, Item, Prompted, Sampling, Token
 from .paged_attention import Part
 from .prompt_scores import PromptScores
 from .sampling import Choice, Picker
 from .text_stream import TextStream
 
-__all__ = ["Again", "Run", "check_request"]
+__all__ = ["Again", "Run", "check_request", "end_tokens", "homes", "newest_of_most"]
 
 
 def check_request(request: Generation, vocabulary: int, max_length: int, texts: bool) -> None:
@@ -42,6 +43,8 @@ def check_request(request: Generation, vocabulary: int, max_length: int, texts: 
     if sampling.prompt_logprobs is not None and sampling.prompt_logprobs < 0:
         raise ConfigError(f"prompt_logprobs: expected at least 0, got {sampling.prompt_logprobs}")
     _check_penalties(sampling, vocabulary)
+    if sampling.grammar is not None and (sampling.ignore_eos or not texts):
+        raise ConfigError("ignore_eos: not with a grammar, which says where an answer ends, and needs a tokenizer")
     if sampling.stop and not texts:
         raise ConfigError("stop: needs a tokenizer, and the engine has none")
 
@@ -83,7 +86,9 @@ class Run:
         tokenizer: Any,
         ends: frozenset[int],
         asked: float | None = None,
+        guide: Guide | None = None,
     ) -> None:
+        self.guide = guide
         self.request, self.row, self.loop = request, row, loop
         self._asked = time.monotonic() if asked is None else asked
         self.tenant, self.deadline, self.id = request.tenant, request.deadline, ""
@@ -102,7 +107,7 @@ class Run:
             whose += f"\0{key.on.namespace}\0{key.on.sha256}"
         self.owner = f"{request.tenant}\0{whose}".encode()
         self._ends = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else ends)
-        self._text = TextStream(tokenizer, request.prompt, sampling.stop)
+        self._text = TextStream(tokenizer, request.prompt, sampling.stop, shown=sampling.shown)
         self._fresh = True
         self._stopped = False
         self._items: deque[Item | Again] = deque()
@@ -132,6 +137,13 @@ class Run:
             self.cached = min(part.cached, len(self.request.prompt))
             self._fresh = False
 
+    @staticmethod
+    def look_all(runs: Sequence[Run]) -> None:
+        """Before tokens are chosen: take in which ones may come next."""
+        for run in runs:
+            if (guide := run.guide) is not None:
+                run.picker.allowed, run.picker.idle = guide.allowed, guide.allowed is None or guide.over
+
     @property
     def scoring(self) -> PromptScores | None:
         """Its prompt's log-probabilities, where they are asked for and not all known."""
@@ -158,7 +170,11 @@ class Run:
         items.append(Token(choice.token, text, choice.logprob, choice.top))
         if self._stopped:
             return items, "stop"
-        return items, "length" if self.made >= most else None
+        if self.made >= most:
+            return items, "length"
+        if self.guide is not None:
+            self.guide.advance(choice.token)
+        return items, None
 
     @property
     def made(self) -> int:
@@ -202,3 +218,31 @@ class Run:
 def _put_all(told: Sequence[tuple[Run, Sequence[Any]]]) -> None:
     for run, items in told:
         run._put(items)
+
+
+def homes(run: Run) -> set[object]:
+    """Where a request's adapter is on the device, and what that stands on."""
+    return set() if run.row is None else {*run.row.homes}
+
+
+def end_tokens(model: Any) -> frozenset[int]:
+    """The tokens that end an answer, as ``generate`` takes them."""
+    found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    if found is None:
+        found = model.config.get_text_config().eos_token_id
+    return frozenset([] if found is None else [found] if isinstance(found, int) else found)
+
+
+def newest_of_most(runs: Sequence[Run], weight: Callable[[Run], int], running: Callable[[str], int]) -> Run | None:
+    """The newest request of the tenant with the most of something, of those with several; None: there is none.
+
+    runs: the oldest first. running: (tenant) -> how many it has.
+    """
+    weights: dict[str, int] = {}
+    for run in runs:
+        weights[run.tenant] = weights.get(run.tenant, 0) + weight(run)
+    several = [tenant for tenant in weights if weights[tenant] and running(tenant) > 1]
+    if not several:
+        return None
+    most = max(several, key=lambda tenant: weights[tenant])
+    return next(run for run in reversed(runs) if run.tenant == most and weight(run))

@@ -1,8 +1,8 @@
 """The next token of each request of a step, each by its own temperature, top_p, top_k and seed. Exact, one by one.
 
-Order, as in transformers: penalties (penalties.py), temperature, top_k, top_p of what is left, min_p. A draw is the
-inverse of the cumulated probabilities at one random number, of a generator that the request has for itself: with a seed
-it gives the same numbers whatever else is in the batch.
+Order, as in transformers: penalties (penalties.py), what a grammar allows (grammars.py), temperature, top_k, top_p of
+what is left, min_p. A draw is the inverse of the cumulated probabilities at one random number, of a generator that the
+request has for itself: with a seed it gives the same numbers whatever else is in the batch.
 """
 
 from __future__ import annotations
@@ -38,10 +38,16 @@ class Picker:
     """How one request chooses, and its random numbers.
 
     tokens: the prompt, in the list to which the request adds what was chosen.
+
+    Attributes:
+        allowed: (V,) bool, of a request with a grammar: the tokens that may come next; set before each of them.
+        idle: nothing is to be chosen this time, so nothing is drawn either.
     """
 
     def __init__(self, sampling: Sampling, tokens: Sequence[int] = ()) -> None:
         self.sampling = sampling
+        self.allowed: Tensor | None = None
+        self.idle = False
         self.penalties = Penalties.of(sampling, tokens)
         seed = int.from_bytes(os.urandom(16), "little") if sampling.seed is None else sampling.seed
         self._random = np.random.Generator(np.random.Philox(seed))
@@ -49,7 +55,7 @@ class Picker:
     @property
     def greedy(self) -> bool:
         """Whether it takes the likeliest token."""
-        return self.sampling.temperature == 0.0 or self.sampling.top_k == 1
+        return self.sampling.temperature == 0.0 or self.sampling.top_k == 1 or self.idle
 
     @property
     def whole(self) -> bool:
@@ -84,13 +90,16 @@ def choose(logits: Tensor, pickers: Sequence[Picker]) -> list[Choice]:
 
 
 def _penalised(logits: Tensor, pickers: Sequence[Picker]) -> Tensor:
-    """(n, V): the logits, of rows with penalties changed; the very same tensor where no row has any."""
-    rows = [(row, picker.penalties) for row, picker in enumerate(pickers) if picker.penalties is not None]
+    """(n, V): the logits, of rows with penalties or a grammar changed; the very same tensor where no row has any."""
+    rows = [(i, one) for i, one in enumerate(pickers) if one.penalties is not None or one.allowed is not None]
     if not rows:
         return logits
     scores = logits.clone()
-    for row, penalties in rows:
-        penalties.apply(scores[row])
+    for row, picker in rows:
+        if picker.penalties is not None:
+            picker.penalties.apply(scores[row])
+        if picker.allowed is not None:
+            scores[row].masked_fill_(~picker.allowed.to(scores.device), -torch.inf)
     return scores
 
 

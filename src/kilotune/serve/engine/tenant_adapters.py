@@ -189,6 +189,24 @@ class AdapterRegistry:
                 self._resolved.popitem(last=False)
         return key
 
+    def own_files(self, key: AdapterKey) -> Mapping[str, bytes]:
+        """What an adapter brings beside its numbers; where that is nothing, what the one beneath it does.
+
+        Raises:
+            AdapterError: it is not there any more. CheckpointError: it is damaged. StoreError: the store.
+
+        """
+
+        def files(store: AdapterStore) -> dict[str, bytes]:
+            record = store.get(key.name, key.version)
+            if record.info.sha256 != key.sha256:
+                raise CheckpointError(f"adapter {key.name!r}, version {key.version}: the store holds other contents")
+            if record.files or key.on is None:
+                return dict(record.files)
+            return dict(store.shared_of(record.info).files)
+
+        return self._ask(key.namespace, files)
+
     def info(self, namespace: str, name: str, which: Which = None) -> Version:
         """See :meth:`AdapterStore.info`."""
         return self._ask(namespace, lambda store: store.info(name, which))

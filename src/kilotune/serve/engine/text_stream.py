@@ -21,11 +21,20 @@ class TextStream:
         prompt: the prompt's tokens.
         stops: texts that end the answer.
         special: whether special tokens are part of it.
+        shown: special tokens that are, where others are not.
 
     """
 
-    def __init__(self, tokenizer: Any, prompt: Sequence[int], stops: Sequence[str], special: bool = False) -> None:
-        self._special = special
+    def __init__(
+        self,
+        tokenizer: Any,
+        prompt: Sequence[int],
+        stops: Sequence[str],
+        special: bool = False,
+        shown: Sequence[int] = (),
+    ) -> None:
+        self._hidden = _special(tokenizer).difference(shown) if shown else frozenset()
+        self._special = special or bool(shown)
         self._tokenizer, self._stops = tokenizer, [stop for stop in stops if stop]
         self._ids = list(prompt[-CONTEXT:])
         self._begin, self._read = 0, len(self._ids)
@@ -54,8 +63,9 @@ class TextStream:
         return text if stopped else text + held
 
     def _decode(self, ids: Sequence[int]) -> str:
+        told = [number for number in ids if number not in self._hidden] if self._hidden else list(ids)
         text: str = self._tokenizer.decode(
-            list(ids), skip_special_tokens=not self._special, clean_up_tokenization_spaces=False
+            told, skip_special_tokens=not self._special, clean_up_tokenization_spaces=False
         )
         return text
 
@@ -70,6 +80,11 @@ class TextStream:
         keep = max((_overlap(held, stop) for stop in self._stops), default=0)
         self._held = held[len(held) - keep :]
         return held[: len(held) - keep], False
+
+
+def _special(tokenizer: Any) -> frozenset[int]:
+    added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return frozenset({*added, *tokenizer.all_special_ids})
 
 
 def _overlap(text: str, stop: str) -> int:

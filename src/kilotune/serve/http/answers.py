@@ -116,6 +116,8 @@ def ended_badly(finish: Finish) -> ApiError | None:
         return ApiError(504, f"the answer was not done in time; it had {finish.completion_tokens} tokens")
     if finish.reason == "cancelled":
         return ApiError(503, "the service is ending; ask another one", retry_after=5)
+    if finish.reason == "grammar":
+        return ApiError(400, finish.error or "the grammar cannot be followed", code="grammar_failed")
     if finish.reason == "error":
         return ApiError(500, finish.error or "the engine failed at this answer", code="engine_error")
     return None

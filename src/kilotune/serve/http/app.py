@@ -60,6 +60,7 @@ STATUSES = {
     422: "The adapter is damaged, of another base, or not fit to be served.",
     429: "Too many answers or puts at once; Retry-After says when to come again.",
     500: "A fault of the service.",
+    501: "It needs a package that is not installed here.",
     503: "The store is away, or the service is ending; Retry-After says when to come again.",
     504: "It was not done in time.",
     507: "The disk is full.",

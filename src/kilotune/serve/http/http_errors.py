@@ -12,6 +12,7 @@ from ...errors import (
     CheckpointError,
     ConfigError,
     KilotuneError,
+    MissingExtraError,
     ResourceError,
     StoreError,
     StoreFullError,
@@ -19,7 +20,7 @@ from ...errors import (
     TargetError,
     UnsupportedError,
 )
-from ..engine.interface import EngineError
+from ..engine.interface import EngineError, GrammarError
 
 __all__ = ["ApiError", "body_of", "of_library", "of_parsing", "of_validation"]
 
@@ -35,6 +36,7 @@ CODES = {
     415: "unsupported_media_type",
     429: "rate_limit_exceeded",
     500: "internal_error",
+    501: "not_installed",
     503: "unavailable",
     504: "deadline_exceeded",
     507: "disk_full",
@@ -97,10 +99,10 @@ def of_library(error: KilotuneError, param: str | None = None) -> ApiError:
     if isinstance(error, CheckpointError):
         return ApiError(422, str(error), param=param, code="invalid_adapter")
     if isinstance(error, (ConfigError, TargetError, UnsupportedError)):
-        return ApiError(400, str(error), param=param)
+        return ApiError(400, str(error), param=error.place if isinstance(error, GrammarError) else param)
     if isinstance(error, ResourceError):
         return ApiError(503, str(error), retry_after=1)
-    return ApiError(500, str(error))
+    return ApiError(501 if isinstance(error, MissingExtraError) else 500, str(error))
 
 
 def of_parsing(error: BaseException) -> ApiError:

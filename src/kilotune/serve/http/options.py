@@ -21,6 +21,7 @@ __all__ = [
     "PART",
     "REASONING",
     "RESPONSE",
+    "STRUCTURED",
     "TEXT",
     "Metadata",
     "Option",
@@ -80,11 +81,6 @@ ASKING = {
         Option("prompt_cache_retention", Literal["in_memory", "in-memory", "24h"]),
         Option("service_tier", Literal["auto", "default"]),
         Option("modalities", Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)], '`["text"]`'),
-        Option(
-            "response_format",
-            Annotated[dict[Literal["type"], Literal["text"]], Field(min_length=1)],
-            '`{"type": "text"}`',
-        ),
         Option("verbosity", Literal["medium"]),
         Option("tools", Nothing, "`[]`"),
         Option("tool_choice", Literal["none", "auto"]),
@@ -114,16 +110,21 @@ ASKING = {
                 "web_search_options",
                 "allowed_token_ids",
                 "truncate_prompt_tokens",
-                "structured_outputs",
-                "guided_json",
-                "guided_regex",
-                "guided_choice",
-                "guided_grammar",
             ),
         ),
     )
 }
 """Of requests for text, by name. Where a route serves an option of this name, the route's own holds."""
+
+STRUCTURED = {
+    option.name: option
+    for option in (
+        Option("disable_fallback", Literal[False]),
+        Option("disable_any_whitespace", Literal[False]),
+        Option("disable_additional_properties", Literal[False]),
+    )
+}
+"""Of ``structured_outputs``."""
 
 MESSAGE = {
     option.name: option
@@ -131,6 +132,7 @@ MESSAGE = {
         Option("refusal", Literal[""]),
         Option("annotations", Nothing, "`[]`"),
         Option("tool_calls", Nothing, "`[]`"),
+        Option("parsed", dict[str, Any], "any object"),  # what OpenAI's client made of the content
         *map(_never, ("audio", "function_call", "tool_call_id", "reasoning_content")),
     )
 }

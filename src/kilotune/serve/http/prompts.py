@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import copy
 import itertools
-import re
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -18,31 +17,29 @@ from typing import Any, TypeVar, final
 from ...errors import ConfigError
 from ...train.data.rendering import Ending, Rendered, tokenize
 from ..engine.text_stream import TextStream
+from ..engine.vocabulary import named_bytes
 from .chat_templates import ChatTemplates, OwnTemplate
 from .http_errors import ApiError
+from .own_files import OwnFiles
 
 __all__ = ["Prompts"]
 
 T = TypeVar("T")
 LONG = 4000  # characters of a text that is not tokenised on the loop's own thread
 INCOMPLETE = "\ufffd"  # what a tokenizer makes of a part of a character
-NAMED = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-PRINTED = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))  # bytes that stand for themselves
-SIGNS = {chr(byte): byte for byte in PRINTED} | {
-    chr(0x100 + place): byte for place, byte in enumerate(sorted({*range(0x100)} - {*PRINTED}))
-}
-"""Sign -> byte, in the vocabularies that are made of bytes, as GPT-2's is."""
 
 
 @final
 class Prompts:
-    """A tokenizer of the service's own. vocabulary: token numbers that the model has."""
+    """A tokenizer of the service's own. vocabulary: token numbers that the model has. own_templates: whether adapters'
+    chat templates are served."""
 
-    def __init__(self, tokenizer: Any, vocabulary: int) -> None:
+    def __init__(self, tokenizer: Any, vocabulary: int, own_templates: bool = False) -> None:
         # Fast tokenizers do not like two users in one instant: one is for the loop's thread, one for long texts.
         self._tokenizer, self._beside = copy.deepcopy(tokenizer), copy.deepcopy(tokenizer)
-        _ids(self._beside, "", False)  # from here on nothing of it is changed, and several threads may read it
+        _ids(self._beside, "a", False)  # from here on nothing of it is changed, and several threads may read it
         self.templates = ChatTemplates(self._beside)
+        self.own = OwnFiles(self._beside, self.templates, own_templates)
         self._turn = asyncio.Lock()
         self._turns: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
         self.vocabulary = vocabulary
@@ -59,6 +56,7 @@ class Prompts:
     def close(self) -> None:
         """Let go of threads and processes."""
         self.templates.close()
+        self.own.close()
 
     # -- to tokens -----------------------------------------------------------------------------------
 
@@ -171,7 +169,7 @@ class Prompts:
     def bytes_of(self, number: int) -> list[int] | None:
         """The UTF-8 of one token, also where it is a part of a character; None where the vocabulary does not say it."""
         text = self.token(number)
-        return _bytes_named(self.names([number])[0]) if INCOMPLETE in text else [*text.encode()]
+        return named_bytes(self.names([number])[0]) if INCOMPLETE in text else [*text.encode()]
 
 
 def _ids(tokenizer: Any, text: str, special: bool) -> Sequence[int]:
@@ -194,13 +192,3 @@ def _offsets(tokenizer: Any, ids: Sequence[int]) -> list[int]:
     stream = TextStream(tokenizer, (), (), special=True)
     lengths = [len(stream.push(number)[0]) for number in ids]
     return [0, *itertools.accumulate(lengths)][: len(ids)]
-
-
-def _bytes_named(name: str | None) -> list[int] | None:
-    """The bytes of a token that is no text by itself, by what vocabularies call it: ``<0xF0>``, or a sign a byte."""
-    if name is None:
-        return None
-    if (one := NAMED.fullmatch(name)) is not None:
-        return [int(one[1], 16)]
-    found = [SIGNS.get(sign) for sign in name]
-    return None if None in found else [byte for byte in found if byte is not None]

@@ -6,14 +6,17 @@ element: an error for each of a million would keep everybody waiting.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal, final
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, final
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from ...train.data.rendering import Ending
-from .options import ASKING, MESSAGE, Option, drop_neutral
+from ..engine.interface import Grammar
+from .bodies import Body
+from .options import ASKING, MESSAGE
+from .structured import FormBody
 
 __all__ = [
     "MAX_LOGPROBS",
@@ -43,36 +46,6 @@ Stop = Annotated[str, Field(min_length=1, max_length=256)]
 Model = Annotated[str, Field(min_length=1, max_length=400, description="The base, NAME, NAME/VERSION or NAME/ALIAS.")]
 Which = Annotated[int, Field(ge=1, lt=2**31)] | Annotated[str, Field(min_length=1, max_length=100)] | None
 MAX_LOGPROBS = 20
-MAX_OPTIONS = 100
-
-
-def _taken(schema: dict[str, Any], body: type[Body]) -> None:
-    """In the API's document: options that ask for nothing, and null for any other name."""
-    taken = {name: option.schema for name, option in body.neutral.items() if name not in body.model_fields}
-    schema["properties"] |= {name: {"anyOf": [kind, {"type": "null"}]} for name, kind in taken.items()}
-    schema["additionalProperties"] = {"type": "null"}
-
-
-class Body(BaseModel):
-    """A request's body: nothing unknown in it, and no value bent into another type. What is null asks for nothing.
-
-    neutral: options that are not served, and taken where they ask for nothing.
-    """
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, json_schema_extra=_taken)
-    neutral: ClassVar[Mapping[str, Option]] = {}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _asks(cls, given: Any) -> Any:
-        """What the body asks for; one error for a flood of unknown options, not one for each."""
-        if not isinstance(given, dict):
-            return given
-        if len(given) > MAX_OPTIONS:
-            raise ValueError(f"an object with {len(given)} options; there are fewer than {MAX_OPTIONS}")
-        needed = [name for name, field in cls.model_fields.items() if field.is_required()]
-        asked = {name: value for name, value in given.items() if value is not None or name in needed}
-        return drop_neutral(asked, cls.neutral, cls.model_fields)
 
 
 @final
@@ -114,6 +87,11 @@ class SamplingBody(Body):
         return () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
     @property
+    def grammar(self) -> Grammar | None:
+        """What the answer has to fit; None: any text will do."""
+        return None
+
+    @property
     def choices(self) -> int:
         """How many answers are wanted."""
         return 1
@@ -124,7 +102,7 @@ class SamplingBody(Body):
         return None
 
 
-class GenerationBody(SamplingBody):
+class GenerationBody(FormBody, SamplingBody):
     """What completions and chats have in common. Not OpenAI's: prompt_logprobs."""
 
     neutral = ASKING
@@ -138,6 +116,8 @@ class GenerationBody(SamplingBody):
     def _streaming(self) -> GenerationBody:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options: only with stream: true")
+        if self.ignore_eos and self.grammar is not None:
+            raise ValueError("ignore_eos: not with a form that the answer has, for that says where it ends")
         if self.prompt_logprobs is not None and self.stream:
             raise ValueError("prompt_logprobs: not with stream: true; a stream has them by echo and logprobs")
         return self
