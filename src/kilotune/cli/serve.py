@@ -27,6 +27,7 @@ OWN = (
     "tool_format",
     "slow_request",
     "adapter_folder",
+    "own_chat_templates",
 )  # settings with an option of their own
 OF_ENGINE = ("task", "dtype", "device", "revision")
 REST = [key for key in (*ServeSettings.known(), *EngineSettings.known()) if key not in (*OWN, *OF_ENGINE)]
@@ -63,6 +64,7 @@ def serve(
     adapter_folder: Annotated[
         list[str] | None, typer.Option(metavar="DIR", help=f"{_help('adapter_folder')} May be given again; none: off.")
     ] = None,
+    own_chat_templates: Annotated[bool, typer.Option("--own-chat-templates", help=_help("own_chat_templates"))] = False,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help=f"KEY=VALUE, of {', '.join(REST)}. May be given again.")
     ] = None,
@@ -82,6 +84,7 @@ def serve(
             "cors_origin": tuple(cors_origin or ()),
             "tool_format": tool_format,
             "slow_request": slow_request,
+            "own_chat_templates": own_chat_templates,
             "adapter_folder": tuple(adapter_folder or ()),
         },
         {"task": task, "dtype": dtype, "device": device, "revision": revision},
