@@ -93,7 +93,7 @@ class ChatTemplates:
         chat, tools = split_tools(messages)
         return self.base if len(chat) + len(tools or ()) <= FEW else None
 
-    def text(self, own: OwnTemplate | None = None) -> str:
+    def written(self, own: OwnTemplate | None) -> str:
         """A template itself; empty where there is none."""
         if own is not None:
             return own.text

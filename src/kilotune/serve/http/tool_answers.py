@@ -41,7 +41,7 @@ class Calling:
         """
         if (ask := body.asks_tools) is None:
             return None
-        form = format_of(prompts.templates.text(own), "hermes" if ask.choice == "none" else wanted)
+        form = format_of(prompts.templates.written(own), "hermes" if ask.choice == "none" else wanted)
         if ask.choice == "none":
             return cls(ask, None, body.grammar, ())
         answer = body.grammar
