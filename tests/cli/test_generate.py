@@ -78,6 +78,37 @@ def test_the_base_alone_writes_something_else(kind: str) -> None:
     assert alone["text"] != generate(kind)["text"]
 
 
+OWN = "{% for m in messages %}{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}a {% endif %}"
+
+
+@pytest.mark.parametrize("verb", ["generate", "chat"])
+def test_an_adapters_own_chat_template_is_used_and_told(verb: str, tmp_path: Path) -> None:
+    base, adapter = pair("llama", True)
+    shutil.copytree(adapter, tmp_path / "own")
+    (tmp_path / "own" / "chat_template.jinja").write_text(OWN)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": PROMPT}], chat_template=OWN, add_generation_prompt=True, return_dict=True
+    )["input_ids"]
+    words = [verb, str(tmp_path / "own"), "--base", str(base), "-n", str(COUNT), "--template", "--json"]
+    words += [PROMPT] if verb == "generate" else []
+    result = CliRunner().invoke(app, words, input=None if verb == "generate" else f"{PROMPT}\n", catch_exceptions=False)
+    assert f"warning: chats are in the adapter's own chat template, which is not that of {base}" in result.stderr
+    done = json.loads(result.stdout)
+    told = done if verb == "generate" else done["turns"][0]
+    assert told["prompt_tokens"] == len(ids)
+    made = greedy(merged("llama", base, adapter), ids, COUNT)
+    assert told["text"] == tokenizer.decode(made, skip_special_tokens=True)
+
+
+def test_the_bases_own_template_is_not_told(tmp_path: Path) -> None:
+    base, adapter = pair("llama", True)
+    shutil.copytree(adapter, tmp_path / "own")
+    (tmp_path / "own" / "chat_template.jinja").write_text(AutoTokenizer.from_pretrained(base).chat_template)
+    result = kilotune("generate", tmp_path / "own", PROMPT, "--base", base, "-n", 2, "--template")
+    assert result.stderr == ""
+
+
 def test_on_a_screen_it_is_the_text_alone() -> None:
     base, adapter = pair("llama")
     result = kilotune("generate", adapter, PROMPT, "--base", base, "-n", COUNT)

@@ -232,6 +232,10 @@ class StoreCatalogue:
     def load(self, key: AdapterKey) -> None:
         self.store(key.namespace).get(key.name, key.version)
 
+    def own_files(self, key: AdapterKey) -> Mapping[str, bytes]:
+        record = self.store(key.namespace).get(key.name, key.version)
+        return dict(record.files or (self.store(key.namespace).shared_of(record.info).files if key.on else {}))
+
     def info(self, namespace: str, name: str, which: Any = None) -> Version:
         return self.store(namespace).info(name, which)
 
@@ -401,7 +405,8 @@ def serving(
     engine.start()
     keys, tenants, manager, monitor = ring or keyring("ann", "bob", "carl")
     chosen = ServeSettings(**{"port": 0, "keys": "in memory", **settings})
-    service = Service(engine, catalogue, prompts or Prompts(tokenizer(), 96), keys, chosen, base)
+    made_prompts = prompts or Prompts(tokenizer(), 96, chosen.own_chat_templates)
+    service = Service(engine, catalogue, made_prompts, keys, chosen, base)
     listening = listen(chosen)
     config = uvicorn.Config(
         create_app(service), http=Wire, ws="none", lifespan="off", log_config=None, access_log=False,

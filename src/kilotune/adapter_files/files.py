@@ -13,7 +13,7 @@ import os
 import shutil
 import struct
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, final
@@ -26,12 +26,14 @@ from torch import Tensor
 from ..config import FORMAT_VERSION, SECTION
 from ..errors import CheckpointError, MissingExtraError, without_network
 from .names import CONFIG_NAME, REPO_ID, WEIGHTS_NAME, adapter_place, refuse_empty
+from .own_files import OWN_FILES
 
 __all__ = [
     "CONFIG_NAME",
     "REPO_ID",
     "WEIGHTS_NAME",
     "TwoFiles",
+    "fetch_own",
     "locate",
     "not_finite",
     "read_config",
@@ -75,8 +77,18 @@ def tensors_checksum(tensors: Mapping[str, Tensor]) -> str:
 # -- out -------------------------------------------------------------------------------------------
 
 
-def write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write the two files of an adapter; on failure the folder is as it was."""
+def write(
+    folder: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    own: Mapping[str, bytes] | None = None,
+) -> None:
+    """Write the two files of an adapter; on failure the folder is as it was.
+
+    own: what it brings beside them (own_files.py); where an adapter is replaced, the folder has these afterwards, and
+    none of the old one's. None: what is there stays.
+    """
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"cannot write to {folder}: it is a file, expected a folder or nothing")
     made = [parent for parent in folder.parents if not parent.exists()]  # the innermost first
@@ -91,8 +103,11 @@ def write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
             _sort_metadata(fresh / WEIGHTS_NAME)
             (fresh / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
             shutil.copymode(fresh / CONFIG_NAME, fresh / WEIGHTS_NAME)  # safetensors makes files that only we can read
+            for file, data in (own or {}).items():
+                (fresh / file).write_bytes(data)
             _flush(fresh)
-            _put(fresh, folder)
+            replaced = own is not None and (folder / CONFIG_NAME).exists()
+            _put(fresh, folder, [*(OWN_FILES if replaced else own or ()), WEIGHTS_NAME, CONFIG_NAME])
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
         with contextlib.suppress(OSError):
             for parent in made:
@@ -118,8 +133,8 @@ def _flush(folder: Path) -> None:
             os.fsync(file.fileno())
 
 
-def _put(fresh: Path, folder: Path) -> None:
-    """Rename the new folder, or its two files where the folder is there.
+def _put(fresh: Path, folder: Path, names: Sequence[str]) -> None:
+    """Rename the new folder, or its files of these names where the folder is there; those that are not new go.
 
     Two renames are not one: what is killed between them leaves two files that do not belong together, which the
     config's checksum in the weights' header tells when they are read.
@@ -133,21 +148,26 @@ def _put(fresh: Path, folder: Path) -> None:
                 raise
     old = fresh.with_name("old")
     old.mkdir()
-    for name in (WEIGHTS_NAME, CONFIG_NAME):
+    for name in names:
         if (folder / name).exists():
             shutil.copy2(folder / name, old / name)
     done: list[str] = []
     try:
-        for name in (WEIGHTS_NAME, CONFIG_NAME):
-            os.replace(fresh / name, folder / name)
+        for name in names:
+            _move(fresh, folder, name)
             done.append(name)
     except BaseException:
         for name in done:
-            if (old / name).exists():
-                os.replace(old / name, folder / name)
-            else:
-                (folder / name).unlink()
+            _move(old, folder, name)
         raise
+
+
+def _move(source: Path, folder: Path, name: str) -> None:
+    """Have a file as it is in ``source``: not at all, where it is not there."""
+    if (source / name).exists():
+        os.replace(source / name, folder / name)
+    else:
+        (folder / name).unlink(missing_ok=True)
 
 
 # -- in --------------------------------------------------------------------------------------------
@@ -210,6 +230,28 @@ def _download(
             ) from error
         folder = Path(found).parent
     return folder
+
+
+def fetch_own(source: str | os.PathLike[str], revision: str | None = None) -> None:
+    """Have what a hub id brings beside its two files (own_files.py) in the folder that :func:`locate` gave for it.
+
+    Raises:
+        CheckpointError: the hub does not give it.
+
+    """
+    if adapter_place(source) is not None:
+        return
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+
+    for name in OWN_FILES:
+        try:
+            with contextlib.suppress(EntryNotFoundError):  # most have few of them
+                hf_hub_download(str(source), name, revision=revision)
+        except (HfHubHTTPError, OSError) as error:
+            raise CheckpointError(
+                f"{name} of {source!r} cannot be had from the hub: {without_network(error, str(source))}"
+            ) from error
 
 
 def read_files(folder: Path) -> TwoFiles:

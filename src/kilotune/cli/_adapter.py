@@ -11,7 +11,7 @@ from typing import Any
 
 from ..adapter_files import reading
 from ..adapter_files.content import content_sha256
-from ..adapter_files.files import REPO_ID
+from ..adapter_files.files import REPO_ID, fetch_own
 from ..adapter_files.fitting import match_tensors
 from ..adapter_files.reading import AdapterFile
 from ..adapter_files.stands_on import StandsOn, StandsOnWarning
@@ -47,7 +47,9 @@ def open_adapter(adapter: str, revision: str | None) -> AdapterFile:
     """The adapter's files, from a folder or a hub id, checked."""
     if revision is not None and Path(adapter).exists():
         raise ConfigError(f"--adapter-revision {revision!r}: {adapter!r} is a folder here, so it has no revisions")
-    return reading.open_adapter(adapter, revision)
+    file = reading.open_adapter(adapter, revision)
+    fetch_own(adapter, revision)
+    return file
 
 
 def open_below(file: AdapterFile, on: str | None) -> AdapterFile | None:

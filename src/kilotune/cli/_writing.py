@@ -9,6 +9,7 @@ from typing import Any, final
 
 from ..errors import ConfigError
 from ..model.peft_model import PeftModel
+from ..train.data.processors import template_note
 from ..train.finished.sampling_options import Sampling
 from ..train.finished.text_generation import Answer, Chat, Writer, check_writes, tokenizer_of
 from ..train.results.outcome import form_of
@@ -16,7 +17,7 @@ from ..train.results.scoring import check_base
 from ..train.running import base_model as models
 from ..train.tasks import TASKS
 from ._adapter import apart, base_of, load_fitting_base, open_adapter, open_below, put_below
-from ._output import quiet_transformers
+from ._output import quiet_transformers, warn
 from ._paths import is_whole_model
 from ._weights import Weights
 
@@ -93,6 +94,8 @@ def open_writer(
     check_writes(model)
     check_base(model, weights.settings(source, revision), file.folder)
     tokenizer = tokenizer_of(file.folder, source, revision)
+    if (note := template_note(tokenizer, file.folder, source, revision)) is not None:
+        warn(note)
     with apart():
         adapted = PeftModel.from_pretrained(weights.placed(model), file)
     put_below(adapted, below)

@@ -26,6 +26,7 @@ OWN = (
     "cors_origin",
     "slow_request",
     "adapter_folder",
+    "own_chat_templates",
 )  # settings with an option of their own
 OF_ENGINE = ("task", "dtype", "device", "revision")
 REST = [key for key in (*ServeSettings.known(), *EngineSettings.known()) if key not in (*OWN, *OF_ENGINE)]
@@ -61,6 +62,7 @@ def serve(
     adapter_folder: Annotated[
         list[str] | None, typer.Option(metavar="DIR", help=f"{_help('adapter_folder')} May be given again; none: off.")
     ] = None,
+    own_chat_templates: Annotated[bool, typer.Option("--own-chat-templates", help=_help("own_chat_templates"))] = False,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help=f"KEY=VALUE, of {', '.join(REST)}. May be given again.")
     ] = None,
@@ -79,6 +81,7 @@ def serve(
             "namespace": namespace,
             "cors_origin": tuple(cors_origin or ()),
             "slow_request": slow_request,
+            "own_chat_templates": own_chat_templates,
             "adapter_folder": tuple(adapter_folder or ()),
         },
         {"task": task, "dtype": dtype, "device": device, "revision": revision},

@@ -131,7 +131,7 @@ def get(
         raise ConfigError(f"{out} holds something already; give another folder, or --force")
     with _opened(store, namespace=namespace, read_only=True) as opened:
         record = opened.get(name, which(version))
-    record.save(out)
+        record.save(out)
     if as_json:
         print_json({**record.info.to_dict(), "out": str(out)})
     else:
@@ -160,6 +160,7 @@ def show(store: Url, name: Name, version: Which = None, namespace: Space = "defa
         ("tags", ", ".join(info.tags)),
         ("metadata", json.dumps(dict(info.metadata), ensure_ascii=False) if info.metadata else ""),
         ("SHA-256", info.sha256),
+        *([("brings", ", ".join(info.files))] if info.files else []),
         ("stands on", _below(info) or "nothing: it is whole by itself"),
         ("stood on by", str(others) or "nobody"),
     ]

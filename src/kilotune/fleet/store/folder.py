@@ -21,6 +21,7 @@ from typing import Any, NoReturn, final
 
 from ...adapter_files.content import content_sha256
 from ...adapter_files.files import CONFIG_NAME, WEIGHTS_NAME
+from ...adapter_files.own_files import OWN_FILES
 from ...adapter_files.stands_on import StandsOn, with_mark
 from ...errors import (
     AdapterError,
@@ -88,7 +89,7 @@ class FolderStore(AdapterStore):
         if not (place / CONFIG_NAME).is_file():
             raise AdapterError(f"there is no adapter {name!r} in {self.path}.{did_you_mean(name, self._names())}")
         root = self.path.resolve()
-        for file in (place / CONFIG_NAME, place / WEIGHTS_NAME):
+        for file in (place / CONFIG_NAME, place / WEIGHTS_NAME, *(place / name for name in OWN_FILES)):
             if not file.resolve().is_relative_to(root):
                 raise CheckpointError(f"{file} is a link that leads out of {self.path}")
         return place
@@ -125,8 +126,9 @@ class FolderStore(AdapterStore):
             form=form.sha256,
             base=None,
             stands_on=None if mark is None else SharedVersion(mark.name, ONLY, mark.sha256, ROOT),
+            files=dict(form.files),
         )
-        return Record(info, form, ready.packed, ready.frozen)
+        return Record(info, form, ready.packed, ready.frozen, ready.files)
 
     def info(self, name: str, version: Which = None) -> Version:
         return self.get(name, version).info

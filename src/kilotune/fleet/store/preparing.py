@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, final
 
 from torch import Tensor
 
-from ...adapter_files.files import locate, read_files, tensors_checksum
+from ...adapter_files.files import fetch_own, locate, read_files, tensors_checksum
+from ...adapter_files.own_files import check_own, read_own
 from ...adapter_files.peft_layout import BASE
 from ...adapter_files.stands_on import StandsOn, with_mark
 from ...adapter_files.writing import state_of
@@ -52,7 +54,7 @@ class Below:
 @dataclass(frozen=True, eq=False)
 class Ready:
     """An adapter that can be written: all has been checked. frozen: the form's shared tensors, by key. below: what it
-    stands on."""
+    stands on. files: what it brings beside its two files."""
 
     name: str
     form: Form
@@ -62,6 +64,7 @@ class Ready:
     tags: tuple[str, ...]
     frozen: Mapping[str, Tensor]
     below: Below | None = None
+    files: Mapping[str, bytes] = field(default_factory=dict)
 
 
 @final
@@ -102,10 +105,12 @@ class Preparer:
             form, shared = self._form(contents, packing)
             frozen = {key: contents.tensors[key] for key in shared}
             form = _with_frozen(form, frozen) if frozen else form
+            if contents.files:
+                form = replace(form, files=_sums(contents.files))
             packed = form.layout.pack(contents.tensors)
         except (CheckpointError, ConfigError) as error:
             raise type(error)(f"{name!r}: {error}") from error
-        return Ready(name, form, packed, form.content_hash(packed), text, words, frozen, below)
+        return Ready(name, form, packed, form.content_hash(packed), text, words, frozen, below, contents.files)
 
     def _form(self, contents: Contents, packing: str) -> tuple[Form, tuple[str, ...]]:
         """(the form, without checksums of frozen tensors; their keys)."""
@@ -141,18 +146,26 @@ def contents_of(adapter: object, adapter_name: str | None = None) -> Contents:
         return adapter
     if isinstance(adapter, Record):
         tensors = adapter.tensors()
-        return Contents(adapter.config, tensors, adapter.header(tensors), adapter.form.base)
+        header = adapter.header(tensors)
+        return Contents(adapter.config, tensors, header, adapter.form.base, files=dict(adapter.files))
     if isinstance(adapter, (str, os.PathLike)):
-        return folder_contents(locate(adapter))
+        folder = locate(adapter)
+        fetch_own(adapter)
+        return folder_contents(folder)
     raise ConfigError(
         f"expected an adapter's folder, a kilotune model with adapters or a store's record, got {type_name(adapter)}"
     )
 
 
 def folder_contents(folder: Path) -> Contents:
-    """PEFT's two files, with the checksums in them held against the numbers."""
+    """PEFT's two files, with the checksums in them held against the numbers; and what is beside them."""
     files = read_files(folder)
-    return Contents(files.config, files.tensors, files.header)
+    return Contents(files.config, files.tensors, files.header, files=read_own(folder))
+
+
+def _sums(files: Mapping[str, bytes]) -> dict[str, str]:
+    check_own(files)
+    return {name: hashlib.sha256(data).hexdigest() for name, data in sorted(files.items())}
 
 
 def _of_model(model: AdapterModel, adapter_name: str | None) -> Contents:

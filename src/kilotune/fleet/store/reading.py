@@ -9,7 +9,7 @@ import json
 import threading
 import zlib
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, final
@@ -23,10 +23,10 @@ from ...errors import AdapterError, CheckpointError, did_you_mean
 from ...injection.fingerprint import Fingerprint
 from .names import NEWEST
 from .packing import Layout
-from .records import Form, Record, SharedVersion, Version, check_frozen
+from .records import Form, KeptFiles, Record, SharedVersion, Version, check_frozen
 from .schema import Link
 
-__all__ = ["Forms", "Known", "Row", "find", "missing", "names_after", "of_names", "unpacked_text"]
+__all__ = ["Forms", "Known", "Row", "find", "kept_data", "missing", "names_after", "of_names", "unpacked_text"]
 
 Below = tuple[int | None, int | None, str | None, str | None, int | None]
 NOTHING: Below = (None, None, None, None, None)
@@ -110,6 +110,7 @@ class Row:
             form=form.sha256,
             base=None if form.base is None else form.base.sha256,
             stands_on=self.stands_on(form),
+            files=dict(form.files),
         )
 
     def record(self, known: Known) -> Record:
@@ -126,7 +127,7 @@ class Row:
         if known.form.content_hash(data) != bytes(self.sha256):
             raise CheckpointError(f"{where} is damaged: its SHA-256 is not {bytes(self.sha256).hex()}")
         known.form.layout.check(data)
-        return Record(self.info(known.form), known.form, data, known.frozen)
+        return Record(self.info(known.form), known.form, data, known.frozen, known.files)
 
 
 def moment(microseconds: int) -> datetime:
@@ -230,17 +231,20 @@ def aliases_of(link: Link, namespace: str, name: str) -> list[tuple[str, int, in
 @final
 @dataclass(frozen=True, eq=False)
 class Known:
-    """A form with its frozen tensors."""
+    """A form with its frozen tensors and files."""
 
     form: Form
     frozen: Mapping[str, Tensor]
+    files: Mapping[str, bytes]
 
 
 @final
 class Forms:
     """The forms that were used last, by their number in the store."""
 
-    def __init__(self) -> None:
+    def __init__(self, fetch: Callable[[str, str], bytes]) -> None:
+        """fetch: (name, SHA-256) -> a file of a form, as the store has it."""
+        self._fetch = fetch
         self._known: OrderedDict[int, Known] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -255,7 +259,7 @@ class Forms:
             if (known := self._known.get(number)) is not None:
                 self._known.move_to_end(number)
                 return known
-        known = read_form(link, number)
+        known = read_form(link, number, self._fetch)
         with self._lock:
             self._known[number] = known
             if len(self._known) > FORMS_KEPT:
@@ -263,8 +267,8 @@ class Forms:
         return known
 
 
-def read_form(link: Link, number: int) -> Known:
-    """A form out of its tables, held against its hash."""
+def read_form(link: Link, number: int, fetch: Callable[[str, str], bytes]) -> Known:
+    """A form out of its tables, held against its hash. fetch: gives its files, when somebody reads them."""
     row = link.one(
         "SELECT f.sha256, f.data, b.data FROM kilotune_forms f LEFT JOIN kilotune_bases b ON b.id = f.base "
         "WHERE f.id = ?",
@@ -277,21 +281,28 @@ def read_form(link: Link, number: int) -> Known:
         values = json.loads(unpacked_text(data))
         fingerprint = None if base is None else Fingerprint.from_json(unpacked_text(bytes(base)))
         layout = Layout.from_json(values["layout"])
-        form = Form(values["config"], values["header"], layout, values["shared"], fingerprint)
+        form = Form(values["config"], values["header"], layout, values["shared"], fingerprint, values.get("files", {}))
         actual = form.sha256
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"the store is damaged: form {number} cannot be read: {error}") from error
     if actual != sha256:
         raise CheckpointError(f"the store is damaged: form {number}: expected SHA-256 {sha256}, got {actual}")
-    return Known(form, {key: _frozen(link, key, wanted) for key, wanted in form.shared.items()})
+    frozen = {key: _frozen(link, key, wanted) for key, wanted in form.shared.items()}
+    return Known(form, frozen, KeptFiles(form.files, fetch))
+
+
+def kept_data(link: Link, what: str, sha256: str) -> bytes:
+    """What is kept under a hash, once for all that have it; CheckpointError where it is not there."""
+    row = link.one("SELECT data FROM kilotune_frozen WHERE sha256 = ?", (bytes.fromhex(sha256),))
+    if row is None:
+        raise CheckpointError(f"the store is damaged: {what} is not there")
+    return bytes(row[0])
 
 
 def _frozen(link: Link, key: str, sha256: str) -> Tensor:
-    row = link.one("SELECT data FROM kilotune_frozen WHERE sha256 = ?", (bytes.fromhex(sha256),))
-    if row is None:
-        raise CheckpointError(f"the store is damaged: the shared tensor {key} is not there")
+    data = kept_data(link, f"the shared tensor {key}", sha256)
     try:
-        tensor = load(bytes(row[0]))[""]
+        tensor = load(data)[""]
     except (SafetensorError, KeyError) as error:
         raise CheckpointError(f"the store is damaged: the shared tensor {key} cannot be read: {error}") from error
     check_frozen(key, tensor, sha256)

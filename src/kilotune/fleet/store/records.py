@@ -10,16 +10,20 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Mapping
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any, final
+from threading import Lock
+from typing import Any, ClassVar, final
 
 from torch import Tensor
 
 from ...adapter_files.files import TwoFiles, tensors_checksum, write
+from ...adapter_files.own_files import OWN_FILES, digest
 from ...adapter_files.reading import AdapterFile, parse
 from ...adapter_files.stands_on import StandsOn, with_mark
 from ...errors import CheckpointError
@@ -34,6 +38,7 @@ __all__ = [
     "Fault",
     "Fingerprint",
     "Form",
+    "KeptFiles",
     "Moved",
     "Record",
     "SharedVersion",
@@ -42,8 +47,10 @@ __all__ = [
     "Version",
     "canonical",
     "saved_whole",
+    "unpacked_file",
 ]
 
+LAST = 5  # files that were read last, of all stores
 SUM = "kilotune_sha256"  # the one value of a file's header that differs between adapters of one form
 
 
@@ -59,7 +66,7 @@ class Contents:
 
     config: the object of adapter_config.json. tensors: under the file's own keys (``base_model.model....``).
     header: the metadata of adapter_model.safetensors. base: the model that it was trained on, where that is known.
-    where: what errors call it.
+    where: what errors call it. files: what it brings beside them, by name (adapter_files/own_files.py).
     """
 
     config: Mapping[str, Any]
@@ -67,6 +74,7 @@ class Contents:
     header: Mapping[str, str]
     base: Fingerprint | None = None
     where: Path = Path("the adapter")
+    files: Mapping[str, bytes] = field(default_factory=dict)
 
     @cached_property
     def file(self) -> AdapterFile:
@@ -93,7 +101,8 @@ class Form:
 
     config: of adapter_config.json. header: of the weights' file, without the checksum of the numbers. layout: keys,
     shapes, types and packing of the numbers. shared: SHA-256 (hexadecimal) by key of the frozen tensors that all have.
-    base: the fingerprint of the base model, or None where it is not known.
+    base: the fingerprint of the base model, or None where it is not known. files: SHA-256 (hexadecimal) by name of what
+    the adapters bring beside their two files: a chat template, a tokenizer.
     """
 
     config: Mapping[str, Any]
@@ -101,13 +110,15 @@ class Form:
     layout: Layout
     shared: Mapping[str, str] = field(default_factory=dict)
     base: Fingerprint | None = None
+    files: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def text(self) -> str:
         """The form as one JSON text, the base by its hash."""
         base = None if self.base is None else self.base.sha256
         parts = {"config": dict(self.config), "header": dict(self.header), "layout": self.layout.to_json()}
-        return canonical({**parts, "shared": dict(self.shared), "base": base})
+        files = {"files": dict(self.files)} if self.files else {}  # no key, so that other forms are what they were
+        return canonical({**parts, **files, "shared": dict(self.shared), "base": base})
 
     @cached_property
     def sha256(self) -> str:
@@ -174,7 +185,8 @@ class Version:
     the form and the packed numbers, hexadecimal. created, used: UTC; used is None until the first read, and exact to
     a minute or so (reads are noted together). metadata, tags: what was given when it was put. packing: "float32",
     "bfloat16" or "int8". size: bytes of the packed numbers. form: SHA-256 of its :class:`Form`. base: SHA-256 of the
-    base model's fingerprint, or None. stands_on: the shared version that it was trained on top of, or None.
+    base model's fingerprint, or None. stands_on: the shared version that it was trained on top of, or None. files: what
+    it brings beside its two files, with SHA-256.
     """
 
     name: str
@@ -189,12 +201,18 @@ class Version:
     form: str
     base: str | None
     stands_on: SharedVersion | None = None
+    files: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def own(self) -> str | None:
+        """One SHA-256 for what it brings beside its two files; None where that is nothing."""
+        return digest(self.files)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
         times = {"created": self.created.isoformat(), "used": None if self.used is None else self.used.isoformat()}
         below = None if self.stands_on is None else dict(self.stands_on.__dict__)
-        own = {"metadata": dict(self.metadata), "tags": list(self.tags), "stands_on": below}
+        own = {"metadata": dict(self.metadata), "tags": list(self.tags), "stands_on": below, "files": dict(self.files)}
         return {**self.__dict__, **times, **own}
 
 
@@ -204,13 +222,14 @@ class Record:
     """An adapter out of a store, whole: ``model.load_adapter(record.file(), "ann")`` puts it into a model.
 
     info: its key, times, metadata. form: what it shares with others. packed: its own numbers, as stored.
-    frozen: the shared frozen tensors by key (not to be written to).
+    frozen: the shared frozen tensors by key (not to be written to). files: what it brings beside its two files.
     """
 
     info: Version
     form: Form
     packed: bytes = field(repr=False)
     frozen: Mapping[str, Tensor] = field(repr=False)
+    files: Mapping[str, bytes] = field(default_factory=dict, repr=False)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -248,9 +267,55 @@ class Record:
         return parse(TwoFiles(where, self.config, tensors, self.header(tensors)))
 
     def save(self, folder: str | Path) -> None:
-        """Write PEFT's two files into ``folder``, whole or not at all."""
+        """Write PEFT's two files, and what it brings beside them, into ``folder``, whole or not at all."""
         tensors = self.tensors()
-        write(Path(folder), self.config, tensors, self.header(tensors))
+        write(Path(folder), self.config, tensors, self.header(tensors), self.files)
+
+
+@final
+class KeptFiles(Mapping[str, bytes]):
+    """Files by name that are read from a store when they are asked for, and held against their hashes.
+
+    Args:
+        sums: SHA-256 by name.
+        fetch: (name, SHA-256) -> the file as the store has it, packed by zlib.
+
+    """
+
+    _last: ClassVar[OrderedDict[str, bytes]] = OrderedDict()  # by SHA-256: many adapters in a row bring the same
+    _lock: ClassVar[Lock] = Lock()
+
+    def __init__(self, sums: Mapping[str, str], fetch: Callable[[str, str], bytes]) -> None:
+        self._sums, self._fetch = sums, fetch
+
+    def __getitem__(self, name: str) -> bytes:
+        sha256 = self._sums[name]
+        with self._lock:
+            if sha256 in self._last:
+                return self._last[sha256]
+        data = unpacked_file(name, sha256, self._fetch(name, sha256))
+        with self._lock:
+            self._last[sha256] = data
+            while len(self._last) > LAST:
+                self._last.popitem(last=False)
+        return data
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sums)
+
+    def __len__(self) -> int:
+        return len(self._sums)
+
+
+def unpacked_file(name: str, sha256: str, packed: bytes) -> bytes:
+    """A file out of a store; CheckpointError where it is not what was kept."""
+    try:
+        data = zlib.decompressobj().decompress(packed, OWN_FILES.get(name, 1))
+    except zlib.error:
+        data = b""
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise CheckpointError(f"the store is damaged: {name} is not what was kept")
+    return data
 
 
 @final

@@ -67,7 +67,7 @@ class SqlStore(AdapterStore, Forking, ABC):
         self.url, self.namespace, self.base, self.read_only = url, check_namespace(namespace), base, read_only
         self.timeout = timeout
         self._prepare = Preparer(base, packing)
-        self._forms = Forms()
+        self._forms = Forms(self._kept_file)
         self._notes: dict[tuple[int, int], int] = {}
         self._noted = time.monotonic()
         self._notes_lock = threading.Lock()
@@ -78,7 +78,7 @@ class SqlStore(AdapterStore, Forking, ABC):
         self._notes_lock = threading.Lock()
         self._notes = {}  # the parent will write them down
         self._prepare.forked()
-        self._forms = Forms()
+        self._forms = Forms(self._kept_file)
         self._leave_connections()
 
     # -- what a database brings -------------------------------------------------------------------
@@ -86,6 +86,10 @@ class SqlStore(AdapterStore, Forking, ABC):
     @abstractmethod
     def _read(self, work: Callable[[Link], T]) -> T:
         """Run ``work`` on one snapshot of the store."""
+
+    def _kept_file(self, name: str, sha256: str) -> bytes:
+        """A file that adapters bring, as it is kept."""
+        return self._read(lambda link: reading.kept_data(link, name, sha256))
 
     @abstractmethod
     def _write(self, work: Callable[[Link], T], patient: bool = True) -> T:
@@ -386,7 +390,7 @@ class SqlStore(AdapterStore, Forking, ABC):
             yield from self._damage()
             yield from self._read(lambda link: list(upkeep.orphans(link)))
         pages = self._pages() if names is None else [names[i : i + PAGE] for i in range(0, len(names), PAGE)]
-        forms = Forms()  # read anew, not those that a handle remembers
+        forms = Forms(self._kept_file)  # read anew, not those that a handle remembers
         for page in pages:
             yield from self._read(_verifier(self.namespace, page, forms, named=names is not None))
 

@@ -336,7 +336,7 @@ class _Out:
         if place.exists() and not self.force:
             raise CheckpointError(f"{place} is there already; move it away, or write over it with force")
         tensors = record.tensors()
-        write(place, record.config, tensors, with_mark(record.header(tensors), mark))
+        write(place, record.config, tensors, with_mark(record.header(tensors), mark), record.files)
         run = self.run
         run.count, run.bytes = run.count + 1, run.bytes + record.info.size
         if run.done is not None and run.count % PAGE == 0:

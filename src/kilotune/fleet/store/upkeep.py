@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 from ...errors import CheckpointError, StoreError
-from .reading import Forms, Row, missing, of_names
-from .records import Collected, Fault, Stats
+from .reading import Forms, Row, kept_data, missing, of_names
+from .records import Collected, Fault, Stats, unpacked_file
 from .schema import Link
 from .stacks import stood_on, stood_on_faults
 from .writing import drop, now
@@ -23,6 +23,7 @@ CHUNK = 32_000_000  # bytes of numbers read at once
 def faults_of(link: Link, forms: Forms, namespace: str, names: Sequence[str]) -> Iterator[Fault]:
     """Everything that is wrong with the versions of these names."""
     rows = of_names(link, namespace, names, every=True, data=False)
+    read: set[int] = set()  # forms whose files were looked at
     for chunk in _chunks(rows):
         places = ", ".join("?" * len(chunk))
         data = dict(
@@ -33,6 +34,10 @@ def faults_of(link: Link, forms: Forms, namespace: str, names: Sequence[str]) ->
                 known = forms.of(link, row.form)
                 found = data.get(row.payload)
                 Row(**{**row.__dict__, "data": found}).record(known).tensors()
+                if row.form not in read:
+                    for name, sha256 in known.form.files.items():
+                        unpacked_file(name, sha256, kept_data(link, name, sha256))
+                    read.add(row.form)
             except (CheckpointError, ValueError) as error:
                 yield Fault(row.name, row.version, str(error))
     for row, what in stood_on_faults(link, forms, rows):

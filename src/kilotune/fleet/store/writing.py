@@ -138,6 +138,8 @@ def _namespace(link: Link, namespace: str) -> int:
 def _form(link: Link, one: Ready) -> int:
     form = one.form
     frozen = {key: _shared(link, "frozen", form.shared[key], save({"": one.frozen[key]})) for key in form.shared}
+    for name, sha256 in form.files.items():
+        frozen[name] = _file(link, sha256, one.files[name])
     base = None if form.base is None else _base(link, form.base)
     number = _shared(link, "forms", form.sha256, zlib.compress(form.text.encode()), base)
     link.many(
@@ -145,6 +147,12 @@ def _form(link: Link, one: Ready) -> int:
         [(number, kept) for kept in sorted(set(frozen.values()))],
     )
     return number
+
+
+def _file(link: Link, sha256: str, data: bytes) -> int:
+    """Where a file is, which is made small only where it is not there yet."""
+    there = link.one(f"SELECT id FROM kilotune_frozen WHERE sha256 = ?{link.sharing}", (bytes.fromhex(sha256),))
+    return _shared(link, "frozen", sha256, zlib.compress(data)) if there is None else int(there[0])
 
 
 def _base(link: Link, base: Fingerprint) -> int:

@@ -44,7 +44,8 @@ Reason = Literal["stop", "length", "cancelled", "deadline", "grammar", "error"]
 class AdapterKey:
     """One version of one adapter. sha256: of its contents, hexadecimal (:class:`~kilotune.fleet.store.Version`).
 
-    on: the shared one that it stands on, which stands on none.
+    on: the shared one that it stands on, which stands on none. own: SHA-256 of what it brings beside its numbers (a
+    chat template, say); None: nothing, or nobody has looked.
     """
 
     namespace: str
@@ -52,12 +53,13 @@ class AdapterKey:
     version: int
     sha256: str
     on: AdapterKey | None = None
+    own: str | None = None
 
     @classmethod
     def of(cls, namespace: str, version: Version) -> Self:
         """Of a version of ``namespace``, with what it stands on."""
         on = None if version.stands_on is None else cls.shared(version.stands_on)
-        return cls(namespace, version.name, version.version, version.sha256, on)
+        return cls(namespace, version.name, version.version, version.sha256, on, version.own)
 
     @classmethod
     def shared(cls, on: SharedVersion) -> Self:

@@ -34,7 +34,7 @@ from ...errors import (
     UnsupportedError,
     did_you_mean,
 )
-from ...fleet.joint.wrapping import wrap
+from ...fleet.stepper.wrapping import wrap
 from ...fleet.store import AdapterStore, Contents, Fingerprint, SharedVersion, Version, open_store
 from ...fleet.store.adapter_store import Adapter, Which
 from ...fleet.store.names import SHARED, check_name, check_which
@@ -188,6 +188,24 @@ class AdapterRegistry:
             while len(self._resolved) > RESOLVED:
                 self._resolved.popitem(last=False)
         return key
+
+    def own_files(self, key: AdapterKey) -> Mapping[str, bytes]:
+        """What an adapter brings beside its numbers; where that is nothing, what the one beneath it does.
+
+        Raises:
+            AdapterError: it is not there any more. CheckpointError: it is damaged. StoreError: the store.
+
+        """
+
+        def files(store: AdapterStore) -> dict[str, bytes]:
+            record = store.get(key.name, key.version)
+            if record.info.sha256 != key.sha256:
+                raise CheckpointError(f"adapter {key.name!r}, version {key.version}: the store holds other contents")
+            if record.files or key.on is None:
+                return dict(record.files)
+            return dict(store.shared_of(record.info).files)
+
+        return self._ask(key.namespace, files)
 
     def info(self, namespace: str, name: str, which: Which = None) -> Version:
         """See :meth:`AdapterStore.info`."""

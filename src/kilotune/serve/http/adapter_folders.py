@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ...adapter_files.files import CONFIG_NAME, WEIGHTS_NAME
+from ...adapter_files.own_files import OWN_FILES
 from .http_errors import ApiError
 
 __all__ = ["opened"]
@@ -25,13 +26,13 @@ FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 @contextlib.contextmanager
-def opened(path: str, allowed: Sequence[str], most: int) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """The two files of an adapter's folder, open at their beginning.
+def opened(path: str, allowed: Sequence[str], most: int) -> Iterator[tuple[BinaryIO, BinaryIO, dict[str, BinaryIO]]]:
+    """The two files of an adapter's folder, open at their beginning, and by name what it brings beside them.
 
     Args:
         path: absolute.
         allowed: the folders below which, or as which, it may be.
-        most: bytes of both files.
+        most: bytes of all files.
 
     Raises:
         ApiError: 403: it is in none of them, or leads out of them. 404: there is no adapter. 400: it cannot be read, or
@@ -40,10 +41,18 @@ def opened(path: str, allowed: Sequence[str], most: int) -> Iterator[tuple[Binar
     """
     with contextlib.ExitStack() as held:
         config, weights = (held.enter_context(_file(path, name, allowed)) for name in (CONFIG_NAME, WEIGHTS_NAME))
-        size = sum(os.fstat(file.fileno()).st_size for file in (config, weights))
+        files: dict[str, BinaryIO] = {}
+        for name in OWN_FILES:
+            if (file := _file_if_there(path, name, allowed)) is not None:
+                files[name] = held.enter_context(file)
+        size = sum(os.fstat(file.fileno()).st_size for file in (config, weights, *files.values()))
         if size > most:
             raise ApiError(413, f"{PARAM}: the adapter has {size} bytes; at most {most} are taken", param=PARAM)
-        yield config, weights
+        yield config, weights, files
+
+
+def _file_if_there(path: str, name: str, allowed: Sequence[str]) -> BinaryIO | None:
+    return _file(path, name, allowed) if os.path.lexists(os.path.join(path, name)) else None
 
 
 def _file(path: str, name: str, allowed: Sequence[str]) -> BinaryIO:

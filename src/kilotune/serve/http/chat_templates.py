@@ -32,10 +32,11 @@ SPELLERS = 4  # copies of the tokenizer, each for other marks
 @final
 @dataclass(frozen=True)
 class OwnTemplate:
-    """A template that an adapter brings. name: as errors call it."""
+    """A template that an adapter brings. name: as errors call it. refused: why no chat is rendered in it."""
 
     text: str
     name: str
+    refused: str | None = None
 
 
 @final
@@ -70,6 +71,11 @@ class ChatTemplates:
         chats.warm()
         return chats
 
+    @property
+    def text(self) -> str | None:
+        """The base's template; None where it has none, or several."""
+        return None if isinstance(self.base, str) else self.base.template
+
     def here(self, messages: Sequence[Any], own: OwnTemplate | None) -> ChatTemplate | None:
         """What renders a chat at once; None: it is for :meth:`render`.
 
@@ -78,6 +84,8 @@ class ChatTemplates:
 
         """
         if own is not None:
+            if own.refused is not None:
+                raise ConfigError(own.refused)
             return None
         if isinstance(self.base, str):
             raise ConfigError(self.base)
@@ -94,6 +102,12 @@ class ChatTemplates:
         """
         async with self._lanes.lane(tenant) as lane:
             return await lane.run(lambda: self._rendered(messages, ending, own))
+
+    def ends(self, own: OwnTemplate | None) -> tuple[int, ...]:
+        """The token that ends an answer in an adapter's template, which the base need not know, once it rendered."""
+        with self._lock:
+            chats = None if own is None else self._known.get(own)
+        return () if chats is None or chats.turn_end is None else (chats.turn_end,)
 
     def check(self, own: OwnTemplate) -> None:
         """See that a template renders anything; raises as :meth:`render`."""
@@ -117,6 +131,8 @@ class ChatTemplates:
         render = self._bounded.renderer(given.text, given.name)
         with self._bounded.within():
             made = ChatTemplate(self._tokenizer, given.text, render, self._speller)
+            if own is not None:
+                _ = made.turn_end
         with self._lock:
             self._known[own] = made
             while len(self._known) > KEPT:

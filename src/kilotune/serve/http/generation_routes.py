@@ -146,7 +146,9 @@ def check_biases(service: Service, body: SamplingBody) -> None:
         raise ApiError(400, told, param="logit_bias")
 
 
-def _sampling(body: SamplingBody, tokens: int, logprobs: int | None, choice: int) -> Sampling:
+def _sampling(
+    body: SamplingBody, tokens: int, logprobs: int | None, choice: int, ends: tuple[int, ...] = ()
+) -> Sampling:
     return Sampling(
         max_tokens=tokens,
         temperature=1.0 if body.temperature is None else body.temperature,
@@ -154,7 +156,7 @@ def _sampling(body: SamplingBody, tokens: int, logprobs: int | None, choice: int
         top_k=None if body.top_k in (0, -1) else body.top_k,
         seed=seed_of(body.seed, choice),
         stop=body.stops,
-        stop_token_ids=tuple(body.stop_token_ids or ()),
+        stop_token_ids=(*(body.stop_token_ids or ()), *(() if body.ignore_eos else ends)),
         ignore_eos=bool(body.ignore_eos),
         logprobs=logprobs,
         prompt_logprobs=body.scored,
@@ -178,11 +180,13 @@ def generations_of(
 ) -> list[Generation]:
     """What to ask the engine for: each prompt as often as answers are wanted. tokens: the most of each."""
     caller, deadline, name = caller_of(request), service.deadline(body.timeout), noted(request.scope).id
+    ends = service.prompts.templates.ends(meant.own)
+    asked = itertools.product(zip(prompts, tokens, strict=True), range(body.choices))
     return [
-        service.generation(f"{name}-{place}", caller, meant, prompt, _sampling(body, room, logprobs, choice), deadline)
-        for place, ((prompt, room), choice) in enumerate(
-            itertools.product(zip(prompts, tokens, strict=True), range(body.choices))
+        service.generation(
+            f"{name}-{place}", caller, meant, prompt, _sampling(body, room, logprobs, choice, ends), deadline
         )
+        for place, ((prompt, room), choice) in enumerate(asked)
     ]
 
 
@@ -211,7 +215,7 @@ def routes(service: Service, errors: dict[int | str, dict[str, Any]]) -> APIRout
         check_biases(service, body)
         tenant = enter(service, request, body.choices)
         meant = await service.meant(caller_of(request), body.model)
-        prompt = await service.prompts.chat(told_messages(body.messages), tenant, body.ending)
+        prompt = await service.prompts.chat(told_messages(body.messages), tenant, body.ending, own=meant.own)
         tokens = service.room(prompt, body.limit, None, "messages")
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         generations = generations_of(service, request, body, meant, [prompt], [tokens], logprobs)

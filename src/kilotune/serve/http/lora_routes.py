@@ -109,8 +109,8 @@ class Loading:
     def _bring(self, path: str, folder: Path) -> None:
         """In a thread of the puts."""
         settings = self.service.settings
-        with opened(path, settings.adapter_folder, settings.max_adapter) as (config, weights):
-            uploaded(config, weights)(folder)
+        with opened(path, settings.adapter_folder, settings.max_adapter) as (config, weights, files):
+            uploaded(config, weights, files)(folder)
 
     async def _stored(self, space: str, body: LoadBody) -> str | None:
         """What the store has is served by its own name; it is read now, so that it answers at once."""

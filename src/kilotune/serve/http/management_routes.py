@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Annotated, Any
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, BinaryIO
 
 from fastapi import APIRouter, File, Form, Query, Request, UploadFile
 from fastapi.responses import JSONResponse, Response
 
 from ...adapter_files.names import composed
+from ...adapter_files.own_files import OWN_FILES
 from ...errors import AdapterError, ConfigError
 from ...fleet.store import Version
 from ...fleet.store.adapter_store import Which
@@ -108,6 +109,17 @@ def _metadata(text: str | None) -> dict[str, Any]:
     return dict(found)
 
 
+def _own_files(files: Sequence[UploadFile]) -> dict[str, BinaryIO]:
+    found: dict[str, BinaryIO] = {}
+    for file in files:
+        name = file.filename or ""
+        if name not in OWN_FILES or name in found:
+            why = "was given twice" if name in found else f"expected one of {', '.join(OWN_FILES)}"
+            raise ApiError(400, f"files: {name!r:.100}: {why}", param="files")
+        found[name] = file.file
+    return found
+
+
 def _put_routes(router: APIRouter, service: Service) -> None:
     @router.put(
         "/{namespace}/adapters/{name}",
@@ -129,6 +141,9 @@ def _put_routes(router: APIRouter, service: Service) -> None:
             str | None,
             Form(description="The shared adapter that it was trained on top of: NAME, NAME/3 or NAME/alias."),
         ] = None,
+        files: Annotated[
+            list[UploadFile] | None, File(description=f"What it brings beside them: {', '.join(OWN_FILES)}.")
+        ] = None,
     ) -> Response:
         """Put an adapter as the newest version of its name. Whatever is answered, it can be put again.
 
@@ -148,7 +163,9 @@ def _put_routes(router: APIRouter, service: Service) -> None:
         fit(lambda: [check_new_word("tag", tag) for tag in check_tags(tags or ())], "tags")
         if on is not None:
             on = _on(service, on)
-        given = Given(uploaded(config.file, weights.file), _metadata(metadata), tags or (), alias, on)
+        given = Given(
+            uploaded(config.file, weights.file, _own_files(files or ())), _metadata(metadata), tags or (), alias, on
+        )
         with noted(request.scope).place:
             made = await storing.put(service, space, name, given)
         version, request_id = made.version.version, noted(request.scope).id

@@ -20,6 +20,7 @@ from ..engine.text_stream import TextStream
 from ..engine.vocabulary import named_bytes
 from .chat_templates import ChatTemplates, OwnTemplate
 from .http_errors import ApiError
+from .own_files import OwnFiles
 
 __all__ = ["Prompts"]
 
@@ -30,13 +31,15 @@ INCOMPLETE = "\ufffd"  # what a tokenizer makes of a part of a character
 
 @final
 class Prompts:
-    """A tokenizer of the service's own. vocabulary: token numbers that the model has."""
+    """A tokenizer of the service's own. vocabulary: token numbers that the model has. own_templates: whether adapters'
+    chat templates are served."""
 
-    def __init__(self, tokenizer: Any, vocabulary: int) -> None:
+    def __init__(self, tokenizer: Any, vocabulary: int, own_templates: bool = False) -> None:
         # Fast tokenizers do not like two users in one instant: one is for the loop's thread, one for long texts.
         self._tokenizer, self._beside = copy.deepcopy(tokenizer), copy.deepcopy(tokenizer)
-        _ids(self._beside, "", False)  # from here on nothing of it is changed, and several threads may read it
+        _ids(self._beside, "a", False)  # from here on nothing of it is changed, and several threads may read it
         self.templates = ChatTemplates(self._beside)
+        self.own = OwnFiles(self._beside, self.templates, own_templates)
         self._turn = asyncio.Lock()
         self._turns: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
         self.vocabulary = vocabulary
@@ -53,6 +56,7 @@ class Prompts:
     def close(self) -> None:
         """Let go of threads and processes."""
         self.templates.close()
+        self.own.close()
 
     # -- to tokens -----------------------------------------------------------------------------------
 

@@ -23,12 +23,14 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, final
 
 from ...adapter_files.files import CONFIG_NAME, WEIGHTS_NAME
+from ...adapter_files.own_files import read_own
 from ...errors import AdapterError, CheckpointError, ConfigError, KilotuneError
 from ...fleet.store import Contents, SharedVersion, Version
 from ..engine.interface import AdapterKey
 from ..engine.lanes import Lane
 from .http_errors import ApiError, of_library
 from .logs import log
+from .own_files import OwnFiles
 from .service import PATIENCE, Catalogue, Service
 
 __all__ = ["Given", "Stored", "put", "uploaded"]
@@ -43,7 +45,7 @@ CHUNK = 1 << 20
 class Given:
     """What a put brings, and what :meth:`AdapterStore.put` takes with it.
 
-    bring: writes the adapter's two files into a folder; called once, in a thread of the puts.
+    bring: writes the adapter's two files, and what is beside them, into a folder; called once, in a thread of the puts.
     """
 
     bring: Callable[[Path], None]
@@ -94,7 +96,8 @@ async def put(service: Service, namespace: str, name: str, given: Given) -> Stor
         told = f"the adapter could not be checked within {seconds:g} s; nothing was stored; try again"
         late = ApiError(504, told, retry_after=5)
         on = None if given.on is None else await _settled(lane, adapters, namespace, given.on, until, late)
-        contents = await _step(lane, lambda: _checked(adapters, namespace, name, given, on), until, late)
+        own = service.prompts.own
+        contents = await _step(lane, lambda: _checked(adapters, own, namespace, name, given, on), until, late)
         version, created = await _keep(lane, adapters, namespace, name, contents, given, on)
         return Stored(version, created, await _load(lane, adapters, AdapterKey.of(namespace, version)))
 
@@ -117,11 +120,14 @@ async def _step(lane: Lane, call: Callable[[], T], until: float, late: ApiError)
         raise late from None
 
 
-def _checked(adapters: Catalogue, namespace: str, name: str, given: Given, on: SharedVersion | None) -> Contents:
+def _checked(
+    adapters: Catalogue, own: OwnFiles, namespace: str, name: str, given: Given, on: SharedVersion | None
+) -> Contents:
     """In a thread, which takes its folder away itself: nobody else knows when it has ended."""
     folder = folder_for_put()
     try:
         given.bring(folder)
+        _check_own(own, name, folder)
         return adapters.check(namespace, name, folder, on)
     except KilotuneError as error:
         made = _refused(error)
@@ -129,6 +135,15 @@ def _checked(adapters: Catalogue, namespace: str, name: str, given: Given, on: S
         raise ApiError(made.status, message, param=made.param, code=made.code, headers=made.headers) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check_own(own: OwnFiles, name: str, folder: Path) -> None:
+    """What it brings beside its two files is the base's, or is served; before anything slow is done for it."""
+    try:
+        if files := read_own(folder):
+            own.check(name, files)
+    except (CheckpointError, ConfigError) as error:
+        raise ApiError(400, str(error), param="files") from error
 
 
 def folder_for_put() -> Path:
@@ -139,12 +154,16 @@ def folder_for_put() -> Path:
         raise ApiError(507, f"the adapter cannot be kept: {error.strerror}") from error
 
 
-def uploaded(config: BinaryIO, weights: BinaryIO) -> Callable[[Path], None]:
-    """Of two files that are open at their beginning, what writes them into a folder."""
+def uploaded(
+    config: BinaryIO, weights: BinaryIO, files: Mapping[str, BinaryIO] | None = None
+) -> Callable[[Path], None]:
+    """Of two files that are open at their beginning, and others by name, what writes them into a folder."""
 
     def bring(folder: Path) -> None:
         copied(config, folder / CONFIG_NAME)
         copied(weights, folder / WEIGHTS_NAME)
+        for name, file in (files or {}).items():
+            copied(file, folder / name)
 
     return bring
 

@@ -26,7 +26,7 @@ def routes(service: Service, errors: dict[int | str, dict[str, Any]]) -> APIRout
         check_biases(service, body)
         tenant = enter(service, request, 1)
         meant = await service.meant(caller_of(request), body.model)
-        prompt = await service.prompts.chat(body.messages, tenant, param="input")
+        prompt = await service.prompts.chat(body.messages, tenant, param="input", own=meant.own)
         tokens = service.room(prompt, body.max_output_tokens, None, "input", "max_output_tokens")
         generations = generations_of(service, request, body, meant, [prompt], [tokens], body.logprobs)
         return await Run(service, request, body, generations, ResponseShape(body, service.prompts)).answer()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, final
@@ -15,6 +16,7 @@ from ...fleet.store.adapter_store import Adapter, Which
 from ..engine.interface import AdapterKey, Engine, Generation, Sampling
 from ..engine.lanes import Lanes
 from .admission import Gate
+from .chat_templates import OwnTemplate
 from .http_errors import ApiError, of_library
 from .keys import Key, Keyring
 from .metrics import Metrics
@@ -27,6 +29,7 @@ __all__ = ["Catalogue", "Meant", "Service", "namespace_of", "seed_of"]
 T = TypeVar("T")
 THREADS, EACH = 32, 8  # that wait for the store, and how many of them one namespace takes at most
 PUTS, PUTS_EACH = 4, 1  # puts that are at work at a time: they compute, and answers are to have the processor
+JUDGED = 4096  # adapters whose own files are known
 PATIENCE = 20.0  # seconds that a request waits for the store
 
 
@@ -51,6 +54,7 @@ class Catalogue(Protocol):
         on: SharedVersion | None = None,
     ) -> tuple[Version, bool]: ...
     def load(self, key: AdapterKey) -> None: ...
+    def own_files(self, key: AdapterKey) -> Mapping[str, bytes]: ...
     def info(self, namespace: str, name: str, which: Which = None) -> Version: ...
     def versions(self, namespace: str, name: str) -> list[Version]: ...
     def aliases(self, namespace: str, name: str) -> dict[str, int]: ...
@@ -74,10 +78,12 @@ class Catalogue(Protocol):
 @final
 @dataclass(frozen=True)
 class Meant:
-    """What a request's ``model`` names. model: as the request has it; adapter: None for the base alone."""
+    """What a request's ``model`` names. model: as the request has it; adapter: None for the base alone. own: the
+    adapter's own chat template, None where its chats are in the base's."""
 
     model: str
     adapter: AdapterKey | None
+    own: OwnTemplate | None = None
 
 
 @final
@@ -95,6 +101,7 @@ class Service:
         self.putting = Lanes("kilotune-puts", PUTS, PUTS_EACH)
         self.metrics = Metrics(settings.metrics_tenants, settings.metrics_adapters, base, engine.stats)
         self.created = int(time.time())
+        self._judged: OrderedDict[AdapterKey, OwnTemplate | None] = OrderedDict()
         self.draining = False  # takes no requests for answers
         self.ending = False  # the process was told to end: nothing new is taken
         self.notes: tuple[str, ...] = ()  # what to tell of the base, once there is a log
@@ -142,7 +149,21 @@ class Service:
             raise ApiError(
                 404, f"the model {model!r} does not exist: {error.message}", param="model", code="model_not_found"
             ) from error
-        return Meant(model, key)
+        return Meant(model, key, await self._own(key))
+
+    async def _own(self, key: AdapterKey) -> OwnTemplate | None:
+        """An adapter's chat template, judged once for each version."""
+        if key.own is None and key.on is None:
+            return None
+        if key in self._judged:
+            self._judged.move_to_end(key)
+            return self._judged[key]
+        adapters, own = self.adapters, self.prompts.own
+        found = await self.ask(key.namespace, lambda: own.judged(key.name, adapters.own_files(key)), "model")
+        self._judged[key] = found
+        while len(self._judged) > JUDGED:
+            self._judged.popitem(last=False)
+        return found
 
     def split(self, model: str) -> tuple[str, Which]:
         """NAME, NAME/3 or NAME/alias as a name and a version; a name has no slash."""

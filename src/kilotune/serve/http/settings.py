@@ -117,6 +117,9 @@ class ServeSettings(Section):
         _folders,
         "Adapters in this folder, at any depth, may be loaded by /v1/load_lora_adapter, with a manager's key.",
     )
+    own_chat_templates: bool = setting(
+        False, flag, "Chat templates that adapters bring are used where they are not the base's; else they are refused."
+    )
     telemetry: bool = setting(False, flag, "A span of OpenTelemetry for each request; its own variables say where to.")
 
     @classmethod

@@ -10,21 +10,21 @@ from fastapi.responses import JSONResponse, Response
 
 from .middleware import noted
 from .schemas import DetokenizeBody, TokenizeBody, told_messages
-from .service import Service, namespace_of
+from .service import Meant, Service, namespace_of
 
 __all__ = ["routes"]
 
 
-async def _enter(service: Service, request: Request, model: str | None) -> str:
-    """Take a place before anything slow is done, and see that there is such a model; the tenant's name."""
+async def _enter(service: Service, request: Request, model: str | None) -> tuple[str, Meant | None]:
+    """Take a place before anything slow is done, and see that there is such a model; the tenant's name, and that."""
     caller = noted(request.scope).caller
     assert caller is not None  # the front let it in
     tenant = namespace_of(caller)
     noted(request.scope).held.enter_context(service.gate.enter(tenant, 1))
-    if model is not None:
-        noted(request.scope).fields["model"] = model
-        await service.meant(caller, model)
-    return tenant
+    if model is None:
+        return tenant, None
+    noted(request.scope).fields["model"] = model
+    return tenant, await service.meant(caller, model)
 
 
 def routes(service: Service, errors: dict[int | str, dict[str, Any]]) -> APIRouter:
@@ -34,10 +34,10 @@ def routes(service: Service, errors: dict[int | str, dict[str, Any]]) -> APIRout
     @router.post("/tokenize", operation_id="tokenize", response_model=None)
     async def tokenize(request: Request, body: TokenizeBody) -> Response:
         """The tokens that a completion of this prompt, or a chat of these messages, begins with."""
-        tenant = await _enter(service, request, body.model)
-        prompts = service.prompts
+        tenant, meant = await _enter(service, request, body.model)
+        prompts, own = service.prompts, None if meant is None else meant.own
         if body.messages is not None:
-            ids = await prompts.chat(told_messages(body.messages), tenant, body.ending)
+            ids = await prompts.chat(told_messages(body.messages), tenant, body.ending, own=own)
         else:
             ids = await prompts.tokens(body.prompt or "", body.add_special_tokens is not False, tenant)
         names = prompts.names(ids) if body.return_token_strs else None
@@ -48,7 +48,7 @@ def routes(service: Service, errors: dict[int | str, dict[str, Any]]) -> APIRout
     @router.post("/detokenize", operation_id="detokenize", response_model=None)
     async def detokenize(request: Request, body: DetokenizeBody) -> Response:
         """The text of tokens."""
-        tenant = await _enter(service, request, body.model)
+        tenant, _ = await _enter(service, request, body.model)
         return JSONResponse({"prompt": await service.prompts.decoded(body.tokens, "tokens", tenant)})
 
     @router.get("/version", operation_id="version", response_model=None)

@@ -86,6 +86,8 @@ class BoundedTemplates:
 
     def _rendered(self, asked: Mapping[str, Any], name: str) -> dict[str, str]:
         now: _Chat = getattr(self._thread, "now", None) or _Chat(SECONDS)
+        if now.error is not None:  # what reached a bound once is not tried again
+            raise now.error
         try:
             if now.left <= 0:
                 raise BoundedError("time", f"it takes more than {now.seconds:g} s")

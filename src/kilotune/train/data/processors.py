@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
+from ...adapter_files.own_files import TEMPLATE, own_template, read_own
 from ...bases import located
 from ...errors import ConfigError, MissingExtraError, first_line
 
-__all__ = ["load_image_processor", "load_tokenizer"]
+__all__ = ["load_image_processor", "load_tokenizer", "template_note", "with_template"]
 
 
 def load_tokenizer(base: str, revision: str | None = None) -> Any:
@@ -20,6 +22,29 @@ def load_tokenizer(base: str, revision: str | None = None) -> Any:
 
     """
     return _load("AutoTokenizer", "tokenizer", base, revision)
+
+
+def with_template(tokenizer: Any, folder: Path) -> Any:
+    """A base's tokenizer, with the chat template that an adapter's folder brings by itself, if it does.
+
+    Raises:
+        ConfigError: the template cannot be read.
+
+    """
+    if (folder / TEMPLATE).is_file():
+        tokenizer.chat_template = own_template(read_own(folder))
+    return tokenizer
+
+
+def template_note(tokenizer: Any, folder: Path, base: str, revision: str | None = None) -> str | None:
+    """What to say where a tokenizer renders chats in an adapter's own template; None where that is the base's."""
+    own = getattr(tokenizer, "chat_template", None)
+    if own is None or not any((folder / name).is_file() for name in (TEMPLATE, "tokenizer_config.json")):
+        return None
+    with contextlib.suppress(ConfigError):
+        if load_tokenizer(base, revision).chat_template == own:
+            return None
+    return f"chats are in the adapter's own chat template, which is not that of {base}"
 
 
 def load_image_processor(base: str, revision: str | None = None) -> Any:

@@ -33,6 +33,7 @@ __all__ = [
 ]
 
 CHUNK = 512  # rows that are tokenised at once
+PROBE = "kilotune"  # an answer, behind which an end of the turn is looked for
 GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 Ending = Literal["asked", "closed", "continued"]
 """How a prompt ends: where an answer begins, behind the last message, or within it, for the model to go on with it."""
@@ -157,6 +158,20 @@ class ChatTemplate:
         if ending == "continued":
             return self._apart(messages, self._unfinished, lambda some, _: self._text(some, going_on=True))[0]
         return self._apart(messages, self._asked if ending == "asked" else self._closed)[0]
+
+    @property
+    def template(self) -> str:
+        """Its text."""
+        return self._template
+
+    @cached_property
+    def turn_end(self) -> int | None:
+        """The special token that the template puts behind an answer; it need not be the end-of-text token."""
+        with suppress(ConfigError):
+            text = self._text([{"role": "user", "content": "x"}, {"role": ASSISTANT, "content": PROBE}])
+            ids = _ids(self._tokenizer, [text.rpartition(PROBE)[2]])[0]
+            return ids[0] if ids and ids[0] in self._tokenizer.all_special_ids else None
+        return None
 
     def warm(self) -> None:
         """Make now what is else made when a text first holds a mark: seconds for the largest vocabularies."""

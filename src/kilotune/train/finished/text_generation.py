@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ...errors import CheckpointError, ConfigError, UnsupportedError
 from ...model.peft_model import PeftModel
 from ..data.columns import sound
-from ..data.processors import load_tokenizer
+from ..data.processors import load_tokenizer, with_template
 from ..data.rendering import ChatTemplate, Rendered, tokenize
 from ..running.base_model import limits_of
 from .sampling_options import Sampling
@@ -53,7 +53,8 @@ class Answer:
 
 
 def tokenizer_of(folder: Path, base: str, revision: str | None = None) -> Any:
-    """The tokenizer that an adapter was trained with: the one in its folder, else its base's.
+    """The tokenizer that an adapter was trained with: the one in its folder, else its base's, with the folder's chat
+    template where there is one.
 
     Raises:
         ConfigError: there is none.
@@ -61,7 +62,7 @@ def tokenizer_of(folder: Path, base: str, revision: str | None = None) -> Any:
     """
     if any((folder / name).is_file() for name in TOKENIZER_FILES):
         return load_tokenizer(str(folder))
-    return load_tokenizer(base, revision)
+    return with_template(load_tokenizer(base, revision), folder)
 
 
 def check_writes(model: nn.Module) -> None:

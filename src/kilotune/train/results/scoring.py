@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from ...adapter_files.files import CONFIG_NAME
+from ...adapter_files.own_files import TEMPLATE
 from ...errors import CheckpointError, ConfigError, did_you_mean, gather
 from ...model.peft_model import PeftModel
+from ..data.processors import template_note, with_template
 from ..finished.text_generation import TOKENIZER_FILES
 from ..running import base_model as models
 from ..running.held_dtype import held_dtype
@@ -122,6 +124,8 @@ def open_scoring(settings: TrainSettings, folder: Path, labels: Sequence[str] | 
     processor = (
         task.load_processor(str(folder)) if own else task.load_processor(settings.model.base, settings.model.revision)
     )
+    if not own and (folder / TEMPLATE).is_file():
+        processor = with_template(processor, folder)
     known = _labels(folder) if labels is None else tuple(labels)
     limits = dataclasses.replace(models.limits_of(config), labels=known)
     prepared = task.prepare(settings.data, processor, limits, settings.training.seed)
@@ -141,7 +145,8 @@ def open_scoring(settings: TrainSettings, folder: Path, labels: Sequence[str] | 
     held = held_dtype(loaded.model, settings.model.dtype, device, backward=False)
     held.apply(loaded.model)
     model = _adapted(loaded, settings, task, folder) if adapted else loaded.model
-    notes = (*prepared.notes, *([held.note] if held.note else []))
+    said = template_note(processor, folder, settings.model.base, settings.model.revision) if adapted else None
+    notes = (*prepared.notes, *(note for note in (held.note, said) if note))
     return Session(settings, model, processor, prepared, task, notes=notes)
 
 
