@@ -31,7 +31,7 @@ from torch import Tensor
 
 from kilotune import VeraConfig
 from kilotune.fleet import AdapterBank, Finished, FleetSettings, User, fit, wrap
-from kilotune.fleet.joint.losses import causal_lm
+from kilotune.fleet.stepper.losses import causal_lm
 
 PERSONAL = "personal"
 READ_BY_BASE = ("sympy", "networkx", "scikit-learn", "scipy", "kilotune")

@@ -349,7 +349,9 @@ def test_what_the_walks_name_is_there() -> None:
     assert len(named_in_walks(page)[1]) > 30
     assert lost(page, PACKAGE) == []
     assert lost(page.replace("`parse`", "`no_such_name`"), PACKAGE) == ["adapter_files/reading.py: no_such_name"]
-    assert lost(page.replace("`fleet/joint/losses.py`", "`fleet/losses_gone.py`"), PACKAGE) == ["fleet/losses_gone.py"]
+    assert lost(page.replace("`fleet/stepper/losses.py`", "`fleet/losses_gone.py`"), PACKAGE) == [
+        "fleet/losses_gone.py"
+    ]
 
 
 # -- sizes and shapes ----------------------------------------------------------------------------------

@@ -151,7 +151,7 @@ def _existing(flag: str, word: str | None, store: str | None, namespace: str) ->
     if store is None:
         raise ConfigError(f"{flag}: there is no folder {word!r}; names are of a store, and --output is none")
     from ..fleet import open_store
-    from ..fleet.joint.given_adapters import stored
+    from ..fleet.stepper.given_adapters import stored
 
     with open_store(store, namespace=namespace, read_only=True) as opened:
         return stored(opened, word, flag.removeprefix("--"))

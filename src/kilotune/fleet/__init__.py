@@ -13,11 +13,11 @@ from .._lazy import lazy
 if TYPE_CHECKING:
     from .bank.adapter_bank import AdapterBank
     from .joint.joint_training import JointTraining, fit
-    from .joint.losses import RowLoss
     from .joint.settings import FleetSettings
     from .joint.sinks import Finished, FolderSink, Sink, StoreSink
     from .joint.users import FleetReport, Progress, User, UserReport
-    from .joint.wrapping import wrap
+    from .stepper.losses import RowLoss
+    from .stepper.wrapping import wrap
     from .store import AdapterStore, Fingerprint, Record, StandsOn, Version, open_store
 
 __all__ = [
@@ -49,11 +49,11 @@ if not TYPE_CHECKING:  # type checkers have the imports above, and no name besid
         {
             "bank.adapter_bank": ("AdapterBank",),
             "joint.joint_training": ("JointTraining", "fit"),
-            "joint.losses": ("RowLoss",),
+            "stepper.losses": ("RowLoss",),
             "joint.settings": ("FleetSettings",),
             "joint.sinks": ("Finished", "FolderSink", "Sink", "StoreSink"),
             "joint.users": ("FleetReport", "Progress", "User", "UserReport"),
-            "joint.wrapping": ("wrap",),
+            "stepper.wrapping": ("wrap",),
             "store": ("AdapterStore", "Fingerprint", "Record", "StandsOn", "Version", "open_store"),
         },
     )

@@ -96,6 +96,23 @@ def test_what_is_trained_by_full_head_and_an_adapter(problem: Recipe) -> None:
     assert counts == {"full": whole, "head": head, "vera": 4 * (4 + 16) + head, "frozen": 0}
 
 
+@pytest.mark.parametrize("contender", [VERA, Contender("full", "full")], ids=lambda one: one.name)
+def test_costs_are_taken_with_kept_inputs_too(
+    contender: Contender, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The embedding's output reaches the loss in the first forward alone; the floor's backward has to begin later."""
+    monkeypatch.setattr(costs, "ROUNDS", 1)
+    (tmp_path / "last.yaml").write_text(recipe.read_text() + "adapter: {last_blocks: 1}\n")
+    problem = Recipe(RecipeSettings(config=str(tmp_path / "last.yaml")))
+    floor = costs.Floor(problem.bench(None))
+    for _ in range(2):
+        floor.step()
+    found = costs.measure(problem.bench(contender), floor)
+    assert found.trained > 0
+    assert found.step_ratio > 0
+    assert all(parameter.grad is None for parameter in floor.bench.model.parameters())
+
+
 def test_the_description_holds_what_decides_and_nothing_else(problem: Recipe, recipe: Path, tmp_path: Path) -> None:
     said = problem.describe()
     assert said["training"] == {"epochs": 2, "head_learning_rate": 0.01, "device": "cpu"}  # 8 rows are the default

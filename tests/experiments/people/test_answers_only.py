@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from kilotune.experiments.people.answers_only import AnswersOnly
 from kilotune.experiments.people.bases import Base, Letters
 from kilotune.experiments.people.voices import Pair
-from kilotune.fleet.joint.losses import causal_lm
+from kilotune.fleet.stepper.losses import causal_lm
 
 PAIRS = [Pair("one", "answer"), Pair("a longer prompt", "x"), Pair("p", "and a longer answer")]
 

@@ -26,6 +26,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ...errors import UnsupportedError
 from ...model.adapter_model import AdapterModel
 from ...model.parameter_report import count_parameters
 from .problem import Bench
@@ -68,24 +69,31 @@ class Floor:
 
     def __init__(self, bench: Bench) -> None:
         self.bench = bench
-        first = _first_layer(bench)
-        first.register_forward_hook(lambda _module, _args, output: output.requires_grad_())
+        _ask_for_gradient(bench)
 
     def step(self) -> None:
         """One pass in both directions; no gradient is kept in the model, as nothing in it asks for one."""
         self.bench.loss().backward()  # type: ignore[no-untyped-call]
 
 
-def _first_layer(bench: Bench) -> nn.Module:
-    """The first module with parameters of its own that a forward runs through."""
-    called: list[nn.Module] = []
+def _ask_for_gradient(bench: Bench) -> None:
+    """At the output of the first module with parameters of its own that reaches the loss.
+
+    Where the inputs of the last blocks are kept, what the embedding gives is not used a second time.
+    """
+    called: dict[nn.Module, None] = {}
     owners = [m for m in bench.model.modules() if next(m.parameters(recurse=False), None) is not None]
-    hooks = [m.register_forward_hook(lambda module, _args, _output: called.append(module)) for m in owners]
+    hooks = [m.register_forward_hook(lambda module, _args, _output: called.setdefault(module)) for m in owners]
     with torch.no_grad():
         bench.loss()
     for hook in hooks:
         hook.remove()
-    return called[0]
+    for module in called:
+        hook = module.register_forward_hook(lambda _module, _args, output: output.requires_grad_())
+        if bench.loss().requires_grad:
+            return
+        hook.remove()
+    raise UnsupportedError("the frozen base's loss depends on the output of none of its modules")
 
 
 def measure(bench: Bench, floor: Floor) -> Costs:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...fleet.joint.losses import RowLoss
+from ...fleet.stepper.losses import RowLoss
 from .bases import IGNORED, Base
 
 __all__ = ["AnswersOnly"]

@@ -1,6 +1,6 @@
 """Text of people who differ: the messages of Django, as its teams of translators put them.
 
-Each team has put the same English messages into its language, in its own words. Which eight teams, and which messages,
+Each team has put the same English messages into its language, in its own words. Which teams, and which messages,
 is decided by rules that look at no row's text but its length and its script.
 """
 
@@ -38,26 +38,27 @@ LATIN = 0.95
 MAGIC = b"\xde\x12\x04\x95"
 NOT_PLAIN = ("\x00", "\x04")  # between a message and its plural, and between a context and its message
 
-
 RULE = (
-    "the eight teams whose files name the most translators, one for each language, of those who write in Latin script; "
-    f"messages of one line, at least {WORDS} words and at most {LONGEST} characters, which all eight have put "
-    "in at most as many, without plural forms and contexts"
+    "the {people} teams whose files name the most translators, one for each language, of those who write in Latin "
+    f"script; messages of one line, at least {WORDS} words and at most {LONGEST} characters, which all {{people}} have "
+    "put in at most as many, without plural forms and contexts"
 )
+IN_WORDS = {8: "eight", 10: "ten"}
 
 
-def teams() -> Voices:
-    """Eight teams of Django's translators, out of the cache; the package is downloaded by pip where it is not there.
+def teams(people: int = 8) -> Voices:
+    """Teams of Django's translators, out of the cache; the package is downloaded by pip where it is not there.
 
     Raises:
         ConfigError, CheckpointError, ResourceError: it cannot be had, as :func:`~kilotune.bases.opened` says.
+        CheckpointError: there are not so many teams in Latin script.
 
     """
-    folder = cache_folder() / "data" / FOLDER
+    folder = cache_folder() / "data" / (FOLDER if people == 8 else f"{FOLDER}-of-{people}")
 
     def make(out: Path) -> dict[str, Any]:
         with opened(DJANGO, f"the text of the demo ({DJANGO.requirement})", out, NEEDED) as packed:
-            found = teams_of(packed)
+            found = teams_of(packed, people)
         text = json.dumps([asdict(voice) for voice in found], ensure_ascii=False, indent=1)
         (out / FILE).write_text(text + "\n", encoding="utf-8")
         return {"title": "messages of Django, as its translators put them", **DJANGO.known()}
@@ -72,7 +73,7 @@ def teams() -> Voices:
         source=f"the translations in {DJANGO.requirement.replace('==', ' ')}, a package of the Python package index",
         licence=DJANGO.licence,
         kind="team of translators",
-        rule=RULE,
+        rule=RULE.format(people=IN_WORDS.get(people, people)),
         task="the English message, and how this team has put it",
         after=" =",
         lead=" ",  # a tokenizer has words with the blank before them

@@ -32,13 +32,13 @@ from ...model.adapter_model import AdapterModel
 from ...model.frozen_inputs import FrozenInputs
 from ...model.kept_rows import KeptRows
 from ...model.last_blocks import in_last_blocks
-from ..store import AdapterStore, Fingerprint, StandsOn
-from .adapter_rows import Rows, start_row
-from .given_adapters import Existing, beneath, start_of
-from .losses import Loss, loss_of
+from ..stepper.adapter_rows import Rows, start_row
+from ..stepper.given_adapters import Existing, beneath, start_of
+from ..stepper.losses import Loss, loss_of
+from ..stepper.mixed_pass import Collate, Outcome, Part, Passes, Setup
+from ..stepper.prepared_base import contents_of, form_in, prepared
+from ..store import AdapterStore, Fingerprint
 from .members import Member, admitted
-from .mixed_pass import Collate, Outcome, Part, Passes
-from .prepared_base import contents_of, form_in, prepared
 from .saved_state import StateFolder
 from .settings import FleetSettings
 from .sinks import Finished, Sink, sink_of
@@ -124,8 +124,7 @@ class JointTraining:
             raise ConfigError(f"settings: expected FleetSettings, got {type(settings).__name__}")
         self._model, self._config, self._collate, self._loss = model, config, collate, loss_of(loss)
         self._sink, self._folder, self._resume, self._told = sink_of(sink), folder, resume, tuple(told)
-        self._given_on, self._given_start = on, start
-        self._lock = threading.Lock()
+        self._given_on, self._given_start, self._lock = on, start, threading.Lock()
         self._added: deque[User] = deque()
         self._cancelled: set[str] = set()
         self._known: set[str] = set()  # names, as stores keep them
@@ -208,13 +207,14 @@ class JointTraining:
         dtype = torch.float32
         for layer in layers:
             dtype = torch.promote_types(dtype, layer.compute_dtype())
-        self._rows = Rows(self._form, self.settings, dtype, layers[0].compute_device())
+        self._rows = Rows(self._form, self.settings.at_once, dtype, layers[0].compute_device())
         if last is not None:  # what is beneath all is frozen, so what enters the last blocks stays the same with it
             held.enter_context(FrozenInputs(model, last, KeptRows(self.settings.input_cache_mb)))
-        on = None if self._given_on is None else beneath(model, self._given_on, self._form, held, self._sink.store)
+        store, start, given = self._sink.store, self._given_start, self._given_on
+        on = None if given is None else beneath(model, given, self._form, held, store)
         self._on = None if on is None else on.known
-        self._start = None if self._given_start is None else self._start_of(model, self._given_start)
-        self._passes = Passes(model, self._form, self._rows, self._collate, self._loss, on)
+        self._start = None if start is None else start_of(model, self._form, start, self._on, store)
+        self._setup, self._passes = Setup(self._rows, self._collate, self._loss, on), Passes(model)
         self._adapted, self._base = model, Fingerprint.of(model)
         self._state: StateFolder | None = None
         if self._folder is not None:
@@ -307,13 +307,10 @@ class JointTraining:
         self._rows.begin(member.slot, row)
         self._queue.append(member)
 
-    def _start_of(self, model: AdapterModel, start: Existing) -> tuple[Tensor, StandsOn]:
-        return start_of(model, self._form, start, self._on, self._sink.store)
-
     def _start_row(self, member: Member) -> Tensor:
         """Where a user's adapter starts: as it says itself, as the training says, or as its method does."""
         if member.user.start is not None:
-            return self._start_of(self._adapted, member.user.start)[0]
+            return start_of(self._adapted, self._form, member.user.start, self._on, self._sink.store)[0]
         if self._start is not None:
             return self._start[0]
         return start_row(self._form, member.seed, self._rows.values.dtype)
@@ -346,8 +343,8 @@ class JointTraining:
                 continue
             member = Member.restored(user, saved[i])
             member.slot = self._free.pop()
-            for name, tensor in tensors.items():
-                getattr(self._rows, name)[member.slot].copy_(tensor[i])
+            for name, tensor in self._rows.state().items():
+                tensor[member.slot].copy_(tensors[name][i])
             found[user.name] = member
         if missing := [name for name in waiting if name not in found]:
             raise ConfigError(
@@ -375,8 +372,9 @@ class JointTraining:
         self._queue.extend(picked)
         by_name = {member.user.name: member for member in picked}
         parts = [part for member in picked if (part := self._part(member)) is not None]
-        outcomes = self._passes.train(parts)
+        outcomes = self._passes.learn(parts)
         self._refuse_if_nobody_can(outcomes)
+        self._take_steps([by_name[outcome.part.name] for outcome in outcomes if outcome.error is None])
         self._steps += 1
         losses = {}
         for outcome in outcomes:
@@ -395,9 +393,14 @@ class JointTraining:
         self._tell("step", losses)
 
     def _part(self, member: Member) -> Part | None:
-        numbers = member.numbers(self.settings)
-        rate = self.settings.rate(self._config, member.steps) * self.settings.factor(member.step, member.steps)
-        return member.part(member.user.data, numbers, member.step, rate)
+        return member.part(self._setup, member.user.data, member.numbers(self.settings), member.step)
+
+    def _take_steps(self, members: Sequence[Member]) -> None:
+        """Of the optimizer, with what each has learned."""
+        steps = [member.step + 1 for member in members]
+        self._rows.step(
+            [m.slot for m in members], steps, [self.settings.adam(self._config, m.step, m.steps) for m in members]
+        )
 
     def _refuse_if_nobody_can(self, outcomes: Sequence[Outcome]) -> None:
         """Where the very first step fails for all in the model or the loss, it is not the users that are broken."""
@@ -429,7 +432,7 @@ class JointTraining:
             data = member.user.validation or ()
             for first in range(0, len(data), self.settings.batch_size):
                 numbers = range(first, min(first + self.settings.batch_size, len(data)))
-                part = member.part(data, numbers, member.step - 1)
+                part = member.part(self._setup, data, numbers, member.step - 1)
                 if part is None:
                     break
                 pieces.append(part)
@@ -484,16 +487,14 @@ class JointTraining:
     def _save(self) -> None:
         assert self._state is not None
         slots = [member.slot for member in self._queue]
-        rows = self._rows
-        tensors = {"values": rows.values, "m": rows.m, "v": rows.v, "best": rows.best}
-        members = [member.to_dict() for member in self._queue]
-        self._state.save(self._steps, members, {name: tensor[slots] for name, tensor in tensors.items()})
+        tensors = {name: tensor[slots] for name, tensor in self._rows.state().items()}
+        self._state.save(self._steps, [member.to_dict() for member in self._queue], tensors)
         self._tell("save", {})
 
     def _tell(self, kind: str, losses: dict[str, float], name: str | None = None, error: str | None = None) -> None:
         if not self._told:
             return
-        done, seconds = len(self._reports) - self._failed, time.monotonic() - self._begun
+        seconds, done = time.monotonic() - self._begun, len(self._reports) - self._failed
         counts = (self._steps, done, self._failed, len(self._queue), self._total, self._rows_done)
         for listener in self._told:
             listener(Progress(kind, *counts, seconds, losses, name, error))

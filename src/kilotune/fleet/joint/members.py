@@ -9,11 +9,11 @@ from typing import Any, final
 from ...adapter_files.names import check_adapter_name, check_shown, composed
 from ...errors import ConfigError, KilotuneError, first_line
 from ...projections.matrices import check_seed
+from ..stepper.mixed_pass import Part, Setup
+from ..stepper.random_draws import order
 from ..store import StandsOn
 from ..store.names import check_metadata
 from ..store.stands_on import METADATA
-from .mixed_pass import Part
-from .random_draws import order
 from .settings import FleetSettings
 from .users import User, UserReport
 
@@ -68,7 +68,7 @@ class Member:
         first = batch * settings.batch_size
         return self._order[1][first : first + settings.batch_size]
 
-    def part(self, data: Sequence[Any], numbers: Sequence[int], step: int, rate: float = 0.0) -> Part | None:
+    def part(self, setup: Setup, data: Sequence[Any], numbers: Sequence[int], step: int) -> Part | None:
         """Rows of its data, or of its validation, for a pass; None where one cannot be had, which ends it."""
         rows = []
         for number in numbers:
@@ -78,7 +78,7 @@ class Member:
                 what = "row" if data is self.user.data else "validation row"
                 self.fail(f"step {step + 1}: {what} {number}: {broken(error)}")
                 return None
-        return Part(self.user.name, self.slot, self.seed, step, rate, rows, list(numbers))
+        return Part(setup, self.user.name, self.slot, self.seed, step, rows, list(numbers))
 
     def learned(self, loss: float, settings: FleetSettings) -> None:
         """A step is done."""

@@ -11,6 +11,7 @@ from ...config import AdapterConfig, number_fault
 from ...train.settings.fields import EPOCH, Section, flag, interval, number, one_of, or_none, setting, warmup
 from ...train.settings.rates import rate_for
 from ...train.settings.schedule import SCHEDULES, rate_factor
+from ..stepper.adam import Adam
 
 __all__ = ["FleetSettings"]
 
@@ -140,6 +141,16 @@ class FleetSettings(Section):
             return False
         every = self.steps_of_epoch(rows) if isinstance(self.eval_every, str) else self.eval_every
         return step % every == 0 or step == self.steps(rows)
+
+    def adam(self, config: AdapterConfig, step: int, steps: int) -> Adam:
+        """How a user makes its step number ``step`` (from 0) of ``steps``."""
+        return Adam(
+            rate=self.rate(config, steps) * self.factor(step, steps),
+            betas=self.betas,
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+            max_grad_norm=self.max_grad_norm,
+        )
 
     def factor(self, step: int, steps: int) -> float:
         """What the highest rate is multiplied by in step number ``step`` (from 0) of ``steps``."""

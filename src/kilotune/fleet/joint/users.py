@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, final
 
 if TYPE_CHECKING:
-    from .given_adapters import Existing
+    from ..stepper.given_adapters import Existing
 
 __all__ = ["ENDINGS", "FleetReport", "Progress", "User", "UserReport"]
 

@@ -34,7 +34,7 @@ from ...errors import (
     UnsupportedError,
     did_you_mean,
 )
-from ...fleet.joint.wrapping import wrap
+from ...fleet.stepper.wrapping import wrap
 from ...fleet.store import AdapterStore, Contents, Fingerprint, SharedVersion, Version, open_store
 from ...fleet.store.adapter_store import Adapter, Which
 from ...fleet.store.names import SHARED, check_name, check_which

@@ -18,10 +18,12 @@ class RowLoss(NamedTuple):
     """totals: (rows,) the loss of each row, summed. counts: (rows,) over how many things it was summed.
 
     A user's loss is the sum of its rows' totals over the sum of their counts, as a mean over its own batch is.
+    told: (rows, ...) what else is to be known of each row; nothing is learned from it.
     """
 
     totals: Tensor
     counts: Tensor
+    told: Tensor | None = None
 
 
 Loss = Callable[[Any, Mapping[str, Tensor]], RowLoss]

@@ -100,11 +100,9 @@ class Beneath:
     known: StandsOn
     file: AdapterFile
 
-    def cohort(self, rows: int, device: torch.device) -> Cohort:
-        """All rows of a batch through it."""
-        return Stacked(
-            (self.installed.adapter,), torch.arange(rows, device=device), torch.zeros(rows, device=device).long()
-        )
+    def cohort(self, rows: Tensor, device: torch.device) -> Cohort:
+        """Some rows of a batch through it. rows: (n,) their numbers, rising."""
+        return Stacked((self.installed.adapter,), rows.to(device), torch.zeros_like(rows, device=device))
 
 
 def beneath(
