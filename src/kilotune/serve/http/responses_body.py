@@ -7,8 +7,11 @@ from typing import Annotated, Any, Literal, final
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from ..engine.interface import Grammar
+from .bodies import Body
 from .options import ITEM, PART, REASONING, RESPONSE, TEXT, Metadata
-from .schemas import MAX_LOGPROBS, Body, SamplingBody, Text
+from .schemas import MAX_LOGPROBS, SamplingBody, Text
+from .structured import Schema, schema_text
 
 __all__ = ["ResponseBody"]
 
@@ -60,14 +63,39 @@ class Item(Body):
 
 @final
 class TextFormat(Body):
-    """How the answer is to be written."""
+    """Any text, any JSON object, or JSON that fits a schema.
 
-    type: Literal["text"]
+    strict false: keywords that answers cannot be held to are passed over; else they are refused.
+    """
 
-    @model_validator(mode="before")
-    @classmethod
-    def _served(cls, given: Any) -> Any:
-        return _of_type(given, ("text",))
+    type: Literal["text", "json_object", "json_schema"]
+    name: Annotated[str, Field(min_length=1, max_length=64)] | None = None
+    schema_: Schema | None = Field(None, alias="schema")
+    description: str | None = None
+    strict: bool | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> TextFormat:
+        own = {"name": self.name, "schema": self.schema_}
+        for option, value in own.items():
+            if (value is not None) != (self.type == "json_schema"):
+                told = "is missing" if value is None else "only with type: json_schema"
+                raise PydanticCustomError("lacking", told, {"option": option})
+        return self
+
+    @property
+    def grammar(self) -> Grammar | None:
+        """What the answer has to fit; None: any text will do."""
+        if self.schema_ is not None:
+            text, lenient = schema_text(self.schema_), self.strict is False
+            return Grammar(kind="json", text=text, place="text.format.schema", lenient=lenient)
+        if self.type == "json_object":
+            return Grammar(kind="json", text='{"type": "object"}', place="text.format")
+        return None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As an answer has it."""
+        return self.model_dump(by_alias=True, exclude_none=True)
 
 
 @final
@@ -112,9 +140,22 @@ class ResponseBody(SamplingBody):
             raise ValueError(f"conversation: {KEPT_NOTHING}; send the whole conversation as input")
         if self.store:
             raise ValueError(f"store: {KEPT_NOTHING}; leave it out, or send false")
+        if self.ignore_eos and self.grammar is not None:
+            raise ValueError("ignore_eos: not with a form that the answer has, for that says where it ends")
         if self.top_logprobs is not None and self.logprobs is None:
             raise ValueError(f"top_logprobs: only with include: {LOGPROBS}")
         return self
+
+    @property
+    def format(self) -> TextFormat:
+        """How the answer is to be written."""
+        if self.text is None or self.text.format is None:
+            return TextFormat(type="text", schema=None)
+        return self.text.format
+
+    @property
+    def grammar(self) -> Grammar | None:
+        return self.format.grammar
 
     @property
     def logprobs(self) -> int | None:
