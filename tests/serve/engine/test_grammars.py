@@ -136,6 +136,15 @@ def test_an_answer_ends_where_the_grammar_ends_and_nowhere_else(served: Served) 
     assert got[4].text == "a"
 
 
+def test_special_tokens_that_end_an_answer_are_ends_for_its_grammar(served: Served) -> None:
+    start = tokenizer_of("pairs").convert_tokens_to_ids("<|im_start|>")
+    eager, grammar = ((start, 100.0),), regex("abc(ab)*")
+    asked = [greedy(20, grammar=grammar, logit_bias=eager, stop_token_ids=stops) for stops in ((start,), ())]
+    own, plain = answers(served.engine, [(CAT, sampling, None, "t") for sampling in asked])
+    assert (own.text, own.ids[-1], own.finish.reason) == ("abc", start, "stop")
+    assert start not in plain.ids
+
+
 def test_a_model_without_an_end_ends_where_nothing_can_follow(tmp_path: Path) -> None:
     import copy
 

@@ -21,6 +21,7 @@ from .middleware import noted
 from .response_shapes import ChatShape, CompletionShape, Echo, Writer, usage_of
 from .schemas import ChatBody, CompletionBody, GenerationBody, SamplingBody, told_messages
 from .service import Meant, Service, namespace_of, seed_of
+from .tool_answers import Calling
 
 __all__ = ["STREAMS", "Run", "caller_of", "check_biases", "check_generates", "enter", "generations_of", "routes"]
 
@@ -215,11 +216,17 @@ def routes(service: Service, errors: dict[int | str, dict[str, Any]]) -> APIRout
         check_biases(service, body)
         tenant = enter(service, request, body.choices)
         meant = await service.meant(caller_of(request), body.model)
-        prompt = await service.prompts.chat(told_messages(body.messages), tenant, body.ending, own=meant.own)
+        calling = Calling.of(body, service.prompts, service.settings.tool_format, meant.own)
+        messages = told_messages(body.messages)
+        if calling is not None:
+            messages = calling.messages(messages)
+        prompt = await service.prompts.chat(messages, tenant, body.ending, own=meant.own)
         tokens = service.room(prompt, body.limit, None, "messages")
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         generations = generations_of(service, request, body, meant, [prompt], [tokens], logprobs)
-        shape = ChatShape(*_common(service, "chatcmpl", body, logprobs))
+        if calling is not None:
+            generations = calling.guided(generations)
+        shape = ChatShape(*_common(service, "chatcmpl", body, logprobs), reader=calling and calling.reader)
         return await Run(service, request, body, generations, shape).answer()
 
     return router

@@ -138,6 +138,11 @@ class Prompts:
             self._texts[number] = text
         return text
 
+    def special(self, name: str) -> int | None:
+        """The special token of this name, which is left out of texts."""
+        number: int | None = self._tokenizer.get_added_vocab().get(name)
+        return number if number is not None and self._tokenizer.added_tokens_decoder[number].special else None
+
     def names(self, ids: Sequence[int]) -> list[str | None]:
         """What the vocabulary calls tokens; None: it has no such token."""
         found: list[str | None] = self._tokenizer.convert_ids_to_tokens(list(ids))
