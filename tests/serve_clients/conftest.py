@@ -48,12 +48,13 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 @pytest.fixture(scope="session")
 def writer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """A base that has every byte in its vocabulary, so it can write JSON."""
-    from tests.support.guided_support import guided_base, tokenizer_of
+    """A base that has every byte in its vocabulary, so it can write JSON, and a template that has tools."""
+    from tests.support.chat_tokenizers import byte_pairs
+    from tests.support.guided_support import TEMPLATES, guided_base
 
     folder = tmp_path_factory.mktemp("writer")
     guided_base().save_pretrained(folder / "base")
-    tokenizer_of("pairs").save_pretrained(folder / "base")
+    byte_pairs(TEMPLATES["hermes"]).save_pretrained(folder / "base")
     with serving(folder / "base", folder) as made:
         yield made
 
