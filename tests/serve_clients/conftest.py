@@ -24,7 +24,7 @@ class Service(NamedTuple):
 
 
 @contextmanager
-def serving(base: Path, folder: Path, **adapters: Path) -> Iterator[Service]:
+def serving(base: Path, folder: Path, *more: str, **adapters: Path) -> Iterator[Service]:
     from kilotune.fleet import open_store
     from tests.serve.http.test_process import keys, process
 
@@ -32,7 +32,7 @@ def serving(base: Path, folder: Path, **adapters: Path) -> Iterator[Service]:
     with open_store(f"sqlite:///{folder / 'adapters.db'}", namespace="ann") as store:
         for name, adapter in adapters.items():
             store.put(name, adapter, alias="live")
-    with process(base, folder / "adapters.db", folder, "--keys", str(path), "--name", "tiny") as served:
+    with process(base, folder / "adapters.db", folder, "--keys", str(path), "--name", "tiny", *more) as served:
         yield Service(f"{served.url}/v1", tenants["ann"])
 
 
@@ -48,11 +48,26 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 @pytest.fixture(scope="session")
 def writer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """A base that has every byte in its vocabulary, so it can write JSON."""
-    from tests.support.guided_support import guided_base, tokenizer_of
+    """A base that has every byte in its vocabulary, so it can write JSON, and a template that has tools."""
+    from tests.support.chat_tokenizers import byte_pairs
+    from tests.support.guided_support import TEMPLATES, guided_base
 
     folder = tmp_path_factory.mktemp("writer")
     guided_base().save_pretrained(folder / "base")
-    tokenizer_of("pairs").save_pretrained(folder / "base")
+    byte_pairs(TEMPLATES["hermes"]).save_pretrained(folder / "base")
     with serving(folder / "base", folder) as made:
         yield made
+
+
+@pytest.fixture(scope="session")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """A BERT for embeddings; "one" is an adapter of it."""
+    from transformers import AutoModel
+
+    from tests.serve.http.test_embedding_routes import adapter
+    from tests.support.train_support import model_folder
+
+    folder = tmp_path_factory.mktemp("encoder")
+    made = adapter(AutoModel, folder / "one", 1)
+    with serving(model_folder("bert"), folder, "--task", "embed", one=made) as served:
+        yield served

@@ -12,7 +12,7 @@ import pytest
 if importlib.util.find_spec("langchain_openai") is None:
     pytest.skip("clients have an environment of their own: make test-clients", allow_module_level=True)
 
-from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
+from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_openai import ChatOpenAI, OpenAI
 from pydantic import BaseModel
 
@@ -125,3 +125,38 @@ def test_structured_output_as_any_json(writer: Any) -> None:
     closing = {str(i): -100 for i in range(500) if tokenizer_of("pairs").decode([i]).strip() != "}"}
     asked = writing(writer, logit_bias=closing).with_structured_output(method="json_mode")
     assert asked.invoke("a dog") == {}
+
+
+# -- tools -------------------------------------------------------------------------------------------
+
+
+class Weather(BaseModel):
+    """The weather in a city."""
+
+    city: Literal["Bern", "Rome"]
+    days: Literal[1, 2]
+
+
+def test_structured_output_by_a_call(writer: Any) -> None:
+    asked = writing(writer).with_structured_output(Person, method="function_calling", strict=True)
+    assert isinstance(asked.invoke("a dog"), Person)
+    *_, last = asked.stream("a cat")
+    assert isinstance(last, Person)
+
+
+def test_bound_tools_are_called_and_answered(writer: Any) -> None:
+    asked = writing(writer).bind_tools([Weather, Person], tool_choice="any", parallel_tool_calls=False, strict=True)
+    first = asked.invoke("the weather in Bern")
+    (call,) = first.tool_calls
+    {"Weather": Weather, "Person": Person}[call["name"]](**call["args"])
+    chunks = list(asked.stream("the weather in Bern"))
+    whole = chunks[0]
+    for chunk in chunks[1:]:
+        whole += chunk
+    assert [(one["name"], one["args"]) for one in whole.tool_calls] == [(call["name"], call["args"])]
+    told = [HumanMessage("the weather in Bern"), first, ToolMessage("sunny", tool_call_id=call["id"])]
+    named = writing(writer).bind_tools([Weather, Person], tool_choice="Person", strict=True)
+    made = named.invoke(told)
+    assert [one["name"] for one in made.tool_calls] == ["Person"], made
+    free = writing(writer, stop=["\n"]).bind_tools([Weather])
+    assert free.invoke(told).response_metadata["finish_reason"] in ("stop", "length")

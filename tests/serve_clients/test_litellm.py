@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import json
 from typing import Any
 
 import pytest
@@ -74,3 +75,20 @@ def test_responses(service: Any) -> None:
 def test_an_error_is_litellms_own(service: Any) -> None:
     with pytest.raises(litellm.NotFoundError, match="does not exist"):
         litellm.completion(messages=ASKED, **own(service, "nobody"))
+
+
+def test_a_tool_is_called(writer: Any) -> None:
+    weather = {"city": {"enum": ["Bern", "Rome"]}, "days": {"enum": [1, 2]}}
+    schema = {"type": "object", "properties": weather, "required": ["city", "days"], "additionalProperties": False}
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": schema}}]
+    more = {**own(writer, "tiny"), "max_tokens": 400, "tools": tools, "tool_choice": "required", "seed": 1}
+    made = litellm.completion(messages=ASKED, **more).choices[0]
+    (call,) = made.message.tool_calls[:1]
+    assert made.finish_reason == "tool_calls"
+    assert {*json.loads(call.function.arguments)} == {"city", "days"}
+    told = [
+        *ASKED,
+        made.message,
+        *({"role": "tool", "tool_call_id": c.id, "content": "sunny"} for c in made.message.tool_calls),
+    ]
+    assert litellm.completion(messages=told, **more).choices[0].message.tool_calls

@@ -118,10 +118,10 @@ def test_what_replaces_an_adapter_leaves_nothing_of_it(tmp_path: Path) -> None:
 
 
 def test_sizes_and_names_are_bounded(tmp_path: Path) -> None:
-    large = folder_with(tmp_path, {"chat_template.jinja": b"x" * (2**20 + 1)})
+    large = folder_with(tmp_path, {"chat_template.jinja": b"x" * (2**17 + 1)})
     with (
         open_store(f"sqlite:///{tmp_path / 'a.db'}") as store,
-        pytest.raises(CheckpointError, match=r"chat_template\.jinja has more than 1,048,576 bytes"),
+        pytest.raises(CheckpointError, match=r"chat_template\.jinja has more than 131,072 bytes"),
     ):
         store.put("ann", large)
     with pytest.raises(CheckpointError, match=r"'\.\./x' is none of the files that an adapter may bring"):
@@ -144,6 +144,7 @@ def test_the_template_in_them() -> None:
     several = json.dumps({"chat_template": [{"name": "default", "template": "x"}]}).encode()
     for files, told in (
         ({"tokenizer_config.json": several}, "expected one text"),
+        ({"tokenizer_config.json": json.dumps({"chat_template": "x" * (2**17 + 1)}).encode()}, "more than 131,072"),
         ({"tokenizer_config.json": b"{"}, "is no JSON"),
         ({"tokenizer_config.json": b"[" * 100_000}, "is no JSON"),
         ({"chat_template.jinja": b"\xff"}, "no text in UTF-8"),

@@ -185,7 +185,7 @@ class Scored(NamedTuple):
 class Prompted:
     """What a request with ``prompt_logprobs`` has before its first token: one of each token; None of the first one."""
 
-    scores: tuple[Scored | None, ...]
+    scores: Sequence[Scored | None]
 
 
 @final
