@@ -272,6 +272,17 @@ def test_an_answer_of_a_form_or_a_call(real: tuple[str, Any]) -> None:
     assert chat(client, response_format=shape, tool_choice="none").choices[0].message.content == '"no"'
 
 
+def test_tokenize_counts_tools_as_chats_have_them(told: tuple[str, Running]) -> None:
+    _, running = told
+    running.engine.says = "so"
+    chat(running.openai())
+    with running.client(running.keys["ann"]) as client:
+        body = {"model": "tiny", "messages": ASKED, "tools": [WEATHER, NOW]}
+        assert client.post("/tokenize", json=body).json()["tokens"] == [*running.engine.asked[-1].prompt]
+        refused = client.post("/tokenize", json={"prompt": "a", "tools": [NOW]})
+        assert refused.json()["error"]["param"] == "tools"
+
+
 # -- what is refused ---------------------------------------------------------------------------------
 
 

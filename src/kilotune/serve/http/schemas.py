@@ -17,7 +17,7 @@ from ..engine.interface import Grammar
 from .bodies import Body
 from .options import ASKING, MESSAGE
 from .structured import FormBody
-from .tool_bodies import CallBody, ToolsBody
+from .tool_bodies import CallBody, ToolBody, ToolsBody
 
 __all__ = [
     "MAX_LOGPROBS",
@@ -273,6 +273,7 @@ class TokenizeBody(Body):
     model: Model | None = None
     prompt: Text | None = None
     messages: Annotated[list[Message], Field(min_length=1, max_length=4096, fail_fast=True)] | None = None
+    tools: Annotated[list[ToolBody], Field(max_length=128)] | None = Field(None, description="Of messages.")
     add_special_tokens: bool | None = Field(
         None, description="Of a prompt: with what begins a text, as completions do."
     )
@@ -286,6 +287,8 @@ class TokenizeBody(Body):
             raise ValueError("prompt: give either a prompt or messages")
         if self.messages is not None and self.add_special_tokens:
             raise ValueError("add_special_tokens: of messages it is not served; the chat template writes them itself")
+        if self.prompt is not None and self.tools:
+            raise ValueError("tools: only with messages")
         if self.prompt is not None and (self.continue_final_message or self.add_generation_prompt is not None):
             raise ValueError("add_generation_prompt: only with messages, and so is continue_final_message")
         _ = self.ending

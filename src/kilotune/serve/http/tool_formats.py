@@ -15,7 +15,7 @@ from ..engine.interface import JSON_SPACE, Grammar
 from .http_errors import ApiError
 from .tool_bodies import FunctionBody, ToolAsk
 
-__all__ = ["FORMATS", "HERMES", "LLAMA", "ToolFormat", "call_head", "format_of", "grammar_of"]
+__all__ = ["FORMATS", "HERMES", "LLAMA", "ToolFormat", "call_head", "check_takes_tools", "format_of", "grammar_of"]
 
 
 @final
@@ -49,6 +49,17 @@ OTHERS = {
 TEXT = "/(.|\\n)*/"
 
 
+def check_takes_tools(template: str) -> None:
+    """Tools are to be refused where the template would leave them out.
+
+    Raises:
+        ApiError: it would.
+
+    """
+    if "tools" not in template:
+        raise ApiError(400, "tools: this model's chat template takes none", param="tools", code="not_served")
+
+
 def format_of(template: str, wanted: str = "auto") -> ToolFormat:
     """The form in which a model with this chat template writes calls. wanted: as the operator says.
 
@@ -56,8 +67,7 @@ def format_of(template: str, wanted: str = "auto") -> ToolFormat:
         ApiError: it takes no tools, or has another form.
 
     """
-    if "tools" not in template:
-        raise ApiError(400, "tools: this model's chat template takes none", param="tools", code="not_served")
+    check_takes_tools(template)
     if wanted != "auto":
         return FORMATS[wanted]
     other = next((name for mark, name in OTHERS.items() if mark in template), None)
