@@ -144,8 +144,11 @@ def test_structured_output_by_a_call(writer: Any) -> None:
     assert isinstance(last, Person)
 
 
-def test_bound_tools_are_called_and_answered(writer: Any) -> None:
-    asked = writing(writer).bind_tools([Weather, Person], tool_choice="any", parallel_tool_calls=False, strict=True)
+@pytest.mark.parametrize("responses", [False, True])
+def test_bound_tools_are_called_and_answered(writer: Any, responses: bool) -> None:
+    asked = writing(writer, use_responses_api=responses).bind_tools(
+        [Weather, Person], tool_choice="any", parallel_tool_calls=False, strict=True
+    )
     first = asked.invoke("the weather in Bern")
     (call,) = first.tool_calls
     {"Weather": Weather, "Person": Person}[call["name"]](**call["args"])
@@ -155,7 +158,9 @@ def test_bound_tools_are_called_and_answered(writer: Any) -> None:
         whole += chunk
     assert [(one["name"], one["args"]) for one in whole.tool_calls] == [(call["name"], call["args"])]
     told = [HumanMessage("the weather in Bern"), first, ToolMessage("sunny", tool_call_id=call["id"])]
-    named = writing(writer).bind_tools([Weather, Person], tool_choice="Person", strict=True)
+    named = writing(writer, use_responses_api=responses).bind_tools(
+        [Weather, Person], tool_choice="Person", strict=True
+    )
     made = named.invoke(told)
     assert [one["name"] for one in made.tool_calls] == ["Person"], made
     free = writing(writer, stop=["\n"]).bind_tools([Weather])

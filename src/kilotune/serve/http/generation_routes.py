@@ -242,7 +242,7 @@ def routes(service: Service, errors: dict[int | str, dict[str, Any]]) -> APIRout
         check_biases(service, body)
         tenant = enter(service, request, body.choices)
         meant = await service.meant(caller_of(request), body.model)
-        calling = Calling.of(body, service.prompts, service.settings.tool_format, meant.own)
+        calling = Calling.of(body.asks_tools, body, service.prompts, service.settings.tool_format, meant.own)
         messages = told_messages(body.messages)
         if calling is not None:
             messages = calling.messages(messages)

@@ -12,7 +12,7 @@ from ..engine.interface import Generation, Grammar
 from .chat_templates import OwnTemplate
 from .http_errors import ApiError
 from .prompts import Prompts
-from .schemas import ChatBody
+from .schemas import SamplingBody
 from .tool_bodies import ToolAsk
 from .tool_formats import ToolFormat, format_of, grammar_of
 from .tool_reader import ToolReader, reader_of
@@ -31,7 +31,9 @@ class Calling:
     shown: tuple[int, ...]
 
     @classmethod
-    def of(cls, body: ChatBody, prompts: Prompts, wanted: str, own: OwnTemplate | None = None) -> Self | None:
+    def of(
+        cls, ask: ToolAsk | None, body: SamplingBody, prompts: Prompts, wanted: str, own: OwnTemplate | None = None
+    ) -> Self | None:
         """Of a request; None: it has no tools. wanted: the form that the operator says. own: an adapter's template.
 
         Raises:
@@ -39,13 +41,13 @@ class Calling:
                 together.
 
         """
-        if (ask := body.asks_tools) is None:
+        if ask is None:
             return None
         form = format_of(prompts.templates.written(own), "hermes" if ask.choice == "none" else wanted)
         if ask.choice == "none":
             return cls(ask, None, body.grammar, ())
         answer = body.grammar
-        if answer is not None and not answer.place.startswith("response_format"):
+        if answer is not None and not answer.place.startswith(("response_format", "text.format")):
             name = answer.place.partition(".")[0]
             raise ApiError(400, f"{name}: not together with tools, but for tool_choice: none", param=name)
         grammar = grammar_of(form, ask, answer, lambda mark: prompts.special(mark) is not None)

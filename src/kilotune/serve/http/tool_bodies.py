@@ -13,7 +13,7 @@ from pydantic_core import PydanticCustomError
 from .bodies import Body
 from .options import CALL, Option
 
-__all__ = ["CallBody", "ToolAsk", "ToolBody", "ToolsBody"]
+__all__ = ["CallBody", "CalledFunction", "FunctionBody", "Name", "ToolAsk", "ToolBody", "ToolsBody"]
 
 Name = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[a-zA-Z0-9_.-]+$")]
 

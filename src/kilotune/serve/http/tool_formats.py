@@ -101,8 +101,9 @@ def grammar_of(
     if ask.must:
         start = "start: calls"
     elif answer is not None and form is LLAMA:
-        told = "response_format: not together with tools of this model, whose calls are JSON too, but for tool_choice: "
-        raise ApiError(400, f"{told}none or required", param="response_format", code="not_served")
+        name = answer.place.partition(".")[0]
+        told = f"{name}: not together with tools of this model, whose calls are JSON too, but for tool_choice: "
+        raise ApiError(400, f"{told}none or required", param=name, code="not_served")
     elif answer is not None:
         start = f"start: calls | answer\nanswer: %json {_spaced(json.loads(answer.text), answer.lenient)}"
         schemas.append((answer.place, answer.text))
