@@ -392,6 +392,12 @@ def test_all_processes_end_with_the_engine_and_with_their_answers(
     def count() -> int:
         return len(running_pids(program))
 
+    def settle(wanted: int) -> None:
+        until = time.monotonic() + 10
+        while count() != wanted and time.monotonic() < until:
+            time.sleep(0.02)
+        assert count() == wanted
+
     program = tmp_path / "grammar_process.py"  # of this test alone
     program.write_text(grammars.PROGRAM.read_text())
     monkeypatch.setattr(grammars, "PROGRAM", program)
@@ -405,12 +411,7 @@ def test_all_processes_end_with_the_engine_and_with_their_answers(
             await asyncio.gather(task, return_exceptions=True)
 
         answers(running.engine, [(CAT, greedy(9, grammar=regex("abc")), None, "t")] * 5)
+        settle(2)  # the first one, and a compiled grammar
         asyncio.run(leave())
-        until = time.monotonic() + 10
-        while count() > 3 and time.monotonic() < until:  # the first one, and two compiled grammars
-            time.sleep(0.02)
-        assert count() == 3
-    until = time.monotonic() + 10
-    while count() and time.monotonic() < until:
-        time.sleep(0.02)
-    assert count() == 0
+        settle(3)
+    settle(0)
