@@ -19,10 +19,14 @@ pytest = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(python) -m pytest -n $(JOBS) --di
 vllm_pytest = OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind \
 	.venv-vllm/bin/python -m pytest -c tests/vllm_plugin/pytest.ini tests/vllm_plugin
 
+# Clients of the service have packages of their own, over those of .venv.
+clients_pytest = OMP_NUM_THREADS=1 \
+	.venv-clients/bin/python -m pytest -c tests/serve_clients/pytest.ini tests/serve_clients
+
 .DEFAULT_GOAL := help
 # The parts of a target share one .venv and one terminal: in order, under `make -j` too.
 .NOTPARALLEL:
-.PHONY: help demo tutorial test test-heavy test-full test-vllm lint type format bench docs clean env-demo env-dev env-docs env-postgresql env-chromium env-vllm
+.PHONY: help demo tutorial test test-heavy test-full test-vllm test-clients lint type format bench docs clean env-demo env-dev env-docs env-postgresql env-chromium env-vllm env-clients
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -36,15 +40,20 @@ tutorial: env-demo  ## a small pretrained network, fine-tuned with VeRA, LoRA an
 test: lint type env-postgresql  ## lint, types, and the tests of every day (under 10 minutes on 2 cores)
 	$(pytest) $(ARGS)
 
-test-heavy: env-postgresql env-chromium  ## the second part of what CI runs: kills, browsers, processes, whole runs
+test-heavy: env-postgresql env-chromium env-clients  ## the second part of what CI runs: kills, browsers, processes, whole runs
 	$(pytest) -m "heavy and not full" $(ARGS)
+	$(clients_pytest)
 
-test-full: lint type env-postgresql env-chromium env-vllm  ## everything, the slow tests too, and all of those of the vLLM plugin
+test-full: lint type env-postgresql env-chromium env-clients env-vllm  ## everything, the slow tests too, and all of those of the vLLM plugin
 	$(pytest) -m "" $(ARGS)
+	$(clients_pytest)
 	$(vllm_pytest) -m ""
 
 test-vllm: env-vllm  ## the vLLM plugin in a real vLLM on this CPU, in .venv-vllm (3.4 GB); everything: ARGS='-m ""'
 	$(vllm_pytest) $(ARGS)
+
+test-clients: env-clients  ## LangChain, litellm and lm-evaluation-harness against a served process, in .venv-clients (0.3 GB)
+	$(clients_pytest) $(ARGS)
 
 lint: env-dev  ## ruff: rules and format
 	$(python) -m ruff check --no-cache .
@@ -67,6 +76,9 @@ docs: env-docs  ## the documentation as a site in site/; a warning is an error
 clean:  ## remove what the tools made (.venv and runs/ stay)
 	rm -rf site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests benchmarks scripts -name __pycache__ -type d -prune -exec rm -rf {} +
+
+env-clients: env-dev
+	@$(python) scripts/clients_environment.py
 
 env-vllm: env-dev
 	@$(python) scripts/vllm_environment.py

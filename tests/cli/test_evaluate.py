@@ -51,6 +51,35 @@ def classified(count: int, shift: int = 0) -> list[dict[str, Any]]:
     return [{"text": f"{words[i % 3]} {sentence(i + shift, 4)}", "label": words[i % 3]} for i in range(count)]
 
 
+def test_chats_are_scored_in_the_adapters_own_template(tmp_path: Path) -> None:
+    """As over a base that has this template itself; and it is told."""
+    from tests.support.generation_support import pair
+
+    base, adapter = pair("llama", True)
+    template = "{% for m in messages %}{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}a {% endif %}"
+    own, other = tmp_path / "own", tmp_path / "base"
+    shutil.copytree(adapter, own)
+    shutil.copytree(base, other)
+    (own / "chat_template.jinja").write_text(template)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(other)
+    turns = [(sentence(i, 3), sentence(i + 9, 4)) for i in range(4)]
+    roles = ("user", "assistant")
+    said = [{"messages": [{"role": role, "content": text} for role, text in zip(roles, turn)]} for turn in turns]
+    data = write_jsonl(tmp_path / "test.jsonl", said)
+    how = ("--task", "causal-lm", "--set", "training.device=cpu")
+    mine, theirs, usual = (
+        as_json("evaluate", folder, data, "--base", over, *how)
+        for folder, over in ((own, base), (adapter, other), (adapter, base))
+    )
+    assert mine["metrics"]["loss"] == pytest.approx(theirs["metrics"]["loss"], rel=CLOSE)
+    assert mine["metrics"]["loss"] != pytest.approx(usual["metrics"]["loss"], rel=CLOSE)
+    told = f"chats are in the adapter's own chat template, which is not that of {base}"
+    assert told in mine["notes"]
+    assert not [note for note in (*theirs["notes"], *usual["notes"]) if "chat template" in note]
+
+
 @pytest.fixture(scope="module")
 def language(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("language")

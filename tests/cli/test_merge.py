@@ -177,6 +177,12 @@ def test_tokenizer_files_come_along(tmp_path: Path) -> None:
     assert as_json(*words)["copied"] == ["spm.model", "tokenizer.json", "tokenizer_config.json"]
     assert (tmp_path / "out" / "tokenizer.json").read_text() == "base tokenizer.json"
     assert not (tmp_path / "out" / "evil.py").exists()
+    # a chat template is no tokenizer, and comes with the base's
+    (tmp_path / "adapter" / "chat_template.jinja").write_text("adapter's")
+    copied = ["chat_template.jinja", "spm.model", "tokenizer.json", "tokenizer_config.json"]
+    assert as_json(*words, "--force")["copied"] == copied
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "adapter's"
+    (tmp_path / "adapter" / "chat_template.jinja").unlink()
     # a tokenizer that was saved with the adapter is the one it was trained with, and goes alone
     (tmp_path / "adapter" / "tokenizer.json").write_text("adapter")
     assert as_json(*words, "--force")["copied"] == ["tokenizer.json"]

@@ -5,14 +5,15 @@ from __future__ import annotations
 import copy
 import functools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from kilotune.serve.engine.interface import JSON_SPACE, Grammar
+from kilotune.serve.engine.interface import JSON_SPACE, Engine, EngineStats, Finish, Generation, Grammar, Token
+from kilotune.serve.engine.text_stream import TextStream
 from tests.support.chat_tokenizers import byte_pairs, pieces_file
 
 SCHEMA = {
@@ -70,7 +71,7 @@ def guided_base(kind: str = "pairs") -> Any:
             num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=2,
-            max_position_embeddings=1024,
+            max_position_embeddings=3000,
             bos_token_id=1,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=0,
@@ -141,7 +142,7 @@ def masked_greedy(model: Any, kind: str, grammar: Grammar, prompt: Sequence[int]
 
 
 @contextmanager
-def guided_serving(folder: Path, tokenizer: Any = None, **settings: Any) -> Iterator[Any]:
+def guided_serving(folder: Path, tokenizer: Any = None, engine: Any = None, **settings: Any) -> Iterator[Any]:
     """A service with the guided base, without adapters; tokenizer: with another template, say."""
     from kilotune.serve.engine.continuous_batching import TransformersEngine
     from kilotune.serve.engine.tenant_adapters import AdapterRegistry
@@ -150,7 +151,77 @@ def guided_serving(folder: Path, tokenizer: Any = None, **settings: Any) -> Iter
 
     tokenizer, base = tokenizer or tokenizer_of("pairs"), copy.deepcopy(guided_base())
     registry = AdapterRegistry(f"sqlite:///{folder / 'adapters.db'}", base)
-    engine = TransformersEngine(registry.model.get_base_model(), tokenizer, registry, max_running=16)
+    engine = engine or TransformersEngine(registry.model.get_base_model(), tokenizer, registry, max_running=16)
     prompts = Prompts(tokenizer, base.config.vocab_size)
     with serving(folder, engine=engine, catalogue=registry, prompts=prompts, **settings) as running:
         yield running
+
+
+# -- tools -------------------------------------------------------------------------------------------
+
+HERMES = (
+    "{% if tools %}<|im_start|>system\nYou may call functions:\n<tools>{% for tool in tools %}\n{{ tool | tojson }}"
+    '{% endfor %}\n</tools>\nWrite <tool_call>\n{"name": ..., "arguments": ...}\n</tool_call> for it.<|im_end|>\n'
+    "{% endif %}{% for m in messages %}{% if m.role == 'tool' %}<|im_start|>user\n<tool_response>\n{{ m.content }}\n"
+    "</tool_response><|im_end|>\n{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}"
+    '\n<tool_call>\n{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}\n'
+    "</tool_call>{% endfor %}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA3 = (
+    "{% if tools %}<|im_start|>system\nRespond in the format "
+    '{"name": function name, "parameters": dictionary of argument name and its value}.\n'
+    "{% for tool in tools %}{{ tool | tojson(indent=4) }}\n\n{% endfor %}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}{% if m.tool_calls %}<|im_start|>assistant\n"
+    '{"name": "{{ m.tool_calls[0].function.name }}", "parameters": {{ m.tool_calls[0].function.arguments | tojson }}}'
+    "<|im_end|>\n{% else %}<|im_start|>{{ 'ipython' if m.role == 'tool' else m.role }}\n{{ m.content }}<|im_end|>\n"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TEMPLATES = {"hermes": HERMES, "llama3_json": LLAMA3}
+
+
+def weather(strict: bool | None = None, **more: Any) -> dict[str, Any]:
+    """A tool."""
+    schema = {
+        "type": "object",
+        "properties": {"city": {"enum": ["Bern", "Oslo"]}, "days": {"enum": [1, 2]}},
+        "required": ["city", "days"],
+        "additionalProperties": False,
+    }
+    told = {"name": "weather", "description": "What it will be like.", "parameters": schema, **more}
+    return {"type": "function", "function": told if strict is None else {**told, "strict": strict}}
+
+
+class Scripted(Engine):
+    """An engine that says what it is told to say, a token of its text at a time."""
+
+    generates, embeds, labels, max_length = True, False, None, 2000
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer, self.says = tokenizer, ""
+        self.asked: list[Generation] = []
+
+    def start(self) -> None: ...
+    def stop(self, drain: float = 0.0) -> None: ...
+
+    def healthy(self) -> str | None:
+        return None
+
+    def stats(self) -> EngineStats:
+        return EngineStats(0, 0, 0, 0, 0.0, 0, 0)
+
+    async def generate(self, request: Generation) -> AsyncIterator[Token | Finish]:
+        self.asked.append(request)
+        stream = TextStream(self.tokenizer, request.prompt, (), shown=request.sampling.shown)
+        ids = self.tokenizer(self.says, add_special_tokens=False)["input_ids"]
+        for number in ids[: request.sampling.max_tokens]:
+            yield Token(number, stream.push(number)[0], -1.0 if request.sampling.logprobs is not None else None)
+        reason: Any = "length" if len(ids) > request.sampling.max_tokens else "stop"
+        yield Finish(reason, stream.flush(), None, len(request.prompt), len(ids), 0)
+
+    async def embed(self, tenant: str, adapter: Any, texts: Any) -> Any:
+        raise NotImplementedError
+
+    async def classify(self, tenant: str, adapter: Any, texts: Any) -> Any:
+        raise NotImplementedError

@@ -17,7 +17,7 @@ __all__ = ["OWN_FILES", "TEMPLATE", "check_own", "digest", "json_object", "own_t
 TEMPLATE = "chat_template.jinja"
 CONFIG = "tokenizer_config.json"
 OWN_FILES: Mapping[str, int] = {
-    TEMPLATE: 2**20,
+    TEMPLATE: 2**17,
     CONFIG: 2**22,
     "tokenizer.json": 2**26,
     "added_tokens.json": 2**22,
@@ -79,6 +79,8 @@ def own_template(files: Mapping[str, bytes]) -> str | None:
     found = json_object(CONFIG, files[CONFIG]).get("chat_template")
     if found is not None and not isinstance(found, str):
         raise ConfigError(f"{CONFIG}: chat_template: expected one text, and there are several or none")
+    if found is not None and len(found) > OWN_FILES[TEMPLATE]:
+        raise ConfigError(f"{CONFIG}: chat_template: has more than {OWN_FILES[TEMPLATE]:,} characters")
     return found
 
 

@@ -31,6 +31,7 @@ __all__ = ["merge"]
 # What belongs to a model folder beside the model: tokenizers and the settings of processors. Never code.
 # What a model folder may hold; the whole folder is replaced.
 MODEL_SUFFIXES = frozenset({".json", ".safetensors", ".model", ".txt", ".jinja", ".md", ".tiktoken"})
+TEMPLATES = ("chat_template.jinja", "chat_template.json")
 BESIDE = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -40,8 +41,7 @@ BESIDE = (
     "vocab.txt",
     "merges.txt",
     "*.model",
-    "chat_template.jinja",
-    "chat_template.json",
+    *TEMPLATES,
     "preprocessor_config.json",
     "processor_config.json",
 )
@@ -214,10 +214,15 @@ def _fresh(out: Path) -> Iterator[Path]:
 
 
 def _copy_beside(file: AdapterFile, source: str, revision: str | None, folder: Path) -> list[str]:
-    """Copy the tokenizer's files: those of the adapter's folder, if it has any, else the base's."""
+    """Copy the tokenizer's files: those of the adapter's folder, if it has any, else the base's.
+
+    A chat template alone is no tokenizer: it comes with the base's.
+    """
     found = _beside(file.folder)
-    if not found:
-        found = _beside(Path(source)) if Path(source).is_dir() else _beside_on_hub(source, revision)
+    if all(path.name in TEMPLATES for path in found):
+        base = _beside(Path(source)) if Path(source).is_dir() else _beside_on_hub(source, revision)
+        own = {path.name for path in found}
+        found = sorted([*(path for path in base if path.name not in own), *found], key=lambda path: path.name)
     for path in found:
         shutil.copyfile(path, folder / path.name)
     return [path.name for path in found]

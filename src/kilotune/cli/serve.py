@@ -24,6 +24,7 @@ OWN = (
     "keys",
     "namespace",
     "cors_origin",
+    "tool_format",
     "slow_request",
     "adapter_folder",
     "own_chat_templates",
@@ -58,6 +59,7 @@ def serve(
     cors_origin: Annotated[
         list[str] | None, typer.Option(help=f"{_help('cors_origin')} May be given again; none: no page may.")
     ] = None,
+    tool_format: Annotated[str, typer.Option(help=_help("tool_format"))] = "auto",
     slow_request: Annotated[float | None, typer.Option(metavar="SECONDS", help=_help("slow_request"))] = None,
     adapter_folder: Annotated[
         list[str] | None, typer.Option(metavar="DIR", help=f"{_help('adapter_folder')} May be given again; none: off.")
@@ -80,6 +82,7 @@ def serve(
             "name": name,
             "namespace": namespace,
             "cors_origin": tuple(cors_origin or ()),
+            "tool_format": tool_format,
             "slow_request": slow_request,
             "own_chat_templates": own_chat_templates,
             "adapter_folder": tuple(adapter_folder or ()),

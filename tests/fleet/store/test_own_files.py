@@ -14,6 +14,7 @@ from kilotune.errors import CheckpointError, ConfigError
 from kilotune.fleet.store import copy_adapters, export_adapters, open_store
 from tests.support.cli_helpers import as_json, kilotune
 from tests.support.http_support import adapter_folder
+from tests.support.store_support import KINDS, new_url
 
 FILES = {
     "chat_template.jinja": "{% for m in messages %}é{{ m.content }}\r\n{% endfor %}\n".encode(),
@@ -30,9 +31,14 @@ def folder_with(tmp_path: Path, files: dict[str, bytes], seed: int = 1, name: st
     return made
 
 
-def test_they_are_kept_with_the_version_and_come_back(tmp_path: Path) -> None:
+@pytest.fixture(params=KINDS)
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return new_url(request.param, request, tmp_path)
+
+
+def test_they_are_kept_with_the_version_and_come_back(url: str, tmp_path: Path) -> None:
     plain, whole = adapter_folder(1), folder_with(tmp_path, FILES)
-    with open_store(f"sqlite:///{tmp_path / 'a.db'}") as store:
+    with open_store(url) as store:
         bare, version = store.put("bare", plain), store.put("ann", whole)
         assert (bare.files, bare.own) == ({}, None)
         assert sorted(version.files) == sorted(FILES)
@@ -77,8 +83,8 @@ def test_copies_have_them_and_many_of_one_kind_share_them(tmp_path: Path) -> Non
     raw.close()
 
 
-def test_gc_takes_them_away_with_the_last_that_has_them(tmp_path: Path) -> None:
-    with open_store(f"sqlite:///{tmp_path / 'a.db'}") as store:
+def test_gc_takes_them_away_with_the_last_that_has_them(url: str, tmp_path: Path) -> None:
+    with open_store(url) as store:
         store.put("ann", folder_with(tmp_path, FILES))
         store.put("bob", adapter_folder(2))
         store.rm("ann")
@@ -118,10 +124,10 @@ def test_what_replaces_an_adapter_leaves_nothing_of_it(tmp_path: Path) -> None:
 
 
 def test_sizes_and_names_are_bounded(tmp_path: Path) -> None:
-    large = folder_with(tmp_path, {"chat_template.jinja": b"x" * (2**20 + 1)})
+    large = folder_with(tmp_path, {"chat_template.jinja": b"x" * (2**17 + 1)})
     with (
         open_store(f"sqlite:///{tmp_path / 'a.db'}") as store,
-        pytest.raises(CheckpointError, match=r"chat_template\.jinja has more than 1,048,576 bytes"),
+        pytest.raises(CheckpointError, match=r"chat_template\.jinja has more than 131,072 bytes"),
     ):
         store.put("ann", large)
     with pytest.raises(CheckpointError, match=r"'\.\./x' is none of the files that an adapter may bring"):
@@ -144,6 +150,7 @@ def test_the_template_in_them() -> None:
     several = json.dumps({"chat_template": [{"name": "default", "template": "x"}]}).encode()
     for files, told in (
         ({"tokenizer_config.json": several}, "expected one text"),
+        ({"tokenizer_config.json": json.dumps({"chat_template": "x" * (2**17 + 1)}).encode()}, "more than 131,072"),
         ({"tokenizer_config.json": b"{"}, "is no JSON"),
         ({"tokenizer_config.json": b"[" * 100_000}, "is no JSON"),
         ({"chat_template.jinja": b"\xff"}, "no text in UTF-8"),

@@ -213,6 +213,39 @@ def test_tenants_share_by_tokens(tmp_path: Path) -> None:
 # -- ends before the end -----------------------------------------------------------------------------
 
 
+def test_what_a_request_waited_for_its_turn_is_told(tmp_path: Path) -> None:
+    """With one place the second begins when the first has ended; who leaves while it waits has not begun."""
+    with Served(tmp_path, count=1, max_running=1) as served:
+
+        async def one(place: int, count: int) -> tuple[Generation, float]:
+            asked = Generation(
+                id="r", tenant="t", adapter=served.keys[0], prompt=prompt_of(place), sampling=greedy(count)
+            )
+            began = time.monotonic()
+            async for _ in served.engine.generate(asked):
+                pass
+            return asked, time.monotonic() - began
+
+        async def three() -> tuple[list[tuple[Generation, float]], Generation]:
+            runs = [asyncio.ensure_future(one(place, 40)) for place in range(2)]
+            await asyncio.sleep(0.02)
+            left = Generation(id="r", tenant="t", adapter=None, prompt=(5,), sampling=greedy(3))
+            leaving = served.engine.generate(left)
+            waiting = asyncio.ensure_future(anext(leaving))
+            await asyncio.sleep(0.02)
+            waiting.cancel()
+            await asyncio.gather(waiting, return_exceptions=True)
+            return await asyncio.gather(*runs), left
+
+        done, left = asyncio.run(three())
+    waits = [asked.waits.queued for asked, _ in done]
+    assert None not in waits
+    first, second = sorted(zip(waits, (seconds for _, seconds in done)))
+    assert first[0] < first[1]
+    assert 0.5 * first[1] < second[0] < second[1]
+    assert left.waits.queued is None
+
+
 def test_who_leaves_frees_the_place(served: Served) -> None:
     async def run() -> None:
         request = Generation(id="x", tenant="t", adapter=served.keys[0], prompt=prompt_of(1), sampling=greedy(200))

@@ -104,7 +104,7 @@ def test_a_prompt_may_be_all_that_is_asked_for(served: Served) -> None:
 
 def test_one_token_has_nothing_before_it(served: Served) -> None:
     (got,) = answers(served.engine, [((9,), greedy(2, prompt_logprobs=5), None, "t")])
-    assert got.prompted.scores == (None,)
+    assert list(got.prompted.scores) == [None]
     assert got.ids == alone(served.base, (9,), 2)
 
 
@@ -237,4 +237,5 @@ def test_a_prompt_in_any_parts_and_read_twice_is_the_same(lengths: Sequence[int]
     for begin, end in [*parts((30, 20)), *parts(lengths)]:
         if not other.complete:
             other.take(begin, logits[begin:end])
-    assert other.all == whole.all
+    assert list(other.all) == list(whole.all)
+    assert whole.all[-1] == whole.all[1:][-1] == list(whole.all)[-1]

@@ -116,7 +116,10 @@ CHATS: list[tuple[dict[str, Any], str]] = [
     ({"messages": [{"role": "user"}]}, "messages[0].content: is missing"),
     ({"messages": [{"role": "wizard", "content": "a"}]}, "messages[0].role"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages[0]"),
-    ({"messages": [{"role": "user", "content": "a"}], "tools": [{"type": "function"}]}, "tools: not served"),
+    (
+        {"messages": [{"role": "user", "content": "a"}], "tools": [{"type": "function"}]},
+        "tools[0].function: is missing",
+    ),
     ({"top_logprobs": 2}, "top_logprobs: only with logprobs"),
     ({"max_completion_tokens": 4}, "max_tokens: the old name"),
     ({"response_format": {"type": "json"}}, "response_format.type: input should be 'text', 'json_object' or"),

@@ -46,13 +46,17 @@ def values(option: Option) -> list[Any]:
 
 @pytest.mark.parametrize("option", ASKING.values(), ids=lambda option: option.name)
 def test_what_asks_for_nothing_is_taken_and_all_else_is_not_served(ann: httpx2.Client, option: Option) -> None:
+    served = option.name in ChatBody.model_fields  # by chats, and not by completions
+    asked = {"model": "tiny", "prompt": "a cat", "max_tokens": 1} if served else CHAT
+    path = "/v1/completions" if served else "/v1/chat/completions"
     for value in [None, *values(option)]:
-        answer = ann.post("/v1/chat/completions", json={**CHAT, option.name: value})
+        answer = ann.post(path, json={**asked, option.name: value})
         assert answer.status_code == 200, answer.text
+        assert ann.post("/v1/chat/completions", json={**CHAT, option.name: value}).status_code == 200
     for value in [*WRONG.get(option.name, []), {"what": "else"}, 7.5]:
         if option.name == "metadata" and value == {"what": "else"}:
             continue
-        answer = ann.post("/v1/chat/completions", json={**CHAT, option.name: value})
+        answer = ann.post(path, json={**asked, option.name: value})
         told = answer.json()["error"]
         assert (answer.status_code, told["param"], told["type"]) == (400, option.name, "invalid_request_error"), value
         assert f"{option.name}: not served; taken is " in told["message"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -11,7 +12,9 @@ import openai
 import pytest
 import torch
 
+from kilotune.serve.http import generation_routes
 from kilotune.serve.http.prompts import LONG, Prompts
+from kilotune.serve.http.response_shapes import CompletionShape
 from tests.support.generation_support import loaded
 from tests.support.http_support import (
     BASE,
@@ -223,3 +226,39 @@ def test_the_reference_is_another_one_for_each_adapter() -> None:
     assert loaded("llama", base_folder()) is not None
     rows = [rows_of(seed, PROMPT) for seed in (None, 1, 2, 3)]
     assert all(float((a - b).abs().max()) > 0.1 for i, a in enumerate(rows) for b in rows[:i])
+
+
+def test_what_is_long_is_written_beside_the_loop(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And says the same, whole and streamed."""
+    seen: list[str] = []
+    own = CompletionShape._logprobs
+
+    def spied(self: CompletionShape, *given: Any) -> Any:
+        seen.append(threading.current_thread().name)
+        return own(self, *given)
+
+    monkeypatch.setattr(CompletionShape, "_logprobs", spied)
+    whole = complete(client, logprobs=2, echo=True)
+    loop = {*seen}
+    monkeypatch.setattr(generation_routes, "LONG", 10)
+    seen.clear()
+    check_echo(complete(client, logprobs=2, echo=True).choices[0].logprobs, 1, PROMPT, 2)
+    assert len({*seen} - loop) == 1
+    events = list(complete(client, logprobs=2, echo=True, stream=True))
+    assert "".join(event.choices[0].text for event in events) == whole.choices[0].text
+    check_echo(events[0].choices[0].logprobs, 1, PROMPT, 2)
+
+
+@pytest.mark.parametrize(
+    ("more", "param"),
+    [({"logprobs": 4, "echo": True}, "logprobs"), ({"extra_body": {"prompt_logprobs": 4}}, "prompt_logprobs")],
+)
+def test_one_request_has_so_many_and_no_more(
+    client: Any, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any], param: str
+) -> None:
+    count = 5 * len(prompt_ids(PROMPT))
+    monkeypatch.setattr(generation_routes, "SCORED", 2 * count)
+    assert len(complete(client, n=2, **more).choices) == 2
+    with pytest.raises(openai.BadRequestError, match=f"{3 * count} numbers for these prompts") as refused:
+        complete(client, prompt=[PROMPT] * 3, **more)
+    assert refused.value.param == param

@@ -184,3 +184,42 @@ def test_a_vocabulary_that_cannot_write_it_is_the_requests_error(tmp_path: Any) 
         pytest.raises(openai.BadRequestError, match="nothing fits it"),
     ):
         chat(running.openai(), extra_body={"guided_json": {"type": "object"}}, max_tokens=9)
+
+
+# -- in /v1/responses --------------------------------------------------------------------------------
+
+
+def respond(client: Any, form: Any, **more: Any) -> Any:
+    own = {"model": "tiny", "input": "a dog", "max_output_tokens": 400, "text": {"format": form}}
+    return client.responses.create(**own, extra_body={"seed": 1, **more})
+
+
+FLAT: Any = {"type": "json_schema", **FORMAT["json_schema"]}
+
+
+def test_a_response_has_the_form_that_a_chat_has(client: Any) -> None:
+    made = respond(client, FLAT)
+    assert made.output_text == chat(client, response_format=FORMAT).choices[0].message.content
+    assert made.status == "completed"
+    assert made.text.format.to_dict() == FLAT, "it comes back"
+    bias = {str(i): -100 for i in range(500) if tokenizer_of("pairs").decode([i]).strip() != "}"}
+    assert json.loads(respond(client, {"type": "json_object"}, logit_bias=bias).output_text) == {}
+    cut = client.responses.create(model="tiny", input="a dog", max_output_tokens=3, text={"format": FLAT})
+    assert cut.status == "incomplete"
+
+
+def test_a_response_is_parsed_whole_and_streamed(client: Any) -> None:
+    own: dict[str, Any] = {"model": "tiny", "input": "a dog", "max_output_tokens": 600, "text_format": Person}
+    assert isinstance(client.responses.parse(**own).output_parsed, Person)
+    with client.responses.stream(**own) as stream:
+        for _ in stream:
+            pass
+        assert isinstance(stream.get_final_response().output_parsed, Person)
+
+
+def test_what_is_wrong_in_a_responses_schema_is_told_with_its_place(client: Any) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        respond(client, {**FLAT, "schema": {"properties": {"a": {"type": "strng"}}}})
+    assert refused.value.param == "text.format.schema.properties.a.type"
+    loose = {**FLAT, "strict": False, "schema": {"enum": [7], "not": {}}}
+    assert respond(client, loose).output_text == "7"

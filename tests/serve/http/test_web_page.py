@@ -1,4 +1,4 @@
-"""The web page, in a real Chromium: adapters, live numbers, base against adapter; and what it must not do."""
+"""The web page, in a real Chromium: the same prompt side by side, adapters, live numbers; and what it must not do."""
 
 from __future__ import annotations
 
@@ -52,32 +52,113 @@ def test_without_a_key_it_says_so(page: Tab, running: Running) -> None:
     page.open(running.url)
     page.until("!document.querySelector('#trouble').hidden")
     assert "a valid API key is needed" in page.text("#trouble")
+    assert shows(page, "#key-form")
+    assert not shows(page, "#list")
     page.until("document.querySelector('#state').textContent === 'ready'")
 
 
-def test_base_against_adapter(page: Tab, running: Running, tmp_path: Path) -> None:
+def column(model: str, part: str) -> str:
+    return f"#answers [data-model='{model}'] {part}"
+
+
+def answered(page: Tab) -> None:
+    ended = "[...document.querySelectorAll('#answers p')].every(e => e.textContent.includes('ended by'))"
+    page.until(f"document.querySelector('#stop').hidden && {ended}")
+
+
+def shows(page: Tab, selector: str) -> bool:
+    """Whether somebody sees it: what is hidden by name may still be drawn."""
+    return bool(page.run(f"document.querySelector({selector!r}).getClientRects().length > 0"))
+
+
+def columns(page: Tab) -> list[str]:
+    found: list[str] = page.run("[...document.querySelectorAll('#answers article')].map(e => e.dataset.model)")
+    return found
+
+
+def test_the_same_prompt_side_by_side(page: Tab, running: Running, tmp_path: Path) -> None:
     enter(page, running, "ann")
+    assert not shows(page, "#key-form"), "the key is in its corner"
     names = page.run("[...document.querySelectorAll('#adapters td button')].map(e => e.textContent)")
     assert names == ["letters", "poems"]
-    page.click("#adapters tr:nth-child(2) button")
-    assert page.run("document.querySelector('#adapter').value") == "poems"
-    assert page.run("document.querySelector('#live').hidden"), "there is nothing to measure yet"
+    assert columns(page) == [BASE, "letters", "poems"], "there is something to compare from the beginning"
+    assert not shows(page, "#live"), "there is nothing to measure yet"
     page.type("#tokens", "12")
     page.type("#prompt", PROMPT)
     page.click("#chat")
     page.click("#go")
-    page.until("document.querySelector('#adapter-note').textContent.includes('ended by')")
-    page.until("document.querySelector('#base-note').textContent.includes('ended by')")
-    assert page.text("#base-answer") == expected(None, PROMPT, 12)
-    assert page.text("#adapter-answer") == expected(1, PROMPT, 12)
-    assert page.text("#base-name") == f"Base: {BASE}"
-    page.until("document.querySelector('#requests').textContent >= 2")
+    answered(page)
+    for seed, model in ((None, BASE), (2, "letters"), (1, "poems")):
+        assert page.text(column(model, "pre")) == expected(seed, PROMPT, 12)
+    assert page.text(column(BASE, "h3")) == f"{BASE}, the base alone"
+    page.until("document.querySelector('#requests').textContent >= 3")
     page.until("!document.querySelector('#live').hidden")
     page.until("Number(document.querySelector('#rate').textContent) > 0")
     assert page.text("#first").endswith("ms)")
     place = os.environ.get("KILOTUNE_SCREENSHOT")
     if place:
         take_picture(page, running, Path(place))
+
+
+def test_who_is_asked_is_chosen(page: Tab, running: Running) -> None:
+    """By the list, by a field that takes versions and aliases, and taken away by their signs."""
+    enter(page, running, "ann")
+    page.click("#adapters tr:nth-child(1) button")
+    assert columns(page) == [BASE, "poems"]
+    assert page.run("[...document.querySelectorAll('#adapters td button')].map(e => e.ariaPressed)") == [
+        "false",
+        "true",
+    ]
+    page.type("#adapter", "letters/1")
+    page.click("#add")
+    page.type("#adapter", "poems/live")
+    page.click("#chosen button:nth-child(1)")
+    page.type("#tokens", "6")
+    page.type("#prompt", PROMPT)
+    page.click("#chat")
+    page.click("#go")
+    answered(page)
+    assert columns(page) == ["poems", "letters/1", "poems/live"], "what stands in the field is asked, too"
+    assert page.text(column("letters/1", "pre")) == expected(2, PROMPT, 6)
+    assert page.text(column("poems/live", "pre")) == page.text(column("poems", "pre")) == expected(1, PROMPT, 6)
+    for i in range(8):
+        page.run(f"document.querySelector('#adapter').value = 'poems/{i + 10}'")
+        page.click("#add")
+    assert len(columns(page)) == 8
+    assert "take one away first" in page.text("#trouble")
+
+
+def test_answers_can_be_stopped(page: Tab, running: Running) -> None:
+    enter(page, running, "ann")
+    page.run("window.fetched = window.fetch; window.fetch = (path, more) => path.includes('completions') "
+             "? new Promise((_, no) => more.signal.addEventListener('abort', () => no(new Error()))) "
+             ": window.fetched(path, more)")  # fmt: skip
+    page.click("#go")
+    page.until("!document.querySelector('#stop').hidden")
+    assert page.run("document.querySelector('#go').disabled")
+    page.click("#stop")
+    page.until("[...document.querySelectorAll('#answers p')].every(e => e.textContent === 'stopped')")
+    page.until("document.querySelector('#stop').hidden && !document.querySelector('#go').disabled")
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [360, 1280])
+def test_it_fits_a_phone_and_can_be_read_in_the_dark(page: Tab, running: Running, width: int, dark: bool) -> None:
+    scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+    page.send("Emulation.setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=1, mobile=width < 800)
+    page.send("Emulation.setEmulatedMedia", features=[scheme])
+    try:
+        enter(page, running, "ann")
+        assert page.run("document.documentElement.scrollWidth <= innerWidth"), "nothing is beside the window"
+        tops = page.run("[...document.querySelectorAll('#answers pre')].map(e => e.getBoundingClientRect().top)")
+        assert (len({*map(round, tops)}) == 1) is (width > 800), "side by side where there is room"
+        shades = page.run(
+            "['color', 'backgroundColor'].map(k => Math.max(...getComputedStyle(document.body)[k].match(/\\d+/g)))"
+        )
+        assert (shades[0] > 180, shades[1] < 80) == (dark, dark)
+    finally:
+        page.send("Emulation.clearDeviceMetricsOverride")
+        page.send("Emulation.setEmulatedMedia", features=[])
 
 
 def take_picture(page: Tab, running: Running, path: Path) -> None:
@@ -95,7 +176,7 @@ def take_picture(page: Tab, running: Running, path: Path) -> None:
     for one in busy:
         one.join()
     page.click("#go")
-    page.until("document.querySelector('#adapter-note').textContent.includes('ended by')")
+    answered(page)
     page.run("window.scrollTo(0, 0)")
     page.picture(path)
 
@@ -107,15 +188,16 @@ def test_a_chat_and_what_is_wrong_are_shown(page: Tab, running: Running) -> None
     page.type("#tokens", "12")
     page.type("#adapter", "secret-plan")
     page.click("#go")
-    page.until("document.querySelector('#adapter-note').textContent.includes('Did you mean')")
-    page.until("document.querySelector('#base-note').textContent.includes('ended by')")
-    assert page.text("#base-answer")
+    page.until(f"document.querySelector({column('secret-plan', 'p')!r}).textContent.includes('Did you mean')")
+    page.until(f"document.querySelector({column(BASE, 'p')!r}).textContent.includes('ended by')")
+    assert page.text(column(BASE, "pre"))
 
 
 def test_names_are_text_and_never_run(page: Tab, running: Running) -> None:
     enter(page, running, "carl")
     page.until(f"document.querySelector('#adapters td button').textContent === {HOSTILE!r}")
-    assert page.run("document.querySelectorAll('#adapters img, #adapters b').length") == 0
+    assert columns(page) == [BASE, HOSTILE]
+    assert page.run("document.querySelectorAll('main img, #adapters b').length") == 0
     assert page.run("window.bad === undefined") is True
 
 

@@ -50,7 +50,7 @@ __all__ = [
     "unpacked_file",
 ]
 
-LAST = 5  # files that were read last, of all stores
+LAST = 2**26  # bytes of the files that were read last, of all stores
 SUM = "kilotune_sha256"  # the one value of a file's header that differs between adapters of one form
 
 
@@ -296,7 +296,7 @@ class KeptFiles(Mapping[str, bytes]):
         data = unpacked_file(name, sha256, self._fetch(name, sha256))
         with self._lock:
             self._last[sha256] = data
-            while len(self._last) > LAST:
+            while sum(map(len, self._last.values())) > LAST:
                 self._last.popitem(last=False)
         return data
 

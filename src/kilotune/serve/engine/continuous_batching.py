@@ -188,7 +188,7 @@ class TransformersEngine(Engine):
         loop, asked = asyncio.get_running_loop(), time.monotonic()
         row = await self._row(request.adapter)
         try:
-            guide = await self._grammars.guide(request.tenant, request.sampling.grammar, request.deadline)
+            guide = await self._grammars.guide(request)
         except TimeoutError:
             yield Finish("deadline", prompt_tokens=len(request.prompt))
             return

@@ -32,9 +32,9 @@ import torch
 from torch import Tensor
 
 from ...bounded import KEPT, ONE_THREAD
-from ...errors import MissingExtraError, UnsupportedError
+from ...errors import MissingExtraError, ResourceError, UnsupportedError
 from .grammar_process import FAULT, LENGTH, OVER, TOKEN, read_frame, send_frame
-from .interface import JSON_SPACE, Grammar, GrammarError
+from .interface import JSON_SPACE, Generation, Grammar, GrammarError
 from .lanes import Lanes
 from .vocabulary import token_bytes
 
@@ -57,9 +57,17 @@ class Guide:
 
     allowed: (vocabulary,) bool, or None while it is not known. over: nothing but an end can come. fault: why it cannot
     be followed any more.
+
+    Args:
+        wire: to its process.
+        vocabulary: how many tokens the model has.
+        ends: the tokens that the grammar calls ends.
+        more: special tokens that end this answer, too.
+
     """
 
-    def __init__(self, wire: socket.socket, vocabulary: int) -> None:
+    def __init__(self, wire: socket.socket, vocabulary: int, ends: Sequence[int], more: Sequence[int]) -> None:
+        self._ends, self._more = list(ends), list(more)
         self.allowed: Tensor | None = None
         self.over = False
         self.fault: str | None = None
@@ -125,7 +133,10 @@ class Guide:
         if kind == FAULT:
             self.fault = f"the grammar cannot be followed at this point of the answer ({data.decode()})"
         else:
-            bits = np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little")[: self._vocabulary]
+            whole = np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little")
+            bits = whole[: self._vocabulary]
+            if self._more and whole[self._ends].any():
+                bits[self._more] = 1
             self.over = kind == OVER and not bits.any()
             self.allowed = torch.from_numpy(bits.astype(bool))
             if not self.over and not bits.any():
@@ -212,34 +223,40 @@ class Grammars:
     """
 
     def __init__(self, tokenizer: Any, vocabulary: int, ends: frozenset[int], running: int) -> None:
-        self._tokenizer, self._vocabulary, self._ends = tokenizer, vocabulary, ends
+        self._tokenizer, self._vocabulary = tokenizer, vocabulary
+        self._ends = frozenset(end for end in ends if end < vocabulary)
         # Each answer has a process: so many answers may be in the house; and one compiles on a few processors.
         self._places = Lanes("kilotune-guided", 2 * running, running)
         self._compiling = Lanes("kilotune-grammars", max(1, (os.cpu_count() or 1) // 4), 1)
         self._lock = threading.Lock()
+        self._special: frozenset[int] = frozenset()
         self._first: _Process | None = None
         self._made: subprocess.Popen[bytes] | None = None
         self._kept: OrderedDict[tuple[str, Grammar], _Process] = OrderedDict()
 
-    async def guide(self, tenant: str, grammar: Grammar | None, deadline: float | None) -> Guide | None:
-        """What one answer is to be guided by, until it is closed; None where there is no grammar.
+    async def guide(self, request: Generation) -> Guide | None:
+        """What an answer is to be guided by, until it is closed; None where there is no grammar.
 
         Raises:
-            GrammarError: it cannot be compiled. MissingExtraError: there is no llguidance. TimeoutError: the deadline
-                came first.
+            GrammarError: it cannot be compiled. MissingExtraError: there is no llguidance. ResourceError: there can be
+                no process. TimeoutError: the deadline came first.
 
         """
+        tenant, grammar, deadline = request.tenant, request.sampling.grammar, request.deadline
         if grammar is None:
             return None
+        stops = request.sampling.stop_token_ids
         check_grammar(grammar)
         left = None if deadline is None else max(0.0, deadline - time.monotonic())
         async with AsyncExitStack() as held:
             async with asyncio.timeout(left):
                 await held.enter_async_context(self._places.lane(tenant))
                 async with self._compiling.lane(tenant) as lane:
-                    making = _Making(lambda: self._guide(tenant, grammar))
+                    making = _Making(lambda: self._guide(tenant, grammar, stops))
                     try:
                         guide = await lane.run(making.run)
+                    except OSError as error:
+                        raise ResourceError(f"there is no process for the grammar: {error}; try again") from error
                     except BaseException:
                         making.leave()
                         raise
@@ -267,7 +284,7 @@ class Grammars:
 
     # -- in a thread that may wait -----------------------------------------------------------------
 
-    def _guide(self, tenant: str, grammar: Grammar) -> Guide:
+    def _guide(self, tenant: str, grammar: Grammar, stops: Sequence[int]) -> Guide:
         key = tenant, grammar
         with self._lock:
             kept = self._kept.pop(key, None)
@@ -286,7 +303,8 @@ class Grammars:
             self._kept[key] = kept
             while len(self._kept) > COMPILED:
                 self._kept.popitem(last=False)[1].wire.close()
-        return Guide(wire, self._vocabulary)
+        ends = sorted(self._ends) or [self._vocabulary]
+        return Guide(wire, self._vocabulary, ends, [stop for stop in stops if stop in self._special])
 
     def _compiled(self, grammar: Grammar) -> _Process:
         wire = self._forked()
@@ -320,7 +338,7 @@ class Grammars:
     def _start(self) -> None:
         folders = _folders()
         told = token_bytes(self._tokenizer, self._vocabulary)
-        ends = sorted(end for end in self._ends if end < self._vocabulary)
+        self._special, ends = frozenset(told.special), sorted(self._ends)
         # Where the model has no end, one beside its tokens tells that an answer may end.
         tokens = [*told.tokens, b""]
         for number, name in {**told.special, **({} if ends else {self._vocabulary: "<|end|>"})}.items():

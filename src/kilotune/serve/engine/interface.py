@@ -103,7 +103,8 @@ class Sampling:
     presence_penalty: is taken off where the answer has it. min_p: then only tokens are drawn that have this part of the
     likeliest token's probability, after the temperature.
 
-    grammar: what the answer has to fit. Only tokens that it allows are chosen; the model's end, where it may end.
+    grammar: what the answer has to fit. Only tokens that it allows are chosen; the model's end, and special tokens of
+    stop_token_ids, where it may end.
     shown: special tokens that are a part of the text, which others are not.
     """
 
@@ -184,7 +185,7 @@ class Scored(NamedTuple):
 class Prompted:
     """What a request with ``prompt_logprobs`` has before its first token: one of each token; None of the first one."""
 
-    scores: tuple[Scored | None, ...]
+    scores: Sequence[Scored | None]
 
 
 @final

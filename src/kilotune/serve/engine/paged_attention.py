@@ -301,8 +301,9 @@ def _wider(inputs: Any, wanted: Callable[[], list[int]]) -> None:
     def kwargs(use_padding: bool = False) -> Any:
         made = own(use_padding)
         if more := wanted():
-            places = made["logits_indices"]
-            made["logits_indices"] = torch.cat([places, torch.tensor(more, dtype=places.dtype, device=places.device)])
+            own_ones = made["logits_indices"]  # joined here: the model runs on a stream that waits for no other one
+            places = [*own_ones.tolist(), *more]
+            made["logits_indices"] = torch.tensor(places, dtype=own_ones.dtype, device=own_ones.device)
         return made
 
     inputs.get_model_kwargs = kwargs

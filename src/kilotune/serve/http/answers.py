@@ -27,7 +27,7 @@ class Answer:
 
     tokens: list[Token] = field(default_factory=list)
     finish: Finish | None = None
-    scores: tuple[Scored | None, ...] | None = None
+    scores: Sequence[Scored | None] | None = None
 
     @property
     def text(self) -> str:

@@ -18,11 +18,12 @@ from ...errors import ConfigError
 from ...train.data.bounded_templates import SECONDS, BoundedTemplates
 from ...train.data.rendering import ChatTemplate, Ending, Rendered
 from ...train.data.spelling import Speller
+from ...train.data.turn_marks import split_tools
 from ..engine.lanes import Lanes
 
 __all__ = ["ChatTemplates", "OwnTemplate"]
 
-FEW = 64  # messages of a chat that is rendered here
+FEW = 64  # messages and tools of a chat that is rendered here
 BASE_SECONDS = 10.0  # for a chat in the base's template
 RENDERERS = 2  # chats that are rendered elsewhere at once, of different tenants
 KEPT = 256  # templates of adapters whose marks are known
@@ -89,7 +90,14 @@ class ChatTemplates:
             return None
         if isinstance(self.base, str):
             raise ConfigError(self.base)
-        return self.base if len(messages) <= FEW else None
+        chat, tools = split_tools(messages)
+        return self.base if len(chat) + len(tools or ()) <= FEW else None
+
+    def written(self, own: OwnTemplate | None) -> str:
+        """A template itself; empty where there is none."""
+        if own is not None:
+            return own.text
+        return "" if isinstance(self.base, str) else str(self._tokenizer.get_chat_template())
 
     async def render(
         self, messages: Sequence[dict[str, Any]], tenant: str, ending: Ending, own: OwnTemplate | None

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import itertools
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
-from typing import Any, final
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any, TypeVar, final
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
@@ -18,12 +19,16 @@ from .answers import Asked, Event, collect, ended_badly, events
 from .http_errors import ApiError
 from .keys import Key
 from .middleware import noted
-from .response_shapes import ChatShape, CompletionShape, Echo, Writer, usage_of
+from .response_shapes import ChatShape, CompletionShape, Echo, Scores, Writer, usage_of
 from .schemas import ChatBody, CompletionBody, GenerationBody, SamplingBody, told_messages
 from .service import Meant, Service, namespace_of, seed_of
+from .tool_answers import Calling
 
 __all__ = ["STREAMS", "Run", "caller_of", "check_biases", "check_generates", "enter", "generations_of", "routes"]
 
+T = TypeVar("T")
+LONG = 1000  # tokens of an answer that is not written on the loop's own thread
+SCORED = 1 << 20  # log-probabilities of prompts that one request may have: some 60 MB of JSON
 USUAL = 16  # OpenAI's own number of new tokens for a completion
 STREAMS: dict[int | str, dict[str, Any]] = {
     200: {
@@ -81,7 +86,8 @@ class Run:
         answers = await collect(stream, len(asked))
         finishes = [answer.finish for answer in answers if answer.finish is not None]
         self._count(asked, usage_of(finishes, self.body.choices))
-        return JSONResponse(self.shape.whole(answers, self.body.choices))
+        told = sum(len(answer.tokens) + len(answer.scores or ()) for answer in answers)
+        return await _beside(told, lambda: JSONResponse(self.shape.whole(answers, self.body.choices)))
 
     async def _written(
         self, first: Event, stream: AsyncIterator[Event], asked: Sequence[Asked]
@@ -92,7 +98,7 @@ class Run:
         try:
             while True:
                 scores = event.scores if isinstance(event, Prompted) else None
-                text = b"" if index in begun else self.shape.begin(index, scores)
+                text = b"" if index in begun else await self._begun(index, scores)
                 begun.add(index)
                 if isinstance(event, Prompted):
                     pass
@@ -117,6 +123,9 @@ class Run:
         await self.note.held.aclose()  # before the client knows, who may ask again at once
         yield text + self.shape.last(ordered, self.body.choices)
 
+    async def _begun(self, index: int, scores: Scores | None) -> bytes:
+        return await _beside(len(scores or ()), lambda: self.shape.begin(index, scores))
+
     def _count(self, asked: Sequence[Asked], usage: dict[str, Any]) -> None:
         first = [one.first for one in asked if one.first is not None]
         self.note.fields |= {
@@ -124,6 +133,11 @@ class Run:
             "completion_tokens": usage["completion_tokens"],
             "first_token_ms": round(1000 * min(first), 1) if first else None,
         }
+
+
+async def _beside(tokens: int, write: Callable[[], T]) -> T:
+    """Write an answer; one of many tokens, which takes a while, beside the loop."""
+    return write() if tokens < LONG else await asyncio.to_thread(write)
 
 
 def caller_of(request: Request) -> Key:
@@ -180,6 +194,7 @@ def generations_of(
 ) -> list[Generation]:
     """What to ask the engine for: each prompt as often as answers are wanted. tokens: the most of each."""
     caller, deadline, name = caller_of(request), service.deadline(body.timeout), noted(request.scope).id
+    _check_scored(body, prompts)
     ends = service.prompts.templates.ends(meant.own)
     asked = itertools.product(zip(prompts, tokens, strict=True), range(body.choices))
     return [
@@ -188,6 +203,18 @@ def generations_of(
         )
         for place, ((prompt, room), choice) in enumerate(asked)
     ]
+
+
+def _check_scored(body: SamplingBody, prompts: Sequence[tuple[int, ...]]) -> None:
+    if (top := body.scored) is None:
+        return
+    count = sum(map(len, prompts)) * body.choices * (top + 1)
+    if count > SCORED:
+        name = "logprobs" if isinstance(body, CompletionBody) and body.echoed == top else "prompt_logprobs"
+        told = (
+            f"{count} numbers for these prompts, and a request has at most {SCORED}; send fewer, or ask for a lower one"
+        )
+        raise ApiError(400, f"{name}: {told}", param=name)
 
 
 def routes(service: Service, errors: dict[int | str, dict[str, Any]]) -> APIRouter:
@@ -215,11 +242,17 @@ def routes(service: Service, errors: dict[int | str, dict[str, Any]]) -> APIRout
         check_biases(service, body)
         tenant = enter(service, request, body.choices)
         meant = await service.meant(caller_of(request), body.model)
-        prompt = await service.prompts.chat(told_messages(body.messages), tenant, body.ending, own=meant.own)
+        calling = Calling.of(body.asks_tools, body, service.prompts, service.settings.tool_format, meant.own)
+        messages = told_messages(body.messages)
+        if calling is not None:
+            messages = calling.messages(messages)
+        prompt = await service.prompts.chat(messages, tenant, body.ending, own=meant.own)
         tokens = service.room(prompt, body.limit, None, "messages")
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         generations = generations_of(service, request, body, meant, [prompt], [tokens], logprobs)
-        shape = ChatShape(*_common(service, "chatcmpl", body, logprobs))
+        if calling is not None:
+            generations = calling.guided(generations)
+        shape = ChatShape(*_common(service, "chatcmpl", body, logprobs), reader=calling and calling.reader)
         return await Run(service, request, body, generations, shape).answer()
 
     return router

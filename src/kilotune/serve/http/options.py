@@ -15,6 +15,7 @@ from pydantic_core import PydanticCustomError
 
 __all__ = [
     "ASKING",
+    "CALL",
     "ITEM",
     "LORA",
     "MESSAGE",
@@ -131,12 +132,14 @@ MESSAGE = {
     for option in (
         Option("refusal", Literal[""]),
         Option("annotations", Nothing, "`[]`"),
-        Option("tool_calls", Nothing, "`[]`"),
         Option("parsed", dict[str, Any], "any object"),  # what OpenAI's client made of the content
-        *map(_never, ("audio", "function_call", "tool_call_id", "reasoning_content")),
+        *map(_never, ("audio", "function_call", "reasoning_content")),
     )
 }
 """Of messages: what comes back with an answer."""
+
+CALL = {option.name: option for option in (Option("parsed_arguments", dict[str, Any], "any object"),)}
+"""Of calls of tools: what OpenAI's client made of the arguments."""
 
 
 RESPONSE = {
@@ -156,9 +159,6 @@ RESPONSE = {
                 "prompt_cache_key",
                 "prompt_cache_retention",
                 "service_tier",
-                "tools",
-                "tool_choice",
-                "parallel_tool_calls",
                 "priority",
                 "skip_special_tokens",
                 "chat_template_kwargs",

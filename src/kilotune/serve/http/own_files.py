@@ -54,7 +54,7 @@ class OwnFiles:
             return OwnTemplate(text, called)
         told = "the base has none" if base is None else _difference(text, base)
         return OwnTemplate(
-            text,
+            "",  # nothing is rendered in it, and many of them are remembered
             called,
             f"{called} is not the base's: {told}. A service that was started with {SETTING} uses it; or take it out of "
             "the adapter's files where the base's is meant",

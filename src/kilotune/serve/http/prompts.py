@@ -25,6 +25,7 @@ from .own_files import OwnFiles
 __all__ = ["Prompts"]
 
 T = TypeVar("T")
+SPACE = "\u2581"  # what begins a word in SentencePiece's vocabularies
 LONG = 4000  # characters of a text that is not tokenised on the loop's own thread
 INCOMPLETE = "\ufffd"  # what a tokenizer makes of a part of a character
 
@@ -132,11 +133,18 @@ class Prompts:
     # -- to texts ------------------------------------------------------------------------------------
 
     def token(self, number: int) -> str:
-        """The text of one token, as log-probabilities name it."""
+        """The text of one token, as log-probabilities name it; with a space that a decoder drops at a beginning."""
         if (text := self._texts.get(number)) is None:
             text = self.text([number])
+            if (self.names([number])[0] or "").replace(SPACE, " ") == f" {text}":
+                text = f" {text}"
             self._texts[number] = text
         return text
+
+    def special(self, name: str) -> int | None:
+        """The special token of this name, which is left out of texts."""
+        number: int | None = self._tokenizer.get_added_vocab().get(name)
+        return number if number is not None and self._tokenizer.added_tokens_decoder[number].special else None
 
     def names(self, ids: Sequence[int]) -> list[str | None]:
         """What the vocabulary calls tokens; None: it has no such token."""

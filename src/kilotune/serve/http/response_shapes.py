@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, final
 
 from ..engine.interface import Finish, Scored, Token
 from .answers import Answer
 from .http_errors import ApiError
 from .prompts import Prompts
+from .tool_reader import ToolReader, called, delta_of
 
 __all__ = ["ChatShape", "CompletionShape", "Echo", "Scores", "Shape", "Writer", "event_of", "usage_of"]
 
@@ -209,9 +210,14 @@ class CompletionShape(Shape):
 
 @final
 class ChatShape(Shape):
-    """``/v1/chat/completions``."""
+    """``/v1/chat/completions``. reader: makes what reads the calls of tools in an answer."""
 
     kind, chunk = "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, *common: Any, reader: Callable[[], ToolReader | None] | None = None) -> None:
+        super().__init__(*common)
+        self._new_reader = reader
+        self._readers: dict[int, ToolReader | None] = {}
 
     def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
         if self.logprobs is None:
@@ -232,9 +238,22 @@ class ChatShape(Shape):
 
     def choice(self, index: int, answer: Answer) -> dict[str, Any]:
         assert answer.finish is not None
-        message = {"role": "assistant", "content": answer.text, "refusal": None}
+        message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None}
+        reason: str = answer.finish.reason
+        if (reader := self._reader(index)) is not None:
+            pieces = [*reader.read(answer.text), *reader.end()]
+            if calls := called(pieces):
+                content = "".join(piece.content for piece in pieces)
+                message |= {"content": content or None, "tool_calls": calls}
+                reason = "tool_calls" if reason == "stop" else reason
         logprobs = self._logprobs(answer.tokens)
-        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": answer.finish.reason}
+        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
+
+    def _reader(self, index: int) -> ToolReader | None:
+        """What reads the calls of one answer."""
+        if index not in self._readers:
+            self._readers[index] = None if self._new_reader is None else self._new_reader()
+        return self._readers[index]
 
     def _delta(self, index: int, delta: dict[str, Any], logprobs: Any, reason: str | None) -> bytes:
         return self.event({"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason})
@@ -243,10 +262,20 @@ class ChatShape(Shape):
         return self._delta(index, {"role": "assistant", "content": ""}, None, None)
 
     def token(self, index: int, token: Token) -> bytes:
-        if not token.text and self.logprobs is None:
-            return b""
-        return self._delta(index, {"content": token.text}, self._logprobs([token]), None)
+        deltas = [{"content": token.text}] if token.text or self.logprobs is not None else []
+        if (reader := self._reader(index)) is not None:
+            deltas = [delta_of(piece) for piece in reader.read(token.text)]
+            if not deltas and self.logprobs is not None:
+                deltas = [{"content": ""}]
+        logprobs = self._logprobs([token])
+        return b"".join(
+            self._delta(index, delta, logprobs if place == 0 else None, None) for place, delta in enumerate(deltas)
+        )
 
     def end(self, index: int, finish: Finish) -> bytes:
-        delta = {"content": finish.text} if finish.text else {}
-        return self._delta(index, delta, None, finish.reason)
+        if (reader := self._reader(index)) is None:
+            return self._delta(index, {"content": finish.text} if finish.text else {}, None, finish.reason)
+        pieces = [*reader.read(finish.text), *reader.end()]
+        reason = "tool_calls" if reader.calls and finish.reason == "stop" else finish.reason
+        told = b"".join(self._delta(index, delta_of(piece), None, None) for piece in pieces)
+        return told + self._delta(index, {}, None, reason)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Annotated, Any, Literal, final
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
+from ..engine.interface import Grammar
+from .bodies import Body
 from .options import ITEM, PART, REASONING, RESPONSE, TEXT, Metadata
-from .schemas import MAX_LOGPROBS, Body, SamplingBody, Text
+from .schemas import MAX_LOGPROBS, SamplingBody, Text
+from .structured import Schema, schema_text
+from .tool_bodies import CallBody, CalledFunction, Name, ToolAsk, ToolsBody
 
 __all__ = ["ResponseBody"]
 
+CallId = Annotated[str, Field(min_length=1, max_length=200)]
 LOGPROBS = "message.output_text.logprobs"
 KEPT_NOTHING = "answers are not kept here"
 
@@ -38,6 +44,10 @@ class ItemPart(Body):
         return _of_type(given, ("input_text", "output_text"))
 
 
+def _joined(content: str | list[ItemPart]) -> str:
+    return content if isinstance(content, str) else "".join(part.text for part in content)
+
+
 @final
 class Item(Body):
     """A message; an answer's, too, as it came."""
@@ -50,24 +60,125 @@ class Item(Body):
     @model_validator(mode="before")
     @classmethod
     def _served(cls, given: Any) -> Any:
-        return _of_type(given, ("message",))
-
-    @property
-    def text(self) -> str:
-        """The content as one text."""
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return _of_type(given, ("message", "function_call", "function_call_output"))
 
 
 @final
-class TextFormat(Body):
-    """How the answer is to be written."""
+class CallItem(Body):
+    """A call that the model made, as it came."""
 
-    type: Literal["text"]
+    neutral = ITEM
+    type: Literal["function_call"]
+    call_id: CallId
+    name: Annotated[str, Field(min_length=1, max_length=64)]
+    arguments: Annotated[str, Field(max_length=2**20)]
+
+    @model_validator(mode="after")
+    def _object(self) -> CallItem:
+        try:
+            CalledFunction(name=self.name, arguments=self.arguments)
+        except ValidationError:
+            raise PydanticCustomError("lacking", "expected a JSON object, as text", {"option": "arguments"}) from None
+        return self
+
+    def told(self) -> dict[str, Any]:
+        """As a chat template takes it."""
+        function = CalledFunction(name=self.name, arguments=self.arguments)
+        return CallBody(id=self.call_id, type="function", function=function).told()
+
+
+@final
+class OutputItem(Body):
+    """What came of a call."""
+
+    neutral = ITEM
+    type: Literal["function_call_output"]
+    call_id: CallId
+    output: Text | Annotated[list[ItemPart], Field(min_length=1, fail_fast=True)]
+
+
+def _kind(given: Any) -> str:
+    """Which item it is; what is none of these is told of as a message."""
+    kind = given.get("type") if isinstance(given, dict) else getattr(given, "type", None)
+    return {"function_call": "Call", "function_call_output": "Output"}.get(str(kind), "Message")
+
+
+Items = Annotated[
+    Annotated[Item, Tag("Message")] | Annotated[CallItem, Tag("Call")] | Annotated[OutputItem, Tag("Output")],
+    Discriminator(_kind),
+]
+
+
+@final
+class ResponseTool(Body):
+    """A function that may be called."""
+
+    type: Literal["function"]
+    name: Name
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _served(cls, given: Any) -> Any:
-        return _of_type(given, ("text",))
+        return _of_type(given, ("function",))
+
+    @model_validator(mode="after")
+    def _of_an_object(self) -> ResponseTool:
+        if (self.parameters or {}).get("type", "object") != "object":
+            told = "type: expected 'object', for arguments have names"
+            raise PydanticCustomError("lacking", told, {"option": "parameters"})
+        return self
+
+    def function(self) -> dict[str, Any]:
+        """As chats have it."""
+        return {"type": "function", "function": self.model_dump(exclude={"type"}, exclude_none=True)}
+
+
+@final
+class NamedTool(Body):
+    """Which tool is to be called."""
+
+    type: Literal["function"]
+    name: Name
+
+
+@final
+class TextFormat(Body):
+    """Any text, any JSON object, or JSON that fits a schema.
+
+    strict false: keywords that answers cannot be held to are passed over; else they are refused.
+    """
+
+    type: Literal["text", "json_object", "json_schema"]
+    name: Annotated[str, Field(min_length=1, max_length=64)] | None = None
+    schema_: Schema | None = Field(None, alias="schema")
+    description: str | None = None
+    strict: bool | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> TextFormat:
+        own = {"name": self.name, "schema": self.schema_}
+        for option, value in own.items():
+            if (value is not None) != (self.type == "json_schema"):
+                told = "is missing" if value is None else "only with type: json_schema"
+                raise PydanticCustomError("lacking", told, {"option": option})
+        return self
+
+    @property
+    def grammar(self) -> Grammar | None:
+        """What the answer has to fit; None: any text will do."""
+        if self.schema_ is not None:
+            text, lenient = schema_text(self.schema_), self.strict is False
+            return Grammar(kind="json", text=text, place="text.format.schema", lenient=lenient)
+        if self.type == "json_object":
+            return Grammar(kind="json", text='{"type": "object"}', place="text.format")
+        return None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As an answer has it."""
+        return self.model_dump(by_alias=True, exclude_none=True)
 
 
 @final
@@ -90,9 +201,12 @@ class ResponseBody(SamplingBody):
     """``/v1/responses``. Not OpenAI's: what sampling has beyond temperature and top_p, and timeout."""
 
     neutral = RESPONSE
-    input: Text | Annotated[list[Item], Field(min_length=1, max_length=4096, fail_fast=True)]
+    input: Text | Annotated[list[Items], Field(min_length=1, max_length=4096, fail_fast=True)]
     instructions: Text | None = Field(None, description="A system message before the input.")
     max_output_tokens: int | None = Field(None, ge=1, lt=2**31)
+    tools: Annotated[list[ResponseTool], Field(max_length=128)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
     metadata: Metadata | None = None
     text: TextOptions | None = None
     reasoning: Reasoning | None = None
@@ -112,9 +226,24 @@ class ResponseBody(SamplingBody):
             raise ValueError(f"conversation: {KEPT_NOTHING}; send the whole conversation as input")
         if self.store:
             raise ValueError(f"store: {KEPT_NOTHING}; leave it out, or send false")
+        if self.asks_tools is not None and self.logprobs is not None:
+            raise ValueError(f"include: {LOGPROBS} not together with tools")
+        if self.ignore_eos and self.grammar is not None:
+            raise ValueError("ignore_eos: not with a form that the answer has, for that says where it ends")
         if self.top_logprobs is not None and self.logprobs is None:
             raise ValueError(f"top_logprobs: only with include: {LOGPROBS}")
         return self
+
+    @property
+    def format(self) -> TextFormat:
+        """How the answer is to be written."""
+        if self.text is None or self.text.format is None:
+            return TextFormat(type="text", schema=None)
+        return self.text.format
+
+    @property
+    def grammar(self) -> Grammar | None:
+        return self.format.grammar
 
     @property
     def logprobs(self) -> int | None:
@@ -122,9 +251,39 @@ class ResponseBody(SamplingBody):
         return (self.top_logprobs or 0) if LOGPROBS in (self.include or ()) else None
 
     @property
+    def asks_tools(self) -> ToolAsk | None:
+        """What it says of tools; None: there are none."""
+        wanted = self.tool_choice
+        named = {"type": "function", "function": {"name": wanted.name}} if isinstance(wanted, NamedTool) else wanted
+        try:
+            asked = ToolsBody.model_validate(
+                {
+                    "tools": [tool.function() for tool in self.tools or ()],
+                    "tool_choice": named,
+                    "parallel_tool_calls": self.parallel_tool_calls,
+                }
+            ).asks_tools
+        except ValidationError as error:  # of several options together: each tool was looked at by itself
+            raise ValueError(error.errors()[0]["ctx"]["error"]) from None
+        if asked is None:
+            return None
+        return dataclasses.replace(asked, places=tuple(place.replace(".function", "") for place in asked.places))
+
+    @property
     def messages(self) -> list[dict[str, Any]]:
-        """As a chat template takes them."""
-        first = [] if self.instructions is None else [{"role": "system", "content": self.instructions}]
+        """As a chat template takes them: calls are those of the assistant's message before them."""
+        told: list[dict[str, Any]] = []
+        if self.instructions is not None:
+            told.append({"role": "system", "content": self.instructions})
         if isinstance(self.input, str):
-            return [*first, {"role": "user", "content": self.input}]
-        return [*first, *({"role": item.role, "content": item.text} for item in self.input)]
+            return [*told, {"role": "user", "content": self.input}]
+        for item in self.input:
+            if isinstance(item, Item):
+                told.append({"role": item.role, "content": _joined(item.content)})
+            elif isinstance(item, OutputItem):
+                told.append({"role": "tool", "content": _joined(item.output), "tool_call_id": item.call_id})
+            else:
+                if not told or told[-1]["role"] != "assistant":
+                    told.append({"role": "assistant", "content": ""})
+                told[-1].setdefault("tool_calls", []).append(item.told())
+        return told

@@ -11,6 +11,7 @@ from .generation_routes import STREAMS, Run, caller_of, check_biases, check_gene
 from .responses_body import ResponseBody
 from .responses_shape import ResponseShape
 from .service import Service
+from .tool_answers import Calling
 
 __all__ = ["routes"]
 
@@ -26,9 +27,14 @@ def routes(service: Service, errors: dict[int | str, dict[str, Any]]) -> APIRout
         check_biases(service, body)
         tenant = enter(service, request, 1)
         meant = await service.meant(caller_of(request), body.model)
-        prompt = await service.prompts.chat(body.messages, tenant, param="input", own=meant.own)
+        calling = Calling.of(body.asks_tools, body, service.prompts, service.settings.tool_format, meant.own)
+        messages = body.messages if calling is None else calling.messages(body.messages)
+        prompt = await service.prompts.chat(messages, tenant, param="input", own=meant.own)
         tokens = service.room(prompt, body.max_output_tokens, None, "input", "max_output_tokens")
         generations = generations_of(service, request, body, meant, [prompt], [tokens], body.logprobs)
-        return await Run(service, request, body, generations, ResponseShape(body, service.prompts)).answer()
+        if calling is not None:
+            generations = calling.guided(generations)
+        shape = ResponseShape(body, service.prompts, calling and calling.reader)
+        return await Run(service, request, body, generations, shape).answer()
 
     return router

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, final
 
 from ..engine.interface import Finish, Token
@@ -14,13 +14,14 @@ from .http_errors import ApiError
 from .prompts import Prompts
 from .response_shapes import Scores, Writer
 from .responses_body import ResponseBody
+from .tool_reader import Piece, ToolReader
 
 __all__ = ["ResponseShape"]
 
 
 @final
 class ResponseShape(Writer):
-    """The answer to one request: a message with one text.
+    """The answer to one request: a message with one text, and calls of tools.
 
     ::
 
@@ -28,25 +29,35 @@ class ResponseShape(Writer):
           response.output_item.added, response.content_part.added
             response.output_text.delta, ...
           response.output_text.done, response.content_part.done, response.output_item.done
+          response.output_item.added
+            response.function_call_arguments.delta, ...
+          response.function_call_arguments.done, response.output_item.done
         response.completed, or .incomplete where the answer was cut off, or .failed
+
+    A whole answer is what its events come to. new_reader: makes what reads the calls of tools.
     """
 
-    def __init__(self, body: ResponseBody, prompts: Prompts) -> None:
+    def __init__(
+        self, body: ResponseBody, prompts: Prompts, new_reader: Callable[[], ToolReader | None] | None = None
+    ) -> None:
         self.body, self.prompts = body, prompts
-        self.id, self.item = f"resp_{uuid.uuid4().hex}", f"msg_{uuid.uuid4().hex}"
-        self.created = int(time.time())
+        self.id, self.created = f"resp_{uuid.uuid4().hex}", int(time.time())
+        self._reader = None if new_reader is None else new_reader()
         self._count = 0
-        self._text = ""
-        self._tokens: list[Token] = []
+        self._output: list[dict[str, Any]] = []  # the last one may be still open
+        self._open = False
 
     # -- the object ----------------------------------------------------------------------------------
 
     def whole(self, answers: Sequence[Answer], choices: int) -> dict[str, Any]:
         (answer,) = answers
         assert answer.finish is not None
-        return self._ended(answer.finish, answer.text, answer.tokens)
+        for token in answer.tokens:
+            self.token(0, token)
+        self.end(0, answer.finish)
+        return self._ended(answer.finish)
 
-    def _ended(self, finish: Finish, text: str, tokens: Sequence[Token]) -> dict[str, Any]:
+    def _ended(self, finish: Finish) -> dict[str, Any]:
         cut = finish.reason == "length"
         usage = {
             "input_tokens": finish.prompt_tokens,
@@ -57,14 +68,14 @@ class ResponseShape(Writer):
         }
         return self._document(
             _status(finish),
-            output=[self._message(_status(finish), [self._part(text, tokens)])],
+            output=self._output,
             incomplete_details={"reason": "max_output_tokens"} if cut else None,
             completed_at=None if cut else int(time.time()),
             usage=usage,
         )
 
     def _document(self, status: str, **more: Any) -> dict[str, Any]:
-        body = self.body
+        body, choice = self.body, self.body.tool_choice or "auto"
         return {
             "id": self.id,
             "object": "response",
@@ -80,15 +91,15 @@ class ResponseShape(Writer):
             "metadata": body.metadata or {},
             "model": body.model,
             "output": [],
-            "parallel_tool_calls": True,
+            "parallel_tool_calls": body.parallel_tool_calls is not False,
             "previous_response_id": None,
             "reasoning": {"effort": None, "summary": None},
             "service_tier": "default",
             "store": False,
             "temperature": 1.0 if body.temperature is None else body.temperature,
-            "text": {"format": {"type": "text"}},
-            "tool_choice": "auto",
-            "tools": [],
+            "text": {"format": body.format.to_dict()},
+            "tool_choice": choice if isinstance(choice, str) else choice.model_dump(),
+            "tools": [tool.model_dump() for tool in body.tools or ()],
             "top_logprobs": body.top_logprobs or 0,
             "top_p": 1.0 if body.top_p is None else body.top_p,
             "truncation": "disabled",
@@ -96,12 +107,6 @@ class ResponseShape(Writer):
             "user": body.user,
             **more,
         }
-
-    def _message(self, status: str, content: list[dict[str, Any]]) -> dict[str, Any]:
-        return {"id": self.item, "type": "message", "role": "assistant", "status": status, "content": content}
-
-    def _part(self, text: str, tokens: Sequence[Token]) -> dict[str, Any]:
-        return {"type": "output_text", "text": text, "annotations": [], "logprobs": self._logprobs(tokens)}
 
     def _logprobs(self, tokens: Sequence[Token]) -> list[dict[str, Any]]:
         if self.body.logprobs is None:
@@ -125,44 +130,87 @@ class ResponseShape(Writer):
         data = json.dumps(document, separators=(",", ":"))
         return f"event: response.{kind}\ndata: {data}\n\n".encode()
 
-    def _of_part(self, kind: str, **told: Any) -> bytes:
-        return self._event(kind, item_id=self.item, output_index=0, content_index=0, **told)
+    def _of_item(self, kind: str, **told: Any) -> bytes:
+        """Of the last item; of its text where it is a message."""
+        item = self._output[-1]
+        part = {"content_index": 0} if item["type"] == "message" else {}
+        return self._event(kind, item_id=item["id"], output_index=len(self._output) - 1, **part, **told)
 
     def begin(self, index: int, scores: Scores | None) -> bytes:
         begun = self._document("in_progress")
-        return (
-            self._event("created", response=begun)
-            + self._event("in_progress", response=begun)
-            + self._event("output_item.added", output_index=0, item=self._message("in_progress", []))
-            + self._of_part("content_part.added", part=self._part("", []))
-        )
+        events = self._event("created", response=begun) + self._event("in_progress", response=begun)
+        return events + (self._begin_message() if self._reader is None else b"")
 
     def token(self, index: int, token: Token) -> bytes:
-        self._tokens.append(token)
-        return self._delta(token.text, [token])
+        if self._reader is None:
+            return self._content(token.text, [token])
+        return b"".join(self._piece(piece) for piece in self._reader.read(token.text))
 
-    def _delta(self, text: str, tokens: Sequence[Token]) -> bytes:
-        self._text += text
-        logprobs = self._logprobs(tokens)
-        return self._of_part("output_text.delta", delta=text, logprobs=logprobs) if text or logprobs else b""
+    def _piece(self, piece: Piece) -> bytes:
+        if piece.call is None:
+            return self._content(piece.content, [])
+        begun = self._begin_call(piece) if piece.id else b""
+        if not piece.arguments:
+            return begun
+        self._output[-1]["arguments"] += piece.arguments
+        return begun + self._of_item("function_call_arguments.delta", delta=piece.arguments)
+
+    def _begin_call(self, piece: Piece) -> bytes:
+        item = {"id": f"fc_{uuid.uuid4().hex}", "type": "function_call", "status": "in_progress"}
+        return self._begin({**item, "call_id": piece.id, "name": piece.name, "arguments": ""})
+
+    def _begin_message(self) -> bytes:
+        item = {"id": f"msg_{uuid.uuid4().hex}", "type": "message", "role": "assistant", "status": "in_progress"}
+        added = self._begin({**item, "content": []})
+        part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+        self._output[-1]["content"] = [part]
+        return added + self._of_item("content_part.added", part=part)
+
+    def _begin(self, item: dict[str, Any]) -> bytes:
+        before = self._close("completed")
+        self._output.append(item)
+        self._open = True
+        return before + self._event("output_item.added", output_index=len(self._output) - 1, item=item)
+
+    def _content(self, text: str, tokens: Sequence[Token]) -> bytes:
+        begun = b"" if self._open and self._output[-1]["type"] == "message" else self._begin_message()
+        part, logprobs = self._output[-1]["content"][0], self._logprobs(tokens)
+        part["text"] += text
+        part["logprobs"] += logprobs
+        if not text and not logprobs:
+            return begun
+        return begun + self._of_item("output_text.delta", delta=text, logprobs=logprobs)
+
+    def _close(self, status: str) -> bytes:
+        """The end of the item that is open."""
+        if not self._open:
+            return b""
+        item, self._open = self._output[-1], False
+        item["status"] = status
+        if item["type"] == "message":
+            (part,) = item["content"]
+            done = self._of_item("output_text.done", text=part["text"], logprobs=part["logprobs"])
+            done += self._of_item("content_part.done", part=part)
+        else:
+            done = self._of_item("function_call_arguments.done", name=item["name"], arguments=item["arguments"])
+        return done + self._event("output_item.done", output_index=len(self._output) - 1, item=item)
 
     def end(self, index: int, finish: Finish) -> bytes:
-        held = self._delta(finish.text, [])
-        part = self._part(self._text, self._tokens)
-        return (
-            held
-            + self._of_part("output_text.done", text=self._text, logprobs=part["logprobs"])
-            + self._of_part("content_part.done", part=part)
-            + self._event("output_item.done", output_index=0, item=self._message(_status(finish), [part]))
-        )
+        if self._reader is None:
+            held = self._content(finish.text, [])
+        else:
+            held = b"".join(self._piece(piece) for piece in [*self._reader.read(finish.text), *self._reader.end()])
+            held += b"" if self._output else self._begin_message()
+        return held + self._close(_status(finish))
 
     def last(self, finishes: Sequence[Finish], choices: int) -> bytes:
-        return self._event(_status(finishes[0]), response=self._ended(finishes[0], self._text, self._tokens))
+        return self._event(_status(finishes[0]), response=self._ended(finishes[0]))
 
     def failed(self, error: ApiError) -> bytes:
-        output = [self._message("incomplete", [self._part(self._text, self._tokens)])]
+        for item in self._output[-1:] if self._open else ():
+            item["status"] = "incomplete"
         told = {"code": "server_error", "message": error.message}
-        return self._event("failed", response=self._document("failed", error=told, output=output))
+        return self._event("failed", response=self._document("failed", error=told, output=self._output))
 
 
 def _status(finish: Finish) -> str:

@@ -17,6 +17,7 @@ from ..engine.interface import Grammar
 from .bodies import Body
 from .options import ASKING, MESSAGE
 from .structured import FormBody
+from .tool_bodies import CallBody, ToolBody, ToolsBody
 
 __all__ = [
     "MAX_LOGPROBS",
@@ -181,17 +182,35 @@ class Message(Body):
     """A message of a chat."""
 
     neutral = MESSAGE
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Text | Annotated[list[Part], Field(min_length=1, fail_fast=True)] | None = Field(
         None, description="May be null in an assistant's message only."
     )
     name: str | None = Field(None, max_length=64)
+    tool_calls: Annotated[list[CallBody], Field(max_length=128)] | None = None
+    tool_call_id: str | None = Field(None, max_length=200, description="Of a tool's message: the call it answers.")
 
     @model_validator(mode="after")
     def _says(self) -> Message:
         if self.content is None and self.role != "assistant":
             raise PydanticCustomError("lacking", "is missing", {"option": "content"})
+        if (self.role == "tool") != (self.tool_call_id is not None):
+            told = "is missing" if self.role == "tool" else "only in a tool's message"
+            raise PydanticCustomError("lacking", "{told}", {"option": "tool_call_id", "told": told})
+        if self.tool_calls and self.role != "assistant":
+            raise PydanticCustomError("lacking", "only in an assistant's message", {"option": "tool_calls"})
         return self
+
+    def told(self) -> dict[str, Any]:
+        """As a chat template takes it."""
+        made: dict[str, Any] = {"role": self.role, "content": self.text}
+        if self.name is not None:
+            made["name"] = self.name
+        if self.tool_calls:
+            made["tool_calls"] = [call.told() for call in self.tool_calls]
+        if self.tool_call_id is not None:
+            made["tool_call_id"] = self.tool_call_id
+        return made
 
     @property
     def text(self) -> str:
@@ -203,7 +222,7 @@ class Message(Body):
 
 def told_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """Messages as a chat template takes them."""
-    return [{"role": m.role, "content": m.text, **({} if m.name is None else {"name": m.name})} for m in messages]
+    return [message.told() for message in messages]
 
 
 def _ending(asks: bool | None, goes_on: bool | None) -> Ending:
@@ -214,7 +233,7 @@ def _ending(asks: bool | None, goes_on: bool | None) -> Ending:
 
 
 @final
-class ChatBody(GenerationBody):
+class ChatBody(ToolsBody, GenerationBody):
     """``/v1/chat/completions``."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=4096, fail_fast=True)]
@@ -254,6 +273,7 @@ class TokenizeBody(Body):
     model: Model | None = None
     prompt: Text | None = None
     messages: Annotated[list[Message], Field(min_length=1, max_length=4096, fail_fast=True)] | None = None
+    tools: Annotated[list[ToolBody], Field(max_length=128)] | None = Field(None, description="Of messages.")
     add_special_tokens: bool | None = Field(
         None, description="Of a prompt: with what begins a text, as completions do."
     )
@@ -267,6 +287,8 @@ class TokenizeBody(Body):
             raise ValueError("prompt: give either a prompt or messages")
         if self.messages is not None and self.add_special_tokens:
             raise ValueError("add_special_tokens: of messages it is not served; the chat template writes them itself")
+        if self.prompt is not None and self.tools:
+            raise ValueError("tools: only with messages")
         if self.prompt is not None and (self.continue_final_message or self.add_generation_prompt is not None):
             raise ValueError("add_generation_prompt: only with messages, and so is continue_final_message")
         _ = self.ending

@@ -29,7 +29,7 @@ __all__ = ["Catalogue", "Meant", "Service", "namespace_of", "seed_of"]
 T = TypeVar("T")
 THREADS, EACH = 32, 8  # that wait for the store, and how many of them one namespace takes at most
 PUTS, PUTS_EACH = 4, 1  # puts that are at work at a time: they compute, and answers are to have the processor
-JUDGED = 4096  # adapters whose own files are known
+JUDGED = 1024  # adapters whose own files are known
 PATIENCE = 20.0  # seconds that a request waits for the store
 
 

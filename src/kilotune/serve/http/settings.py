@@ -70,6 +70,12 @@ class ServeSettings(Section):
     version: str | None = setting(
         None, _version, "Which version is meant where a request names none: an alias such as live; null: the newest."
     )
+    tool_format: str = setting(
+        "auto",
+        one_of("auto", "hermes", "llama3_json"),
+        "In which form the base writes calls of tools: hermes (<tool_call>) or llama3_json; auto: as its chat template "
+        "says.",
+    )
     max_requests: int = setting(
         1024, number(1, whole=True), "Answers that may run or wait at once; what comes on top gets 429."
     )

@@ -13,7 +13,7 @@ from ..engine.interface import Grammar
 from .bodies import Body
 from .options import STRUCTURED, Option
 
-__all__ = ["FormBody", "ResponseFormat", "schema_text"]
+__all__ = ["FormBody", "ResponseFormat", "Schema", "schema_text"]
 
 Schema = Annotated[dict[str, Any] | bool, Field(description="A JSON schema.")]
 SchemaText = Annotated[dict[str, Any] | bool | str, Field(description="A JSON schema, or its text.")]

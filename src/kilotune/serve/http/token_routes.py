@@ -8,9 +8,11 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
+from ...train.data.turn_marks import TOOLS
 from .middleware import noted
 from .schemas import DetokenizeBody, TokenizeBody, told_messages
 from .service import Meant, Service, namespace_of
+from .tool_formats import check_takes_tools
 
 __all__ = ["routes"]
 
@@ -37,7 +39,11 @@ def routes(service: Service, errors: dict[int | str, dict[str, Any]]) -> APIRout
         tenant, meant = await _enter(service, request, body.model)
         prompts, own = service.prompts, None if meant is None else meant.own
         if body.messages is not None:
-            ids = await prompts.chat(told_messages(body.messages), tenant, body.ending, own=own)
+            messages = told_messages(body.messages)
+            if body.tools:
+                check_takes_tools(prompts.templates.written(own))
+                messages.append({TOOLS: [tool.told() for tool in body.tools]})
+            ids = await prompts.chat(messages, tenant, body.ending, own=own)
         else:
             ids = await prompts.tokens(body.prompt or "", body.add_special_tokens is not False, tenant)
         names = prompts.names(ids) if body.return_token_strs else None

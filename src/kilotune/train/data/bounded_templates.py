@@ -15,7 +15,7 @@ from typing import Any, final
 from ...bounded import Bounded, BoundedError, Bounds
 from ...errors import ConfigError
 from .rendering import Render
-from .turn_marks import Message
+from .turn_marks import Message, split_tools
 
 __all__ = ["SECONDS", "BoundedTemplates"]
 
@@ -68,11 +68,13 @@ class BoundedTemplates:
         """What renders a template, which errors call by this name."""
 
         def render(messages: Sequence[Message], prompt: bool, going_on: bool) -> str:
-            if not messages:
+            chat, tools = split_tools(messages)
+            if not chat:
                 raise ConfigError(f"{name} takes no empty chat")
             asked = {
                 "template": template,
-                "messages": [{key: value for key, value in one.items() if value is not None} for one in messages],
+                "messages": [{key: value for key, value in one.items() if value is not None} for one in chat],
+                "tools": tools,
                 "prompt": prompt,
                 "going_on": going_on,
                 "special": self._special,

@@ -21,7 +21,7 @@ from ...errors import ConfigError
 __all__ = ["BaseTokenizer"]
 
 FUNCTION = Path(__file__).with_name("tokenizer_process.py")
-BOUNDS = Bounds(seconds=20.0, memory=2**31, most=2**26)  # for files of many megabytes
+BOUNDS = Bounds(seconds=10.0, memory=2**31, most=2**26)  # for files of many megabytes
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "cls_token", "mask_token")  # a pad is never seen here
 FLAGS = ("add_bos_token", "add_eos_token", "add_prefix_space", "do_lower_case", "split_special_tokens")
 LISTS = ("additional_special_tokens", "extra_special_tokens")

@@ -18,7 +18,7 @@ from typing import Any, Literal, final
 from ...errors import ConfigError, first_line
 from .neutral import Again, Kept, Write, Written, keep_apart
 from .spelling import Speller
-from .turn_marks import ASSISTANT, Message, marks_of
+from .turn_marks import ASSISTANT, Message, marks_of, split_tools
 
 __all__ = [
     "ChatTemplate",
@@ -151,6 +151,8 @@ class ChatTemplate:
     def prompt(self, messages: Sequence[Message], ending: Ending = "asked") -> Rendered:
         """The chat up to where the answer begins, or with another ending.
 
+        Behind the messages there may be tools, ``{"tools": [...]}``, which the template gets as such.
+
         Raises:
             ConfigError: as :meth:`render`.
 
@@ -229,9 +231,11 @@ class ChatTemplate:
         return self._render(messages, prompt, going_on)
 
     def _rendered(self, messages: Sequence[Message], prompt: bool, going_on: bool) -> str:
+        chat, tools = split_tools(messages)
         with _refusals():
             text = self._tokenizer.apply_chat_template(
-                list(messages),
+                list(chat),
+                tools=tools,
                 chat_template=self._template,
                 tokenize=False,
                 add_generation_prompt=prompt,

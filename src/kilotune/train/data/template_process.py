@@ -1,7 +1,7 @@
 """A chat by a template: what bounded_templates.py has run in a process of its own (kilotune/bounded.py).
 
-It takes ``{"template", "messages", "prompt", "going_on", "special"}``, and gives ``{"text"}`` or ``{"refused"}``. It is
-transformers' own function, with its sandbox; tested with transformers 5.23.
+It takes ``{"template", "messages", "tools", "prompt", "going_on", "special"}``, and gives ``{"text"}`` or
+``{"refused"}``. It is transformers' own function, with its sandbox; tested with transformers 5.23.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ def render(asked: dict[str, Any]) -> dict[str, str]:
     try:
         texts, _ = render_jinja_template(
             conversations=[asked["messages"]],
+            tools=asked.get("tools"),
             chat_template=asked["template"],
             add_generation_prompt=asked["prompt"],
             continue_final_message=asked["going_on"],

@@ -20,9 +20,10 @@ import numpy as np
 
 from .spelling import any_of
 
-__all__ = ["ASSISTANT", "Marks", "Message", "Text", "changed", "marks_of", "texts_of"]
+__all__ = ["ASSISTANT", "TOOLS", "Marks", "Message", "Text", "changed", "marks_of", "split_tools", "texts_of"]
 
 ASSISTANT = "assistant"
+TOOLS = "tools"  # the key of what is no message: the tools that a chat may call, behind the messages
 ROLES = (ASSISTANT, "system", "developer", "user", "tool", "function")
 Message = Mapping[str, Any]
 
@@ -250,15 +251,21 @@ def changed(messages: Sequence[Message], change: Callable[[Text], str]) -> list[
     found = []
     for i, message in enumerate(messages):
         said = message.get("role") == ASSISTANT
+        place = "" if TOOLS in message else f"messages[{i}]."
         found.append(
             {
-                key: _walk(
-                    value, f"messages[{i}].{key}", key, said and (key == "content" or _is_text(key, value)), change
-                )
+                key: _walk(value, f"{place}{key}", key, said and (key == "content" or _is_text(key, value)), change)
                 for key, value in message.items()
             }
         )
     return found
+
+
+def split_tools(messages: Sequence[Message]) -> tuple[Sequence[Message], list[Any] | None]:
+    """(the messages, the tools behind them or None)."""
+    if messages and TOOLS in messages[-1]:
+        return messages[:-1], list(messages[-1][TOOLS])
+    return messages, None
 
 
 def texts_of(messages: Sequence[Message]) -> list[Text]:
@@ -278,11 +285,11 @@ def _is_text(key: str, value: Any) -> bool:
 
 
 def _walk(value: Any, place: str, key: str, answer: bool, change: Callable[[Text], str], free: bool = False) -> Any:
-    """key: under which it stands. free: within a call's arguments, where the keys are texts too."""
+    """key: under which it stands. free: within a call's arguments, or a tool's, where the keys are texts too."""
     if isinstance(value, str):
         return change(Text(value, place, answer, key in ("role", "type") and not free))
     if isinstance(value, Mapping):
-        held = free or key == "arguments"
+        held = free or key in ("arguments", "parameters")
         return {
             change(Text(name, place, False, False)) if held and isinstance(name, str) else name: _walk(
                 item, f"{place}.{name}", name, answer, change, held

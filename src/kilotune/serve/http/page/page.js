@@ -4,8 +4,11 @@
 const $ = (id) => document.getElementById(id);
 const rates = [];
 const SECONDS = 120;
+const MOST = 8; // columns
+const FIRST = 2; // adapters that are asked without being chosen
 let base = null;
 let after = null;
+let asking = null; // what stops the answers that are on their way
 let round = 0; // of the key in use: what an earlier key had asked for is dropped
 
 function headers() {
@@ -29,6 +32,52 @@ async function get(path) {
   return answer.json();
 }
 
+// -- who is asked
+
+const chosen = () => [...$("answers").children].map((one) => one.dataset.model);
+
+function column(model) {
+  const made = document.createElement("article");
+  made.dataset.model = model;
+  for (const [kind, name] of [["h3", ""], ["pre", ""], ["p", "small"]]) {
+    const part = document.createElement(kind);
+    part.className = name;
+    made.append(part);
+  }
+  made.querySelector("h3").textContent = model === base ? `${model}, the base alone` : model;
+  made.querySelector("pre").setAttribute("aria-live", "polite");
+  return made;
+}
+
+function add(model) {
+  if (!model || chosen().includes(model)) return;
+  if (chosen().length >= MOST) { trouble(`${MOST} at once; take one away first`); return; }
+  trouble("");
+  $("answers").append(column(model));
+  mark();
+}
+
+function drop(model) {
+  for (const one of [...$("answers").children]) if (one.dataset.model === model) one.remove();
+  mark();
+}
+
+function mark() {
+  $("chosen").replaceChildren(...chosen().map((model) => {
+    const chip = document.createElement("button");
+    chip.type = "button";
+    chip.className = "chip";
+    chip.textContent = model === base ? "the base" : model;
+    chip.title = "do not ask it";
+    chip.addEventListener("click", () => drop(model));
+    return chip;
+  }));
+  for (const button of document.querySelectorAll("#adapters td button")) {
+    button.setAttribute("aria-pressed", String(chosen().includes(button.textContent)));
+  }
+  $("go").disabled = asking !== null || chosen().length === 0;
+}
+
 // -- adapters
 
 function cell(row, text) {
@@ -42,21 +91,20 @@ function show(model) {
   const button = document.createElement("button");
   button.type = "button";
   button.textContent = model.id;
-  button.addEventListener("click", () => { $("adapter").value = model.id; $("prompt").focus(); });
+  button.title = "ask it, or do not";
+  button.addEventListener("click", () => { if (chosen().includes(model.id)) drop(model.id); else add(model.id); });
   row.insertCell().append(button);
   cell(row, model.kilotune.version);
-  cell(row, new Date(1000 * model.created).toISOString().slice(0, 19).replace("T", " "));
+  cell(row, new Date(1000 * model.created).toISOString().slice(0, 16).replace("T", " "));
   cell(row, model.kilotune.tags.join(", "));
   cell(row, model.kilotune.sha256.slice(0, 12));
   const option = document.createElement("option");
   option.value = model.id;
   $("names").append(option);
-  if (!$("adapter").value) $("adapter").value = model.id;
 }
 
 function showBase(model) {
   base = model.id;
-  $("base-name").textContent = `Base: ${base}`;
   $("chat").checked = model.chat_template; // as it was taught to answer; without a template there are no chats
   $("chat").disabled = !model.chat_template;
   if (model.chat_template && $("prompt").value === $("prompt").defaultValue) $("prompt").value = "Hello! What can you do?";
@@ -71,9 +119,12 @@ async function list(fresh) {
   for (const model of page.data) {
     if (model.kilotune === null) showBase(model); else show(model);
   }
+  if (fresh) for (const model of page.data.slice(0, 1 + FIRST)) add(model.id); // the base, and some to see what they change
   after = page.last_id;
   $("more").hidden = !page.has_more;
   $("none").hidden = $("adapters").rows.length > 0;
+  $("list").hidden = false;
+  mark();
 }
 
 // -- live
@@ -113,19 +164,19 @@ async function live() {
 
 // -- side by side
 
-async function ask(model, place, note) {
-  const chat = $("chat").checked;
+async function ask(place, signal) {
+  const chat = $("chat").checked, text = place.querySelector("pre"), note = place.querySelector("p");
   const body = {
-    model, stream: true, stream_options: { include_usage: true }, max_tokens: Number($("tokens").value),
-    temperature: Number($("temperature").value),
+    model: place.dataset.model, stream: true, stream_options: { include_usage: true },
+    max_tokens: Number($("tokens").value), temperature: Number($("temperature").value),
     ...(chat ? { messages: [{ role: "user", content: $("prompt").value }] } : { prompt: $("prompt").value }),
   };
   const began = performance.now();
   let first = null;
-  place.textContent = "";
+  text.textContent = "";
   note.textContent = "...";
   const answer = await fetch(chat ? "/v1/chat/completions" : "/v1/completions", {
-    method: "POST", headers: { ...headers(), "Content-Type": "application/json" }, body: JSON.stringify(body),
+    method: "POST", headers: { ...headers(), "Content-Type": "application/json" }, body: JSON.stringify(body), signal,
   });
   if (!answer.ok) { note.textContent = await told(answer); return; }
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
@@ -142,8 +193,8 @@ async function ask(model, place, note) {
       if (part.error) { note.textContent = part.error.message; return; }
       if (part.usage) usage = part.usage;
       for (const choice of part.choices) {
-        const text = chat ? choice.delta.content : choice.text;
-        if (text) { if (first === null) first = performance.now(); place.append(text); }
+        const more = chat ? choice.delta.content : choice.text;
+        if (more) { if (first === null) first = performance.now(); text.append(more); }
         reason = choice.finish_reason || reason;
       }
     }
@@ -154,24 +205,37 @@ async function ask(model, place, note) {
     `${(tokens / seconds).toFixed(1)} a second, ended by ${reason}`;
 }
 
+async function asked(place, signal) {
+  try {
+    await ask(place, signal);
+  } catch (error) {
+    place.querySelector("p").textContent = signal.aborted ? "stopped" : `the service was not reached: ${error.message}`;
+  }
+}
+
 $("ask").addEventListener("submit", async (event) => {
   event.preventDefault();
-  const adapter = $("adapter").value.trim();
+  add($("adapter").value.trim());
+  $("adapter").value = "";
   if (base === null) { trouble("no base yet: is the key right?"); return; }
-  $("go").disabled = true;
+  if (asking !== null || chosen().length === 0) return;
+  asking = new AbortController();
+  $("stop").hidden = false;
   trouble("");
-  $("adapter-name").textContent = adapter ? `Adapter: ${adapter}` : "Adapter";
-  try {
-    await Promise.all([
-      ask(base, $("base-answer"), $("base-note")),
-      adapter ? ask(adapter, $("adapter-answer"), $("adapter-note")) : Promise.resolve(),
-    ]);
-  } catch (error) {
-    trouble(`the service was not reached: ${error.message}`);
-  } finally {
-    $("go").disabled = false;
-    live();
-  }
+  mark();
+  await Promise.all([...$("answers").children].map((place) => asked(place, asking.signal)));
+  asking = null;
+  $("stop").hidden = true;
+  mark();
+  live();
+});
+$("stop").addEventListener("click", () => { if (asking !== null) asking.abort(); });
+$("add").addEventListener("click", () => { add($("adapter").value.trim()); $("adapter").value = ""; });
+$("adapter").addEventListener("keydown", (event) => {
+  if (event.key === "Enter") { event.preventDefault(); $("add").click(); }
+});
+$("prompt").addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) { event.preventDefault(); $("ask").requestSubmit(); }
 });
 
 // -- the key
@@ -181,7 +245,9 @@ async function begin() {
   base = after = null;
   rates.length = 0;
   $("who").textContent = "";
+  if (asking !== null) asking.abort();
   $("adapter").value = "";
+  $("answers").replaceChildren();
   $("live").hidden = true;
   trouble("");
   $("key-form").hidden = true; // where nobody needs one, or has one that is let in, there is nothing to fill in
@@ -191,8 +257,9 @@ async function begin() {
   } catch (error) {
     if (error.status === 401) $("key-form").hidden = false;
     $("adapters").replaceChildren();
-    $("none").hidden = true;
+    $("list").hidden = true;
     trouble(error.message);
+    mark();
   }
   await live();
 }

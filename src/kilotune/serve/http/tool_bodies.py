@@ -1,0 +1,168 @@
+"""Tools in requests, as OpenAI's API has them: what may be called, whether, and the calls that come back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, final
+
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from .bodies import Body
+from .options import CALL, Option
+
+__all__ = ["CallBody", "CalledFunction", "FunctionBody", "Name", "ToolAsk", "ToolBody", "ToolsBody"]
+
+Name = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[a-zA-Z0-9_.-]+$")]
+
+
+@final
+class FunctionBody(Body):
+    """A function that may be called. parameters: a JSON schema of an object; strict: calls fit it in any case."""
+
+    name: Name
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+    @model_validator(mode="after")
+    def _of_an_object(self) -> FunctionBody:
+        if (self.parameters or {}).get("type", "object") != "object":
+            raise PydanticCustomError(
+                "lacking", "type: expected 'object', for arguments have names", {"option": "parameters"}
+            )
+        return self
+
+
+@final
+class ToolBody(Body):
+    """A tool."""
+
+    type: Literal["function"]
+    function: FunctionBody
+
+    def told(self) -> dict[str, Any]:
+        """As a chat template takes it."""
+        given = self.function
+        more = {} if given.description is None else {"description": given.description}
+        parameters = {"type": "object", "properties": {}} if given.parameters is None else given.parameters
+        return {"type": "function", "function": {"name": given.name, **more, "parameters": parameters}}
+
+
+@final
+class NamedFunction(Body):
+    """Which function."""
+
+    name: Name
+
+
+@final
+class NamedTool(Body):
+    """Which tool is to be called."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
+@final
+class CalledFunction(Body):
+    """What was called. arguments: JSON of an object, as text."""
+
+    neutral: ClassVar[Mapping[str, Option]] = CALL
+    name: Annotated[str, Field(min_length=1, max_length=64)]
+    arguments: Annotated[str, Field(max_length=2**20)]
+
+    @model_validator(mode="after")
+    def _object(self) -> CalledFunction:
+        try:
+            read = json.loads(self.arguments or "{}")
+        except (ValueError, RecursionError):
+            read = None
+        if not isinstance(read, dict):
+            raise PydanticCustomError("lacking", "expected a JSON object, as text", {"option": "arguments"})
+        return self
+
+    @property
+    def read(self) -> dict[str, Any]:
+        """The arguments."""
+        found: dict[str, Any] = json.loads(self.arguments or "{}")
+        return found
+
+
+@final
+class CallBody(Body):
+    """A call that the model made."""
+
+    neutral: ClassVar[Mapping[str, Option]] = CALL
+    id: Annotated[str, Field(min_length=1, max_length=200)]
+    type: Literal["function"]
+    function: CalledFunction
+
+    def told(self) -> dict[str, Any]:
+        """As a chat template takes it: with the arguments read."""
+        return {
+            "id": self.id,
+            "type": self.type,
+            "function": {"name": self.function.name, "arguments": self.function.read},
+        }
+
+
+@final
+@dataclass(frozen=True)
+class ToolAsk:
+    """What a request says of tools. choice: none, auto, required, or named, with the one function in ``functions``."""
+
+    tools: tuple[dict[str, Any], ...]
+    functions: tuple[FunctionBody, ...]
+    places: tuple[str, ...]
+    choice: Literal["none", "auto", "required", "named"]
+    parallel: bool
+
+    @property
+    def must(self) -> bool:
+        """Whether the answer has to be a call."""
+        return self.choice in ("required", "named")
+
+    @property
+    def names(self) -> frozenset[str]:
+        """What may be called."""
+        return frozenset(function.name for function in self.functions)
+
+
+class ToolsBody(Body):
+    """The options of chats that are of tools."""
+
+    tools: Annotated[list[ToolBody], Field(max_length=128)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+
+    @model_validator(mode="after")
+    def _choice(self) -> ToolsBody:
+        names = [tool.function.name for tool in self.tools or ()]
+        if len({*names}) < len(names):
+            twice = next(name for i, name in enumerate(names) if name in names[:i])
+            raise ValueError(f"tools: {twice!r} is there twice")
+        wanted = self.tool_choice
+        if isinstance(wanted, NamedTool) and wanted.function.name not in names:
+            raise ValueError(f"tool_choice: there is no tool {wanted.function.name!r}")
+        if wanted == "required" and not names:
+            raise ValueError("tool_choice: required needs tools")
+        return self
+
+    @property
+    def asks_tools(self) -> ToolAsk | None:
+        """What it says of tools; None: there are none."""
+        if not self.tools:
+            return None
+        wanted, functions = self.tool_choice, [tool.function for tool in self.tools]
+        named = wanted.function.name if isinstance(wanted, NamedTool) else None
+        kept = [i for i, function in enumerate(functions) if named in (None, function.name)]
+        return ToolAsk(
+            tools=tuple(tool.told() for tool in self.tools),
+            functions=tuple(functions[i] for i in kept),
+            places=tuple(f"tools[{i}].function.parameters" for i in kept),
+            choice="named" if isinstance(wanted, NamedTool) else wanted or "auto",
+            parallel=named is None and self.parallel_tool_calls is not False,
+        )
