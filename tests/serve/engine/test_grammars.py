@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from kilotune.errors import ConfigError, MissingExtraError
+from kilotune.errors import ConfigError, MissingExtraError, ResourceError
 from kilotune.serve.engine import continuous_batching, grammars
 from kilotune.serve.engine.interface import Finish, Generation, Grammar, GrammarError, Sampling
 from kilotune.serve.engine.sampling import Picker, choose
@@ -254,6 +254,23 @@ def test_without_the_package_only_grammars_are_refused(tmp_path: Path, monkeypat
         (tmp_path / "broken.py").write_text("import no_such_package_at_all\n")
         with pytest.raises(MissingExtraError, match="what is installed cannot be used"):
             asyncio.run(answer(running.engine, CAT, greedy(3, grammar=JSON)))
+
+
+def test_where_there_can_be_no_process_it_is_to_be_tried_again(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(self: Any) -> Any:
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(grammars._Process, "fork", none)
+        with pytest.raises(ResourceError, match="no process for the grammar.*Too many open files"):
+            asyncio.run(answer(served.engine, CAT, greedy(3, grammar=JSON)))
+    assert answers(served.engine, [(CAT, greedy(9, grammar=regex("abc")), None, "t")])[0].text == "abc"
+
+
+def test_a_deadline_counts_while_a_grammar_is_compiled(served: Served) -> None:
+    late = time.monotonic() - 1.0
+    made = asyncio.run(answer(served.engine, CAT, greedy(3, grammar=regex("deadline")), deadline=late))
+    assert made.finish.reason == "deadline"
 
 
 # -- bounds ------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from ...bounded import KEPT, ONE_THREAD
-from ...errors import MissingExtraError, UnsupportedError
+from ...errors import MissingExtraError, ResourceError, UnsupportedError
 from .grammar_process import FAULT, LENGTH, OVER, TOKEN, read_frame, send_frame
 from .interface import JSON_SPACE, Generation, Grammar, GrammarError
 from .lanes import Lanes
@@ -238,8 +238,8 @@ class Grammars:
         """What an answer is to be guided by, until it is closed; None where there is no grammar.
 
         Raises:
-            GrammarError: it cannot be compiled. MissingExtraError: there is no llguidance. TimeoutError: the deadline
-                came first.
+            GrammarError: it cannot be compiled. MissingExtraError: there is no llguidance. ResourceError: there can be
+                no process. TimeoutError: the deadline came first.
 
         """
         tenant, grammar, deadline = request.tenant, request.sampling.grammar, request.deadline
@@ -255,6 +255,8 @@ class Grammars:
                     making = _Making(lambda: self._guide(tenant, grammar, stops))
                     try:
                         guide = await lane.run(making.run)
+                    except OSError as error:
+                        raise ResourceError(f"there is no process for the grammar: {error}; try again") from error
                     except BaseException:
                         making.leave()
                         raise
