@@ -146,6 +146,14 @@ class Rows:
         known = self._learned.get(slot)
         return None if known is None else known.gradients[known.row].clone()
 
+    def learned_norms(self, slots: Sequence[int]) -> list[float]:
+        """The L2 norms of the gradients of rows that have one."""
+        found = []
+        for slot in slots:
+            gradients, row, norms = self._learned[slot]
+            found.append(torch.linalg.vector_norm(gradients[row]) if norms is None else norms[row])
+        return [float(norm) for norm in torch.stack(found).tolist()]
+
     def forget(self, slots: Sequence[int]) -> None:
         """Drop the gradients of some rows."""
         for slot in slots:

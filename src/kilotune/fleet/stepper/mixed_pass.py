@@ -41,13 +41,15 @@ Collate = Callable[[list[Any]], Mapping[str, Tensor]]
 class Setup(NamedTuple):
     """How an adapter is trained. home: the rows of its form. collate: a list of rows -> a dict of tensors, rows first.
 
-    loss: see :mod:`.losses`. on: the adapter beneath it, or None.
+    loss: see :mod:`.losses`. on: the adapter beneath it, or None. inputs: what of a batch goes into the model; None:
+    all but its labels.
     """
 
     home: Rows
     collate: Collate
     loss: Loss
     on: Beneath | None = None
+    inputs: frozenset[str] | None = None
 
 
 @final
@@ -182,7 +184,7 @@ class Passes:
         groups: dict[Any, list[int]] = {}
         for i, part in enumerate(parts):
             keys = {frozenset(map(str, row)) if isinstance(row, Mapping) else None for row in part.rows}
-            groups.setdefault((part.setup.collate, frozenset(keys)), []).append(i)
+            groups.setdefault((part.setup.collate, part.setup.inputs, frozenset(keys)), []).append(i)
         found: dict[int, Outcome] = {}
         for group in groups.values():
             order = _together(parts, group)
@@ -265,12 +267,17 @@ class Passes:
         if draw and any(part.setup.home.form.config.dropout for part in parts):
             _refuse_left_padding(batch)
         device = parts[0].setup.home.values.device
-        batch = {key: value.to(device) for key, value in batch.items()}
+        batch = {key: _moved(value, device) for key, value in batch.items()}
         bounds = [0]
         for part in parts:
             bounds.append(bounds[-1] + len(part.rows))
         levels = [level for level in (_beneath(parts, bounds, device), _own(parts, bounds, values, draw)) if level]
-        inputs = {key: value for key, value in batch.items() if key not in ("labels", "inputs")}
+        wanted = parts[0].setup.inputs
+        inputs = {
+            key: value
+            for key, value in batch.items()
+            if key not in ("labels", "inputs") and (wanted is None or key in wanted)
+        }
         given = [batch["inputs"]] if "inputs" in batch else []
         with self.model.running(Route(len(rows), levels[0] if levels else (), above=levels[1:])):
             output = self.model.model(*given, **inputs)
@@ -396,6 +403,11 @@ def _summed(parts: Sequence[Part], per_row: RowLoss) -> tuple[list[Outcome], lis
         found.append(Outcome(part, numbers[0][i], numbers[1][i], error, model=error is not None, told=told[i]))
     divisors = [count[i] if part.divisor is None else part.divisor for i, part in enumerate(parts)]
     return found, [one / divisor for one, divisor in zip(total.unbind(), divisors, strict=True)]
+
+
+def _moved(value: Tensor, device: torch.device) -> Tensor:
+    """On the device; Apple's have no float64."""
+    return value.float().to(device) if device.type == "mps" and value.dtype == torch.float64 else value.to(device)
 
 
 def _some(output: Any, rows: slice, count: int) -> Any:

@@ -99,6 +99,7 @@ class PagedBatch:
         self._secret = os.urandom(32)
         self._salts: dict[str, list[int]] = {}
         self._parts: list[Part] = []
+        self._taking: list[tuple[Part, PromptScores]] = []
         self._manager: Any = _manager(model, sizes)
         self._before: str = model.config._attn_implementation
         self._own = _attends(model)
@@ -184,10 +185,13 @@ class PagedBatch:
 
     def _wanted(self) -> list[int]:
         """The tokens of the step whose logits are wanted beside those with which new ones are chosen."""
+        taking = {part.id: one for part in self._parts if (one := self._scoring(part.id)) is not None}
+        self._taking = []
         found: list[int] = []
         at = 0
-        for part in self._parts:
-            if self._scoring(part.id) is not None:
+        for part in self._parts if taking else ():
+            if part.id in taking:
+                self._taking.append((part, taking[part.id]))
                 found.extend(range(at, at + part.tokens))
             at += part.tokens
         return found
@@ -198,10 +202,9 @@ class PagedBatch:
         scores: (1, requests of the step + what is wanted beside, vocabulary), those with a new token first.
         """
         at = len(self._parts)
-        for part in self._parts:
-            if (taking := self._scoring(part.id)) is not None:
-                taking.take(part.cached, scores[0, at : at + part.tokens])
-                at += part.tokens
+        for part, taking in self._taking:
+            taking.take(part.cached, scores[0, at : at + part.tokens])
+            at += part.tokens
         ids = [part.id for part in self._parts if part.last]
         if ids:
             output_ids[0, : len(ids)].copy_(self._choose(ids, scores[0, : len(ids)]))

@@ -1,0 +1,20 @@
+"""What a model in training learns from rows of tokens, one kind a file.
+
+Each makes a loss of the log-probabilities of a row's labels; OBJECTIVES has them by name. Begin in _base.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ._base import Objective
+from .dpo import Dpo
+from .kto import Kto
+from .policy import Grpo, ImportanceSampling, Ppo
+from .supervised import Supervised
+
+__all__ = ["OBJECTIVES", "Dpo", "Grpo", "ImportanceSampling", "Kto", "Objective", "Ppo", "Supervised"]
+
+OBJECTIVES: Mapping[str, type[Objective]] = {
+    made.name: made for made in (Supervised, Dpo, Kto, ImportanceSampling, Ppo, Grpo)
+}

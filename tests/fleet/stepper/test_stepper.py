@@ -1,0 +1,262 @@
+"""Models that are told what to do, operation by operation: as alone, whoever trains beside them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kilotune import AdapterConfig, Ia3Config, LoraConfig, VeraConfig, get_config, get_peft_model, optimizer_groups
+from kilotune.adapter_files.files import TwoFiles
+from kilotune.adapter_files.reading import parse
+from kilotune.adapter_files.writing import state_of
+from kilotune.errors import AdapterError, ConfigError, ResourceError, UnsupportedError
+from kilotune.fleet.stepper.adam import Adam
+from kilotune.fleet.stepper.objectives import Dpo, Kto, Objective, Ppo, Supervised
+from kilotune.fleet.stepper.operations import Forward, ForwardBackward, OptimStep, Save, Scored
+from kilotune.fleet.stepper.stepper import Stepper
+from kilotune.fleet.stepper.token_rows import INPUTS, collate
+from tests.support.fleet_support import token_rows
+from tests.support.models import tiny_llama
+
+Row = dict[str, Any]
+CONFIGS: dict[str, tuple[AdapterConfig, int]] = {
+    "vera": (VeraConfig(r=8, target_modules="all-linear"), 0),
+    "vera-other-seed": (VeraConfig(r=4, target_modules=["q_proj", "up_proj"], projection_prng_key=3), 1),
+    "lora": (LoraConfig(r=2, target_modules=["q_proj", "v_proj"]), 2),
+    "dora": (LoraConfig(r=3, target_modules="all-linear", use_dora=True), 3),
+    "ia3": (Ia3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]), 4),
+    "loraxs": (get_config("loraxs", r=2, target_modules=["o_proj"]), 5),
+}
+HOW = Adam(rate=2e-2)
+
+
+def model() -> Any:
+    return tiny_llama().double()
+
+
+def rows_for(seed: int, objective: Objective | None = None, count: int = 4) -> list[Row]:
+    draws = torch.Generator().manual_seed(100 + seed)
+    found = token_rows(count, seed)
+    for number, row in enumerate(found):
+        for name in getattr(objective, "lists", ()):
+            row[name] = (-torch.rand(len(row["input_ids"]), generator=draws)).tolist()
+        for name in getattr(objective, "numbers", ()):
+            row[name] = -float(torch.rand(1, generator=draws)) if name == "reference" else float(number < 2)
+    return found
+
+
+def finished(stepper: Stepper, *asked: Future[Any]) -> list[Any]:
+    while stepper.work():
+        pass
+    return [one.result(timeout=0) for one in asked]
+
+
+def lone(config: AdapterConfig, seed: int, batches: Sequence[Sequence[Row]], objective: Objective) -> dict[str, Tensor]:
+    """A plain torch loop over one adapter: clipping, AdamW."""
+    base = model()
+    torch.manual_seed(seed)
+    made = get_peft_model(base, config).double()
+    optimizer = torch.optim.AdamW(optimizer_groups(made, HOW.rate, weight_decay=0.0), lr=HOW.rate)
+    for rows in batches:
+        batch = collate(rows)
+        found = objective(made(**{key: batch[key] for key in INPUTS}), batch)
+        (found.totals.sum() / objective.count(rows)).backward()
+        torch.nn.utils.clip_grad_norm_([p for p in made.parameters() if p.requires_grad], 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return dict(made.installed("default").parameters())
+
+
+def assert_equal(contents: Any, own: dict[str, Tensor], config: AdapterConfig) -> None:
+    """What was saved are the numbers of the lone adapter."""
+    torch.manual_seed(0)
+    made = get_peft_model(model(), config).double()
+    for name, value in made.installed("default").parameters():
+        value.data.copy_(own[name])
+    _, expected, _ = state_of(made.installed("default"))
+    assert expected.keys() == contents.tensors.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(contents.tensors[key].double(), value.double(), rtol=0, atol=1e-9, msg=key)
+
+
+def test_six_unlike_models_in_company_are_what_each_is_alone() -> None:
+    """Methods, ranks, targets, seeds, objectives and lengths of their own, mixed in the same passes."""
+    several = (Supervised(), Ppo(), Dpo(), Kto(), Supervised(), Dpo(beta=0.4))
+    objectives: dict[str, Objective] = dict(zip(CONFIGS, several, strict=True))
+    batches = {
+        name: [rows_for(10 * seed + i, objectives[name]) for i in range(3)] for name, (_, seed) in CONFIGS.items()
+    }
+    saved = {}
+    with Stepper(model(), tokens=10_000) as stepper:
+        for name, (config, seed) in CONFIGS.items():
+            stepper.open(name, config, seed=seed)
+        for i in range(3):
+            for name in CONFIGS:
+                stepper.submit(name, ForwardBackward(batches[name][i], objectives[name]))
+                stepper.submit(name, OptimStep(HOW))
+        for name in CONFIGS:
+            saved[name] = stepper.submit(name, Save())
+        passes = 0
+        while stepper.work():
+            passes += 1
+    assert passes <= 2 + 3  # a pass is of all six
+    for name, (config, seed) in CONFIGS.items():
+        own = lone(config, seed, batches[name], objectives[name])
+        assert_equal(saved[name].result(timeout=0), own, config)
+
+
+def test_gradients_add_up_and_a_large_operation_runs_in_pieces() -> None:
+    config, rows = CONFIGS["lora"][0], rows_for(3, count=6)
+    with Stepper(model(), tokens=16) as stepper:
+        stepper.open("whole", config)
+        stepper.open("halves", config)
+        stepper.submit("whole", ForwardBackward(rows))
+        weight = Supervised().count(rows)
+        for half in (rows[:3], rows[3:]):
+            stepper.submit("halves", ForwardBackward(half, divisor=weight))
+        asked = [stepper.submit(name, one) for name in ("whole", "halves") for one in (OptimStep(HOW), Save())]
+        _, first, _, second = finished(stepper, *asked)
+    for key, value in first.tensors.items():
+        torch.testing.assert_close(value, second.tensors[key], rtol=0, atol=1e-9)
+    assert_equal(first, lone(config, 0, [rows], Supervised()), config)
+
+
+def test_log_probabilities_and_the_base_beneath() -> None:
+    rows = rows_for(5)
+    base = model()
+    with torch.no_grad():
+        batch = collate(rows)
+        expected = torch.log_softmax(base(**{key: batch[key] for key in INPUTS}).logits, -1)
+    with Stepper(model()) as stepper:
+        stepper.open("ann", CONFIGS["lora"][0])
+        stepper.submit("ann", ForwardBackward(rows))
+        stepper.submit("ann", OptimStep(HOW))
+        without, own = finished(
+            stepper, stepper.submit("ann", Forward(rows, without=True)), stepper.submit("ann", Forward(rows))
+        )
+    assert isinstance(without, Scored)
+    for i, row in enumerate(rows):
+        for place, label in list(enumerate(row["labels"]))[1:]:
+            assert float(without.logprobs[i][place]) == pytest.approx(float(expected[i, place - 1, label]))
+    assert own.loss < without.loss
+    assert own.weight == without.weight == sum(len(row["labels"]) - 1 for row in rows)
+
+
+def test_operations_are_done_in_the_order_of_their_numbers_and_once() -> None:
+    rows = rows_for(1)
+    with Stepper(model()) as stepper:
+        stepper.open("ann", CONFIGS["lora"][0])
+        late = stepper.submit("ann", OptimStep(HOW), number=1)
+        assert stepper.work() is False  # number 0 is not there yet
+        first = stepper.submit("ann", ForwardBackward(rows), number=0)
+        again = stepper.submit("ann", ForwardBackward(rows), number=0)
+        assert again is first
+        scored, stepped = finished(stepper, first, late)
+        assert stepped.step == 1
+        assert stepped.norm > 0
+        assert stepper.submit("ann", OptimStep(HOW), number=1) is late  # done, and asked for once more
+        assert scored.loss > 0
+
+
+def test_an_operation_that_fails_fails_alone_and_leaves_the_gradient() -> None:
+    """Its first piece is fine, and has added to the gradient when the second one is found to be broken."""
+    rows = rows_for(2)
+    weights = [1.0, 1.0, 1e308, 1e308]
+    broken = [{**row, "weights": [own] * len(row["input_ids"])} for row, own in zip(rows_for(4), weights, strict=True)]
+    with Stepper(model(), tokens=12) as stepper:
+        for name in ("ann", "bob"):
+            stepper.open(name, CONFIGS["lora"][0])
+            stepper.submit(name, ForwardBackward(rows, divisor=1.0))
+        wrong = stepper.submit("ann", ForwardBackward(broken, divisor=1.0))
+        asked = [stepper.submit(name, one) for name in ("ann", "bob") for one in (OptimStep(HOW), Save())]
+        _, ann, _, bob = finished(stepper, *asked)
+        with pytest.raises(UnsupportedError, match="not finite"):
+            wrong.result(timeout=0)
+    for key, value in ann.tensors.items():
+        torch.testing.assert_close(value, bob.tensors[key], rtol=0, atol=1e-12)
+
+
+def test_a_step_without_a_gradient_is_refused() -> None:
+    with Stepper(model()) as stepper:
+        stepper.open("ann", CONFIGS["lora"][0])
+        (asked,) = (stepper.submit("ann", OptimStep(HOW)),)
+        while stepper.work():
+            pass
+        with pytest.raises(UnsupportedError, match="nothing was learned since the last step"):
+            asked.result(timeout=0)
+
+
+def test_a_model_on_a_shared_one_and_one_that_starts_from_another() -> None:
+    rows = rows_for(8)
+    with Stepper(model()) as stepper:
+        stepper.open("house", CONFIGS["lora"][0])
+        stepper.submit("house", ForwardBackward(rows))
+        stepper.submit("house", OptimStep(HOW))
+        (house,) = finished(stepper, stepper.submit("house", Save()))
+        file = parse(TwoFiles(Path("house"), house.config, house.tensors, house.header))
+        stepper.open("ann", CONFIGS["vera"][0], on=file)
+        stepper.open("more", CONFIGS["lora"][0], start=file)
+        of_house, above, more, under = finished(
+            stepper,
+            stepper.submit("house", Forward(rows)),
+            stepper.submit("ann", Forward(rows)),
+            stepper.submit("more", Forward(rows)),
+            stepper.submit("ann", Forward(rows, without=True)),
+        )
+        (saved,) = finished(stepper, stepper.submit("ann", Save()))
+    for one in (above, more, under):  # VeRA starts at no change
+        assert one.loss == pytest.approx(of_house.loss, abs=1e-6)
+    assert any("stands_on" in key or "stand" in key for key in saved.header)
+
+
+def test_models_come_and_go() -> None:
+    base = model()
+    with Stepper(base) as stepper:
+        for number in range(20):  # more than the rows that there are at first
+            stepper.open(f"u{number}", CONFIGS["lora"][0], seed=number)
+        with pytest.raises(AdapterError, match="there is a model of this name already"):
+            stepper.open("u3", CONFIGS["lora"][0])
+        waiting = stepper.submit("u3", ForwardBackward(rows_for(0)))
+        for number in range(20):
+            stepper.close(f"u{number}")
+        with pytest.raises(AdapterError, match="was closed"):
+            waiting.result(timeout=0)
+        with pytest.raises(AdapterError, match="there is no model 'u3'"):
+            stepper.submit("u3", Save())
+        assert stepper.work() is False
+    assert not [name for name, _ in base.named_modules() if "base_layer" in name]
+
+
+@pytest.mark.parametrize(
+    ("rows", "objective", "said"),
+    [
+        ([], Supervised(), "expected at least one row, got 0"),
+        ([{"input_ids": [1, 2]}], Supervised(), "row 0: it has no labels"),
+        ([{"input_ids": [1, 99], "labels": [1, 2]}], Supervised(), "input_ids: 99 is not in 0 ... 31"),
+        ([{"input_ids": [1, 2], "labels": [1, 2, 3]}], Supervised(), "labels: expected a list of 2, as input_ids has"),
+        ([{"input_ids": [1, 2], "labels": [1, 2], "weights": [1, math.nan]}], Supervised(), "finite numbers, got nan"),
+        ([{"input_ids": [1, 2], "labels": [1, 2], "reference": 0.0}], Dpo(), "a multiple of 2"),
+        ([{"input_ids": [1, 2], "labels": [1, 2]}] * 2, Dpo(), "row 0: it has no reference"),
+    ],
+)
+def test_rows_are_seen_to_when_they_come_in(rows: list[Row], objective: Objective, said: str) -> None:
+    with Stepper(model()) as stepper:
+        stepper.open("ann", CONFIGS["lora"][0])
+        with pytest.raises(ConfigError, match=said):
+            stepper.submit("ann", ForwardBackward(rows, objective))
+
+
+def test_only_so_many_operations_wait() -> None:
+    with Stepper(model(), waiting=2) as stepper:
+        stepper.open("ann", CONFIGS["lora"][0])
+        for _ in range(2):
+            stepper.submit("ann", Forward(rows_for(0)))
+        with pytest.raises(ResourceError, match="2 operations are waiting already"):
+            stepper.submit("ann", Forward(rows_for(0)))
