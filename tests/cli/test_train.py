@@ -250,7 +250,7 @@ def test_stopped_and_resumed_by_the_command_line(number: int, code: int, model: 
     assert stdout == ""
     assert "Traceback" not in stderr
     if code == 130:
-        assert "error: stopped after step" in stderr
+        assert "\nstopped after step" in stderr
         assert "Go on with --resume" in stderr
     process = start("train", "-o", tmp_path / "out", "--resume", "--json")
     stdout, stderr = process.communicate(timeout=120)
@@ -264,7 +264,9 @@ def test_nothing_but_ours_is_printed(model: Path, data: Path, tmp_path: Path) ->
     process = start("train", "-m", model, "-d", data, "-o", tmp_path / "out", "--set", "training.device=cpu")
     stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 0
-    assert [line.partition(":")[0] for line in stdout.splitlines()] == ["the adapter of step 6", "report", "try it"]
+    first, *others = (line.partition(":")[0] for line in stdout.splitlines())
+    assert re.fullmatch(r"the adapter of step \d+", first)
+    assert others == ["report", "try it"]
     assert stderr.startswith("causal-lm, vera on ")
     for word in ("torchao", "Loading weights", "Warning", "warning", "W1"):
         assert word not in stderr, stderr

@@ -29,8 +29,16 @@ def _assigned(y: Tensor) -> Tensor:
     return torch.cat([torch.full_like(y[:1], 0.5), y[1:]])
 
 
+def _cut(y: Tensor) -> None:
+    nn.ReLU(inplace=True)(y.sub_(y.detach().mean()))  # of an output that is negative everywhere nothing would be left
+
+
+def _was_cut(y: Tensor) -> Tensor:
+    return torch.relu(y - y.detach().mean())
+
+
 CONSUMERS: dict[str, tuple[Consumer, Consumer]] = {  # (in place, as a function)
-    "relu": (nn.ReLU(inplace=True), torch.relu),
+    "relu": (_cut, _was_cut),
     "mul": (lambda y: y.mul_(_factors(y)), lambda y: y * _factors(y)),
     "slice": (_assign, _assigned),
 }

@@ -98,7 +98,9 @@ def state_of(installed: Installed) -> tuple[dict[str, Any], dict[str, Tensor], d
     if not export.peft or _lost_in_peft(installed, list(params)):
         config["peft_type"] = CLOSED + installed.config.peft_type
         checksum = {} if export.checksum is None else {PROJECTIONS: export.checksum}  # a header may get lost
-        config[SECTION] = {"format": FORMAT_VERSION, **ours, **export.section, **checksum}
+        left_out = {key for key, value in export.section.items() if value is None}
+        said = {key: value for key, value in {**ours, **export.section}.items() if key not in left_out}
+        config[SECTION] = {"format": FORMAT_VERSION, **said, **checksum}
     elif SELECTION & set(ours) or _taken_otherwise(installed, list(params)):
         # PEFT lacks the key for this method, or would take others: name the layers themselves.
         own = [name for name in params if not part_of(name, installed.layers)]  # it adds the parts by itself

@@ -91,7 +91,8 @@ class Export:
     tensors: key -> tensor. peft: whether PEFT makes of these tensors and this config what the method makes of them.
     The writer closes every other file to it, so that none is ever read there with other random numbers; that
     those which say so are read right is tested against PEFT (tests/conformance/test_read_by_peft.py). config: values
-    that differ in the file. section: what a closed file says over the options that PEFT lacks, all of which it has.
+    that differ in the file. section: what a closed file says over the options that PEFT lacks, all of which it has;
+    None: nothing is said of it.
     checksum: of the projections, where they are not in the file. header: options that PEFT has no key for and can do
     without, because they change no result; they go into the weights' header.
     """
