@@ -16,6 +16,8 @@ import hypothesis
 import pytest
 import torch
 
+from tests.support.parts import in_part, part_of
+
 hypothesis.settings.register_profile(
     "kilotune",
     deadline=None,  # the first example pays for imports and caches
@@ -24,6 +26,21 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture],
 )
 hypothesis.settings.load_profile("kilotune")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--part", metavar="K/N", help="only the K-th of N parts of the tests")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if (text := config.getoption("--part")) is not None:
+        try:
+            which, count = part_of(text)
+        except ValueError as error:
+            raise pytest.UsageError(str(error)) from error
+        own = [item for item in items if in_part(item.nodeid, which, count)]
+        config.hook.pytest_deselected(items=[item for item in items if not in_part(item.nodeid, which, count)])
+        items[:] = own
 
 
 def pytest_collection_finish() -> None:
