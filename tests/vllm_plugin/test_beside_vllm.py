@@ -5,6 +5,10 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+import pytest
+
+pytest.importorskip("vllm", reason="the tests of the plugin run in .venv-vllm: make test-vllm")
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

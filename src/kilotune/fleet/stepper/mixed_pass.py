@@ -184,7 +184,7 @@ class Passes:
         groups: dict[Any, list[int]] = {}
         for i, part in enumerate(parts):
             keys = {frozenset(map(str, row)) if isinstance(row, Mapping) else None for row in part.rows}
-            groups.setdefault((part.setup.collate, part.setup.inputs, frozenset(keys)), []).append(i)
+            groups.setdefault((id(part.setup.collate), part.setup.inputs, frozenset(keys)), []).append(i)
         found: dict[int, Outcome] = {}
         for group in groups.values():
             order = _together(parts, group)
@@ -308,8 +308,9 @@ class Passes:
         """(an outcome, a loss) for each part: each run of parts with one loss function is judged by it at once."""
         found: list[Outcome] = []
         losses: list[Tensor] = []
-        for loss, numbered in groupby(range(len(parts)), key=lambda i: parts[i].setup.loss):
+        for _, numbered in groupby(range(len(parts)), key=lambda i: id(parts[i].setup.loss)):
             own = list(numbered)
+            loss = parts[own[0]].setup.loss
             rows = slice(bounds[own[0]], bounds[own[-1] + 1])
             whole = len(own) == len(parts)
             given = (
@@ -350,10 +351,10 @@ class Passes:
 
 def _together(parts: Sequence[Part], numbers: Iterable[int]) -> list[int]:
     """Numbers of parts in an order in which those of one form, and of these those of one loss, are neighbours."""
-    homes: dict[Rows, dict[Any, list[int]]] = {}
+    homes: dict[Rows, dict[int, list[int]]] = {}
     for i in numbers:
         setup = parts[i].setup
-        homes.setdefault(setup.home, {}).setdefault(setup.loss, []).append(i)
+        homes.setdefault(setup.home, {}).setdefault(id(setup.loss), []).append(i)
     return [i for losses in homes.values() for own in losses.values() for i in own]
 
 

@@ -7,13 +7,14 @@ from collections import OrderedDict, deque
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, final
 
 from torch import Tensor
 
 from .losses import Loss
 from .mixed_pass import Outcome, Part, Setup
+from .objectives import Objective
 from .operations import Forward, ForwardBackward, Operation, Scored
 from .token_rows import INPUTS, TokenRow, collate
 
@@ -47,7 +48,7 @@ class Reading:
         objective = operation.objective
         self.pieces = deque(_pieces(operation.rows, objective.rows_each, tokens if objective.rowwise else math.inf))
         # A loss that is not an example's own is judged by itself: a new function is like no other part's.
-        self._loss: Loss = objective if objective.rowwise else partial(objective)
+        self._loss: Loss = _same(objective) if objective.rowwise else partial(objective)
         own = operation.divisor if isinstance(operation, ForwardBackward) else None
         self.divisor = operation.objective.count(operation.rows) if own is None else own
         self.before: Tensor | None = None
@@ -86,6 +87,12 @@ class Reading:
             for told, row in zip(outcome.told if outcome.told is not None else (), outcome.part.rows, strict=True)
         ]
         return Scored(sum(one.total for one in self._done), sum(one.count for one in self._done), logprobs)
+
+
+@lru_cache(maxsize=256)
+def _same(objective: Objective) -> Objective:
+    """One object for all that are equal: parts with the same loss share a call of it."""
+    return objective
 
 
 def size_of(rows: Sequence[TokenRow]) -> int:

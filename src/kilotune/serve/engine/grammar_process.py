@@ -24,8 +24,8 @@ from typing import Any, final
 MEMORY = 192 * 2**20  # bytes that a grammar may take beside what it was forked with
 COMPILING = 1.0  # seconds of a processor
 MASKING = 0.5
-LENGTH = struct.Struct("<I")
-TOKEN = struct.Struct("<I")
+LENGTH = struct.Struct("=I")
+TOKEN = struct.Struct("=I")
 FREE = '\n%llguidance {"no_forcing": true}\n'
 """Any tokens that spell what has to come may be chosen, and not only those that the tokenizer would make of it."""
 OPEN, OVER, FAULT = b"\0", b"\1", b"\2"  # how an answer's grammar stands: it goes on, only an end can come, it failed
