@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
 
 from kilotune.train.data.rendering import ChatTemplate
 from kilotune.train.data.spelling import any_of
-from kilotune.train.data.turn_marks import Marks, changed, texts_of
+from kilotune.train.data.turn_marks import TAG, Marks, _patterns, changed, texts_of
 from tests.support import chat_tokenizers as chats
 from tests.support.chat_tokenizers import byte_pairs, pieces
 
@@ -114,3 +115,22 @@ def test_one_pattern_for_many_names() -> None:
     text = "<|ab|><|a|><|abc<|xx+?<"
     assert any_of(names).findall(text) == ["<|ab|>", "<|a|>", "<|a", "<|", "x", "x", "+?"]
     assert any_of([]).findall(text) == []
+
+
+@pytest.mark.parametrize("run", ["<", "[", "\r", "\n", " ", "\n\r "], ids=repr)
+def test_long_runs_of_one_character_take_no_time_that_grows_with_their_square(run: str) -> None:
+    """What anybody may send is looked through in the process that answers, where a pattern stops all threads.
+
+    200,000 characters took minutes: counted is how long it takes for twice as many.
+    """
+    marks = _patterns({"USER:": True, "### User:": True}, str)
+
+    def seconds(count: int) -> float:
+        text = run * (count // len(run))
+        begun = time.process_time()
+        for pattern in (TAG, *marks.values()):
+            assert not pattern.findall(text)
+        return time.process_time() - begun
+
+    seconds(1000)
+    assert seconds(200_000) < 2

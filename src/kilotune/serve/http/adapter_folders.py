@@ -80,6 +80,8 @@ def _missing(path: str, name: str) -> ApiError:
 
 
 def _open(root: str, parts: Sequence[str]) -> BinaryIO:
+    if not parts:
+        raise OSError(0, "it is no plain file")
     with contextlib.ExitStack() as held:
         at = os.open(root, FOLDER)
         held.callback(os.close, at)

@@ -10,6 +10,7 @@ from pydantic_core import PydanticCustomError
 
 from ..engine.interface import Grammar
 from .bodies import Body
+from .json_values import json_fault
 from .options import ITEM, PART, REASONING, RESPONSE, TEXT, Metadata
 from .schemas import MAX_LOGPROBS, SamplingBody, Text
 from .structured import Schema, schema_text
@@ -126,6 +127,8 @@ class ResponseTool(Body):
 
     @model_validator(mode="after")
     def _of_an_object(self) -> ResponseTool:
+        if (fault := json_fault(self.parameters)) is not None:
+            raise PydanticCustomError("lacking", "{fault}", {"option": "parameters", "fault": fault})
         if (self.parameters or {}).get("type", "object") != "object":
             told = "type: expected 'object', for arguments have names"
             raise PydanticCustomError("lacking", told, {"option": "parameters"})

@@ -55,6 +55,7 @@ class StreamOptions(Body):
 
     include_usage: bool | None = None
     include_obfuscation: Literal[False] | None = None
+    continuous_usage_stats: Literal[False] | None = None
 
 
 class SamplingBody(Body):
@@ -248,7 +249,7 @@ class ChatBody(ToolsBody, GenerationBody):
 
     @model_validator(mode="after")
     def _together(self) -> ChatBody:
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs: only with logprobs: true")
         _ending(self.add_generation_prompt, self.continue_final_message)
         if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):

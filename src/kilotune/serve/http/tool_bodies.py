@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from .bodies import Body
+from .json_values import json_fault
 from .options import CALL, Option
 
 __all__ = ["CallBody", "CalledFunction", "FunctionBody", "Name", "ToolAsk", "ToolBody", "ToolsBody"]
@@ -29,6 +30,8 @@ class FunctionBody(Body):
 
     @model_validator(mode="after")
     def _of_an_object(self) -> FunctionBody:
+        if (fault := json_fault(self.parameters)) is not None:
+            raise PydanticCustomError("lacking", "{fault}", {"option": "parameters", "fault": fault})
         if (self.parameters or {}).get("type", "object") != "object":
             raise PydanticCustomError(
                 "lacking", "type: expected 'object', for arguments have names", {"option": "parameters"}
@@ -82,6 +85,8 @@ class CalledFunction(Body):
             read = None
         if not isinstance(read, dict):
             raise PydanticCustomError("lacking", "expected a JSON object, as text", {"option": "arguments"})
+        if (fault := json_fault(read)) is not None:
+            raise PydanticCustomError("lacking", "{fault}", {"option": "arguments", "fault": fault})
         return self
 
     @property

@@ -168,8 +168,8 @@ def _schema_text(function: FunctionBody) -> str:
 
 
 def _spaced(schema: Any, lenient: bool) -> str:
-    """A schema with llguidance's own options in it."""
+    """A schema with llguidance's own options in it; those that a request brings are not for it to set."""
     if not isinstance(schema, dict):
         return json.dumps(schema)
     more: dict[str, Any] = {"lenient": True} if lenient else {}
-    return json.dumps({**schema, "x-guidance": {**JSON_SPACE, **schema.get("x-guidance", {}), **more}})
+    return json.dumps({**schema, "x-guidance": {**JSON_SPACE, **more}})

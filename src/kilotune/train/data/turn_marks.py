@@ -27,9 +27,12 @@ TOOLS = "tools"  # the key of what is no message: the tools that a chat may call
 ROLES = (ASSISTANT, "system", "developer", "user", "tool", "function")
 Message = Mapping[str, Any]
 
-TAG = re.compile(r"<+[^<>\s\"'={}]+>+|\[+[^\[\]\s\"'={},:]+\]+")
+# Each begins where nothing like it stands before, and a line's blanks hold no line breaks: else long runs of one
+# character, which anybody may send, take time that grows with their square.
+TAG = re.compile(r"(?<!<)<+[^<>\s\"'={}]+>+|(?<!\[)\[+[^\[\]\s\"'={},:]+\]+")
 EMPTY = re.compile(r"<([^<>/\s]+)>\s*</\1>")  # a pair around nothing frames no text: a thought that was left out
-LINE = r"(?:^|[\n\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029])[^\S\n]*"
+BREAKS = r"\n\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029"
+LINE = rf"(?:^|[{BREAKS}])[^\S{BREAKS}]*"
 HEAD = re.compile(r"[^\w\s.!?]$")
 PROBE = re.compile(r"kilotune\d(?:word)?")  # the words of the chats that are tried
 BLANK = "\u2581"  # what SentencePiece writes for a blank
