@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers.utils.chat_template_utils import render_jinja_template
-
 SHOWN = 300  # characters of what a template says against messages
 
 
 def render(asked: dict[str, Any]) -> dict[str, str]:
     """What bounded_templates.py asks for."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
     try:
         texts, _ = render_jinja_template(
             conversations=[asked["messages"]],
@@ -32,6 +32,7 @@ def render(asked: dict[str, Any]) -> dict[str, str]:
 
 
 TAGS = "{{ strftime_now('%Y') }}{% generation %}{{ messages | tojson }}{% endgeneration %}"
-for _template in (TAGS, "{{ raise_exception('no') }}", "{% include 'none' %}"):
-    # What is loaded late is loaded now: a child opens no files.
-    render({"template": _template, "messages": [{"role": "user"}], "prompt": False, "going_on": False, "special": {}})
+FIRST = {"messages": [{"role": "user"}], "prompt": False, "going_on": False, "special": {}}
+if __name__ == "bounded_function":  # what is loaded late is loaded now: a child opens no files
+    for _template in (TAGS, "{{ raise_exception('no') }}", "{% include 'none' %}"):
+        render({**FIRST, "template": _template})
