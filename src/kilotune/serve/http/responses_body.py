@@ -14,7 +14,7 @@ from .json_values import json_fault
 from .options import ITEM, PART, REASONING, RESPONSE, TEXT, Metadata
 from .schemas import MAX_LOGPROBS, SamplingBody, Text
 from .structured import Schema, schema_text
-from .tool_bodies import CallBody, CalledFunction, Name, ToolAsk, ToolsBody
+from .tool_bodies import CallBody, CalledFunction, Name, ToolAsk, ToolsBody, check_arguments
 
 __all__ = ["ResponseBody"]
 
@@ -75,11 +75,8 @@ class CallItem(Body):
     arguments: Annotated[str, Field(max_length=2**20)]
 
     @model_validator(mode="after")
-    def _object(self) -> CallItem:
-        try:
-            CalledFunction(name=self.name, arguments=self.arguments)
-        except ValidationError:
-            raise PydanticCustomError("lacking", "expected a JSON object, as text", {"option": "arguments"}) from None
+    def _writable(self) -> CallItem:
+        check_arguments(self.arguments)
         return self
 
     def told(self) -> dict[str, Any]:

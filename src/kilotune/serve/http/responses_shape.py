@@ -201,6 +201,8 @@ class ResponseShape(Writer):
         else:
             held = b"".join(self._piece(piece) for piece in [*self._reader.read(finish.text), *self._reader.end()])
             held += b"" if self._output else self._begin_message()
+            if self._output[-1]["type"] == "function_call":  # whole or not, whatever ended the answer
+                return held + self._close("incomplete" if self._reader.open else "completed")
         return held + self._close(_status(finish))
 
     def last(self, finishes: Sequence[Finish], choices: int) -> bytes:
