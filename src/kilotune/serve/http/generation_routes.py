@@ -224,7 +224,8 @@ def routes(service: Service, errors: dict[int | str, dict[str, Any]]) -> APIRout
         check_biases(service, body)
         tenant = enter(service, request, len(body.prompts) * body.choices)
         meant = await service.meant(caller_of(request), body.model)
-        prompts = [await service.prompts.plain(prompt, "prompt", tenant) for prompt in body.prompts]
+        longest = service.longest_prompt
+        prompts = [await service.prompts.plain(prompt, "prompt", tenant, longest) for prompt in body.prompts]
         tokens = [service.room(prompt, body.max_tokens, USUAL, "prompt") for prompt in prompts]
         echoes = await _echoes(service, body, prompts, tenant) if body.echo else None
         generations = generations_of(service, request, body, meant, prompts, tokens, body.logprobs)
@@ -242,7 +243,8 @@ def routes(service: Service, errors: dict[int | str, dict[str, Any]]) -> APIRout
         messages = told_messages(body.messages)
         if calling is not None:
             messages = calling.messages(messages)
-        prompt = await service.prompts.chat(messages, tenant, body.ending, own=meant.own)
+        longest = service.longest_prompt
+        prompt = await service.prompts.chat(messages, tenant, body.ending, own=meant.own, room=longest)
         tokens = service.room(prompt, body.limit, None, "messages")
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         generations = generations_of(service, request, body, meant, [prompt], [tokens], logprobs)

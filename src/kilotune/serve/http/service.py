@@ -180,6 +180,11 @@ class Service:
         """Until when, of time.monotonic()."""
         return time.monotonic() + min(timeout or self.settings.max_seconds, self.settings.max_seconds)
 
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens that a prompt has at most; what asks for an answer needs one token more."""
+        return min(self.engine.max_length, self.settings.max_prompt or self.engine.max_length)
+
     def room(
         self, prompt: Sequence[int], wanted: int | None, usual: int | None, param: str, limit: str = "max_tokens"
     ) -> int:
