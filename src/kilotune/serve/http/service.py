@@ -18,6 +18,7 @@ from ..engine.lanes import Lanes
 from .admission import Gate
 from .chat_templates import OwnTemplate
 from .http_errors import ApiError, of_library
+from .json_pieces import Writing
 from .keys import Key, Keyring
 from .metrics import Metrics
 from .prompts import Prompts
@@ -107,6 +108,7 @@ class Service:
         self.notes: tuple[str, ...] = ()  # what to tell of the base, once there is a log
         self.tracer = tracer(settings.telemetry)
         self._asking = Lanes("kilotune-store", THREADS, EACH)
+        self.writing = Writing()
 
     def close(self) -> None:
         """Let go of the threads and the store."""
