@@ -9,6 +9,7 @@ import json
 import os
 import re
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -271,6 +272,43 @@ def test_a_deadline_counts_while_a_grammar_is_compiled(served: Served) -> None:
     late = time.monotonic() - 1.0
     made = asyncio.run(answer(served.engine, CAT, greedy(3, grammar=regex("deadline")), deadline=late))
     assert made.finish.reason == "deadline"
+
+
+def test_a_third_tenant_finds_a_place_whatever_two_others_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Places are held as long as answers take; what is made for them is nothing here."""
+
+    def nothing(self: Any, tenant: str, grammar: Grammar, stops: Any) -> grammars.Guide:
+        mine, its = socket.socketpair()
+        its.close()
+        return grammars.Guide(mine, 9, [0], [])
+
+    monkeypatch.setattr(grammars.Grammars, "_guide", nothing)
+    places = grammars.Grammars(None, 9, frozenset({0}), 4)
+
+    def ask(tenant: str) -> Any:
+        return places.guide(
+            Generation(id="a", tenant=tenant, adapter=None, prompt=(1,), sampling=greedy(9, grammar=JSON))
+        )
+
+    async def run() -> None:
+        tasks = {who: [asyncio.create_task(ask(who)) for _ in range(16)] for who in ("ann", "bob")}
+        await asyncio.wait_for(tasks["ann"][3], 10)
+        await asyncio.wait_for(tasks["bob"][0], 10)
+        third = await asyncio.wait_for(ask("cyd"), 10)
+        assert [sum(task.done() for task in own) for own in tasks.values()] == [4, 2]
+        await third.aclose()
+        waiting = [task for own in tasks.values() for task in own if not task.done()]
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        for own in tasks.values():
+            for task in own:
+                if not task.cancelled():
+                    await task.result().aclose()
+
+    asyncio.run(run())
+    assert not places._places._taken
+    places.close()
 
 
 # -- bounds ------------------------------------------------------------------------------------------

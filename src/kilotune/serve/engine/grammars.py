@@ -225,7 +225,8 @@ class Grammars:
     def __init__(self, tokenizer: Any, vocabulary: int, ends: frozenset[int], running: int) -> None:
         self._tokenizer, self._vocabulary = tokenizer, vocabulary
         self._ends = frozenset(end for end in ends if end < vocabulary)
-        # Each answer has a process: so many answers may be in the house; and one compiles on a few processors.
+        # Each answer has a process: so many answers may be in the house; and one compiles on a few processors. Places
+        # are held as long as answers take, so that there is always to be one for a tenant who has none.
         self._places = Lanes("kilotune-guided", 2 * running, running)
         self._compiling = Lanes("kilotune-grammars", max(1, (os.cpu_count() or 1) // 4), 1)
         self._lock = threading.Lock()
