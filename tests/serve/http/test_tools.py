@@ -349,7 +349,19 @@ def test_what_is_wrong_is_told_with_its_place(told: tuple[str, Running]) -> None
     bad = {"type": "function", "function": {"name": "f", "parameters": {"type": "array"}}}
     call = {"id": "1", "type": "function", "function": {"name": "now", "arguments": '{"a": NaN}'}}
     wrong: list[tuple[dict[str, Any], str, str]] = [
-        ({"tools": [{**NOW, "type": "web_search"}]}, "tools[0].type", "'function'"),
+        (
+            {"tools": [{**NOW, "type": "web_search"}]},
+            "tools[0].type",
+            '"web_search" is not served; taken is "function"',
+        ),
+        ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools[0].type", '"custom" is not served'),
+        ({"tool_choice": {"type": "custom", "custom": {"name": "f"}}}, "tool_choice", '"custom" is not served'),
+        ({"tool_choice": {"type": "allowed_tools"}}, "tool_choice", '"allowed_tools" is not served'),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"id": "1", "type": "custom", "custom": {}}]}]},
+            "messages[0].tool_calls[0].type",
+            '"custom" is not served',
+        ),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name", "pattern"),
         ({"tools": [bad]}, "tools[0].function.parameters", "expected 'object'"),
         ({"tools": [NOW, NOW]}, "tools", "twice"),

@@ -43,6 +43,7 @@ class FunctionBody(Body):
 class ToolBody(Body):
     """A tool."""
 
+    kinds = ("function",)
     type: Literal["function"]
     function: FunctionBody
 
@@ -65,6 +66,7 @@ class NamedFunction(Body):
 class NamedTool(Body):
     """Which tool is to be called."""
 
+    kinds = ("function",)
     type: Literal["function"]
     function: NamedFunction
 
@@ -108,6 +110,7 @@ class CallBody(Body):
     """A call that the model made."""
 
     neutral: ClassVar[Mapping[str, Option]] = CALL
+    kinds = ("function",)
     id: Annotated[str, Field(min_length=1, max_length=200)]
     type: Literal["function"]
     function: CalledFunction
