@@ -254,10 +254,10 @@ class ChatShape(Shape):
         reason: str = answer.finish.reason
         if (reader := self._reader(index)) is not None:
             pieces = [*reader.read(answer.text), *reader.end()]
+            message["content"] = "".join(piece.content for piece in pieces)
             if calls := called(pieces):
-                content = "".join(piece.content for piece in pieces)
-                message |= {"content": content or None, "tool_calls": calls}
-                reason = "tool_calls" if reason == "stop" else reason
+                message |= {"content": message["content"] or None, "tool_calls": calls}
+            reason = reader.reason(reason)
         logprobs = self._logprobs(answer.tokens)
         return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
 
@@ -288,7 +288,6 @@ class ChatShape(Shape):
             yield from self._delta(index, {"content": finish.text} if finish.text else {}, None, finish.reason)
             return
         pieces = [*reader.read(finish.text), *reader.end()]
-        reason = "tool_calls" if reader.calls and finish.reason == "stop" else finish.reason
         for piece in pieces:
             yield from self._delta(index, delta_of(piece), None, None)
-        yield from self._delta(index, {}, None, reason)
+        yield from self._delta(index, {}, None, reader.reason(finish.reason))

@@ -210,6 +210,8 @@ class ResponseShape(Writer):
             yield from self._read([*self._reader.read(finish.text), *self._reader.end()])
             if not self._output:
                 yield from self._begin_message()
+            elif self._output[-1]["type"] == "function_call":  # whole or not, whatever ended the answer
+                yield from self._close("incomplete" if self._reader.open else "completed")
         yield from self._close(_status(finish))
 
     def last(self, finishes: Sequence[Finish], choices: int) -> Iterator[bytes]:

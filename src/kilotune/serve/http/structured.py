@@ -40,6 +40,7 @@ class JsonSchema(Body):
 class ResponseFormat(Body):
     """OpenAI's: any text, any JSON object, or JSON that fits a schema."""
 
+    kinds = ("text", "json_object", "json_schema")
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
