@@ -30,6 +30,7 @@ TOKEN = struct.Struct("=I")
 TOOK = struct.Struct("=d")  # seconds of a processor, before a mask
 FREE = '\n%llguidance {"no_forcing": true}\n'
 """Any tokens that spell what has to come may be chosen, and not only those that the tokenizer would make of it."""
+READY = b"ready"
 OPEN, OVER, FAULT = b"\0", b"\1", b"\2"  # how an answer's grammar stands: it goes on, only an end can come, it failed
 
 
@@ -263,18 +264,21 @@ class Vocabulary:
 def main(packages: list[str], fd: int) -> None:
     """packages: folders to import from; fd: the socket."""
     sys.path.extend(packages)
-    from llguidance import LLTokenizer, TokenizerWrapper
-    from llguidance._lib import LLParserLimits
-
     wire = socket.socket(fileno=fd)
     told = json.loads(read_frame(wire))
+    try:
+        import jsonschema_rs  # noqa: F401  -- once, and not in each process
+        import llguidance.gbnf_to_lark  # noqa: F401
+        from llguidance import LLTokenizer, TokenizerWrapper
+        from llguidance._lib import LLParserLimits
+    except ImportError as error:
+        send_frame(wire, f"{type(error).__name__}: {error}".encode())
+        return
     tokenizer = LLTokenizer(TokenizerWrapper(Vocabulary(told)), eos_token=told["ends"])
     limits = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
-    import jsonschema_rs  # noqa: F401  -- once, and not in each process
-    import llguidance.gbnf_to_lark  # noqa: F401
-
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that end
-    send_frame(wire, b"ready")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what failed until now is for the log
+    send_frame(wire, READY)
     serve_grammar(next_child(wire), tokenizer, limits)
 
 

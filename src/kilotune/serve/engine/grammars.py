@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import json
+import logging
 import os
 import select
 import socket
@@ -25,6 +26,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack, suppress
+from io import FileIO
 from pathlib import Path
 from typing import Any, final
 
@@ -34,7 +36,7 @@ from torch import Tensor
 
 from ...bounded import KEPT, ONE_THREAD
 from ...errors import MissingExtraError, ResourceError, UnsupportedError
-from .grammar_process import FAULT, LENGTH, OVER, TOKEN, TOOK, read_frame, send_frame
+from .grammar_process import FAULT, LENGTH, OVER, READY, TOKEN, TOOK, read_frame, send_frame
 from .interface import JSON_SPACE, Generation, Grammar, GrammarError
 from .lanes import Lanes
 from .patience import ANSWER, Patience, Tenants
@@ -48,8 +50,10 @@ COMPILED = 16  # compiled grammars that are kept for later requests
 LONGEST = 2**18  # bytes of a grammar
 STARTING = 60.0  # seconds for the first process
 COMPILING = 5.0  # seconds that compiling may take on a busy machine; of a processor's time it may take one
+SAID = 4000  # bytes of what a process says that cannot start
 GRACE = 0.02  # seconds that a step waits for what grammars allow; an answer whose grammar is not done sits out
 LATE = 5.0  # seconds that an answer may sit out for its masks, all together
+log = logging.getLogger("kilotune.serve")
 SLOW = "the grammar takes too long or too much memory at this point of the answer; make it simpler"
 
 
@@ -288,7 +292,7 @@ class Grammars:
 
         Raises:
             GrammarError: it cannot be compiled. MissingExtraError: there is no llguidance. ResourceError: there can be
-                no process. TimeoutError: the deadline came first.
+                no process, or it does not start. TimeoutError: the deadline came first.
 
         """
         tenant, grammar, deadline = request.tenant, request.sampling.grammar, request.deadline
@@ -400,25 +404,40 @@ class Grammars:
             "ends": ends or [self._vocabulary],
         }
         mine, its = socket.socketpair()
-        with its:
+        said, says = os.pipe()
+        for end in (said, says):
+            os.set_blocking(end, False)  # who says more than a pipe holds is not to wait for a reader
+        with its, open(said, "rb", 0) as hears, open(says, "wb", 0) as speaks:
             self._made = subprocess.Popen(
                 [sys.executable or "python", "-I", "-S", str(PROGRAM), json.dumps(folders), str(its.fileno())],
                 pass_fds=[its.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
+                stderr=speaks,
                 env={**{key: os.environ[key] for key in KEPT if key in os.environ}, **ONE_THREAD},
                 start_new_session=True,  # Ctrl-C is for the service, which ends them
             )
-        self._first = _Process(mine)
-        mine.settimeout(STARTING)
+            its.close()
+            self._first = _Process(mine)
+            self._await_first(mine, json.dumps(vocabulary).encode(), hears)
+
+    def _await_first(self, wire: socket.socket, vocabulary: bytes, hears: FileIO) -> None:
+        """Until the first process is ready. hears: where it says what goes wrong there."""
+        wire.settimeout(STARTING)
         try:
-            send_frame(mine, json.dumps(vocabulary).encode())
-            read_frame(mine)
+            send_frame(wire, vocabulary)
+            told = read_frame(wire)
         except Exception as error:
             self._end()
-            raise MissingExtraError("llguidance", "serve", "a grammar (what is installed cannot be used)") from error
-        mine.settimeout(None)
+            said = hears.read(2**20) or b""  # None: nothing, and a process has it open still
+            why = said[-SAID:].decode(errors="replace").strip() or "it said nothing"
+            log.error("grammars' first process did not start: %r; %s", error, why)
+            raise ResourceError("grammars cannot be followed now, for a reason that the log has; try again") from error
+        if told != READY:
+            self._end()
+            log.error("what is installed for grammars cannot be used: %s", told.decode(errors="replace"))
+            raise MissingExtraError("llguidance", "serve", "a grammar (what is installed cannot be used)")
+        wire.settimeout(None)
 
 
 def check_grammar(grammar: Grammar) -> None:
