@@ -9,6 +9,7 @@ import json
 import os
 import re
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -250,10 +251,40 @@ def test_without_the_package_only_grammars_are_refused(tmp_path: Path, monkeypat
             asyncio.run(answer(running.engine, CAT, greedy(3, grammar=JSON)))
         assert answers(running.engine, [(CAT, greedy(3), None, "t")])[0].ids == alone(running.base, CAT, 3)
         monkeypatch.setattr(grammars, "PACKAGES", ("llguidance", "jsonschema_rs"))
+        own = grammars.PROGRAM
         monkeypatch.setattr(grammars, "PROGRAM", tmp_path / "broken.py")
-        (tmp_path / "broken.py").write_text("import no_such_package_at_all\n")
+        (tmp_path / "broken.py").write_text(own.read_text().replace("import LLTokenizer", "import NoSuchName"))
         with pytest.raises(MissingExtraError, match="what is installed cannot be used"):
             asyncio.run(answer(running.engine, CAT, greedy(3, grammar=JSON)))
+
+
+@pytest.mark.parametrize(
+    ("program", "told"),
+    [
+        ("raise MemoryError('no more of it')\n", "MemoryError: no more of it"),
+        ("import os\nos.kill(os.getpid(), 9)\n", "it said nothing"),
+        ("import time\ntime.sleep(60)\n", "TimeoutError"),
+        ("import os\nos.write(2, b'x' * 9000)\n1 / 0\n", "ZeroDivisionError: division by zero"),
+        ("print('x' * 10**7, file=__import__('sys').stderr)\n", "xxxx"),
+    ],
+    ids=["memory", "killed", "hangs", "says much", "says too much"],
+)
+def test_what_is_installed_and_does_not_start_is_to_be_tried_again_and_the_log_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, program: str, told: str
+) -> None:
+    own = grammars.PROGRAM
+    monkeypatch.setattr(grammars, "STARTING", 0.5 if "sleep" in program else 30.0)
+    monkeypatch.setattr(grammars, "PROGRAM", tmp_path / "broken.py")
+    (tmp_path / "broken.py").write_text(program)
+    with made(tmp_path) as running:
+        with caplog.at_level("ERROR", "kilotune.serve"), pytest.raises(ResourceError, match="that the log has"):
+            asyncio.run(answer(running.engine, CAT, greedy(3, grammar=JSON)))
+        assert told in caplog.text
+        assert len(caplog.text) < 10_000
+        monkeypatch.setattr(grammars, "PROGRAM", own)
+        monkeypatch.setattr(grammars, "STARTING", 30.0)
+        (got,) = answers(running.engine, [(CAT, greedy(9, grammar=regex("abc")), None, "t")])
+        assert got.text == "abc"
 
 
 def test_where_there_can_be_no_process_it_is_to_be_tried_again(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,6 +302,43 @@ def test_a_deadline_counts_while_a_grammar_is_compiled(served: Served) -> None:
     late = time.monotonic() - 1.0
     made = asyncio.run(answer(served.engine, CAT, greedy(3, grammar=regex("deadline")), deadline=late))
     assert made.finish.reason == "deadline"
+
+
+def test_a_third_tenant_finds_a_place_whatever_two_others_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Places are held as long as answers take; what is made for them is nothing here."""
+
+    def nothing(self: Any, tenant: str, grammar: Grammar, stops: Any) -> grammars.Guide:
+        mine, its = socket.socketpair()
+        its.close()
+        return grammars.Guide(mine, 9, [0], [])
+
+    monkeypatch.setattr(grammars.Grammars, "_guide", nothing)
+    places = grammars.Grammars(None, 9, frozenset({0}), 4)
+
+    def ask(tenant: str) -> Any:
+        return places.guide(
+            Generation(id="a", tenant=tenant, adapter=None, prompt=(1,), sampling=greedy(9, grammar=JSON))
+        )
+
+    async def run() -> None:
+        tasks = {who: [asyncio.create_task(ask(who)) for _ in range(16)] for who in ("ann", "bob")}
+        await asyncio.wait_for(tasks["ann"][3], 10)
+        await asyncio.wait_for(tasks["bob"][0], 10)
+        third = await asyncio.wait_for(ask("cyd"), 10)
+        assert [sum(task.done() for task in own) for own in tasks.values()] == [4, 2]
+        await third.aclose()
+        waiting = [task for own in tasks.values() for task in own if not task.done()]
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        for own in tasks.values():
+            for task in own:
+                if not task.cancelled():
+                    await task.result().aclose()
+
+    asyncio.run(run())
+    assert not places._places._taken
+    places.close()
 
 
 # -- bounds ------------------------------------------------------------------------------------------

@@ -46,6 +46,42 @@ def test_one_tenant_has_so_many_threads_and_others_pass() -> None:
     lanes.close()
 
 
+@pytest.mark.parametrize(
+    ("threads", "each", "wanted"),
+    [(32, 16, {"ann": 16, "bob": 8, "cyd": 4, "dan": 2, "eve": 1, "fay": 1}), (4, 2, {"ann": 2, "bob": 1, "cyd": 1})],
+)
+def test_who_comes_anew_finds_one_whatever_others_hold(threads: int, each: int, wanted: dict[str, int]) -> None:
+    """Each wants very many, one tenant after the other, and keeps what it gets; what ends goes to who has fewest."""
+    lanes, held = Lanes("test", threads, each), list[str]()
+
+    async def hold(tenant: str, gate: asyncio.Event) -> None:
+        async with lanes.lane(tenant):
+            held.append(tenant)
+            await gate.wait()
+
+    async def all_of_them() -> None:
+        gates = {tenant: asyncio.Event() for tenant in wanted}
+        tasks = []
+        for tenant, gate in gates.items():
+            tasks += [asyncio.create_task(hold(tenant, gate)) for _ in range(40)]
+            await asyncio.sleep(0)
+        assert {tenant: held.count(tenant) for tenant in wanted} == wanted
+        late = asyncio.create_task(hold("gil", asyncio.Event()))
+        first = next(task for task in tasks if not task.done())
+        first.cancel()
+        await asyncio.wait([first])
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert held[-1] == "gil", "and not one more of those who have several"
+        for task in [*tasks, late]:
+            task.cancel()
+        await asyncio.gather(*tasks, late, return_exceptions=True)
+
+    asyncio.run(all_of_them())
+    assert not lanes._taken
+    lanes.close()
+
+
 def test_who_waits_has_his_turn() -> None:
     lanes = Lanes("test", 1, 1)
     order: list[str] = []

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from tokenizers import pre_tokenizers
+from tokenizers import AddedToken, normalizers, pre_tokenizers
 
 from kilotune.errors import ConfigError
-from kilotune.serve.engine.vocabulary import SIGNS, named_bytes, token_bytes
+from kilotune.serve.engine.vocabulary import SIGNS, named_bytes, token_bytes, widest_token
 from tests.support.chat_tokenizers import byte_pairs, pieces
 from tests.support.guided_support import tokenizer_of
+from tests.support.http_support import tokenizer as words
 from tests.support.serve_support import byte_tokenizer
 from tests.support.train_data import corpus
 
@@ -63,3 +64,31 @@ def test_a_tokenizer_that_does_not_say_its_bytes_is_refused() -> None:
     made.backend_tokenizer.decoder = None
     with pytest.raises(ConfigError, match="does not say which bytes its tokens stand for \\(no decoder\\)"):
         token_bytes(made, 96)
+
+
+def test_no_token_stands_for_more_than_the_widest() -> None:
+    """NFC makes one character of four at most."""
+    pairs = byte_pairs()
+    longest = max(map(len, pairs.get_vocab()))
+    assert widest_token(pairs) == 4 * longest
+    for text in (TEXT, "<|im_start|>" * 9, "\u03b1\u0313\u0300\u0345" * 40, "a" * 500, " " * 500):
+        assert len(text) <= 4 * longest * len(pairs(text)["input_ids"])
+    pairs.backend_tokenizer.normalizer = normalizers.Sequence([])
+    assert widest_token(pairs) == longest
+    for change in (normalizers.NFKC(), normalizers.Strip(), normalizers.Replace("ab", "a")):
+        pairs.backend_tokenizer.normalizer = change
+        assert widest_token(pairs) is None, "it may take characters away"
+
+
+def test_what_may_leave_characters_out_has_no_widest_token() -> None:
+    swallows = byte_pairs()
+    swallows.add_tokens([AddedToken("<mask>", lstrip=True)])
+    assert widest_token(swallows) is None
+    splits = byte_pairs()
+    splits.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(" ", "removed"), pre_tokenizers.ByteLevel()]
+    )
+    assert widest_token(splits) is None
+    for kind in ("unigram", "words"):
+        made = pieces("unigram") if kind == "unigram" else words()
+        assert widest_token(made) is None, "a word that is not known may be one token, however long it is"

@@ -122,7 +122,10 @@ CHATS: list[tuple[dict[str, Any], str]] = [
     ),
     ({"top_logprobs": 2}, "top_logprobs: only with logprobs"),
     ({"max_completion_tokens": 4}, "max_tokens: the old name"),
-    ({"response_format": {"type": "json"}}, "response_format.type: input should be 'text', 'json_object' or"),
+    (
+        {"response_format": {"type": "json"}},
+        'response_format.type: "json" is not served; taken is "text", "json_obj',
+    ),
     ({"response_format": {"type": "json_schema"}}, "response_format.json_schema: is missing"),
     ({"messages": [{"role": "user", "content": None}]}, "messages[0].content: is missing"),
     ({"messages": [{"role": "assistant", "refusal": "no"}]}, "messages[0].refusal: not served"),

@@ -84,6 +84,26 @@ def test_null_asks_for_nothing_whatever_its_name(ann: httpx2.Client) -> None:
     assert ann.post("/v1/completions", json=body).status_code == 200
 
 
+@pytest.mark.parametrize("kind", ["image_url", "input_audio", "refusal", "file", "video_url"])
+def test_parts_that_are_no_texts_are_not_served_by_name(ann: httpx2.Client, kind: str) -> None:
+    content = [{"type": "text", "text": "a cat"}, {"type": kind, kind: {"url": "data:,"}}]
+    for role in ("user", "assistant"):
+        answer = ann.post("/v1/chat/completions", json={**CHAT, "messages": [{"role": role, "content": content}]})
+        told = answer.json()["error"]
+        assert (answer.status_code, told["param"]) == (400, "messages[0].content[1].type")
+        assert told["message"] == f'messages[0].content[1].type: "{kind}" is not served; taken is "text"'
+
+
+def test_special_tokens_are_as_each_request_has_them(ann: httpx2.Client) -> None:
+    """A template writes them itself; a plain prompt begins as all texts do."""
+    text = {"model": "tiny", "prompt": "a cat", "max_tokens": 1}
+    assert ann.post("/v1/completions", json={**text, "add_special_tokens": True}).status_code == 200
+    for path, body, value in (("completions", text, False), ("chat/completions", CHAT, True)):
+        told = ann.post(f"/v1/{path}", json={**body, "add_special_tokens": value}).json()["error"]
+        assert told["param"] == "add_special_tokens"
+        assert "not served; taken is " in told["message"]
+
+
 def test_top_k_of_all_is_no_top_k(running: Running, ann: httpx2.Client) -> None:
     for value in (-1, 0):
         assert ann.post("/v1/chat/completions", json={**CHAT, "top_k": value}).status_code == 200

@@ -241,6 +241,10 @@ def test_an_answer_ends_where_that_template_ends_a_turn(allowing: Running) -> No
         ("{% if %}", "refuses these messages"),
         ("{{ ''.__class__.__mro__ }}", "refuses these messages"),
         ("{% include '/etc/passwd' %}", "refuses these messages"),
+        (
+            "{% for i in range(9999) %}<marks-a-turn-{{ i }}>{% endfor %}",
+            "writes more than 262144 characters",
+        ),
     ],
 )
 def test_a_template_that_cannot_be_rendered_is_refused_when_put(allowing: Running, template: str, told: str) -> None:

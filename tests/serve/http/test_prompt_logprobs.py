@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,7 +13,6 @@ import torch
 
 from kilotune.serve.http import generation_routes
 from kilotune.serve.http.prompts import LONG, Prompts
-from kilotune.serve.http.response_shapes import CompletionShape
 from tests.support.generation_support import loaded
 from tests.support.http_support import (
     BASE,
@@ -226,27 +224,6 @@ def test_the_reference_is_another_one_for_each_adapter() -> None:
     assert loaded("llama", base_folder()) is not None
     rows = [rows_of(seed, PROMPT) for seed in (None, 1, 2, 3)]
     assert all(float((a - b).abs().max()) > 0.1 for i, a in enumerate(rows) for b in rows[:i])
-
-
-def test_what_is_long_is_written_beside_the_loop(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And says the same, whole and streamed."""
-    seen: list[str] = []
-    own = CompletionShape._logprobs
-
-    def spied(self: CompletionShape, *given: Any) -> Any:
-        seen.append(threading.current_thread().name)
-        return own(self, *given)
-
-    monkeypatch.setattr(CompletionShape, "_logprobs", spied)
-    whole = complete(client, logprobs=2, echo=True)
-    loop = {*seen}
-    monkeypatch.setattr(generation_routes, "LONG", 10)
-    seen.clear()
-    check_echo(complete(client, logprobs=2, echo=True).choices[0].logprobs, 1, PROMPT, 2)
-    assert len({*seen} - loop) == 1
-    events = list(complete(client, logprobs=2, echo=True, stream=True))
-    assert "".join(event.choices[0].text for event in events) == whole.choices[0].text
-    check_echo(events[0].choices[0].logprobs, 1, PROMPT, 2)
 
 
 @pytest.mark.parametrize(

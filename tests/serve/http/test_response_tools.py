@@ -158,8 +158,8 @@ def test_an_answer_that_must_be_a_call_is_one(client: Any) -> None:
         ({"tools": [], "tool_choice": "required"}, "tool_choice", "needs tools"),
         ({"tool_choice": {"type": "function", "name": "rain"}}, "tool_choice", "there is no tool 'rain'"),
         ({"include": ["message.output_text.logprobs"]}, "include", "not together with tools"),
-        ({"input": [{"type": "function_call", "call_id": "1", "name": "now", "arguments": "["}]},
-         "input[0].arguments", "expected a JSON object"),
+        ({"input": [{"type": "function_call", "call_id": "1", "name": "now", "arguments": '{"a": NaN}'}]},
+         "input[0].arguments", "no number of JSON"),
         ({"input": [{"type": "function_call_output", "output": "x"}]}, "input[0].call_id", "is missing"),
     ],
 )  # fmt: skip

@@ -207,7 +207,7 @@ def test_a_stream_that_fails_says_so(tmp_path_factory: pytest.TempPathFactory) -
         ({"background": True}, "background", "not served"),
         ({"truncation": "auto"}, "truncation", "not served"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type", "not served"),
-        ({"text": {"format": {"type": "grammar"}}}, "text.format.type", "'json_schema'"),
+        ({"text": {"format": {"type": "grammar"}}}, "text.format.type", 'or "json_schema"'),
         ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema", "is missing"),
         ({"text": {"format": {"type": "text", "schema": {}}}}, "text.format.schema", "only with type: json_schema"),
         ({"text": {"format": {"type": "json_object"}}, "ignore_eos": True}, "ignore_eos", "not with a form"),

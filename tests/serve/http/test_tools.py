@@ -12,7 +12,7 @@ import pydantic
 import pytest
 
 from kilotune.serve.http.tool_bodies import ToolsBody
-from kilotune.serve.http.tool_formats import FORMATS, grammar_of
+from kilotune.serve.http.tool_formats import FORMATS, call_head, grammar_of
 from tests.support.chat_tokenizers import byte_pairs, special_ids
 from tests.support.guided_support import (
     TEMPLATES,
@@ -209,6 +209,64 @@ def test_arguments_are_streamed_as_they_are_made(real: tuple[str, Any]) -> None:
     assert gathered(stream) == (cut.message.content or "", calls, "length")
 
 
+@pytest.mark.parametrize("reason", ["stop", "length"])
+def test_a_call_that_is_cut_says_so_whatever_cut_it(told: tuple[str, Running], reason: str) -> None:
+    """Whole, streamed and as a response. A call whose name is not whole is left out, and is no content either."""
+    form, running = told
+    made, arguments = FORMATS[form], '{"city": "Bern", "days": 1}'
+    begun = made.begin + call_head(made, "weather")
+    whole, second = f"{begun}{arguments}}}{made.end}", made.between + made.begin + call_head(made, "now")
+    call = ("weather", arguments)
+    cases: list[tuple[str, list[tuple[str, str]], bool]] = [
+        (begun[:1], [], True),
+        (begun[:-9], [], True),
+        (begun + arguments[:12], [("weather", arguments[:12])], True),
+        (begun + arguments, [call], False),
+        (whole, [call], False),
+        (whole + second[:-9], [call], True),
+        (whole + second + "{", [call, ("now", "{")], True),
+    ]
+    client = running.openai()
+    for said, calls, cut in cases:
+        tokens = len(byte_pairs()(said, add_special_tokens=False)["input_ids"])
+        running.engine.says = said + (" and more" if reason == "length" else "")
+        more: dict[str, Any] = {"tool_choice": "required", "max_tokens": tokens if reason == "length" else 300}
+        choice = chat(client, **more).choices[0]
+        found = [(call.function.name, call.function.arguments) for call in choice.message.tool_calls or ()]
+        ended = reason if cut or reason == "length" else "tool_calls"
+        assert (found, choice.finish_reason, choice.message.content or "") == (calls, ended, ""), said
+        assert gathered(chat(client, stream=True, **more)) == ("", calls, ended)
+        flat = [{"type": "function", **tool["function"]} for tool in (WEATHER, NOW)]
+        asked: dict[str, Any] = {"tools": flat, "tool_choice": "required", "max_output_tokens": more["max_tokens"]}
+        answer = client.responses.create(model="tiny", input="hi", **asked)
+        items = [item for item in answer.output if item.type == "function_call"]
+        assert ([(item.name, item.arguments) for item in items], answer.output_text) == (calls, "")
+        assert answer.status == ("incomplete" if reason == "length" else "completed")
+        if calls:
+            assert items[-1].status == ("completed" if calls[-1][1] in (arguments, "{}") else "incomplete")
+
+
+def test_a_call_that_was_cut_is_sent_back_as_it_came(told: tuple[str, Running]) -> None:
+    """Its arguments are a text then; those of whole calls are objects, as templates take them."""
+    form, running = told
+    running.engine.says = "so"
+    template = byte_pairs(TEMPLATES[form])
+    for given, read in (('{"city": "Be', '{"city": "Be'), ("[1]", "[1]"), ("", {}), ('{"a": 1}', {"a": 1})):
+        call = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": given}}
+        messages = [*ASKED, {"role": "assistant", "content": None, "tool_calls": [call]}, *ASKED]
+        chat(running.openai(), messages=messages, tools=None)
+        plain = {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"function": {"name": "weather", "arguments": read}}],
+        }
+        wanted = template.apply_chat_template([ASKED[0], plain, ASKED[0]], add_generation_prompt=True, return_dict=True)
+        assert [*running.engine.asked[-1].prompt] == wanted["input_ids"]
+        item = {"type": "function_call", "call_id": "1", "name": "weather", "arguments": given, "status": "incomplete"}
+        running.openai().responses.create(model="tiny", input=[*ASKED, item, *ASKED])
+        assert [*running.engine.asked[-1].prompt] == wanted["input_ids"]
+
+
 def test_greedy_calls_are_those_of_transformers_with_the_mask(real: tuple[str, Any]) -> None:
     form, client = real
     tokenizer = byte_pairs(TEMPLATES[form])
@@ -289,9 +347,21 @@ def test_what_is_wrong_is_told_with_its_place(told: tuple[str, Running]) -> None
     _, running = told
     running.engine.says = "so"
     bad = {"type": "function", "function": {"name": "f", "parameters": {"type": "array"}}}
-    call = {"id": "1", "type": "function", "function": {"name": "now", "arguments": "no json"}}
+    call = {"id": "1", "type": "function", "function": {"name": "now", "arguments": '{"a": NaN}'}}
     wrong: list[tuple[dict[str, Any], str, str]] = [
-        ({"tools": [{**NOW, "type": "web_search"}]}, "tools[0].type", "'function'"),
+        (
+            {"tools": [{**NOW, "type": "web_search"}]},
+            "tools[0].type",
+            '"web_search" is not served; taken is "function"',
+        ),
+        ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools[0].type", '"custom" is not served'),
+        ({"tool_choice": {"type": "custom", "custom": {"name": "f"}}}, "tool_choice", '"custom" is not served'),
+        ({"tool_choice": {"type": "allowed_tools"}}, "tool_choice", '"allowed_tools" is not served'),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"id": "1", "type": "custom", "custom": {}}]}]},
+            "messages[0].tool_calls[0].type",
+            '"custom" is not served',
+        ),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name", "pattern"),
         ({"tools": [bad]}, "tools[0].function.parameters", "expected 'object'"),
         ({"tools": [NOW, NOW]}, "tools", "twice"),

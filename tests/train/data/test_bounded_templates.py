@@ -151,6 +151,16 @@ def test_one_chat_has_one_time_and_probes_that_take_it_are_told(templates: Bound
         assert render(templates, "a") == "a"
 
 
+def test_chats_that_are_tried_have_so_many_characters(templates: BoundedTemplates) -> None:
+    """All together. Marks are looked for in them here, and errors of such a chat are passed over; not this one."""
+    long = templates.renderer("{% for i in range(40) %}x<y>" + chats.CHATML + "{% endfor %}", "the template of 'x'")
+    told = r"^the template of 'x' writes more than 5000 characters for a few short chats$"
+    with pytest.raises(ConfigError, match=told), templates.within(most=5000):
+        ChatTemplate(byte_pairs(), chats.CHATML, long)
+    with templates.within(most=5000):
+        assert ChatTemplate(byte_pairs(), chats.CHATML, templates.renderer(chats.CHATML, "x")).prompt(SAID)
+
+
 def test_others_go_on_meanwhile(templates: BoundedTemplates) -> None:
     ended = list[str]()
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from kilotune.errors import ConfigError
 from kilotune.train.data.rendering import ChatTemplate
 from kilotune.train.data.spelling import any_of
 from kilotune.train.data.turn_marks import TAG, Marks, _patterns, changed, texts_of
@@ -134,3 +135,11 @@ def test_long_runs_of_one_character_take_no_time_that_grows_with_their_square(ru
 
     seconds(1000)
     assert seconds(200_000) < 2
+
+
+def test_a_template_has_so_many_marks_that_are_no_tokens() -> None:
+    """Each is looked for in each text of a chat."""
+    many = "{% for m in messages %}{% for i in range(N) %}[mark-{{ i }}]{% endfor %}{{ m.content }}{% endfor %}"
+    assert len(marks(byte_pairs(many.replace("N", "200"))).plain) == 200
+    with pytest.raises(ConfigError, match="the chat template has 300 marks of turns that are no tokens; taken are 256"):
+        ChatTemplate(byte_pairs(many.replace("N", "300")))

@@ -491,7 +491,7 @@ class TransformersEngine(Engine):
 
     def _choose(self, ids: list[str], logits: Tensor) -> Tensor:
         runs = [self._running[name] for name in ids]
-        wait_for([run.guide for run in runs if run.guide is not None])
+        wait_for([run.guide for run in runs if run.guide], len(self._running) > 1, self._queue.tenants > 1)
         Run.look_all(runs)
         choices = choose(logits, [run.picker for run in runs])
         self._chosen = dict(zip(ids, choices, strict=True))

@@ -19,6 +19,7 @@ import signal
 import socket
 import struct
 import sys
+import time
 from typing import Any, final
 
 MEMORY = 192 * 2**20  # bytes that a grammar may take beside what it was forked with
@@ -26,8 +27,10 @@ COMPILING = 1.0  # seconds of a processor
 MASKING = 0.5
 LENGTH = struct.Struct("=I")
 TOKEN = struct.Struct("=I")
+TOOK = struct.Struct("=d")  # seconds of a processor, before a mask
 FREE = '\n%llguidance {"no_forcing": true}\n'
 """Any tokens that spell what has to come may be chosen, and not only those that the tokenizer would make of it."""
+READY = b"ready"
 OPEN, OVER, FAULT = b"\0", b"\1", b"\2"  # how an answer's grammar stands: it goes on, only an end can come, it failed
 
 
@@ -221,7 +224,8 @@ def serve_grammar(wire: socket.socket, tokenizer: Any, limits: Any) -> None:
 
 
 def follow(wire: socket.socket, matcher: Any) -> None:
-    """Say which tokens may come next, be told which one came, and so on."""
+    """Say which tokens may come next and what it took to find out, be told which one came, and so on."""
+    began = time.process_time()
     while True:
         bound_time(MASKING)
         mask = matcher.compute_bitmask()
@@ -230,7 +234,8 @@ def follow(wire: socket.socket, matcher: Any) -> None:
         if matcher.is_error():
             send_frame(wire, FAULT + matcher.stop_reason().encode())
             return
-        send_frame(wire, (OVER if over else OPEN) + mask)
+        began, before = time.process_time(), began
+        send_frame(wire, (OVER if over else OPEN) + TOOK.pack(began - before) + mask)
         token = TOKEN.unpack(read(wire, TOKEN.size))[0]
         bound_time(MASKING)
         if not matcher.consume_token(token):
@@ -259,18 +264,21 @@ class Vocabulary:
 def main(packages: list[str], fd: int) -> None:
     """packages: folders to import from; fd: the socket."""
     sys.path.extend(packages)
-    from llguidance import LLTokenizer, TokenizerWrapper
-    from llguidance._lib import LLParserLimits
-
     wire = socket.socket(fileno=fd)
     told = json.loads(read_frame(wire))
+    try:
+        import jsonschema_rs  # noqa: F401  -- once, and not in each process
+        import llguidance.gbnf_to_lark  # noqa: F401
+        from llguidance import LLTokenizer, TokenizerWrapper
+        from llguidance._lib import LLParserLimits
+    except ImportError as error:
+        send_frame(wire, f"{type(error).__name__}: {error}".encode())
+        return
     tokenizer = LLTokenizer(TokenizerWrapper(Vocabulary(told)), eos_token=told["ends"])
     limits = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
-    import jsonschema_rs  # noqa: F401  -- once, and not in each process
-    import llguidance.gbnf_to_lark  # noqa: F401
-
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that end
-    send_frame(wire, b"ready")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what failed until now is for the log
+    send_frame(wire, READY)
     serve_grammar(next_child(wire), tokenizer, limits)
 
 

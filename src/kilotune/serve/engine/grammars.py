@@ -3,8 +3,9 @@
 Grammars come from strangers. A schema may nest without end, a regular expression may explode, and what they take must
 keep nobody else waiting: neither a processor's thread that holds Python's lock, nor memory, nor a crash. So there is a
 process for each answer with a grammar (grammar_process.py says how they are forked). While the model computes the
-logits of a token, it finds out which tokens may come; where it is not done by then, the answer sits out steps, and
-others go on. Not on Windows, which has no forks.
+logits of a token, it finds out which tokens may come; where it is not done by then, the step waits a little, and then
+the answer sits out steps, and others go on. What others have waited counts (patience.py): an answer, or a tenant, that
+has had its part is waited for no more. Not on Windows, which has no forks.
 
 Tested with llguidance 1.9.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import json
+import logging
 import os
 import select
 import socket
@@ -24,6 +26,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack, suppress
+from io import FileIO
 from pathlib import Path
 from typing import Any, final
 
@@ -33,9 +36,10 @@ from torch import Tensor
 
 from ...bounded import KEPT, ONE_THREAD
 from ...errors import MissingExtraError, ResourceError, UnsupportedError
-from .grammar_process import FAULT, LENGTH, OVER, TOKEN, read_frame, send_frame
+from .grammar_process import FAULT, LENGTH, OVER, READY, TOKEN, TOOK, read_frame, send_frame
 from .interface import JSON_SPACE, Generation, Grammar, GrammarError
 from .lanes import Lanes
+from .patience import ANSWER, Patience, Tenants
 from .vocabulary import token_bytes
 
 __all__ = ["Grammars", "Guide", "wait_for"]
@@ -46,8 +50,10 @@ COMPILED = 16  # compiled grammars that are kept for later requests
 LONGEST = 2**18  # bytes of a grammar
 STARTING = 60.0  # seconds for the first process
 COMPILING = 5.0  # seconds that compiling may take on a busy machine; of a processor's time it may take one
+SAID = 4000  # bytes of what a process says that cannot start
 GRACE = 0.02  # seconds that a step waits for what grammars allow; an answer whose grammar is not done sits out
 LATE = 5.0  # seconds that an answer may sit out for its masks, all together
+log = logging.getLogger("kilotune.serve")
 SLOW = "the grammar takes too long or too much memory at this point of the answer; make it simpler"
 
 
@@ -63,10 +69,20 @@ class Guide:
         vocabulary: how many tokens the model has.
         ends: the tokens that the grammar calls ends.
         more: special tokens that end this answer, too.
+        own: how long others wait for it.
+        tenant: the same of all its tenant's answers together.
 
     """
 
-    def __init__(self, wire: socket.socket, vocabulary: int, ends: Sequence[int], more: Sequence[int]) -> None:
+    def __init__(
+        self,
+        wire: socket.socket,
+        vocabulary: int,
+        ends: Sequence[int],
+        more: Sequence[int],
+        own: Patience | None = None,
+        tenant: Patience | None = None,
+    ) -> None:
         self._ends, self._more = list(ends), list(more)
         self.allowed: Tensor | None = None
         self.over = False
@@ -74,6 +90,9 @@ class Guide:
         self.wire, self._vocabulary = wire, vocabulary
         self.held = AsyncExitStack()  # its place
         self._buffer = bytearray()
+        self._own = own or Patience(ANSWER)
+        self._patiences = [self._own] if tenant is None else [self._own, tenant]
+        self._kept = 0.0  # seconds that others have waited for what comes next
         self._late = 0.0
         self._seen = time.monotonic()
         wire.setblocking(False)
@@ -106,6 +125,16 @@ class Guide:
             self._read()
         return True
 
+    def awaited(self, strangers: bool) -> bool:
+        """Whether a step may wait for it. strangers: other tenants wait with it."""
+        return min(one.left for one in (self._patiences if strangers else [self._own])) >= GRACE
+
+    def kept(self, seconds: float) -> None:
+        """Others have waited so much longer for what comes next."""
+        self._kept += seconds
+        for one in self._patiences:
+            one.spend(seconds)
+
     def sit_out(self) -> None:
         """The answer waits for it from now on."""
         self._seen = time.monotonic()
@@ -133,6 +162,8 @@ class Guide:
         if kind == FAULT:
             self.fault = f"the grammar cannot be followed at this point of the answer ({data.decode()})"
         else:
+            self._excuse(TOOK.unpack_from(data)[0])
+            data = data[TOOK.size :]
             whole = np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little")
             bits = whole[: self._vocabulary]
             if self._more and whole[self._ends].any():
@@ -143,19 +174,39 @@ class Guide:
                 self.fault = "none of the model's tokens fits the grammar at this point of the answer"
         del self._buffer[:end]
 
+    def _excuse(self, took: float) -> None:
+        """Of what others have waited, give back what was not its doing: that processors had other work."""
+        for one in self._patiences:
+            one.spend(-max(0.0, self._kept - took))
+        self._kept = 0.0
 
-def wait_for(guides: Sequence[Guide]) -> None:
-    """Wait until all of them know what may come next, so long at most as a step may wait."""
+
+def wait_for(
+    guides: Sequence[Guide], others: bool, strangers: bool, clock: Callable[[], float] = time.monotonic
+) -> None:
+    """Wait until all of them know what may come next, so long at most as a step may wait, and others may for each.
+
+    Args:
+        guides: of those that have a token in this step.
+        others: whether it has others than one of them.
+        strangers: whether there are several tenants.
+        clock: seconds.
+
+    """
     if not guides:
         return
-    until = time.monotonic() + GRACE
-    unknown = [guide for guide in guides if not guide.look()]
-    while unknown and (left := until - time.monotonic()) > 0:
+    now = clock()
+    until = now + GRACE
+    unknown = [guide for guide in guides if not guide.look() and (not others or guide.awaited(strangers))]
+    while unknown and (left := until - now) > 0:
         poll = select.poll()
         for guide in unknown:
             with suppress(ValueError):  # closed this moment: the client went away
                 poll.register(guide.wire, select.POLLIN)
         poll.poll(1000 * left)
+        now, before = clock(), now
+        for guide in unknown if others else ():
+            guide.kept(now - before)
         unknown = [guide for guide in unknown if not guide.look()]
 
 
@@ -225,11 +276,13 @@ class Grammars:
     def __init__(self, tokenizer: Any, vocabulary: int, ends: frozenset[int], running: int) -> None:
         self._tokenizer, self._vocabulary = tokenizer, vocabulary
         self._ends = frozenset(end for end in ends if end < vocabulary)
-        # Each answer has a process: so many answers may be in the house; and one compiles on a few processors.
+        # Each answer has a process: so many answers may be in the house; and one compiles on a few processors. Places
+        # are held as long as answers take, so that there is always to be one for a tenant who has none.
         self._places = Lanes("kilotune-guided", 2 * running, running)
         self._compiling = Lanes("kilotune-grammars", max(1, (os.cpu_count() or 1) // 4), 1)
         self._lock = threading.Lock()
         self._special: frozenset[int] = frozenset()
+        self._tenants = Tenants()
         self._first: _Process | None = None
         self._made: subprocess.Popen[bytes] | None = None
         self._kept: OrderedDict[tuple[str, Grammar], _Process] = OrderedDict()
@@ -239,7 +292,7 @@ class Grammars:
 
         Raises:
             GrammarError: it cannot be compiled. MissingExtraError: there is no llguidance. ResourceError: there can be
-                no process. TimeoutError: the deadline came first.
+                no process, or it does not start. TimeoutError: the deadline came first.
 
         """
         tenant, grammar, deadline = request.tenant, request.sampling.grammar, request.deadline
@@ -303,8 +356,9 @@ class Grammars:
             self._kept[key] = kept
             while len(self._kept) > COMPILED:
                 self._kept.popitem(last=False)[1].wire.close()
-        ends = sorted(self._ends) or [self._vocabulary]
-        return Guide(wire, self._vocabulary, ends, [stop for stop in stops if stop in self._special])
+            patience = self._tenants.of(tenant)
+        ends, more = sorted(self._ends) or [self._vocabulary], [stop for stop in stops if stop in self._special]
+        return Guide(wire, self._vocabulary, ends, more, tenant=patience)
 
     def _compiled(self, grammar: Grammar) -> _Process:
         wire = self._forked()
@@ -350,25 +404,40 @@ class Grammars:
             "ends": ends or [self._vocabulary],
         }
         mine, its = socket.socketpair()
-        with its:
+        said, says = os.pipe()
+        for end in (said, says):
+            os.set_blocking(end, False)  # who says more than a pipe holds is not to wait for a reader
+        with its, open(said, "rb", 0) as hears, open(says, "wb", 0) as speaks:
             self._made = subprocess.Popen(
                 [sys.executable or "python", "-I", "-S", str(PROGRAM), json.dumps(folders), str(its.fileno())],
                 pass_fds=[its.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
+                stderr=speaks,
                 env={**{key: os.environ[key] for key in KEPT if key in os.environ}, **ONE_THREAD},
                 start_new_session=True,  # Ctrl-C is for the service, which ends them
             )
-        self._first = _Process(mine)
-        mine.settimeout(STARTING)
+            its.close()
+            self._first = _Process(mine)
+            self._await_first(mine, json.dumps(vocabulary).encode(), hears)
+
+    def _await_first(self, wire: socket.socket, vocabulary: bytes, hears: FileIO) -> None:
+        """Until the first process is ready. hears: where it says what goes wrong there."""
+        wire.settimeout(STARTING)
         try:
-            send_frame(mine, json.dumps(vocabulary).encode())
-            read_frame(mine)
+            send_frame(wire, vocabulary)
+            told = read_frame(wire)
         except Exception as error:
             self._end()
-            raise MissingExtraError("llguidance", "serve", "a grammar (what is installed cannot be used)") from error
-        mine.settimeout(None)
+            said = hears.read(2**20) or b""  # None: nothing, and a process has it open still
+            why = said[-SAID:].decode(errors="replace").strip() or "it said nothing"
+            log.error("grammars' first process did not start: %r; %s", error, why)
+            raise ResourceError("grammars cannot be followed now, for a reason that the log has; try again") from error
+        if told != READY:
+            self._end()
+            log.error("what is installed for grammars cannot be used: %s", told.decode(errors="replace"))
+            raise MissingExtraError("llguidance", "serve", "a grammar (what is installed cannot be used)")
+        wire.settimeout(None)
 
 
 def check_grammar(grammar: Grammar) -> None:

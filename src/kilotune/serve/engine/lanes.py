@@ -23,7 +23,9 @@ class Lanes:
     Args:
         name: of the threads.
         threads: how many.
-        each: how many of them one tenant has at most. Who finds none free waits, tenants in turn.
+        each: how many of them one tenant has at most, and no more than are left free for others: so who comes anew
+            finds one, however many those have who were there before. Who waits gets one before those who have more,
+            and else tenants in turn.
 
     """
 
@@ -58,10 +60,11 @@ class Lanes:
 
     def _give(self) -> None:
         """Give free threads to those who wait."""
-        while self._taken.total() < self.threads:
-            tenant = next((one for one in self._waiting if self._taken[one] < self.each), None)
-            if tenant is None:
+        while (free := self.threads - self._taken.total()) > 0:
+            may = [one for one in self._waiting if self._taken[one] < min(self.each, free)]
+            if not may:
                 return
+            tenant = min(may, key=lambda one: self._taken[one])
             queue = self._waiting.pop(tenant)
             place = queue.popleft()
             if queue:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
-from .options import Option, drop_neutral
+from .options import Option, check_kind, drop_neutral
 
 __all__ = ["Body"]
 
@@ -24,11 +24,13 @@ def _taken(schema: dict[str, Any], body: type[Body]) -> None:
 class Body(BaseModel):
     """A request's body: nothing unknown in it, and no value bent into another type. What is null asks for nothing.
 
-    neutral: options that are not served, and taken where they ask for nothing.
+    neutral: options that are not served, and taken where they ask for nothing. kinds: what its ``type`` may say, where
+    OpenAI's or vLLM's API has more of them.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, json_schema_extra=_taken)
     neutral: ClassVar[Mapping[str, Option]] = {}
+    kinds: ClassVar[tuple[str, ...]] = ()
 
     @model_validator(mode="before")
     @classmethod
@@ -38,6 +40,8 @@ class Body(BaseModel):
             return given
         if len(given) > MAX_OPTIONS:
             raise ValueError(f"an object with {len(given)} options; there are fewer than {MAX_OPTIONS}")
+        if cls.kinds:
+            check_kind(given.get("type"), cls.kinds)
         own = {field.alias or name: field for name, field in cls.model_fields.items()}
         asked = {
             name: value

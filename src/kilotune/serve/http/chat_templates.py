@@ -1,15 +1,15 @@
 """The chat templates of a service: the base's, and those that adapters bring.
 
-Short chats in the base's template are rendered in this process, as a training renders them. A chat of many messages,
-and any chat in an adapter's template, is rendered in another process within bounds (train/data/bounded_templates.py),
-in threads of their own: what takes long there keeps nobody waiting but its own tenant.
+Small chats in the base's template are rendered in this process, as a training renders them. A chat of many messages,
+of long texts or of large tools, and any chat in an adapter's template, is rendered in another process within bounds
+(train/data/bounded_templates.py), in threads of their own: what takes long keeps nobody waiting but its own tenant.
 """
 
 from __future__ import annotations
 
 import functools
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from threading import Lock
 from typing import Any, final
@@ -24,8 +24,11 @@ from ..engine.lanes import Lanes
 __all__ = ["ChatTemplates", "OwnTemplate"]
 
 FEW = 64  # messages and tools of a chat that is rendered here
+PARTS = 2000  # of what it is made of: texts, numbers, keys, lists and objects
+CHARACTERS = 65_536  # of its texts and keys
 BASE_SECONDS = 10.0  # for a chat in the base's template
 RENDERERS = 2  # chats that are rendered elsewhere at once, of different tenants
+PROBED = 2**18  # characters of the chats in which an adapter's template has its marks looked for, here
 KEPT = 256  # templates of adapters whose marks are known
 SPELLERS = 4  # copies of the tokenizer, each for other marks
 
@@ -91,7 +94,7 @@ class ChatTemplates:
         if isinstance(self.base, str):
             raise ConfigError(self.base)
         chat, tools = split_tools(messages)
-        return self.base if len(chat) + len(tools or ()) <= FEW else None
+        return self.base if len(chat) + len(tools or ()) <= FEW and _is_small(messages) else None
 
     def written(self, own: OwnTemplate | None) -> str:
         """A template itself; empty where there is none."""
@@ -137,7 +140,7 @@ class ChatTemplates:
                 return self._known[own]
         given = own or OwnTemplate(self._tokenizer.get_chat_template(), "the base's chat template")
         render = self._bounded.renderer(given.text, given.name)
-        with self._bounded.within():
+        with self._bounded.within(most=None if own is None else PROBED):
             made = ChatTemplate(self._tokenizer, given.text, render, self._speller)
             if own is not None:
                 _ = made.turn_end
@@ -146,3 +149,22 @@ class ChatTemplates:
             while len(self._known) > KEPT:
                 self._known.popitem(last=False)
         return made
+
+
+def _is_small(messages: Sequence[Any]) -> bool:
+    """Whether messages have few parts and characters; looks at no more of them than these."""
+    left, parts, characters = list(messages), 0, 0
+    while left:
+        parts += 1
+        one = left.pop()
+        if isinstance(one, str):
+            characters += len(one)
+        elif isinstance(one, Mapping):
+            characters += sum(len(key) for key in one)
+            parts += len(one)
+            left.extend(one.values())
+        elif isinstance(one, (list, tuple)):
+            left.extend(one)
+        if parts + len(left) > PARTS or characters > CHARACTERS:
+            return False
+    return True

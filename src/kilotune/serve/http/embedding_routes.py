@@ -7,15 +7,17 @@ import base64
 import time
 import uuid
 from array import array
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from ...errors import KilotuneError
 from ..engine.interface import Vector
 from .http_errors import ApiError, of_library
+from .json_pieces import VALUES, Later
 from .middleware import noted
 from .schemas import ClassifyBody, EmbeddingBody, InputBody
 from .service import Service, namespace_of
@@ -76,11 +78,15 @@ def routes(service: Service, errors: dict[int | str, dict[str, Any]]) -> APIRout
                 400, f"dimensions: this model's embeddings have {size}, and cannot be cut", param="dimensions"
             )
         packed = body.encoding_format == "base64"
-        data = [
-            {"object": "embedding", "index": index, "embedding": _packed(one) if packed else list(one.values)}
-            for index, one in enumerate(vectors)
-        ]
-        return JSONResponse({"object": "list", "data": data, "model": body.model, "usage": _usage(vectors)})
+
+        def told(one: tuple[int, Vector]) -> dict[str, Any]:
+            index, vector = one
+            values = _packed(vector) if packed else vector.values
+            return {"object": "embedding", "index": index, "embedding": values}
+
+        data = Later(enumerate(vectors), told, VALUES)
+        made = {"object": "list", "data": data, "model": body.model, "usage": _usage(vectors)}
+        return await service.writing.response(made)
 
     @router.post("/v1/classify", operation_id="classify", response_model=None)
     async def classify(request: Request, body: ClassifyBody) -> Response:
@@ -89,18 +95,20 @@ def routes(service: Service, errors: dict[int | str, dict[str, Any]]) -> APIRout
         if labels is None:
             raise ApiError(400, f"{service.base} is no classifier", param="model")
         vectors = await _vectors(service, request, body, "classify")
-        data = []
-        for index, one in enumerate(vectors):
-            scores = torch.tensor(one.values, dtype=torch.float64)
-            chances = scores.softmax(0).tolist()
-            best = int(scores.argmax())
-            names = labels if len(labels) == len(chances) else tuple(f"LABEL_{i}" for i in range(len(chances)))
-            found = {"index": index, "label": names[best], "probs": chances, "scores": list(one.values)}
-            data.append({**found, "labels": list(names), "num_classes": len(chances)})
+        data = Later(enumerate(vectors), lambda one: _classified(one[0], one[1], labels), VALUES)
         made = {"id": f"classify-{uuid.uuid4().hex}", "object": "list", "created": int(time.time())}
-        return JSONResponse({**made, "model": body.model, "data": data, "usage": _usage(vectors)})
+        return await service.writing.response({**made, "model": body.model, "data": data, "usage": _usage(vectors)})
 
     return router
+
+
+def _classified(index: int, one: Vector, labels: Sequence[str]) -> dict[str, Any]:
+    scores = torch.tensor(one.values, dtype=torch.float64)
+    chances = scores.softmax(0).tolist()
+    best = int(scores.argmax())
+    names = labels if len(labels) == len(chances) else tuple(f"LABEL_{i}" for i in range(len(chances)))
+    found = {"index": index, "label": names[best], "probs": chances, "scores": list(one.values)}
+    return {**found, "labels": list(names), "num_classes": len(chances)}
 
 
 def _packed(vector: Vector) -> str:

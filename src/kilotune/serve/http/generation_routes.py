@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import itertools
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any, TypeVar, final
+from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import Any, final
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from ..engine.interface import Finish, Generation, Prompted, Sampling, Token
+from ..engine.interface import Finish, Generation, Item, Prompted, Sampling, Token
 from .answers import Asked, Event, collect, ended_badly, events
 from .http_errors import ApiError
+from .json_pieces import JsonResponse
 from .keys import Key
 from .middleware import noted
-from .response_shapes import ChatShape, CompletionShape, Echo, Scores, Writer, usage_of
+from .response_shapes import ChatShape, CompletionShape, Echo, Writer, usage_of
 from .schemas import ChatBody, CompletionBody, GenerationBody, SamplingBody, told_messages
 from .service import Meant, Service, namespace_of, seed_of
 from .tool_answers import Calling
 
 __all__ = ["STREAMS", "Run", "caller_of", "check_biases", "check_generates", "enter", "generations_of", "routes"]
 
-T = TypeVar("T")
-LONG = 1000  # tokens of an answer that is not written on the loop's own thread
 SCORED = 1 << 20  # log-probabilities of prompts that one request may have: some 60 MB of JSON
 USUAL = 16  # OpenAI's own number of new tokens for a completion
 STREAMS: dict[int | str, dict[str, Any]] = {
@@ -86,8 +84,7 @@ class Run:
         answers = await collect(stream, len(asked))
         finishes = [answer.finish for answer in answers if answer.finish is not None]
         self._count(asked, usage_of(finishes, self.body.choices))
-        told = sum(len(answer.tokens) + len(answer.scores or ()) for answer in answers)
-        return await _beside(told, lambda: JSONResponse(self.shape.whole(answers, self.body.choices)))
+        return JsonResponse(await self.service.writing.all(self.shape.whole(answers, self.body.choices)))
 
     async def _written(
         self, first: Event, stream: AsyncIterator[Event], asked: Sequence[Asked]
@@ -95,36 +92,40 @@ class Run:
         finishes: dict[int, Finish] = {}
         begun: set[int] = set()
         index, event = first
+        writing = self.service.writing
         try:
             while True:
-                scores = event.scores if isinstance(event, Prompted) else None
-                text = b"" if index in begun else await self._begun(index, scores)
-                begun.add(index)
-                if isinstance(event, Prompted):
-                    pass
-                elif isinstance(event, Token):
-                    text += self.shape.token(index, event)
-                elif (error := ended_badly(event)) is not None:
-                    raise error
-                else:
+                if isinstance(event, Finish):
+                    if (error := ended_badly(event)) is not None:
+                        raise error
                     finishes[index] = event
-                    text += self.shape.end(index, event)
+                texts = await writing.all(self._told(index, event, index not in begun))
+                begun.add(index)
                 if len(finishes) == len(asked):
                     break
-                if text:
+                for text in texts:
                     yield text
                 index, event = await anext(stream)
         except ApiError as error:
             self.note.fields["error"] = error.code
-            yield self.shape.failed(error)
+            for text in await writing.all(self.shape.failed(error)):
+                yield text
             return
         ordered = [finishes[i] for i in range(len(asked))]
         self._count(asked, usage_of(ordered, self.body.choices))
+        texts = await writing.all(itertools.chain(texts, self.shape.last(ordered, self.body.choices)))
         await self.note.held.aclose()  # before the client knows, who may ask again at once
-        yield text + self.shape.last(ordered, self.body.choices)
+        for text in texts:
+            yield text
 
-    async def _begun(self, index: int, scores: Scores | None) -> bytes:
-        return await _beside(len(scores or ()), lambda: self.shape.begin(index, scores))
+    def _told(self, index: int, event: Item, first: bool) -> Iterator[bytes]:
+        """What an event tells. first: of its answer."""
+        if first:
+            yield from self.shape.begin(index, event.scores if isinstance(event, Prompted) else None)
+        if isinstance(event, Token):
+            yield self.shape.token(index, event)
+        elif isinstance(event, Finish):
+            yield from self.shape.end(index, event)
 
     def _count(self, asked: Sequence[Asked], usage: dict[str, Any]) -> None:
         first = [one.first for one in asked if one.first is not None]
@@ -133,11 +134,6 @@ class Run:
             "completion_tokens": usage["completion_tokens"],
             "first_token_ms": round(1000 * min(first), 1) if first else None,
         }
-
-
-async def _beside(tokens: int, write: Callable[[], T]) -> T:
-    """Write an answer; one of many tokens, which takes a while, beside the loop."""
-    return write() if tokens < LONG else await asyncio.to_thread(write)
 
 
 def caller_of(request: Request) -> Key:
@@ -228,7 +224,8 @@ def routes(service: Service, errors: dict[int | str, dict[str, Any]]) -> APIRout
         check_biases(service, body)
         tenant = enter(service, request, len(body.prompts) * body.choices)
         meant = await service.meant(caller_of(request), body.model)
-        prompts = [await service.prompts.plain(prompt, "prompt", tenant) for prompt in body.prompts]
+        longest = service.longest_prompt
+        prompts = [await service.prompts.plain(prompt, "prompt", tenant, longest) for prompt in body.prompts]
         tokens = [service.room(prompt, body.max_tokens, USUAL, "prompt") for prompt in prompts]
         echoes = await _echoes(service, body, prompts, tenant) if body.echo else None
         generations = generations_of(service, request, body, meant, prompts, tokens, body.logprobs)
@@ -246,7 +243,8 @@ def routes(service: Service, errors: dict[int | str, dict[str, Any]]) -> APIRout
         messages = told_messages(body.messages)
         if calling is not None:
             messages = calling.messages(messages)
-        prompt = await service.prompts.chat(messages, tenant, body.ending, own=meant.own)
+        longest = service.longest_prompt
+        prompt = await service.prompts.chat(messages, tenant, body.ending, own=meant.own, room=longest)
         tokens = service.room(prompt, body.limit, None, "messages")
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         generations = generations_of(service, request, body, meant, [prompt], [tokens], logprobs)

@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal, final
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic_core import PydanticCustomError
 
+from ..engine.interface import JSON_SPACE
+
 __all__ = [
     "ASKING",
     "CALL",
@@ -26,13 +28,17 @@ __all__ = [
     "TEXT",
     "Metadata",
     "Option",
+    "Told",
+    "check_kind",
     "drop_neutral",
 ]
 
+Told = Annotated[str, Field(max_length=2**18)]  # a text with no bound may hold half a character, too
+SHOWN = 60  # characters of a type in an error
 Word = Annotated[str, Field(max_length=512)]
 Nothing = Annotated[list[Any], Field(max_length=0)]
 Empty = Annotated[dict[str, Any], Field(max_length=0)]
-Metadata = Annotated[dict[str, Annotated[str, Field(max_length=512)]], Field(max_length=16)]
+Metadata = Annotated[dict[Word, Word], Field(max_length=16)]
 
 
 @final
@@ -72,6 +78,8 @@ def _never(name: str) -> Option:
     return Option(name, None, "")
 
 
+SPACE = Literal[JSON_SPACE["whitespace_pattern"]], f"`{json.dumps(JSON_SPACE['whitespace_pattern'])}`"
+
 ASKING = {
     option.name: option
     for option in (
@@ -109,6 +117,9 @@ ASKING = {
         Option("session_id", Word, "any text"),
         Option("chat_template_kwargs", Empty, "`{}`"),
         Option("documents", Nothing, "`[]`"),
+        Option("add_special_tokens", Literal[False]),
+        Option("guided_decoding_backend", Literal["auto", "guidance"]),
+        Option("guided_whitespace_pattern", *SPACE),
         *map(
             _never,
             (
@@ -130,6 +141,8 @@ STRUCTURED = {
         Option("disable_fallback", Literal[False]),
         Option("disable_any_whitespace", Literal[False]),
         Option("disable_additional_properties", Literal[False]),
+        Option("whitespace_pattern", *SPACE),
+        _never("structural_tag"),
     )
 }
 """Of ``structured_outputs``."""
@@ -223,6 +236,20 @@ def drop_neutral(given: dict[str, Any], options: Mapping[str, Option], own: Coll
                 "not_served", "not served; taken is {taken}", {"option": name, "taken": _plain(options[name].told)}
             )
     return {name: value for name, value in given.items() if name in own or name not in options}
+
+
+def check_kind(given: Any, taken: Collection[str]) -> None:
+    """Another type is one that is not served, and not a mistake in writing.
+
+    Raises:
+        PydanticCustomError: ``not_served``, with the type.
+
+    """
+    if isinstance(given, str) and given not in taken:
+        *most, last = [f'"{name}"' for name in taken]
+        told = f"{', '.join(most)} or {last}" if most else last
+        said = {"option": "type", "kind": json.dumps(given[:SHOWN]), "taken": told}
+        raise PydanticCustomError("not_served", "{kind} is not served; taken is {taken}", said)
 
 
 def _plain(told: str) -> str:

@@ -1,7 +1,8 @@
 """From what a request says to token numbers, as a training has them, and from token numbers to their texts.
 
-Short texts are read at once. Long ones, which take up to seconds, are read beside the loop, one at a time and tenants
-in turn, so that nobody's long texts keep another's short ones waiting.
+Short texts are read at once. Longer ones are read beside the loop, one at a time and tenants in turn, and the largest,
+which take up to seconds, in a turn of their own: nobody's long texts keep another's shorter ones waiting. Small chats
+have a turn of their own, too; others are rendered elsewhere (chat_templates.py).
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ import itertools
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, TypeVar, final
+from typing import Any, Literal, TypeVar, final, get_args
 
 from ...errors import ConfigError
 from ...train.data.rendering import Ending, Rendered, tokenize
 from ..engine.text_stream import TextStream
-from ..engine.vocabulary import named_bytes
+from ..engine.vocabulary import named_bytes, widest_token
 from .chat_templates import ChatTemplates, OwnTemplate
 from .http_errors import ApiError
 from .own_files import OwnFiles
@@ -27,6 +28,9 @@ __all__ = ["Prompts"]
 T = TypeVar("T")
 SPACE = "\u2581"  # what begins a word in SentencePiece's vocabularies
 LONG = 4000  # characters of a text that is not tokenised on the loop's own thread
+LARGE = 65_536  # characters of one for which no shorter one waits
+Turn = Literal["chats", "long", "large"]
+HALF = "the text holds half of a surrogate pair, which is no character"
 INCOMPLETE = "\ufffd"  # what a tokenizer makes of a part of a character
 
 
@@ -41,9 +45,10 @@ class Prompts:
         _ids(self._beside, "a", False)  # from here on nothing of it is changed, and several threads may read it
         self.templates = ChatTemplates(self._beside)
         self.own = OwnFiles(self._beside, self.templates, own_templates)
-        self._turn = asyncio.Lock()
-        self._turns: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
+        self._turn: dict[Turn, asyncio.Lock] = {turn: asyncio.Lock() for turn in get_args(Turn)}
+        self._turns: weakref.WeakValueDictionary[tuple[Turn, str], asyncio.Lock] = weakref.WeakValueDictionary()
         self.vocabulary = vocabulary
+        self.widest = widest_token(tokenizer)
         ends = 0 if tokenizer.eos_token_id is None else 1
         opening = tokenize(self._tokenizer, [Rendered("", ())], "all").examples[0].ids
         self._opening = tuple(opening[: len(opening) - ends])
@@ -61,10 +66,16 @@ class Prompts:
 
     # -- to tokens -----------------------------------------------------------------------------------
 
-    async def plain(self, given: str | Sequence[int], param: str, tenant: str) -> tuple[int, ...]:
-        """A text as it stands, after what begins every text of this tokenizer; or token numbers as they are."""
+    async def plain(
+        self, given: str | Sequence[int], param: str, tenant: str, room: int | None = None
+    ) -> tuple[int, ...]:
+        """A text as it stands, after what begins every text of this tokenizer; or token numbers as they are.
+
+        room: tokens that it can have at most. A text that is more whatever they are is not read.
+        """
         if not isinstance(given, str):
             return self._checked(given, param)
+        self._check_length(len(given), param, room)
         return self._checked((*self._opening, *await self._encode(given, False, tenant)), param)
 
     async def tokens(self, text: str, opening: bool, tenant: str) -> tuple[int, ...]:
@@ -82,10 +93,12 @@ class Prompts:
         ending: Ending = "asked",
         param: str = "messages",
         own: OwnTemplate | None = None,
+        room: int | None = None,
     ) -> tuple[int, ...]:
         """A conversation in the model's template, up to where the answer begins, or as ``ending`` says.
 
-        param: what requests call the messages. own: instead of the base's template, the adapter's.
+        param: what requests call the messages. own: instead of the base's template, the adapter's. room: as in
+        :meth:`plain`.
 
         Tokens that mark turns are words where a message holds them, so no message becomes another turn.
 
@@ -93,27 +106,41 @@ class Prompts:
             ApiError: there is no template, or it refuses these messages; a text cannot be told from a mark of a turn.
 
         """
+        # A template may leave out some of what an assistant said, and blanks around texts, but nothing else as a rule.
+        said = [(one.get("content") or "").strip() for one in messages if one.get("role") != "assistant"]
+        self._check_length(sum(map(len, said)), param, room)
         try:
             chats = self.templates.here(messages, own)
             if chats is None:
                 rendered = await self.templates.render(messages, tenant, ending, own)
             else:
-                rendered = await self._in_turn(tenant, partial(chats.prompt, messages, ending))
+                rendered = await self._in_turn("chats", tenant, partial(chats.prompt, messages, ending))
         except ConfigError as error:
             raise ApiError(400, str(error), param=param) from error
+        except UnicodeEncodeError:
+            raise ApiError(400, HALF, param=param) from None
+        text = rendered.text
+        self._check_length(len(text), param, room)
         if (speller := rendered.speller) is not None:
-            return self._checked((await self._in_turn(tenant, lambda: speller.ids([rendered.text])))[0], param)
-        return self._checked(await self._encode(rendered.text, False, tenant), param)
+            return self._checked((await self._in_turn(_turn(text), tenant, lambda: speller.ids([text])))[0], param)
+        return self._checked(await self._encode(text, False, tenant), param)
 
     async def _encode(self, text: str, special: bool, tenant: str) -> Sequence[int]:
         if len(text) <= LONG:
             return _ids(self._tokenizer, text, special)
-        return await self._in_turn(tenant, lambda: _ids(self._beside, text, special))
+        return await self._in_turn(_turn(text), tenant, lambda: _ids(self._beside, text, special))
 
-    async def _in_turn(self, tenant: str, call: Callable[[], T]) -> T:
+    def _check_length(self, characters: int, param: str, room: int | None) -> None:
+        """Refuse what has too many tokens, whatever they are, before it is worked on."""
+        if room is None or self.widest is None or characters <= room * self.widest:
+            return
+        told = f"this model takes {room} tokens at most; the prompt has {characters} characters, which are more tokens"
+        raise ApiError(400, told, param=param, code="context_length_exceeded")
+
+    async def _in_turn(self, turn: Turn, tenant: str, call: Callable[[], T]) -> T:
         """Run a call beside the loop. One of each tenant waits for its turn, so that they go round."""
-        own = self._turns.setdefault(tenant, asyncio.Lock())
-        async with own, self._turn:
+        own = self._turns.setdefault((turn, tenant), asyncio.Lock())
+        async with own, self._turn[turn]:
             work = asyncio.ensure_future(asyncio.to_thread(call))
             try:
                 return await asyncio.shield(work)
@@ -158,7 +185,7 @@ class Prompts:
         checked = self._checked(ids, param)
         if len(checked) <= LONG:
             return self.text(checked)
-        return await self._in_turn(tenant, lambda: _text(self._beside, checked))
+        return await self._in_turn(_turn(checked), tenant, lambda: _text(self._beside, checked))
 
     async def offsets(self, ids: Sequence[int], plain: bool, tenant: str) -> list[int]:
         """Where each token begins in the text of a prompt. plain: it was a text, without what begins them all."""
@@ -167,7 +194,7 @@ class Prompts:
         if len(own) <= LONG // 4:
             found = _offsets(self._tokenizer, own)
         else:
-            found = await self._in_turn(tenant, lambda: _offsets(self._beside, own))
+            found = await self._in_turn(_turn(own), tenant, lambda: _offsets(self._beside, own))
         return [*[0] * opening, *found]
 
     def text(self, ids: Sequence[int]) -> str:
@@ -180,11 +207,16 @@ class Prompts:
         return named_bytes(self.names([number])[0]) if INCOMPLETE in text else [*text.encode()]
 
 
+def _turn(given: Sequence[Any]) -> Turn:
+    """Of a text, or of tokens."""
+    return "long" if len(given) <= LARGE else "large"
+
+
 def _ids(tokenizer: Any, text: str, special: bool) -> Sequence[int]:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ApiError(400, "the text holds half of a surrogate pair, which is no character") from None
+        raise ApiError(400, HALF) from None
     found = tokenizer(
         text, add_special_tokens=special, return_attention_mask=False, return_token_type_ids=False, verbose=False
     )

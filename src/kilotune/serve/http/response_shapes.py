@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-import json
+import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, final
 
 from ..engine.interface import Finish, Scored, Token
 from .answers import Answer
 from .http_errors import ApiError
+from .json_pieces import EVENT, VALUES, WHOLE, Later, pieces_of
 from .prompts import Prompts
 from .tool_reader import ToolReader, called, delta_of
 
-__all__ = ["ChatShape", "CompletionShape", "Echo", "Scores", "Shape", "Writer", "event_of", "usage_of"]
+__all__ = ["ChatShape", "CompletionShape", "Echo", "Scores", "Shape", "Writer", "usage_of"]
 
 Scores = Sequence[Scored | None]
 
 DONE = b"data: [DONE]\n\n"
 
 
-def event_of(document: dict[str, Any]) -> bytes:
-    """One event of a stream."""
-    return b"data: " + json.dumps(document, separators=(",", ":")).encode() + b"\n\n"
+def _event_of(document: dict[str, Any]) -> Iterator[bytes]:
+    """One event of a stream, in pieces."""
+    yield b"data: "
+    yield from pieces_of(document, EVENT)
+    yield b"\n\n"
 
 
 def usage_of(finishes: Sequence[Finish], choices: int) -> dict[str, Any]:
@@ -38,14 +41,17 @@ def usage_of(finishes: Sequence[Finish], choices: int) -> dict[str, Any]:
 
 
 class Writer(ABC):
-    """How the answers to one request are written, whole and as a stream's events."""
+    """How the answers to one request are written, whole and as a stream's events.
+
+    What may be large comes in pieces, each of which is made when it is asked for, and all of them are to be.
+    """
 
     @abstractmethod
-    def whole(self, answers: Sequence[Answer], choices: int) -> dict[str, Any]:
+    def whole(self, answers: Sequence[Answer], choices: int) -> Iterator[bytes]:
         """The answer to a request without a stream."""
 
     @abstractmethod
-    def begin(self, index: int, scores: Scores | None) -> bytes:
+    def begin(self, index: int, scores: Scores | None) -> Iterator[bytes]:
         """What a stream has before an answer's first token. scores: of the prompt's, where they are asked for."""
 
     @abstractmethod
@@ -53,15 +59,15 @@ class Writer(ABC):
         """A token in a stream; nothing where there is nothing to tell."""
 
     @abstractmethod
-    def end(self, index: int, finish: Finish) -> bytes:
+    def end(self, index: int, finish: Finish) -> Iterator[bytes]:
         """The end of an answer in a stream."""
 
     @abstractmethod
-    def last(self, finishes: Sequence[Finish], choices: int) -> bytes:
+    def last(self, finishes: Sequence[Finish], choices: int) -> Iterator[bytes]:
         """The end of a stream."""
 
     @abstractmethod
-    def failed(self, error: ApiError) -> bytes:
+    def failed(self, error: ApiError) -> Iterator[bytes]:
         """The end of a stream in place of what was to come."""
 
 
@@ -88,7 +94,9 @@ class Shape(Writer):
         self.id, self.model, self.created, self.prompts = name, model, created, prompts
         self.logprobs, self.usage, self.prompt_logprobs = logprobs, usage, prompt_logprobs
 
-    def document(self, kind: str, choices: list[dict[str, Any]], usage: dict[str, Any] | None) -> dict[str, Any]:
+    def document(
+        self, kind: str, choices: list[dict[str, Any]] | Later, usage: dict[str, Any] | None
+    ) -> dict[str, Any]:
         """One whole object."""
         return {
             "id": self.id,
@@ -99,24 +107,31 @@ class Shape(Writer):
             "usage": usage,
         }
 
-    def whole(self, answers: Sequence[Answer], choices: int) -> dict[str, Any]:
+    def whole(self, answers: Sequence[Answer], choices: int) -> Iterator[bytes]:
         finishes = [answer.finish for answer in answers if answer.finish is not None]
-        made = [self.choice(index, answer) for index, answer in enumerate(answers)]
-        return self.document(self.kind, made, usage_of(finishes, choices))
+        made = Later(enumerate(answers), lambda one: self.choice(*one), VALUES)
+        document = self.document(self.kind, made, usage_of(finishes, choices))
+        return pieces_of({**document, **self.beside(answers)}, WHOLE)
 
-    def event(self, choice: dict[str, Any]) -> bytes:
+    def beside(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        """What a whole answer has beside its choices."""
+        return {}
+
+    def event(self, choice: dict[str, Any]) -> Iterator[bytes]:
         """One event of a stream."""
         document = self.document(self.chunk, [choice], None)
         if not self.usage:
             del document["usage"]
-        return event_of(document)
+        return _event_of(document)
 
-    def last(self, finishes: Sequence[Finish], choices: int) -> bytes:
-        counts = event_of(self.document(self.chunk, [], usage_of(finishes, choices))) if self.usage else b""
-        return counts + DONE
+    def last(self, finishes: Sequence[Finish], choices: int) -> Iterator[bytes]:
+        if self.usage:
+            yield from _event_of(self.document(self.chunk, [], usage_of(finishes, choices)))
+        yield DONE
 
-    def failed(self, error: ApiError) -> bytes:
-        return event_of(error.document()) + DONE
+    def failed(self, error: ApiError) -> Iterator[bytes]:
+        yield from _event_of(error.document())
+        yield DONE
 
     @abstractmethod
     def choice(self, index: int, answer: Answer) -> dict[str, Any]:
@@ -126,9 +141,11 @@ class Shape(Writer):
         """``prompt_logprobs``, as vLLM has them, where they were asked for."""
         if (most := self.prompt_logprobs) is None or scores is None:
             return {}
-        return {"prompt_logprobs": [None if one is None else self._likely(one, most) for one in scores]}
+        return {"prompt_logprobs": Later(scores, lambda one: self._likely(one, most), 4 * (most + 1))}
 
-    def _likely(self, one: Scored, most: int) -> dict[str, Any]:
+    def _likely(self, one: Scored | None, most: int) -> dict[str, Any] | None:
+        if one is None:
+            return None
         ranked = {one.id: (one.logprob, one.rank)}
         ranked |= {token: (value, place) for place, (token, value) in enumerate(one.top[:most], 1) if token != one.id}
         return {
@@ -160,30 +177,27 @@ class CompletionShape(Shape):
     def _logprobs(self, index: int, tokens: Sequence[Token], scores: Scores | None = None) -> dict[str, Any] | None:
         if self.logprobs is None:
             return None
-        found: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        echo, before = Echo("", (), ()), self._offsets.get(index, 0)
+        given: Scores = ()
         if self.echoes and scores is not None:
-            echo, most = self.echoes[index], self.logprobs
-            for token, place, one in zip(echo.ids, echo.offsets, scores, strict=True):
-                value, top = (None, ()) if one is None else (one.logprob, one.top[:most])
-                self._tell(found, token, place, value, top)
-            self._offsets[index] = len(echo.text)
-        offset = self._offsets.get(index, 0)
-        for made in tokens:
-            self._tell(found, made.id, offset, made.logprob, made.top)
-            offset += len(self.prompts.token(made.id))
-        self._offsets[index] = offset
-        return found
+            echo, given = self.echoes[index], scores
+            before = len(echo.text)
+        lengths = (len(self.prompts.token(token.id)) for token in tokens)
+        *offsets, self._offsets[index] = itertools.accumulate(lengths, initial=before)
+        ids = itertools.chain(echo.ids, (token.id for token in tokens))
+        return {
+            "tokens": Later(ids, self.prompts.token),
+            "token_logprobs": Later(itertools.chain(given, tokens), lambda one: None if one is None else one.logprob),
+            "top_logprobs": Later(itertools.chain(given, tokens), self._likeliest, 2 + self.logprobs),
+            "text_offset": [*echo.offsets, *offsets],
+        }
 
-    def _tell(
-        self, found: dict[str, Any], token: int, offset: int, logprob: float | None, top: Sequence[tuple[int, float]]
-    ) -> None:
-        """Add one token; the likeliest have it with them, as it may be none of these."""
-        text = self.prompts.token(token)
-        likely = {self.prompts.token(number): value for number, value in reversed(top)}
-        found["tokens"].append(text)
-        found["token_logprobs"].append(logprob)
-        found["top_logprobs"].append(None if logprob is None else {text: logprob, **likely})
-        found["text_offset"].append(offset)
+    def _likeliest(self, one: Scored | Token | None) -> dict[str, float] | None:
+        """Around a token; they have it with them, as it may be none of these."""
+        if one is None or one.logprob is None:
+            return None
+        likely = {self.prompts.token(number): value for number, value in reversed(one.top[: self.logprobs])}
+        return {self.prompts.token(one.id): one.logprob, **likely}
 
     def _choice(self, index: int, text: str, logprobs: Any, reason: str | None) -> dict[str, Any]:
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
@@ -194,17 +208,17 @@ class CompletionShape(Shape):
         made = self._choice(index, text, self._logprobs(index, answer.tokens, answer.scores), answer.finish.reason)
         return {**made, **self.scored(answer.scores)}
 
-    def begin(self, index: int, scores: Scores | None) -> bytes:
+    def begin(self, index: int, scores: Scores | None) -> Iterator[bytes]:
         if not self.echoes:
-            return b""
+            return iter(())
         return self.event(self._choice(index, self.echoes[index].text, self._logprobs(index, [], scores), None))
 
     def token(self, index: int, token: Token) -> bytes:
         if not token.text and self.logprobs is None:
             return b""
-        return self.event(self._choice(index, token.text, self._logprobs(index, [token]), None))
+        return b"".join(self.event(self._choice(index, token.text, self._logprobs(index, [token]), None)))
 
-    def end(self, index: int, finish: Finish) -> bytes:
+    def end(self, index: int, finish: Finish) -> Iterator[bytes]:
         return self.event(self._choice(index, finish.text, None, finish.reason))
 
 
@@ -222,19 +236,17 @@ class ChatShape(Shape):
     def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
         if self.logprobs is None:
             return None
-        return {
-            "content": [
-                {**self._one(t.id, t.logprob), "top_logprobs": [self._one(i, value) for i, value in t.top]}
-                for t in tokens
-            ],
-            "refusal": None,
-        }
+        return {"content": Later(tokens, self._likeliest, 8 * (self.logprobs + 1)), "refusal": None}
+
+    def _likeliest(self, token: Token) -> dict[str, Any]:
+        own = self._one(token.id, token.logprob)
+        return {**own, "top_logprobs": [self._one(number, value) for number, value in token.top]}
 
     def _one(self, number: int, logprob: float | None) -> dict[str, Any]:
         return {"token": self.prompts.token(number), "logprob": logprob, "bytes": self.prompts.bytes_of(number)}
 
-    def whole(self, answers: Sequence[Answer], choices: int) -> dict[str, Any]:
-        return {**super().whole(answers, choices), **self.scored(answers[0].scores)}
+    def beside(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        return self.scored(answers[0].scores)
 
     def choice(self, index: int, answer: Answer) -> dict[str, Any]:
         assert answer.finish is not None
@@ -242,10 +254,10 @@ class ChatShape(Shape):
         reason: str = answer.finish.reason
         if (reader := self._reader(index)) is not None:
             pieces = [*reader.read(answer.text), *reader.end()]
+            message["content"] = "".join(piece.content for piece in pieces)
             if calls := called(pieces):
-                content = "".join(piece.content for piece in pieces)
-                message |= {"content": content or None, "tool_calls": calls}
-                reason = "tool_calls" if reason == "stop" else reason
+                message |= {"content": message["content"] or None, "tool_calls": calls}
+            reason = reader.reason(reason)
         logprobs = self._logprobs(answer.tokens)
         return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
 
@@ -255,10 +267,10 @@ class ChatShape(Shape):
             self._readers[index] = None if self._new_reader is None else self._new_reader()
         return self._readers[index]
 
-    def _delta(self, index: int, delta: dict[str, Any], logprobs: Any, reason: str | None) -> bytes:
+    def _delta(self, index: int, delta: dict[str, Any], logprobs: Any, reason: str | None) -> Iterator[bytes]:
         return self.event({"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason})
 
-    def begin(self, index: int, scores: Scores | None) -> bytes:
+    def begin(self, index: int, scores: Scores | None) -> Iterator[bytes]:
         return self._delta(index, {"role": "assistant", "content": ""}, None, None)
 
     def token(self, index: int, token: Token) -> bytes:
@@ -268,14 +280,14 @@ class ChatShape(Shape):
             if not deltas and self.logprobs is not None:
                 deltas = [{"content": ""}]
         logprobs = self._logprobs([token])
-        return b"".join(
-            self._delta(index, delta, logprobs if place == 0 else None, None) for place, delta in enumerate(deltas)
-        )
+        events = (self._delta(index, one, None if at else logprobs, None) for at, one in enumerate(deltas))
+        return b"".join(itertools.chain.from_iterable(events))
 
-    def end(self, index: int, finish: Finish) -> bytes:
+    def end(self, index: int, finish: Finish) -> Iterator[bytes]:
         if (reader := self._reader(index)) is None:
-            return self._delta(index, {"content": finish.text} if finish.text else {}, None, finish.reason)
+            yield from self._delta(index, {"content": finish.text} if finish.text else {}, None, finish.reason)
+            return
         pieces = [*reader.read(finish.text), *reader.end()]
-        reason = "tool_calls" if reader.calls and finish.reason == "stop" else finish.reason
-        told = b"".join(self._delta(index, delta_of(piece), None, None) for piece in pieces)
-        return told + self._delta(index, {}, None, reason)
+        for piece in pieces:
+            yield from self._delta(index, delta_of(piece), None, None)
+        yield from self._delta(index, {}, None, reader.reason(finish.reason))

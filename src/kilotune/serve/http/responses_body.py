@@ -11,10 +11,10 @@ from pydantic_core import PydanticCustomError
 from ..engine.interface import Grammar
 from .bodies import Body
 from .json_values import json_fault
-from .options import ITEM, PART, REASONING, RESPONSE, TEXT, Metadata
+from .options import ITEM, PART, REASONING, RESPONSE, TEXT, Metadata, Told
 from .schemas import MAX_LOGPROBS, SamplingBody, Text
 from .structured import Schema, schema_text
-from .tool_bodies import CallBody, CalledFunction, Name, ToolAsk, ToolsBody
+from .tool_bodies import CallBody, CalledFunction, Name, ToolAsk, ToolsBody, check_arguments
 
 __all__ = ["ResponseBody"]
 
@@ -23,26 +23,14 @@ LOGPROBS = "message.output_text.logprobs"
 KEPT_NOTHING = "answers are not kept here"
 
 
-def _of_type(given: Any, taken: tuple[str, ...]) -> Any:
-    """Another type is one that is not served, and not a mistake in writing."""
-    if isinstance(given, dict) and given.get("type") is not None and given["type"] not in taken:
-        told = " or ".join(f'"{name}"' for name in taken)
-        raise PydanticCustomError("not_served", "not served; taken is {taken}", {"option": "type", "taken": told})
-    return given
-
-
 @final
 class ItemPart(Body):
     """A part of a message."""
 
     neutral = PART
+    kinds = ("input_text", "output_text")
     type: Literal["input_text", "output_text"]
     text: Text
-
-    @model_validator(mode="before")
-    @classmethod
-    def _served(cls, given: Any) -> Any:
-        return _of_type(given, ("input_text", "output_text"))
 
 
 def _joined(content: str | list[ItemPart]) -> str:
@@ -54,14 +42,10 @@ class Item(Body):
     """A message; an answer's, too, as it came."""
 
     neutral = ITEM
+    kinds = ("message", "function_call", "function_call_output")
     type: Literal["message"] | None = None
     role: Literal["user", "assistant", "system", "developer"]
     content: Text | Annotated[list[ItemPart], Field(min_length=1, fail_fast=True)]
-
-    @model_validator(mode="before")
-    @classmethod
-    def _served(cls, given: Any) -> Any:
-        return _of_type(given, ("message", "function_call", "function_call_output"))
 
 
 @final
@@ -75,11 +59,8 @@ class CallItem(Body):
     arguments: Annotated[str, Field(max_length=2**20)]
 
     @model_validator(mode="after")
-    def _object(self) -> CallItem:
-        try:
-            CalledFunction(name=self.name, arguments=self.arguments)
-        except ValidationError:
-            raise PydanticCustomError("lacking", "expected a JSON object, as text", {"option": "arguments"}) from None
+    def _writable(self) -> CallItem:
+        check_arguments(self.arguments)
         return self
 
     def told(self) -> dict[str, Any]:
@@ -114,16 +95,12 @@ Items = Annotated[
 class ResponseTool(Body):
     """A function that may be called."""
 
+    kinds = ("function",)
     type: Literal["function"]
     name: Name
-    description: str | None = None
+    description: Told | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _served(cls, given: Any) -> Any:
-        return _of_type(given, ("function",))
 
     @model_validator(mode="after")
     def _of_an_object(self) -> ResponseTool:
@@ -143,6 +120,7 @@ class ResponseTool(Body):
 class NamedTool(Body):
     """Which tool is to be called."""
 
+    kinds = ("function",)
     type: Literal["function"]
     name: Name
 
@@ -154,10 +132,11 @@ class TextFormat(Body):
     strict false: keywords that answers cannot be held to are passed over; else they are refused.
     """
 
+    kinds = ("text", "json_object", "json_schema")
     type: Literal["text", "json_object", "json_schema"]
     name: Annotated[str, Field(min_length=1, max_length=64)] | None = None
     schema_: Schema | None = Field(None, alias="schema")
-    description: str | None = None
+    description: Told | None = None
     strict: bool | None = None
 
     @model_validator(mode="after")

@@ -29,7 +29,8 @@ def routes(service: Service, errors: dict[int | str, dict[str, Any]]) -> APIRout
         meant = await service.meant(caller_of(request), body.model)
         calling = Calling.of(body.asks_tools, body, service.prompts, service.settings.tool_format, meant.own)
         messages = body.messages if calling is None else calling.messages(body.messages)
-        prompt = await service.prompts.chat(messages, tenant, param="input", own=meant.own)
+        longest = service.longest_prompt
+        prompt = await service.prompts.chat(messages, tenant, param="input", own=meant.own, room=longest)
         tokens = service.room(prompt, body.max_output_tokens, None, "input", "max_output_tokens")
         generations = generations_of(service, request, body, meant, [prompt], [tokens], body.logprobs)
         if calling is not None:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, final
 
 from ..engine.interface import Finish, Token
 from .answers import Answer
 from .http_errors import ApiError
+from .json_pieces import EVENT, WHOLE, Later, pieces_of
 from .prompts import Prompts
 from .response_shapes import Scores, Writer
 from .responses_body import ResponseBody
@@ -46,16 +46,19 @@ class ResponseShape(Writer):
         self._count = 0
         self._output: list[dict[str, Any]] = []  # the last one may be still open
         self._open = False
+        self._told = True  # whether there are events
+        self._tokens: list[Token] = []  # of the last message, where their log-probabilities are told
 
     # -- the object ----------------------------------------------------------------------------------
 
-    def whole(self, answers: Sequence[Answer], choices: int) -> dict[str, Any]:
+    def whole(self, answers: Sequence[Answer], choices: int) -> Iterator[bytes]:
         (answer,) = answers
         assert answer.finish is not None
+        self._told = False
         for token in answer.tokens:
-            self.token(0, token)
-        self.end(0, answer.finish)
-        return self._ended(answer.finish)
+            yield self.token(0, token)
+        yield from self.end(0, answer.finish)
+        yield from pieces_of(self._ended(answer.finish), WHOLE)
 
     def _ended(self, finish: Finish) -> dict[str, Any]:
         cut = finish.reason == "length"
@@ -108,105 +111,113 @@ class ResponseShape(Writer):
             **more,
         }
 
-    def _logprobs(self, tokens: Sequence[Token]) -> list[dict[str, Any]]:
-        if self.body.logprobs is None:
-            return []
-        return [
-            {
-                **self._likely(token.id, token.logprob),
-                "top_logprobs": [self._likely(i, value) for i, value in token.top],
-            }
-            for token in tokens
-        ]
+    def _logprobs(self, tokens: Sequence[Token]) -> Later:
+        """Of tokens that may become more until it is written."""
+        return Later(tokens, self._likeliest, 8 * ((self.body.logprobs or 0) + 1))
+
+    def _likeliest(self, token: Token) -> dict[str, Any]:
+        likely = [self._likely(number, value) for number, value in token.top]
+        return {**self._likely(token.id, token.logprob), "top_logprobs": likely}
 
     def _likely(self, number: int, logprob: float | None) -> dict[str, Any]:
         return {"token": self.prompts.token(number), "logprob": logprob, "bytes": self.prompts.bytes_of(number) or []}
 
     # -- the events ----------------------------------------------------------------------------------
 
-    def _event(self, kind: str, **told: Any) -> bytes:
+    def _event(self, kind: str, **told: Any) -> Iterator[bytes]:
+        if not self._told:
+            return
         document = {"type": f"response.{kind}", "sequence_number": self._count, **told}
         self._count += 1
-        data = json.dumps(document, separators=(",", ":"))
-        return f"event: response.{kind}\ndata: {data}\n\n".encode()
+        yield f"event: response.{kind}\ndata: ".encode()
+        yield from pieces_of(document, EVENT)
+        yield b"\n\n"
 
-    def _of_item(self, kind: str, **told: Any) -> bytes:
+    def _of_item(self, kind: str, **told: Any) -> Iterator[bytes]:
         """Of the last item; of its text where it is a message."""
         item = self._output[-1]
         part = {"content_index": 0} if item["type"] == "message" else {}
         return self._event(kind, item_id=item["id"], output_index=len(self._output) - 1, **part, **told)
 
-    def begin(self, index: int, scores: Scores | None) -> bytes:
+    def begin(self, index: int, scores: Scores | None) -> Iterator[bytes]:
         begun = self._document("in_progress")
-        events = self._event("created", response=begun) + self._event("in_progress", response=begun)
-        return events + (self._begin_message() if self._reader is None else b"")
+        yield from self._event("created", response=begun)
+        yield from self._event("in_progress", response=begun)
+        if self._reader is None:
+            yield from self._begin_message()
 
     def token(self, index: int, token: Token) -> bytes:
         if self._reader is None:
-            return self._content(token.text, [token])
-        return b"".join(self._piece(piece) for piece in self._reader.read(token.text))
+            return b"".join(self._content(token.text, [token]))
+        return b"".join(self._read(self._reader.read(token.text)))
 
-    def _piece(self, piece: Piece) -> bytes:
-        if piece.call is None:
-            return self._content(piece.content, [])
-        begun = self._begin_call(piece) if piece.id else b""
-        if not piece.arguments:
-            return begun
-        self._output[-1]["arguments"] += piece.arguments
-        return begun + self._of_item("function_call_arguments.delta", delta=piece.arguments)
+    def _read(self, pieces: Iterable[Piece]) -> Iterator[bytes]:
+        for piece in pieces:
+            if piece.call is None:
+                yield from self._content(piece.content, [])
+                continue
+            if piece.id:
+                yield from self._begin_call(piece)
+            if piece.arguments:
+                self._output[-1]["arguments"] += piece.arguments
+                yield from self._of_item("function_call_arguments.delta", delta=piece.arguments)
 
-    def _begin_call(self, piece: Piece) -> bytes:
+    def _begin_call(self, piece: Piece) -> Iterator[bytes]:
         item = {"id": f"fc_{uuid.uuid4().hex}", "type": "function_call", "status": "in_progress"}
         return self._begin({**item, "call_id": piece.id, "name": piece.name, "arguments": ""})
 
-    def _begin_message(self) -> bytes:
+    def _begin_message(self) -> Iterator[bytes]:
         item = {"id": f"msg_{uuid.uuid4().hex}", "type": "message", "role": "assistant", "status": "in_progress"}
-        added = self._begin({**item, "content": []})
-        part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+        yield from self._begin({**item, "content": []})
+        self._tokens = []
+        part = {"type": "output_text", "text": "", "annotations": [], "logprobs": self._logprobs(self._tokens)}
         self._output[-1]["content"] = [part]
-        return added + self._of_item("content_part.added", part=part)
+        yield from self._of_item("content_part.added", part=part)
 
-    def _begin(self, item: dict[str, Any]) -> bytes:
-        before = self._close("completed")
+    def _begin(self, item: dict[str, Any]) -> Iterator[bytes]:
+        yield from self._close("completed")
         self._output.append(item)
         self._open = True
-        return before + self._event("output_item.added", output_index=len(self._output) - 1, item=item)
+        yield from self._event("output_item.added", output_index=len(self._output) - 1, item=item)
 
-    def _content(self, text: str, tokens: Sequence[Token]) -> bytes:
-        begun = b"" if self._open and self._output[-1]["type"] == "message" else self._begin_message()
-        part, logprobs = self._output[-1]["content"][0], self._logprobs(tokens)
-        part["text"] += text
-        part["logprobs"] += logprobs
-        if not text and not logprobs:
-            return begun
-        return begun + self._of_item("output_text.delta", delta=text, logprobs=logprobs)
+    def _content(self, text: str, tokens: Sequence[Token]) -> Iterator[bytes]:
+        if not self._open or self._output[-1]["type"] != "message":
+            yield from self._begin_message()
+        told = [] if self.body.logprobs is None else tokens
+        self._output[-1]["content"][0]["text"] += text
+        self._tokens += told
+        if text or told:
+            yield from self._of_item("output_text.delta", delta=text, logprobs=self._logprobs(told))
 
-    def _close(self, status: str) -> bytes:
+    def _close(self, status: str) -> Iterator[bytes]:
         """The end of the item that is open."""
         if not self._open:
-            return b""
+            return
         item, self._open = self._output[-1], False
         item["status"] = status
         if item["type"] == "message":
             (part,) = item["content"]
-            done = self._of_item("output_text.done", text=part["text"], logprobs=part["logprobs"])
-            done += self._of_item("content_part.done", part=part)
+            yield from self._of_item("output_text.done", text=part["text"], logprobs=part["logprobs"])
+            yield from self._of_item("content_part.done", part=part)
         else:
-            done = self._of_item("function_call_arguments.done", name=item["name"], arguments=item["arguments"])
-        return done + self._event("output_item.done", output_index=len(self._output) - 1, item=item)
+            yield from self._of_item("function_call_arguments.done", name=item["name"], arguments=item["arguments"])
+        yield from self._event("output_item.done", output_index=len(self._output) - 1, item=item)
 
-    def end(self, index: int, finish: Finish) -> bytes:
+    def end(self, index: int, finish: Finish) -> Iterator[bytes]:
         if self._reader is None:
-            held = self._content(finish.text, [])
+            yield from self._content(finish.text, [])
         else:
-            held = b"".join(self._piece(piece) for piece in [*self._reader.read(finish.text), *self._reader.end()])
-            held += b"" if self._output else self._begin_message()
-        return held + self._close(_status(finish))
+            yield from self._read([*self._reader.read(finish.text), *self._reader.end()])
+            if not self._output:
+                yield from self._begin_message()
+            elif self._output[-1]["type"] == "function_call":  # whole or not, whatever ended the answer
+                yield from self._close("incomplete" if self._reader.open else "completed")
+        yield from self._close(_status(finish))
 
-    def last(self, finishes: Sequence[Finish], choices: int) -> bytes:
+    def last(self, finishes: Sequence[Finish], choices: int) -> Iterator[bytes]:
         return self._event(_status(finishes[0]), response=self._ended(finishes[0]))
 
-    def failed(self, error: ApiError) -> bytes:
+    def failed(self, error: ApiError) -> Iterator[bytes]:
         for item in self._output[-1:] if self._open else ():
             item["status"] = "incomplete"
         told = {"code": "server_error", "message": error.message}

@@ -142,11 +142,14 @@ class CompletionBody(GenerationBody):
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: bool | None = None
     best_of: int | None = Field(None, ge=1, le=128)
+    add_special_tokens: bool | None = Field(None, description="Only true: a prompt begins as all texts do.")
 
     @model_validator(mode="after")
     def _served(self) -> CompletionBody:
         if self.best_of is not None and self.best_of != self.choices:
             raise ValueError("best_of: only the same as n is served")
+        if self.add_special_tokens is False:
+            raise ValueError("add_special_tokens: not served; taken is true or null, or a prompt of token numbers")
         if self.max_tokens == 0 and not self.echo:
             raise ValueError("max_tokens: 0 only with echo: true; else the answer has at least 1")
         return self
@@ -174,6 +177,7 @@ class CompletionBody(GenerationBody):
 class Part(Body):
     """A part of a message."""
 
+    kinds = ("text",)
     type: Literal["text"]
     text: Text
 

@@ -18,6 +18,7 @@ from ..engine.lanes import Lanes
 from .admission import Gate
 from .chat_templates import OwnTemplate
 from .http_errors import ApiError, of_library
+from .json_pieces import Writing
 from .keys import Key, Keyring
 from .metrics import Metrics
 from .prompts import Prompts
@@ -107,6 +108,7 @@ class Service:
         self.notes: tuple[str, ...] = ()  # what to tell of the base, once there is a log
         self.tracer = tracer(settings.telemetry)
         self._asking = Lanes("kilotune-store", THREADS, EACH)
+        self.writing = Writing()
 
     def close(self) -> None:
         """Let go of the threads and the store."""
@@ -177,6 +179,11 @@ class Service:
     def deadline(self, timeout: float | None) -> float:
         """Until when, of time.monotonic()."""
         return time.monotonic() + min(timeout or self.settings.max_seconds, self.settings.max_seconds)
+
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens that a prompt has at most; what asks for an answer needs one token more."""
+        return min(self.engine.max_length, self.settings.max_prompt or self.engine.max_length)
 
     def room(
         self, prompt: Sequence[int], wanted: int | None, usual: int | None, param: str, limit: str = "max_tokens"

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from ...train.data.turn_marks import TOOLS
+from .json_pieces import Later
 from .middleware import noted
 from .schemas import DetokenizeBody, TokenizeBody, told_messages
 from .service import Meant, Service, namespace_of
@@ -46,8 +47,8 @@ def routes(service: Service, errors: dict[int | str, dict[str, Any]]) -> APIRout
             ids = await prompts.chat(messages, tenant, body.ending, own=own)
         else:
             ids = await prompts.tokens(body.prompt or "", body.add_special_tokens is not False, tenant)
-        names = prompts.names(ids) if body.return_token_strs else None
-        return JSONResponse(
+        names = Later(ids, lambda number: prompts.names([number])[0]) if body.return_token_strs else None
+        return await service.writing.response(
             {"count": len(ids), "max_model_len": service.engine.max_length, "tokens": ids, "token_strs": names}
         )
 

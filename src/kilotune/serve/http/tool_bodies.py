@@ -12,9 +12,9 @@ from pydantic_core import PydanticCustomError
 
 from .bodies import Body
 from .json_values import json_fault
-from .options import CALL, Option
+from .options import CALL, Option, Told
 
-__all__ = ["CallBody", "CalledFunction", "FunctionBody", "Name", "ToolAsk", "ToolBody", "ToolsBody"]
+__all__ = ["CallBody", "CalledFunction", "FunctionBody", "Name", "ToolAsk", "ToolBody", "ToolsBody", "check_arguments"]
 
 Name = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[a-zA-Z0-9_.-]+$")]
 
@@ -24,7 +24,7 @@ class FunctionBody(Body):
     """A function that may be called. parameters: a JSON schema of an object; strict: calls fit it in any case."""
 
     name: Name
-    description: str | None = None
+    description: Told | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
@@ -43,6 +43,7 @@ class FunctionBody(Body):
 class ToolBody(Body):
     """A tool."""
 
+    kinds = ("function",)
     type: Literal["function"]
     function: FunctionBody
 
@@ -65,35 +66,43 @@ class NamedFunction(Body):
 class NamedTool(Body):
     """Which tool is to be called."""
 
+    kinds = ("function",)
     type: Literal["function"]
     function: NamedFunction
 
 
+def _read(arguments: str) -> dict[str, Any] | str:
+    """Arguments of a call; as they stand where they are no object, for then an answer was cut in them."""
+    try:
+        found = json.loads(arguments or "{}")
+    except (ValueError, RecursionError):
+        return arguments
+    return found if isinstance(found, dict) else arguments
+
+
+def check_arguments(arguments: str) -> None:
+    """Refuse arguments of a call that nobody can write.
+
+    Raises:
+        PydanticCustomError: with the reason.
+
+    """
+    if (fault := json_fault(_read(arguments))) is not None:
+        raise PydanticCustomError("lacking", "{fault}", {"option": "arguments", "fault": fault})
+
+
 @final
 class CalledFunction(Body):
-    """What was called. arguments: JSON of an object, as text."""
+    """What was called. arguments: JSON of an object, as text; of a call that was cut, as much as there is of it."""
 
     neutral: ClassVar[Mapping[str, Option]] = CALL
     name: Annotated[str, Field(min_length=1, max_length=64)]
     arguments: Annotated[str, Field(max_length=2**20)]
 
     @model_validator(mode="after")
-    def _object(self) -> CalledFunction:
-        try:
-            read = json.loads(self.arguments or "{}")
-        except (ValueError, RecursionError):
-            read = None
-        if not isinstance(read, dict):
-            raise PydanticCustomError("lacking", "expected a JSON object, as text", {"option": "arguments"})
-        if (fault := json_fault(read)) is not None:
-            raise PydanticCustomError("lacking", "{fault}", {"option": "arguments", "fault": fault})
+    def _writable(self) -> CalledFunction:
+        check_arguments(self.arguments)
         return self
-
-    @property
-    def read(self) -> dict[str, Any]:
-        """The arguments."""
-        found: dict[str, Any] = json.loads(self.arguments or "{}")
-        return found
 
 
 @final
@@ -101,16 +110,17 @@ class CallBody(Body):
     """A call that the model made."""
 
     neutral: ClassVar[Mapping[str, Option]] = CALL
+    kinds = ("function",)
     id: Annotated[str, Field(min_length=1, max_length=200)]
     type: Literal["function"]
     function: CalledFunction
 
     def told(self) -> dict[str, Any]:
-        """As a chat template takes it: with the arguments read."""
+        """As a chat template takes it: with the arguments read, where they are whole."""
         return {
             "id": self.id,
             "type": self.type,
-            "function": {"name": self.function.name, "arguments": self.function.read},
+            "function": {"name": self.function.name, "arguments": _read(self.function.arguments)},
         }
 
 

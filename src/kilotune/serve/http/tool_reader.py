@@ -1,8 +1,8 @@
 """Calls of tools in the text of an answer, as it comes.
 
 A text that only looks like a call stays content: broken JSON, a function that there is not. So a call is told once it
-is whole. Where a grammar sees to it that what begins as a call is one, it is told piece by piece. Blanks around calls
-are nobody's words.
+is whole. Where a grammar sees to it that what begins as a call is one, it is told piece by piece, and its beginning is
+never content: one that is cut before its name is whole is left out. Blanks around calls are nobody's words.
 """
 
 from __future__ import annotations
@@ -64,10 +64,12 @@ class ToolReader(ABC):
 
     Attributes:
         calls: how many there were.
+        cut: whether the answer ended within a call that was sure, so that its arguments are not whole, or it is left
+            out.
     """
 
     def __init__(self, ask: ToolAsk, sure: bool, form: ToolFormat) -> None:
-        self.calls = 0
+        self.calls, self.cut = 0, False
         self._ask, self._sure, self._form = ask, sure, form
         self._text, self._blanks = "", ""
         self._head = re.compile(rf'\s*\{{"name": ("(?:[^"\\]|\\.)*"), "{form.arguments}": ')
@@ -80,6 +82,15 @@ class ToolReader(ABC):
     @abstractmethod
     def end(self) -> Iterator[Piece]:
         """What was held back, at the end of the answer."""
+
+    @property
+    def open(self) -> bool:
+        """Whether the arguments of the last call are not whole yet."""
+        return self._value is not None and not self._value.done
+
+    def reason(self, ended: str) -> str:
+        """Why the answer ended, as chats say it: with calls, or in another way. After :meth:`end`."""
+        return "tool_calls" if self.calls and ended == "stop" and not self.cut else ended
 
     # -- what readers share ------------------------------------------------------------------------
 
@@ -186,6 +197,10 @@ class HermesReader(ToolReader):
 
     def end(self) -> Iterator[Piece]:
         if self._value is not None:  # cut, or its mark is cut
+            self.cut = self.open
+            return
+        if self._sure and (self._inside or (self._ask.must and self._text)):
+            self.cut = True
             return
         if self._inside:  # models leave the last mark out at times
             if (call := self._whole(self._text)) is not None:
@@ -225,7 +240,12 @@ class LlamaReader(ToolReader):
 
     def end(self) -> Iterator[Piece]:
         if self._value is not None:
+            self.cut = self.open
             return
+        if self._sure and (self._ask.must or not self._content) and (begun := self._text.strip()):
+            self.cut = self._ask.must or begun.startswith("{")
+            if self.cut:
+                return
         calls = self._all() if not self._content else []
         for call in calls:
             yield from self._call(*call)

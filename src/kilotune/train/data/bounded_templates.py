@@ -49,14 +49,14 @@ class BoundedTemplates:
         self._process.start()
 
     @contextmanager
-    def within(self, seconds: float = SECONDS) -> Iterator[None]:
-        """What this thread renders in the context takes so long at most, all together.
+    def within(self, seconds: float = SECONDS, most: int | None = None) -> Iterator[None]:
+        """What this thread renders in the context takes so long at most, and has so many characters, all together.
 
         Raises:
-            ConfigError: behind the context, where something in it took longer, whatever became of its error there.
+            ConfigError: behind the context, where something in it took more, whatever became of its error there.
 
         """
-        now = self._thread.now = _Chat(seconds)
+        now = self._thread.now = _Chat(seconds, most)
         try:
             yield
             if now.error is not None:
@@ -98,15 +98,20 @@ class BoundedTemplates:
             why = f"it takes more than {now.seconds:g} s" if error.why == "time" else error
             now.error = ConfigError(f"{name} cannot be rendered: {why}")
             raise now.error from None
+        now.written += len(found.get("text", ""))
+        if now.most is not None and now.written > now.most:
+            now.error = ConfigError(f"{name} writes more than {now.most} characters for a few short chats")
+            raise now.error
         return found
 
 
 @final
 class _Chat:
-    """The time that one chat has left, and the error that it came to."""
+    """The time that one chat has left, what was written for it and how much that may be, and its error."""
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, most: int | None = None) -> None:
         self.seconds = self.left = seconds
+        self.most, self.written = most, 0
         self.error: ConfigError | None = None
 
     def spend(self, seconds: float) -> None:

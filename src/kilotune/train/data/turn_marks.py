@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, final
 
 import numpy as np
 
+from ...errors import ConfigError
 from .spelling import any_of
 
 __all__ = ["ASSISTANT", "TOOLS", "Marks", "Message", "Text", "changed", "marks_of", "split_tools", "texts_of"]
@@ -35,6 +36,7 @@ BREAKS = r"\n\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029"
 LINE = rf"(?:^|[{BREAKS}])[^\S{BREAKS}]*"
 HEAD = re.compile(r"[^\w\s.!?]$")
 PROBE = re.compile(r"kilotune\d(?:word)?")  # the words of the chats that are tried
+MOST = 256  # plain marks of a template; each is looked for in each text
 BLANK = "\u2581"  # what SentencePiece writes for a blank
 
 
@@ -103,10 +105,17 @@ class Marks:
 
 
 def marks_of(tokenizer: Any, render: Callable[[Sequence[Message]], str]) -> Marks:
-    """The marks of a tokenizer, and of its chat template, which ``render`` runs (its errors are passed over)."""
+    """The marks of a tokenizer, and of its chat template, which ``render`` runs (its errors are passed over).
+
+    Raises:
+        ConfigError: there are too many of them.
+
+    """
     added = {token.content: token.special for token in tokenizer.added_tokens_decoder.values() if token.content}
     special = {name for name, is_special in added.items() if is_special} | {*map(str, tokenizer.all_special_tokens)}
     turns, heads, plain = _between_turns(render, added)
+    if len(plain) > MOST:
+        raise ConfigError(f"the chat template has {len(plain)} marks of turns that are no tokens; taken are {MOST}")
     never = special | {name for name in turns if _is_sign(name)}
     return Marks(
         never=tuple(sorted(never - {""})),
