@@ -22,7 +22,6 @@ import httpx2
 import torch
 
 from kilotune import PeftModel, VeraConfig, get_peft_model
-from kilotune.errors import AdapterError
 from kilotune.fleet import wrap
 from kilotune.fleet.store import AdapterStore, Contents, SharedVersion, Version, open_store
 from kilotune.fleet.store.preparing import contents_of
@@ -240,10 +239,7 @@ class StoreCatalogue:
         return self.store(namespace).info(name, which)
 
     def versions(self, namespace: str, name: str) -> list[Version]:
-        found = self.store(namespace).versions(name)
-        if not found:
-            raise AdapterError(f"there is no adapter {name!r} in this namespace")
-        return found
+        return self.store(namespace).versions(name)
 
     def aliases(self, namespace: str, name: str) -> dict[str, int]:
         return self.store(namespace).aliases(name)

@@ -101,3 +101,26 @@ def test_what_asks_for_nothing_beside_log_probabilities_and_streams(client: http
     streamed = {**ASKED, "stream": True, "stream_options": {"continuous_usage_stats": False}}
     assert post(client, CHAT, streamed).status_code == 200
     assert post(client, CHAT, {**ASKED, "top_logprobs": 1}).status_code == 400
+
+
+HALF = "\ud800"
+
+
+@pytest.mark.parametrize(
+    ("path", "more"),
+    [
+        (CHAT, {"tools": [{"type": "function", "function": {"name": "f", "description": HALF}}]}),
+        (CHAT, {"metadata": {HALF: "a"}}),
+        (CHAT, {"messages": [{"role": "user", "content": HALF}]}),
+        (RESPONSES, {"tools": [{"type": "function", "name": "f", "description": HALF}]}),
+        (RESPONSES, {"metadata": {HALF: "a"}}),
+        (RESPONSES, {"text": {"format": {"type": "json_schema", "name": "x", "schema": {}, "description": HALF}}}),
+        (RESPONSES, {"instructions": HALF}),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_half_a_character_is_400_wherever_it_is(client: httpx2.Client, path: str, more: Any, stream: bool) -> None:
+    body = {**ASKED, **more} if path == CHAT else {"model": "tiny", "input": "a cat", "max_output_tokens": 2, **more}
+    answer = post(client, path, {**body, "stream": stream})
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["type"] == "invalid_request_error"

@@ -227,6 +227,8 @@ def _list_routes(router: APIRouter, service: Service) -> None:
         fit(lambda: check_name(name), "name")
         aliases = await service.ask(space, lambda: service.adapters.aliases(space, name), "name")
         versions = await service.ask(space, lambda: service.adapters.versions(space, name), "name")
+        if not versions:  # the error that there is wherever a name means nothing, with the nearest ones
+            versions = [await service.ask(space, lambda: service.adapters.info(space, name), "name")]
         return JSONResponse({"name": name, "versions": [_shown(one, aliases) for one in versions]})
 
 

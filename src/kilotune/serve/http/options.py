@@ -28,15 +28,17 @@ __all__ = [
     "TEXT",
     "Metadata",
     "Option",
+    "Told",
     "check_kind",
     "drop_neutral",
 ]
 
+Told = Annotated[str, Field(max_length=2**18)]  # a text with no bound may hold half a character, too
 SHOWN = 60  # characters of a type in an error
 Word = Annotated[str, Field(max_length=512)]
 Nothing = Annotated[list[Any], Field(max_length=0)]
 Empty = Annotated[dict[str, Any], Field(max_length=0)]
-Metadata = Annotated[dict[str, Annotated[str, Field(max_length=512)]], Field(max_length=16)]
+Metadata = Annotated[dict[Word, Word], Field(max_length=16)]
 
 
 @final

@@ -30,6 +30,7 @@ SPACE = "\u2581"  # what begins a word in SentencePiece's vocabularies
 LONG = 4000  # characters of a text that is not tokenised on the loop's own thread
 LARGE = 65_536  # characters of one for which no shorter one waits
 Turn = Literal["chats", "long", "large"]
+HALF = "the text holds half of a surrogate pair, which is no character"
 INCOMPLETE = "\ufffd"  # what a tokenizer makes of a part of a character
 
 
@@ -116,6 +117,8 @@ class Prompts:
                 rendered = await self._in_turn("chats", tenant, partial(chats.prompt, messages, ending))
         except ConfigError as error:
             raise ApiError(400, str(error), param=param) from error
+        except UnicodeEncodeError:
+            raise ApiError(400, HALF, param=param) from None
         text = rendered.text
         self._check_length(len(text), param, room)
         if (speller := rendered.speller) is not None:
@@ -213,7 +216,7 @@ def _ids(tokenizer: Any, text: str, special: bool) -> Sequence[int]:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ApiError(400, "the text holds half of a surrogate pair, which is no character") from None
+        raise ApiError(400, HALF) from None
     found = tokenizer(
         text, add_special_tokens=special, return_attention_mask=False, return_token_type_ids=False, verbose=False
     )

@@ -11,7 +11,7 @@ from pydantic_core import PydanticCustomError
 from ..engine.interface import Grammar
 from .bodies import Body
 from .json_values import json_fault
-from .options import ITEM, PART, REASONING, RESPONSE, TEXT, Metadata
+from .options import ITEM, PART, REASONING, RESPONSE, TEXT, Metadata, Told
 from .schemas import MAX_LOGPROBS, SamplingBody, Text
 from .structured import Schema, schema_text
 from .tool_bodies import CallBody, CalledFunction, Name, ToolAsk, ToolsBody, check_arguments
@@ -98,7 +98,7 @@ class ResponseTool(Body):
     kinds = ("function",)
     type: Literal["function"]
     name: Name
-    description: str | None = None
+    description: Told | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
@@ -136,7 +136,7 @@ class TextFormat(Body):
     type: Literal["text", "json_object", "json_schema"]
     name: Annotated[str, Field(min_length=1, max_length=64)] | None = None
     schema_: Schema | None = Field(None, alias="schema")
-    description: str | None = None
+    description: Told | None = None
     strict: bool | None = None
 
     @model_validator(mode="after")

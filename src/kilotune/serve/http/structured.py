@@ -11,7 +11,7 @@ from pydantic_core import PydanticCustomError
 
 from ..engine.interface import Grammar
 from .bodies import Body
-from .options import STRUCTURED, Option
+from .options import STRUCTURED, Option, Told
 
 __all__ = ["FormBody", "ResponseFormat", "Schema", "schema_text"]
 
@@ -32,7 +32,7 @@ class JsonSchema(Body):
 
     name: Annotated[str, Field(min_length=1, max_length=64)]
     schema_: Schema = Field(alias="schema")
-    description: str | None = None
+    description: Told | None = None
     strict: bool | None = None
 
 

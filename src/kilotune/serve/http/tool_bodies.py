@@ -12,7 +12,7 @@ from pydantic_core import PydanticCustomError
 
 from .bodies import Body
 from .json_values import json_fault
-from .options import CALL, Option
+from .options import CALL, Option, Told
 
 __all__ = ["CallBody", "CalledFunction", "FunctionBody", "Name", "ToolAsk", "ToolBody", "ToolsBody", "check_arguments"]
 
@@ -24,7 +24,7 @@ class FunctionBody(Body):
     """A function that may be called. parameters: a JSON schema of an object; strict: calls fit it in any case."""
 
     name: Name
-    description: str | None = None
+    description: Told | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
