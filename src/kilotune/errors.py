@@ -27,8 +27,11 @@ __all__ = [
     "faults_of",
     "first_line",
     "gather",
+    "is_out_of_memory",
     "nearest",
 ]
+
+NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
 
 
 class KilotuneError(ValueError):
@@ -127,6 +130,14 @@ def check_one_of(what: str, value: object, names: Iterable[str]) -> None:
 def first_line(error: BaseException) -> str:
     """The first line of another library's message, or the error's type where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether PyTorch or the system had no memory, which PyTorch says on CPUs by a RuntimeError's words alone."""
+    if isinstance(error, KilotuneError):
+        return False
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # by name: no torch here
+    return named or (isinstance(error, RuntimeError) and any(words in str(error).lower() for words in NO_MEMORY))
 
 
 def without_network(error: BaseException, repo: str) -> str:

@@ -251,7 +251,7 @@ def test_a_room_of_rooms_has_no_loose_files(sources: Sources, rooms: dict[str, R
         ("kilotune.train.trainer.stopping", "from ..run import train", "floor 12.4 imports floor 12.8"),
         ("kilotune.train.tasks.causal_lm", "from . import regression", "the files of train/tasks/ stand apart"),
         ("kilotune.fleet.store.sql", "from ..bank.adapter_bank import AdapterBank", "both are of floor 13.1"),
-        ("kilotune.serve.engine.sampling", "from ..http.keys import Keys", "floor 14.1 imports floor 14.2"),
+        ("kilotune.serve.engine.sampling", "from ..http.keys import Keys", "floor 14.1 imports floor 14.3"),
         ("kilotune.serve.engine.sampling", "from ...vllm import gate", "both are of floor 14"),
         ("kilotune.experiments.cnn.page", "from ..compare import report", "both are of floor 15.2"),
     ],

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from abc import ABC
 from collections.abc import Iterator, Mapping
+from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any, cast
 
 import torch
@@ -26,6 +29,7 @@ __all__ = [
     "check_base",
     "every_wrapper",
     "find",
+    "held_tensors",
     "is_parameter",
     "layer_around",
     "merged_into",
@@ -159,6 +163,22 @@ def bare_state(module: nn.Module) -> dict[str, Tensor]:
         elif not is_parameter(inner):
             own._save_to_state_dict(found, prefix, False)
     return found
+
+
+def held_tensors(root: nn.Module) -> Iterator[Tensor]:
+    """All tensors that a deep copy would copy, those that modules keep beside their parameters too."""
+    apart = (type, ModuleType, FunctionType, BuiltinFunctionType, weakref.ref)
+    seen: dict[int, Any] = {}
+    left: list[Any] = [root]
+    while left:
+        found = left.pop()
+        if id(found) in seen or isinstance(found, apart):
+            continue
+        seen[id(found)] = found
+        if isinstance(found, Tensor):
+            yield found
+        else:
+            left += gc.get_referents(found)
 
 
 def own_modules(root: nn.Module) -> Iterator[nn.Module]:

@@ -50,6 +50,7 @@ def test_every_check_holds(result: CnnResult) -> None:
     assert len(result.checks) == 14
 
 
+@pytest.mark.full
 def test_adapted_classes_rise_and_others_fall(result: CnnResult) -> None:
     others = result.settings.other_classes
     (before_adapted,), (before_others,) = result.levels(None, (2, 3, 7)), result.levels(None, others)
@@ -59,6 +60,7 @@ def test_adapted_classes_rise_and_others_fall(result: CnnResult) -> None:
         assert result.among(method) > result.among(None)
 
 
+@pytest.mark.full
 def test_turning_makes_the_room_and_touches_nothing_else(result: CnnResult) -> None:
     (seed,) = result.seeds
     for label in result.settings.other_classes:
@@ -69,11 +71,13 @@ def test_turning_makes_the_room_and_touches_nothing_else(result: CnnResult) -> N
     assert [label for label in range(10) if moved[label]] == [2, 3, 7]
 
 
+@pytest.mark.full
 def test_all_methods_start_from_one_network_and_see_as_much(result: CnnResult) -> None:
     assert len({run.losses[-1][0] for run in result.seeds[0].runs.values()}) == 1
     assert result.sizes == {"pretraining": 1198, "adaptation": 359, "test": 599}
 
 
+@pytest.mark.full
 def test_the_saved_adapters_are_the_first_seeds(result: CnnResult, tmp_path: Path) -> None:
     report.write_report(result, tmp_path)
     assert sorted(result.adapters) == [
@@ -96,7 +100,7 @@ def without_timings(result: CnnResult) -> dict[str, Any]:
     return plain
 
 
-@pytest.mark.heavy
+@pytest.mark.full
 def test_the_same_run_gives_the_same_numbers_and_pictures(tiny: CnnResult) -> None:
     first = tiny
     torch.manual_seed(2)
@@ -111,12 +115,14 @@ def test_the_same_run_gives_the_same_numbers_and_pictures(tiny: CnnResult) -> No
     assert report.page(first) == report.page(still)
 
 
+@pytest.mark.full
 def test_another_seed_gives_other_numbers(tiny: CnnResult) -> None:
     first, second = tiny, experiment.run(dataclasses.replace(TINY, first_seed=1))
     assert first.seeds[0].losses != second.seeds[0].losses
     assert first.adapters["vera/adapter_model.safetensors"] != second.adapters["vera/adapter_model.safetensors"]
 
 
+@pytest.mark.full
 def test_progress_goes_from_start_to_end_and_global_state_is_left_alone() -> None:
     told: list[tuple[str, int, int]] = []
     state, threads = torch.get_rng_state(), torch.get_num_threads()
@@ -256,7 +262,7 @@ def _leave_b_at_zero(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(experiment, "train", train)
 
 
-@pytest.mark.heavy
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("fault", "claim"),
     [
@@ -308,6 +314,7 @@ def read_page(text: str) -> Reader:
     return reader
 
 
+@pytest.mark.heavy
 def test_the_page_is_whole_and_needs_nothing_else(result: CnnResult) -> None:
     text = report.page(result)
     reader = read_page(text)
@@ -325,6 +332,7 @@ def test_the_page_is_whole_and_needs_nothing_else(result: CnnResult) -> None:
             assert not re.search(rb'href="(?!#)', picture)
 
 
+@pytest.mark.full
 def test_the_page_says_what_matters(result: CnnResult) -> None:
     text = " ".join("".join(read_page(report.page(result)).text).split())
     for part in (
@@ -337,6 +345,7 @@ def test_the_page_says_what_matters(result: CnnResult) -> None:
         assert part in text, part
 
 
+@pytest.mark.full
 def test_a_failed_run_says_so(result: CnnResult) -> None:
     failing = dataclasses.replace(result, seeds=[seed_run(0, {"vera": {"reload_exact": False}})])
     text = report.page(failing)
@@ -345,6 +354,7 @@ def test_a_failed_run_says_so(result: CnnResult) -> None:
     assert "Those classes rose" not in text
 
 
+@pytest.mark.full
 def test_the_page_of_several_seeds_shows_their_range(result: CnnResult) -> None:
     settings = dataclasses.replace(result.settings, seeds=2, rotation=0.0)
     lower = seed_run(1, {"vera": {"after": accuracies(0.7, 0.7)}})
@@ -355,6 +365,7 @@ def test_the_page_of_several_seeds_shows_their_range(result: CnnResult) -> None:
     assert "Nothing was done to the pictures" in text
 
 
+@pytest.mark.full
 def test_names_are_escaped(result: CnnResult) -> None:
     names = ("<script>alert(1)</script>", *result.class_names[1:])
     settings = dataclasses.replace(result.settings, classes=(0, 2))
@@ -364,6 +375,7 @@ def test_names_are_escaped(result: CnnResult) -> None:
     read_page(text)
 
 
+@pytest.mark.full
 def test_results_are_written_next_to_the_page(result: CnnResult, tmp_path: Path) -> None:
     files = report.write_report(result, tmp_path / "new" / "folder")
     assert [path.name for path in files[-2:]] == ["results.json", "report.html"]

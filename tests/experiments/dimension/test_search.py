@@ -93,7 +93,7 @@ def constraints(**changes: Any) -> DimensionResult:
     return measure(Constraints(), search)
 
 
-@pytest.mark.heavy
+@pytest.mark.full
 @pytest.mark.parametrize("projection", ["fastfood", "dense"])
 def test_ten_constraints_have_dimension_ten_and_a_scale_costs_one_more(projection: str) -> None:
     result = constraints(projection=projection)
@@ -377,6 +377,7 @@ def wavy(d: int, rate: float, seed: int) -> float:
 SEARCH = Search(highest=2000, rates=(0.1, 1.0, 2.0), full_rates=(1.0, 2.0), resolution=0.05)
 
 
+@pytest.mark.full
 def test_an_interrupted_search_goes_on_where_it_was(tmp_path: Path) -> None:
     whole_task = Given(wavy)
     whole = measure(whole_task, SEARCH)
@@ -404,7 +405,7 @@ def test_an_interrupted_search_goes_on_where_it_was(tmp_path: Path) -> None:
     assert idle.fitted == []
 
 
-@pytest.mark.heavy
+@pytest.mark.full
 def test_a_wider_search_uses_what_is_there_and_runs_the_rest(tmp_path: Path) -> None:
     path, task = tmp_path / "runs.jsonl", Given(wavy)
     measure(task, SEARCH, stored(path, task, SEARCH))
@@ -596,6 +597,7 @@ class Text(HTMLParser):
         self.text += data
 
 
+@pytest.mark.full
 def test_the_report_holds_what_was_measured(small: DimensionResult, tmp_path: Path) -> None:
     files = write_dimension_report(small, tmp_path)
     assert [path.name for path in files] == ["scores.svg", "scores.csv", "results.json", "report.html"]
@@ -620,6 +622,7 @@ def test_the_report_holds_what_was_measured(small: DimensionResult, tmp_path: Pa
     assert not re.search(r"(src|href)=\"(?!data:)", (tmp_path / "report.html").read_text())
 
 
+@pytest.mark.full
 def test_names_are_escaped(small: DimensionResult) -> None:
     hostile = "<script>alert(1)</script>"
     settings = {**small.settings, hostile: hostile}
@@ -630,11 +633,13 @@ def test_names_are_escaped(small: DimensionResult) -> None:
     Text().feed(text)
 
 
+@pytest.mark.full
 def test_equal_results_draw_equal_pictures(small: DimensionResult) -> None:
     assert score_chart(small) == score_chart(small)
     assert score_chart(small).startswith(b"<?xml")
 
 
+@pytest.mark.full
 def test_the_pages_example_prints_what_the_page_says(capsys: pytest.CaptureFixture[str]) -> None:
     page = (ROOT / "docs" / "intrinsic-dimension.md").read_text(encoding="utf-8")
     found = re.search(r"```python\n(.*?)```.*?```\n(.*?)```", page, re.DOTALL)

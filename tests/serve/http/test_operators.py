@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import re
@@ -9,21 +10,24 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2
 import pytest
+import uvicorn
 from prometheus_client.parser import text_string_to_metric_families
 
 from kilotune.errors import ConfigError
+from kilotune.serve.http import process as http_process
 from kilotune.serve.http.keys import Keyring, new_key
 from kilotune.serve.http.settings import ServeSettings
 from tests.serve.http.test_http_errors import GOOD, error
 from tests.serve.http.test_leaving_clients import slow_base
 from tests.serve.http.test_management_routes import wait_for
-from tests.serve.http.test_process import process
+from tests.serve.http.test_process import complete, process
 from tests.support.cli_helpers import error as refused
-from tests.support.http_support import BASE, Running, adapter_folder, batching, keyring, serving
+from tests.support.http_support import BASE, Running, adapter_folder, base_folder, batching, keyring, serving
 from tests.support.paths import ROOT
 
 ASK = {**GOOD, "max_tokens": 3, "ignore_eos": True}
@@ -350,6 +354,53 @@ def test_a_process_that_ends_takes_connections_until_its_answers_are_done(tmp_pa
         assert served.process.wait(20) == 0
         slow = [line for line in served.lines() if line["event"] == "slow request"]
         assert [line["completion_tokens"] for line in slow] == [60]
+
+
+@pytest.mark.parametrize(("notice", "drain"), [(0.0, 30.0), (5.0, 30.0), (5.0, 0.0)])
+@pytest.mark.parametrize("running", [False, True])
+def test_it_ends_no_sooner_than_a_balancer_has_read_it(
+    monkeypatch: pytest.MonkeyPatch, notice: float, drain: float, running: bool
+) -> None:
+    """On a clock of the test's own, with nothing that runs, and with something that never ends."""
+    now, since = [1000.1], 1000.1
+    monkeypatch.setattr(http_process, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    server = http_process._Server(uvicorn.Config(lambda: None))
+    server.drain_seconds, server.notice_seconds = drain, notice
+    server.service = told = SimpleNamespace(  # type: ignore[assignment]
+        leaving=False, draining=False, ending=False, gate=SimpleNamespace(count=0)
+    )
+    server.server_state.tasks = {None} if running else set()  # type: ignore[arg-type]
+    assert asyncio.run(server.on_tick(1)) is False
+    server.handle_exit(signal.SIGTERM, None)
+    assert (told.leaving, told.draining, told.ending) == (True, not notice, not notice)
+    while not asyncio.run(server.on_tick(1)):
+        assert told.draining == told.ending == (now[0] >= since + notice)
+        now[0] += 0.1
+    assert told.draining
+    assert now[0] - since == pytest.approx(notice + (drain if running else 0.0), abs=0.11)
+
+
+def test_asked_again_it_ends_within_its_notice() -> None:
+    server = http_process._Server(uvicorn.Config(lambda: None))
+    server.drain_seconds, server.notice_seconds = 60.0, 60.0
+    server.service = told = SimpleNamespace(leaving=False, draining=False, ending=False)  # type: ignore[assignment]
+    server.handle_exit(signal.SIGTERM, None)
+    assert (told.leaving, told.draining, server.should_exit) == (True, False, False)
+    server.handle_exit(signal.SIGTERM, None)
+    assert (told.draining, told.ending, server.should_exit, server.force_exit) == (True, True, True, True)
+
+
+@pytest.mark.heavy
+def test_within_its_notice_a_process_answers_and_is_not_ready(tmp_path: Path) -> None:
+    more = ("--name", "base", "--set", "notice_seconds=60")
+    with process(base_folder(), tmp_path / "adapters.db", tmp_path, *more) as served:
+        served.process.send_signal(signal.SIGTERM)
+        wait_for(lambda: httpx2.get(f"{served.url}/ready").status_code == 503)
+        assert httpx2.get(f"{served.url}/ready").json() == {"status": "draining"}
+        assert complete(served.url, "any", "base").status_code == 200
+        assert served.process.poll() is None
+        served.process.send_signal(signal.SIGTERM)
+        served.process.wait(20)
 
 
 @pytest.mark.heavy

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor, nn
 
-from ...errors import ResourceError, UnsupportedError, first_line
+from ...errors import ResourceError, UnsupportedError, first_line, is_out_of_memory
 from ...layers.route import Cohort, Route, RoutedLayer
 from ...layers.slot import Slot
 from ...model.adapter_model import AdapterModel
@@ -194,15 +194,15 @@ class Passes:
     def _attempt(self, parts: Sequence[Part], run: Callable[[Sequence[Part]], list[Outcome]]) -> list[Outcome]:
         try:
             return run(parts)
-        except (torch.OutOfMemoryError, MemoryError) as error:
+        except Exception as error:
+            if not is_out_of_memory(error):
+                if len(parts) > 1:
+                    return [outcome for part in parts for outcome in self._attempt([part], run)]
+                return [self._fault(parts[0], error)]
             raise ResourceError(
                 f"a joint step of {len(parts)} users with {sum(len(part.rows) for part in parts)} rows takes more "
                 "memory than there is; set a lower users_per_step or batch_size, or cut the rows shorter"
             ) from error
-        except Exception as error:
-            if len(parts) > 1:
-                return [outcome for part in parts for outcome in self._attempt([part], run)]
-            return [self._fault(parts[0], error)]
 
     def _learn(self, parts: Sequence[Part]) -> list[Outcome]:
         values = self._values(parts, wanted=True)

@@ -223,6 +223,12 @@ class Stepper:
             raise AdapterError(f"{name!r}: operation {number} is long done, and what came of it is not kept")
         return asked.result
 
+    @property
+    def waits(self) -> bool:
+        """Whether :meth:`work` has something to do; from any thread."""
+        with self._lock:
+            return any(trainee.due() is not None for trainee in self._trainees.values())
+
     def work(self) -> bool:
         """Do what is next: steps of the optimizer, and one pass. False: there was nothing to do."""
         did = self._quick()

@@ -36,6 +36,7 @@ from torch import Tensor
 
 from ...errors import ConfigError, KilotuneError, ResourceError, UnsupportedError, first_line
 from .cache_room import CacheRoom
+from .cores import Cores
 from .device_adapters import GoneError, Row
 from .fairness import FairQueue, Unread, share_out
 from .grammars import Grammars, wait_for
@@ -112,7 +113,7 @@ class TransformersEngine(Engine):
         self._ends = end_tokens(base)
         self._batch: PagedBatch | None = None
         self._queue: FairQueue[Run] = FairQueue()
-        self._pace = Pace(self._sizes.batch_tokens)
+        self._pace, self.cores = Pace(self._sizes.batch_tokens), Cores()
         self._running: dict[str, Run] = {}  # the oldest first
         self._suspects: deque[Run] = deque()
         self._parked: list[Run] = []  # whose grammars are not done with their next token
@@ -145,8 +146,7 @@ class TransformersEngine(Engine):
     def _warm(self, steps: int = 2) -> None:
         """Run the base alone. What a first step takes longer for (threads, memory, picked kernels) is taken so."""
         assert self._batch is not None
-        run = Run.warming()
-        self._running["warm"] = run
+        self._running["warm"] = Run.warming()
         self._batch.add("warm", [0] * min(8, self.max_length - 1))
         for _ in range(steps):
             with self._adapters.residents.turns.stepping():
@@ -407,6 +407,7 @@ class TransformersEngine(Engine):
         assert self._batch is not None
         try:
             with self._adapters.residents.turns.stepping():
+                self.cores.serve()
                 began = time.monotonic()
                 parts = self._batch.step()
         except Exception as error:
@@ -475,10 +476,7 @@ class TransformersEngine(Engine):
     def _around(self, parts: list[Part]) -> Iterator[None]:
         whose = [(self._running[part.id].held if part.id else None, part.tokens) for part in parts]
         route = self._adapters.residents.route(whose)
-        if route is None:
-            yield
-            return
-        with self._adapters.model.running(route):
+        with contextlib.nullcontext() if route is None else self._adapters.model.running(route):
             yield
 
     def _share(self, unread: dict[str, int], room: int) -> dict[str, int]:

@@ -14,7 +14,8 @@ import hashlib
 import threading
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, final
@@ -35,7 +36,7 @@ from ...errors import (
     did_you_mean,
 )
 from ...fleet.stepper.wrapping import wrap
-from ...fleet.store import AdapterStore, Contents, Fingerprint, SharedVersion, Version, open_store
+from ...fleet.store import AdapterStore, Contents, Fingerprint, Record, SharedVersion, Version, open_store
 from ...fleet.store.adapter_store import Adapter, Which
 from ...fleet.store.names import SHARED, check_name, check_which
 from ...fleet.store.preparing import check_said, contents_of
@@ -118,6 +119,7 @@ class AdapterRegistry:
         self._row_bytes = 0
         self._loading: dict[str, threading.Event] = {}
         self._resolved: OrderedDict[tuple[str, str, Which], AdapterKey] = OrderedDict()
+        self._unstored: dict[str, AdapterFile] = {}
         self._away: str | None = None
         self.trial: Trial | None = None
         self._store("default")  # it must be there now; later it may come and go
@@ -263,6 +265,14 @@ class AdapterRegistry:
         """Which shared version an adapter of ``namespace`` is put on top of; see :meth:`AdapterStore.settle`."""
         return self._ask(namespace, lambda store: store.settle(on))
 
+    def shared(self, namespace: str, on: SharedVersion) -> Record:
+        """A shared version, whole; see :meth:`AdapterStore.find_shared`."""
+        return self._ask(namespace, lambda store: store.find_shared(on))
+
+    def stored(self, namespace: str, version: Version) -> Record:
+        """A version, whole; see :meth:`AdapterStore.get`."""
+        return self._ask(namespace, lambda store: store.get(version.name, version.version))
+
     def check(self, namespace: str, name: str, adapter: Adapter, on: SharedVersion | None = None) -> Contents:
         """See that an adapter can be put: files' hashes, base, configuration, shapes, frozen matrices, finite values,
         norms, and that one token runs through it, on top of what it stands on. Nothing is kept.
@@ -392,7 +402,34 @@ class AdapterRegistry:
             with self._lock:
                 self._loading.pop(name).set()
 
+    @contextmanager
+    def unstored(
+        self, namespace: str, name: str, contents: Contents, on: SharedVersion | None = None
+    ) -> Iterator[AdapterKey]:
+        """Have an adapter answer that is in no store, by the key that is given, until the context is left.
+
+        Args:
+            namespace: whose it is.
+            name: for errors; nobody can ask for it by this.
+            contents: of it, which are those of this model's adapters.
+            on: what it stands on.
+
+        """
+        below = None if on is None else AdapterKey.shared(on)
+        key = AdapterKey(namespace, name, 0, f"{uuid.uuid4().hex}", below)  # shares no cache with what comes later
+        self._unstored[_row_name(key)] = contents.file
+        try:
+            yield key
+        finally:
+            del self._unstored[_row_name(key)]
+            with self._lock:
+                self._drop(_row_name(key))
+
     def _read(self, key: AdapterKey, name: str) -> Row:
+        if (file := self._unstored.get(name)) is not None:
+            what = f"adapter {key.name!r}"
+            row = self.residents.row(name, file, what)
+            return row if key.on is None else self.residents.stacked(row, self.row(key.on), what)
         record = self._ask(key.namespace, lambda store: store.get(key.name, key.version))
         if record.info.sha256 != key.sha256:
             raise CheckpointError(

@@ -257,8 +257,8 @@ def _health(app: FastAPI, service: Service, errors: dict[int | str, dict[str, An
 
     @app.get("/ready", operation_id="ready", response_model=None, tags=["health"])
     async def ready() -> Response:
-        """200 while requests are taken."""
-        state = "failed" if service.engine.healthy() else "draining" if service.draining else "ok"
+        """200 while requests are taken, and are to be sent here."""
+        state = "failed" if service.engine.healthy() else "draining" if service.draining or service.leaving else "ok"
         return JSONResponse({"status": state}, 200 if state == "ok" else 503)
 
     text: dict[int | str, dict[str, Any]] = {**errors, 200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}

@@ -68,23 +68,33 @@ class _Server(uvicorn.Server):
     """uvicorn, which ends as this service does: it lets what runs go on for a while, and refuses what is new.
 
     Meanwhile it takes connections still, so that a balancer reads from ``/ready`` that it ends, and who asks is told to
-    ask another one, where a closed port would be an error. After that it does what uvicorn does. Tested with uvicorn
-    0.54.
+    ask another one, where a closed port would be an error. With ``notice_seconds`` it takes what is new, too, so long
+    as a balancer may not have read it. After that it does what uvicorn does. Tested with uvicorn 0.54.
     """
 
     service: Service
     drain_seconds: float
+    notice_seconds: float
     tell: Callable[[], None]
     until: float | None = None
     """When what runs is cut off, of time.monotonic(); None: nobody told it to end."""
     _told = False
+    _taking = 0.0  # until when what is new is taken, from then on
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self.service.draining = self.service.ending = True
+        self.service.leaving = True
         if self.until is not None:  # asked again
             self.should_exit = self.force_exit = True
         else:
-            self.until = time.monotonic() + self.drain_seconds
+            self._taking = time.monotonic() + self.notice_seconds
+            self.until = self._taking + self.drain_seconds
+        self._drain()
+
+    def _drain(self) -> bool:
+        """Take nothing new, once the notice was given for long enough; whether it was."""
+        if self.force_exit or time.monotonic() >= self._taking:
+            self.service.draining = self.service.ending = True
+        return self.service.ending
 
     async def on_tick(self, counter: int) -> bool:
         if await super().on_tick(counter):
@@ -94,7 +104,7 @@ class _Server(uvicorn.Server):
         if not self._told:
             self._told = True
             log("ending", answers=self.service.gate.count)
-        return not self.server_state.tasks or time.monotonic() >= self.until
+        return self._drain() and (not self.server_state.tasks or time.monotonic() >= self.until)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -136,6 +146,7 @@ def run(service: Service, listening: socket.socket, ready: Callable[[str], None]
     )
     server = _Server(config)
     server.service, server.drain_seconds = service, service.settings.drain_seconds
+    server.notice_seconds = service.settings.notice_seconds
 
     def tell() -> None:
         log("serving", url=url, base=service.base)

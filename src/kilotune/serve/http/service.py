@@ -103,6 +103,7 @@ class Service:
         self.metrics = Metrics(settings.metrics_tenants, settings.metrics_adapters, base, engine.stats)
         self.created = int(time.time())
         self._judged: OrderedDict[AdapterKey, OwnTemplate | None] = OrderedDict()
+        self.leaving = False  # the process was told to end, and takes requests still
         self.draining = False  # takes no requests for answers
         self.ending = False  # the process was told to end: nothing new is taken
         self.notes: tuple[str, ...] = ()  # what to tell of the base, once there is a log

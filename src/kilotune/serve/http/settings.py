@@ -97,6 +97,12 @@ class ServeSettings(Section):
     write_seconds: float = setting(
         60.0, number(0, above=True), "A client that takes nothing of its answer for so long is dropped."
     )
+    notice_seconds: float = setting(
+        0.0,
+        number(0),
+        "How long requests are still taken once the service is told to end, with /ready at 503 already, so that a "
+        "balancer sees it.",
+    )
     drain_seconds: float = setting(
         30.0, number(0), "How long running requests may go on once the service is told to end."
     )

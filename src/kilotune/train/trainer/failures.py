@@ -22,6 +22,7 @@ from ...errors import (
     ResourceError,
     did_you_mean,
     first_line,
+    is_out_of_memory,
 )
 from ..settings.sections import TrainSettings
 from .output_folder import RECORD_NAME, newest
@@ -41,7 +42,6 @@ __all__ = [
 
 ROWS = "kilotune_rows"  # in a training batch: which rows of train it is made of
 SHOWN_ROWS = 16
-NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room, no more of one's share, no larger file
 # What torch.save says of a disk that takes no more, in one version or another.
 NO_DISK = ("PytorchStreamWriter", "iostream error", "file write failed", "No space left", "unexpected pos")
@@ -165,9 +165,7 @@ def advise_on_memory(settings: TrainSettings, where: str, guard: Guard | None = 
     except KilotuneError:
         raise
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        text = str(error)
-        known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        if not known and not any(phrase in text.lower() for phrase in NO_MEMORY):
+        if not is_out_of_memory(error):
             raise
         shape = "" if guard is None or not guard.shape else f" with a batch of {' x '.join(map(str, guard.shape))}"
         knobs = "; ".join(knobs_of(settings, loading=guard is None))

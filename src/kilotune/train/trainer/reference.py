@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import copy
-import gc
-import weakref
-from collections.abc import Iterator
 from functools import partial
-from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,7 +12,7 @@ from torch import Tensor, nn
 from ... import storage
 from ...errors import ConfigError, UnsupportedError, type_name
 from ...injection import inject
-from ...injection.tree import own_modules
+from ...injection.tree import held_tensors, own_modules
 from ...model.adapter_model import AdapterModel
 from ...projections.matrices import Projections
 from ...storage.sharded import is_unit
@@ -48,7 +45,7 @@ def reference_of(root: nn.Module, reference: str) -> nn.Module:
     handed.wide.restore()
     _check(root, handed)
     storage.settle(own_modules(root))
-    memo: dict[int, Any] = {id(tensor): tensor for tensor in _tensors(root)}
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in held_tensors(root)}
     memo.update({id(tensor): _apart(tensor) for tensor in handed.trained().values() if _changes(tensor)})
     try:
         made = copy.deepcopy(root, memo)
@@ -92,22 +89,6 @@ def _changes(tensor: Tensor) -> bool:
 def _apart(tensor: Tensor) -> Tensor:
     own = tensor.detach().clone()
     return nn.Parameter(own, requires_grad=False) if isinstance(tensor, nn.Parameter) else own
-
-
-def _tensors(root: nn.Module) -> Iterator[Tensor]:
-    """All tensors that a deep copy would copy, those that modules keep beside their parameters too."""
-    apart = (type, ModuleType, FunctionType, BuiltinFunctionType, weakref.ref)
-    seen: dict[int, Any] = {}
-    left: list[Any] = [root]
-    while left:
-        found = left.pop()
-        if id(found) in seen or isinstance(found, apart):
-            continue
-        seen[id(found)] = found
-        if isinstance(found, Tensor):
-            yield found
-        else:
-            left += gc.get_referents(found)
 
 
 def _keep_adapters(made: nn.Module, kept: tuple[str, ...]) -> None:

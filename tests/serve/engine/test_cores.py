@@ -1,0 +1,54 @@
+"""While a pass of training runs, an engine's steps take the cores that are left."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from kilotune.serve.engine.cores import Cores
+
+
+@pytest.fixture(autouse=True)
+def threads_as_before() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def in_a_thread(cores: Cores, inside: threading.Event, leave: threading.Event, found: list[int]) -> threading.Thread:
+    def run() -> None:
+        with cores.learning():
+            found.append(torch.get_num_threads())
+            inside.set()
+            leave.wait(60)
+
+    made = threading.Thread(target=run)
+    made.start()
+    assert inside.wait(60)
+    return made
+
+
+@pytest.mark.parametrize(("threads", "training", "left"), [(4, 1, 3), (2, 1, 1), (1, 1, 1), (2, 2, 1)])
+def test_steps_take_what_is_left(threads: int, training: int, left: int) -> None:
+    cores = Cores(training, threads)
+    cores.serve()
+    assert torch.get_num_threads() == threads
+    inside, leave, found = threading.Event(), threading.Event(), list[int]()
+    other = in_a_thread(cores, inside, leave, found)
+    cores.serve()
+    assert (found, torch.get_num_threads()) == ([training], left)
+    leave.set()
+    other.join()
+    cores.serve()
+    assert torch.get_num_threads() == threads
+
+
+def test_a_pass_that_fails_gives_its_cores_back() -> None:
+    cores = Cores(1, 3)
+    with pytest.raises(KeyError), cores.learning():
+        raise KeyError
+    cores.serve()
+    assert torch.get_num_threads() == 3
