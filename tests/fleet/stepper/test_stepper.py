@@ -260,3 +260,31 @@ def test_only_so_many_operations_wait() -> None:
             stepper.submit("ann", Forward(rows_for(0)))
         with pytest.raises(ResourceError, match="2 operations are waiting already"):
             stepper.submit("ann", Forward(rows_for(0)))
+
+
+def test_logits_are_made_where_a_label_follows_alone() -> None:
+    """Most of a chat is read and not learned: its tokens need no logits, and the numbers are the same."""
+    found = []
+    for keeps in (True, False):
+        base = model()
+        seen: list[int] = []
+        base.lm_head.register_forward_pre_hook(lambda _, given, seen=seen: seen.append(given[0].shape[1]))
+        with Stepper(base) as stepper:
+            stepper._passes._keeps = stepper._passes._keeps and keeps
+            stepper.open("a", CONFIGS["lora"][0])
+            rows = [
+                {"input_ids": [3, 4, 5, 6, 7, 8], "labels": [-100, -100, -100, -100, 7, 8]},
+                {"input_ids": [9, 4, 5], "labels": [-100, -100, 5]},
+            ]
+            asked = [stepper.submit("a", ForwardBackward(rows)), stepper.submit("a", OptimStep(HOW))]
+            asked += [stepper.submit("a", Forward(rows)), stepper.submit("a", Save())]
+            first, _, second, saved = finished(stepper, *asked)
+        assert set(seen) == {3 if keeps else 6}  # those before tokens 2, 4 and 5
+        found.append((first, second, saved))
+    (first, second, saved), (other_first, other_second, other_saved) = found
+    for one, other in ((first, other_first), (second, other_second)):
+        assert one.loss == pytest.approx(other.loss, rel=1e-12)
+        for mine, theirs in zip(one.logprobs, other.logprobs, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
+    for key, tensor in saved.tensors.items():
+        torch.testing.assert_close(tensor, other_saved.tensors[key], rtol=0, atol=1e-9)

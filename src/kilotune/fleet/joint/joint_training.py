@@ -34,7 +34,7 @@ from ...model.kept_rows import KeptRows
 from ...model.last_blocks import in_last_blocks
 from ..stepper.adapter_rows import Rows, start_row
 from ..stepper.given_adapters import Existing, beneath, start_of
-from ..stepper.losses import Loss, loss_of
+from ..stepper.losses import Loss, causal_lm, loss_of
 from ..stepper.mixed_pass import Collate, Outcome, Part, Passes, Setup
 from ..stepper.prepared_base import contents_of, form_in, prepared
 from ..store import AdapterStore, Fingerprint
@@ -214,8 +214,8 @@ class JointTraining:
         on = None if given is None else beneath(model, given, self._form, held, store)
         self._on = None if on is None else on.known
         self._start = None if start is None else start_of(model, self._form, start, self._on, store)
-        self._setup, self._passes = Setup(self._rows, self._collate, self._loss, on), Passes(model)
-        self._adapted, self._base = model, Fingerprint.of(model)
+        self._setup = Setup(self._rows, self._collate, self._loss, on, labelled=self._loss is causal_lm)
+        self._adapted, self._base, self._passes = model, Fingerprint.of(model), Passes(model)
         self._state: StateFolder | None = None
         if self._folder is not None:
             identity = {

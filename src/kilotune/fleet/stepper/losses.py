@@ -10,7 +10,9 @@ from torch import Tensor
 
 from ...errors import ConfigError, did_you_mean
 
-__all__ = ["LOSSES", "Loss", "RowLoss", "causal_lm", "classification", "loss_of"]
+__all__ = ["LOSSES", "KeptLogits", "Loss", "RowLoss", "causal_lm", "classification", "label_losses", "loss_of"]
+
+IGNORED = -100
 
 
 @final
@@ -26,6 +28,14 @@ class RowLoss(NamedTuple):
     told: Tensor | None = None
 
 
+@final
+class KeptLogits(NamedTuple):
+    """What a model returned, at some of its tokens alone. logits: (rows, places, vocabulary). places: (places,)."""
+
+    logits: Tensor
+    places: Tensor
+
+
 Loss = Callable[[Any, Mapping[str, Tensor]], RowLoss]
 """Of what the model returned and the batch, its ``labels`` included."""
 
@@ -35,18 +45,33 @@ def causal_lm(output: Any, batch: Mapping[str, Tensor]) -> RowLoss:
 
     output: has ``logits`` (rows, tokens, vocabulary), or is that tensor. batch: ``labels`` (rows, tokens).
     """
-    logits = _logits(output)
-    labels = F.pad(batch["labels"][:, 1:], (0, 1), value=-100)  # the labels move, not the logits, which are large
+    each = label_losses(output, batch["labels"])
+    return RowLoss(each.sum(1), (batch["labels"][:, 1:] != IGNORED).sum(1))
+
+
+def label_losses(output: Any, labels: Tensor) -> Tensor:
+    """(rows, tokens - 1) of each token but the first: the cross-entropy of its label; 0 where it has none.
+
+    output: see :func:`causal_lm`, or :class:`KeptLogits` of all tokens whose next one has a label.
+    """
+    logits, following = _wide(_logits(output)), labels[:, 1:]
+    if not isinstance(output, KeptLogits):  # the labels move, not the logits, which are large
+        return _entropies(logits, F.pad(following, (0, 1), value=IGNORED))[:, :-1]
+    each = _entropies(logits, following[:, output.places])
+    return each.new_zeros(following.shape).index_copy(1, output.places, each)
+
+
+def _entropies(logits: Tensor, labels: Tensor) -> Tensor:
     _check(labels, logits.shape[-1])
-    each = F.cross_entropy(_wide(logits).flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")
-    return RowLoss(each.view_as(labels).sum(1), (labels != -100).sum(1))
+    each = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
+    return each.view_as(labels)
 
 
 def classification(output: Any, batch: Mapping[str, Tensor]) -> RowLoss:
     """The mean over the rows that have a label (-100: none): ``logits`` (rows, classes) and ``labels`` (rows,)."""
     logits, labels = _logits(output), batch["labels"]
     _check(labels, logits.shape[-1])
-    return RowLoss(F.cross_entropy(_wide(logits), labels, ignore_index=-100, reduction="none"), labels != -100)
+    return RowLoss(F.cross_entropy(_wide(logits), labels, ignore_index=IGNORED, reduction="none"), labels != IGNORED)
 
 
 LOSSES: Mapping[str, Loss] = {"causal-lm": causal_lm, "classification": classification}

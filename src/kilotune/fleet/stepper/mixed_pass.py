@@ -12,6 +12,7 @@ by row. Nothing here changes an adapter's numbers: a pass adds to what its row h
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,7 +30,7 @@ from ...model.adapter_model import AdapterModel
 from ..bank.forms import ResidentForm
 from .adapter_rows import Rows
 from .given_adapters import Beneath
-from .losses import Loss, RowLoss
+from .losses import IGNORED, KeptLogits, Loss, RowLoss
 from .random_draws import dropped
 
 __all__ = ["Collate", "Outcome", "Part", "Passes", "Setup", "Trained"]
@@ -42,7 +43,7 @@ class Setup(NamedTuple):
     """How an adapter is trained. home: the rows of its form. collate: a list of rows -> a dict of tensors, rows first.
 
     loss: see :mod:`.losses`. on: the adapter beneath it, or None. inputs: what of a batch goes into the model; None:
-    all but its labels.
+    all but its labels. labelled: the loss takes :class:`~.losses.KeptLogits`, of tokens whose next one has a label.
     """
 
     home: Rows
@@ -50,6 +51,7 @@ class Setup(NamedTuple):
     loss: Loss
     on: Beneath | None = None
     inputs: frozenset[str] | None = None
+    labelled: bool = False
 
 
 @final
@@ -160,7 +162,9 @@ class Passes:
 
     def __init__(self, model: AdapterModel) -> None:
         self.model = model
-        self.vocabulary = _vocabulary(model.get_base_model())
+        base = model.get_base_model()
+        self.vocabulary = _vocabulary(base)
+        self._keeps = "logits_to_keep" in inspect.signature(base.forward).parameters
 
     # -- passes ----------------------------------------------------------------------------------
 
@@ -279,9 +283,26 @@ class Passes:
             if key not in ("labels", "inputs") and (wanted is None or key in wanted)
         }
         given = [batch["inputs"]] if "inputs" in batch else []
+        places = self._places(parts, batch, draw)
+        if places is not None:
+            inputs["logits_to_keep"] = places
         with self.model.running(Route(len(rows), levels[0] if levels else (), above=levels[1:])):
             output = self.model.model(*given, **inputs)
+        if places is not None:
+            output = KeptLogits(output.logits, places)
         return self._judged(parts, bounds, output, batch)
+
+    def _places(self, parts: Sequence[Part], batch: Mapping[str, Tensor], draw: bool) -> Tensor | None:
+        """The tokens whose logits the losses need, where these are not all; None: all are made.
+
+        Not with dropout: what is drawn for a token goes by its place, and a layer of the head would see other places.
+        """
+        labels = batch.get("labels")
+        able = self._keeps and labels is not None and labels.ndim == 2 and all(part.setup.labelled for part in parts)
+        if labels is None or not able or (draw and any(part.setup.home.form.config.dropout for part in parts)):
+            return None
+        places = (labels[:, 1:] != IGNORED).any(0).nonzero().squeeze(1)
+        return places if 0 < len(places) < labels.shape[1] - 1 else None
 
     def _checked(self, batch: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
         """The batch, if rows can be told apart in it and its ids are in the vocabulary (a GPU does not say which)."""
@@ -297,7 +318,7 @@ class Passes:
                 raise ValueError(f"input_ids: {wrong} is not in 0 ... {self.vocabulary - 1}, the model's vocabulary")
         labels = batch.get("labels")
         if labels is not None and not labels.is_floating_point():
-            wrong_labels = labels[(labels < 0) & (labels != -100)]
+            wrong_labels = labels[(labels < 0) & (labels != IGNORED)]
             if wrong_labels.numel():
                 raise ValueError(f"labels: {int(wrong_labels[0])} is no class; -100 leaves one out")
         return dict(batch)
@@ -415,6 +436,8 @@ def _some(output: Any, rows: slice, count: int) -> Any:
     """What a model returned, for some of its rows."""
     if isinstance(output, Tensor):
         return output[rows]
+    if isinstance(output, KeptLogits):
+        return output._replace(logits=output.logits[rows])
     logits = output.logits
     if logits.shape[0] != count:
         raise UnsupportedError(f"the model's logits have {logits.shape[0]} rows for a batch of {count}")

@@ -127,7 +127,7 @@ class Trainee:
 
     def __init__(self, name: str, setup: Setup, slot: int, seed: int) -> None:
         self.name, self.slot, self.seed = name, slot, seed
-        self.setup = setup._replace(collate=collate, inputs=INPUTS)
+        self.setup = setup._replace(collate=collate, inputs=INPUTS, labelled=True)
         self.step = self.pieces = self.used = 0
         self.waiting: dict[int, Asked] = {}
         self.next = 0

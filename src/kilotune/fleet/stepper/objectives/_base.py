@@ -9,11 +9,9 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..losses import RowLoss
+from ..losses import IGNORED, RowLoss, label_losses
 
 __all__ = ["IGNORED", "Objective", "row_sums", "token_logprobs"]
-
-IGNORED = -100
 
 
 class Objective(ABC):
@@ -39,19 +37,16 @@ class Objective(ABC):
 
     def __call__(self, output: Any, batch: Mapping[str, Tensor]) -> RowLoss:
         """The loss of each row, and its log-probabilities beside it."""
-        logprobs = token_logprobs(output.logits, batch["labels"])
+        logprobs = token_logprobs(output, batch["labels"])
         return self.of(logprobs, batch)._replace(told=logprobs.detach())
 
 
-def token_logprobs(logits: Tensor, labels: Tensor) -> Tensor:
+def token_logprobs(output: Any, labels: Tensor) -> Tensor:
     """(rows, tokens): of each label given the tokens before it; 0 where there is none, as for the first token.
 
-    logits: (rows, tokens, vocabulary). labels: (rows, tokens), -100: none.
+    output: has logits (rows, tokens, vocabulary), or some of them. labels: (rows, tokens), -100: none.
     """
-    wide = logits if logits.dtype.itemsize >= 4 else logits.float()
-    following = labels[:, 1:]  # the label that each token predicts
-    each = -F.cross_entropy(wide[:, :-1].flatten(0, 1), following.flatten(), ignore_index=IGNORED, reduction="none")
-    return F.pad(each.view_as(following), (1, 0))
+    return F.pad(-label_losses(output, labels), (1, 0))
 
 
 def row_sums(logprobs: Tensor) -> Tensor:
