@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ import pytest
 from kilotune.errors import ConfigError
 from kilotune.fleet.store import open_store
 from kilotune.serve.http.keys import add_key
-from kilotune.serve.replicas import adapter_of, application
+from kilotune.serve.replicas import _Front, _front, adapter_of, application
 from tests.support.http_support import adapter_folder, base_folder, expected
 from tests.support.paths import SUPPORT
 
@@ -46,6 +47,64 @@ def test_an_adapter_is_told_by_key_and_name_whatever_its_version() -> None:
 def test_numbers_that_are_none(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"{next(iter(wrong))}: expected a whole number, at least 1, got"):
         application(lambda: None, **wrong)  # type: ignore[arg-type, return-value]
+
+
+PAGE, OTHER = "https://app.example.com", "https://evil.example.com"
+FOUND = [
+    {"type": "http.response.start", "status": 200, "headers": [(b"access-control-allow-origin", PAGE.encode())]},
+    {"type": "http.response.body", "body": b"ok"},
+]
+
+
+class Replicas:
+    """One that answers, or none."""
+
+    def __init__(self, messages: list[Any]) -> None:
+        self.messages, self.answer = messages, self
+
+    def options(self, **_: Any) -> Replicas:
+        return self
+
+    def remote(self, scope: Any, body: bytes) -> Replicas:
+        return self
+
+    def cancel(self) -> None: ...
+
+    async def __aiter__(self) -> AsyncIterator[Any]:
+        if not self.messages:
+            raise RuntimeError("no replica")
+        for message in self.messages:
+            yield message
+
+
+def ask(
+    front: Any, origin: str, method: str = "POST", headers: dict[str, str] | None = None, content: bytes = b""
+) -> httpx2.Response:
+    async def asked() -> httpx2.Response:
+        async with httpx2.AsyncClient(transport=httpx2.ASGITransport(front), base_url="http://front") as client:
+            told = {"origin": origin, **(headers or {})}
+            return await client.request(method, "/v1/models", headers=told, content=content)
+
+    return asyncio.run(asked())
+
+
+def test_the_fronts_own_answers_are_for_the_pages_that_may_ask() -> None:
+    front = _front(Replicas([]), 10, (PAGE,))
+    for body, status in ((b"", 503), (b"x" * 11, 413)):
+        assert ask(front, PAGE, content=body).status_code == status
+        assert ask(front, PAGE, content=body).headers["access-control-allow-origin"] == PAGE
+        assert "access-control-allow-origin" not in ask(front, OTHER, content=body).headers
+    wants = {"access-control-request-method": "POST", "access-control-request-headers": "authorization"}
+    assert ask(front, PAGE, "OPTIONS", headers=wants).status_code == 200
+    assert ask(front, OTHER, "OPTIONS", headers=wants).status_code == 400
+    answered = ask(_front(Replicas(FOUND), 10, (PAGE,)), PAGE)
+    assert (answered.text, answered.headers.get_list("access-control-allow-origin")) == ("ok", [PAGE])
+    assert isinstance(_front(Replicas([]), 10, ()), _Front), "off by default"
+
+
+def test_origins_that_are_none() -> None:
+    with pytest.raises(ConfigError, match="cors.origin: expected an origin such as https://app.example.com"):
+        application(lambda: None, cors_origin=("https://app.example.com/path",))  # type: ignore[arg-type, return-value]
 
 
 @dataclass

@@ -19,7 +19,7 @@ import contextlib
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import TYPE_CHECKING, Any, final
 
 from ..errors import ConfigError, MissingExtraError
@@ -47,6 +47,7 @@ def application(
     cpus: float = 1.0,
     gpus: float = 0.0,
     largest_body: int = 256 * 2**20,
+    cors_origin: Sequence[str] = (),
 ) -> Any:
     """What ``ray.serve.run`` takes: ``replicas`` services behind one front.
 
@@ -58,17 +59,20 @@ def application(
         concurrency: requests that a replica holds at a time; beyond, Ray asks another one.
         cpus, gpus: what Ray sets aside for a replica.
         largest_body: bytes of a request that the front takes; the replica's own limits are applied after that.
+        cors_origin: pages of these origins may ask from a browser, as ``--cors-origin`` says it; the front's own
+            answers have the header then, and it answers what browsers ask beforehand.
 
     Returns:
         An application of Ray Serve.
 
     Raises:
-        ConfigError: the numbers. MissingExtraError: Ray is not installed.
+        ConfigError: the numbers, or the origins. MissingExtraError: Ray is not installed.
 
     """
     for name, value in {"replicas": replicas, "resident": resident, "concurrency": concurrency}.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ConfigError(f"{name}: expected a whole number, at least 1, got {value!r}")
+    origins = _origins(cors_origin)
     try:
         from ray import serve
     except ImportError as error:
@@ -98,7 +102,7 @@ def application(
         graceful_shutdown_timeout_s=DRAIN,
         ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
     )
-    entry = serve.ingress(lambda: _Front(serve.get_deployment_handle("kilotune-replica"), largest_body))()
+    entry = serve.ingress(lambda: _front(serve.get_deployment_handle("kilotune-replica"), largest_body, origins))()
     front: Any = serve.deployment(
         name="kilotune-front", max_ongoing_requests=4 * concurrency, ray_actor_options={"num_cpus": 0}
     )(entry)
@@ -164,6 +168,20 @@ class _Replica(ABC):
 
 
 # -- the front ---------------------------------------------------------------------------------------
+
+
+def _origins(given: Sequence[str]) -> tuple[str, ...]:
+    """Origins, if they are some; whether there are keys is each replica's to see."""
+    from .http.settings import ServeSettings
+
+    return ServeSettings(keys="of each replica", cors_origin=tuple(given)).cors_origin
+
+
+def _front(services: Any, largest_body: int, origins: Sequence[str]) -> ASGIApp:
+    """The front, whose own answers are for pages of these origins, too."""
+    from .http.app import cross_origin
+
+    return cross_origin(_Front(services, largest_body), origins)
 
 
 @final
