@@ -160,7 +160,7 @@ def test_of_processes_at_once_one_fetches(tmp_path: Path, toy_model: Packaged) -
     assert in_cache(tmp_path) == ["toy-instruct"]
 
 
-@pytest.mark.heavy
+@pytest.mark.full
 def test_what_a_kill_leaves_is_no_model_and_goes(tmp_path: Path, toy_model: Packaged) -> None:
     process = start(toy_model, 100.0)
     assert process.stdout is not None

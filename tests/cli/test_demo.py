@@ -39,7 +39,7 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return told
 
 
-@pytest.mark.heavy
+@pytest.mark.full
 def test_a_run_ends_with_a_report_and_a_second_one_takes_its_adapters() -> None:
     first = kilotune("demo", "--quick")
     assert Path("runs/demo-quick/report.html").is_file()

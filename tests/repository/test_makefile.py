@@ -95,7 +95,7 @@ def test_make_demo_runs_to_its_report(tmp_path: Path) -> None:
     assert (out / "report.html").stat().st_size > 100_000
 
 
-@pytest.mark.heavy
+@pytest.mark.full
 def test_make_tutorial_runs_to_its_report(tmp_path: Path) -> None:
     """The whole of `make tutorial`, on one seed and fewer epochs; `make test` has set up what it needs."""
     out = tmp_path / "run"

@@ -44,7 +44,7 @@ def tiny() -> CnnResult:
     return experiment.run(TINY)
 
 
-@pytest.mark.heavy
+@pytest.mark.full
 def test_every_check_holds(result: CnnResult) -> None:
     assert [check.detail for check in result.failures] == []
     assert len(result.checks) == 14
@@ -314,7 +314,7 @@ def read_page(text: str) -> Reader:
     return reader
 
 
-@pytest.mark.heavy
+@pytest.mark.full
 def test_the_page_is_whole_and_needs_nothing_else(result: CnnResult) -> None:
     text = report.page(result)
     reader = read_page(text)

@@ -244,7 +244,7 @@ LAST: dict[str, dict[str, Any]] = {"generate": {"prompt": "the cat", "max_tokens
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("kind", ["generate", "embed"])
+@pytest.mark.parametrize("kind", ["generate", pytest.param("embed", marks=pytest.mark.full)])
 def test_a_storm_of_clients_that_go_away_leaves_nothing_behind(kind: str, tmp_path: Path) -> None:
     """However they go, whatever they asked for: all are cancelled, and the next one has its answer at once."""
     base = slow_base(tmp_path / "base", kind)

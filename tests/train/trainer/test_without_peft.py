@@ -36,7 +36,7 @@ def test_peft_is_absent_there() -> None:
     ("file", "some"),
     [
         pytest.param("test_stock_trainer.py", CENTRAL, id="trainer"),
-        pytest.param("test_reference.py", "log_2 or without_a_distance or merged_base", id="reference"),
+        pytest.param("test_reference.py", "log_2", id="reference"),
         pytest.param("test_stock_trainer.py", "", id="trainer-all", marks=pytest.mark.full),
         pytest.param("test_sft_trainer.py", "", id="sft-all", marks=pytest.mark.full),
         pytest.param("test_reference.py", "", id="reference-all", marks=pytest.mark.full),
