@@ -21,6 +21,7 @@ from kilotune.errors import ConfigError
 from kilotune.fleet import open_store
 from kilotune.serve.http.settings import EngineSettings, ServeSettings
 from kilotune.serve.http.startup import build, task_of
+from tests.serve.http.test_json_pieces import calls_of_json
 from tests.support.cli_helpers import shake
 from tests.support.train_support import model_folder, sentence
 
@@ -68,7 +69,7 @@ def mean(model: Any, text: str) -> np.ndarray[Any, Any]:
         return np.asarray(model(**given).last_hidden_state[0].mean(0))
 
 
-def test_embeddings_are_each_adapters_own(tmp_path: Path) -> None:
+def test_embeddings_are_each_adapters_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     url = f"sqlite:///{tmp_path / 'adapters.db'}"
     folders = {name: adapter(AutoModel, tmp_path / name, seed) for seed, name in enumerate(("one", "two"))}
     with open_store(url, namespace="ann") as store:
@@ -89,6 +90,10 @@ def test_embeddings_are_each_adapters_own(tmp_path: Path) -> None:
         assert made.usage.prompt_tokens == sum(len(tokenizer(text)["input_ids"]) for text in TEXTS)
         ids = client.embeddings.create(model="two", input=tokenizer(TEXTS[0])["input_ids"])
         np.testing.assert_allclose(ids.data[0].embedding, made.data[0].embedding, atol=1e-5)
+        calls = calls_of_json(monkeypatch)
+        many = client.embeddings.create(model="one", input=[TEXTS[0]] * 60, encoding_format="float")
+        assert len(many.data) == 60
+        assert sum(calls) > 60 * len(many.data[0].embedding) > 900 > max(calls), "no call writes it all"
         with pytest.raises(openai.BadRequestError, match="cannot be cut"):
             client.embeddings.create(model="one", input="a", dimensions=3)
         with pytest.raises(openai.BadRequestError, match=r"input\[1\]: has \d+ tokens"):

@@ -52,7 +52,12 @@ def count(value: Any) -> int:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many values each call of json has written, in whatever thread."""
+    """Of the test."""
+    return calls_of_json(monkeypatch)
+
+
+def calls_of_json(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many values each call of json writes from now on, in whatever thread."""
     own, seen = json.JSONEncoder.encode, list[int]()
 
     def spied(self: json.JSONEncoder, value: Any) -> str:
@@ -185,18 +190,12 @@ def test_no_answer_is_written_in_one_call(
         assert sent > 3000
         monkeypatch.setattr(json_pieces, "VALUES", 50)
         monkeypatch.setattr(json_pieces, "PIECE", 200)
-        seen, own = list[int](), json.JSONEncoder.encode
-        turns, sleep = list[int](), asyncio.sleep
-
-        def spied(self: json.JSONEncoder, value: Any) -> str:
-            seen.append(count(value))
-            return own(self, value)
+        seen, turns, sleep = calls_of_json(monkeypatch), list[int](), asyncio.sleep
 
         async def slept(seconds: float, *given: Any) -> Any:
             turns.append(1)
             return await sleep(seconds, *given)
 
-        monkeypatch.setattr(json.JSONEncoder, "encode", spied)
         monkeypatch.setattr(asyncio, "sleep", slept)
         pieces = client.post(path, json=body)
     assert max(seen) <= 65

@@ -67,7 +67,8 @@ def told(answer: httpx2.Response, status: int, param: str = "lora_path") -> str:
 
 
 def versions(manager: httpx2.Client, name: str) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = manager.get(f"/manage/ann/adapters/{name}").json()["versions"]
+    answer = manager.get(f"/manage/ann/adapters/{name}")
+    found: list[dict[str, Any]] = [] if answer.status_code == 404 else answer.json()["versions"]
     return found
 
 

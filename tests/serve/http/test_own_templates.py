@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import threading
@@ -15,6 +16,7 @@ import pytest
 
 from kilotune.errors import ConfigError
 from kilotune.fleet import open_store
+from kilotune.serve.http.prompts import Prompts
 from kilotune.train.data.own_tokenizer import BaseTokenizer
 from tests.serve.http.test_http_errors import error
 from tests.serve.http.test_process import keys, process
@@ -260,6 +262,50 @@ def test_a_personal_one_has_the_template_of_what_it_stands_on(allowing: Running)
         made = manager.put("/manage/ann/adapters/me", files=files, data={"on": "house"})
         assert made.status_code == 201, made.text
     assert tokens(allowing, "me", SAID).json()["tokens"] == rendered(OWN, SAID)
+
+
+def told_of(running: Running, names: list[str]) -> dict[str, tuple[bool, bool]]:
+    """What /v1/models says of templates, in its list and one by one."""
+    with running.client(running.keys["ann"]) as client:
+        listed = {one["id"]: one for one in client.get("/v1/models?limit=100").json()["data"]}
+        for name in names:
+            one = client.get(f"/v1/models/{name}").json()
+            for field in ("chat_template", "own_chat_template"):
+                assert one[field] == listed[name][field]
+    return {name: (listed[name]["chat_template"], listed[name]["own_chat_template"]) for name in names}
+
+
+def test_the_list_of_models_says_who_has_a_template_of_its_own(
+    allowing: Running, closed: Running, saved: dict[str, bytes], tmp_path: Path
+) -> None:
+    assert put(allowing, "own", {"chat_template.jinja": OWN}).status_code == 201
+    assert put(allowing, "bases", dict(saved)).status_code == 201
+    with allowing.client(allowing.manager) as manager:
+        made = manager.put("/manage/ann/adapters/above", files=files_of(adapter_folder(2), {}), data={"on": "own"})
+        assert made.status_code == 201
+    wanted = {BASE: (True, False), "poems": (True, False), "bases": (True, False), "own": (True, True)}
+    assert told_of(allowing, [*wanted, "above"]) == {**wanted, "above": (True, True)}
+    folder = tmp_path / "adapter"
+    shutil.copytree(adapter_folder(2), folder)
+    with open_store(closed.catalogue.url, namespace="ann") as store:
+        (folder / "chat_template.jinja").write_text(OWN)
+        store.put("refused", folder)
+        (folder / "chat_template.jinja").unlink()
+        (folder / "added_tokens.json").write_text('{"<|new|>": 96}')
+        store.put("others", folder)
+    assert told_of(closed, ["refused", "others"]) == {"refused": (False, True), "others": (False, False)}
+
+
+def test_of_a_base_without_a_template_an_adapter_may_have_one(tmp_path: Path) -> None:
+    bare = copy.deepcopy(tokenizer())
+    bare.chat_template = None
+    prompts = Prompts(bare, 96, own_templates=True)
+    with serving(tmp_path, **batching(tmp_path), prompts=prompts, own_chat_templates=True) as running:
+        assert put(running, "mine", {"chat_template.jinja": OWN}).status_code == 201
+        assert put(running, "none", {}).status_code == 201
+        wanted = {BASE: (False, False), "mine": (True, True), "none": (False, False)}
+        assert told_of(running, [*wanted]) == wanted
+        assert [chat(running, name, SAID).status_code for name in wanted] == [400, 200, 400]
 
 
 # -- a process ---------------------------------------------------------------------------------------

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,8 +13,9 @@ from typing import Any
 import httpx2
 import pytest
 
+from kilotune.serve.http.prompts import Prompts
 from tests.support.chromium import Tab, browser, tab
-from tests.support.http_support import BASE, Running, adapter_folder, batching, expected, serving
+from tests.support.http_support import BASE, Running, adapter_folder, batching, expected, serving, tokenizer
 
 PROMPT = "the cat sat on"
 HOSTILE = '<img src=x onerror="window.bad=1">'
@@ -223,3 +226,25 @@ def test_the_page_itself_allows_no_other_script(running: Running) -> None:
         for name in ("../app.py", "..%2fapp.py", "index.html/", "nothing"):
             found: Any = client.get(f"/page/{name}")
             assert found.status_code in (401, 404), name
+
+
+def test_a_chat_is_offered_where_only_an_adapter_has_a_template(page: Tab, tmp_path: Path) -> None:
+    bare = copy.deepcopy(tokenizer())
+    bare.chat_template = None
+    folder = tmp_path / "adapter"
+    shutil.copytree(adapter_folder(1), folder)
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    prompts = Prompts(bare, 96, own_templates=True)
+    with serving(tmp_path, **batching(tmp_path), prompts=prompts, own_chat_templates=True) as running:
+        running.catalogue.put("ann", "plain", adapter_folder(2))
+        enter(page, running, "ann")
+        assert page.run("document.querySelector('#chat').disabled && !document.querySelector('#chat').checked")
+        running.catalogue.put("ann", "talks", folder)
+        enter(page, running, "ann")
+        assert page.run("!document.querySelector('#chat').disabled && document.querySelector('#chat').checked")
+        page.type("#tokens", "6")
+        page.type("#prompt", PROMPT)
+        page.click("#go")
+        answered(page)
+        for model, plain in ((BASE, True), ("plain", True), ("talks", False)):
+            assert page.text(column(model, "p")).startswith("as a text, without a chat template") is plain

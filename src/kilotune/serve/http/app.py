@@ -172,7 +172,7 @@ def _handlers(app: FastAPI) -> None:
 # -- models ------------------------------------------------------------------------------------------
 
 
-def _model(service: Service, version: Version) -> dict[str, Any]:
+def _model(service: Service, version: Version, template: tuple[bool, bool]) -> dict[str, Any]:
     told = version.to_dict()
     more = {key: told[key] for key in ("version", "sha256", "tags", "stands_on")}
     return {
@@ -183,6 +183,8 @@ def _model(service: Service, version: Version) -> dict[str, Any]:
         "root": service.base,
         "parent": service.base,
         "max_model_len": service.engine.max_length,
+        "chat_template": template[0],
+        "own_chat_template": template[1],
         "kilotune": more,
     }
 
@@ -197,6 +199,7 @@ def _base(service: Service) -> dict[str, Any]:
         "parent": None,
         "max_model_len": service.engine.max_length,
         "chat_template": service.prompts.chats,
+        "own_chat_template": False,
         "kilotune": None,
     }
 
@@ -214,7 +217,8 @@ def _models(app: FastAPI, service: Service, errors: dict[int | str, dict[str, An
         behind = None if after == service.base else after
         count = limit - len(first) + 1
         found = await service.ask(namespace, lambda: service.adapters.ls(namespace, after=behind, limit=count), "after")
-        data = [*first, *(_model(service, version) for version in found)]
+        templates = await service.templates(namespace, found)
+        data = [*first, *(_model(service, *one) for one in zip(found, templates, strict=True))]
         more, data = len(data) > limit, data[:limit]
         ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {"first_id": None, "last_id": None}
         return JSONResponse({"object": "list", "data": data, "has_more": more, **ends})
@@ -227,7 +231,8 @@ def _models(app: FastAPI, service: Service, errors: dict[int | str, dict[str, An
         namespace, (name, which) = _namespace(request), service.split(model)
         info = await service.ask(namespace, lambda: service.adapters.info(namespace, name, which), "model")
         aliases = await service.ask(namespace, lambda: service.adapters.aliases(namespace, name), "model")
-        document = _model(service, info)
+        (template,) = await service.templates(namespace, [info])
+        document = _model(service, info, template)
         document["id"], document["kilotune"]["aliases"] = model, aliases
         return JSONResponse(document)
 

@@ -23,7 +23,6 @@ VALUES = 512  # that one call of json writes at most, where no single one is mor
 CHARACTERS = 32  # of a text that count as one value more
 
 WHOLE = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))  # as Starlette's JSONResponse
-EVENT = json.JSONEncoder(separators=(",", ":"))
 
 
 @final
@@ -40,11 +39,24 @@ class Later:
     def __init__(self, items: Iterable[Any], make: Callable[[Any], Any], each: int = 1) -> None:
         self._items, self._make, self._at_once = items, make, max(1, VALUES // each)
 
+    def all(self) -> list[Any]:
+        """All items, at once."""
+        return [*map(self._make, self._items)]
+
     def runs(self) -> Iterator[list[Any]]:
         """The items, as many at a time as one call may write."""
         made = map(self._make, self._items)
         while run := list(itertools.islice(made, self._at_once)):
             yield run
+
+
+def _all_of(value: Any) -> list[Any]:
+    if isinstance(value, Later):
+        return value.all()
+    raise TypeError(f"a {type(value).__name__} is no JSON")
+
+
+EVENT = json.JSONEncoder(separators=(",", ":"), default=_all_of)  # of little, also in one call
 
 
 def pieces_of(document: Any, encoder: json.JSONEncoder) -> Iterator[bytes]:

@@ -119,10 +119,17 @@ class Shape(Writer):
 
     def event(self, choice: dict[str, Any]) -> Iterator[bytes]:
         """One event of a stream."""
+        return _event_of(self._chunk_of(choice))
+
+    def small(self, choice: dict[str, Any]) -> bytes:
+        """One event that is of little, as that of a token is."""
+        return b"data: " + EVENT.encode(self._chunk_of(choice)).encode() + b"\n\n"
+
+    def _chunk_of(self, choice: dict[str, Any]) -> dict[str, Any]:
         document = self.document(self.chunk, [choice], None)
         if not self.usage:
             del document["usage"]
-        return _event_of(document)
+        return document
 
     def last(self, finishes: Sequence[Finish], choices: int) -> Iterator[bytes]:
         if self.usage:
@@ -216,7 +223,7 @@ class CompletionShape(Shape):
     def token(self, index: int, token: Token) -> bytes:
         if not token.text and self.logprobs is None:
             return b""
-        return b"".join(self.event(self._choice(index, token.text, self._logprobs(index, [token]), None)))
+        return self.small(self._choice(index, token.text, self._logprobs(index, [token]), None))
 
     def end(self, index: int, finish: Finish) -> Iterator[bytes]:
         return self.event(self._choice(index, finish.text, None, finish.reason))
@@ -267,11 +274,11 @@ class ChatShape(Shape):
             self._readers[index] = None if self._new_reader is None else self._new_reader()
         return self._readers[index]
 
-    def _delta(self, index: int, delta: dict[str, Any], logprobs: Any, reason: str | None) -> Iterator[bytes]:
-        return self.event({"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason})
+    def _delta(self, index: int, delta: dict[str, Any], logprobs: Any, reason: str | None) -> bytes:
+        return self.small({"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason})
 
     def begin(self, index: int, scores: Scores | None) -> Iterator[bytes]:
-        return self._delta(index, {"role": "assistant", "content": ""}, None, None)
+        yield self._delta(index, {"role": "assistant", "content": ""}, None, None)
 
     def token(self, index: int, token: Token) -> bytes:
         deltas = [{"content": token.text}] if token.text or self.logprobs is not None else []
@@ -280,14 +287,13 @@ class ChatShape(Shape):
             if not deltas and self.logprobs is not None:
                 deltas = [{"content": ""}]
         logprobs = self._logprobs([token])
-        events = (self._delta(index, one, None if at else logprobs, None) for at, one in enumerate(deltas))
-        return b"".join(itertools.chain.from_iterable(events))
+        return b"".join(self._delta(index, one, None if at else logprobs, None) for at, one in enumerate(deltas))
 
     def end(self, index: int, finish: Finish) -> Iterator[bytes]:
         if (reader := self._reader(index)) is None:
-            yield from self._delta(index, {"content": finish.text} if finish.text else {}, None, finish.reason)
+            yield self._delta(index, {"content": finish.text} if finish.text else {}, None, finish.reason)
             return
         pieces = [*reader.read(finish.text), *reader.end()]
         for piece in pieces:
-            yield from self._delta(index, delta_of(piece), None, None)
-        yield from self._delta(index, {}, None, reader.reason(finish.reason))
+            yield self._delta(index, delta_of(piece), None, None)
+        yield self._delta(index, {}, None, reader.reason(finish.reason))

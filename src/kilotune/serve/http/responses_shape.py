@@ -129,7 +129,11 @@ class ResponseShape(Writer):
             return
         document = {"type": f"response.{kind}", "sequence_number": self._count, **told}
         self._count += 1
-        yield f"event: response.{kind}\ndata: ".encode()
+        begun = f"event: response.{kind}\ndata: "
+        if kind.endswith(".delta"):  # of little
+            yield f"{begun}{EVENT.encode(document)}\n\n".encode()
+            return
+        yield begun.encode()
         yield from pieces_of(document, EVENT)
         yield b"\n\n"
 

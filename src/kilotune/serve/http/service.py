@@ -168,6 +168,30 @@ class Service:
             self._judged.popitem(last=False)
         return found
 
+    async def templates(self, namespace: str, versions: Sequence[Version]) -> list[tuple[bool, bool]]:
+        """Of each version: whether it has a chat template that chats are answered in, and whether that is its own.
+
+        Raises:
+            ApiError: the store does not answer.
+
+        """
+        base = (self.prompts.chats, False)
+        found: dict[tuple[str | None, AdapterKey | None], tuple[bool, bool]] = {(None, None): base}
+        told = []
+        for version in versions:
+            key = AdapterKey.of(namespace, version)
+            what = (key.own, key.on)  # of many that bring the same one, one is looked at
+            if what not in found:
+                try:
+                    own = await self._own(key)
+                    found[what] = base if own is None else (own.refused is None, True)
+                except ApiError as error:  # it cannot be asked, and those beside it are listed
+                    if error.status >= 500:
+                        raise
+                    found[what] = (False, False)
+            told.append(found[what])
+        return told
+
     def split(self, model: str) -> tuple[str, Which]:
         """NAME, NAME/3 or NAME/alias as a name and a version; a name has no slash."""
         name, slash, word = model.partition("/")

@@ -6,6 +6,7 @@ const rates = [];
 const SECONDS = 120;
 const MOST = 8; // columns
 const FIRST = 2; // adapters that are asked without being chosen
+const templates = new Map(); // model -> whether it has a chat template
 let base = null;
 let after = null;
 let asking = null; // what stops the answers that are on their way
@@ -87,6 +88,7 @@ function cell(row, text) {
 }
 
 function show(model) {
+  templates.set(model.id, model.chat_template);
   const row = $("adapters").insertRow();
   const button = document.createElement("button");
   button.type = "button";
@@ -105,9 +107,14 @@ function show(model) {
 
 function showBase(model) {
   base = model.id;
-  $("chat").checked = model.chat_template; // as it was taught to answer; without a template there are no chats
-  $("chat").disabled = !model.chat_template;
-  if (model.chat_template && $("prompt").value === $("prompt").defaultValue) $("prompt").value = "Hello! What can you do?";
+  templates.set(base, model.chat_template);
+}
+
+function offerChats() {
+  const some = [...templates.values()].includes(true); // the base, or an adapter that brings a template
+  if ($("chat").disabled === some) $("chat").checked = some; // as they were taught to answer
+  $("chat").disabled = !some;
+  if (some && $("prompt").value === $("prompt").defaultValue) $("prompt").value = "Hello! What can you do?";
 }
 
 async function list(fresh) {
@@ -115,10 +122,17 @@ async function list(fresh) {
   const query = fresh || after === null ? "" : `&after=${encodeURIComponent(after)}`;
   const page = await get(`/v1/models?limit=50${query}`);
   if (mine !== round) return;
-  if (fresh) { $("adapters").replaceChildren(); $("names").replaceChildren(); }
+  if (fresh) {
+    $("adapters").replaceChildren();
+    $("names").replaceChildren();
+    templates.clear();
+    $("chat").disabled = true;
+    $("chat").checked = false;
+  }
   for (const model of page.data) {
     if (model.kilotune === null) showBase(model); else show(model);
   }
+  offerChats();
   if (fresh) for (const model of page.data.slice(0, 1 + FIRST)) add(model.id); // the base, and some to see what they change
   after = page.last_id;
   $("more").hidden = !page.has_more;
@@ -165,7 +179,7 @@ async function live() {
 // -- side by side
 
 async function ask(place, signal) {
-  const chat = $("chat").checked, text = place.querySelector("pre"), note = place.querySelector("p");
+  const chat = $("chat").checked && templates.get(place.dataset.model) !== false, text = place.querySelector("pre"), note = place.querySelector("p");
   const body = {
     model: place.dataset.model, stream: true, stream_options: { include_usage: true },
     max_tokens: Number($("tokens").value), temperature: Number($("temperature").value),
@@ -201,7 +215,8 @@ async function ask(place, signal) {
   }
   const seconds = (performance.now() - began) / 1000;
   const tokens = usage === null ? 0 : usage.completion_tokens;
-  note.textContent = `${tokens} tokens, first after ${ms(first === null ? null : (first - began) / 1000)}, ` +
+  const plain = chat || !$("chat").checked ? "" : "as a text, without a chat template: ";
+  note.textContent = `${plain}${tokens} tokens, first after ${ms(first === null ? null : (first - began) / 1000)}, ` +
     `${(tokens / seconds).toFixed(1)} a second, ended by ${reason}`;
 }
 
