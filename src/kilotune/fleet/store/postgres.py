@@ -88,6 +88,9 @@ class PostgresLink(Link):
         # In the order in which writers come to them.
         self.run("LOCK TABLE kilotune_frozen, kilotune_bases, kilotune_forms IN EXCLUSIVE MODE")
 
+    def hold(self, word: str) -> None:
+        self.rows("SELECT pg_advisory_xact_lock(hashtextextended(?, 0))", (f"kilotune {word}",))
+
     def octets(self, column: str) -> str:
         return f"OCTET_LENGTH({column})"
 
@@ -266,6 +269,22 @@ class PostgresStore(SqlStore):
                     raise
             time.sleep(random.uniform(0.0, 0.05))
         raise AssertionError("unreachable")
+
+    def make_tables(self, made: Iterable[str]) -> None:
+        sql = "SELECT relname FROM pg_class WHERE pg_table_is_visible(oid)"
+        there = {name for (name,) in self._read(lambda link: link.rows(sql))}
+        wanted = [text for text in made if text.split()[5] not in there]  # CREATE TABLE IF NOT EXISTS name
+
+        def work(link: Link) -> None:
+            link.hold("tables")
+            for text in wanted:
+                link.run(text.format(**WORDS))
+
+        if wanted:
+            self._write(work)
+
+    def erase(self, work: Callable[[Link], T]) -> T:
+        return self._write(work)
 
     def _leave_connections(self) -> None:
         _inherited.append(self._pool)

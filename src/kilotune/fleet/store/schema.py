@@ -134,6 +134,10 @@ class Link(ABC):
         """Keep everybody else from using a form, a base or a frozen tensor anew until the transaction ends."""
 
     @abstractmethod
+    def hold(self, word: str) -> None:
+        """Keep everybody else who holds this word waiting until the transaction ends."""
+
+    @abstractmethod
     def octets(self, column: str) -> str:
         """An expression for the bytes of a text column."""
 

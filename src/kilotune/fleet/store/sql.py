@@ -29,6 +29,7 @@ from ...injection.fingerprint import Fingerprint
 from . import reading, stacks, upkeep, writing
 from .adapter_store import Adapter, AdapterStore, Item, Which
 from .forks import Forking
+from .more_tables import MoreTables
 from .names import (
     check_alias,
     check_limit,
@@ -58,7 +59,7 @@ NOTED_EVERY = 60.0  # seconds
 SHARED_KEPT = 256  # shared adapters whose content_sha256 is remembered
 
 
-class SqlStore(AdapterStore, Forking, ABC):
+class SqlStore(AdapterStore, Forking, MoreTables, ABC):
     """What does not depend on the database; see :class:`AdapterStore` for what the methods promise."""
 
     def __init__(

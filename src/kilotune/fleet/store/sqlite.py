@@ -77,6 +77,9 @@ class SqliteLink(Link):
     def hold_shared(self) -> None:
         pass  # there is one writer at a time
 
+    def hold(self, word: str) -> None:
+        pass
+
     def octets(self, column: str) -> str:
         return f"LENGTH(CAST({column} AS BLOB))"
 
@@ -307,6 +310,31 @@ class SqliteStore(SqlStore):
                 return work(link)
         finally:
             lock.release()
+
+    def make_tables(self, made: Iterable[str]) -> None:
+        with self._transaction("BEGIN", self.timeout) as link:
+            there = {name for (name,) in link.rows("SELECT name FROM sqlite_schema")}
+        wanted = [text for text in made if text.split()[5] not in there]  # CREATE TABLE IF NOT EXISTS name
+        if wanted:
+            self._write(lambda link: [link.run(text.format(**WORDS)) for text in wanted])
+
+    def erase(self, work: Callable[[Link], T]) -> T:
+        def erasing(link: Link) -> T:
+            link.rows("PRAGMA secure_delete = ON")
+            try:
+                return work(link)
+            finally:
+                link.rows("PRAGMA secure_delete = OFF")
+
+        found = self._write(erasing)
+        with self._guarded():
+            connection = self._take()
+            try:
+                connection.execute(f"PRAGMA busy_timeout = {int(self.timeout * 1000)}")
+                connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            finally:
+                self._give_back(connection)
+        return found
 
     def before_fork(self) -> None:
         """Close all connections, once other threads are done with them; they are opened again when they are needed.

@@ -1,0 +1,208 @@
+"""What a service keeps beside adapters, on SQLite and PostgreSQL: whole, apart, one worker each, gone when removed."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kilotune.errors import AdapterError, StoreLimitError, UnsupportedError
+from kilotune.fleet.store import AdapterStore, open_store
+from kilotune.fleet.store.documents import Document, Documents
+from tests.support.store_support import KINDS, Opener, contents, new_url, opener
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1_700_000_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture(params=KINDS)
+def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Opener]:
+    stores: list[AdapterStore] = []
+    yield opener(new_url(request.param, request, tmp_path), stores)
+    for store in stores:
+        store.close()
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def ann(opened: Opener, clock: Clock) -> Documents:
+    return Documents(opened(), "ann", clock)
+
+
+def test_a_document_comes_back(ann: Documents, opened: Opener, clock: Clock) -> None:
+    body = [b"", b"x" * 1_500_000, "Ä\0".encode()]
+    made = ann.add("file", {"filename": "a.jsonl", "n": [1, None, "ß"]}, body=body, prefix="file", until=clock.now + 60)
+    assert made.name.startswith("file-")
+    assert len(made.name) >= 24
+    assert made.size == 1_500_003
+    for seen in (ann, Documents(opened(), "ann")):
+        assert seen.find("file", made.name) == made
+        assert b"".join(seen.body("file", made.name)) == b"".join(body)
+    assert ann.find("job", made.name) is None
+    assert list(ann.body("file", "file-nothing")) == []
+
+
+def test_nobody_finds_what_is_anothers(ann: Documents) -> None:
+    mine = ann.add("file", {"a": 1}, body=[b"secret"])
+    ben = ann.within("ben")
+    assert ben.find("file", mine.name) is None
+    assert list(ben.body("file", mine.name)) == []
+    assert ben.ls("file") == []
+    assert ben.change("file", mine.name, lambda one: replace(one, data={})) is None
+    assert ben.rm("file", mine.name) is False
+    assert ben.total("file") == (0, 0)
+    with pytest.raises(AdapterError, match="there is no"):
+        ben.add("event", {}, parent=mine.name)
+    assert ann.find("file", mine.name) == mine
+
+
+def test_lists_go_by_the_order_in_which_they_came(ann: Documents) -> None:
+    job = ann.add("job", {}, state="queued")
+    events = [ann.add("event", {"n": n}, parent=job.name) for n in range(7)]
+    ann.add("event", {"n": -1})
+    assert [one.data["n"] for one in ann.ls("event", parent=job.name)] == list(range(7))
+    page = ann.ls("event", parent=job.name, newest=True, limit=3)
+    assert [one.data["n"] for one in page] == [6, 5, 4]
+    following = ann.ls("event", parent=job.name, newest=True, limit=3, after=page[-1].name)
+    assert [one.data["n"] for one in following] == [3, 2, 1]
+    assert [one.data["n"] for one in ann.ls("event", parent=job.name, after=events[4].name)] == [5, 6]
+    assert ann.ls("job", state="running") == []
+
+
+def test_a_change_is_whole_and_nobody_comes_in_between(ann: Documents, opened: Opener) -> None:
+    job = ann.add("job", {"n": 0}, state="queued")
+    others = [Documents(opened(), "ann") for _ in range(4)]
+
+    def count(seen: Documents) -> None:
+        for _ in range(10):
+            seen.change("job", job.name, lambda one: replace(one, data={"n": one.data["n"] + 1}))
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(count, others))
+    assert ann.find("job", job.name).data == {"n": 40}  # type: ignore[union-attr]
+
+    def fails(one: Document) -> Document:
+        raise KeyError("no")
+
+    with pytest.raises(KeyError):
+        ann.change("job", job.name, fails)
+    assert ann.find("job", job.name).data == {"n": 40}  # type: ignore[union-attr]
+
+
+def test_each_job_has_one_worker_and_a_dead_ones_is_taken_over(ann: Documents, opened: Opener, clock: Clock) -> None:
+    jobs = [ann.add("job", {"n": n}, state="queued") for n in range(6)]
+    workers = [Documents(opened(), None, clock) for _ in range(3)]
+    taken: list[str] = []
+    lock = threading.Lock()
+
+    def work(number: int) -> None:
+        for _ in range(20):
+            if (one := workers[number].claim("job", f"w{number}", 30)) is not None:
+                with lock:
+                    taken.append(one.name)
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(work, range(3)))
+    assert sorted(taken) == sorted(one.name for one in jobs)  # each once
+    assert workers[0].claim("job", "w9", 30) is None
+    clock.now += 20
+    found = ann.find("job", jobs[0].name)
+    assert found is not None
+    assert found.state == "running"
+    assert workers[0].renew("job", found.name, str(found.owner), 30)
+    clock.now += 20  # the others have given no sign of life for 40 s
+    again = [workers[0].claim("job", "w9", 30) for _ in range(6)]
+    assert [one.name for one in again if one is not None] == [one.name for one in jobs[1:]]
+    assert not workers[0].renew("job", jobs[1].name, "w0", 30)
+
+
+def test_what_belongs_to_it_goes_with_it(ann: Documents) -> None:
+    job, other = ann.add("job", {}), ann.add("job", {})
+    event = ann.add("event", {}, parent=job.name)
+    below = ann.add("note", {}, parent=event.name, body=[b"deep"])
+    kept = ann.add("event", {}, parent=other.name)
+    assert ann.rm("job", job.name)
+    assert not ann.rm("job", job.name)
+    assert [ann.find(*one) for one in (("event", event.name), ("note", below.name))] == [None, None]
+    assert ann.find("event", kept.name) == kept
+
+
+def test_what_is_kept_for_a_time_goes(ann: Documents, clock: Clock) -> None:
+    short, long = (ann.add("answer", {}, until=clock.now + seconds) for seconds in (10, 100))
+    ann.add("answer", {})
+    assert ann.expire("answer") == 0
+    clock.now += 50
+    assert ann.expire("answer") == 1
+    assert ann.find("answer", short.name) is None
+    assert ann.find("answer", long.name) == long
+
+
+def test_quotas_hold_for_those_who_come_at_once(ann: Documents, opened: Opener) -> None:
+    stores = [Documents(opened(), "ann") for _ in range(4)]
+
+    def put(seen: Documents) -> bool:
+        try:
+            seen.add("file", {}, body=[b"x" * 400], quota=1000)
+        except StoreLimitError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(4) as pool:
+        assert sum(pool.map(put, stores)) == 2
+    with pytest.raises(StoreLimitError, match="400 bytes beside the 800 there are more than the 1000 allowed"):
+        ann.add("file", {}, body=[b"x" * 400], quota=1000)
+    assert ann.total("file") == (2, 800)
+    assert ann.within("ben").add("file", {}, body=[b"x" * 900], quota=1000).size == 900
+
+
+def test_adapters_are_as_ever_beside_it(ann: Documents, opened: Opener) -> None:
+    store = opened()
+    store.put("one", contents(1))
+    ann.add("file", {})
+    assert [version.name for version in opened().ls()] == ["one"]
+    assert not list(store.verify())
+
+
+def test_what_is_removed_is_in_no_file_of_sqlite(tmp_path: Path) -> None:
+    secret = b"Ann's secret sentence"
+    with open_store(f"sqlite:///{tmp_path}/a.db") as store:
+        ann = Documents(store, "ann")
+        kept = ann.add("file", {"filename": "kept"}, body=[b"kept sentence"])
+        made = ann.add("file", {"filename": "ann.jsonl"}, body=[secret * 300])
+        ann.add("event", {"text": secret.decode()}, parent=made.name)
+
+        def on_disk(text: bytes) -> bool:
+            return any(text in file.read_bytes() for file in tmp_path.iterdir())
+
+        assert on_disk(secret)
+        ann.rm("file", made.name)
+        assert not on_disk(secret)
+        assert on_disk(b"kept sentence")
+        assert ann.find("file", kept.name) is not None
+
+
+def test_stores_that_cannot(tmp_path: Path) -> None:
+    (tmp_path / "folders").mkdir()
+    with (
+        open_store(tmp_path / "folders") as folders,
+        pytest.raises(UnsupportedError, match="keeps adapters alone; files, jobs and feedback need a store in SQLite"),
+    ):
+        Documents(folders, "ann")
+    url: Any = f"sqlite:///{tmp_path}/a.db"
+    open_store(url).close()
+    with open_store(url, read_only=True) as only, pytest.raises(StoreLimitError, match="to be read alone"):
+        Documents(only, "ann")
