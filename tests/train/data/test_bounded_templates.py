@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from kilotune.errors import ConfigError
-from kilotune.train.data.bounded_templates import BoundedTemplates
+from kilotune.train.data.bounded_templates import SECONDS, BoundedTemplates
 from kilotune.train.data.rendering import ChatTemplate
 from tests.support import chat_tokenizers as chats
 from tests.support.chat_tokenizers import byte_pairs
@@ -92,9 +92,11 @@ LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% set c = a %}{%
 )
 def test_templates_without_end_are_ended_by_name(templates: BoundedTemplates, template: str, told: str) -> None:
     began = time.monotonic()
-    with pytest.raises(ConfigError, match=rf"^the template of 'x' (cannot be rendered|refuses).*({told})"):
+    seconds = 10.0 if told.endswith((" of memory", " bytes")) else SECONDS  # a busy machine takes a while to get there
+    why = rf"^the template of 'x' (cannot be rendered|refuses).*({told})"
+    with pytest.raises(ConfigError, match=why), templates.within(seconds):
         render(templates, template)
-    assert time.monotonic() - began < 5.0
+    assert time.monotonic() - began < seconds + 4.0
     assert render(templates, "{{ messages[0].content }}") == "secret of ann", "the next one has a process"
 
 
