@@ -11,8 +11,11 @@ from typing import Any
 import openai
 import pytest
 
+from kilotune.errors import ConfigError
+from kilotune.serve.http.keys import read_keys
 from kilotune.serve.learning.jobs import JobLimits
 from kilotune.serve.learning.training import TrainingLimits
+from tests.support.cli_helpers import as_json, error
 from tests.support.http_support import BASE, Running
 from tests.support.training_support import chat_lines, done, said, training_serving, upload
 
@@ -267,3 +270,21 @@ def test_without_learn_it_is_not_served_and_says_how(tmp_path: Path) -> None:
 
     with serving(tmp_path) as running, pytest.raises(openai.NotFoundError, match="kilotune serve with --learn"):
         running.openai("ann").files.list()
+
+
+def test_keys_that_train_are_made_and_read(tmp_path: Path) -> None:
+    path = tmp_path / "keys.json"
+    assert as_json("keys", "add", path, "--namespace", "ann", "--trains")["trains"] is True
+    assert as_json("keys", "add", path, "--namespace", "bob")["trains"] is False
+    assert [key.trains for key in read_keys(path)] == [True, False]
+    refused = error("keys", "add", path, "--role", "manager", "--trains")
+    assert "a manager's key trains nothing; leave --trains out" in refused
+    document = json.loads(path.read_text())
+    del document["keys"][1]["trains"]  # as an earlier version wrote it
+    document["keys"][0]["trains"] = "yes"
+    path.write_text(json.dumps(document))
+    with pytest.raises(ConfigError, match="trains is neither true nor false"):
+        read_keys(path)
+    document["keys"][0]["trains"] = True
+    path.write_text(json.dumps(document))
+    assert [key.trains for key in read_keys(path)] == [True, False]
