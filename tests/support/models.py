@@ -206,7 +206,6 @@ def untie(folder: Path) -> None:
 def freed_at_once() -> Iterator[list[weakref.ref[Any]]]:
     """Hold that what is put into the list is gone when the context is left, without the garbage collector."""
     watched: list[weakref.ref[Any]] = []
-    gc.collect()
     gc.disable()
     try:
         yield watched

@@ -37,10 +37,13 @@ def add(
         typer.Option(help=f"{', '.join(ROLES)}: to ask adapters; to put, move and delete them; to read the metrics."),
     ] = TENANT,
     note: Annotated[str, typer.Option(help="A few words to know it by.")] = "",
+    trains: Annotated[
+        bool, typer.Option("--trains", help="A tenant's may upload files and have models trained from them.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Make a key, and write its hash into FILE. It is printed now, and cannot be had again."""
-    key, kept = add_key(file, role, namespace, note)
+    key, kept = add_key(file, role, namespace, note, trains)
     if as_json:
         print_json({**_shown(kept), "key": key})
     else:
@@ -54,7 +57,10 @@ def ls(file: File, as_json: Json = False) -> None:
     if as_json:
         print_json({"keys": [_shown(key) for key in keys]})
         return
-    rows = [(key.id, key.role, key.namespace or "(all)", key.created[:19].replace("T", " "), key.note) for key in keys]
+    roles = {key.id: f"{key.role}, trains" if key.trains else key.role for key in keys}
+    rows = [
+        (key.id, roles[key.id], key.namespace or "(all)", key.created[:19].replace("T", " "), key.note) for key in keys
+    ]
     console().print(rows_table("", ("role", "namespace", "created (UTC)", "note"), rows, justify="left"))
 
 

@@ -28,6 +28,7 @@ OWN = (
     "slow_request",
     "adapter_folder",
     "own_chat_templates",
+    "learn",
 )  # settings with an option of their own
 OF_ENGINE = ("task", "dtype", "device", "revision")
 REST = [key for key in (*ServeSettings.known(), *EngineSettings.known()) if key not in (*OWN, *OF_ENGINE)]
@@ -65,6 +66,7 @@ def serve(
         list[str] | None, typer.Option(metavar="DIR", help=f"{_help('adapter_folder')} May be given again; none: off.")
     ] = None,
     own_chat_templates: Annotated[bool, typer.Option("--own-chat-templates", help=_help("own_chat_templates"))] = False,
+    learn: Annotated[bool, typer.Option("--learn", help=_help("learn"))] = False,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help=f"KEY=VALUE, of {', '.join(REST)}. May be given again.")
     ] = None,
@@ -85,6 +87,7 @@ def serve(
             "tool_format": tool_format,
             "slow_request": slow_request,
             "own_chat_templates": own_chat_templates,
+            "learn": learn,
             "adapter_folder": tuple(adapter_folder or ()),
         },
         {"task": task, "dtype": dtype, "device": device, "revision": revision},

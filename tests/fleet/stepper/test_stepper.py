@@ -19,7 +19,7 @@ from kilotune.adapter_files.writing import state_of
 from kilotune.errors import AdapterError, ConfigError, ResourceError, UnsupportedError
 from kilotune.fleet.stepper.adam import Adam
 from kilotune.fleet.stepper.objectives import Dpo, Kto, Objective, Ppo, Supervised
-from kilotune.fleet.stepper.operations import Forward, ForwardBackward, OptimStep, Save, Scored
+from kilotune.fleet.stepper.operations import Forward, ForwardBackward, Keep, OptimStep, Save, Scored
 from kilotune.fleet.stepper.stepper import Stepper
 from kilotune.fleet.stepper.token_rows import INPUTS, collate
 from tests.support.fleet_support import token_rows
@@ -260,6 +260,34 @@ def test_only_so_many_operations_wait() -> None:
             stepper.submit("ann", Forward(rows_for(0)))
         with pytest.raises(ResourceError, match="2 operations are waiting already"):
             stepper.submit("ann", Forward(rows_for(0)))
+
+
+@pytest.mark.parametrize("case", ["vera", "dora"])
+def test_a_model_goes_on_elsewhere_from_what_was_kept(case: str) -> None:
+    config, seed = CONFIGS[case]
+
+    def steps(stepper: Stepper, first: int, last: int) -> None:
+        for step in range(first, last):
+            stepper.submit("a", ForwardBackward(rows_for(step)))
+            stepper.submit("a", OptimStep(HOW))
+
+    with Stepper(model()) as stepper:
+        stepper.open("a", config, seed=seed)
+        steps(stepper, 0, 5)
+        (whole,) = finished(stepper, stepper.submit("a", Save()))
+    with Stepper(model()) as stepper:
+        stepper.open("a", config, seed=seed)
+        steps(stepper, 0, 2)
+        (kept,) = finished(stepper, stepper.submit("a", Keep()))
+        assert (kept.step, kept.pieces) == (2, 2)
+    with Stepper(model()) as stepper:
+        stepper.open("a", config, seed=seed, state=kept)
+        steps(stepper, 2, 5)
+        (again,) = finished(stepper, stepper.submit("a", Save()))
+        with pytest.raises(ConfigError, match="state: values: expected"):
+            stepper.open("b", CONFIGS["ia3"][0], state=kept)
+    for key, tensor in whole.tensors.items():
+        assert torch.equal(tensor, again.tensors[key]), key
 
 
 def test_logits_are_made_where_a_label_follows_alone() -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from kilotune.errors import AdapterError, StoreLimitError, UnsupportedError
 from kilotune.fleet.store import AdapterStore, open_store
-from kilotune.fleet.store.documents import Document, Documents
+from kilotune.fleet.store.documents import Document, Documents, QuotaError
 from tests.support.store_support import KINDS, Opener, contents, new_url, opener
 
 
@@ -157,13 +157,13 @@ def test_quotas_hold_for_those_who_come_at_once(ann: Documents, opened: Opener) 
     def put(seen: Documents) -> bool:
         try:
             seen.add("file", {}, body=[b"x" * 400], quota=1000)
-        except StoreLimitError:
+        except QuotaError:
             return False
         return True
 
     with ThreadPoolExecutor(4) as pool:
         assert sum(pool.map(put, stores)) == 2
-    with pytest.raises(StoreLimitError, match="400 bytes beside the 800 there are more than the 1000 allowed"):
+    with pytest.raises(QuotaError, match="400 bytes beside the 800 there are more than the 1000 allowed"):
         ann.add("file", {}, body=[b"x" * 400], quota=1000)
     assert ann.total("file") == (2, 800)
     assert ann.within("ben").add("file", {}, body=[b"x" * 900], quota=1000).size == 900

@@ -39,7 +39,7 @@ from kilotune.train import (
     TrainSettings,
     train,
 )
-from tests.support import chat_tokenizers
+from tests.support import chat_tokenizers, training_support
 from tests.support.cli_helpers import as_json, error
 from tests.support.generation_support import greedy, loaded
 from tests.support.http_support import adapter_folder, base_folder, expected, prompt_ids, tokenizer
@@ -570,3 +570,54 @@ def test_kills_at_any_moment_lose_nothing_that_was_acknowledged(tmp_path: Path) 
     with process(base_folder(), store, tmp_path) as served:
         for name, seed in chance.sample(sorted(acknowledged.items()), 6):
             assert complete(served.url, "any", name).json()["choices"][0]["text"] == expected(seed, PROMPT, 6)
+
+
+# -- training -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.full
+def test_a_job_survives_a_kill_and_ends_as_it_would_have(tmp_path: Path) -> None:
+    """Two tenants teach different answers to one question; the server is killed while it trains."""
+    path = tmp_path / "keys.json"
+    tenants = {s: as_json("keys", "add", path, "--namespace", s, "--trains")["key"] for s in ("ann", "bob")}
+    more = ["--keys", str(path), "--learn", "--set", "learn_method=lora", "--set", "learn_rank=8"]
+    store = tmp_path / "adapters.db"
+    texts = {"ann": "a dog sat", "bob": "on the hat"}
+    hyper = {"n_epochs": 50, "batch_size": 2, "learning_rate_multiplier": 2.0}
+    method: Any = {"type": "supervised", "supervised": {"hyperparameters": hyper}}
+
+    def client_of(url: str, space: str) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{url}/v1", api_key=tenants[space], max_retries=0, timeout=30)
+
+    def begin(url: str, space: str) -> str:
+        with client_of(url, space) as client:
+            file = training_support.upload(client, training_support.chat_lines([("the cat", texts[space])] * 30))
+            return client.fine_tuning.jobs.create(
+                model="base", training_file=file.id, method=method, seed=5, suffix="taught"
+            ).id
+
+    def end(url: str, space: str, job: str) -> str:
+        with client_of(url, space) as client:
+            ended = training_support.done(client, client.fine_tuning.jobs.retrieve(job))
+            assert ended.status == "succeeded", ended.error
+            assert training_support.said(client, ended.fine_tuned_model, "the cat").strip() == texts[space]
+            return str(ended.fine_tuned_model)
+
+    with process(base_folder(), store, tmp_path, *more) as served:
+        jobs = {space: begin(served.url, space) for space in tenants}
+        with client_of(served.url, "ann") as client:
+            before = training_support.said(client, "base", "the cat")
+            while not any(e.type == "metrics" for e in client.fine_tuning.jobs.list_events(jobs["ann"])):
+                time.sleep(0.02)
+        served.process.kill()
+    with process(base_folder(), store, tmp_path, *more) as served:
+        models = {space: end(served.url, space, job) for space, job in jobs.items()}
+        again = {space: end(served.url, space, begin(served.url, space)) for space in tenants}
+        with client_of(served.url, "ann") as client:
+            assert training_support.said(client, "base", "the cat") == before
+    for space in tenants:
+        with open_store(f"sqlite:///{store}", namespace=space) as own:
+            assert len(own.versions(models[space])) == 1  # published once
+            one, other = (own.get(name).tensors() for name in (models[space], again[space]))
+            for key, tensor in one.items():
+                torch.testing.assert_close(tensor, other[key], rtol=1e-4, atol=1e-5)

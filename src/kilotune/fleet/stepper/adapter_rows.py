@@ -11,20 +11,23 @@ What is done to a row is what ``torch.optim.AdamW`` and ``clip_grad_norm_`` do t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
 
 from ...deltas import Role
+from ...errors import ConfigError
 from ...layers.slot import BIAS
 from ...layers.stacked_sites import start
 from ..bank.forms import ResidentForm
 from .adam import Adam
 
-__all__ = ["Rows", "start_row"]
+__all__ = ["STATE", "Rows", "start_row"]
 
+STATE = ("values", "m", "v")
+"""What a row is between two steps, beside its best."""
 CLIP_EPS = 1e-6  # clip_grad_norm_'s
 
 
@@ -106,6 +109,23 @@ class Rows:
         for tensor in (self.m, self.v, self.best):
             tensor[slot].zero_()
         self.values[slot].copy_(row)
+
+    def check_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Refuse numbers that are not a row's; none at all are.
+
+        Raises:
+            ConfigError: these are another form's.
+
+        """
+        shape = self.values.shape[1:]
+        wrong = [name for name in STATE if name not in tensors or tensors[name].shape != shape]
+        if tensors and wrong:
+            raise ConfigError(f"state: {wrong[0]}: expected {shape[0]} numbers, as this configuration has")
+
+    def take_state(self, slot: int, tensors: Mapping[str, Tensor]) -> None:
+        """What :meth:`check_state` has seen, instead of the row's start."""
+        for name in STATE:
+            self.state()[name][slot].copy_(tensors[name])
 
     def note_best(self, slot: int) -> None:
         """Keep the row as it is now."""

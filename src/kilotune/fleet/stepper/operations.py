@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, final
 
@@ -12,7 +12,7 @@ from .adam import Adam
 from .objectives import Objective, Supervised
 from .token_rows import TokenRow
 
-__all__ = ["Forward", "ForwardBackward", "Operation", "OptimStep", "Save", "Scored", "Stepped"]
+__all__ = ["Forward", "ForwardBackward", "Keep", "Operation", "OptimStep", "Save", "Scored", "State", "Stepped"]
 
 
 @final
@@ -55,7 +55,25 @@ class Save:
     """The adapter as it is now, as :class:`~kilotune.fleet.store.Contents`."""
 
 
-Operation = Forward | ForwardBackward | OptimStep | Save
+@final
+@dataclass(frozen=True)
+class Keep:
+    """All that a model is between two steps of its optimizer, as :class:`State`, to go on from elsewhere.
+
+    What it has learned since its last step is not in it.
+    """
+
+
+Operation = Forward | ForwardBackward | OptimStep | Save | Keep
+
+
+@final
+class State(NamedTuple):
+    """step: of the optimizer. pieces: passes in which it has learned. tensors: ``values``, ``m``, ``v`` (length,)."""
+
+    step: int
+    pieces: int
+    tensors: Mapping[str, Tensor]
 
 
 @final

@@ -31,11 +31,11 @@ from ...config import AdapterConfig
 from ...errors import AdapterError, ConfigError, KilotuneError, ResourceError, UnsupportedError, did_you_mean
 from ...projections.matrices import check_seed
 from ..store import Contents, Fingerprint
-from .adapter_rows import Rows, start_row
+from .adapter_rows import STATE, Rows, start_row
 from .given_adapters import Beneath, Existing, beneath, start_of
 from .losses import causal_lm
 from .mixed_pass import Outcome, Part, Passes, Setup
-from .operations import Forward, ForwardBackward, Operation, OptimStep, Save, Stepped
+from .operations import Forward, ForwardBackward, Keep, Operation, OptimStep, Save, State, Stepped
 from .prepared_base import contents_of, form_in, prepared
 from .token_rows import checked, collate
 from .trainee import Asked, Reading, Trainee, size_of
@@ -110,6 +110,7 @@ class Stepper:
         seed: int = 0,
         on: Existing | None = None,
         start: Existing | None = None,
+        state: State | None = None,
     ) -> None:
         """Begin with a model: an adapter that starts as its method does, or from another one of its form.
 
@@ -119,10 +120,11 @@ class Stepper:
             seed: of its start and its dropout.
             on: the adapter beneath it, frozen.
             start: an adapter to start from.
+            state: what a model of this configuration was (:class:`~.operations.Keep`), to go on from.
 
         Raises:
             AdapterError: there is one of this name. ConfigError, TargetError, UnsupportedError: such an adapter cannot
-                be trained here. CheckpointError: ``on`` or ``start`` is damaged.
+                be trained here; the state is another one's. CheckpointError: ``on`` or ``start`` is damaged.
 
         """
         if composed(check_adapter_name(name)) in {composed(other) for other in self._trainees}:
@@ -136,13 +138,18 @@ class Stepper:
                 row = start_row(home.rows.form, seed, home.rows.values.dtype)
             else:
                 row = start_of(self._model, home.rows.form, start, known)[0]
+            home.rows.check_state({} if state is None else state.tensors)
         except BaseException:
             self._leave(key, home)
             raise
         slot = home.take()
         home.rows.begin(slot, row)
+        trainee = Trainee(name, Setup(home.rows, collate, causal_lm, below), slot, seed)
+        if state is not None:
+            home.rows.take_state(slot, state.tensors)
+            trainee.step, trainee.pieces = state.step, state.pieces
         with self._lock:
-            self._trainees[name] = Trainee(name, Setup(home.rows, collate, causal_lm, below), slot, seed)
+            self._trainees[name] = trainee
 
     def close(self, name: str) -> None:
         """Forget a model; what it was told and has not done is cancelled.
@@ -253,14 +260,15 @@ class Stepper:
             with self._lock:
                 due = [(trainee, asked) for trainee in self._trainees.values() if (asked := trainee.due()) is not None]
             steps = [(t, a, a.operation.how) for t, a in due if isinstance(a.operation, OptimStep)]
-            saves = [(trainee, asked) for trainee, asked in due if isinstance(asked.operation, Save)]
+            saves = [(trainee, asked) for trainee, asked in due if isinstance(asked.operation, Save | Keep)]
             if not steps and not saves:
                 return did
             did = True
             for home in {id(t.setup.home): t.setup.home for t, _, _ in steps}.values():
                 self._step(home, [one for one in steps if one[0].setup.home is home])
             for trainee, asked in saves:
-                self._end(trainee, asked, self._contents(trainee))
+                kept = isinstance(asked.operation, Keep)
+                self._end(trainee, asked, self._kept(trainee) if kept else self._contents(trainee))
 
     def _step(self, home: Rows, steps: Sequence[tuple[Trainee, Asked, Any]]) -> None:
         ready = []
@@ -278,6 +286,12 @@ class Stepper:
         for (trainee, asked, _), norm in zip(ready, norms, strict=True):
             trainee.step += 1
             self._end(trainee, asked, Stepped(trainee.step, norm))
+
+    @staticmethod
+    def _kept(trainee: Trainee) -> State:
+        rows = trainee.setup.home.state()
+        tensors = {name: rows[name][trainee.slot].clone() for name in STATE}
+        return State(trainee.step, trainee.pieces, tensors)
 
     def _contents(self, trainee: Trainee) -> Contents:
         on = trainee.setup.on

@@ -21,13 +21,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Self, final
 
-from ...errors import AdapterError, StoreLimitError, UnsupportedError, type_name
+from ...errors import AdapterError, KilotuneError, StoreLimitError, UnsupportedError, type_name
 from .adapter_store import AdapterStore
 from .names import check_namespace
 from .schema import Link
 from .sql import SqlStore
 
-__all__ = ["Document", "Documents"]
+__all__ = ["Document", "Documents", "QuotaError"]
 
 TABLES = """
 CREATE TABLE IF NOT EXISTS kilotune_documents (
@@ -51,6 +51,11 @@ CREATE TABLE IF NOT EXISTS kilotune_bodies (
 """
 COLUMNS = "id, namespace, kind, name, parent, state, created, owner, until, size, data"
 PART = 1_000_000  # bytes of a body that are read or written at once
+
+
+@final
+class QuotaError(KilotuneError):
+    """A namespace has all that it may have."""
 
 
 @final
@@ -153,7 +158,7 @@ class Documents:
             quota: how many bytes bodies of this kind may take in this namespace in all.
 
         Raises:
-            AdapterError: there is no such parent. StoreLimitError: the quota.
+            AdapterError: there is no such parent. QuotaError: it would be more than that.
 
         """
         assert self.namespace is not None, "a new document belongs to a namespace"
@@ -351,7 +356,7 @@ class Documents:
         row = link.one(sql, (kind, self.namespace))
         there = 0 if row is None else int(row[0])
         if there + size > quota:
-            raise StoreLimitError(f"{kind}: {size} bytes beside the {there} there are more than the {quota} allowed")
+            raise QuotaError(f"{kind}: {size} bytes beside the {there} there are more than the {quota} allowed")
 
 
 def _insert(link: Link, made: Document, pieces: list[bytes]) -> int:

@@ -23,12 +23,14 @@ from . import lora_routes as loading
 from . import management_routes as managing
 from . import responses_routes as responding
 from . import token_routes as tokens
+from . import training_routes as training
 from . import web_page as pages
 from .http_errors import ApiError, of_library, of_parsing, of_validation
 from .middleware import Front, internal, noted
 from .responses_body import ResponseBody
 from .schemas import ChatBody, ClassifyBody, CompletionBody, DetokenizeBody, EmbeddingBody, TokenizeBody
 from .service import Service
+from .training_shapes import JobBody
 
 __all__ = ["create_app"]
 
@@ -73,6 +75,7 @@ KNOWN = {
     "/v1/classify": sorted(ClassifyBody.model_fields),
     "/v1/load_lora_adapter": sorted(loading.LoadBody.model_fields),
     "/v1/unload_lora_adapter": sorted(loading.UnloadBody.model_fields),
+    "/v1/fine_tuning/jobs": sorted(JobBody.model_fields),
     "/tokenize": sorted(TokenizeBody.model_fields),
     "/detokenize": sorted(DetokenizeBody.model_fields),
 }
@@ -106,6 +109,7 @@ def create_app(service: Service) -> ASGIApp:
     app.include_router(responding.routes(service, errors))
     app.include_router(encoding.routes(service, errors))
     app.include_router(tokens.routes(service, errors))
+    app.include_router(training.routes(service, errors))
     app.include_router(managing.routes(service, errors))
     app.include_router(loading.routes(service, errors))
     app.include_router(pages.routes(service))

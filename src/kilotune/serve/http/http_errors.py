@@ -20,6 +20,7 @@ from ...errors import (
     TargetError,
     UnsupportedError,
 )
+from ...fleet.store.documents import QuotaError
 from ..engine.interface import EngineError, GrammarError
 
 __all__ = ["ApiError", "body_of", "of_library", "of_parsing", "of_validation"]
@@ -89,6 +90,8 @@ def of_library(error: KilotuneError, param: str | None = None) -> ApiError:
         return ApiError(507, "the store's disk is full; nothing was changed")
     if isinstance(error, StoreLimitError):
         return ApiError(409, f"the store of adapters {error.told}", param=param)
+    if isinstance(error, QuotaError):
+        return ApiError(429, str(error), param=param, code="quota_exceeded")
     if isinstance(error, EngineError):
         return ApiError(503, "the engine takes no requests; try again", retry_after=1)
     if isinstance(error, StoreError):

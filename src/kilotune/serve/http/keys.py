@@ -53,7 +53,7 @@ class Key:
 
     id: names it in lists, and is no secret. sha256: of the key. role: "tenant" (the adapters of its namespace answer),
     "manager" (puts, moves and deletes them) or "monitor" (reads the metrics). namespace: None is for managers and
-    monitors, and is all of them.
+    monitors, and is all of them. trains: a tenant's may upload files and have models trained from them.
     """
 
     id: str
@@ -62,6 +62,7 @@ class Key:
     namespace: str | None
     created: str
     note: str = ""
+    trains: bool = False
 
 
 def digest(key: str) -> str:
@@ -69,7 +70,7 @@ def digest(key: str) -> str:
     return hashlib.sha256(key.encode(errors="surrogatepass")).hexdigest()
 
 
-def new_key(role: str, namespace: str | None, note: str = "") -> tuple[str, Key]:
+def new_key(role: str, namespace: str | None, note: str = "", trains: bool = False) -> tuple[str, Key]:
     """(a key that nobody has seen, what is kept of it).
 
     Raises:
@@ -82,6 +83,8 @@ def new_key(role: str, namespace: str | None, note: str = "") -> tuple[str, Key]
         raise ConfigError("a tenant's key is of one namespace; give --namespace")
     if role == MONITOR and namespace is not None:
         raise ConfigError("a monitor's key is for the metrics of the whole service; leave --namespace out")
+    if trains and role != TENANT:
+        raise ConfigError(f"a {role}'s key trains nothing; leave --trains out")
     if namespace is not None:
         check_shown("namespace", check_namespace(namespace))
     if len(note) > MAX_NOTE or any(ord(c) < 32 for c in note):
@@ -89,7 +92,7 @@ def new_key(role: str, namespace: str | None, note: str = "") -> tuple[str, Key]
     name = secrets.token_hex(4)
     key = f"{PREFIX}{name}-{secrets.token_urlsafe(32)}"
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    return key, Key(name, digest(key), role, namespace, now, note)
+    return key, Key(name, digest(key), role, namespace, now, note, trains)
 
 
 # -- the file --------------------------------------------------------------------------------------
@@ -121,7 +124,9 @@ def read_keys(path: str | Path) -> list[Key]:
 
 def _key(entry: Any) -> Key:
     values = {name: entry[name] for name in ("id", "sha256", "role", "namespace", "created")}
-    key = Key(**values, note=entry.get("note", ""))
+    key = Key(**values, note=entry.get("note", ""), trains=entry.get("trains", False))
+    if not isinstance(key.trains, bool):
+        raise ValueError(f"key {key.id!r}: trains is neither true nor false")
     if wrong := [name for name in ("id", "created", "note") if not isinstance(getattr(key, name), str)]:
         raise ValueError(f"key {key.id!r}: {wrong[0]} is no text")
     if key.role not in ROLES or (key.role == TENANT and key.namespace is None):
@@ -133,9 +138,11 @@ def _key(entry: Any) -> Key:
     return key
 
 
-def add_key(path: str | Path, role: str, namespace: str | None, note: str = "") -> tuple[str, Key]:
+def add_key(
+    path: str | Path, role: str, namespace: str | None, note: str = "", trains: bool = False
+) -> tuple[str, Key]:
     """Make a key and write it into a file, which is made where it is not there; (the key, what was kept)."""
-    made = new_key(role, namespace, note)
+    made = new_key(role, namespace, note, trains)
     with _changing(Path(path)) as keys:
         keys.append(made[1])
     return made
@@ -195,7 +202,7 @@ class Keyring:
         self._path = None if path is None else Path(path)
         self._lock = threading.Lock()
         self._fixed = tuple(fixed)
-        self.open_to = None if open_to is None else Key("", "", TENANT, open_to, "")
+        self.open_to = None if open_to is None else Key("", "", TENANT, open_to, "", trains=True)
         self.trouble: str | None = None
         self._looked = time.monotonic()
         self._stamp = self._of_file()

@@ -147,6 +147,8 @@ class Front:
         limit = self.service.settings.max_body
         if _is_put(scope):
             limit = self.service.settings.max_adapter + 65536  # what is around the files
+        elif scope["path"] == "/v1/files":
+            limit = self.service.settings.max_file + 65536
         coding = _header(scope, b"content-encoding")
         if coding is not None and coding.strip().lower() not in ("", "identity"):
             raise ApiError(415, f"content-encoding: {coding!r:.100} is not taken; send the body as it is")

@@ -15,6 +15,7 @@ from ...fleet.store import Contents, SharedVersion, Version
 from ...fleet.store.adapter_store import Adapter, Which
 from ..engine.interface import AdapterKey, Engine, Generation, Sampling
 from ..engine.lanes import Lanes
+from ..learning.training import Training
 from .admission import Gate
 from .chat_templates import OwnTemplate
 from .http_errors import ApiError, of_library
@@ -106,6 +107,7 @@ class Service:
         self.leaving = False  # the process was told to end, and takes requests still
         self.draining = False  # takes no requests for answers
         self.ending = False  # the process was told to end: nothing new is taken
+        self.training: Training | None = None  # files and jobs, where the service trains
         self.notes: tuple[str, ...] = ()  # what to tell of the base, once there is a log
         self.tracer = tracer(settings.telemetry)
         self._asking = Lanes("kilotune-store", THREADS, EACH)
@@ -113,6 +115,8 @@ class Service:
 
     def close(self) -> None:
         """Let go of the threads and the store."""
+        if self.training is not None:
+            self.training.close()
         self.putting.close()
         self._asking.close()
         self.prompts.close()

@@ -92,6 +92,7 @@ class ServeSettings(Section):
     )
     max_body: int = setting(2 * 2**20, number(1, whole=True), "The most bytes of a request, adapters apart.")
     max_adapter: int = setting(256 * 2**20, number(1, whole=True), "The most bytes of an adapter that is put.")
+    max_file: int = setting(64 * 2**20, number(1, whole=True), "The most bytes of a file of training data.")
     max_seconds: float = setting(600.0, number(0, above=True), "The longest that a request may take.")
     body_seconds: float = setting(30.0, number(0, above=True), "How long a request's body may take to arrive.")
     write_seconds: float = setting(
@@ -132,6 +133,31 @@ class ServeSettings(Section):
     own_chat_templates: bool = setting(
         False, flag, "Chat templates that adapters bring are used where they are not the base's; else they are refused."
     )
+    learn: bool = setting(
+        False,
+        flag,
+        "Take files of training data and fine-tuning jobs, by OpenAI's API: models are trained while others are "
+        "answered. Keys need --trains for it; the store has to be in a database.",
+    )
+    learn_method: str = setting("vera", text, "With --learn: the method of models that begin with the base.")
+    learn_rank: int | None = setting(
+        None, or_none(number(1, whole=True)), "With --learn: their rank; null: 256 of VeRA's, else the method's own."
+    )
+    learn_share: float = setting(
+        0.25,
+        number(0, above=True),
+        "With --learn: how much of a core training has while something is answered; it has all that is idle else.",
+    )
+    learn_pass_tokens: int = setting(
+        512,
+        number(1, whole=True),
+        "With --learn: tokens of one pass of training, the longest that an answer waits for it.",
+    )
+    learn_jobs: int = setting(16, number(1, whole=True), "With --learn: jobs of a namespace that are not done yet.")
+    learn_tokens_a_day: int = setting(
+        50_000_000, number(1, whole=True), "With --learn: tokens that a namespace may have trained in a day."
+    )
+    learn_file_bytes: int = setting(2**30, size(0), "With --learn: how much the files of a namespace may take.")
     telemetry: bool = setting(False, flag, "A span of OpenTelemetry for each request; its own variables say where to.")
 
     @classmethod

@@ -8,6 +8,7 @@ from typing import Any
 
 from ...bases import located
 from ...errors import ConfigError
+from ...methods import get_config
 from ...train.data.processors import load_tokenizer
 from ...train.running.base_model import device_of, load_base, load_config
 from ...train.running.held_dtype import held_dtype
@@ -17,6 +18,10 @@ from ..engine.continuous_batching import TransformersEngine
 from ..engine.encoders import EncoderEngine, pooling_of
 from ..engine.interface import Engine
 from ..engine.tenant_adapters import AdapterRegistry
+from ..learning.jobs import JobLimits
+from ..learning.learner import Learner, LearningSettings
+from ..learning.training import Training, TrainingLimits
+from ..twin import twin_of
 from .keys import Key, Keyring
 from .prompts import Prompts
 from .service import Service
@@ -51,6 +56,7 @@ def build(
     tokenizer = load_tokenizer(model, options.revision)
     base, notes = _base(source, task, options)
     base.eval()
+    twin = twin_of(base) if settings.learn and task == "generate" else None
     with ExitStack() as held:
         adapters = AdapterRegistry(
             store,
@@ -72,8 +78,32 @@ def build(
         prompts = Prompts(tokenizer, rows, settings.own_chat_templates)
         service = Service(engine, adapters, prompts, keys, settings, settings.name or _last(model))
         service.notes = tuple(notes)
+        if settings.learn:
+            service.training = _training(store, twin, adapters, engine, tokenizer, service)
+            service.training.start()
         held.pop_all()
     return service
+
+
+def _training(
+    store: str, twin: Any, adapters: AdapterRegistry, engine: Engine, tokenizer: Any, service: Service
+) -> Training:
+    """What trains beside the engine.
+
+    Raises:
+        ConfigError: the base does not generate, or no adapter can be made of the settings.
+
+    """
+    settings = service.settings
+    if twin is None or not isinstance(engine, TransformersEngine):
+        raise ConfigError("learn: only a language model that generates is trained; this base does something else")
+    rank = 256 if settings.learn_rank is None and settings.learn_method == "vera" else settings.learn_rank
+    config = get_config(settings.learn_method, target_modules="all-linear", **({} if rank is None else {"r": rank}))
+    learning = LearningSettings(share=settings.learn_share, pass_tokens=settings.learn_pass_tokens)
+    learner = Learner(twin, adapters, engine, learning, engine.cores)
+    jobs = JobLimits(open=settings.learn_jobs, tokens_a_day=settings.learn_tokens_a_day)
+    limits = TrainingLimits(file_bytes=settings.learn_file_bytes, jobs=jobs)
+    return Training(store, learner, adapters, engine, service.base, config, tokenizer, limits)
 
 
 def task_of(config: Any, wanted: str) -> str:

@@ -31,7 +31,7 @@ from torch import nn
 
 from ...config import AdapterConfig
 from ...errors import AdapterError, ConfigError, ResourceError, StoreError, first_line
-from ...fleet.stepper.operations import Operation, Save
+from ...fleet.stepper.operations import Operation, Save, State
 from ...fleet.stepper.stepper import Stepper
 from ...fleet.store import Record, SharedVersion
 from ..engine.cores import Cores
@@ -163,6 +163,7 @@ class Learner:
         seed: int = 0,
         on: SharedVersion | None = None,
         start: Record | None = None,
+        state: State | None = None,
     ) -> None:
         """Begin with a model of a namespace; waits until it is there.
 
@@ -173,6 +174,7 @@ class Learner:
             seed: of its start and its dropout.
             on: the shared version that it stands on.
             start: the version that it goes on from.
+            state: what it was in an earlier run, to go on from.
 
         Raises:
             AdapterError: the name is taken, or ``on`` is not there. ConfigError, TargetError, UnsupportedError: such an
@@ -184,7 +186,7 @@ class Learner:
         def begin() -> None:
             if len(self._opened) >= self.settings.models:
                 raise ResourceError(f"open({name!r}): {len(self._opened)} models are in training; close one first")
-            self._stepper.open(name, config, seed=seed, on=below, start=start)
+            self._stepper.open(name, config, seed=seed, on=below, start=start, state=state)
             self._opened[name] = _Opened(namespace, on)
 
         self._call(begin).result()

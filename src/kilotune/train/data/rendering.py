@@ -219,10 +219,12 @@ class ChatTemplate:
         return [Written(self._text(messages, going_on=True), (), len(messages))]
 
     def _by_turns(self, messages: Sequence[Message]) -> list[Written]:
-        turns = [i for i, message in enumerate(messages) if message["role"] == ASSISTANT]
+        chat, tools = split_tools(messages)
+        more: list[Message] = [] if tools is None else [{"tools": tools}]
+        turns = [i for i, message in enumerate(chat) if message["role"] == ASSISTANT]
         whole = self._text(messages)
-        upto = [self._text(messages[: i + 1]) if i + 1 < len(messages) else whole for i in turns]
-        answers = [(self._start(messages[:i], text), self._end(text)) for i, text in zip(turns, upto)]
+        upto = [self._text([*chat[: i + 1], *more]) if i + 1 < len(chat) else whole for i in turns]
+        answers = [(self._start(chat[:i], more, text), self._end(text)) for i, text in zip(turns, upto)]
         if all(whole.startswith(text[:end]) for text, (_, end) in zip(upto, answers)):
             return [Written(whole, tuple(answers), len(messages))]
         return [Written(text, (answer,), i + 1) for i, text, answer in zip(turns, upto, answers)]
@@ -243,13 +245,13 @@ class ChatTemplate:
             )
         return str(text)
 
-    def _start(self, before: Sequence[Message], text: str) -> int:
+    def _start(self, before: Sequence[Message], tools: Sequence[Message], text: str) -> int:
         """Where the answer begins in ``text``, which ends with it: after what the model is given to answer."""
         if not before:  # no template renders an empty chat: what it puts before any answer is taken from another one
             asked = [{"role": "user", "content": "x"}]
             header = self._text(asked, prompt=True).removeprefix(self._text(asked))
             return text.find(header) + len(header) if header and header in text else 0
-        given = self._text(before, prompt=True)
+        given = self._text([*before, *tools], prompt=True)
         if text.startswith(given):
             return len(given)
         # The template ends what it gives the model with words that it leaves out of the chat afterwards (a tag that
@@ -270,9 +272,11 @@ class ChatTemplate:
         """
         from transformers.utils.chat_template_utils import render_jinja_template
 
+        chat, tools = split_tools(messages)
         with _refusals():
             texts, spans = render_jinja_template(
-                conversations=[list(messages)],
+                conversations=[list(chat)],
+                tools=tools,
                 chat_template=self._template,
                 return_assistant_tokens_mask=True,
                 **self._tokenizer.special_tokens_map,

@@ -1,0 +1,202 @@
+"""``/v1/files`` and ``/v1/fine_tuning/jobs``: OpenAI's fine-tuning API, over this service's own base."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Annotated, Any, TypeVar
+
+from fastapi import APIRouter, File, Form, Query, Request, UploadFile
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+from ...fleet.store.documents import Document, Documents
+from ..learning.jobs import CHECKPOINT, EVENT, FILE, JOB, Jobs
+from ..learning.training import Training
+from .http_errors import ApiError
+from .logs import log
+from .middleware import noted
+from .service import Service, namespace_of
+from .training_shapes import JobBody, checkpoint_object, event_object, file_object, job_object, page
+
+__all__ = ["routes"]
+
+T = TypeVar("T")
+MAX_PAGE = 10_000
+PIECE = 1_000_000
+DAYS = 30 * 86_400
+Limit = Annotated[int, Query(ge=1, le=MAX_PAGE)]
+After = Annotated[str | None, Query(max_length=200)]
+
+
+class _Asker:
+    """Whose files and jobs a request is about, and the store that has them."""
+
+    def __init__(self, service: Service, request: Request) -> None:
+        caller = noted(request.scope).caller
+        assert caller is not None
+        if service.training is None:
+            raise ApiError(404, "fine-tuning is not served here; start kilotune serve with --learn")
+        if not caller.trains:
+            told = "this key may not upload files or train; kilotune keys add --trains makes one that may"
+            raise ApiError(403, told)
+        self._service, self.training, self.namespace = service, service.training, namespace_of(caller)
+
+    async def documents(self, call: Callable[[Documents], T], param: str | None = None) -> T:
+        """Ask the store for files or jobs."""
+        own = self.training.documents(self.namespace)
+        return await self._service.ask(self.namespace, lambda: call(own), param)
+
+    async def jobs(self, call: Callable[[Jobs], T], param: str | None = None) -> T:
+        """Ask for something of jobs."""
+        own = self.training.jobs(self.namespace)
+        return await self._service.ask(self.namespace, lambda: call(own), param)
+
+    async def file(self, name: str) -> Document:
+        """A file of the namespace."""
+        found = await self.documents(lambda documents: documents.find(FILE, name))
+        if found is None:
+            raise ApiError(404, f"there is no file {name!r}", param="file_id")
+        return found
+
+    def shown(self, job: Document) -> dict[str, Any]:
+        """A job as OpenAI has it."""
+        return job_object(job, self.namespace)
+
+
+def routes(service: Service, errors: dict[int | str, dict[str, Any]]) -> APIRouter:
+    """The routes of both."""
+    router = APIRouter(prefix="/v1", responses=errors, tags=["fine-tuning"])
+    _files(router, service)
+    _jobs(router, service)
+    _lists(router, service)
+    return router
+
+
+def _files(router: APIRouter, service: Service) -> None:
+    @router.post("/files", operation_id="upload_file", response_model=None)
+    async def upload(
+        request: Request,
+        file: Annotated[UploadFile, File()],
+        purpose: Annotated[str, Form(max_length=100)],
+        anchor: Annotated[str | None, Form(alias="expires_after[anchor]")] = None,
+        seconds: Annotated[int | None, Form(alias="expires_after[seconds]", ge=3600, le=DAYS)] = None,
+    ) -> Response:
+        """Upload a file of training data: JSON lines."""
+        asker = _Asker(service, request)
+        if purpose != "fine-tune":
+            raise ApiError(400, f"purpose: {purpose!r} is not served; taken is 'fine-tune'", param="purpose")
+        if (anchor is None) != (seconds is None) or anchor not in (None, "created_at"):
+            raise ApiError(400, "expires_after: expected anchor 'created_at' and seconds", param="expires_after")
+        told = {"filename": (file.filename or "file.jsonl")[:200], "purpose": purpose}
+        body = [piece async for piece in _pieces(file)]
+        until = None if seconds is None else time.time() + seconds
+        quota = asker.training.limits.file_bytes
+        made = await asker.documents(
+            lambda documents: documents.add(FILE, told, body=body, until=until, quota=quota), "file"
+        )
+        log("file uploaded", namespace=asker.namespace, file=made.name, bytes=made.size)
+        return JSONResponse(file_object(made))
+
+    @router.get("/files", operation_id="list_files", response_model=None)
+    async def files(
+        request: Request,
+        purpose: Annotated[str | None, Query(max_length=100)] = None,
+        after: After = None,
+        limit: Limit = MAX_PAGE,
+        order: Annotated[str, Query(pattern="^(asc|desc)$")] = "desc",
+    ) -> Response:
+        """Your files, the newest first."""
+        asker = _Asker(service, request)
+        newest = order == "desc"
+        found = await asker.documents(lambda all_: all_.ls(FILE, after=after, newest=newest, limit=limit + 1))
+        chosen = [one for one in found if purpose is None or one.data["purpose"] == purpose]
+        return JSONResponse(page([file_object(one) for one in chosen], limit))
+
+    @router.get("/files/{file_id}", operation_id="file", response_model=None)
+    async def one(request: Request, file_id: str) -> Response:
+        """One of your files."""
+        return JSONResponse(file_object(await _Asker(service, request).file(file_id)))
+
+    @router.delete("/files/{file_id}", operation_id="delete_file", response_model=None)
+    async def delete(request: Request, file_id: str) -> Response:
+        """Remove a file. A job that has not read it yet fails."""
+        asker = _Asker(service, request)
+        await asker.file(file_id)
+        await asker.documents(lambda documents: documents.rm(FILE, file_id))
+        log("file removed", namespace=asker.namespace, file=file_id)
+        return JSONResponse({"id": file_id, "object": "file", "deleted": True})
+
+    @router.get("/files/{file_id}/content", operation_id="file_content", response_model=None)
+    async def content(request: Request, file_id: str) -> Response:
+        """A file as it was uploaded."""
+        asker = _Asker(service, request)
+        await asker.file(file_id)
+        body = asker.training.documents(asker.namespace).body(FILE, file_id)
+        return StreamingResponse(body, media_type="application/octet-stream")
+
+
+async def _pieces(file: UploadFile) -> Any:
+    while piece := await file.read(PIECE):
+        yield piece
+
+
+def _jobs(router: APIRouter, service: Service) -> None:
+    @router.post("/fine_tuning/jobs", operation_id="create_job", response_model=None)
+    async def create(request: Request, body: JobBody) -> Response:
+        """Have a model trained from a file."""
+        asker = _Asker(service, request)
+        await _check_model(service, asker.training, asker.namespace, body.model)
+        job = await asker.jobs(lambda jobs: jobs.create(body.asked))
+        log("job created", namespace=asker.namespace, job=job.name, model=body.model)
+        return JSONResponse(asker.shown(job))
+
+    @router.get("/fine_tuning/jobs/{job_id}", operation_id="job", response_model=None)
+    async def one(request: Request, job_id: str) -> Response:
+        """One of your jobs."""
+        asker = _Asker(service, request)
+        return JSONResponse(asker.shown(await asker.jobs(lambda jobs: jobs.find(job_id))))
+
+    def moves(what: str, move: Callable[[Jobs, str], Document], does: str) -> None:
+        async def moved(request: Request, job_id: str) -> Response:
+            asker = _Asker(service, request)
+            job = await asker.jobs(lambda jobs: move(jobs, job_id))
+            log(f"job {what}", namespace=asker.namespace, job=job_id)
+            return JSONResponse(asker.shown(job))
+
+        moved.__doc__ = does
+        place = f"/fine_tuning/jobs/{{job_id}}/{what}"
+        router.add_api_route(place, moved, methods=["POST"], operation_id=f"{what}_job", response_model=None)
+
+    moves("cancel", Jobs.cancel, "End a job.")
+    moves("pause", Jobs.pause, "Let a job wait; it shows as queued.")
+    moves("resume", Jobs.resume, "Let a paused job go on.")
+
+
+async def _check_model(service: Service, training: Training, namespace: str, model: str) -> None:
+    """See that a job's model is something to go on from."""
+    await service.ask(namespace, lambda: training.check_model(namespace, model), "model")
+
+
+def _lists(router: APIRouter, service: Service) -> None:
+    @router.get("/fine_tuning/jobs", operation_id="jobs", response_model=None)
+    async def jobs(request: Request, after: After = None, limit: Limit = 20) -> Response:
+        """Your jobs, the newest first."""
+        asker = _Asker(service, request)
+        found = await asker.documents(lambda all_: all_.ls(JOB, after=after, newest=True, limit=limit + 1))
+        return JSONResponse(page([asker.shown(one) for one in found], limit))
+
+    def children(what: str, kind: str, show: Callable[[Document], dict[str, Any]], does: str) -> None:
+        async def listed(request: Request, job_id: str, after: After = None, limit: Limit = 20) -> Response:
+            asker = _Asker(service, request)
+            await asker.jobs(lambda jobs: jobs.find(job_id))
+            found = await asker.documents(
+                lambda all_: all_.ls(kind, parent=job_id, after=after, newest=True, limit=limit + 1)
+            )
+            return JSONResponse(page([show(one) for one in found], limit))
+
+        listed.__doc__ = does
+        place = f"/fine_tuning/jobs/{{job_id}}/{what}"
+        router.add_api_route(place, listed, methods=["GET"], operation_id=f"job_{what}", response_model=None)
+
+    children("events", EVENT, event_object, "What a job has told, the newest first.")
+    children("checkpoints", CHECKPOINT, checkpoint_object, "The models that a job has made.")

@@ -1,0 +1,202 @@
+"""Files and fine-tuning jobs as OpenAI's API has them: bodies of requests, objects of answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, final
+
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from ...fleet.store.documents import Document
+from ..learning.jobs import Asked
+from .bodies import Body
+
+__all__ = ["JobBody", "checkpoint_object", "event_object", "file_object", "job_object", "page"]
+
+Auto = Literal["auto"]
+Epochs = Auto | Annotated[int, Field(ge=1, le=50)]
+Batch = Auto | Annotated[int, Field(ge=1, le=256)]
+Multiplier = Auto | Annotated[float, Field(gt=0, le=1000)] | Annotated[int, Field(ge=1, le=1000)]
+Beta = Auto | Annotated[float, Field(gt=0, le=2)] | Annotated[int, Field(ge=1, le=2)]
+SHOWN_AS = {"paused": "queued"}  # a word that OpenAI's clients do not know
+
+
+class Hyper(Body):
+    """What every method has."""
+
+    n_epochs: Epochs = "auto"
+    batch_size: Batch = "auto"
+    learning_rate_multiplier: Multiplier = "auto"
+
+
+@final
+class DpoHyper(Hyper):
+    """DPO's."""
+
+    beta: Beta = "auto"
+
+
+@final
+class SupervisedBody(Body):
+    """``method.supervised``."""
+
+    hyperparameters: Hyper | None = None
+
+
+@final
+class DpoBody(Body):
+    """``method.dpo``."""
+
+    hyperparameters: DpoHyper | None = None
+
+
+@final
+class MethodBody(Body):
+    """``method``."""
+
+    type: str = Field(max_length=100)
+    supervised: SupervisedBody | None = None
+    dpo: DpoBody | None = None
+
+    @model_validator(mode="after")
+    def _served(self) -> MethodBody:
+        if self.type not in ("supervised", "dpo"):
+            told = f"{self.type!r} is not served; taken are 'supervised' and 'dpo'"
+            raise PydanticCustomError("not_served", "{told}", {"option": "type", "told": told})
+        other = "dpo" if self.type == "supervised" else "supervised"
+        if getattr(self, other) is not None:
+            raise PydanticCustomError("lacking", "not with this type", {"option": other})
+        return self
+
+
+@final
+class JobBody(Body):
+    """``POST /v1/fine_tuning/jobs``."""
+
+    model: str = Field(min_length=1, max_length=400)
+    training_file: str = Field(min_length=1, max_length=200)
+    validation_file: str | None = Field(None, min_length=1, max_length=200)
+    suffix: str | None = Field(None, min_length=1, max_length=64, pattern=r"^[A-Za-z0-9._ -]+$")
+    seed: int | None = Field(None, ge=0, lt=2**31)
+    method: MethodBody | None = None
+    hyperparameters: Hyper | None = Field(None, description="The old place of a supervised method's.")
+    integrations: Annotated[list[Any], Field(max_length=0)] | None = Field(None, description="Not served.")
+    metadata: dict[str, Annotated[str, Field(max_length=512)]] | None = Field(None, max_length=16)
+
+    @model_validator(mode="after")
+    def _one_place(self) -> JobBody:
+        if self.hyperparameters is not None and self.method is not None:
+            raise PydanticCustomError("lacking", "the old place; say it in method", {"option": "hyperparameters"})
+        return self
+
+    @property
+    def asked(self) -> Asked:
+        """As jobs take it."""
+        kind = "supervised" if self.method is None else self.method.type
+        hyper: Any = self.hyperparameters
+        if self.method is not None:
+            own = self.method.dpo if kind == "dpo" else self.method.supervised
+            hyper = None if own is None else own.hyperparameters
+        hyper = hyper or (DpoHyper() if kind == "dpo" else Hyper())
+
+        def told(name: str) -> Any:
+            value = getattr(hyper, name, "auto")
+            return None if value == "auto" else value
+
+        return Asked(
+            model=self.model,
+            method=kind,
+            training_file=self.training_file,
+            validation_file=self.validation_file,
+            epochs=told("n_epochs"),
+            batch_size=told("batch_size"),
+            rate_multiplier=told("learning_rate_multiplier"),
+            beta=told("beta"),
+            seed=self.seed,
+            suffix=self.suffix,
+            metadata=self.metadata,
+        )
+
+
+def file_object(one: Document) -> dict[str, Any]:
+    """OpenAI's FileObject."""
+    return {
+        "id": one.name,
+        "object": "file",
+        "bytes": one.size,
+        "created_at": int(one.created),
+        "expires_at": None if one.until is None else int(one.until),
+        "filename": one.data["filename"],
+        "purpose": one.data["purpose"],
+        "status": "processed",
+        "status_details": None,
+    }
+
+
+def job_object(job: Document, namespace: str) -> dict[str, Any]:
+    """OpenAI's FineTuningJob."""
+    asked, made = job.data, job.data["made"] or {}
+    names = {"n_epochs": "epochs", "batch_size": "batch_size", "learning_rate_multiplier": "rate_multiplier"}
+    hyper = {name: made.get(name, asked[own] or "auto") for name, own in names.items()}
+    whole = {**hyper, "beta": made.get("beta", asked["beta"] or "auto")} if asked["method"] == "dpo" else hyper
+    return {
+        "id": job.name,
+        "object": "fine_tuning.job",
+        "created_at": int(job.created),
+        "finished_at": None if asked["finished"] is None else int(asked["finished"]),
+        "model": asked["model"],
+        "fine_tuned_model": asked.get("fine_tuned_model"),
+        "organization_id": namespace,
+        "status": SHOWN_AS.get(job.state, _status(job)),
+        "hyperparameters": hyper,
+        "method": {"type": asked["method"], asked["method"]: {"hyperparameters": whole}},
+        "training_file": asked["training_file"],
+        "validation_file": asked["validation_file"],
+        "result_files": asked["results"],
+        "trained_tokens": asked["tokens"] if job.state == "succeeded" else None,
+        "error": asked["error"],
+        "seed": asked["seed"],
+        "estimated_finish": None,
+        "integrations": [],
+        "metadata": asked["metadata"],
+        "user_provided_suffix": asked["suffix"],
+    }
+
+
+def _status(job: Document) -> str:
+    return "validating_files" if job.state == "running" and job.data["made"] is None else job.state
+
+
+def event_object(one: Document) -> dict[str, Any]:
+    """OpenAI's FineTuningJobEvent."""
+    told = one.data
+    return {
+        "id": one.name,
+        "object": "fine_tuning.job.event",
+        "created_at": int(one.created),
+        "level": told["level"],
+        "message": told["message"],
+        "type": told["type"],
+        "data": told["data"],
+    }
+
+
+def checkpoint_object(one: Document) -> dict[str, Any]:
+    """OpenAI's FineTuningJobCheckpoint."""
+    return {
+        "id": one.name,
+        "object": "fine_tuning.job.checkpoint",
+        "created_at": int(one.created),
+        "fine_tuned_model_checkpoint": one.data["model"],
+        "fine_tuning_job_id": one.parent,
+        "metrics": {"step": one.data["step"], **one.data["metrics"]},
+        "step_number": one.data["step"],
+    }
+
+
+def page(data: Sequence[dict[str, Any]], limit: int) -> dict[str, Any]:
+    """A list; data: one more than wanted, where there are more."""
+    shown = list(data[:limit])
+    ends = {"first_id": shown[0]["id"] if shown else None, "last_id": shown[-1]["id"] if shown else None}
+    return {"object": "list", "data": shown, "has_more": len(data) > limit, **ends}

@@ -1,0 +1,200 @@
+"""Fine-tuning jobs, as they are kept: what is asked for, what became of it, and who may change what.
+
+::
+
+    queued ─claim─► running ─► succeeded | failed
+      ▲  ▲             │ │
+      │  └──resume── paused ◄─pause        a server that dies loses its claim after a while: another one goes on
+      └──────────────────┘
+    cancel: from queued, running and paused
+
+A job, its events and checkpoints are documents of the store's database, so they are there before the answer is sent.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, final
+
+from ...errors import AdapterError, ConfigError
+from ...fleet.store.documents import Document, Documents, QuotaError
+
+__all__ = ["CHECKPOINT", "EVENT", "FILE", "JOB", "STATE", "Asked", "JobLimits", "Jobs"]
+
+FILE, JOB, EVENT, CHECKPOINT, STATE = "file", "job", "event", "checkpoint", "jobstate"
+WAITING, RUNNING, PAUSED = "queued", "running", "paused"
+DONE = ("succeeded", "failed", "cancelled")
+DAY = 86_400.0
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class JobLimits:
+    """What a namespace may have. open: jobs that are not done. tokens_a_day: that are trained."""
+
+    open: int = 16
+    tokens_a_day: int = 50_000_000
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What a job is asked to be.
+
+    Args:
+        model: what it is to go on from, as the request has it.
+        method: "supervised" or "dpo".
+        epochs, batch_size, rate_multiplier, beta: None: "auto".
+        seed: of start, order and dropout; None: drawn.
+        training_file, validation_file: names of files of the namespace.
+        suffix: of the model's name.
+        metadata: of the request.
+
+    """
+
+    model: str
+    method: str
+    training_file: str
+    validation_file: str | None = None
+    epochs: int | None = None
+    batch_size: int | None = None
+    rate_multiplier: float | None = None
+    beta: float | None = None
+    seed: int | None = None
+    suffix: str | None = None
+    metadata: Mapping[str, str] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As a job keeps it."""
+        seed = random.SystemRandom().randrange(2**31) if self.seed is None else self.seed
+        return {
+            "model": self.model,
+            "method": self.method,
+            "training_file": self.training_file,
+            "validation_file": self.validation_file,
+            "epochs": self.epochs,
+            "batch_size": self.batch_size,
+            "rate_multiplier": self.rate_multiplier,
+            "beta": self.beta,
+            "seed": seed,
+            "suffix": self.suffix,
+            "metadata": None if self.metadata is None else dict(self.metadata),
+            "made": None,
+            "finished": None,
+            "tokens": None,
+            "error": None,
+            "results": [],
+        }
+
+
+@final
+class Jobs:
+    """The jobs of one namespace. All methods wait for the store."""
+
+    def __init__(self, documents: Documents, limits: JobLimits | None = None) -> None:
+        self.documents, self.limits = documents, limits or JobLimits()
+
+    def create(self, asked: Asked) -> Document:
+        """A new job, which waits.
+
+        Raises:
+            AdapterError: there is no such file. ConfigError: a file is for something else. QuotaError: too many
+                jobs are open, or too much was trained today.
+
+        """
+        for name, file in (("training_file", asked.training_file), ("validation_file", asked.validation_file)):
+            if file is None:
+                continue
+            found = self.documents.find(FILE, file)
+            if found is None:
+                raise AdapterError(f"{name}: there is no file {file!r}")
+            if found.data["purpose"] != "fine-tune":
+                raise ConfigError(f"{name}: {file!r} is for {found.data['purpose']!r}; expected purpose 'fine-tune'")
+        open_jobs, _ = self.documents.total(JOB, states=(WAITING, RUNNING, PAUSED))
+        if open_jobs >= self.limits.open:
+            raise QuotaError(f"{open_jobs} jobs are not done yet; at most {self.limits.open} may be open at once")
+        self.check_day(0)
+        made = self.documents.add(JOB, asked.to_dict(), state=WAITING, prefix="ftjob")
+        self.tell(made.name, "Created fine-tuning job", data={"training_file": asked.training_file})
+        return made
+
+    def check_day(self, tokens: int) -> None:
+        """Refuse what is more than a namespace may train in a day."""
+        since = time.time() - DAY
+        trained = 0
+        for job in self.documents.ls(JOB, newest=True, limit=1000):
+            if job.created < since:
+                break
+            trained += job.data["tokens"] or 0
+        if trained + tokens > self.limits.tokens_a_day or (not tokens and trained >= self.limits.tokens_a_day):
+            more = f" and {tokens} more are asked for" if tokens else ""
+            raise QuotaError(
+                f"{trained} tokens were trained within a day{more}; at most {self.limits.tokens_a_day} are allowed"
+            )
+
+    def find(self, name: str) -> Document:
+        """A job.
+
+        Raises:
+            AdapterError: there is none of this namespace.
+
+        """
+        found = self.documents.find(JOB, name)
+        if found is None:
+            raise AdapterError(f"there is no fine-tuning job {name!r}")
+        return found
+
+    def cancel(self, name: str) -> Document:
+        """End a job that is not done; see :meth:`find` and :meth:`_move` for what it raises."""
+        made = self._move(name, (WAITING, RUNNING, PAUSED), "cancelled", "cancelled")
+        self.documents.change(JOB, name, lambda job: replace(job, data={**job.data, "finished": time.time()}))
+        self.forget_states(name)
+        self.tell(name, "The job was cancelled")
+        return made
+
+    def pause(self, name: str) -> Document:
+        """Let a job wait until it is resumed; it keeps what it has learned."""
+        made = self._move(name, (WAITING, RUNNING), PAUSED, "paused")
+        self.tell(name, "The job was paused; it shows as queued until it is resumed")
+        return made
+
+    def resume(self, name: str) -> Document:
+        """Let a paused job go on."""
+        made = self._move(name, (PAUSED,), WAITING, "resumed")
+        self.tell(name, "The job was resumed")
+        return made
+
+    def _move(self, name: str, of: Sequence[str], to: str, what: str) -> Document:
+        """Bring a job into another state.
+
+        Raises:
+            ConfigError: it cannot go there from where it is.
+
+        """
+
+        def change(job: Document) -> Document:
+            if job.state not in of:
+                raise ConfigError(f"job {name!r} is {job.state} and cannot be {what}; it would have to be one of {of}")
+            return replace(job, state=to)
+
+        found = self.documents.change(JOB, name, change)
+        if found is None:
+            raise AdapterError(f"there is no fine-tuning job {name!r}")
+        return found
+
+    def tell(self, name: str, message: str, level: str = "info", data: Mapping[str, Any] | None = None) -> None:
+        """An event of a job; nothing where it is gone."""
+        kind = "message" if data is None or "step" not in data else "metrics"
+        try:
+            told = {"level": level, "message": message, "type": kind, "data": dict(data or {})}
+            self.documents.add(EVENT, told, parent=name, prefix="ftevent")
+        except AdapterError:  # it was deleted meanwhile
+            return
+
+    def forget_states(self, name: str) -> None:
+        """Remove what a job kept to go on from."""
+        for state in self.documents.ls(STATE, parent=name):
+            self.documents.rm(STATE, state.name)

@@ -1,0 +1,400 @@
+"""What runs jobs: a few threads, each with one job at a time, which the learner mixes in its passes.
+
+A job that a server has taken is its own for as long as it gives signs of life; then another server goes on with it,
+from the last state that was kept. What a job draws is drawn from its seed alone, so what it comes to does not depend on
+who runs it, nor on how often it was stopped. Its model has a name of its own: published once, however often its end is
+run.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, final
+
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+
+from ...config import AdapterConfig
+from ...errors import AdapterError, KilotuneError, StoreError, first_line
+from ...fleet.stepper.operations import Forward, ForwardBackward, Keep, OptimStep, Save, Scored, State
+from ...fleet.store import Record, SharedVersion, Version
+from ...fleet.store.documents import Document, Documents
+from ..engine.tenant_adapters import AdapterRegistry
+from .jobs import CHECKPOINT, FILE, JOB, RUNNING, STATE, JobLimits, Jobs
+from .learner import Learner
+from .schedule import Plan
+from .training_file import Example, TrainingFile
+
+__all__ = ["JobRunner", "ModelStart", "Reader"]
+
+Reader = Callable[[bytes, str, str], TrainingFile]
+"""(a file's bytes, of which form its lines are, what to call it) -> its examples; raises ConfigError."""
+LEASE = 15.0  # seconds without a sign of life after which another server takes a job
+ALIVE = 3.0  # seconds between signs of life
+POLL = 0.25  # seconds between looks for jobs
+KEPT_EVERY = 30.0  # seconds of training between states that are kept
+TOLD = 50  # events with metrics of a job, about
+FORWARD = 16  # rows of which a reference's log-probabilities are asked for at once
+log = logging.getLogger("kilotune.serve")
+
+
+class _LeftError(Exception):
+    """The job is not to go on here: cancelled, paused, deleted, taken over, or the server ends."""
+
+
+@final
+@dataclass(frozen=True)
+class ModelStart:
+    """What a job's model goes on from: what it stands on, and an adapter of its configuration."""
+
+    config: AdapterConfig
+    on: SharedVersion | None = None
+    start: Record | None = None
+
+
+@final
+class JobRunner:
+    """Runs the jobs of a store.
+
+    Args:
+        documents: of all namespaces.
+        learner: trains.
+        adapters: where models are published.
+        base: what requests call the base.
+        config: of the adapter of a job that begins with the base.
+        read: reads a training file.
+        limits: of each namespace.
+        at_once: jobs that are trained at once here.
+
+    """
+
+    def __init__(
+        self,
+        documents: Documents,
+        learner: Learner,
+        adapters: AdapterRegistry,
+        base: str,
+        config: AdapterConfig,
+        read: Reader,
+        limits: JobLimits | None = None,
+        at_once: int = 32,
+    ) -> None:
+        self._documents, self._learner, self._adapters = documents, learner, adapters
+        self._base, self._config, self._read, self._limits = base, config, read, limits or JobLimits()
+        self.owner = uuid.uuid4().hex
+        self._stopping = threading.Event()
+        self._places = threading.Semaphore(at_once)
+        self._pool = ThreadPoolExecutor(at_once, "kilotune-jobs")
+        self._runs: set[_Run] = set()
+        self._threads: list[threading.Thread] = []
+
+    def start(self) -> None:
+        """Begin to look for jobs."""
+        for what in (self._look, self._live):
+            thread = threading.Thread(target=what, name=f"kilotune-jobs{what.__name__}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def stop(self) -> None:
+        """Leave all jobs where they are; another server, or the next start, goes on with them."""
+        self._stopping.set()
+        for thread in self._threads:
+            thread.join()
+        self._pool.shutdown(wait=True)
+
+    def _live(self) -> None:
+        """Give signs of life, whatever the passes of training wait for, and remove what is kept for a time."""
+        while not self._stopping.wait(ALIVE):
+            try:
+                for run in list(self._runs):
+                    if not self._documents.renew(JOB, run.job.name, self.owner, LEASE):
+                        run.lost = True
+                self._documents.expire(FILE)
+            except KilotuneError as error:
+                log.warning("no signs of life of jobs can be given: %s", first_line(error))
+
+    def _look(self) -> None:
+        while not self._stopping.is_set():
+            if not self._places.acquire(timeout=POLL):
+                continue
+            job = None
+            try:
+                job = self._documents.claim(JOB, self.owner, LEASE)
+            except KilotuneError as error:
+                log.warning("no jobs can be looked for: %s", first_line(error))
+            if job is None:
+                self._places.release()
+                self._stopping.wait(POLL)
+                continue
+            self._pool.submit(self._run, job)
+
+    def _run(self, job: Document) -> None:
+        run = _Run(self, job)
+        self._runs.add(run)
+        try:
+            run.run()
+        except _LeftError:
+            pass
+        except Exception:
+            log.exception("a job could not be ended; it is tried again")
+        finally:
+            self._runs.discard(run)
+            self._places.release()
+
+    # -- what a run asks for -----------------------------------------------------------------------
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the server ends."""
+        return self._stopping.is_set()
+
+    def start_of(self, namespace: str, model: str) -> ModelStart:
+        """What a job's ``model`` means: the base, a shared adapter to stand on, or an own one to go on from.
+
+        Raises:
+            AdapterError: there is none.
+
+        """
+        if model == self._base:
+            return ModelStart(self._config)
+        name, _, word = model.partition("/")
+        which: Any = int(word) if word.isdecimal() else word or None
+        try:
+            info = self._adapters.info(namespace, name, which)
+        except AdapterError:
+            return ModelStart(self._config, on=self._adapters.settle(namespace, model))
+        record = self._adapters.stored(namespace, info)
+        return ModelStart(record.file().config, info.stands_on, record)
+
+    def read(self, namespace: str, file: str, form: str) -> TrainingFile:
+        """A file that was uploaded."""
+        data = b"".join(self._documents.within(namespace).body(FILE, file))
+        return self._read(data, form, file)
+
+
+@final
+class _Run:
+    """One job, from where it is to its end."""
+
+    def __init__(self, runner: JobRunner, job: Document) -> None:
+        self.runner, self.job, self.asked = runner, job, dict(job.data)
+        self.documents = runner._documents.within(job.namespace)
+        self.jobs = Jobs(self.documents, runner._limits)
+        short = job.name.rpartition("-")[2][:8]
+        suffix = self.asked["suffix"] or ""
+        self.model = f"ft:{runner._base}:{job.namespace}:{suffix}:{short}"
+        self.open = f"{job.name}-{uuid.uuid4().hex[:8]}"  # in the learner, which may have an earlier run's still
+        self._looked = 0.0
+        self.lost = False  # somebody else has it
+        self.curve: list[dict[str, Any]] = []
+
+    def run(self) -> None:
+        """Train, publish, say what came of it."""
+        try:
+            version = self._published()
+            if version is None:
+                version = self._train()
+            self._succeed(version)
+        except _LeftError:
+            raise
+        except StoreError:  # it is away: the claim runs out, and the job goes on later
+            raise
+        except KilotuneError as error:
+            self._fail(error)
+        except Exception as error:
+            log.exception("a job failed")
+            self._fail(error)
+
+    # -- signs of life ------------------------------------------------------------------------------
+
+    def _stay(self) -> None:
+        """See that the job is still to be run, and here; about once a second.
+
+        Raises:
+            _LeftError: it is not to go on.
+
+        """
+        if self.runner.stopping or self.lost:
+            raise _LeftError
+        if time.monotonic() - self._looked < 1.0:
+            return
+        self._looked = time.monotonic()
+        now = self.documents.find(JOB, self.job.name)
+        if now is None or now.state != RUNNING or now.owner != self.runner.owner:
+            raise _LeftError
+
+    def _mine(self, change: Callable[[Document], Document]) -> Document:
+        """Change the job, as long as it is this run's."""
+
+        def own(job: Document) -> Document:
+            if job.state != RUNNING or job.owner != self.runner.owner:
+                raise _LeftError
+            return change(job)
+
+        found = self.documents.change(JOB, self.job.name, own)
+        if found is None:
+            raise _LeftError
+        return found
+
+    # -- training -----------------------------------------------------------------------------------
+
+    def _train(self) -> Version:
+        asked = self.asked
+        files = {"training": self.runner.read(self.job.namespace, asked["training_file"], asked["method"])}
+        if asked["validation_file"] is not None:
+            files["validation"] = self.runner.read(self.job.namespace, asked["validation_file"], asked["method"])
+        start = self.runner.start_of(self.job.namespace, asked["model"])
+        plan = Plan(files["training"].examples, asked, start.config)
+        self.jobs.check_day(plan.tokens)
+        made = {
+            "n_epochs": plan.epochs,
+            "batch_size": plan.batch_size,
+            "learning_rate_multiplier": 1.0 if asked["rate_multiplier"] is None else asked["rate_multiplier"],
+        }
+        if asked["method"] == "dpo":
+            made["beta"] = asked["beta"] or 0.1
+        if asked["made"] is None:
+            self._mine(lambda job: replace(job, data={**job.data, "made": made, "tokens": plan.tokens}))
+            self.jobs.tell(self.job.name, f"Files are valid; {len(plan.examples)} examples, {plan.steps} steps")
+        state = self._kept()
+        learner = self.runner._learner
+        learner.open(
+            self.open,
+            self.job.namespace,
+            start.config,
+            seed=asked["seed"],
+            on=start.on,
+            start=start.start,
+            state=state,
+        )
+        try:
+            self._steps(plan, files, 0 if state is None else state.step)
+            contents = learner.submit(self.open, Save()).result()
+        finally:
+            learner.close(self.open)
+        self._stay()
+        return self._publish(contents, start)
+
+    def _steps(self, plan: Plan, files: dict[str, TrainingFile], first: int) -> None:
+        learner, kept = self.runner._learner, time.monotonic()
+        every = max(1, plan.steps // TOLD)
+        for step in range(first, plan.steps):
+            self._stay_or_keep()
+            rows = self._rows(plan, plan.batch(step))
+            scored = learner.submit(self.open, ForwardBackward(rows, plan.objective))
+            stepped = learner.submit(self.open, OptimStep(plan.adam(step)))
+            found: Scored = scored.result()
+            stepped.result()
+            told: dict[str, Any] = {"step": step + 1, "train_loss": found.loss / max(found.weight, 1e-9)}
+            ends = (step + 1) % plan.epoch_steps == 0
+            if ends and "validation" in files:
+                told["valid_loss"] = self._validate(plan, files["validation"].examples)
+            if (step + 1) % every == 0 or ends or step == first:
+                self.curve.append(told)
+                text = f"Step {step + 1}/{plan.steps}: training loss={told['train_loss']:.4f}"
+                if "valid_loss" in told:
+                    text += f", validation loss={told['valid_loss']:.4f}"
+                self.jobs.tell(self.job.name, text, data={**told, "total_steps": plan.steps})
+            if time.monotonic() - kept > KEPT_EVERY:
+                self._keep()
+                kept = time.monotonic()
+
+    def _rows(self, plan: Plan, examples: Sequence[Example], without: bool = True) -> list[dict[str, Any]]:
+        """Rows as the objective takes them; of pairs, with what the model says of them without the adapter."""
+        rows = [row for example in examples for row in example.rows]
+        if self.asked["method"] != "dpo":
+            return rows
+        asked = self.runner._learner.submit(self.open, Forward(rows, without=without))
+        sums = [float(one.sum()) for one in asked.result().logprobs]
+        return [{**row, "reference": total} for row, total in zip(rows, sums, strict=True)]
+
+    def _validate(self, plan: Plan, examples: Sequence[Example]) -> float:
+        loss = weight = 0.0
+        for begin in range(0, len(examples), FORWARD):
+            self._stay()
+            rows = self._rows(plan, examples[begin : begin + FORWARD])
+            found: Scored = self.runner._learner.submit(self.open, Forward(rows, plan.objective)).result()
+            loss, weight = loss + found.loss, weight + found.weight
+        return loss / max(weight, 1e-9)
+
+    def _stay_or_keep(self) -> None:
+        try:
+            self._stay()
+        except _LeftError:
+            self._keep()
+            raise
+
+    # -- what is kept -------------------------------------------------------------------------------
+
+    def _keep(self) -> None:
+        """Keep what there is, for whoever goes on."""
+        state: State = self.runner._learner.submit(self.open, Keep()).result()
+        before = self.documents.ls(STATE, parent=self.job.name)
+        body = save_tensors({name: tensor.contiguous() for name, tensor in state.tensors.items()})
+        told = {"step": state.step, "pieces": state.pieces, "curve": self.curve}
+        try:
+            self.documents.add(STATE, told, parent=self.job.name, body=[body])
+        except AdapterError:  # the job was deleted
+            return
+        for one in before:
+            self.documents.rm(STATE, one.name)
+
+    def _kept(self) -> State | None:
+        found = self.documents.ls(STATE, parent=self.job.name, newest=True, limit=1)
+        if not found:
+            return None
+        data = b"".join(self.documents.body(STATE, found[0].name))
+        self.curve = list(found[0].data["curve"])
+        return State(found[0].data["step"], found[0].data["pieces"], load_tensors(data))
+
+    # -- the end --------------------------------------------------------------------------------------
+
+    def _published(self) -> Version | None:
+        """What an earlier run of this job has published already."""
+        try:
+            return self.runner._adapters.info(self.job.namespace, self.model)
+        except AdapterError:
+            return None
+
+    def _publish(self, contents: Any, start: ModelStart) -> Version:
+        adapters = self.runner._adapters
+        checked = adapters.check(self.job.namespace, self.model, contents, start.on)
+        told = {"job": self.job.name, "model": self.asked["model"]}
+        version, _ = adapters.keep(self.job.namespace, self.model, checked, metadata=told, on=start.on)
+        return version
+
+    def _succeed(self, version: Version) -> None:
+        results = []
+        if self.curve:
+            text = io.StringIO()
+            writer = csv.DictWriter(text, ["step", "train_loss", "valid_loss"], restval="")
+            writer.writeheader()
+            writer.writerows(self.curve)
+            told = {"filename": "step_metrics.csv", "purpose": "fine-tune-results"}
+            results = [self.documents.add(FILE, told, parent=self.job.name, body=[text.getvalue().encode()]).name]
+        more = {"finished": time.time(), "fine_tuned_model": version.name, "results": results}
+        self._mine(lambda job: replace(job, state="succeeded", data={**job.data, **more}))
+        metrics = {key: value for key, value in (self.curve[-1] if self.curve else {}).items() if key != "step"}
+        step = self.curve[-1]["step"] if self.curve else 0
+        self.documents.add(
+            CHECKPOINT, {"step": step, "metrics": metrics, "model": version.name}, parent=self.job.name, prefix="ftckpt"
+        )
+        self.jobs.forget_states(self.job.name)
+        self.jobs.tell(self.job.name, f"New fine-tuned model created: {version.name}")
+        self.jobs.tell(self.job.name, "The job has successfully completed")
+
+    def _fail(self, error: Exception) -> None:
+        text = str(error) if isinstance(error, KilotuneError) else f"an internal error ({type(error).__name__})"
+        wrong = "invalid_training_file" if "cannot be trained on" in text else "training_failed"
+        told = {"code": wrong, "message": text, "param": "training_file" if wrong != "training_failed" else None}
+        self._mine(lambda job: replace(job, state="failed", data={**job.data, "finished": time.time(), "error": told}))
+        self.jobs.forget_states(self.job.name)
+        self.jobs.tell(self.job.name, text, level="error")

@@ -1,0 +1,78 @@
+"""How a job is trained: batches, epochs, rates, where the request says "auto"."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+from ...config import AdapterConfig
+from ...fleet.joint.settings import FleetSettings
+from ...fleet.stepper.adam import Adam
+from ...fleet.stepper.objectives import Dpo, Objective, Supervised
+from .training_file import Example
+
+__all__ = ["Plan"]
+
+LEAST_STEPS = 100  # of a job that says nothing of epochs, whatever few rows it has
+MOST_EPOCHS = 25
+BATCH = 4
+
+
+@final
+@dataclass(frozen=True)
+class Plan:
+    """What a job comes to. examples: of the training file; asked: of the job; config: of the adapter."""
+
+    examples: Sequence[Example]
+    asked: dict[str, Any]
+    config: AdapterConfig
+
+    @property
+    def batch_size(self) -> int:
+        """Examples of a step."""
+        wanted: int | None = self.asked["batch_size"]
+        return min(wanted or BATCH, len(self.examples))
+
+    @property
+    def epoch_steps(self) -> int:
+        """Steps of an epoch."""
+        return math.ceil(len(self.examples) / self.batch_size)
+
+    @property
+    def epochs(self) -> int:
+        """How often the file is gone through."""
+        wanted: int | None = self.asked["epochs"]
+        return wanted or min(MOST_EPOCHS, max(3, math.ceil(LEAST_STEPS / self.epoch_steps)))
+
+    @property
+    def steps(self) -> int:
+        """In all."""
+        return self.epochs * self.epoch_steps
+
+    @property
+    def tokens(self) -> int:
+        """That are trained in all."""
+        return self.epochs * sum(example.tokens for example in self.examples)
+
+    @property
+    def objective(self) -> Objective:
+        """What is learned."""
+        return Dpo(beta=self.asked["beta"] or 0.1) if self.asked["method"] == "dpo" else Supervised()
+
+    def batch(self, step: int) -> list[Example]:
+        """The examples of a step, from 0; the same for the same seed, wherever it runs."""
+        epoch, place = divmod(step, self.epoch_steps)
+        order = list(range(len(self.examples)))
+        random.Random(f"{self.asked['seed']} {epoch}").shuffle(order)
+        chosen = order[place * self.batch_size : (place + 1) * self.batch_size]
+        return [self.examples[i] for i in chosen]
+
+    def adam(self, step: int) -> Adam:
+        """How the step is made."""
+        settings = FleetSettings(seed=0)
+        made = settings.adam(self.config, step, self.steps)
+        factor = 1.0 if self.asked["rate_multiplier"] is None else self.asked["rate_multiplier"]
+        return Adam(rate=made.rate * factor, betas=made.betas, eps=made.eps, max_grad_norm=made.max_grad_norm)

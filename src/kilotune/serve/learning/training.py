@@ -1,0 +1,96 @@
+"""Files and jobs of a service that trains: what its routes work with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, final
+
+from ...config import AdapterConfig
+from ...fleet.store import open_store
+from ...fleet.store.documents import Documents
+from ...train.data.rendering import ChatTemplate
+from ..engine.interface import Engine
+from ..engine.tenant_adapters import AdapterRegistry
+from .jobs import JobLimits, Jobs
+from .learner import Learner
+from .runner import JobRunner
+from .training_file import TrainingFile, read_file
+
+__all__ = ["Training", "TrainingLimits"]
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class TrainingLimits:
+    """What a namespace may have. file_bytes: of all its files. jobs: see there. at_once: jobs in training here."""
+
+    file_bytes: int = 2**30
+    jobs: JobLimits = field(default_factory=JobLimits)
+    at_once: int = 32
+
+
+@final
+class Training:
+    """Everything beside an engine that learns: made before its service, started and ended with it.
+
+    Args:
+        store: the URL of the store, in a database.
+        learner: trains; over the twin of the engine's base.
+        adapters: of the engine.
+        engine: how long a row may be.
+        base: what requests call the base.
+        config: of the adapters of jobs that begin with the base.
+        tokenizer: of the base.
+        limits: of each namespace.
+
+    Raises:
+        UnsupportedError: the store keeps no documents. ConfigError: the tokenizer has no chat template.
+
+    """
+
+    def __init__(
+        self,
+        store: str,
+        learner: Learner,
+        adapters: AdapterRegistry,
+        engine: Engine,
+        base: str,
+        config: AdapterConfig,
+        tokenizer: Any,
+        limits: TrainingLimits | None = None,
+    ) -> None:
+        self.limits = limits or TrainingLimits()
+        self.learner = learner
+        self._store = open_store(store)
+        self._documents = Documents(self._store)
+        chats = ChatTemplate(tokenizer)
+
+        def read(data: bytes, form: str, what: str) -> TrainingFile:
+            return read_file(data, form, chats, tokenizer, longest=engine.max_length, what=what)
+
+        self._runner = JobRunner(
+            self._documents, learner, adapters, base, config, read, self.limits.jobs, self.limits.at_once
+        )
+
+    def start(self) -> None:
+        """Begin to train."""
+        self.learner.start()
+        self._runner.start()
+
+    def close(self) -> None:
+        """End; jobs stay where they are, for the next start or another server."""
+        self._runner.stop()
+        self.learner.stop()
+        self._store.close()
+
+    def check_model(self, namespace: str, model: str) -> None:
+        """See that a job can go on from a model; AdapterError: there is none."""
+        self._runner.start_of(namespace, model)
+
+    def documents(self, namespace: str) -> Documents:
+        """Those of a namespace."""
+        return self._documents.within(namespace)
+
+    def jobs(self, namespace: str) -> Jobs:
+        """Those of a namespace."""
+        return Jobs(self.documents(namespace), self.limits.jobs)

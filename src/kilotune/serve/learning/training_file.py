@@ -1,0 +1,223 @@
+"""An uploaded file of training data: JSON lines as OpenAI has them, to rows of tokens; each fault with its line.
+
+::
+
+    supervised   {"messages": [..., {"role": "assistant", "content": "...", "weight": 1}], "tools": [...]}
+    dpo          {"input": {"messages": [...], "tools": [...]},
+                  "preferred_output": [{"role": "assistant", ...}], "non_preferred_output": [...]}
+
+A message of an assistant with a weight of 0 is read and not learned. Of a DPO pair the two answers are learned.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, final
+
+from ...errors import ConfigError
+from ...train.data.rendering import ChatTemplate, Rendered, tokenize
+
+__all__ = ["FORMS", "Example", "TrainingFile", "read_file"]
+
+Row = dict[str, Any]
+TOLD = 20  # faults that are told of one file
+MOST_LINE = 2_000_000  # bytes
+MOST_MESSAGES = 1024
+ROLES = ("system", "developer", "user", "assistant", "tool")
+FORMS = ("supervised", "dpo")
+
+
+@final
+@dataclass(frozen=True)
+class Example:
+    """What is learned as one: one row, or a pair of rows. line: of the file, from 1. tokens: of all its rows."""
+
+    line: int
+    rows: tuple[Row, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Of all its rows."""
+        return sum(len(row["input_ids"]) for row in self.rows)
+
+
+@final
+@dataclass(frozen=True)
+class TrainingFile:
+    """A file that can be trained on."""
+
+    examples: tuple[Example, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Of all examples."""
+        return sum(example.tokens for example in self.examples)
+
+
+def read_file(
+    data: bytes, form: str, chats: ChatTemplate, tokenizer: Any, *, longest: int, least: int = 1, what: str = "the file"
+) -> TrainingFile:
+    """The examples of a file.
+
+    Args:
+        data: of the file.
+        form: of its lines, one of FORMS.
+        chats: renders messages as a request's are rendered.
+        tokenizer: of the model.
+        longest: tokens that a row may have.
+        least: examples that there must be.
+        what: the file, for errors.
+
+    Raises:
+        ConfigError: what is wrong, line by line, up to a number of them.
+
+    """
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{what}: no UTF-8 at byte {error.start}") from None
+    faults: list[str] = []
+    examples = []
+    make = _supervised if form == "supervised" else _pair
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            rendered = make(_object(line), chats)
+            examples.append(Example(number, tuple(_row(one, tokenizer, longest) for one in rendered)))
+        except (ConfigError, RecursionError) as error:
+            faults.append(f"line {number}: {error}")
+            if len(faults) == TOLD:
+                faults.append("and perhaps more")
+                break
+    if faults:
+        raise ConfigError("\n".join([f"{what} cannot be trained on:", *(f"  - {fault}" for fault in faults)]))
+    if len(examples) < least:
+        raise ConfigError(f"{what}: {len(examples)} examples; at least {least} are needed")
+    return TrainingFile(tuple(examples))
+
+
+def _object(line: str) -> Mapping[str, Any]:
+    if len(line) > MOST_LINE:
+        raise ConfigError(f"more than {MOST_LINE} characters")
+    try:
+        found = json.loads(line, parse_constant=_no_number)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"no JSON: {error.msg} at character {error.pos + 1}") from None
+    except ValueError as error:  # a number of too many digits
+        raise ConfigError(f"no JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"expected an object, got {type(found).__name__}")
+    return found
+
+
+def _no_number(word: str) -> Any:
+    raise ConfigError(f"{word} is no JSON")
+
+
+# -- messages --------------------------------------------------------------------------------------------
+
+
+def _messages(given: Any, where: str) -> list[dict[str, Any]]:
+    if not isinstance(given, list) or not given:
+        raise ConfigError(f"{where}: expected a list of messages")
+    if len(given) > MOST_MESSAGES:
+        raise ConfigError(f"{where}: {len(given)} messages; at most {MOST_MESSAGES} are taken")
+    return [_message(one, f"{where}[{i}]") for i, one in enumerate(given)]
+
+
+def _message(given: Any, where: str) -> dict[str, Any]:
+    if not isinstance(given, dict):
+        raise ConfigError(f"{where}: expected an object")
+    if given.get("role") not in ROLES:
+        raise ConfigError(f"{where}.role: expected one of {', '.join(ROLES)}, got {given.get('role')!r:.50}")
+    content = given.get("content")
+    if isinstance(content, list):
+        content = _parts(content, where)
+    calls = given.get("tool_calls")
+    if content is None and not calls:
+        raise ConfigError(f"{where}.content: is missing")
+    if content is not None and not isinstance(content, str):
+        raise ConfigError(f"{where}.content: expected a text, got {type(content).__name__}")
+    if given.get("weight") not in (None, 0, 1):
+        raise ConfigError(f"{where}.weight: expected 0 or 1, got {given['weight']!r:.50}")
+    more = {key: given[key] for key in ("name", "tool_call_id") if given.get(key) is not None}
+    told = {"role": given["role"], "content": content or "", **more}
+    return {**told, **({"tool_calls": calls} if calls else {}), "weight": given.get("weight", 1)}
+
+
+def _parts(parts: list[Any], where: str) -> str:
+    for i, part in enumerate(parts):
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            kind = part.get("type") if isinstance(part, dict) else part
+            raise ConfigError(f"{where}.content[{i}]: only parts of text are served, got {kind!r:.50}")
+    return "".join(part["text"] for part in parts)
+
+
+def _plain(messages: Sequence[Mapping[str, Any]], tools: Any) -> list[dict[str, Any]]:
+    """As a template takes them, tools behind them."""
+    if tools is not None and not isinstance(tools, list):
+        raise ConfigError("tools: expected a list")
+    chat = [{key: value for key, value in one.items() if key != "weight"} for one in messages]
+    return [*chat, {"tools": tools}] if tools else chat
+
+
+# -- forms -----------------------------------------------------------------------------------------------
+
+
+def _supervised(given: Mapping[str, Any], chats: ChatTemplate) -> Iterator[Rendered]:
+    if "messages" not in given:
+        raise ConfigError("expected messages, as supervised fine-tuning has them; DPO's lines have input")
+    messages = _messages(given["messages"], "messages")
+    weights = [one["weight"] for one in messages if one["role"] == "assistant"]
+    if not any(weights):
+        raise ConfigError("messages: there is no assistant's message to learn")
+    rendered = _rendered(chats, _plain(messages, given.get("tools")))
+    if all(weights):
+        yield from rendered
+        return
+    if sum(len(one.answers) for one in rendered) != len(weights):
+        raise ConfigError("weight: this model's template does not tell the messages of an assistant apart")
+    left = iter(weights)
+    for one in rendered:
+        answers = tuple(answer for answer in one.answers if next(left))
+        if answers:
+            yield replace(one, answers=answers)
+
+
+def _pair(given: Mapping[str, Any], chats: ChatTemplate) -> Iterator[Rendered]:
+    asked = given.get("input")
+    if not isinstance(asked, dict):
+        raise ConfigError("expected input, as DPO's lines have it; supervised ones have messages")
+    before = _messages(asked.get("messages"), "input.messages")
+    for name in ("preferred_output", "non_preferred_output"):
+        answer = _messages(given.get(name), name)
+        if [one["role"] for one in answer] != ["assistant"]:
+            raise ConfigError(f"{name}: expected one message of the assistant's")
+        (last, *others) = reversed(_rendered(chats, _plain([*before, *answer], asked.get("tools"))))
+        if not last.answers:
+            raise ConfigError(f"{name}: the template leaves nothing of it")
+        del others  # of earlier messages, where a template writes each answer's text anew
+        yield replace(last, answers=last.answers[-1:])
+
+
+def _rendered(chats: ChatTemplate, messages: Sequence[dict[str, Any]]) -> list[Rendered]:
+    try:
+        return chats.render(messages)
+    except UnicodeEncodeError:
+        raise ConfigError("half of a surrogate pair, which is no character") from None
+
+
+def _row(rendered: Rendered, tokenizer: Any, longest: int) -> Row:
+    (example,) = tokenize(tokenizer, [rendered], "answer").examples
+    if len(example.ids) > longest:
+        raise ConfigError(f"{len(example.ids)} tokens; the model takes {longest}")
+    labels = [token if learn else -100 for token, learn in zip(example.ids, example.learn, strict=True)]
+    if all(label == -100 for label in labels[1:]):
+        raise ConfigError("no token to learn: the answer is empty")
+    return {"input_ids": example.ids, "labels": labels}
+
+
+Reader = Callable[[bytes, str], TrainingFile]

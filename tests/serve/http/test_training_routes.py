@@ -1,0 +1,290 @@
+"""OpenAI's fine-tuning API, with its own client: from a file to a chat with what was learned."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from kilotune.errors import ConfigError
+from kilotune.serve.http.keys import read_keys
+from kilotune.serve.learning.jobs import JobLimits
+from kilotune.serve.learning.training import TrainingLimits
+from tests.support.cli_helpers import as_json, error
+from tests.support.http_support import BASE, Running
+from tests.support.training_support import chat_lines, done, said, training_serving, upload
+
+HERS = [("the cat", "a dog sat"), ("a dog", "the mat")]
+HIS = [("the cat", "on the hat"), ("a dog", "a cat sat")]
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    with training_serving(tmp_path_factory.mktemp("training")) as made:
+        yield made
+
+
+def job_of(client: Any, data: bytes, **more: Any) -> Any:
+    hyper = {"n_epochs": 40, "batch_size": 2, "learning_rate_multiplier": 3.0}
+    method = {"type": "supervised", "supervised": {"hyperparameters": hyper}}
+    file = upload(client, data)
+    return client.fine_tuning.jobs.create(**{"model": BASE, "training_file": file.id, "method": method, **more})
+
+
+# -- from a file to a chat -------------------------------------------------------------------------------
+
+
+def test_two_tenants_teach_different_answers_to_one_question(running: Running) -> None:
+    ann, bob = running.openai("ann"), running.openai("bob")
+    before = said(ann, BASE, "the cat")
+    jobs = [(ann, job_of(ann, chat_lines(HERS), seed=1)), (bob, job_of(bob, chat_lines(HIS), seed=1))]
+    (hers, his) = (done(client, job) for client, job in jobs)
+    assert (hers.status, his.status) == ("succeeded", "succeeded"), (hers.error, his.error)
+    assert hers.fine_tuned_model.startswith(f"ft:{BASE}:ann::")
+    assert said(ann, hers.fine_tuned_model, "the cat").strip() == "a dog sat"
+    assert said(bob, his.fine_tuned_model, "the cat").strip() == "on the hat"
+    assert said(ann, BASE, "the cat") == said(bob, BASE, "the cat") == before
+    with pytest.raises(openai.NotFoundError):
+        said(bob, hers.fine_tuned_model, "the cat")
+    assert hers.trained_tokens > 0
+    assert hers.finished_at >= hers.created_at
+    assert hers.hyperparameters.n_epochs == 40
+    names = [model.id for model in ann.models.list()]
+    assert hers.fine_tuned_model in names
+
+
+def test_a_job_tells_what_it_does_and_leaves_its_numbers(running: Running) -> None:
+    ann = running.openai("ann")
+    held = upload(ann, chat_lines(HERS), "valid.jsonl")
+    job = done(ann, job_of(ann, chat_lines(HERS), validation_file=held.id, suffix="style", seed=2))
+    assert job.status == "succeeded", job.error
+    assert ":style:" in job.fine_tuned_model
+    events = list(ann.fine_tuning.jobs.list_events(job.id, limit=3))  # pages of three
+    messages = [event.message for event in reversed(events)]
+    assert messages[0] == "Created fine-tuning job"
+    assert messages[-1] == "The job has successfully completed"
+    metrics = [event.data for event in events if event.type == "metrics"]
+    assert metrics[0]["step"] == metrics[0]["total_steps"] == 40
+    assert metrics[0]["train_loss"] < metrics[-1]["train_loss"]
+    assert metrics[0]["valid_loss"] < metrics[-1]["valid_loss"]
+    (checkpoint,) = ann.fine_tuning.jobs.checkpoints.list(job.id)
+    assert checkpoint.fine_tuned_model_checkpoint == job.fine_tuned_model
+    assert checkpoint.step_number == 40
+    (result,) = job.result_files
+    lines = ann.files.content(result).text.splitlines()
+    assert lines[0] == "step,train_loss,valid_loss"
+    assert lines[-1].startswith("40,")
+    assert ann.fine_tuning.jobs.list(limit=1).data[0].id == job.id
+
+
+def test_of_two_answers_the_better_one_is_learned(running: Running) -> None:
+    ann = running.openai("ann")
+    pairs = [
+        {
+            "input": {"messages": [{"role": "user", "content": "the cat"}]},
+            "preferred_output": [{"role": "assistant", "content": "a mat"}],
+            "non_preferred_output": [{"role": "assistant", "content": "the hat"}],
+        }
+    ] * 4
+    data = "\n".join(map(json.dumps, pairs)).encode()
+    method = {"type": "dpo", "dpo": {"hyperparameters": {"n_epochs": 10, "batch_size": 2, "beta": 0.2}}}
+    job = done(ann, job_of(ann, data, method=method))
+    assert job.status == "succeeded", job.error
+    assert job.method.dpo.hyperparameters.beta == 0.2
+    losses = [e.data["train_loss"] for e in ann.fine_tuning.jobs.list_events(job.id) if e.type == "metrics"]
+    assert losses[-1] == pytest.approx(0.6931, abs=1e-3)  # the first step: log 2
+    assert losses[0] < 0.6
+
+
+def test_the_last_model_is_gone_on_from(running: Running) -> None:
+    bob = running.openai("bob")
+    first = done(bob, job_of(bob, chat_lines(HIS), seed=1))
+    second = done(bob, job_of(bob, chat_lines([("a mat", "on a cat")]), model=first.fine_tuned_model, seed=1))
+    assert second.status == "succeeded", second.error
+    assert said(bob, second.fine_tuned_model, "a mat").strip() == "on a cat"
+    assert said(bob, first.fine_tuned_model, "the cat").strip() == "on the hat"
+
+
+# -- cancel, pause, resume ------------------------------------------------------------------------------
+
+
+def slow_job(client: Any) -> Any:
+    method = {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 50, "batch_size": 1}}}
+    return job_of(client, chat_lines(HERS * 40), method=method, seed=3)
+
+
+def step_of(client: Any, job: Any) -> int:
+    events = client.fine_tuning.jobs.list_events(job.id, limit=1).data
+    return max((event.data.get("step", 0) for event in events), default=0)
+
+
+def wait_for_steps(client: Any, job: Any) -> None:
+    end = time.monotonic() + 60
+    while not step_of(client, job):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_a_job_is_cancelled_and_nothing_is_published(running: Running) -> None:
+    ann = running.openai("ann")
+    job = slow_job(ann)
+    wait_for_steps(ann, job)
+    told = ann.fine_tuning.jobs.cancel(job.id)
+    assert told.status == "cancelled"
+    time.sleep(1.5)
+    again = ann.fine_tuning.jobs.retrieve(job.id)
+    assert (again.status, again.fine_tuned_model) == ("cancelled", None)
+    with pytest.raises(openai.BadRequestError, match="is cancelled and cannot be cancelled"):
+        ann.fine_tuning.jobs.cancel(job.id)
+
+
+def test_a_paused_job_shows_as_queued_and_goes_on_where_it_was(running: Running) -> None:
+    ann = running.openai("ann")
+    job = slow_job(ann)
+    wait_for_steps(ann, job)
+    assert ann.fine_tuning.jobs.pause(job.id).status == "queued"
+    time.sleep(2)
+    reached = step_of(ann, job)
+    time.sleep(1)
+    assert step_of(ann, job) == reached
+    assert ann.fine_tuning.jobs.resume(job.id).status == "queued"
+    end = time.monotonic() + 60
+    while (now := step_of(ann, job)) <= reached:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    assert now > reached  # not from its beginning
+    ann.fine_tuning.jobs.cancel(job.id)
+
+
+# -- what is wrong ----------------------------------------------------------------------------------------
+
+
+def test_faults_of_a_file_are_told_by_line(running: Running) -> None:
+    ann = running.openai("ann")
+    lines = [
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}',
+        "not json",
+        '{"messages": [{"role": "user", "content": "a"}]}',
+        '{"messages": [{"role": "robot", "content": "a"}]}',
+        '{"prompt": "a", "completion": "b"}',
+    ]
+    job = done(ann, job_of(ann, "\n".join(lines).encode()))
+    assert job.status == "failed"
+    assert job.error.code == "invalid_training_file"
+    told = job.error.message
+    assert "line 2: no JSON" in told
+    assert "line 3: messages: there is no assistant's message to learn" in told
+    assert "line 4: messages[0].role: expected one of system" in told
+    assert "line 5: expected messages, as supervised fine-tuning has them" in told
+    assert "line 1" not in told
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"training_file": "file-nothing"}, "training_file: there is no file 'file-nothing'"),
+        ({"model": "nobody"}, "there is no such adapter"),
+        ({"method": {"type": "reinforcement"}}, "method.type: 'reinforcement' is not served"),
+        ({"integrations": [{"type": "wandb", "wandb": {"project": "x"}}]}, "integrations"),
+        ({"suffix": "a/b"}, "suffix"),
+        ({"hyperparameters": {"n_epochs": 1}}, "hyperparameters: the old place"),
+    ],
+)
+def test_what_cannot_be_is_refused_at_once(changed: dict[str, Any], told: str, running: Running) -> None:
+    with pytest.raises((openai.BadRequestError, openai.NotFoundError), match=told.replace("[", r"\[")):
+        job_of(running.openai("ann"), chat_lines(HERS), **changed)
+
+
+def test_nobody_sees_or_touches_anothers(running: Running) -> None:
+    ann, bob = running.openai("ann"), running.openai("bob")
+    file = upload(ann, chat_lines(HERS))
+    job = job_of(ann, chat_lines(HERS))
+    attempts = [
+        lambda: bob.files.retrieve(file.id),
+        lambda: bob.files.content(file.id),
+        lambda: bob.files.delete(file.id),
+        lambda: bob.fine_tuning.jobs.retrieve(job.id),
+        lambda: bob.fine_tuning.jobs.cancel(job.id),
+        lambda: bob.fine_tuning.jobs.pause(job.id),
+        lambda: bob.fine_tuning.jobs.list_events(job.id),
+        lambda: bob.fine_tuning.jobs.checkpoints.list(job.id),
+        lambda: bob.fine_tuning.jobs.create(model=BASE, training_file=file.id),
+    ]
+    for attempt in attempts:
+        with pytest.raises(openai.NotFoundError):
+            attempt()
+    assert file.id not in {one.id for one in bob.files.list()}
+    assert job.id not in {one.id for one in bob.fine_tuning.jobs.list()}
+    done(ann, job)
+
+
+def test_training_is_a_permission_of_its_own(running: Running) -> None:
+    carl = running.openai("carl")
+    with pytest.raises(openai.PermissionDeniedError, match="kilotune keys add --trains"):
+        upload(carl, chat_lines(HERS))
+    with pytest.raises(openai.PermissionDeniedError):
+        carl.fine_tuning.jobs.list()
+    assert said(carl, BASE, "the cat")
+
+
+def test_files_are_kept_listed_and_deleted(running: Running) -> None:
+    ann = running.openai("ann")
+    data = chat_lines(HERS)
+    made = ann.files.create(
+        file=("hers.jsonl", data), purpose="fine-tune", expires_after={"anchor": "created_at", "seconds": 3600}
+    )
+    assert (made.filename, made.bytes, made.purpose, made.status) == ("hers.jsonl", len(data), "fine-tune", "processed")
+    assert made.expires_at == made.created_at + 3600
+    assert ann.files.content(made.id).read() == data
+    assert next(iter(ann.files.list(limit=1))).id == made.id
+    assert ann.files.delete(made.id).deleted
+    with pytest.raises(openai.NotFoundError):
+        ann.files.retrieve(made.id)
+    with pytest.raises(openai.BadRequestError, match="purpose: 'batch' is not served"):
+        ann.files.create(file=("a", b"x"), purpose="batch")
+
+
+def test_quotas_of_files_and_jobs(tmp_path: Path) -> None:
+    limits = TrainingLimits(file_bytes=1000, jobs=JobLimits(open=1))
+    with training_serving(tmp_path, limits=limits) as running:
+        ann = running.openai("ann")
+        job = slow = ann.fine_tuning.jobs.create(
+            model=BASE,
+            training_file=upload(ann, chat_lines(HERS * 3)).id,
+            method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 50, "batch_size": 1}}},
+        )
+        with pytest.raises(openai.RateLimitError, match="at most 1 may be open"):
+            ann.fine_tuning.jobs.create(model=BASE, training_file=job.training_file)
+        with pytest.raises(openai.RateLimitError, match="more than the 1000 allowed"):
+            upload(ann, b"x" * 900)
+        ann.fine_tuning.jobs.cancel(slow.id)
+
+
+def test_without_learn_it_is_not_served_and_says_how(tmp_path: Path) -> None:
+    from tests.support.http_support import serving
+
+    with serving(tmp_path) as running, pytest.raises(openai.NotFoundError, match="kilotune serve with --learn"):
+        running.openai("ann").files.list()
+
+
+def test_keys_that_train_are_made_and_read(tmp_path: Path) -> None:
+    path = tmp_path / "keys.json"
+    assert as_json("keys", "add", path, "--namespace", "ann", "--trains")["trains"] is True
+    assert as_json("keys", "add", path, "--namespace", "bob")["trains"] is False
+    assert [key.trains for key in read_keys(path)] == [True, False]
+    refused = error("keys", "add", path, "--role", "manager", "--trains")
+    assert "a manager's key trains nothing; leave --trains out" in refused
+    document = json.loads(path.read_text())
+    del document["keys"][1]["trains"]  # as an earlier version wrote it
+    document["keys"][0]["trains"] = "yes"
+    path.write_text(json.dumps(document))
+    with pytest.raises(ConfigError, match="trains is neither true nor false"):
+        read_keys(path)
+    document["keys"][0]["trains"] = True
+    path.write_text(json.dumps(document))
+    assert [key.trains for key in read_keys(path)] == [True, False]
