@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -117,6 +118,23 @@ def test_schemas_of_answers(client: httpx2.Client, schema: Any, said: str) -> No
 def test_what_json_has_is_taken() -> None:
     for value in (None, True, 1, 1.5, "é😀", [], {}, nested(60), {"a": [1, {"b": None}]}):
         assert json_fault(value) is None
+
+
+def test_to_look_at_a_value_calls_nothing_for_each_of_many() -> None:
+    """It is done on the loop's thread: a body of 2 MB may have 600,000 of them."""
+    calls = 0
+
+    def count(frame: Any, event: str, argument: Any) -> None:
+        nonlocal calls
+        calls += event == "call"
+
+    value = {"enum": [[], "a", {}, 1] * 1000, "properties": {f"k{i}": {} for i in range(1000)}}
+    sys.setprofile(count)
+    try:
+        assert json_fault(value) is None
+    finally:
+        sys.setprofile(None)
+    assert calls < 10
 
 
 def test_what_asks_for_nothing_beside_log_probabilities_and_streams(client: httpx2.Client) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import importlib
 import io
 import json
@@ -501,6 +502,22 @@ def test_no_connection_is_taken_before_the_model_is_there() -> None:
                 patch.setattr("kilotune.serve.http.process.create_app", lambda service: None)
                 with pytest.raises(ConfigError, match=f"port {port} on 127.0.0.1 is in use"):
                     run(service, early, lambda url: None)
+
+
+def test_what_is_loaded_is_not_looked_through_for_each_large_body() -> None:
+    """A body of 2 MB of lists took a second of Python's lock for that, at 300,000 objects that are there for good."""
+    from kilotune.serve.http.process import listen, run
+    from kilotune.serve.http.settings import ServeSettings
+
+    frozen: list[int] = []
+    before = gc.get_freeze_count()
+    service: Any = SimpleNamespace(settings=ServeSettings(), close=lambda: None)
+    with listen(ServeSettings(port=0)) as listening, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kilotune.serve.http.process.create_app", lambda service: None)
+        patch.setattr("uvicorn.Server.run", lambda self, sockets: frozen.append(gc.get_freeze_count()))
+        run(service, listening, lambda url: None)
+    assert frozen[0] > before + 10_000
+    assert gc.get_freeze_count() == 0
 
 
 @pytest.mark.parametrize(

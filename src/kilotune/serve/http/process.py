@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import socket
 import time
 from collections.abc import Callable
@@ -158,8 +159,11 @@ def run(service: Service, listening: socket.socket, ready: Callable[[str], None]
             listening.listen(BACKLOG)
         except OSError as error:  # another process bound it meanwhile, and was quicker
             raise _no_port(error, *listening.getsockname()[:2]) from error
+        gc.collect()
+        gc.freeze()  # what is loaded stays: to look through it for each body of many lists would hold up all answers
         server.run(sockets=[listening])
     finally:
+        gc.unfreeze()
         service.close()
         listening.close()
     log("ended")
