@@ -72,9 +72,11 @@ def test_parameters_of_tools(client: httpx2.Client, case: str) -> None:
     [
         ('{"a": "\\ud800"}', "half of a surrogate pair"),
         ('{"a": NaN}', "holds nan"),
-        ('{"a": ' + "[" * 800 + "]" * 800 + "}", "is more than 200 objects and lists deep"),
+        *(
+            ('{"a": ' + "[" * deep + "]" * deep + "}", "is more than 200 objects and lists deep")
+            for deep in (800, *range(900, 1000, 6), 5000)  # as deep as Python's stack is, less what is on it
+        ),
     ],
-    ids=["half a character", "no number", "deep"],
 )
 def test_arguments_of_calls(client: httpx2.Client, arguments: str, said: str) -> None:
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}
@@ -89,6 +91,27 @@ def test_a_schema_sets_no_options_of_the_engine_that_holds_to_it(client: httpx2.
     tool = {"type": "function", "function": {"name": "f", "parameters": {**OBJECT, "x-guidance": own}}}
     answer = post(client, CHAT, {**ASKED, "tools": [tool], "tool_choice": "required"})
     assert answer.status_code < 500, answer.text
+
+
+@pytest.mark.parametrize(("schema", "said"), PARAMETERS.values(), ids=PARAMETERS)
+def test_schemas_of_answers(client: httpx2.Client, schema: Any, said: str) -> None:
+    """Also those that no grammar process has seen: /v1/responses sends them back."""
+    named = {"name": "x", "schema": schema}
+    for path, asked, place in (
+        (
+            CHAT,
+            {"response_format": {"type": "json_schema", "json_schema": named}},
+            "response_format.json_schema.schema",
+        ),
+        (CHAT, {"guided_json": schema}, "guided_json"),
+        (CHAT, {"structured_outputs": {"json": schema}}, "structured_outputs.json"),
+        (RESPONSES, {"text": {"format": {"type": "json_schema", **named}}}, "text.format.schema"),
+    ):
+        body = {"model": "tiny", "input": "a cat"} if path == RESPONSES else ASKED
+        answer = post(client, path, {**body, **asked})
+        assert answer.status_code == 400, (path, answer.text)
+        assert said in answer.json()["error"]["message"]
+        assert answer.json()["error"]["param"] == place
 
 
 def test_what_json_has_is_taken() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import openai
 import pytest
 from openai.types.responses import Response, ResponseStreamEvent
-from pydantic import TypeAdapter
+from pydantic import BaseModel, TypeAdapter
 
 from tests.support.chat_tokenizers import byte_pairs
 from tests.support.guided_support import TEMPLATES, Scripted, guided_serving, weather
@@ -40,6 +40,10 @@ def client(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     """Of the real engine."""
     with guided_serving(tmp_path_factory.mktemp("serve"), byte_pairs(TEMPLATES[request.param])) as made:
         yield made.openai()
+
+
+class Nothing(BaseModel):
+    """An object."""
 
 
 def respond(client: Any, given: Any = "the weather in Bern", **more: Any) -> Any:
@@ -118,6 +122,24 @@ def test_a_conversation_has_the_prompt_that_the_chat_has(told: tuple[str, Runnin
         back = [{"role": "tool", "tool_call_id": one["call_id"], "content": "sunny"} for one in results]
         client.chat.completions.create(model="tiny", messages=[asked, answer, *back], tools=tools, max_tokens=300)
         assert prompt == running.engine.asked[-1].prompt
+
+
+def test_what_the_client_made_of_an_answer_is_sent_back(told: tuple[str, Running]) -> None:
+    form, running = told
+    client = running.openai()
+    running.engine.says = SAID[form]
+    tools: Any = [WEATHER, {**NOW, "strict": True}]
+    first = client.responses.parse(model="tiny", input="the weather in Bern", tools=tools)
+    calls = [item.model_dump() for item in first.output if item.type == "function_call"]
+    assert calls[1]["parsed_arguments"] == {}
+    results = [{"type": "function_call_output", "call_id": call["call_id"], "output": "sunny"} for call in calls]
+    running.engine.says = "{}"
+    second = client.responses.parse(model="tiny", input="so", text_format=Nothing)
+    (message,) = [item.model_dump() for item in second.output]
+    assert message["content"][0]["parsed"] == {}
+    assert respond(client, [*calls, *results, message, {"role": "user", "content": "so"}]).output_text == "{}"
+    with pytest.raises(openai.BadRequestError, match=r"parsed_arguments: not served; taken is any object"):
+        respond(client, [{**calls[0], "parsed_arguments": 1}, results[0]])
 
 
 def test_what_is_no_call_is_text(told: tuple[str, Running]) -> None:

@@ -99,6 +99,24 @@ def test_what_is_sure_is_told_piece_by_piece(seed: int | None) -> None:
     assert read("hermes", begun, sure=True, seed=seed) == ("hello", [("weather", '{"city": ')])
 
 
+@pytest.mark.parametrize("seed", [None, 0, 1, 2])
+def test_a_mark_that_is_a_word_takes_nothing_with_it(seed: int | None) -> None:
+    """In the text of a JSON answer, say, where calls are sure: nothing behind it is lost."""
+    for text in (
+        '{"said": "<tool_call> and </tool_call> are marks"}',
+        "so <tool_call>, or <tool_call>\n{} and more",
+        '<tool_call>\n{"name": "wea',
+        '{"x": "<tool_call>{\\"name\\": 1}"}',
+    ):
+        cut = text.startswith("<")  # as a call begins
+        assert read("hermes", text, sure=True, seed=seed) == ("" if cut else text, [])
+    call = f"{FORMATS['hermes'].begin}{call_head(FORMATS['hermes'], 'now')}{{}}}}{FORMATS['hermes'].end}"
+    assert read("hermes", f"no <tool_call> yet {call}", sure=True, seed=seed) == (
+        "no <tool_call> yet",
+        [("now", "{}")],
+    )
+
+
 def test_arguments_come_before_the_call_ends_where_it_is_sure() -> None:
     reader = reader_of(FORMATS["hermes"], ask(), sure=True)
     assert [*reader.read('<tool_call>\n{"name": "weather", "arg')] == []

@@ -27,6 +27,7 @@ from tests.support.http_support import Running
 ASKED: list[Any] = [{"role": "user", "content": "the weather in Bern"}]
 NOW: Any = {"type": "function", "function": {"name": "now"}}
 WEATHER: Any = weather()
+CALL: Any = {"id": "call_1", "type": "function", "function": {"name": "now", "arguments": "{}"}}
 SAID = {
     "hermes": 'I see.\n<tool_call>\n{"name": "weather", "arguments": {"city": "Bern", "days": 1}}\n</tool_call>\n'
     '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>',
@@ -313,6 +314,21 @@ def test_the_clients_own_tools_are_parsed_and_sent_back(real: tuple[str, Any]) -
     assert isinstance(call.function.parsed_arguments, City)
     again = [*ASKED, made.model_dump(), {"role": "tool", "tool_call_id": call.id, "content": "42"}]
     assert client.chat.completions.parse(messages=again, **asked).choices[0].message.tool_calls
+
+
+def test_what_a_client_gathers_of_a_stream_is_sent_back(told: tuple[str, Running]) -> None:
+    """OpenAI's client leaves a call's ``index`` in the message that it makes of a stream."""
+    form, running = told
+    running.engine.says = SAID[form]
+    client = running.openai()
+    with client.chat.completions.stream(model="tiny", messages=ASKED, tools=[WEATHER, NOW]) as stream:
+        made = stream.get_final_completion().choices[0].message
+    assert [call.index for call in made.tool_calls] == [0, 1]
+    results = [{"role": "tool", "tool_call_id": call.id, "content": "42"} for call in made.tool_calls]
+    for message in (made, made.model_dump()):
+        chat(client, messages=[*ASKED, message, *results])
+    with pytest.raises(openai.BadRequestError, match=r"tool_calls\[0\].index: not served"):
+        chat(client, messages=[*ASKED, {"role": "assistant", "tool_calls": [{**CALL, "index": "a"}]}])
 
 
 def test_an_answer_of_a_form_or_a_call(real: tuple[str, Any]) -> None:

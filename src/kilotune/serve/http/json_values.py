@@ -3,12 +3,30 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, TypeVar
 
-__all__ = ["json_fault"]
+from pydantic_core import PydanticCustomError
+
+__all__ = ["TOO_DEEP", "json_fault", "written"]
 
 MAX_DEPTH = 200
+TOO_DEEP = f"is more than {MAX_DEPTH} objects and lists deep"
 MAX_NAME = 1000  # characters of a name; places in errors repeat them
+
+
+T = TypeVar("T")
+
+
+def written(value: T) -> T:
+    """The value, for pydantic.
+
+    Raises:
+        PydanticCustomError: it has a fault.
+
+    """
+    if (fault := json_fault(value)) is not None:
+        raise PydanticCustomError("lacking", "{fault}", {"fault": fault})
+    return value
 
 
 def json_fault(value: Any) -> str | None:
@@ -17,7 +35,7 @@ def json_fault(value: Any) -> str | None:
     while left:
         found, depth = left.pop()
         if depth > MAX_DEPTH:
-            return f"is more than {MAX_DEPTH} objects and lists deep"
+            return TOO_DEEP
         if isinstance(found, dict):
             if long := next((name for name in found if len(name) > MAX_NAME), None):
                 return f"has a name of {len(long):,} characters; at most {MAX_NAME:,} are taken"

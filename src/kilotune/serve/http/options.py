@@ -158,8 +158,13 @@ MESSAGE = {
 }
 """Of messages: what comes back with an answer."""
 
-CALL = {option.name: option for option in (Option("parsed_arguments", dict[str, Any], "any object"),)}
-"""Of calls of tools: what OpenAI's client made of the arguments."""
+PARSED = Option("parsed_arguments", dict[str, Any], "any object")
+
+CALL = {
+    option.name: option
+    for option in (PARSED, Option("index", Annotated[int, Field(ge=0)], "its number"))  # which streams have
+}
+"""Of calls of tools: what OpenAI's client made of the arguments, and left of a stream."""
 
 
 RESPONSE = {
@@ -212,13 +217,18 @@ ITEM = {
         Option("id", Word, "any text"),
         Option("status", Literal["completed", "incomplete", "in_progress"]),
         Option("phase", Literal["commentary", "final_answer"]),
+        PARSED,
     )
 }
 """Of items of its input: what comes back with an answer."""
 
 PART = {
     option.name: option
-    for option in (Option("annotations", Nothing, "`[]`"), Option("logprobs", list[Any], "those of an answer"))
+    for option in (
+        Option("annotations", Nothing, "`[]`"),
+        Option("logprobs", list[Any], "those of an answer"),
+        Option("parsed", dict[str, Any], "any object"),
+    )
 }
 """Of their parts."""
 

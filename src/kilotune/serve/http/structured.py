@@ -6,17 +6,20 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal, final
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from ..engine.interface import Grammar
 from .bodies import Body
+from .json_values import written
 from .options import STRUCTURED, Option, Told
 
 __all__ = ["FormBody", "ResponseFormat", "Schema", "schema_text"]
 
-Schema = Annotated[dict[str, Any] | bool, Field(description="A JSON schema.")]
-SchemaText = Annotated[dict[str, Any] | bool | str, Field(description="A JSON schema, or its text.")]
+Schema = Annotated[dict[str, Any] | bool, Field(description="A JSON schema."), AfterValidator(written)]
+SchemaText = Annotated[
+    dict[str, Any] | bool | str, Field(description="A JSON schema, or its text."), AfterValidator(written)
+]
 Written = Annotated[str, Field(min_length=1, max_length=2**18)]
 Choices = Annotated[list[Annotated[str, Field(max_length=2**16)]], Field(min_length=1, max_length=10_000)]
 

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from .bodies import Body
-from .json_values import json_fault
+from .json_values import TOO_DEEP, json_fault
 from .options import CALL, Option, Told
 
 __all__ = ["CallBody", "CalledFunction", "FunctionBody", "Name", "ToolAsk", "ToolBody", "ToolsBody", "check_arguments"]
@@ -87,7 +87,14 @@ def check_arguments(arguments: str) -> None:
         PydanticCustomError: with the reason.
 
     """
-    if (fault := json_fault(_read(arguments))) is not None:
+    fault: str | None
+    try:
+        fault = json_fault(json.loads(arguments or "{}"))
+    except ValueError:
+        fault = None  # cut: they are a text
+    except RecursionError:  # what is read here is to be what is read later, with less or more on the stack
+        fault = TOO_DEEP
+    if fault is not None:
         raise PydanticCustomError("lacking", "{fault}", {"option": "arguments", "fault": fault})
 
 

@@ -2,7 +2,8 @@
 
 A text that only looks like a call stays content: broken JSON, a function that there is not. So a call is told once it
 is whole. Where a grammar sees to it that what begins as a call is one, it is told piece by piece, and its beginning is
-never content: one that is cut before its name is whole is left out. Blanks around calls are nobody's words.
+never content: one that is cut before its name is whole is left out. A mark alone is no beginning: a text may speak of
+it. Blanks around calls are nobody's words.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, final
 
 from .tool_bodies import ToolAsk
-from .tool_formats import HERMES, ToolFormat
+from .tool_formats import HERMES, ToolFormat, call_head
 
 __all__ = ["Piece", "ToolReader", "called", "delta_of", "reader_of"]
 
@@ -164,7 +165,7 @@ class HermesReader(ToolReader):
             if not self._inside:
                 yield from self._outside()
             elif self._sure and self._value is None:
-                yield from self._begin()
+                yield from self._begin() if self._may_begin() else self._go_back()
             elif self._sure and self._value is not None and not self._value.done:
                 yield from self._go_on()
             else:
@@ -181,6 +182,17 @@ class HermesReader(ToolReader):
             said, self._text = said[: len(said) - held], said[len(said) - held :]
         if said:
             yield from self._say(said)
+
+    def _may_begin(self) -> bool:
+        """Whether what follows a mark is a call's beginning so far, as its grammar has them."""
+        between = self._form.begin.removeprefix(HERMES.marks[0])
+        heads = (between + call_head(self._form, name) for name in self._ask.names)
+        return any(self._text.startswith(head) or head.startswith(self._text) for head in heads)
+
+    def _go_back(self) -> Iterator[Piece]:
+        """The mark is a word: of a text in JSON, say, or spelled out where a call has a token."""
+        self._inside = False
+        yield from self._say(HERMES.marks[0])
 
     def _close(self) -> Iterator[Piece]:
         """The end of a call."""
