@@ -38,6 +38,7 @@ RUNS = (
     Run(0.2, ("store", "--packing")),
     Run(5, ("fleet", "--bars")),
     Run(15, ("serving", "--bars")),
+    Run(30, ("learning", "--bars")),
     Run(0.2, ("projections",)),
     Run(0.2, ("merge_loss",)),
     Run(0.5, ("qlora_merge",)),

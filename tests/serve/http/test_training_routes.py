@@ -110,6 +110,19 @@ def test_the_last_model_is_gone_on_from(running: Running) -> None:
     assert said(bob, first.fine_tuned_model, "the cat").strip() == "on the hat"
 
 
+def test_what_is_trained_on_a_shared_one_stands_on_it(running: Running) -> None:
+    from tests.support.http_support import adapter_folder
+
+    running.catalogue.put("@shared", "house", adapter_folder(7))
+    ann = running.openai("ann")
+    job = done(ann, job_of(ann, chat_lines(HERS), model="house", seed=1))
+    assert job.status == "succeeded", job.error
+    stands = running.catalogue.info("ann", job.fine_tuned_model).stands_on
+    assert stands is not None
+    assert (stands.namespace, stands.name) == ("@shared", "house")
+    assert said(ann, job.fine_tuned_model, "the cat").strip() == "a dog sat"
+
+
 # -- cancel, pause, resume ------------------------------------------------------------------------------
 
 
