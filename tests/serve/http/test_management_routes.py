@@ -336,7 +336,9 @@ def test_a_full_house_lets_in_who_has_nothing_running(tmp_path: Path) -> None:
 def test_a_deadline_ends_an_answer(tmp_path: Path) -> None:
     with slow(tmp_path) as running, running.client(running.keys["ann"]) as ann:
         body = {**GOOD, "max_tokens": 40, "timeout": 0.3, "ignore_eos": True}
+        failed = ann.get("/v1/usage").json()["errors"]
         told = error(ann.post("/v1/completions", json=body), 504)
+        assert ann.get("/v1/usage").json()["errors"] == failed + 1
         assert told["code"] == "deadline_exceeded"
         lines = [line for line in ann.post("/v1/completions", json={**body, "stream": True}).text.split("\n\n") if line]
         assert json.loads(lines[-2].removeprefix("data: "))["error"]["code"] == "deadline_exceeded"

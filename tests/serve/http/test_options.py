@@ -75,6 +75,15 @@ def test_messages_come_back_as_they_were(ann: httpx2.Client, option: Option) -> 
     assert "not served" in told["message"]
 
 
+def test_no_reasoning_is_nothing_that_is_asked_for(ann: httpx2.Client) -> None:
+    """As vLLM's answers and clients of reasoning models have it; /v1/responses takes it, too."""
+    message = {"role": "assistant", "content": "a dog", "reasoning": "", "reasoning_content": ""}
+    body = {**CHAT, "messages": [*CHAT["messages"], message], "reasoning_effort": "none"}
+    assert ann.post("/v1/chat/completions", json=body).status_code == 200
+    told = ann.post("/v1/chat/completions", json={**CHAT, "reasoning_effort": "low"}).json()["error"]
+    assert told["message"] == 'reasoning_effort: not served; taken is "none" or null'
+
+
 def test_null_asks_for_nothing_whatever_its_name(ann: httpx2.Client) -> None:
     names = [*ChatBody.model_fields, "no_such_option"]
     body = {**dict.fromkeys(names), **CHAT}

@@ -74,6 +74,7 @@ class Asked:
                 elif isinstance(event, Finish):
                     self._count(event)
                     recent.whole.append(now - began)
+                    recent.errors += ended_badly(event) is not None
                 yield event
                 if isinstance(event, Finish):
                     return

@@ -91,6 +91,7 @@ ASKING = {
         Option("service_tier", Literal["auto", "default"]),
         Option("modalities", Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)], '`["text"]`'),
         Option("verbosity", Literal["medium"]),
+        Option("reasoning_effort", Literal["none"]),
         Option("tools", Nothing, "`[]`"),
         Option("tool_choice", Literal["none", "auto"]),
         Option("parallel_tool_calls", bool, "`true`, `false` (there are no tools)"),
@@ -125,7 +126,6 @@ ASKING = {
             (
                 "audio",
                 "prediction",
-                "reasoning_effort",
                 "web_search_options",
                 "allowed_token_ids",
                 "truncate_prompt_tokens",
@@ -153,7 +153,9 @@ MESSAGE = {
         Option("refusal", Literal[""]),
         Option("annotations", Nothing, "`[]`"),
         Option("parsed", dict[str, Any], "any object"),  # what OpenAI's client made of the content
-        *map(_never, ("audio", "function_call", "reasoning_content")),
+        Option("reasoning_content", Literal[""]),
+        Option("reasoning", Literal[""]),
+        *map(_never, ("audio", "function_call")),
     )
 }
 """Of messages: what comes back with an answer."""
