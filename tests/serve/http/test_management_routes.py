@@ -333,6 +333,23 @@ def test_a_full_house_lets_in_who_has_nothing_running(tmp_path: Path) -> None:
         busy.join()
 
 
+def test_a_deadline_ends_a_prompt_that_waits_for_its_turn(tmp_path: Path) -> None:
+    async def never(*given: Any, **more: Any) -> Any:
+        await asyncio.Event().wait()
+
+    chat: Any = {"model": BASE, "messages": [{"role": "user", "content": "a"}]}
+    with serving(tmp_path) as running, running.client(running.keys["ann"]) as ann:
+        running.service.prompts.chat = running.service.prompts.plain = never
+        for path, body in (
+            ("/v1/completions", {**GOOD, "model": BASE}),
+            ("/v1/chat/completions", chat),
+            ("/v1/responses", {"model": BASE, "input": "a"}),
+        ):
+            told = error(ann.post(path, json={**body, "timeout": 0.1}), 504)
+            assert told["code"] == "deadline_exceeded"
+        assert running.service.gate.count == 0
+
+
 def test_a_deadline_ends_an_answer(tmp_path: Path) -> None:
     with slow(tmp_path) as running, running.client(running.keys["ann"]) as ann:
         body = {**GOOD, "max_tokens": 40, "timeout": 0.3, "ignore_eos": True}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import itertools
 import time
@@ -24,7 +25,17 @@ from .schemas import ChatBody, CompletionBody, GenerationBody, SamplingBody, tol
 from .service import Meant, Service, namespace_of, seed_of
 from .tool_answers import Calling
 
-__all__ = ["STREAMS", "Run", "caller_of", "check_biases", "check_generates", "enter", "generations_of", "routes"]
+__all__ = [
+    "STREAMS",
+    "Run",
+    "caller_of",
+    "check_biases",
+    "check_generates",
+    "enter",
+    "generations_of",
+    "in_time",
+    "routes",
+]
 
 SCORED = 1 << 20  # log-probabilities of prompts that one request may have: some 60 MB of JSON
 USUAL = 16  # OpenAI's own number of new tokens for a completion
@@ -179,6 +190,21 @@ def _sampling(
     )
 
 
+@contextlib.asynccontextmanager
+async def in_time(deadline: float) -> AsyncIterator[None]:
+    """For what comes before the engine: a prompt may have to wait for its turn to be rendered.
+
+    Raises:
+        ApiError: the deadline came first.
+
+    """
+    try:
+        async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
+            yield
+    except TimeoutError:
+        raise ApiError(504, "the answer was not done in time; its prompt was not read yet") from None
+
+
 def generations_of(
     service: Service,
     request: Request,
@@ -187,9 +213,10 @@ def generations_of(
     prompts: Sequence[tuple[int, ...]],
     tokens: Sequence[int],
     logprobs: int | None,
+    deadline: float,
 ) -> list[Generation]:
     """What to ask the engine for: each prompt as often as answers are wanted. tokens: the most of each."""
-    caller, deadline, name = caller_of(request), service.deadline(body.timeout), noted(request.scope).id
+    caller, name = caller_of(request), noted(request.scope).id
     _check_scored(body, prompts)
     ends = service.prompts.templates.ends(meant.own)
     asked = itertools.product(zip(prompts, tokens, strict=True), range(body.choices))
@@ -224,11 +251,12 @@ def routes(service: Service, errors: dict[int | str, dict[str, Any]]) -> APIRout
         check_biases(service, body)
         tenant = enter(service, request, len(body.prompts) * body.choices)
         meant = await service.meant(caller_of(request), body.model)
-        longest = service.longest_prompt
-        prompts = [await service.prompts.plain(prompt, "prompt", tenant, longest) for prompt in body.prompts]
-        tokens = [service.room(prompt, body.max_tokens, USUAL, "prompt") for prompt in prompts]
-        echoes = await _echoes(service, body, prompts, tenant) if body.echo else None
-        generations = generations_of(service, request, body, meant, prompts, tokens, body.logprobs)
+        longest, deadline = service.longest_prompt, service.deadline(body.timeout)
+        async with in_time(deadline):
+            prompts = [await service.prompts.plain(prompt, "prompt", tenant, longest) for prompt in body.prompts]
+            tokens = [service.room(prompt, body.max_tokens, USUAL, "prompt") for prompt in prompts]
+            echoes = await _echoes(service, body, prompts, tenant) if body.echo else None
+        generations = generations_of(service, request, body, meant, prompts, tokens, body.logprobs, deadline)
         shape = CompletionShape(*_common(service, "cmpl", body, body.logprobs), echoes=echoes)
         return await Run(service, request, body, generations, shape).answer()
 
@@ -243,11 +271,12 @@ def routes(service: Service, errors: dict[int | str, dict[str, Any]]) -> APIRout
         messages = told_messages(body.messages)
         if calling is not None:
             messages = calling.messages(messages)
-        longest = service.longest_prompt
-        prompt = await service.prompts.chat(messages, tenant, body.ending, own=meant.own, room=longest)
+        longest, deadline = service.longest_prompt, service.deadline(body.timeout)
+        async with in_time(deadline):
+            prompt = await service.prompts.chat(messages, tenant, body.ending, own=meant.own, room=longest)
         tokens = service.room(prompt, body.limit, None, "messages")
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        generations = generations_of(service, request, body, meant, [prompt], [tokens], logprobs)
+        generations = generations_of(service, request, body, meant, [prompt], [tokens], logprobs, deadline)
         if calling is not None:
             generations = calling.guided(generations)
         shape = ChatShape(*_common(service, "chatcmpl", body, logprobs), reader=calling and calling.reader)

@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from .generation_routes import STREAMS, Run, caller_of, check_biases, check_generates, enter, generations_of
+from .generation_routes import STREAMS, Run, caller_of, check_biases, check_generates, enter, generations_of, in_time
 from .responses_body import ResponseBody
 from .responses_shape import ResponseShape
 from .service import Service
@@ -29,10 +29,11 @@ def routes(service: Service, errors: dict[int | str, dict[str, Any]]) -> APIRout
         meant = await service.meant(caller_of(request), body.model)
         calling = Calling.of(body.asks_tools, body, service.prompts, service.settings.tool_format, meant.own)
         messages = body.messages if calling is None else calling.messages(body.messages)
-        longest = service.longest_prompt
-        prompt = await service.prompts.chat(messages, tenant, param="input", own=meant.own, room=longest)
+        longest, deadline = service.longest_prompt, service.deadline(body.timeout)
+        async with in_time(deadline):
+            prompt = await service.prompts.chat(messages, tenant, param="input", own=meant.own, room=longest)
         tokens = service.room(prompt, body.max_output_tokens, None, "input", "max_output_tokens")
-        generations = generations_of(service, request, body, meant, [prompt], [tokens], body.logprobs)
+        generations = generations_of(service, request, body, meant, [prompt], [tokens], body.logprobs, deadline)
         if calling is not None:
             generations = calling.guided(generations)
         shape = ResponseShape(body, service.prompts, calling and calling.reader)
