@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, final
 
 from fastapi import APIRouter, File, Form, Query, Request, UploadFile
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -28,6 +28,7 @@ Limit = Annotated[int, Query(ge=1, le=MAX_PAGE)]
 After = Annotated[str | None, Query(max_length=200)]
 
 
+@final
 class _Asker:
     """Whose files and jobs a request is about, and the store that has them."""
 
@@ -66,13 +67,14 @@ class _Asker:
 def routes(service: Service, errors: dict[int | str, dict[str, Any]]) -> APIRouter:
     """The routes of both."""
     router = APIRouter(prefix="/v1", responses=errors, tags=["fine-tuning"])
+    _uploads(router, service)
     _files(router, service)
     _jobs(router, service)
     _lists(router, service)
     return router
 
 
-def _files(router: APIRouter, service: Service) -> None:
+def _uploads(router: APIRouter, service: Service) -> None:
     @router.post("/files", operation_id="upload_file", response_model=None)
     async def upload(
         request: Request,
@@ -97,6 +99,8 @@ def _files(router: APIRouter, service: Service) -> None:
         log("file uploaded", namespace=asker.namespace, file=made.name, bytes=made.size)
         return JSONResponse(file_object(made))
 
+
+def _files(router: APIRouter, service: Service) -> None:
     @router.get("/files", operation_id="list_files", response_model=None)
     async def files(
         request: Request,

@@ -46,6 +46,7 @@ FORWARD = 16  # rows of which a reference's log-probabilities are asked for at o
 log = logging.getLogger("kilotune.serve")
 
 
+@final
 class _LeftError(Exception):
     """The job is not to go on here: cancelled, paused, deleted, taken over, or the server ends."""
 
