@@ -350,6 +350,30 @@ def test_a_deadline_ends_a_prompt_that_waits_for_its_turn(tmp_path: Path) -> Non
         assert running.service.gate.count == 0
 
 
+def test_tokens_are_not_waited_for_without_end(tmp_path: Path) -> None:
+    async def never(*given: Any, **more: Any) -> Any:
+        await asyncio.Event().wait()
+
+    with serving(tmp_path, max_seconds=0.2) as running, running.client(running.keys["ann"]) as ann:
+        prompts = running.service.prompts
+        prompts.chat = prompts.tokens = prompts.decoded = never  # type: ignore[method-assign]
+        for path, body in (
+            ("/tokenize", {"prompt": "a"}),
+            ("/tokenize", {"messages": [{"role": "user", "content": "a"}]}),
+            ("/detokenize", {"tokens": [1]}),
+        ):
+            assert error(ann.post(path, json=body), 504)["code"] == "deadline_exceeded"
+        assert running.service.gate.count == 0
+
+
+def test_a_message_has_so_many_parts_and_no_more(tmp_path: Path) -> None:
+    with serving(tmp_path) as running, running.client(running.keys["ann"]) as ann:
+        parts = [{"type": "text", "text": "a"}] * 1025
+        body = {"model": BASE, "messages": [{"role": "user", "content": parts}], "max_tokens": 1}
+        told = error(ann.post("/v1/chat/completions", json=body), 400)
+        assert "messages[0].content" in told["message"]
+
+
 def test_a_deadline_ends_an_answer(tmp_path: Path) -> None:
     with slow(tmp_path) as running, running.client(running.keys["ann"]) as ann:
         body = {**GOOD, "max_tokens": 40, "timeout": 0.3, "ignore_eos": True}

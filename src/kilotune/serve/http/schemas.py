@@ -188,7 +188,7 @@ class Message(Body):
 
     neutral = MESSAGE
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | Annotated[list[Part], Field(min_length=1, fail_fast=True)] | None = Field(
+    content: Text | Annotated[list[Part], Field(min_length=1, max_length=1024, fail_fast=True)] | None = Field(
         None, description="May be null in an assistant's message only."
     )
     name: str | None = Field(None, max_length=64)

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from ...train.data.turn_marks import TOOLS
+from .generation_routes import in_time
 from .json_pieces import Later
 from .middleware import noted
 from .schemas import DetokenizeBody, TokenizeBody, told_messages
@@ -44,9 +45,11 @@ def routes(service: Service, errors: dict[int | str, dict[str, Any]]) -> APIRout
             if body.tools:
                 check_takes_tools(prompts.templates.written(own))
                 messages.append({TOOLS: [tool.told() for tool in body.tools]})
-            ids = await prompts.chat(messages, tenant, body.ending, own=own)
+            async with in_time(service.deadline(None)):
+                ids = await prompts.chat(messages, tenant, body.ending, own=own)
         else:
-            ids = await prompts.tokens(body.prompt or "", body.add_special_tokens is not False, tenant)
+            async with in_time(service.deadline(None)):
+                ids = await prompts.tokens(body.prompt or "", body.add_special_tokens is not False, tenant)
         names = Later(ids, lambda number: prompts.names([number])[0]) if body.return_token_strs else None
         return await service.writing.response(
             {"count": len(ids), "max_model_len": service.engine.max_length, "tokens": ids, "token_strs": names}
@@ -56,7 +59,9 @@ def routes(service: Service, errors: dict[int | str, dict[str, Any]]) -> APIRout
     async def detokenize(request: Request, body: DetokenizeBody) -> Response:
         """The text of tokens."""
         tenant, _ = await _enter(service, request, body.model)
-        return JSONResponse({"prompt": await service.prompts.decoded(body.tokens, "tokens", tenant)})
+        async with in_time(service.deadline(None)):
+            text = await service.prompts.decoded(body.tokens, "tokens", tenant)
+        return JSONResponse({"prompt": text})
 
     @router.get("/version", operation_id="version", response_model=None)
     async def version() -> Response:
