@@ -80,6 +80,7 @@ def test_a_short_training_has_the_rule_s(tmp_path: Path, monkeypatch: pytest.Mon
     assert asked == []
 
 
+@pytest.mark.full
 def test_nothing_of_the_test_stays(tmp_path: Path) -> None:
     session = open_session(chosen(tmp_path))
     before = {name: value.clone() for name, value in session.model.state_dict().items()}
@@ -95,6 +96,7 @@ def test_nothing_of_the_test_stays(tmp_path: Path) -> None:
     assert all(torch.equal(value, given[name]) for name, value in session.model.state_dict().items())
 
 
+@pytest.mark.full
 def test_who_goes_on_has_the_rate_of_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = planted(monkeypatch, [3.0, 2.0, 1.0])
     first = fit(open_session(chosen(tmp_path)))
