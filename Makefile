@@ -37,7 +37,7 @@ demo: env-demo  ## a model for each of eight people over one language model (und
 tutorial: env-demo  ## a small pretrained network, fine-tuned with VeRA, LoRA and in full on real images; a report in runs/
 	@.venv/bin/kilotune experiment cnn $(ARGS)
 
-test: lint type env-postgresql  ## lint, types, and the tests of every day (under 10 minutes on 2 cores)
+test: lint type env-postgresql  ## lint, types, and the tests of every day (some 11 minutes on 2 cores)
 	$(pytest) $(ARGS)
 
 test-heavy: env-postgresql env-chromium env-clients  ## the second part of what CI runs: kills, browsers, processes, whole runs
