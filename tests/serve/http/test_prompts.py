@@ -196,6 +196,12 @@ def test_what_has_too_many_tokens_whatever_they_are_is_not_worked_on(monkeypatch
         lambda: prompts.plain(text, "prompt", "ann", 10),
         lambda: prompts.chat([{"role": "user", "content": text}], "ann", param="prompt", room=10),
         lambda: prompts.chat([{"role": "user", "content": text[:-9]}] * 2, "ann", param="prompt", room=10),
+        lambda: prompts.chat(
+            [{"role": "user", "content": "a"}, {TOOLS: [{"function": {"description": text}}]}],
+            "ann",
+            param="prompt",
+            room=10,
+        ),
     ):
         with pytest.raises(
             ApiError, match=r"^this model takes 10 tokens at most; the prompt has \d+ characters"

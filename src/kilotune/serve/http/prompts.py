@@ -11,12 +11,13 @@ import asyncio
 import copy
 import itertools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, TypeVar, final, get_args
 
 from ...errors import ConfigError
 from ...train.data.rendering import Ending, Rendered, tokenize
+from ...train.data.turn_marks import split_tools
 from ..engine.text_stream import TextStream
 from ..engine.vocabulary import named_bytes, widest_token
 from .chat_templates import ChatTemplates, OwnTemplate
@@ -28,6 +29,7 @@ __all__ = ["Prompts"]
 T = TypeVar("T")
 SPACE = "\u2581"  # what begins a word in SentencePiece's vocabularies
 LONG = 4000  # characters of a text that is not tokenised on the loop's own thread
+TOOL_PARTS = 20_000  # of tools, whose characters are counted before they are rendered
 LARGE = 65_536  # characters of one for which no shorter one waits
 Turn = Literal["chats", "long", "large"]
 HALF = "the text holds half of a surrogate pair, which is no character"
@@ -108,7 +110,7 @@ class Prompts:
         """
         # A template may leave out some of what an assistant said, and blanks around texts, but nothing else as a rule.
         said = [(one.get("content") or "").strip() for one in messages if one.get("role") != "assistant"]
-        self._check_length(sum(map(len, said)), param, room)
+        self._check_length(sum(map(len, said)) + _written(split_tools(messages)[1] or ()), param, room)
         try:
             chats = self.templates.here(messages, own)
             if chats is None:
@@ -205,6 +207,23 @@ class Prompts:
         """The UTF-8 of one token, also where it is a part of a character; None where the vocabulary does not say it."""
         text = self.token(number)
         return named_bytes(self.names([number])[0]) if INCOMPLETE in text else [*text.encode()]
+
+
+def _written(tools: Sequence[Any]) -> int:
+    """Characters that a template writes of tools at least: it has them as JSON. Of very many parts, the first ones."""
+    left, characters = list(tools), 0
+    for _ in range(TOOL_PARTS):
+        if not left:
+            break
+        one = left.pop()
+        if isinstance(one, str):
+            characters += len(one)
+        elif isinstance(one, Mapping):
+            characters += sum(map(len, one))
+            left.extend(one.values())
+        elif isinstance(one, (list, tuple)):
+            left.extend(one)
+    return characters
 
 
 def _turn(given: Sequence[Any]) -> Turn:
