@@ -33,16 +33,7 @@ from kilotune.fleet import Fingerprint
 from kilotune.fleet.store import AdapterStore, Contents, Item, open_store
 from tests.support.models import mlp
 from tests.support.paths import ROOT
-from tests.support.store_support import CONFIG, KINDS, Opener, adapted, contents, inputs, lora, new_url, opener, same
-
-
-@pytest.fixture(params=KINDS)
-def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Opener]:
-    """Opens the test's store, as often as one likes."""
-    stores: list[AdapterStore] = []
-    yield opener(new_url(request.param, request, tmp_path), stores)
-    for store in stores:
-        store.close()
+from tests.support.store_support import CONFIG, Opener, adapted, contents, inputs, lora, same
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +11,9 @@ from typing import Any
 import pytest
 
 from kilotune.errors import AdapterError, StoreLimitError, UnsupportedError
-from kilotune.fleet.store import AdapterStore, open_store
+from kilotune.fleet.store import open_store
 from kilotune.fleet.store.documents import Document, Documents, QuotaError
-from tests.support.store_support import KINDS, Opener, contents, new_url, opener
+from tests.support.store_support import Opener, contents
 
 
 class Clock:
@@ -23,14 +22,6 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
-
-
-@pytest.fixture(params=KINDS)
-def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Opener]:
-    stores: list[AdapterStore] = []
-    yield opener(new_url(request.param, request, tmp_path), stores)
-    for store in stores:
-        store.close()
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +10,10 @@ import pytest
 
 from kilotune.errors import AdapterError
 from kilotune.fleet.store import AdapterStore, Item, copy_adapters, export_adapters, open_store
-from tests.support.store_support import KINDS, Opener, contents, new_url, opener
+from tests.support.store_support import Opener, contents
 
 NFC, NFD = "Jos\u00e9", "Jose\u0301"
 BIDI = ["\u061c", "\u200e", "\u200f", *map(chr, range(0x202A, 0x202F)), *map(chr, range(0x2066, 0x206A))]
-
-
-@pytest.fixture(params=KINDS)
-def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Opener]:
-    stores: list[AdapterStore] = []
-    yield opener(new_url(request.param, request, tmp_path), stores)
-    for store in stores:
-        store.close()
 
 
 @pytest.fixture

@@ -19,18 +19,9 @@ from kilotune.fleet.store.schema import FORMAT
 from kilotune.fleet.store.transfer import bring
 from tests.support.cli_helpers import as_json, error, kilotune
 from tests.support.models import mlp
-from tests.support.store_support import KINDS, Opener, adapted, contents, lora, new_url, opener, same
+from tests.support.store_support import Opener, adapted, contents, lora, same
 
 SHARED = "@shared"
-
-
-@pytest.fixture(params=KINDS)
-def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Opener]:
-    """Opens the test's store, as often as one likes."""
-    stores: list[AdapterStore] = []
-    yield opener(new_url(request.param, request, tmp_path), stores)
-    for store in stores:
-        store.close()
 
 
 @pytest.fixture
