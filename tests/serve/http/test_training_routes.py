@@ -13,6 +13,7 @@ import pytest
 
 from kilotune.errors import ConfigError
 from kilotune.serve.http.keys import read_keys
+from kilotune.serve.http.settings import ServeSettings
 from kilotune.serve.learning.jobs import JobLimits
 from kilotune.serve.learning.training import TrainingLimits
 from tests.support.cli_helpers import as_json, error
@@ -283,6 +284,13 @@ def test_without_learn_it_is_not_served_and_says_how(tmp_path: Path) -> None:
 
     with serving(tmp_path) as running, pytest.raises(openai.NotFoundError, match="kilotune serve with --learn"):
         running.openai("ann").files.list()
+
+
+def test_what_says_how_to_learn_is_not_passed_over() -> None:
+    with pytest.raises(ConfigError, match="learn_rank: has no effect without --learn") as told:
+        ServeSettings(learn_rank=8, learn_share=0.5)
+    assert "learn_share: has no effect without --learn" in str(told.value)
+    assert ServeSettings(learn=True, learn_rank=8).learn_rank == 8
 
 
 def test_keys_that_train_are_made_and_read(tmp_path: Path) -> None:

@@ -172,6 +172,10 @@ class ServeSettings(Section):
             faults.append(f"{cls.key('namespace')}: each key has its own, so it goes without --keys only")
         if values["keys"] is None and "*" in values["cors_origin"]:
             faults.append(f"{cls.key('cors_origin')}: with '*' any web page could ask, so name origins, or give --keys")
+        if not values["learn"]:
+            usual = cls.defaults()
+            told = [key for key in values if key.startswith("learn_") and values[key] != usual[key]]
+            faults += [f"{cls.key(key)}: has no effect without --learn" for key in told]
         for total in ("max_requests", "max_puts"):
             if values[f"{total}_per_tenant"] > values[total]:
                 faults.append(
