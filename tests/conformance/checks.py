@@ -71,8 +71,7 @@ def bound(reference: Tensor, dtype: torch.dtype) -> float:
 
 
 def far(a: Tensor, b: Tensor) -> float:
-    """The relative distance of ``a`` from ``b``, by their norms; of the same dtype."""
-    assert a.dtype == b.dtype
+    """The relative distance of ``a`` from ``b``, by their norms."""
     a, b = a.detach().double(), b.detach().double()
     return float((a - b).norm() / b.norm().clamp_min(1e-30))
 

@@ -70,6 +70,7 @@ def sees(kind: str, names: list[str], model: nn.Module, x: Tensor, near: float) 
     for ours, theirs in zip(found, right, strict=True):
         assert (ours is None) == (theirs is None)
         if ours is not None and theirs is not None:
+            assert ours.dtype == theirs.dtype
             assert far(ours, theirs) <= near
 
 
