@@ -197,3 +197,33 @@ def test_stores_that_cannot(tmp_path: Path) -> None:
     open_store(url).close()
     with open_store(url, read_only=True) as only, pytest.raises(StoreLimitError, match="to be read alone"):
         Documents(only, "ann")
+
+
+def test_what_waits_for_its_time_is_not_taken_before(ann: Documents, clock: Clock) -> None:
+    later = ann.add("turn", {}, state="queued", until=clock.now + 10)
+    at_once = ann.add("turn", {}, state="queued")
+    found = [ann.claim("turn", "w", 30) for _ in range(2)]
+    assert [one and one.name for one in found] == [at_once.name, None]
+    clock.now += 10
+    assert ann.claim("turn", "w", 30).name == later.name
+
+
+def test_a_document_of_a_known_name_is_made_once(ann: Documents, opened: Opener, clock: Clock) -> None:
+    others = [Documents(opened(), "ann", clock) for _ in range(4)]
+
+    def count(seen: Documents) -> None:
+        for _ in range(5):
+            seen.put("turn", "turn-u", lambda one: Document("", "", "", {"n": 1 if one is None else one.data["n"] + 1}))
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(count, others))
+    found = ann.find("turn", "turn-u")
+    assert found is not None
+    assert (found.data, found.created, ann.total("turn")) == ({"n": 20}, clock.now, (1, 0))
+
+    def fails(one: Document | None) -> Document:
+        raise KeyError("no")
+
+    with pytest.raises(KeyError):
+        ann.put("turn", "turn-v", fails)
+    assert ann.find("turn", "turn-v") is None
