@@ -197,3 +197,44 @@ def test_stores_that_cannot(tmp_path: Path) -> None:
     open_store(url).close()
     with open_store(url, read_only=True) as only, pytest.raises(StoreLimitError, match="to be read alone"):
         Documents(only, "ann")
+
+
+def test_one_takes_the_place_of_another(ann: Documents) -> None:
+    job, other = ann.add("job", {}), ann.add("job", {})
+    first, replaced = ann.swap("word", {"n": 1}, parent=job.name, state="a", body=[b"x" * 60], quota=100)
+    assert not replaced
+    ann.add("event", {}, parent=first.name)
+    beside = [
+        ann.add("word", {}, parent=job.name, state="b"),
+        ann.add("word", {}, parent=other.name, state="a"),
+        ann.within("ben").add("word", {}, state="a"),
+    ]
+    second, replaced = ann.swap("word", {"n": 2}, parent=job.name, state="a", body=[b"y" * 60], quota=100)
+    assert replaced
+    assert second.name != first.name
+    assert ann.find("word", first.name) is None
+    assert ann.ls("event") == []
+    assert ann.ls("word") == [*beside[:2], second]
+    assert ann.within("ben").ls("word") == beside[2:]
+    with pytest.raises(QuotaError):
+        ann.swap("word", {"n": 3}, parent=job.name, state="a", body=[b"z" * 101], quota=100)
+    assert ann.ls("word", parent=job.name, state="a") == [second]
+
+
+def test_there_is_only_one_however_many_ask_for_it(ann: Documents, opened: Opener) -> None:
+    others = [Documents(opened(), "ann") for _ in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        found = [*pool.map(lambda n: others[n % 4].only("person", f"user {n % 2}"), range(16))]
+    assert len({one.name for one in found}) == 2
+    assert [one.state for one in ann.ls("person")] in (["user 0", "user 1"], ["user 1", "user 0"])
+    assert ann.within("ben").only("person", "user 0").name not in {one.name for one in found}
+
+
+def test_the_oldest_go_until_the_rest_is_small_enough(ann: Documents) -> None:
+    files = [ann.add("file", {}, body=[b"x" * size]) for size in (10, 20, 30, 40)]
+    his = ann.within("ben").add("file", {}, body=[b"x" * 99])
+    assert ann.shrink("file", 100) == 0
+    assert ann.shrink("file", 75) == 2
+    assert ann.ls("file") == files[2:]
+    assert ann.shrink("file", 0) == 2
+    assert ann.within("ben").ls("file") == [his]
