@@ -221,15 +221,6 @@ def test_one_takes_the_place_of_another(ann: Documents) -> None:
     assert ann.ls("word", parent=job.name, state="a") == [second]
 
 
-def test_there_is_only_one_however_many_ask_for_it(ann: Documents, opened: Opener) -> None:
-    others = [Documents(opened(), "ann") for _ in range(4)]
-    with ThreadPoolExecutor(4) as pool:
-        found = [*pool.map(lambda n: others[n % 4].only("person", f"user {n % 2}"), range(16))]
-    assert len({one.name for one in found}) == 2
-    assert [one.state for one in ann.ls("person")] in (["user 0", "user 1"], ["user 1", "user 0"])
-    assert ann.within("ben").only("person", "user 0").name not in {one.name for one in found}
-
-
 def test_the_oldest_go_until_the_rest_is_small_enough(ann: Documents) -> None:
     files = [ann.add("file", {}, body=[b"x" * size]) for size in (10, 20, 30, 40)]
     his = ann.within("ben").add("file", {}, body=[b"x" * 99])
@@ -238,3 +229,33 @@ def test_the_oldest_go_until_the_rest_is_small_enough(ann: Documents) -> None:
     assert ann.ls("file") == files[2:]
     assert ann.shrink("file", 0) == 2
     assert ann.within("ben").ls("file") == [his]
+
+
+def test_what_waits_for_its_time_is_not_taken_before(ann: Documents, clock: Clock) -> None:
+    later = ann.add("turn", {}, state="queued", until=clock.now + 10)
+    at_once = ann.add("turn", {}, state="queued")
+    found = [ann.claim("turn", "w", 30) for _ in range(2)]
+    assert [one and one.name for one in found] == [at_once.name, None]
+    clock.now += 10
+    assert ann.claim("turn", "w", 30).name == later.name
+
+
+def test_a_document_of_a_known_name_is_made_once(ann: Documents, opened: Opener, clock: Clock) -> None:
+    others = [Documents(opened(), "ann", clock) for _ in range(4)]
+
+    def count(seen: Documents) -> None:
+        for _ in range(5):
+            seen.put("turn", "turn-u", lambda one: Document("", "", "", {"n": 1 if one is None else one.data["n"] + 1}))
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(count, others))
+    found = ann.find("turn", "turn-u")
+    assert found is not None
+    assert (found.data, found.created, ann.total("turn")) == ({"n": 20}, clock.now, (1, 0))
+
+    def fails(one: Document | None) -> Document:
+        raise KeyError("no")
+
+    with pytest.raises(KeyError):
+        ann.put("turn", "turn-v", fails)
+    assert ann.find("turn", "turn-v") is None

@@ -5,9 +5,10 @@ A document is JSON with a few columns that are looked for, and a body of bytes w
     kind, name      what it is, and its id: made here, so that nobody can guess one (``file-...``, ``ftjob-...``)
     namespace       whose; nobody finds another one's
     parent          what it belongs to: an event's job, a rating's person. It goes when that goes
-    state           of a job, or a word that it is looked for by: a person's user, a rating's answer; a document changes
-                    in one transaction, by a function of what it was
-    owner, until    who works on it, and how long without a sign of life; or until when it is kept
+    state           of a job, or a word that it is looked for by: a rating's answer; a document changes in one
+                    transaction, by a function of what it was
+    owner, until    who works on it, and how long without a sign of life; from when on it may be taken; or until when it
+                    is kept
 
 All of it is on the disk before a call returns. The tables are made when they are first asked for; an earlier kilotune
 passes them over.
@@ -191,18 +192,6 @@ class Documents:
 
         return self._store.erase(work)
 
-    def only(self, kind: str, state: str) -> Document:
-        """The one document of a kind in a state, which is made where there is none."""
-        if found := self.ls(kind, state=state, limit=1):
-            return found[0]
-        made, _ = self._new(kind, {}, "", state, None, None, None)
-
-        def work(link: Link) -> Document:
-            there = self._alike(link, made)
-            return there[0] if there else self._put(link, made, [], None)
-
-        return self._store._write(work)
-
     def find(self, kind: str, name: str) -> Document | None:
         """A document; None where there is none of this namespace."""
         row = self._store._read(lambda link: link.one(*self._one(kind, name)))
@@ -240,6 +229,30 @@ class Documents:
             made = change(found)
             if made is not found:
                 _update(link, made)
+            return made
+
+        return self._store._write(work)
+
+    def put(self, kind: str, name: str, make: Callable[[Document | None], Document]) -> Document:
+        """Make of the document of this name what ``make`` makes of it; of None, where there is none, a new one.
+
+        Nobody else comes in between. The name is the caller's: no other namespace may come to the same one.
+        ``make`` may raise: then nothing has changed.
+        """
+        assert self.namespace is not None, "a new document belongs to a namespace"
+        namespace = self.namespace
+
+        def work(link: Link) -> Document:
+            link.hold(f"{namespace} {kind} {name}")  # of two who would make it, one finds the other's
+            sql, values = self._one(kind, name)
+            row = link.one(sql + link.locking, values)
+            found = None if row is None else Document.of(row)
+            made = replace(make(found), kind=kind, name=name, namespace=namespace)
+            if found is None:
+                made = replace(made, created=self._clock())
+                return replace(made, number=_insert(link, made, []))
+            made = replace(made, number=found.number, created=found.created)
+            _update(link, made)
             return made
 
         return self._store._write(work)
@@ -312,19 +325,20 @@ class Documents:
             kind: what.
             owner: who takes it, for ``seconds`` without :meth:`renew`.
             seconds: see there.
-            states: what waits, and what it is from now on.
+            states: what waits (if it has an ``until``, from then on), and what it is from now on.
 
         """
         own, values = self._own()
         sql = (
             f"SELECT {COLUMNS} FROM kilotune_documents WHERE kind = ?{own} "
-            "AND (state = ? OR (state = ? AND until < ?)) ORDER BY id LIMIT 1"
+            "AND ((state = ? AND (until IS NULL OR until <= ?)) OR (state = ? AND until < ?)) ORDER BY id LIMIT 1"
         )
 
         def work(link: Link) -> Document | None:
             now = self._clock()
+            at = int(now * 1000)
             passing = f"{link.locking} SKIP LOCKED" if link.locking else ""  # what another one is just taking
-            row = link.one(sql + passing, (kind, *values, *states, int(now * 1000)))
+            row = link.one(sql + passing, (kind, *values, states[0], at, states[1], at))
             if row is None:
                 return None
             made = replace(Document.of(row), state=states[1], owner=owner, until=now + seconds)

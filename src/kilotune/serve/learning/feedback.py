@@ -3,7 +3,7 @@
 Documents of a namespace (:mod:`~kilotune.fleet.store.documents`)::
 
     feedbackrules   one: whether there is feedback at all, and how long answers are kept. None: there is none
-    person          one for each user, its state; answers and feedback belong to it and go when it goes
+    person          one for each user; answers and feedback belong to it and go when it goes
     answer          what was answered, to what, by which version; gone at its ``until``
     feedback        what its user said of an answer, with a copy of it; its state is the answer's name
 
@@ -13,6 +13,7 @@ is known by it, and the old one counts as taken back.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -198,7 +199,7 @@ class Feedback:
         if len(body[0]) > most * ROOM:
             return None
         while True:
-            person = self.documents.only(PERSON, one.user).name
+            person = self._person(one.user)
             try:
                 return self.documents.add(ANSWER, told, parent=person, until=until, body=body, quota=most)
             except QuotaError:
@@ -253,7 +254,7 @@ class Feedback:
             "rating": said.rating,
             "better_than": said.better_than,
         }
-        person = self.documents.only(PERSON, user).name
+        person = self._person(user)
         body = [_packed({**kept, "better": better})]
         made, replaced = self.documents.swap(
             FEEDBACK, told, parent=person, state=said.answer, body=body, quota=self.limits.answer_bytes
@@ -299,10 +300,7 @@ class Feedback:
 
     def ls(self, user: str, *, after: str | None = None, newest: bool = True, limit: int = 100) -> list[Document]:
         """A user's feedback, a page of it."""
-        person = self.person(user)
-        if person is None:
-            return []
-        return self.documents.ls(FEEDBACK, parent=person, after=after, newest=newest, limit=limit)
+        return self.documents.ls(FEEDBACK, parent=self.person(user), after=after, newest=newest, limit=limit)
 
     def remove(self, name: str, user: str) -> None:
         """Take one back.
@@ -316,10 +314,18 @@ class Feedback:
 
     # -- what learning reads -----------------------------------------------------------------------
 
-    def person(self, user: str) -> str | None:
-        """The name of a user's document, to which all belongs that is kept of them; None: there is nothing."""
-        found = self.documents.ls(PERSON, state=user, limit=1)
-        return found[0].name if found else None
+    def person(self, user: str) -> str:
+        """The name of a user's document, to which all belongs that is kept of them; there may be none yet."""
+        assert self.documents.namespace is not None, "feedback belongs to a namespace"
+        words = json.dumps([self.documents.namespace, user])
+        return f"{PERSON}-{hashlib.sha256(words.encode()).hexdigest()}"
+
+    def _person(self, user: str) -> str:
+        """The same, of one that is there."""
+        name = self.person(user)
+        if self.documents.find(PERSON, name) is None:
+            self.documents.put(PERSON, name, lambda found: found or Document("", "", "", {"user": user}))
+        return name
 
     def lesson(self, one: Document) -> Lesson | None:
         """A piece of feedback with its texts; None where it went just now."""
