@@ -71,6 +71,7 @@ def test_the_table_the_answers_and_the_checks_are_shown(made_up: list[Any]) -> N
         assert part in done.stdout, part
     assert done.stdout.count("pass  ") == 5
     assert Path("here/results.json").is_file()
+    assert '<p class="lead">A base' in Path("here/report.html").read_text()  # a sentence, whatever the base is called
 
 
 def test_json_is_one_document_and_what_is_written(made_up: list[Any]) -> None:

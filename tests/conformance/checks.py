@@ -14,7 +14,7 @@ from tests.conformance.cases import Array, Layer, Params
 from tests.conformance.cells import COUNTS, FORMULAS, ON_OUTPUT, Cell
 from tests.support.models import is_base, plain_name
 
-__all__ = ["EPSILON", "adapted", "bound", "count", "data", "dense", "forms", "layer_of", "layers_of"]
+__all__ = ["EPSILON", "adapted", "bound", "count", "data", "dense", "far", "forms", "layer_of", "layers_of"]
 
 # Rounding of a sum of a few dozen terms of size one.
 EPSILON = {torch.float64: 1e-12, torch.float32: 3e-5, torch.bfloat16: 0.1, torch.float16: 0.02}
@@ -68,6 +68,12 @@ def adapted(cell: Cell, dtype: torch.dtype = torch.float64) -> AdapterModel:
 def bound(reference: Tensor, dtype: torch.dtype) -> float:
     """How far the outputs of a layer that computes in ``dtype`` may be from ``reference``."""
     return EPSILON[dtype] * (1 + float(reference.detach().abs().max()))
+
+
+def far(a: Tensor, b: Tensor) -> float:
+    """The relative distance of ``a`` from ``b``, by their norms."""
+    a, b = a.detach().double(), b.detach().double()
+    return float((a - b).norm() / b.norm().clamp_min(1e-30))
 
 
 def count(cell: Cell, model: AdapterModel) -> int:

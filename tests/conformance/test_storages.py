@@ -18,6 +18,7 @@ from kilotune.layers.adapted import AdaptedLayer
 from kilotune.storage import STORAGES, storage_of
 from tests.conformance.cases import Params
 from tests.conformance.cells import FORMULAS, METHOD_CASES, PLAIN_STORAGES, delta_of
+from tests.conformance.checks import far
 from tests.conformance.declared import every_quantised_cell
 from tests.conformance.quantised import INN, OUT, QUANTISED, STORAGE_SCHEMES, Cell, weight_of
 from tests.support.models import disk, freed_at_once
@@ -25,12 +26,6 @@ from tests.support.models import disk, freed_at_once
 NEAR = 1e-5
 MERGEABLE = [cell for cell in QUANTISED if cell.case.name in FORMULAS]
 pytestmark = pytest.mark.filterwarnings("ignore::kilotune.MergePrecisionWarning")  # has its own test
-
-
-def far(a: Tensor, b: Tensor) -> float:
-    """The relative distance of ``a`` from ``b``."""
-    a, b = a.detach().double(), b.detach().double()
-    return float((a - b).norm() / b.norm().clamp_min(1e-30))
 
 
 def data(*shape: int) -> Tensor:

@@ -197,3 +197,65 @@ def test_stores_that_cannot(tmp_path: Path) -> None:
     open_store(url).close()
     with open_store(url, read_only=True) as only, pytest.raises(StoreLimitError, match="to be read alone"):
         Documents(only, "ann")
+
+
+def test_one_takes_the_place_of_another(ann: Documents) -> None:
+    job, other = ann.add("job", {}), ann.add("job", {})
+    first, replaced = ann.swap("word", {"n": 1}, parent=job.name, state="a", body=[b"x" * 60], quota=100)
+    assert not replaced
+    ann.add("event", {}, parent=first.name)
+    beside = [
+        ann.add("word", {}, parent=job.name, state="b"),
+        ann.add("word", {}, parent=other.name, state="a"),
+        ann.within("ben").add("word", {}, state="a"),
+    ]
+    second, replaced = ann.swap("word", {"n": 2}, parent=job.name, state="a", body=[b"y" * 60], quota=100)
+    assert replaced
+    assert second.name != first.name
+    assert ann.find("word", first.name) is None
+    assert ann.ls("event") == []
+    assert ann.ls("word") == [*beside[:2], second]
+    assert ann.within("ben").ls("word") == beside[2:]
+    with pytest.raises(QuotaError):
+        ann.swap("word", {"n": 3}, parent=job.name, state="a", body=[b"z" * 101], quota=100)
+    assert ann.ls("word", parent=job.name, state="a") == [second]
+
+
+def test_the_oldest_go_until_the_rest_is_small_enough(ann: Documents) -> None:
+    files = [ann.add("file", {}, body=[b"x" * size]) for size in (10, 20, 30, 40)]
+    his = ann.within("ben").add("file", {}, body=[b"x" * 99])
+    assert ann.shrink("file", 100) == 0
+    assert ann.shrink("file", 75) == 2
+    assert ann.ls("file") == files[2:]
+    assert ann.shrink("file", 0) == 2
+    assert ann.within("ben").ls("file") == [his]
+
+
+def test_what_waits_for_its_time_is_not_taken_before(ann: Documents, clock: Clock) -> None:
+    later = ann.add("turn", {}, state="queued", until=clock.now + 10)
+    at_once = ann.add("turn", {}, state="queued")
+    found = [ann.claim("turn", "w", 30) for _ in range(2)]
+    assert [one and one.name for one in found] == [at_once.name, None]
+    clock.now += 10
+    assert ann.claim("turn", "w", 30).name == later.name
+
+
+def test_a_document_of_a_known_name_is_made_once(ann: Documents, opened: Opener, clock: Clock) -> None:
+    others = [Documents(opened(), "ann", clock) for _ in range(4)]
+
+    def count(seen: Documents) -> None:
+        for _ in range(5):
+            seen.put("turn", "turn-u", lambda one: Document("", "", "", {"n": 1 if one is None else one.data["n"] + 1}))
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(count, others))
+    found = ann.find("turn", "turn-u")
+    assert found is not None
+    assert (found.data, found.created, ann.total("turn")) == ({"n": 20}, clock.now, (1, 0))
+
+    def fails(one: Document | None) -> Document:
+        raise KeyError("no")
+
+    with pytest.raises(KeyError):
+        ann.put("turn", "turn-v", fails)
+    assert ann.find("turn", "turn-v") is None

@@ -178,7 +178,7 @@ class Jobs:
         def change(job: Document) -> Document:
             if job.state not in of:
                 raise ConfigError(f"job {name!r} is {job.state} and cannot be {what}; it would have to be one of {of}")
-            return replace(job, state=to)
+            return replace(job, state=to, owner=None, until=None)
 
         found = self.documents.change(JOB, name, change)
         if found is None:
