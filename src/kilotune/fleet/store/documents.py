@@ -358,12 +358,15 @@ class Documents:
         own, values = self._own()
         sql = f"SELECT {COLUMNS} FROM kilotune_documents WHERE until < ? AND kind = ?{own} ORDER BY until LIMIT ?"
 
-        def work(link: Link) -> int:
-            rows = link.rows(sql, (int(self._clock() * 1000), kind, *values, limit))
-            _remove(link, [Document.of(row) for row in rows])
-            return len(rows)
+        def over(link: Link) -> list[Document]:
+            return [Document.of(row) for row in link.rows(sql, (int(self._clock() * 1000), kind, *values, limit))]
 
-        return self._store.erase(work)
+        def work(link: Link) -> int:
+            found = over(link)
+            _remove(link, found)
+            return len(found)
+
+        return self._store.erase(work) if self._store._read(over) else 0
 
     def shrink(self, kind: str, size: int) -> int:
         """Remove the oldest of a kind until the bodies of those left have at most so many bytes; how many went."""

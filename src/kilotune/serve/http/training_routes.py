@@ -13,11 +13,10 @@ from ...errors import KilotuneError
 from ...fleet.store.documents import Document, Documents
 from ..learning.graders import Graded, Grader, read_grader
 from ..learning.jobs import CHECKPOINT, EVENT, FILE, JOB, Jobs
-from ..learning.training import Training
 from .http_errors import ApiError, of_library
 from .logs import log
 from .middleware import noted
-from .service import Service, namespace_of
+from .service import Service, hiding, namespace_of, others
 from .training_shapes import (
     GraderBody,
     JobBody,
@@ -53,6 +52,7 @@ class _Asker:
             told = "this key may not upload files or train; kilotune keys add --trains makes one that may"
             raise ApiError(403, told)
         self._service, self.training, self.namespace = service, service.training, namespace_of(caller)
+        self._caller = caller
 
     async def documents(self, call: Callable[[Documents], T], param: str | None = None) -> T:
         """Ask the store for files or jobs."""
@@ -78,6 +78,16 @@ class _Asker:
         if found is None:
             raise ApiError(404, f"there is no file {name!r}", param="file_id")
         return found
+
+    async def check_model(self, model: str) -> None:
+        """See that a job's model is something to go on from."""
+        name, training = self._service.split(model)[0], self.training
+        if others(self._caller, name):
+            raise ApiError(404, f"there is no adapter {name!r}", param="model")
+        try:
+            await self._service.ask(self.namespace, lambda: training.check_model(self.namespace, model), "model")
+        except ApiError as error:
+            raise hiding(self._caller, name, error) from error
 
     def shown(self, job: Document) -> dict[str, Any]:
         """A job as OpenAI has it."""
@@ -170,7 +180,7 @@ def _jobs(router: APIRouter, service: Service) -> None:
     async def create(request: Request, body: JobBody) -> Response:
         """Have a model trained from a file."""
         asker = _Asker(service, request)
-        await _check_model(service, asker.training, asker.namespace, body.model)
+        await asker.check_model(body.model)
         job = await asker.jobs(lambda jobs: jobs.create(body.asked))
         log("job created", namespace=asker.namespace, job=job.name, model=body.model)
         return JSONResponse(asker.shown(job))
@@ -195,11 +205,6 @@ def _jobs(router: APIRouter, service: Service) -> None:
     moves("cancel", Jobs.cancel, "End a job.")
     moves("pause", Jobs.pause, "Let a job wait; it shows as queued.")
     moves("resume", Jobs.resume, "Let a paused job go on.")
-
-
-async def _check_model(service: Service, training: Training, namespace: str, model: str) -> None:
-    """See that a job's model is something to go on from."""
-    await service.ask(namespace, lambda: training.check_model(namespace, model), "model")
 
 
 def _lists(router: APIRouter, service: Service) -> None:

@@ -26,6 +26,7 @@ from ...fleet.stepper.operations import Forward, ForwardBackward, Keep, OptimSte
 from ...fleet.store import Record, SharedVersion, Version
 from ...fleet.store.documents import Document, Documents
 from ..engine.tenant_adapters import AdapterRegistry
+from .feedback import ANSWER
 from .jobs import CHECKPOINT, FILE, JOB, RUNNING, STATE, JobLimits, Jobs
 from .learner import Learner
 from .schedule import Plan
@@ -81,11 +82,16 @@ class JobRunner:
     ) -> None:
         self._documents, self._learner, self._adapters = documents, learner, adapters
         self._base, self._config, self._read, self._limits = base, config, read, limits or JobLimits()
-        self._workers = Workers(documents, JOB, self._work, at_once, beside=lambda: documents.expire(FILE))
+        self._workers = Workers(documents, JOB, self._work, at_once, beside=self._expire)
 
     def start(self) -> None:
         """Begin to look for jobs."""
         self._workers.start()
+
+    def _expire(self) -> None:
+        """Remove what is kept for a time only."""
+        for kind in (FILE, ANSWER):
+            self._documents.expire(kind)
 
     def stop(self) -> None:
         """Leave all jobs where they are; another server, or the next start, goes on with them."""

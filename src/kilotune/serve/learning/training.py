@@ -12,6 +12,7 @@ from ...train.data.rendering import ChatTemplate
 from ..engine.interface import Engine
 from ..engine.lanes import Lanes
 from ..engine.tenant_adapters import AdapterRegistry
+from .feedback import Feedback, FeedbackLimits
 from .jobs import JobLimits, Jobs
 from .learner import Learner
 from .runner import JobRunner
@@ -29,6 +30,7 @@ class TrainingLimits:
 
     file_bytes: int = 2**30
     jobs: JobLimits = field(default_factory=JobLimits)
+    feedback: FeedbackLimits = field(default_factory=FeedbackLimits)
     at_once: int = 32
 
 
@@ -99,3 +101,7 @@ class Training:
     def jobs(self, namespace: str) -> Jobs:
         """Those of a namespace."""
         return Jobs(self.documents(namespace), self.limits.jobs)
+
+    def feedback(self, namespace: str) -> Feedback:
+        """That of a namespace."""
+        return Feedback(self.documents(namespace), self.limits.feedback)
