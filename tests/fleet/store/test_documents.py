@@ -208,6 +208,38 @@ def test_stores_that_cannot(tmp_path: Path) -> None:
         Documents(only, "ann")
 
 
+def test_one_takes_the_place_of_another(ann: Documents) -> None:
+    job, other = ann.add("job", {}), ann.add("job", {})
+    first, replaced = ann.swap("word", {"n": 1}, parent=job.name, state="a", body=[b"x" * 60], quota=100)
+    assert not replaced
+    ann.add("event", {}, parent=first.name)
+    beside = [
+        ann.add("word", {}, parent=job.name, state="b"),
+        ann.add("word", {}, parent=other.name, state="a"),
+        ann.within("ben").add("word", {}, state="a"),
+    ]
+    second, replaced = ann.swap("word", {"n": 2}, parent=job.name, state="a", body=[b"y" * 60], quota=100)
+    assert replaced
+    assert second.name != first.name
+    assert ann.find("word", first.name) is None
+    assert ann.ls("event") == []
+    assert ann.ls("word") == [*beside[:2], second]
+    assert ann.within("ben").ls("word") == beside[2:]
+    with pytest.raises(QuotaError):
+        ann.swap("word", {"n": 3}, parent=job.name, state="a", body=[b"z" * 101], quota=100)
+    assert ann.ls("word", parent=job.name, state="a") == [second]
+
+
+def test_the_oldest_go_until_the_rest_is_small_enough(ann: Documents) -> None:
+    files = [ann.add("file", {}, body=[b"x" * size]) for size in (10, 20, 30, 40)]
+    his = ann.within("ben").add("file", {}, body=[b"x" * 99])
+    assert ann.shrink("file", 100) == 0
+    assert ann.shrink("file", 75) == 2
+    assert ann.ls("file") == files[2:]
+    assert ann.shrink("file", 0) == 2
+    assert ann.within("ben").ls("file") == [his]
+
+
 def test_what_waits_for_its_time_is_not_taken_before(ann: Documents, clock: Clock) -> None:
     later = ann.add("turn", {}, state="queued", until=clock.now + 10)
     at_once = ann.add("turn", {}, state="queued")

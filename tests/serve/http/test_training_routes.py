@@ -237,6 +237,43 @@ def test_nobody_sees_or_touches_anothers(running: Running) -> None:
     done(ann, job)
 
 
+# -- graders -----------------------------------------------------------------------------------------------
+
+ANSWERED = {"input": "{{ sample.output_text }}", "reference": "{{ item.answer }}", "name": "like"}
+LIKE = {**ANSWERED, "type": "text_similarity", "evaluation_metric": "fuzzy_match"}
+
+
+def test_graders_are_tried_and_checked_by_openais_client(running: Running) -> None:
+    graders = running.openai("ann").fine_tuning.alpha.graders
+    found = graders.run(grader=LIKE, model_sample="abc", item={"answer": "abcd"})
+    assert found.reward == pytest.approx(6 / 7)
+    assert (found.metadata.name, found.metadata.type, found.sub_rewards) == ("like", "text_similarity", {})
+    same = {**ANSWERED, "type": "string_check", "operation": "eq"}
+    both = {"type": "multi", "name": "both", "graders": {"a": same, "b": LIKE}, "calculate_output": "a + b"}
+    found = graders.run(grader=both, model_sample="abcd", item={"answer": "abcd"})
+    assert (found.reward, found.sub_rewards) == (2.0, {"a": 1.0, "b": 1.0})
+    lacking = graders.run(grader=LIKE, model_sample="abc")
+    assert (lacking.reward, lacking.metadata.errors.invalid_variable_error) == (0.0, True)
+    assert graders.validate(grader=both).grader.calculate_output == "a + b"
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"type": "score_model"}, "'score_model' graders are not served"),
+        ({"type": "python", "source": "x"}, "'python' graders are not served"),
+        ({"evaluation_metric": "cosine"}, "'cosine' is not served; there are fuzzy_match"),
+    ],
+)
+def test_graders_that_are_not_served_are_refused_by_name(changed: dict[str, Any], told: str, running: Running) -> None:
+    graders = running.openai("ann").fine_tuning.alpha.graders
+    for ask in (graders.validate, lambda grader: graders.run(grader=grader, model_sample="x")):
+        with pytest.raises(openai.BadRequestError, match=told):
+            ask(grader={**LIKE, **changed})
+    with pytest.raises(openai.PermissionDeniedError):
+        running.openai("carl").fine_tuning.alpha.graders.validate(grader=LIKE)
+
+
 def test_training_is_a_permission_of_its_own(running: Running) -> None:
     carl = running.openai("carl")
     with pytest.raises(openai.PermissionDeniedError, match="kilotune keys add --trains"):

@@ -4,8 +4,9 @@ A document is JSON with a few columns that are looked for, and a body of bytes w
 
     kind, name      what it is, and its id: made here, so that nobody can guess one (``file-...``, ``ftjob-...``)
     namespace       whose; nobody finds another one's
-    parent          what it belongs to: an event's job, a rating's answer. It goes when that goes
-    state           of a job; a document changes in one transaction, by a function of what it was
+    parent          what it belongs to: an event's job, a rating's person. It goes when that goes
+    state           of a job, or a word that it is looked for by: a rating's answer; a document changes in one
+                    transaction, by a function of what it was
     owner, until    who works on it, and how long without a sign of life; from when on it may be taken; or until when it
                     is kept
 
@@ -162,35 +163,34 @@ class Documents:
             AdapterError: there is no such parent. QuotaError: it would be more than that.
 
         """
-        assert self.namespace is not None, "a new document belongs to a namespace"
-        pieces = [piece for piece in (body or ()) if piece]
-        size = sum(map(len, pieces))
-        made = Document(
-            kind,
-            f"{prefix or kind}-{secrets.token_urlsafe(18)}",
-            self.namespace,
-            dict(data),
-            parent,
-            state,
-            until=until,
-            created=self._clock(),
-            size=size,
-        )
+        made, pieces = self._new(kind, data, parent, state, until, body, prefix)
+        return self._store._write(lambda link: self._put(link, made, pieces, quota))
 
-        def work(link: Link) -> Document:
-            if (
-                parent
-                and link.one(
-                    f"SELECT id FROM kilotune_documents WHERE name = ? AND namespace = ?{link.sharing}",
-                    (parent, self.namespace),
-                )
-                is None
-            ):
-                raise AdapterError(f"there is no {parent!r}")
-            self._check_quota(link, kind, size, quota)
-            return replace(made, number=_insert(link, made, pieces))
+    def swap(
+        self,
+        kind: str,
+        data: Mapping[str, Any],
+        *,
+        parent: str = "",
+        state: str = "",
+        body: Iterable[bytes] | None = None,
+        prefix: str | None = None,
+        quota: int | None = None,
+    ) -> tuple[Document, bool]:
+        """As :meth:`add`, in place of what there is of this kind, parent and state, which goes off the disk.
 
-        return self._store._write(work)
+        Returns:
+            (it, whether there was something).
+
+        """
+        made, pieces = self._new(kind, data, parent, state, None, body, prefix)
+
+        def work(link: Link) -> tuple[Document, bool]:
+            found = self._alike(link, made)
+            _remove(link, found)
+            return self._put(link, made, pieces, quota), bool(found)
+
+        return self._store.erase(work)
 
     def find(self, kind: str, name: str) -> Document | None:
         """A document; None where there is none of this namespace."""
@@ -382,7 +382,53 @@ class Documents:
 
         return self._store.erase(work)
 
+    def shrink(self, kind: str, size: int) -> int:
+        """Remove the oldest of a kind until the bodies of those left have at most so many bytes; how many went."""
+        own, values = self._own()
+        sql = (
+            f"SELECT {COLUMNS} FROM (SELECT {COLUMNS}, SUM(size) OVER (ORDER BY id DESC) AS upto "
+            f"FROM kilotune_documents WHERE kind = ?{own}) AS listed WHERE upto > ?"
+        )
+
+        def work(link: Link) -> int:
+            found = [Document.of(row) for row in link.rows(sql, (kind, *values, size))]
+            _remove(link, found)
+            return len(found)
+
+        return self._store.erase(work)
+
     # -- inside ----------------------------------------------------------------------------------
+
+    def _new(
+        self,
+        kind: str,
+        data: Mapping[str, Any],
+        parent: str,
+        state: str,
+        until: float | None,
+        body: Iterable[bytes] | None,
+        prefix: str | None,
+    ) -> tuple[Document, list[bytes]]:
+        assert self.namespace is not None, "a new document belongs to a namespace"
+        pieces = [piece for piece in (body or ()) if piece]
+        name, now = f"{prefix or kind}-{secrets.token_urlsafe(18)}", self._clock()
+        size = sum(map(len, pieces))
+        return Document(kind, name, self.namespace, dict(data), parent, state, None, until, now, size), pieces
+
+    def _put(self, link: Link, made: Document, pieces: list[bytes], quota: int | None) -> Document:
+        if made.parent:
+            sql = f"SELECT id FROM kilotune_documents WHERE name = ? AND namespace = ?{link.sharing}"
+            if link.one(sql, (made.parent, self.namespace)) is None:
+                raise AdapterError(f"there is no {made.parent!r}")
+        self._check_quota(link, made.kind, made.size, quota)
+        return replace(made, number=_insert(link, made, pieces))
+
+    def _alike(self, link: Link, made: Document) -> list[Document]:
+        """Those of the same kind, parent and state, which nobody adds to until the transaction ends."""
+        link.hold(f"{made.namespace} {made.kind} {made.parent} {made.state}")
+        own, values = self._own()
+        sql = f"SELECT {COLUMNS} FROM kilotune_documents WHERE kind = ? AND parent = ? AND state = ?{own} ORDER BY id"
+        return [Document.of(row) for row in link.rows(sql, (made.kind, made.parent, made.state, *values))]
 
     def _own(self, table: str = "") -> tuple[str, tuple[str, ...]]:
         return ("", ()) if self.namespace is None else (f" AND {table}namespace = ?", (self.namespace,))

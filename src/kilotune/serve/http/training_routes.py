@@ -1,4 +1,4 @@
-"""``/v1/files`` and ``/v1/fine_tuning/jobs``: OpenAI's fine-tuning API, over this service's own base."""
+"""``/v1/files`` and ``/v1/fine_tuning``: OpenAI's fine-tuning API, over this service's own base."""
 
 from __future__ import annotations
 
@@ -9,14 +9,26 @@ from typing import Annotated, Any, TypeVar, final
 from fastapi import APIRouter, File, Form, Query, Request, UploadFile
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
+from ...errors import KilotuneError
 from ...fleet.store.documents import Document, Documents
+from ..learning.graders import Graded, Grader, read_grader
 from ..learning.jobs import CHECKPOINT, EVENT, FILE, JOB, Jobs
 from ..learning.training import Training
-from .http_errors import ApiError
+from .http_errors import ApiError, of_library
 from .logs import log
 from .middleware import noted
 from .service import Service, namespace_of
-from .training_shapes import JobBody, checkpoint_object, event_object, file_object, job_object, page
+from .training_shapes import (
+    GraderBody,
+    JobBody,
+    RunBody,
+    checkpoint_object,
+    event_object,
+    file_object,
+    graded_object,
+    job_object,
+    page,
+)
 
 __all__ = ["routes"]
 
@@ -52,6 +64,14 @@ class _Asker:
         own = self.training.jobs(self.namespace)
         return await self._service.ask(self.namespace, lambda: call(own), param)
 
+    async def grade(self, call: Callable[[], T]) -> T:
+        """Do something with a grader, beside the loop; one of each namespace at a time."""
+        async with self.training.grading.lane(self.namespace) as lane:
+            try:
+                return await lane.run(call)
+            except KilotuneError as error:
+                raise of_library(error, "grader") from error
+
     async def file(self, name: str) -> Document:
         """A file of the namespace."""
         found = await self.documents(lambda documents: documents.find(FILE, name))
@@ -71,6 +91,7 @@ def routes(service: Service, errors: dict[int | str, dict[str, Any]]) -> APIRout
     _files(router, service)
     _jobs(router, service)
     _lists(router, service)
+    _graders(router, service)
     return router
 
 
@@ -204,3 +225,23 @@ def _lists(router: APIRouter, service: Service) -> None:
 
     children("events", EVENT, event_object, "What a job has told, the newest first.")
     children("checkpoints", CHECKPOINT, checkpoint_object, "The models that a job has made.")
+
+
+def _graders(router: APIRouter, service: Service) -> None:
+    @router.post("/fine_tuning/alpha/graders/run", operation_id="run_grader", response_model=None)
+    async def run(request: Request, body: RunBody) -> Response:
+        """Grade an answer."""
+        asker = _Asker(service, request)
+
+        def graded() -> tuple[Grader, Graded, float]:
+            grader, began = read_grader(body.grader), time.monotonic()
+            found = grader.grade(body.item or {}, body.model_sample)
+            return grader, found, time.monotonic() - began
+
+        return JSONResponse(graded_object(*await asker.grade(graded)))
+
+    @router.post("/fine_tuning/alpha/graders/validate", operation_id="validate_grader", response_model=None)
+    async def validate(request: Request, body: GraderBody) -> Response:
+        """See whether there can be such a grader."""
+        await _Asker(service, request).grade(lambda: read_grader(body.grader))
+        return JSONResponse({"grader": body.grader})

@@ -9,16 +9,40 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from ...fleet.store.documents import Document
+from ..learning.graders import Graded, Grader
 from ..learning.jobs import Asked
 from .bodies import Body
 
-__all__ = ["JobBody", "checkpoint_object", "event_object", "file_object", "job_object", "page"]
+__all__ = [
+    "GraderBody",
+    "JobBody",
+    "RunBody",
+    "checkpoint_object",
+    "event_object",
+    "file_object",
+    "graded_object",
+    "job_object",
+    "page",
+]
 
 Auto = Literal["auto"]
 Epochs = Auto | Annotated[int, Field(ge=1, le=50)]
 Batch = Auto | Annotated[int, Field(ge=1, le=256)]
 Multiplier = Auto | Annotated[float, Field(gt=0, le=1000)] | Annotated[int, Field(ge=1, le=1000)]
 Beta = Auto | Annotated[float, Field(gt=0, le=2)] | Annotated[int, Field(ge=1, le=2)]
+GRADER_ERRORS = (
+    "formula_parse_error",
+    "sample_parse_error",
+    "truncated_observation_error",
+    "unresponsive_reward_error",
+    "invalid_variable_error",
+    "other_error",
+    "python_grader_server_error",
+    "python_grader_runtime_error",
+    "model_grader_server_error",
+    "model_grader_refusal_error",
+    "model_grader_parse_error",
+)
 SHOWN_AS = {"paused": "queued"}  # a word that OpenAI's clients do not know
 
 
@@ -117,6 +141,44 @@ class JobBody(Body):
             suffix=self.suffix,
             metadata=self.metadata,
         )
+
+
+@final
+class RunBody(Body):
+    """``POST /v1/fine_tuning/alpha/graders/run``."""
+
+    grader: dict[str, Any] = Field(description="Of type string_check, text_similarity or multi.")
+    model_sample: str = Field(description="What a model said.")
+    item: dict[str, Any] | None = Field(None, description="The row, whose fields templates have as item.")
+
+
+@final
+class GraderBody(Body):
+    """``POST /v1/fine_tuning/alpha/graders/validate``."""
+
+    grader: dict[str, Any] = Field(description="Of type string_check, text_similarity or multi.")
+
+
+def graded_object(grader: Grader, graded: Graded, seconds: float) -> dict[str, Any]:
+    """OpenAI's GraderRunResponse; seconds: that it took."""
+    errors: dict[str, Any] = dict.fromkeys(GRADER_ERRORS, False)
+    if graded.fault is not None:
+        errors[graded.fault] = True
+    parts = {name: score for name, score in graded.scores.items() if name}  # the formula's has none
+    return {
+        "reward": graded.reward,
+        "metadata": {
+            "name": grader.name,
+            "type": grader.kind,
+            "errors": errors,
+            "execution_time": seconds,
+            "scores": parts,
+            "sampled_model_name": None,
+            "token_usage": None,
+        },
+        "sub_rewards": parts if grader.kind == "multi" else {},
+        "model_grader_token_usage_per_model": {},
+    }
 
 
 def file_object(one: Document) -> dict[str, Any]:

@@ -382,6 +382,8 @@ class _Run:
             told = {"filename": "step_metrics.csv", "purpose": "fine-tune-results"}
             results = [self.documents.add(FILE, told, parent=self.job.name, body=[text.getvalue().encode()]).name]
         more = {"finished": time.time(), "fine_tuned_model": version.name, "results": results}
+        self.jobs.tell(self.job.name, f"New fine-tuned model created: {version.name}")
+        self.jobs.tell(self.job.name, "The job has successfully completed")
         self._mine(lambda job: replace(job, state="succeeded", data={**job.data, **more}))
         metrics = {key: value for key, value in (self.curve[-1] if self.curve else {}).items() if key != "step"}
         step = self.curve[-1]["step"] if self.curve else 0
@@ -389,8 +391,6 @@ class _Run:
             CHECKPOINT, {"step": step, "metrics": metrics, "model": version.name}, parent=self.job.name, prefix="ftckpt"
         )
         self.jobs.forget_states(self.job.name)
-        self.jobs.tell(self.job.name, f"New fine-tuned model created: {version.name}")
-        self.jobs.tell(self.job.name, "The job has successfully completed")
 
     def _fail(self, error: Exception) -> None:
         text = str(error) if isinstance(error, KilotuneError) else f"an internal error ({type(error).__name__})"

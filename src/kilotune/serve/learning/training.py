@@ -10,6 +10,7 @@ from ...fleet.store import open_store
 from ...fleet.store.documents import Documents
 from ...train.data.rendering import ChatTemplate
 from ..engine.interface import Engine
+from ..engine.lanes import Lanes
 from ..engine.tenant_adapters import AdapterRegistry
 from .jobs import JobLimits, Jobs
 from .learner import Learner
@@ -17,6 +18,8 @@ from .runner import JobRunner
 from .training_file import TrainingFile, read_file
 
 __all__ = ["Training", "TrainingLimits"]
+
+GRADERS = 2  # that are at work at a time for requests, of different namespaces
 
 
 @final
@@ -61,6 +64,7 @@ class Training:
     ) -> None:
         self.limits = limits or TrainingLimits()
         self.learner = learner
+        self.grading = Lanes("kilotune-graders", GRADERS, 1)
         self._store = open_store(store)
         self._documents = Documents(self._store)
         chats = ChatTemplate(tokenizer)
@@ -79,6 +83,7 @@ class Training:
 
     def close(self) -> None:
         """End; jobs stay where they are, for the next start or another server."""
+        self.grading.close()
         self._runner.stop()
         self.learner.stop()
         self._store.close()
