@@ -19,7 +19,7 @@ from typing import Any, final
 from ...errors import ConfigError
 from ...train.data.rendering import ChatTemplate, Rendered, tokenize
 
-__all__ = ["FORMS", "Example", "TrainingFile", "read_file"]
+__all__ = ["FORMS", "Example", "TrainingFile", "read_example", "read_file"]
 
 Row = dict[str, Any]
 TOLD = 20  # faults that are told of one file
@@ -80,13 +80,11 @@ def read_file(
         raise ConfigError(f"{what}: no UTF-8 at byte {error.start}") from None
     faults: list[str] = []
     examples = []
-    make = _supervised if form == "supervised" else _pair
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
-            rendered = make(_object(line), chats)
-            examples.append(Example(number, tuple(_row(one, tokenizer, longest) for one in rendered)))
+            examples.append(read_example(_object(line), form, chats, tokenizer, longest=longest, line=number))
         except (ConfigError, RecursionError) as error:
             faults.append(f"line {number}: {error}")
             if len(faults) == TOLD:
@@ -97,6 +95,19 @@ def read_file(
     if len(examples) < least:
         raise ConfigError(f"{what}: {len(examples)} examples; at least {least} are needed")
     return TrainingFile(tuple(examples))
+
+
+def read_example(
+    given: Mapping[str, Any], form: str, chats: ChatTemplate, tokenizer: Any, *, longest: int, line: int = 0
+) -> Example:
+    """What a line of a file says, as rows; see :func:`read_file`.
+
+    Raises:
+        ConfigError: what is wrong with it.
+
+    """
+    make = _supervised if form == "supervised" else _pair
+    return Example(line, tuple(_row(one, tokenizer, longest) for one in make(given, chats)))
 
 
 def _object(line: str) -> Mapping[str, Any]:
