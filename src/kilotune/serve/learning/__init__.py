@@ -1,5 +1,6 @@
 """Adapters that learn beside an engine that answers, over one copy of the base's weights.
 
 learner.py is the thread that trains, share.py says when it may; jobs.py is what jobs are in the store, runner.py runs
-them, training.py is what the routes work with. Stands on engine/ and twin.py. Begin in learner.py.
+them, training.py is what the routes work with; turns.py says when whose feedback is learned, workers.py takes what is
+due. Stands on engine/ and twin.py. Begin in learner.py.
 """

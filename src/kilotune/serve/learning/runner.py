@@ -11,11 +11,9 @@ from __future__ import annotations
 import csv
 import io
 import logging
-import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar, final
 
@@ -23,7 +21,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from ...config import AdapterConfig
-from ...errors import AdapterError, KilotuneError, StoreError, first_line
+from ...errors import AdapterError, KilotuneError, StoreError
 from ...fleet.stepper.operations import Forward, ForwardBackward, Keep, OptimStep, Save, Scored, State
 from ...fleet.store import Record, SharedVersion, Version
 from ...fleet.store.documents import Document, Documents
@@ -33,15 +31,13 @@ from .learner import Learner
 from .reinforcement import EndedError, Lesson, Practice
 from .schedule import Plan
 from .training_file import Example, TrainingFile
+from .workers import Claim, LeftError, Workers
 
 __all__ = ["JobRunner", "ModelStart", "Reader"]
 
 T = TypeVar("T")
 Reader = Callable[[bytes, str, str], TrainingFile]
 """(a file's bytes, of which form its lines are, what to call it) -> its examples; raises ConfigError."""
-LEASE = 15.0  # seconds without a sign of life after which another server takes a job
-ALIVE = 3.0  # seconds between signs of life
-POLL = 0.25  # seconds between looks for jobs
 KEPT_EVERY = 30.0  # seconds of training between states that are kept
 TOLD = 50  # events with metrics of a job, about
 CURVE = {
@@ -53,11 +49,6 @@ CURVE = {
 }  # what is told of a step, and kept in the job's result file
 FORWARD = 16  # rows of which a reference's log-probabilities are asked for at once
 log = logging.getLogger("kilotune.serve")
-
-
-@final
-class _LeftError(Exception):
-    """The job is not to go on here: cancelled, paused, deleted, taken over, or the server ends."""
 
 
 @final
@@ -99,72 +90,20 @@ class JobRunner:
     ) -> None:
         self._documents, self._learner, self._adapters = documents, learner, adapters
         self._base, self._config, self._read, self._limits = base, config, read, limits or JobLimits()
-        self.owner = uuid.uuid4().hex
-        self._stopping = threading.Event()
-        self._places = threading.Semaphore(at_once)
-        self._pool = ThreadPoolExecutor(at_once, "kilotune-jobs")
-        self._runs: set[_Run] = set()
-        self._threads: list[threading.Thread] = []
+        self._workers = Workers(documents, JOB, self._work, at_once, beside=lambda: documents.expire(FILE))
 
     def start(self) -> None:
         """Begin to look for jobs."""
-        for what in (self._look, self._live):
-            thread = threading.Thread(target=what, name=f"kilotune-jobs{what.__name__}", daemon=True)
-            self._threads.append(thread)
-            thread.start()
+        self._workers.start()
 
     def stop(self) -> None:
         """Leave all jobs where they are; another server, or the next start, goes on with them."""
-        self._stopping.set()
-        for thread in self._threads:
-            thread.join()
-        self._pool.shutdown(wait=True)
+        self._workers.stop()
 
-    def _live(self) -> None:
-        """Give signs of life, whatever the passes of training wait for, and remove what is kept for a time."""
-        while not self._stopping.wait(ALIVE):
-            try:
-                for run in list(self._runs):
-                    if not self._documents.renew(JOB, run.job.name, self.owner, LEASE):
-                        run.lost = True
-                self._documents.expire(FILE)
-            except KilotuneError as error:
-                log.warning("no signs of life of jobs can be given: %s", first_line(error))
-
-    def _look(self) -> None:
-        while not self._stopping.is_set():
-            if not self._places.acquire(timeout=POLL):
-                continue
-            job = None
-            try:
-                job = self._documents.claim(JOB, self.owner, LEASE)
-            except KilotuneError as error:
-                log.warning("no jobs can be looked for: %s", first_line(error))
-            if job is None:
-                self._places.release()
-                self._stopping.wait(POLL)
-                continue
-            self._pool.submit(self._run, job)
-
-    def _run(self, job: Document) -> None:
-        run = _Run(self, job)
-        self._runs.add(run)
-        try:
-            run.run()
-        except _LeftError:
-            pass
-        except Exception:
-            log.exception("a job could not be ended; it is tried again")
-        finally:
-            self._runs.discard(run)
-            self._places.release()
+    def _work(self, claim: Claim) -> None:
+        _Run(self, claim).run()
 
     # -- what a run asks for -----------------------------------------------------------------------
-
-    @property
-    def stopping(self) -> bool:
-        """Whether the server ends."""
-        return self._stopping.is_set()
 
     def start_of(self, namespace: str, model: str) -> ModelStart:
         """What a job's ``model`` means: the base, a shared adapter to stand on, or an own one to go on from.
@@ -194,8 +133,9 @@ class JobRunner:
 class _Run:
     """One job, from where it is to its end."""
 
-    def __init__(self, runner: JobRunner, job: Document) -> None:
-        self.runner, self.job, self.asked = runner, job, dict(job.data)
+    def __init__(self, runner: JobRunner, claim: Claim) -> None:
+        self.runner, self.claim, self.job = runner, claim, claim.document
+        job, self.asked = self.job, dict(self.job.data)
         self.documents = runner._documents.within(job.namespace)
         self.jobs = Jobs(self.documents, runner._limits)
         short = job.name.rpartition("-")[2][:8]
@@ -203,7 +143,6 @@ class _Run:
         self.model = f"ft:{runner._base}:{job.namespace}:{suffix}:{short}"
         self.open = f"{job.name}-{uuid.uuid4().hex[:8]}"  # in the learner, which may have an earlier run's still
         self._looked = 0.0
-        self.lost = False  # somebody else has it
         self.curve: list[dict[str, Any]] = []
         self.used = 0  # tokens that were learned from
         self.practice: Practice | None = None
@@ -215,7 +154,7 @@ class _Run:
             if version is None:
                 version = self._train()
             self._succeed(version)
-        except _LeftError:
+        except LeftError:
             raise
         except StoreError:  # it is away: the claim runs out, and the job goes on later
             raise
@@ -231,29 +170,29 @@ class _Run:
         """See that the job is still to be run, and here; about once a second.
 
         Raises:
-            _LeftError: it is not to go on.
+            LeftError: it is not to go on.
 
         """
-        if self.runner.stopping or self.lost:
-            raise _LeftError
+        if self.claim.over:
+            raise LeftError
         if time.monotonic() - self._looked < 1.0:
             return
         self._looked = time.monotonic()
         now = self.documents.find(JOB, self.job.name)
-        if now is None or now.state != RUNNING or now.owner != self.runner.owner:
-            raise _LeftError
+        if now is None or now.state != RUNNING or now.owner != self.claim.owner:
+            raise LeftError
 
     def _mine(self, change: Callable[[Document], Document]) -> Document:
         """Change the job, as long as it is this run's."""
 
         def own(job: Document) -> Document:
-            if job.state != RUNNING or job.owner != self.runner.owner:
-                raise _LeftError
+            if job.state != RUNNING or job.owner != self.claim.owner:
+                raise LeftError
             return change(job)
 
         found = self.documents.change(JOB, self.job.name, own)
         if found is None:
-            raise _LeftError
+            raise LeftError
         return found
 
     # -- training -----------------------------------------------------------------------------------
@@ -336,7 +275,7 @@ class _Run:
             return ask(some, n, at)
         except EndedError:  # so does the server
             self._keep()
-            raise _LeftError from None
+            raise LeftError from None
 
     def _rows(self, plan: Plan, examples: Sequence[Example], without: bool = True) -> list[dict[str, Any]]:
         """Rows as the objective takes them; of pairs, with what the model says of them without the adapter."""
@@ -365,7 +304,7 @@ class _Run:
     def _stay_or_keep(self) -> None:
         try:
             self._stay()
-        except _LeftError:
+        except LeftError:
             self._keep()
             raise
 

@@ -21,7 +21,7 @@ from typing import Any, final
 from ...errors import ConfigError
 from ...train.data.rendering import ChatTemplate, Rendered, tokenize
 
-__all__ = ["FORMS", "Example", "TrainingFile", "read_file"]
+__all__ = ["FORMS", "Example", "TrainingFile", "read_example", "read_file"]
 
 Row = dict[str, Any]
 TOLD = 20  # faults that are told of one file
@@ -91,7 +91,7 @@ def read_file(
         if not line.strip():
             continue
         try:
-            examples.append(_example(_object(line), form, chats, tokenizer, longest, number))
+            examples.append(read_example(_object(line), form, chats, tokenizer, longest=longest, line=number))
         except (ConfigError, RecursionError) as error:
             faults.append(f"line {number}: {error}")
             if len(faults) == TOLD:
@@ -104,9 +104,15 @@ def read_file(
     return TrainingFile(tuple(examples), () if chats.turn_end is None else (chats.turn_end,))
 
 
-def _example(
-    given: Mapping[str, Any], form: str, chats: ChatTemplate, tokenizer: Any, longest: int, line: int
+def read_example(
+    given: Mapping[str, Any], form: str, chats: ChatTemplate, tokenizer: Any, *, longest: int, line: int = 0
 ) -> Example:
+    """What a line of a file says, as rows; see :func:`read_file`.
+
+    Raises:
+        ConfigError: what is wrong with it.
+
+    """
     if form == "reinforcement":
         (prompt,) = tokenize(tokenizer, [_prompt(given, chats)], "answer").examples
         if len(prompt.ids) >= longest:
