@@ -47,6 +47,15 @@ def test_a_document_comes_back(ann: Documents, opened: Opener, clock: Clock) -> 
     assert list(ann.body("file", "file-nothing")) == []
 
 
+def test_a_document_gets_other_bytes(ann: Documents) -> None:
+    made = ann.add("file", {"a": 1}, body=[b"x" * 2_500_000])
+    assert ann.refill("file", made.name, [b"abc", b"", b"d"]) is True
+    assert b"".join(ann.body("file", made.name)) == b"abcd"
+    assert ann.find("file", made.name) == replace(made, size=4)
+    assert ann.within("ben").refill("file", made.name, [b"e"]) is False
+    assert ann.total("file") == (1, 4)
+
+
 def test_nobody_finds_what_is_anothers(ann: Documents) -> None:
     mine = ann.add("file", {"a": 1}, body=[b"secret"])
     ben = ann.within("ben")

@@ -257,6 +257,23 @@ class Documents:
 
         return self._store._write(work)
 
+    def refill(self, kind: str, name: str, body: Iterable[bytes]) -> bool:
+        """Give a document other bytes; those before are off the disk (see ``erase``). Whether there was one."""
+        pieces = [piece for piece in body if piece]
+
+        def work(link: Link) -> bool:
+            sql, values = self._one(kind, name)
+            row = link.one(sql + link.locking, values)
+            if row is not None:
+                found = Document.of(row)
+                link.run("DELETE FROM kilotune_bodies WHERE document = ?", (found.number,))
+                _fill(link, found.number, pieces)
+                size = sum(map(len, pieces))
+                link.run("UPDATE kilotune_documents SET size = ? WHERE id = ?", (size, found.number))
+            return row is not None
+
+        return self._store.erase(work)
+
     def rm(self, kind: str, name: str) -> bool:
         """Remove a document and all that belongs to it, off the disk (see ``erase``); whether there was one."""
 
@@ -441,14 +458,17 @@ def _insert(link: Link, made: Document, pieces: list[bytes]) -> int:
         (made.namespace, made.kind, made.name, made.parent, made.state, int(made.created * 1000), *_told(made)),
     )
     assert row is not None
-    number = int(row[0])
+    _fill(link, int(row[0]), pieces)
+    return int(row[0])
+
+
+def _fill(link: Link, number: int, pieces: list[bytes]) -> None:
     body = b"".join(pieces)
     parts = (body[begin : begin + PART] for begin in range(0, len(body), PART))
     link.many(
         "INSERT INTO kilotune_bodies (document, part, data) VALUES (?, ?, ?)",
         ((number, part, piece) for part, piece in enumerate(parts)),
     )
-    return number
 
 
 def _told(made: Document) -> tuple[Any, ...]:

@@ -26,4 +26,7 @@ class MoreTables(ABC):
 
         SQLite: written over with zeros, and the log emptied. PostgreSQL keeps dead rows until VACUUM, and its own log
         and backups for as long as the server is set to.
+
+        Raises:
+            StoreError: it is done, but SQLite's log could not be emptied, since somebody read on and on.
         """

@@ -144,6 +144,7 @@ class SqliteStore(SqlStore):
             made.execute("PRAGMA foreign_keys = ON")
             made.execute("PRAGMA trusted_schema = OFF")  # somebody else may have made the file
             made.execute("PRAGMA synchronous = FULL")
+            made.execute("PRAGMA secure_delete = ON")  # what was changed or deleted is not left in a page's free part
             made.execute(f"PRAGMA cache_size = -{CACHE}")
             if self.read_only:
                 made.execute("PRAGMA query_only = ON")
@@ -319,21 +320,16 @@ class SqliteStore(SqlStore):
             self._write(lambda link: [link.run(text.format(**WORDS)) for text in wanted])
 
     def erase(self, work: Callable[[Link], T]) -> T:
-        def erasing(link: Link) -> T:
-            link.rows("PRAGMA secure_delete = ON")
-            try:
-                return work(link)
-            finally:
-                link.rows("PRAGMA secure_delete = OFF")
-
-        found = self._write(erasing)
+        found = self._write(work)
         with self._guarded():
             connection = self._take()
             try:
                 connection.execute(f"PRAGMA busy_timeout = {int(self.timeout * 1000)}")
-                connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+                ((busy, *_),) = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
             finally:
                 self._give_back(connection)
+        if busy:  # somebody reads on from before
+            raise StoreError(f"{self.path}: what was deleted is gone, but not from SQLite's log yet: {self._busy}")
         return found
 
     def before_fork(self) -> None:

@@ -24,6 +24,7 @@ __all__ = [
     "drop_alias",
     "move_alias",
     "now",
+    "purge",
     "remove",
     "swap_aliases",
     "take_name",
@@ -279,6 +280,28 @@ def drop(link: Link, namespace: str, rows: Sequence[Row]) -> None:
     )
     link.many("DELETE FROM kilotune_versions WHERE name = ? AND version = ?", keys)
     link.many("DELETE FROM kilotune_payloads WHERE id = ?", [(row.payload,) for row in rows])
+
+
+def purge(link: Link, namespace: str, names: Sequence[str]) -> int:
+    """Remove every version of these names, by force, and the names; how many versions. What is not there is none.
+
+    A name stays, without a version, where a version of another one says that it stands on it.
+    """
+    count = 0
+    for name in names:
+        row = link.one(
+            "SELECT n.id FROM kilotune_names n WHERE n.name = ? AND n.namespace = "
+            f"(SELECT s.id FROM kilotune_namespaces s WHERE s.name = ?){link.locking}",
+            (name, namespace),
+        )
+        if row is None:
+            continue
+        rows = of_names(link, namespace, [name], every=True, data=False)
+        drop(link, namespace, rows)
+        count += len(rows)
+        stood_on = "EXISTS (SELECT 1 FROM kilotune_versions v WHERE v.shared_name = kilotune_names.id)"
+        link.run(f"DELETE FROM kilotune_names WHERE id = ? AND NOT {stood_on}", (row[0],))
+    return count
 
 
 def note_used(link: Link, times: Mapping[tuple[int, int], int]) -> None:
