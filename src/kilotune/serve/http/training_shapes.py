@@ -43,7 +43,7 @@ GRADER_ERRORS = (
     "model_grader_refusal_error",
     "model_grader_parse_error",
 )
-SHOWN_AS = {"paused": "queued"}  # a word that OpenAI's clients do not know
+SHOWN_AS = {"paused": "queued", "held": "queued"}  # words that OpenAI's clients do not know
 
 
 class Hyper(Body):
