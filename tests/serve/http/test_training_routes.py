@@ -22,6 +22,13 @@ from tests.support.training_support import chat_lines, done, said, training_serv
 
 HERS = [("the cat", "a dog sat"), ("a dog", "the mat")]
 HIS = [("the cat", "on the hat"), ("a dog", "a cat sat")]
+ANSWERED = {"input": "{{ sample.output_text }}", "reference": "{{ item.answer }}", "name": "like"}
+LIKE = {**ANSWERED, "type": "text_similarity", "evaluation_metric": "fuzzy_match"}
+
+
+def graded(grader: dict[str, Any], **hyper: Any) -> dict[str, Any]:
+    """A job's method that learns from a grader."""
+    return {"type": "reinforcement", "reinforcement": {"grader": grader, "hyperparameters": hyper}}
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +131,43 @@ def test_what_is_trained_on_a_shared_one_stands_on_it(running: Running) -> None:
     assert said(ann, job.fine_tuned_model, "the cat").strip() == "a dog sat"
 
 
+def test_what_a_grader_says_is_learned(running: Running) -> None:
+    ann = running.openai("ann")
+    rows = [{"messages": [{"role": "user", "content": asked}], "word": "cat"} for asked in ("the cat", "a dog")]
+    data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    held = upload(ann, data, "valid.jsonl")
+    grader = {**ANSWERED, "type": "string_check", "operation": "like", "reference": "{{ item.word }}"}
+    method = graded(grader, n_epochs=10, batch_size=2, learning_rate_multiplier=5.0, eval_interval=5)
+    job = done(ann, job_of(ann, data, method=method, validation_file=held.id, seed=1))
+    assert job.status == "succeeded", job.error
+    assert job.method.reinforcement.grader.operation == "like"
+    assert job.method.reinforcement.hyperparameters.compute_multiplier == 1
+    told = [event.data for event in ann.fine_tuning.jobs.list_events(job.id) if event.type == "metrics"][::-1]
+    rewards = [one["train_mean_reward"] for one in told]
+    assert sum(rewards[-3:]) > sum(rewards[:3]) + 0.6, rewards
+    assert [one["step"] for one in told if "valid_mean_reward" in one] == [5, 10]
+    assert 0 < job.trained_tokens < 10 * 16 * 64
+    lines = ann.files.content(job.result_files[0]).text.splitlines()
+    assert lines[0] == "step,train_loss,valid_loss,train_mean_reward,valid_mean_reward"
+
+
+def test_what_a_grader_needs_is_looked_for_in_each_line(running: Running) -> None:
+    ann = running.openai("ann")
+    rows = [
+        {"messages": [{"role": "user", "content": "a"}], "answer": "b"},
+        {"messages": [{"role": "user", "content": "a"}]},
+        {"messages": [{"role": "user", "content": "a"}], "answer": {"text": None}},
+    ]
+    told = []
+    for some in (rows, [{**rows[0], "messages": [*rows[0]["messages"], {"role": "assistant", "content": "b"}]}]):
+        job = done(ann, job_of(ann, "\n".join(map(json.dumps, some)).encode(), method=graded(LIKE)))
+        assert (job.status, job.error.code) == ("failed", "invalid_training_file")
+        told.append(job.error.message)
+    assert "line 2: {{ item.answer }}: there is no such thing" in told[0]
+    assert "line 1" not in told[0]
+    assert "line 1: messages: the last one is the assistant's" in told[1]
+
+
 # -- cancel, pause, resume ------------------------------------------------------------------------------
 
 
@@ -203,7 +247,11 @@ def test_faults_of_a_file_are_told_by_line(running: Running) -> None:
     [
         ({"training_file": "file-nothing"}, "training_file: there is no file 'file-nothing'"),
         ({"model": "nobody"}, "there is no such adapter"),
-        ({"method": {"type": "reinforcement"}}, "method.type: 'reinforcement' is not served"),
+        ({"method": {"type": "grpo"}}, "method.type: 'grpo' is not served; taken are 'supervised', 'dpo'"),
+        ({"method": {"type": "reinforcement"}}, "method.reinforcement: is missing; it has the grader"),
+        ({"method": graded({"type": "python"})}, "method.reinforcement.grader.type: 'python' graders are not served"),
+        ({"method": graded(LIKE, reasoning_effort="high")}, "method.reinforcement.hyperparameters.reasoning_effort"),
+        ({"method": graded(LIKE, eval_interval=2)}, "eval_interval: no effect without validation_file"),
         ({"integrations": [{"type": "wandb", "wandb": {"project": "x"}}]}, "integrations"),
         ({"suffix": "a/b"}, "suffix"),
         ({"hyperparameters": {"n_epochs": 1}}, "hyperparameters: the old place"),
@@ -238,9 +286,6 @@ def test_nobody_sees_or_touches_anothers(running: Running) -> None:
 
 
 # -- graders -----------------------------------------------------------------------------------------------
-
-ANSWERED = {"input": "{{ sample.output_text }}", "reference": "{{ item.answer }}", "name": "like"}
-LIKE = {**ANSWERED, "type": "text_similarity", "evaluation_metric": "fuzzy_match"}
 
 
 def test_graders_are_tried_and_checked_by_openais_client(running: Running) -> None:

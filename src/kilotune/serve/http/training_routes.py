@@ -170,8 +170,11 @@ def _jobs(router: APIRouter, service: Service) -> None:
     async def create(request: Request, body: JobBody) -> Response:
         """Have a model trained from a file."""
         asker = _Asker(service, request)
+        asked = body.asked
+        if asked.grader is not None:
+            await asker.grade(lambda: read_grader(asked.grader, "method.reinforcement.grader"))
         await _check_model(service, asker.training, asker.namespace, body.model)
-        job = await asker.jobs(lambda jobs: jobs.create(body.asked))
+        job = await asker.jobs(lambda jobs: jobs.create(asked))
         log("job created", namespace=asker.namespace, job=job.name, model=body.model)
         return JSONResponse(asker.shown(job))
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal, final
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, final
 
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -12,6 +12,7 @@ from ...fleet.store.documents import Document
 from ..learning.graders import Graded, Grader
 from ..learning.jobs import Asked
 from .bodies import Body
+from .options import Option
 
 __all__ = [
     "GraderBody",
@@ -29,6 +30,9 @@ Auto = Literal["auto"]
 Epochs = Auto | Annotated[int, Field(ge=1, le=50)]
 Batch = Auto | Annotated[int, Field(ge=1, le=256)]
 Multiplier = Auto | Annotated[float, Field(gt=0, le=1000)] | Annotated[int, Field(ge=1, le=1000)]
+Compute = Auto | Annotated[float, Field(gt=0, le=8)] | Annotated[int, Field(ge=1, le=8)]
+Interval = Auto | Annotated[int, Field(ge=1, le=100_000)]
+Samples = Auto | Annotated[int, Field(ge=1, le=16)]
 Beta = Auto | Annotated[float, Field(gt=0, le=2)] | Annotated[int, Field(ge=1, le=2)]
 GRADER_ERRORS = (
     "formula_parse_error",
@@ -43,6 +47,12 @@ GRADER_ERRORS = (
     "model_grader_refusal_error",
     "model_grader_parse_error",
 )
+METHODS = ("supervised", "dpo", "reinforcement")
+HYPER = {
+    "supervised": {"n_epochs": "epochs", "batch_size": "batch_size", "learning_rate_multiplier": "rate_multiplier"},
+    "dpo": {"beta": "beta"},
+    "reinforcement": {name: name for name in ("compute_multiplier", "eval_interval", "eval_samples")},
+}  # OpenAI's names, and a job's own
 SHOWN_AS = {"paused": "queued", "held": "queued"}  # words that OpenAI's clients do not know
 
 
@@ -76,22 +86,48 @@ class DpoBody(Body):
 
 
 @final
+class ReinforcementHyper(Hyper):
+    """Reinforcement's."""
+
+    compute_multiplier: Compute = Field("auto", description="Of the 8 answers to each prompt of a step.")
+    eval_interval: Interval = Field("auto", description="Steps between looks at the validation file; auto: an epoch.")
+    eval_samples: Samples = Field("auto", description="Answers to each of its prompts then; auto: 1.")
+    neutral: ClassVar[Mapping[str, Option]] = {"reasoning_effort": Option("reasoning_effort", Literal["default"])}
+
+
+@final
+class ReinforcementBody(Body):
+    """``method.reinforcement``."""
+
+    grader: dict[str, Any] = Field(description="Of type string_check, text_similarity or multi.")
+    hyperparameters: ReinforcementHyper | None = None
+
+
+@final
 class MethodBody(Body):
     """``method``."""
 
     type: str = Field(max_length=100)
     supervised: SupervisedBody | None = None
     dpo: DpoBody | None = None
+    reinforcement: ReinforcementBody | None = None
 
     @model_validator(mode="after")
     def _served(self) -> MethodBody:
-        if self.type not in ("supervised", "dpo"):
-            told = f"{self.type!r} is not served; taken are 'supervised' and 'dpo'"
+        if self.type not in METHODS:
+            told = f"{self.type!r} is not served; taken are {', '.join(map(repr, METHODS))}"
             raise PydanticCustomError("not_served", "{told}", {"option": "type", "told": told})
-        other = "dpo" if self.type == "supervised" else "supervised"
-        if getattr(self, other) is not None:
-            raise PydanticCustomError("lacking", "not with this type", {"option": other})
+        for other in METHODS:
+            if other != self.type and getattr(self, other) is not None:
+                raise PydanticCustomError("lacking", "not with this type", {"option": other})
+        if self.type == "reinforcement" and self.reinforcement is None:
+            raise PydanticCustomError("lacking", "is missing; it has the grader", {"option": "reinforcement"})
         return self
+
+    @property
+    def own(self) -> Any:
+        """What this type has."""
+        return getattr(self, self.type)
 
 
 @final
@@ -109,6 +145,14 @@ class JobBody(Body):
     metadata: dict[str, Annotated[str, Field(max_length=512)]] | None = Field(None, max_length=16)
 
     @model_validator(mode="after")
+    def _has_effect(self) -> JobBody:
+        asked = self.asked
+        for option in ("eval_interval", "eval_samples"):
+            if self.validation_file is None and getattr(asked, option) is not None:
+                raise PydanticCustomError("lacking", "no effect without validation_file", {"option": option})
+        return self
+
+    @model_validator(mode="after")
     def _one_place(self) -> JobBody:
         if self.hyperparameters is not None and self.method is not None:
             raise PydanticCustomError("lacking", "the old place; say it in method", {"option": "hyperparameters"})
@@ -118,14 +162,11 @@ class JobBody(Body):
     def asked(self) -> Asked:
         """As jobs take it."""
         kind = "supervised" if self.method is None else self.method.type
-        hyper: Any = self.hyperparameters
-        if self.method is not None:
-            own = self.method.dpo if kind == "dpo" else self.method.supervised
-            hyper = None if own is None else own.hyperparameters
-        hyper = hyper or (DpoHyper() if kind == "dpo" else Hyper())
+        own = None if self.method is None else self.method.own
+        hyper: Any = self.hyperparameters if self.method is None else getattr(own, "hyperparameters", None)
 
         def told(name: str) -> Any:
-            value = getattr(hyper, name, "auto")
+            value = getattr(hyper, name, "auto")  # of another method, or where nothing is said
             return None if value == "auto" else value
 
         return Asked(
@@ -137,6 +178,10 @@ class JobBody(Body):
             batch_size=told("batch_size"),
             rate_multiplier=told("learning_rate_multiplier"),
             beta=told("beta"),
+            grader=getattr(own, "grader", None),
+            compute_multiplier=told("compute_multiplier"),
+            eval_interval=told("eval_interval"),
+            eval_samples=told("eval_samples"),
             seed=self.seed,
             suffix=self.suffix,
             metadata=self.metadata,
@@ -199,9 +244,11 @@ def file_object(one: Document) -> dict[str, Any]:
 def job_object(job: Document, namespace: str) -> dict[str, Any]:
     """OpenAI's FineTuningJob."""
     asked, made = job.data, job.data["made"] or {}
-    names = {"n_epochs": "epochs", "batch_size": "batch_size", "learning_rate_multiplier": "rate_multiplier"}
-    hyper = {name: made.get(name, asked[own] or "auto") for name, own in names.items()}
-    whole = {**hyper, "beta": made.get("beta", asked["beta"] or "auto")} if asked["method"] == "dpo" else hyper
+    hyper = {name: made.get(name, asked.get(own) or "auto") for name, own in HYPER["supervised"].items()}
+    more = {name: made.get(name, asked.get(own) or "auto") for name, own in HYPER.get(asked["method"], {}).items()}
+    method: dict[str, Any] = {"hyperparameters": {**hyper, **more}}
+    if asked.get("grader") is not None:
+        method["grader"] = asked["grader"]
     return {
         "id": job.name,
         "object": "fine_tuning.job",
@@ -212,7 +259,7 @@ def job_object(job: Document, namespace: str) -> dict[str, Any]:
         "organization_id": namespace,
         "status": SHOWN_AS.get(job.state, _status(job)),
         "hyperparameters": hyper,
-        "method": {"type": asked["method"], asked["method"]: {"hyperparameters": whole}},
+        "method": {"type": asked["method"], asked["method"]: method},
         "training_file": asked["training_file"],
         "validation_file": asked["validation_file"],
         "result_files": asked["results"],

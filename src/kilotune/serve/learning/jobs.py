@@ -16,7 +16,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, final
 
 from ...errors import AdapterError, ConfigError
@@ -60,8 +60,10 @@ class Asked:
 
     Args:
         model: what it is to go on from, as the request has it.
-        method: "supervised" or "dpo".
+        method: "supervised", "dpo" or "reinforcement".
         epochs, batch_size, rate_multiplier, beta: None: "auto".
+        grader: of reinforcement, as the request has it.
+        compute_multiplier, eval_interval, eval_samples: of reinforcement; None: "auto".
         seed: of start, order and dropout; None: drawn.
         training_file, validation_file: names of files of the namespace.
         suffix: of the model's name.
@@ -77,6 +79,10 @@ class Asked:
     batch_size: int | None = None
     rate_multiplier: float | None = None
     beta: float | None = None
+    grader: Mapping[str, Any] | None = None
+    compute_multiplier: float | None = None
+    eval_interval: int | None = None
+    eval_samples: int | None = None
     seed: int | None = None
     suffix: str | None = None
     metadata: Mapping[str, str] | None = None
@@ -84,24 +90,8 @@ class Asked:
     def to_dict(self) -> dict[str, Any]:
         """As a job keeps it."""
         seed = random.SystemRandom().randrange(2**31) if self.seed is None else self.seed
-        return {
-            "model": self.model,
-            "method": self.method,
-            "training_file": self.training_file,
-            "validation_file": self.validation_file,
-            "epochs": self.epochs,
-            "batch_size": self.batch_size,
-            "rate_multiplier": self.rate_multiplier,
-            "beta": self.beta,
-            "seed": seed,
-            "suffix": self.suffix,
-            "metadata": None if self.metadata is None else dict(self.metadata),
-            "made": None,
-            "finished": None,
-            "tokens": None,
-            "error": None,
-            "results": [],
-        }
+        told = {one.name: getattr(self, one.name) for one in fields(self)}
+        return {**told, "seed": seed, "made": None, "finished": None, "tokens": None, "error": None, "results": []}
 
 
 def model_name(base: str, job: Document) -> str:

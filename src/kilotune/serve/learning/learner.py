@@ -16,13 +16,14 @@ error too; the engine has its own, which it took when it began.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import threading
 import time
-from asyncio import wrap_future
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar, final
 
@@ -42,6 +43,8 @@ from .share import Share
 __all__ = ["Learner", "LearnerStats", "LearningSettings"]
 
 T = TypeVar("T")
+_Ask = Callable[[Sequence[int], Sampling, float | None], AsyncIterator[Item]]
+AT_ONCE = 16  # samples of one model that are made at once
 IDLE = 0.05  # seconds between looks at whether something is to do, or the engine has become idle
 log = logging.getLogger("kilotune.serve")
 
@@ -222,21 +225,48 @@ class Learner:
             AdapterError: there is no such model. StoreError: the engine or the learner has ended.
 
         """
+        async with self._answering(name) as ask:
+            async for item in ask(prompt, sampling, deadline):
+                yield item
+
+    async def samples(self, name: str, asked: Sequence[tuple[Sequence[int], Sampling]]) -> list[list[Item]]:
+        """Whole answers to (prompt, how), all with the same numbers; see :meth:`sample`."""
+        gate = asyncio.Semaphore(AT_ONCE)
+        async with self._answering(name) as ask:
+
+            async def one(prompt: Sequence[int], sampling: Sampling) -> list[Item]:
+                async with gate:
+                    return [item async for item in ask(prompt, sampling, None)]
+
+            return await asyncio.gather(*(one(prompt, sampling) for prompt, sampling in asked))
+
+    @asynccontextmanager
+    async def _answering(self, name: str) -> AsyncIterator[_Ask]:
+        """What asks the engine with a model's numbers as they are now, until the context is left."""
         saved, opened = self.submit(name, Save()), self._opened.get(name)
-        contents = await wrap_future(saved)
+        contents = await asyncio.wrap_future(saved)
         if opened is None:
             raise AdapterError(f"the model {name!r} was closed")
         with self._adapters.unstored(opened.namespace, name, contents, opened.on) as key:
-            request = Generation(
-                id=f"sample-{name}",
-                tenant=opened.namespace,
-                adapter=key,
-                prompt=tuple(prompt),
-                sampling=sampling,
-                deadline=deadline,
-            )
-            async for item in self._engine.generate(request):
-                yield item
+
+            def ask(prompt: Sequence[int], sampling: Sampling, deadline: float | None) -> AsyncIterator[Item]:
+                return self._engine.generate(
+                    Generation(
+                        id=f"sample-{name}",
+                        tenant=opened.namespace,
+                        adapter=key,
+                        prompt=tuple(prompt),
+                        sampling=sampling,
+                        deadline=deadline,
+                    )
+                )
+
+            yield ask
+
+    @property
+    def longest(self) -> int:
+        """Tokens that a prompt and its answer may have together."""
+        return self._engine.max_length
 
     def _counted(self, asked: Future[Any]) -> None:
         self._failed += not asked.cancelled() and asked.exception() is not None

@@ -15,7 +15,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, final
+from typing import Any, TypeVar, final
 
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
@@ -28,16 +28,25 @@ from ...fleet.store.documents import Document, Documents
 from ..engine.tenant_adapters import AdapterRegistry
 from .jobs import CHECKPOINT, FILE, JOB, RUNNING, STATE, JobLimits, Jobs, model_name
 from .learner import Learner
+from .reinforcement import EndedError, Lesson, Practice
 from .schedule import Plan
 from .training_file import Example, TrainingFile
 from .workers import Claim, LeftError, Workers
 
 __all__ = ["JobRunner", "ModelStart", "Reader"]
 
+T = TypeVar("T")
 Reader = Callable[[bytes, str, str], TrainingFile]
 """(a file's bytes, of which form its lines are, what to call it) -> its examples; raises ConfigError."""
 KEPT_EVERY = 30.0  # seconds of training between states that are kept
 TOLD = 50  # events with metrics of a job, about
+CURVE = {
+    "step": "step",
+    "train_loss": "training loss",
+    "valid_loss": "validation loss",
+    "train_mean_reward": "training reward",
+    "valid_mean_reward": "validation reward",
+}  # what is told of a step, and kept in the job's result file
 FORWARD = 16  # rows of which a reference's log-probabilities are asked for at once
 log = logging.getLogger("kilotune.serve")
 
@@ -133,6 +142,8 @@ class _Run:
         self.open = f"{job.name}-{uuid.uuid4().hex[:8]}"  # in the learner, which may have an earlier run's still
         self._looked = 0.0
         self.curve: list[dict[str, Any]] = []
+        self.used = 0  # tokens that were learned from
+        self.practice: Practice | None = None
 
     def run(self) -> None:
         """Train, publish, say what came of it."""
@@ -189,18 +200,12 @@ class _Run:
         files = {"training": self.runner.read(self.job.namespace, asked["training_file"], asked["method"])}
         if asked["validation_file"] is not None:
             files["validation"] = self.runner.read(self.job.namespace, asked["validation_file"], asked["method"])
+        self._practise(files)
         start = self.runner.start_of(self.job.namespace, asked["model"])
         plan = Plan(files["training"].examples, asked, start.config)
         self.jobs.check_day(plan.tokens)
-        made = {
-            "n_epochs": plan.epochs,
-            "batch_size": plan.batch_size,
-            "learning_rate_multiplier": 1.0 if asked["rate_multiplier"] is None else asked["rate_multiplier"],
-        }
-        if asked["method"] == "dpo":
-            made["beta"] = asked["beta"] or 0.1
         if asked["made"] is None:
-            self._mine(lambda job: replace(job, data={**job.data, "made": made, "tokens": plan.tokens}))
+            self._mine(lambda job: replace(job, data={**job.data, "made": plan.hyperparameters, "tokens": plan.tokens}))
             self.jobs.tell(self.job.name, f"Files are valid; {len(plan.examples)} examples, {plan.steps} steps")
         state = self._kept()
         learner = self.runner._learner
@@ -226,24 +231,49 @@ class _Run:
         every = max(1, plan.steps // TOLD)
         for step in range(first, plan.steps):
             self._stay_or_keep()
-            rows = self._rows(plan, plan.batch(step))
-            scored = learner.submit(self.open, ForwardBackward(rows, plan.objective))
+            rows, divisor, told, tokens = self._lesson(plan, step)
+            scored = learner.submit(self.open, ForwardBackward(rows, plan.objective, divisor))
             stepped = learner.submit(self.open, OptimStep(plan.adam(step)))
             found: Scored = scored.result()
             stepped.result()
-            told: dict[str, Any] = {"step": step + 1, "train_loss": found.loss / max(found.weight, 1e-9)}
+            self.used += tokens
+            told = {"step": step + 1, "train_loss": found.loss / max(found.weight, 1e-9), **told}
             ends = (step + 1) % plan.epoch_steps == 0
-            if ends and "validation" in files:
-                told["valid_loss"] = self._validate(plan, files["validation"].examples)
-            if (step + 1) % every == 0 or ends or step == first:
-                self.curve.append(told)
-                text = f"Step {step + 1}/{plan.steps}: training loss={told['train_loss']:.4f}"
-                if "valid_loss" in told:
-                    text += f", validation loss={told['valid_loss']:.4f}"
+            validated = "validation" in files and plan.validates(step + 1)
+            if validated:
+                told |= self._validate(plan, files["validation"].examples, step)
+            if (step + 1) % every == 0 or ends or validated or step == first:
+                self.curve.append({key: value for key, value in told.items() if key in CURVE})
+                known = ", ".join(f"{CURVE[key]}={told[key]:.4f}" for key in CURVE if key != "step" and key in told)
+                text = f"Step {step + 1}/{plan.steps}: {known}"
                 self.jobs.tell(self.job.name, text, data={**told, "total_steps": plan.steps})
             if time.monotonic() - kept > KEPT_EVERY:
                 self._keep()
                 kept = time.monotonic()
+
+    def _practise(self, files: dict[str, TrainingFile]) -> None:
+        """Have what samples and grades, where the job learns from that."""
+        asked = self.asked
+        if asked["method"] != "reinforcement":
+            return
+        ends = files["training"].ends
+        self.practice = Practice(self.runner._learner, self.open, asked["grader"], asked["seed"], ends)
+        for what, file in files.items():
+            self.practice.check(file, asked[f"{what}_file"])
+
+    def _lesson(self, plan: Plan, step: int) -> Lesson:
+        """What a step, from 0, learns from."""
+        examples = plan.batch(step)
+        if self.practice is None:
+            return Lesson(self._rows(plan, examples), None, {}, sum(one.tokens for one in examples))
+        return self._sampled(self.practice.lesson, examples, plan.group, step)
+
+    def _sampled(self, ask: Callable[[Sequence[Example], int, int], T], some: Sequence[Example], n: int, at: int) -> T:
+        try:
+            return ask(some, n, at)
+        except EndedError:  # so does the server
+            self._keep()
+            raise LeftError from None
 
     def _rows(self, plan: Plan, examples: Sequence[Example], without: bool = True) -> list[dict[str, Any]]:
         """Rows as the objective takes them; of pairs, with what the model says of them without the adapter."""
@@ -254,14 +284,20 @@ class _Run:
         sums = [float(one.sum()) for one in asked.result().logprobs]
         return [{**row, "reference": total} for row, total in zip(rows, sums, strict=True)]
 
-    def _validate(self, plan: Plan, examples: Sequence[Example]) -> float:
-        loss = weight = 0.0
+    def _validate(self, plan: Plan, examples: Sequence[Example], step: int) -> dict[str, float]:
+        loss = weight = total = 0.0
         for begin in range(0, len(examples), FORWARD):
             self._stay()
-            rows = self._rows(plan, examples[begin : begin + FORWARD])
+            some = examples[begin : begin + FORWARD]
+            if self.practice is not None:
+                total += len(some) * self._sampled(self.practice.reward, some, self.asked["eval_samples"] or 1, step)
+                continue
+            rows = self._rows(plan, some)
             found: Scored = self.runner._learner.submit(self.open, Forward(rows, plan.objective)).result()
             loss, weight = loss + found.loss, weight + found.weight
-        return loss / max(weight, 1e-9)
+        if self.practice is not None:
+            return {"valid_mean_reward": total / len(examples)}
+        return {"valid_loss": loss / max(weight, 1e-9)}
 
     def _stay_or_keep(self) -> None:
         try:
@@ -277,7 +313,7 @@ class _Run:
         state: State = self.runner._learner.submit(self.open, Keep()).result()
         before = self.documents.ls(STATE, parent=self.job.name)
         body = save_tensors({name: tensor.contiguous() for name, tensor in state.tensors.items()})
-        told = {"step": state.step, "pieces": state.pieces, "curve": self.curve}
+        told = {"step": state.step, "pieces": state.pieces, "curve": self.curve, "used": self.used}
         try:
             self.documents.add(STATE, told, parent=self.job.name, body=[body])
         except AdapterError:  # the job was deleted
@@ -290,7 +326,7 @@ class _Run:
         if not found:
             return None
         data = b"".join(self.documents.body(STATE, found[0].name))
-        self.curve = list(found[0].data["curve"])
+        self.curve, self.used = list(found[0].data["curve"]), found[0].data["used"]
         return State(found[0].data["step"], found[0].data["pieces"], load_tensors(data))
 
     # -- the end --------------------------------------------------------------------------------------
@@ -313,12 +349,15 @@ class _Run:
         results = []
         if self.curve:
             text = io.StringIO()
-            writer = csv.DictWriter(text, ["step", "train_loss", "valid_loss"], restval="")
+            columns = [key for key in CURVE if self.practice is not None or "reward" not in key]
+            writer = csv.DictWriter(text, columns, restval="")
             writer.writeheader()
             writer.writerows(self.curve)
             told = {"filename": "step_metrics.csv", "purpose": "fine-tune-results"}
             results = [self.documents.add(FILE, told, parent=self.job.name, body=[text.getvalue().encode()]).name]
         more = {"finished": time.time(), "fine_tuned_model": version.name, "results": results}
+        if self.used:
+            more["tokens"] = self.used
         self.jobs.tell(self.job.name, f"New fine-tuned model created: {version.name}")
         self.jobs.tell(self.job.name, "The job has successfully completed")
         self._mine(lambda job: replace(job, state="succeeded", data={**job.data, **more}))

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
 from ...config import AdapterConfig
 from ...fleet.joint.settings import FleetSettings
 from ...fleet.stepper.adam import Adam
-from ...fleet.stepper.objectives import Dpo, Objective, Supervised
+from ...fleet.stepper.objectives import Dpo, Grpo, Objective, Supervised
 from .training_file import Example
 
-__all__ = ["Plan"]
+__all__ = ["LONGEST_ANSWER", "Plan"]
 
 LEAST_STEPS = 100  # of a job that says nothing of epochs, whatever few rows it has
 MOST_EPOCHS = 25
 BATCH = 4
+GROUP = 8  # answers to each prompt of a step
+LONGEST_ANSWER = 256  # tokens of an answer that is sampled to be graded
 
 
 @final
@@ -27,7 +29,7 @@ class Plan:
     """What a job comes to. examples: of the training file; asked: of the job; config: of the adapter."""
 
     examples: Sequence[Example]
-    asked: dict[str, Any]
+    asked: Mapping[str, Any]
     config: AdapterConfig
 
     @property
@@ -53,13 +55,45 @@ class Plan:
         return self.epochs * self.epoch_steps
 
     @property
+    def group(self) -> int:
+        """Answers to each prompt that are sampled, where a grader says what is learned; else 1."""
+        if self.asked["method"] != "reinforcement":
+            return 1
+        return max(2, round(GROUP * (self.asked["compute_multiplier"] or 1.0)))
+
+    @property
     def tokens(self) -> int:
-        """That are trained in all."""
-        return self.epochs * sum(example.tokens for example in self.examples)
+        """That are trained in all; of sampled answers, as many as there can be."""
+        more = LONGEST_ANSWER if self.asked["method"] == "reinforcement" else 0
+        return self.epochs * self.group * sum(example.tokens + more for example in self.examples)
+
+    @property
+    def hyperparameters(self) -> dict[str, Any]:
+        """What "auto" came to, by OpenAI's names."""
+        asked = self.asked
+        made = {
+            "n_epochs": self.epochs,
+            "batch_size": self.batch_size,
+            "learning_rate_multiplier": 1.0 if asked["rate_multiplier"] is None else asked["rate_multiplier"],
+        }
+        if asked["method"] == "dpo":
+            made["beta"] = asked["beta"] or 0.1
+        if asked["method"] == "reinforcement":
+            made["compute_multiplier"] = asked["compute_multiplier"] or 1.0
+            if asked["validation_file"] is not None:
+                made["eval_interval"] = asked["eval_interval"] or self.epoch_steps
+                made["eval_samples"] = asked["eval_samples"] or 1
+        return made
+
+    def validates(self, step: int) -> bool:
+        """Whether the validation file is gone through behind a step, from 1."""
+        return step % (self.asked["eval_interval"] or self.epoch_steps) == 0
 
     @property
     def objective(self) -> Objective:
         """What is learned."""
+        if self.asked["method"] == "reinforcement":
+            return Grpo()
         return Dpo(beta=self.asked["beta"] or 0.1) if self.asked["method"] == "dpo" else Supervised()
 
     def batch(self, step: int) -> list[Example]:

@@ -5,8 +5,10 @@
     supervised   {"messages": [..., {"role": "assistant", "content": "...", "weight": 1}], "tools": [...]}
     dpo          {"input": {"messages": [...], "tools": [...]},
                   "preferred_output": [{"role": "assistant", ...}], "non_preferred_output": [...]}
+    reinforcement  {"messages": [..., {"role": "user", "content": "..."}], "tools": [...], ANYTHING ELSE}
 
-A message of an assistant with a weight of 0 is read and not learned. Of a DPO pair the two answers are learned.
+A message of an assistant with a weight of 0 is read and not learned. Of a DPO pair the two answers are learned. What a
+reinforcement's line has beside its messages is for its grader.
 """
 
 from __future__ import annotations
@@ -26,16 +28,20 @@ TOLD = 20  # faults that are told of one file
 MOST_LINE = 2_000_000  # bytes
 MOST_MESSAGES = 1024
 ROLES = ("system", "developer", "user", "assistant", "tool")
-FORMS = ("supervised", "dpo")
+FORMS = ("supervised", "dpo", "reinforcement")
 
 
 @final
 @dataclass(frozen=True)
 class Example:
-    """What is learned as one: one row, or a pair of rows. line: of the file, from 1. tokens: of all its rows."""
+    """What is learned as one: one row, or a pair of rows, or a prompt.
+
+    line: of the file, from 1. tokens: of all its rows. item: the whole line, where a grader asks for parts of it.
+    """
 
     line: int
     rows: tuple[Row, ...]
+    item: Mapping[str, Any] | None = None
 
     @property
     def tokens(self) -> int:
@@ -46,9 +52,10 @@ class Example:
 @final
 @dataclass(frozen=True)
 class TrainingFile:
-    """A file that can be trained on."""
+    """A file that can be trained on. ends: the token that ends an answer in the template, where it is a special one."""
 
     examples: tuple[Example, ...]
+    ends: tuple[int, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -94,7 +101,7 @@ def read_file(
         raise ConfigError("\n".join([f"{what} cannot be trained on:", *(f"  - {fault}" for fault in faults)]))
     if len(examples) < least:
         raise ConfigError(f"{what}: {len(examples)} examples; at least {least} are needed")
-    return TrainingFile(tuple(examples))
+    return TrainingFile(tuple(examples), () if chats.turn_end is None else (chats.turn_end,))
 
 
 def read_example(
@@ -106,6 +113,11 @@ def read_example(
         ConfigError: what is wrong with it.
 
     """
+    if form == "reinforcement":
+        (prompt,) = tokenize(tokenizer, [_prompt(given, chats)], "answer").examples
+        if len(prompt.ids) >= longest:
+            raise ConfigError(f"{len(prompt.ids)} tokens; the model takes {longest} with its answer")
+        return Example(line, ({"input_ids": prompt.ids, "labels": [-100] * len(prompt.ids)},), given)
     make = _supervised if form == "supervised" else _pair
     return Example(line, tuple(_row(one, tokenizer, longest) for one in make(given, chats)))
 
@@ -212,6 +224,18 @@ def _pair(given: Mapping[str, Any], chats: ChatTemplate) -> Iterator[Rendered]:
             raise ConfigError(f"{name}: the template leaves nothing of it")
         del others  # of earlier messages, where a template writes each answer's text anew
         yield replace(last, answers=last.answers[-1:])
+
+
+def _prompt(given: Mapping[str, Any], chats: ChatTemplate) -> Rendered:
+    if "messages" not in given:
+        raise ConfigError("expected messages, as reinforcement fine-tuning has them")
+    messages = _messages(given["messages"], "messages")
+    if messages[-1]["role"] == "assistant":
+        raise ConfigError("messages: the last one is the assistant's, which the model is to say itself")
+    try:
+        return chats.prompt(_plain(messages, given.get("tools")))
+    except UnicodeEncodeError:
+        raise ConfigError("half of a surrogate pair, which is no character") from None
 
 
 def _rendered(chats: ChatTemplate, messages: Sequence[dict[str, Any]]) -> list[Rendered]:
