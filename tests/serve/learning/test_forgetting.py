@@ -165,12 +165,13 @@ def test_a_killed_run_goes_on(running: Running, monkeypatch: pytest.MonkeyPatch)
     house = trained(ann, lines(line("where is it?", SECRET, user=MIA)))
     without = trained(ann, lines())
     failed: list[str] = []
-    for name in ("_cut", "_hold", "_remove", "_train_again", "_end"):
+    steps = ("_cut", "_hold", "_remove", "_train_again", "_end")
+    for name in steps:
         for late in (False, True):
             fail_once(monkeypatch, name, late, failed)
     monkeypatch.setattr("kilotune.serve.learning.workers.LEASE", 0.5)
     forgotten(running)
-    assert len(failed) == 9  # after the last one it is done
+    assert failed[:9] == [name for name in steps for _ in range(2)][:9]  # by the last one it is done
     assert same(tensors(running, house.fine_tuned_model), tensors(running, without.fine_tuned_model))
 
 
