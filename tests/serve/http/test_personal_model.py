@@ -10,6 +10,7 @@ import pytest
 
 from kilotune.errors import ConfigError
 from kilotune.serve.http.keys import Keyring, read_keys
+from kilotune.serve.learning.jobs import FILE, JOB
 from tests.support.cli_helpers import as_json, error
 from tests.support.feedback_support import ASKED, SPACE, claim, feedback_serving, rules
 from tests.support.http_support import BASE, Running, adapter_folder
@@ -105,6 +106,18 @@ def test_no_name_that_is_nearly_anothers_tells_of_it(running: Running) -> None:
         with pytest.raises(openai.NotFoundError) as error:
             bob.fine_tuning.jobs.create(model=name, training_file=file.id)
         assert "Did you mean" not in str(error.value)
+
+
+def test_files_and_jobs_of_a_user_are_known_to_be_theirs(running: Running) -> None:
+    bob, training = running.openai("bob"), running.service.training
+    assert training is not None
+    file = upload(bob, chat_lines([("a", "b")]))
+    job = bob.fine_tuning.jobs.create(model=BASE, training_file=file.id)
+    bob.fine_tuning.jobs.cancel(job.id)
+    for kind, name in ((FILE, file.id), (JOB, job.id)):
+        found = training.documents(SPACE).find(kind, name)
+        assert found is not None
+        assert found.data["user"] == "bob"
 
 
 def test_lists_name_what_is_ones_own(running: Running) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Annotated, Any, TypeVar, final
 
 from fastapi import APIRouter, File, Form, Query, Request, UploadFile
@@ -52,7 +53,7 @@ class _Asker:
             told = "this key may not upload files or train; kilotune keys add --trains makes one that may"
             raise ApiError(403, told)
         self._service, self.training, self.namespace = service, service.training, namespace_of(caller)
-        self._caller = caller
+        self._caller, self.user = caller, caller.user
 
     async def documents(self, call: Callable[[Documents], T], param: str | None = None) -> T:
         """Ask the store for files or jobs."""
@@ -120,7 +121,7 @@ def _uploads(router: APIRouter, service: Service) -> None:
             raise ApiError(400, f"purpose: {purpose!r} is not served; taken is 'fine-tune'", param="purpose")
         if (anchor is None) != (seconds is None) or anchor not in (None, "created_at"):
             raise ApiError(400, "expires_after: expected anchor 'created_at' and seconds", param="expires_after")
-        told = {"filename": (file.filename or "file.jsonl")[:200], "purpose": purpose}
+        told = {"filename": (file.filename or "file.jsonl")[:200], "purpose": purpose, "user": asker.user}
         body = [piece async for piece in _pieces(file)]
         until = None if seconds is None else time.time() + seconds
         quota = asker.training.limits.file_bytes
@@ -180,7 +181,7 @@ def _jobs(router: APIRouter, service: Service) -> None:
     async def create(request: Request, body: JobBody) -> Response:
         """Have a model trained from a file."""
         asker = _Asker(service, request)
-        asked = body.asked
+        asked = replace(body.asked, user=asker.user)
         if asked.grader is not None:
             await asker.grade(lambda: read_grader(asked.grader, "method.reinforcement.grader"))
         await asker.check_model(body.model)

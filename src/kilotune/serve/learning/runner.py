@@ -27,7 +27,7 @@ from ...fleet.store import Record, SharedVersion, Version
 from ...fleet.store.documents import Document, Documents
 from ..engine.tenant_adapters import AdapterRegistry
 from .feedback import ANSWER
-from .jobs import CHECKPOINT, FILE, JOB, RUNNING, STATE, JobLimits, Jobs
+from .jobs import CHECKPOINT, FILE, JOB, RUNNING, STATE, JobLimits, Jobs, model_name
 from .learner import Learner
 from .reinforcement import EndedError, Lesson, Practice
 from .schedule import Plan
@@ -144,9 +144,7 @@ class _Run:
         job, self.asked = self.job, dict(self.job.data)
         self.documents = runner._documents.within(job.namespace)
         self.jobs = Jobs(self.documents, runner._limits)
-        short = job.name.rpartition("-")[2][:8]
-        suffix = self.asked["suffix"] or ""
-        self.model = f"ft:{runner._base}:{job.namespace}:{suffix}:{short}"
+        self.model = model_name(runner._base, job)
         self.open = f"{job.name}-{uuid.uuid4().hex[:8]}"  # in the learner, which may have an earlier run's still
         self._looked = 0.0
         self.curve: list[dict[str, Any]] = []

@@ -13,6 +13,7 @@ from ..engine.interface import Engine
 from ..engine.lanes import Lanes
 from ..engine.tenant_adapters import AdapterRegistry
 from .feedback import Feedback, FeedbackLimits
+from .forgetting import Forgetting
 from .jobs import JobLimits, Jobs
 from .learner import Learner
 from .runner import JobRunner
@@ -78,14 +79,18 @@ class Training:
             self._documents, learner, adapters, base, config, read, self.limits.jobs, self.limits.at_once
         )
 
+        self.forgetting = Forgetting(self._documents, adapters, base)
+
     def start(self) -> None:
         """Begin to train."""
         self.learner.start()
         self._runner.start()
+        self.forgetting.start()
 
     def close(self) -> None:
         """End; jobs stay where they are, for the next start or another server."""
         self.grading.close()
+        self.forgetting.stop()
         self._runner.stop()
         self.learner.stop()
         self._store.close()
