@@ -18,6 +18,7 @@ from starlette.types import ASGIApp
 from ...errors import KilotuneError
 from . import embedding_routes as encoding
 from . import feedback_routes as saying
+from . import forgetting_routes as forgetting
 from . import generation_routes as generating
 from . import lora_routes as loading
 from . import management_routes as managing
@@ -113,6 +114,7 @@ def create_app(service: Service) -> ASGIApp:
     app.include_router(tokens.routes(service, errors))
     app.include_router(training.routes(service, errors))
     app.include_router(saying.routes(service, errors))
+    app.include_router(forgetting.routes(service, errors))
     app.include_router(managing.routes(service, errors))
     app.include_router(loading.routes(service, errors))
     app.include_router(pages.routes(service))

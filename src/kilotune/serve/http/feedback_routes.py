@@ -24,7 +24,7 @@ from .middleware import noted
 from .service import Service, namespace_of
 from .training_shapes import page
 
-__all__ = ["routes"]
+__all__ = ["Asker", "routes", "training_of"]
 
 T = TypeVar("T")
 MAX_PAGE = 1000
@@ -33,18 +33,24 @@ After = Annotated[str | None, Query(max_length=200)]
 Order = Annotated[str, Query(pattern="^(asc|desc)$")]
 
 
-def _training(service: Service) -> Training:
+def training_of(service: Service) -> Training:
+    """What learns here.
+
+    Raises:
+        ApiError: nothing does.
+
+    """
     if service.training is None:
         raise ApiError(404, "feedback is not taken here; start kilotune serve with --learn")
     return service.training
 
 
 @final
-class _Asker:
+class Asker:
     """Whose feedback a request is about, and the store that has it."""
 
     def __init__(self, service: Service, request: Request) -> None:
-        caller, training = caller_of(request), _training(service)
+        caller, training = caller_of(request), training_of(service)
         if caller.user is None:
             told = (
                 "feedback is a user's, and this key is no single one's: kilotune keys add --user makes one that is, "
@@ -121,7 +127,7 @@ def _say(router: APIRouter, service: Service) -> None:
     @router.post("/v1/feedback", operation_id="give_feedback", response_model=None)
     async def give(request: Request, body: FeedbackBody) -> Response:
         """Say of an answer that it was good or bad, what the right one is, or that it was better than another one."""
-        asker = _Asker(service, request)
+        asker = Asker(service, request)
         noted(request.scope).held.enter_context(service.gate.enter(asker.namespace, 1))
         rules = await asker.rules()
         asker.feedback.check(body.said)
@@ -135,14 +141,14 @@ def _said(router: APIRouter, service: Service) -> None:
     @router.get("/v1/feedback", operation_id="list_feedback", response_model=None)
     async def said(request: Request, after: After = None, limit: Limit = 100, order: Order = "desc") -> Response:
         """Your feedback, the newest first."""
-        asker, newest = _Asker(service, request), order == "desc"
+        asker, newest = Asker(service, request), order == "desc"
         found = await asker.ask(lambda own: own.ls(asker.user, after=after, newest=newest, limit=limit + 1))
         return JSONResponse(page([feedback_object(one) for one in found], limit))
 
     @router.get("/v1/feedback/{feedback_id}", operation_id="feedback", response_model=None)
     async def one(request: Request, feedback_id: str) -> Response:
         """One piece of your feedback, with what was asked and answered."""
-        asker = _Asker(service, request)
+        asker = Asker(service, request)
 
         def found(own: Feedback) -> tuple[Document, Lesson | None]:
             document = own.find(feedback_id, asker.user)
@@ -156,7 +162,7 @@ def _said(router: APIRouter, service: Service) -> None:
     @router.delete("/v1/feedback/{feedback_id}", operation_id="delete_feedback", response_model=None)
     async def delete(request: Request, feedback_id: str) -> Response:
         """Take feedback back; what was learned from it is learned again without it."""
-        asker = _Asker(service, request)
+        asker = Asker(service, request)
         await asker.ask(lambda own: own.find(feedback_id, asker.user), "feedback_id")
         await asker.change(0.0, lambda own: own.remove(feedback_id, asker.user))
         log("feedback taken back", namespace=asker.namespace, feedback=feedback_id)
@@ -167,7 +173,7 @@ def _learned(router: APIRouter, service: Service) -> None:
     @router.get("/v1/feedback/events", operation_id="feedback_events", response_model=None)
     async def events(request: Request, after: After = None, limit: Limit = 20) -> Response:
         """What became of your feedback, the newest first."""
-        asker = _Asker(service, request)
+        asker = Asker(service, request)
         found = await asker.ask(
             lambda own: turns.events(own.documents, asker.user, after=after, limit=limit + 1), "after"
         )
@@ -176,7 +182,7 @@ def _learned(router: APIRouter, service: Service) -> None:
     @router.post("/v1/feedback/rollback", operation_id="roll_feedback_back", response_model=None)
     async def back(request: Request) -> Response:
         """Let your own model be what it was before it learned last."""
-        asker = _Asker(service, request)
+        asker = Asker(service, request)
         name = model_of(asker.user)
         try:
             moved = await asker.ask(lambda _: service.adapters.roll_back(asker.namespace, LIVE, [name]))
@@ -188,7 +194,7 @@ def _learned(router: APIRouter, service: Service) -> None:
 
 def _rules(router: APIRouter, service: Service) -> None:
     async def shown(space: str) -> Response:
-        feedback = _training(service).feedback(space)
+        feedback = training_of(service).feedback(space)
         rules, answers = await service.ask(space, lambda: (feedback.rules(), feedback.documents.total(ANSWER)))
         return JSONResponse(rules_object(rules, service.base, answers))
 
@@ -203,7 +209,7 @@ def _rules(router: APIRouter, service: Service) -> None:
     async def set_rules(request: Request, namespace: str, body: RulesBody) -> Response:
         """Have a namespace take feedback, or not: then answers that were kept are removed; feedback stays."""
         space, model = space_of(request, namespace), body.model
-        feedback = _training(service).feedback(space)
+        feedback = training_of(service).feedback(space)
         if model is not None and model != service.base:
             name, which = service.split(model)
             model = name if which is None else f"{name}/{which}"

@@ -21,6 +21,7 @@ from .json_pieces import JsonResponse
 from .keeping import HEADER as FEEDBACK_ID
 from .keeping import Keeper, keeper_of
 from .keys import Key
+from .logs import pseudonym
 from .middleware import noted
 from .response_shapes import ChatShape, CompletionShape, Echo, Writer, usage_of
 from .schemas import ChatBody, CompletionBody, GenerationBody, SamplingBody, told_messages
@@ -86,7 +87,7 @@ class Run:
         self.service, self.body, self.generations, self.shape = service, body, generations, shape
         self.keeper = keeper
         self.note = noted(request.scope)
-        self.note.fields |= {"model": body.model, "user": body.user, "answers": len(generations)}
+        self.note.fields |= {"model": body.model, "user": pseudonym(body.user), "answers": len(generations)}
 
     async def answer(self) -> Response:
         """The response; a stream's first event is waited for, so that what fails at once has its status."""

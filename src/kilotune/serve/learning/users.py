@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import re
+
 from ...errors import AdapterError, ConfigError
 from ...fleet.store.names import check_name, check_new_name
 
-__all__ = ["LIVE", "PERSONAL", "check_user", "model_of"]
+__all__ = ["LIVE", "PERSONAL", "check_user", "model_of", "without_user"]
 
 PERSONAL = "personal"
+OWN = re.compile(rf"{PERSONAL}:[^/'\"]*")
 LIVE = "live"  # the alias of the version of a personal model that answers
 
 
 def model_of(user: str) -> str:
     """What a user's own model is called in the store."""
     return f"{PERSONAL}:{user}"
+
+
+def without_user(text: str) -> str:
+    """A text for logs and metrics, which forgetting does not reach: every user's own model is "personal" in it."""
+    return OWN.sub(PERSONAL, text) if f"{PERSONAL}:" in text else text
 
 
 def check_user(user: object) -> str:
