@@ -7,6 +7,8 @@
                   "preferred_output": [{"role": "assistant", ...}], "non_preferred_output": [...]}
     reinforcement  {"messages": [..., {"role": "user", "content": "..."}], "tools": [...], ANYTHING ELSE}
 
+``"user"`` beside them says whose line it is, and goes with that person (forgetting.py).
+
 A message of an assistant with a weight of 0 is read and not learned. Of a DPO pair the two answers are learned. What a
 reinforcement's line has beside its messages is for its grader.
 """
@@ -118,6 +120,8 @@ def read_example(
         if len(prompt.ids) >= longest:
             raise ConfigError(f"{len(prompt.ids)} tokens; the model takes {longest} with its answer")
         return Example(line, ({"input_ids": prompt.ids, "labels": [-100] * len(prompt.ids)},), given)
+    if not isinstance(given.get("user"), str | None):
+        raise ConfigError(f"user: expected a text, whose line this is, got {type(given['user']).__name__}")
     make = _supervised if form == "supervised" else _pair
     return Example(line, tuple(_row(one, tokenizer, longest) for one in make(given, chats)))
 
