@@ -153,6 +153,12 @@ def test_no_adapter_can_be_called_so(running: Running) -> None:
     assert "each user's own model" in answered.json()["error"]["message"]
 
 
+def test_who_needs_no_key_is_one_person() -> None:
+    caller = Keyring(None, (), "default").find(None)
+    assert caller is not None
+    assert (caller.user, caller.signs) == ("me", None)
+
+
 def test_keys_of_users_are_made_and_read(tmp_path: Any) -> None:
     path = tmp_path / "keys.json"
     assert as_json("keys", "add", path, "--namespace", "acme", "--user", "ann")["user"] == "ann"

@@ -177,7 +177,8 @@ def _learned(router: APIRouter, service: Service) -> None:
         found = await asker.ask(
             lambda own: turns.events(own.documents, asker.user, after=after, limit=limit + 1), "after"
         )
-        return JSONResponse(page([event_object(one) for one in found], limit))
+        taken = (await service.rules(asker.namespace)).enabled
+        return JSONResponse({**page([event_object(one) for one in found], limit), "taken": taken})
 
     @router.post("/v1/feedback/rollback", operation_id="roll_feedback_back", response_model=None)
     async def back(request: Request) -> Response:
