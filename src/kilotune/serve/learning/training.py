@@ -12,7 +12,7 @@ from ...train.data.rendering import ChatTemplate
 from ..engine.interface import Engine
 from ..engine.lanes import Lanes
 from ..engine.tenant_adapters import AdapterRegistry
-from .feedback import Feedback, FeedbackLimits
+from .feedback import Feedback, FeedbackLimits, Room
 from .forgetting import Forgetting
 from .jobs import JobLimits, Jobs
 from .learner import Learner
@@ -69,7 +69,7 @@ class Training:
         self.learner = learner
         self.grading = Lanes("kilotune-graders", GRADERS, 1)
         self._store = open_store(store)
-        self._documents = Documents(self._store)
+        self._documents, self._room = Documents(self._store), Room()
         chats = ChatTemplate(tokenizer)
 
         def read(data: bytes, form: str, what: str) -> TrainingFile:
@@ -109,4 +109,4 @@ class Training:
 
     def feedback(self, namespace: str) -> Feedback:
         """That of a namespace."""
-        return Feedback(self.documents(namespace), self.limits.feedback)
+        return Feedback(self.documents(namespace), self.limits.feedback, room=self._room)
