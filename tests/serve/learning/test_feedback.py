@@ -163,9 +163,12 @@ def test_the_oldest_answers_make_room(feedback: Feedback) -> None:
 def test_answers_are_not_counted_for_each_one(feedback: Feedback, monkeypatch: pytest.MonkeyPatch) -> None:
     counted = []
     total = Documents.total
-    monkeypatch.setattr(
-        Documents, "total", lambda self, kind, **more: (counted.append(kind), total(self, kind, **more))[1]
-    )
+
+    def counting(self: Documents, kind: str, **more: Any) -> tuple[int, int]:
+        counted.append(kind)
+        return total(self, kind, **more)
+
+    monkeypatch.setattr(Documents, "total", counting)
     large = Feedback(feedback.documents, FeedbackLimits(answer_bytes=16_000))
     for n in range(60):
         kept(large, f"{n} {'x' * 150}")
