@@ -389,6 +389,14 @@ def test_what_became_of_it_is_told(running: Running) -> None:
         assert "learned 0" not in ann.get("/v1/feedback/events").text
 
 
+def test_openais_client_says_it_too(running: Running) -> None:
+    bob = running.openai("bob")
+    body = {"answer": answer(running, "bob", model="personal").feedback_id, "correction": "a dog sat"}
+    made: Any = bob.post("/feedback", body=body, cast_to=object)
+    assert made["kind"] == "correction"
+    assert bob.delete(f"/feedback/{made['id']}", cast_to=object)["deleted"] is True
+
+
 # -- who the user is -------------------------------------------------------------------------------------
 
 
