@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, final
 
@@ -14,10 +15,14 @@ from ..engine.lanes import Lanes
 from ..engine.tenant_adapters import AdapterRegistry
 from .feedback import Feedback, FeedbackLimits, Room
 from .forgetting import Forgetting
+from .gate import Bounds
 from .jobs import JobLimits, Jobs
 from .learner import Learner
+from .personal import PersonalRunner
+from .rollback import RollbackRule
 from .runner import JobRunner
-from .training_file import TrainingFile, read_file
+from .study import Pace
+from .training_file import Example, TrainingFile, read_example, read_file
 
 __all__ = ["Training", "TrainingLimits"]
 
@@ -27,12 +32,16 @@ GRADERS = 2  # that are at work at a time for requests, of different namespaces
 @final
 @dataclass(frozen=True, kw_only=True)
 class TrainingLimits:
-    """What a namespace may have. file_bytes: of all its files. jobs: see there. at_once: jobs in training here."""
+    """What a namespace may have. file_bytes: of all its files. jobs, feedback, rollback: see there. at_once: jobs in
+    training here. pace, bounds: how it is learned from feedback, and what may go live."""
 
     file_bytes: int = 2**30
     jobs: JobLimits = field(default_factory=JobLimits)
     feedback: FeedbackLimits = field(default_factory=FeedbackLimits)
     at_once: int = 32
+    pace: Pace = field(default_factory=Pace)
+    bounds: Bounds = field(default_factory=Bounds)
+    rollback: RollbackRule = field(default_factory=RollbackRule)
 
 
 @final
@@ -48,6 +57,7 @@ class Training:
         config: of the adapters of jobs that begin with the base.
         tokenizer: of the base.
         limits: of each namespace.
+        personal: of the adapters that learn from feedback; None: as jobs' have.
 
     Raises:
         UnsupportedError: the store keeps no documents. ConfigError: the tokenizer has no chat template.
@@ -64,6 +74,7 @@ class Training:
         config: AdapterConfig,
         tokenizer: Any,
         limits: TrainingLimits | None = None,
+        personal: AdapterConfig | None = None,
     ) -> None:
         self.limits = limits or TrainingLimits()
         self.learner = learner
@@ -75,6 +86,13 @@ class Training:
         def read(data: bytes, form: str, what: str) -> TrainingFile:
             return read_file(data, form, chats, tokenizer, longest=engine.max_length, what=what)
 
+        def make(given: Mapping[str, Any], form: str) -> Example:
+            return read_example(given, form, chats, tokenizer, longest=engine.max_length)
+
+        own = self.limits
+        self.personal = PersonalRunner(
+            self._documents, learner, adapters, engine, personal or config, make, own.pace, own.bounds, own.rollback
+        )
         self._runner = JobRunner(
             self._documents, learner, adapters, base, config, read, self.limits.jobs, self.limits.at_once
         )
@@ -85,12 +103,14 @@ class Training:
         """Begin to train."""
         self.learner.start()
         self._runner.start()
+        self.personal.start()
         self.forgetting.start()
 
     def close(self) -> None:
         """End; jobs stay where they are, for the next start or another server."""
         self.grading.close()
         self.forgetting.stop()
+        self.personal.stop()
         self._runner.stop()
         self.learner.stop()
         self._store.close()

@@ -244,7 +244,10 @@ def _prompt(given: Mapping[str, Any], chats: ChatTemplate) -> Rendered:
 
 def _rendered(chats: ChatTemplate, messages: Sequence[dict[str, Any]]) -> list[Rendered]:
     try:
-        return chats.render(messages)
+        found = chats.render(messages)
+        for one in found:
+            one.text.encode()
+        return found
     except UnicodeEncodeError:
         raise ConfigError("half of a surrogate pair, which is no character") from None
 
