@@ -18,7 +18,7 @@ TOY = {  # what the toy has words for
     "Odette does.": "a dog sat",
     "Who waters the ferns on Mondays?": "a dog",
     "Pavel does.": "on the hat",
-    "max_tokens=24": "max_tokens=4",
+    "max_tokens=24": "max_tokens=8",
 }
 
 
@@ -42,7 +42,7 @@ def test_the_page_does_what_it_says(tmp_path: Path, capsys: pytest.CaptureFixtur
             client.close()
     _, (before,), (learned, after), (back,), (taught,) = told
     assert before.strip() != "a dog sat"
-    assert learned == "Version 1 of your model has learned 1 lesson(s) and is live"
+    assert learned.startswith("Version 1 of your model has learned 1 lesson(s) and is live")
     assert after.strip() == "a dog sat"
     assert "held what was taken back, and were removed" in back
     assert taught.strip() == "on the hat"
