@@ -80,9 +80,6 @@ def test_a_job_tells_what_it_does_and_leaves_its_numbers(running: Running) -> No
     assert metrics[0]["step"] == metrics[0]["total_steps"] == 40
     assert metrics[0]["train_loss"] < metrics[-1]["train_loss"]
     assert metrics[0]["valid_loss"] < metrics[-1]["valid_loss"]
-    (checkpoint,) = ann.fine_tuning.jobs.checkpoints.list(job.id)
-    assert checkpoint.fine_tuned_model_checkpoint == job.fine_tuned_model
-    assert checkpoint.step_number == 40
     (result,) = job.result_files
     lines = ann.files.content(result).text.splitlines()
     assert lines[0] == "step,train_loss,valid_loss"
@@ -129,6 +126,27 @@ def test_what_is_trained_on_a_shared_one_stands_on_it(running: Running) -> None:
     assert stands is not None
     assert (stands.namespace, stands.name) == ("@shared", "house")
     assert said(ann, job.fine_tuned_model, "the cat").strip() == "a dog sat"
+
+
+def test_the_last_epochs_answer_too_and_go_with_the_model(running: Running) -> None:
+    bob = running.openai("bob")
+    method = {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 6, "batch_size": 1}}}
+    job = done(bob, job_of(bob, chat_lines(HIS), method=method, seed=4))
+    assert job.status == "succeeded", job.error
+    found = list(bob.fine_tuning.jobs.checkpoints.list(job.id))
+    names = [one.fine_tuned_model_checkpoint for one in found]
+    model = job.fine_tuned_model
+    assert names == [model, f"{model}:ckpt-step-10", f"{model}:ckpt-step-8"]
+    assert [one.step_number for one in found] == [12, 10, 8]
+    assert found[0].metrics.train_loss < found[2].metrics.train_loss
+    assert len({running.catalogue.info("bob", name).sha256 for name in names}) == 3
+    assert all(said(bob, name, "the cat") for name in names)
+    with running.client(running.manager) as client:
+        answer = client.delete(f"/manage/bob/adapters/{model}")
+    assert answer.json() == {"name": model, "removed": 3}
+    for name in names:
+        with pytest.raises(openai.NotFoundError):
+            said(bob, name, "the cat")
 
 
 def test_what_a_grader_says_is_learned(running: Running) -> None:

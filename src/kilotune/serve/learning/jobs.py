@@ -22,11 +22,12 @@ from typing import Any, final
 from ...errors import AdapterError, ConfigError
 from ...fleet.store.documents import Document, Documents, QuotaError
 
-__all__ = ["CHECKPOINT", "EVENT", "FILE", "JOB", "STATE", "Asked", "JobLimits", "Jobs"]
+__all__ = ["CHECKPOINT", "CHECKPOINTS", "EVENT", "FILE", "JOB", "STATE", "Asked", "JobLimits", "Jobs"]
 
 FILE, JOB, EVENT, CHECKPOINT, STATE = "file", "job", "event", "checkpoint", "jobstate"
 WAITING, RUNNING, PAUSED = "queued", "running", "paused"
 DONE = ("succeeded", "failed", "cancelled")
+CHECKPOINTS = ":ckpt-step-"  # behind a model's name, before the step
 DAY = 86_400.0
 
 
