@@ -36,8 +36,8 @@ from .workers import Claim, LeftError, Workers
 __all__ = ["JobRunner", "ModelStart", "Reader"]
 
 T = TypeVar("T")
-Reader = Callable[[bytes, str, str], TrainingFile]
-"""(a file's bytes, of which form its lines are, what to call it) -> its examples; raises ConfigError."""
+Reader = Callable[[bytes, str, str, str, Callable[[], object]], TrainingFile]
+"""(a file's bytes, of which form its lines are, what to call it, whose it is, what is called between pieces) -> it."""
 KEPT_EVERY = 30.0  # seconds of training between states that are kept
 TOLD = 50  # events with metrics of a job, about
 CURVE = {
@@ -123,10 +123,17 @@ class JobRunner:
         record = self._adapters.stored(namespace, info)
         return ModelStart(record.file().config, info.stands_on, record)
 
-    def read(self, namespace: str, file: str, form: str) -> TrainingFile:
-        """A file that was uploaded."""
-        data = b"".join(self._documents.within(namespace).body(FILE, file))
-        return self._read(data, form, file)
+    def read(self, namespace: str, file: str, form: str, stay: Callable[[], object]) -> TrainingFile:
+        """A file that was uploaded.
+
+        Raises:
+            AdapterError: it was removed. ConfigError: it cannot be trained on.
+
+        """
+        own = self._documents.within(namespace)
+        if own.find(FILE, file) is None:
+            raise AdapterError(f"there is no file {file!r} any more")
+        return self._read(b"".join(own.body(FILE, file)), form, file, namespace, stay)
 
 
 @final
@@ -202,9 +209,9 @@ class _Run:
 
     def _train(self) -> Version:
         asked = self.asked
-        files = {"training": self.runner.read(self.job.namespace, asked["training_file"], asked["method"])}
-        if asked["validation_file"] is not None:
-            files["validation"] = self.runner.read(self.job.namespace, asked["validation_file"], asked["method"])
+        named = {"training": asked["training_file"], "validation": asked["validation_file"]}
+        space, read = self.job.namespace, self.runner.read
+        files = {what: read(space, file, asked["method"], self._stay) for what, file in named.items() if file}
         self._practise(files)
         self.start = start = self.runner.start_of(self.job.namespace, asked["model"])
         plan = Plan(files["training"].examples, asked, start.config)

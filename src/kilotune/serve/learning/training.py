@@ -8,14 +8,13 @@ from typing import Any, final
 from ...config import AdapterConfig
 from ...fleet.store import open_store
 from ...fleet.store.documents import Documents
-from ...train.data.rendering import ChatTemplate
 from ..engine.interface import Engine
 from ..engine.lanes import Lanes
 from ..engine.tenant_adapters import AdapterRegistry
+from .file_reader import FileReader
 from .jobs import JobLimits, Jobs
 from .learner import Learner
 from .runner import JobRunner
-from .training_file import TrainingFile, read_file
 
 __all__ = ["Training", "TrainingLimits"]
 
@@ -67,13 +66,9 @@ class Training:
         self.grading = Lanes("kilotune-graders", GRADERS, 1)
         self._store = open_store(store)
         self._documents = Documents(self._store)
-        chats = ChatTemplate(tokenizer)
-
-        def read(data: bytes, form: str, what: str) -> TrainingFile:
-            return read_file(data, form, chats, tokenizer, longest=engine.max_length, what=what)
-
+        self._files = FileReader(tokenizer, engine.max_length)
         self._runner = JobRunner(
-            self._documents, learner, adapters, base, config, read, self.limits.jobs, self.limits.at_once
+            self._documents, learner, adapters, base, config, self._files.read, self.limits.jobs, self.limits.at_once
         )
 
     def start(self) -> None:
@@ -85,6 +80,7 @@ class Training:
         """End; jobs stay where they are, for the next start or another server."""
         self.grading.close()
         self._runner.stop()
+        self._files.close()
         self.learner.stop()
         self._store.close()
 
