@@ -36,16 +36,22 @@ def _ring() -> tuple[Keyring, dict[str, str], str, str]:
 
 @contextmanager
 def training_serving(
-    folder: Path, config: AdapterConfig = CONFIG, limits: TrainingLimits | None = None, **settings: Any
+    folder: Path,
+    config: AdapterConfig = CONFIG,
+    limits: TrainingLimits | None = None,
+    ring: Any = None,
+    **settings: Any,
 ) -> Iterator[Running]:
-    """A service with the tiny base that trains."""
+    """A service with the tiny base that trains. ring: other keys, as keyring() gives them."""
     url = f"sqlite:///{folder / 'adapters.db'}"
     base = loaded("llama", base_folder())
     twin = twin_of(base)
     registry = AdapterRegistry(url, base)
     engine = TransformersEngine(registry.model.get_base_model(), tokenizer(), registry, max_running=16)
     prompts = Prompts(tokenizer(), int(base.config.vocab_size))
-    with serving(folder, engine=engine, catalogue=registry, prompts=prompts, ring=_ring(), **settings) as running:
+    with serving(
+        folder, engine=engine, catalogue=registry, prompts=prompts, ring=ring or _ring(), **settings
+    ) as running:
         learner = Learner(twin, registry, engine, LearningSettings(), engine.cores)
         training = Training(url, learner, registry, engine, BASE, config, tokenizer(), limits)
         training.start()

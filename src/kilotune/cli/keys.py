@@ -23,7 +23,13 @@ File = Annotated[Path, typer.Argument(metavar="FILE", help="The file of keys, as
 
 
 def _shown(key: Key) -> dict[str, Any]:
-    return {name: value for name, value in asdict(key).items() if name != "sha256"}
+    told = {name: value for name, value in asdict(key).items() if name != "sha256"}
+    return {**told, "signs": key.signs is not None}
+
+
+def _role(key: Key) -> str:
+    user = [] if key.user is None else [f"of {key.user}"]
+    return ", ".join([key.role, *["trains"] * key.trains, *["signs"] * (key.signs is not None), *user])
 
 
 @app.command()
@@ -40,14 +46,26 @@ def add(
     trains: Annotated[
         bool, typer.Option("--trains", help="A tenant's may upload files and have models trained from them.")
     ] = False,
+    user: Annotated[
+        str | None, typer.Option(help="The one person whose key a tenant's is: feedback and the model 'personal'.")
+    ] = None,
+    signs: Annotated[
+        bool,
+        typer.Option(
+            "--signs",
+            help="A tenant's backend says for which user it asks, by a JWT that it signs with a secret, printed too.",
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Make a key, and write its hash into FILE. It is printed now, and cannot be had again."""
-    key, kept = add_key(file, role, namespace, note, trains)
+    key, kept = add_key(file, role, namespace, note, trains, user, signs)
     if as_json:
-        print_json({**_shown(kept), "key": key})
-    else:
-        console().print(key, markup=False, soft_wrap=True)
+        print_json({**_shown(kept), "key": key, **({} if kept.signs is None else {"secret": kept.signs})})
+        return
+    console().print(key, markup=False, soft_wrap=True)
+    if kept.signs is not None:
+        console().print(kept.signs, markup=False, soft_wrap=True)
 
 
 @app.command("ls")
@@ -57,9 +75,8 @@ def ls(file: File, as_json: Json = False) -> None:
     if as_json:
         print_json({"keys": [_shown(key) for key in keys]})
         return
-    roles = {key.id: f"{key.role}, trains" if key.trains else key.role for key in keys}
     rows = [
-        (key.id, roles[key.id], key.namespace or "(all)", key.created[:19].replace("T", " "), key.note) for key in keys
+        (key.id, _role(key), key.namespace or "(all)", key.created[:19].replace("T", " "), key.note) for key in keys
     ]
     console().print(rows_table("", ("role", "namespace", "created (UTC)", "note"), rows, justify="left"))
 

@@ -248,6 +248,7 @@ def test_faults_of_a_file_are_told_by_line(running: Running) -> None:
         '{"messages": [{"role": "user", "content": "a"}]}',
         '{"messages": [{"role": "robot", "content": "a"}]}',
         '{"prompt": "a", "completion": "b"}',
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "user": 7}',
     ]
     job = done(ann, job_of(ann, "\n".join(lines).encode()))
     assert job.status == "failed"
@@ -257,6 +258,7 @@ def test_faults_of_a_file_are_told_by_line(running: Running) -> None:
     assert "line 3: messages: there is no assistant's message to learn" in told
     assert "line 4: messages[0].role: expected one of system" in told
     assert "line 5: expected messages, as supervised fine-tuning has them" in told
+    assert "line 6: user: expected a text, whose line this is, got int" in told
     assert "line 1" not in told
 
 

@@ -21,7 +21,6 @@ from kilotune.serve.learning.feedback import (
     FeedbackRules,
     Lesson,
     Said,
-    check_user,
 )
 
 ASKED = [{"role": "user", "content": "Where is it?"}]
@@ -220,10 +219,3 @@ def test_many_are_read_in_pages(feedback: Feedback, monkeypatch: pytest.MonkeyPa
     names = [feedback.add("ann", Said(answer=answer, rating=True))[0].name for answer in answers]
     assert [one.name for one in feedback.lessons("ann")] == names
     assert [one.name for one in feedback.ls("ann", limit=2)] == names[:2:-1]
-
-
-@pytest.mark.parametrize("user", ["", " ann", "a/b", "a\x00", "\ud800", "x" * 300, "e\u0301", "a\u202eb"])
-def test_what_cannot_name_a_model_is_no_user(user: str) -> None:
-    with pytest.raises(ConfigError, match="user"):
-        check_user(user)
-    assert check_user("ann@example.com") == "ann@example.com"

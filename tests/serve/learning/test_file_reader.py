@@ -91,7 +91,7 @@ def test_a_poisonous_file_fails_alone_and_in_time(elsewhere: FileReader) -> None
     thread.start()
     began = time.monotonic()
     with pytest.raises(
-        ConfigError, match=r"bad cannot be trained on: lines 1 to \d+ cannot be read: it takes more than 5 s"
+        ConfigError, match=r"bad cannot be trained on: lines 1 to \d+ cannot be read: (it takes|its process)"
     ):
         elsewhere.read(b"\n".join([turns(500)] * 60), "supervised", "bad", "ann")
     took = time.monotonic() - began

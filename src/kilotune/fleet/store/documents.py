@@ -212,8 +212,13 @@ class Documents:
             yield bytes(row[0])
             part += 1
 
-    def change(self, kind: str, name: str, change: Change) -> Document | None:
+    def change(self, kind: str, name: str, change: Change, erased: bool = False) -> Document | None:
         """Make of a document what ``change`` makes of it, and nobody else comes in between.
+
+        Args:
+            kind, name: of the document.
+            change: it, and what it is to be.
+            erased: whether what it was before is to be off the disk (see ``erase``).
 
         Returns:
             It as it is now; None where there is none. ``change`` may raise: then nothing has changed.
@@ -231,7 +236,7 @@ class Documents:
                 _update(link, made)
             return made
 
-        return self._store._write(work)
+        return (self._store.erase if erased else self._store._write)(work)
 
     def put(self, kind: str, name: str, make: Callable[[Document | None], Document]) -> Document:
         """Make of the document of this name what ``make`` makes of it; of None, where there is none, a new one.
@@ -375,12 +380,15 @@ class Documents:
         own, values = self._own()
         sql = f"SELECT {COLUMNS} FROM kilotune_documents WHERE until < ? AND kind = ?{own} ORDER BY until LIMIT ?"
 
-        def work(link: Link) -> int:
-            rows = link.rows(sql, (int(self._clock() * 1000), kind, *values, limit))
-            _remove(link, [Document.of(row) for row in rows])
-            return len(rows)
+        def over(link: Link) -> list[Document]:
+            return [Document.of(row) for row in link.rows(sql, (int(self._clock() * 1000), kind, *values, limit))]
 
-        return self._store.erase(work)
+        def work(link: Link) -> int:
+            found = over(link)
+            _remove(link, found)
+            return len(found)
+
+        return self._store.erase(work) if self._store._read(over) else 0
 
     def shrink(self, kind: str, size: int) -> int:
         """Remove the oldest of a kind until the bodies of those left have at most so many bytes; how many went."""

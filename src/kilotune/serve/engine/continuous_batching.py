@@ -470,7 +470,8 @@ class TransformersEngine(Engine):
         self._suspects.extend(runs)
 
     def _owner(self, request: str) -> bytes:
-        return self._running[request].owner
+        running = self._running[request]
+        return running.owner + self._adapters.cache_words.of(running.tenant)
 
     @contextlib.contextmanager
     def _around(self, parts: list[Part]) -> Iterator[None]:

@@ -40,7 +40,9 @@ from ...fleet.store import AdapterStore, Contents, Fingerprint, Record, SharedVe
 from ...fleet.store.adapter_store import Adapter, Which
 from ...fleet.store.names import SHARED, check_name, check_which
 from ...fleet.store.preparing import check_said, contents_of
+from ...fleet.store.purging import purge
 from ...patterns import UPLOAD, matching
+from .cache_words import CacheWords
 from .device_adapters import Residents, Row
 from .interface import AdapterKey
 
@@ -99,8 +101,7 @@ class AdapterRegistry:
         faults = [f"{name}: expected at least 1, got {value}" for name, value in least.items() if value < 1]
         if faults or not max_norm > 0:
             raise ConfigError("; ".join(faults) or f"max_norm: expected a number above 0, got {max_norm!r}")
-        self.url = str(store)
-        self.fingerprint = Fingerprint.of(model)
+        self.url, self.fingerprint = str(store), Fingerprint.of(model)
         self.model = wrap(model).eval()
         self.residents = Residents(
             self.model,
@@ -120,6 +121,7 @@ class AdapterRegistry:
         self._loading: dict[str, threading.Event] = {}
         self._resolved: OrderedDict[tuple[str, str, Which], AdapterKey] = OrderedDict()
         self._unstored: dict[str, AdapterFile] = {}
+        self.cache_words = CacheWords()
         self._away: str | None = None
         self.trial: Trial | None = None
         self._store("default")  # it must be there now; later it may come and go
@@ -336,6 +338,16 @@ class AdapterRegistry:
         """See :meth:`AdapterStore.rm`; requests that run keep what they have."""
         count = self._ask(namespace, lambda store: store.rm(name, which, force=force))
         self._forget(namespace, [name])
+        return count
+
+    def purge(self, namespace: str, names: Sequence[str]) -> int:
+        """Remove adapters for good, out of memory too; see :func:`~kilotune.fleet.store.purging.purge`."""
+        keys = [AdapterKey.of(namespace, each) for name in names for each in self.versions(namespace, name)]
+        count = self._ask(namespace, lambda store: purge(store, names))
+        self._forget(namespace, names)
+        with self._lock:
+            for key in keys:
+                self._drop(_row_name(key))
         return count
 
     def roll_out(self, namespace: str, alias: str, versions: Mapping[str, Which]) -> dict[str, int]:

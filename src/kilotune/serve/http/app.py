@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import FastAPI, Query, Request
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
@@ -16,15 +16,18 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from ...errors import KilotuneError
-from ...fleet.store import Version
 from . import embedding_routes as encoding
+from . import feedback_routes as saying
+from . import forgetting_routes as forgetting
 from . import generation_routes as generating
 from . import lora_routes as loading
 from . import management_routes as managing
+from . import model_routes as modelling
 from . import responses_routes as responding
 from . import token_routes as tokens
 from . import training_routes as training
 from . import web_page as pages
+from .feedback_shapes import FeedbackBody
 from .http_errors import ApiError, of_library, of_parsing, of_validation
 from .middleware import Front, internal, noted
 from .responses_body import ResponseBody
@@ -76,10 +79,10 @@ KNOWN = {
     "/v1/load_lora_adapter": sorted(loading.LoadBody.model_fields),
     "/v1/unload_lora_adapter": sorted(loading.UnloadBody.model_fields),
     "/v1/fine_tuning/jobs": sorted(JobBody.model_fields),
+    "/v1/feedback": sorted(FeedbackBody.model_fields),
     "/tokenize": sorted(TokenizeBody.model_fields),
     "/detokenize": sorted(DetokenizeBody.model_fields),
 }
-MAX_PAGE = 1000
 QUIET: TelemetryConfig = {
     "tracing": False,
     "metrics": False,
@@ -103,13 +106,15 @@ def create_app(service: Service) -> ASGIApp:
         for status, text in STATUSES.items()
     }
     _handlers(app)
-    _models(app, service, errors)
+    app.include_router(modelling.routes(service, errors))
     _health(app, service, errors)
     app.include_router(generating.routes(service, errors))
     app.include_router(responding.routes(service, errors))
     app.include_router(encoding.routes(service, errors))
     app.include_router(tokens.routes(service, errors))
     app.include_router(training.routes(service, errors))
+    app.include_router(saying.routes(service, errors))
+    app.include_router(forgetting.routes(service, errors))
     app.include_router(managing.routes(service, errors))
     app.include_router(loading.routes(service, errors))
     app.include_router(pages.routes(service))
@@ -130,7 +135,7 @@ def cross_origin(app: ASGIApp, origins: Sequence[str]) -> ASGIApp:
         allow_origins=origins,
         allow_methods=("GET", "POST", "PUT", "DELETE"),
         allow_headers=("*",),
-        expose_headers=("x-request-id", "retry-after"),
+        expose_headers=("x-request-id", "retry-after", "x-kilotune-feedback-id"),
         allow_private_network="*" not in origins,
     )
 
@@ -171,87 +176,6 @@ def _handlers(app: FastAPI) -> None:
         if error.__cause__ is not None and error.status_code == 400:  # FastAPI says only that it could not parse it
             return told(request, of_parsing(error.__cause__))
         return told(request, ApiError(error.status_code, message, headers=error.headers))
-
-
-# -- models ------------------------------------------------------------------------------------------
-
-
-def _model(service: Service, version: Version, template: tuple[bool, bool]) -> dict[str, Any]:
-    told = version.to_dict()
-    more = {key: told[key] for key in ("version", "sha256", "tags", "stands_on")}
-    return {
-        "id": version.name,
-        "object": "model",
-        "created": int(version.created.timestamp()),
-        "owned_by": "you",
-        "root": service.base,
-        "parent": service.base,
-        "max_model_len": service.engine.max_length,
-        "chat_template": template[0],
-        "own_chat_template": template[1],
-        "kilotune": more,
-    }
-
-
-def _base(service: Service) -> dict[str, Any]:
-    return {
-        "id": service.base,
-        "object": "model",
-        "created": service.created,
-        "owned_by": "kilotune",
-        "root": service.base,
-        "parent": None,
-        "max_model_len": service.engine.max_length,
-        "chat_template": service.prompts.chats,
-        "own_chat_template": False,
-        "kilotune": None,
-    }
-
-
-def _models(app: FastAPI, service: Service, errors: dict[int | str, dict[str, Any]]) -> None:
-    @app.get("/v1/models", operation_id="models", response_model=None, responses=errors, tags=["OpenAI"])
-    async def models(
-        request: Request,
-        after: Annotated[str | None, Query(max_length=400, description="Begin behind this name.")] = None,
-        limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = 100,
-    ) -> Response:
-        """The base, and the newest version of each of your adapters, by name; a page at a time."""
-        namespace = _namespace(request)
-        first = [] if after is not None else [_base(service)]
-        behind = None if after == service.base else after
-        count = limit - len(first) + 1
-        found = await service.ask(namespace, lambda: service.adapters.ls(namespace, after=behind, limit=count), "after")
-        templates = await service.templates(namespace, found)
-        data = [*first, *(_model(service, *one) for one in zip(found, templates, strict=True))]
-        more, data = len(data) > limit, data[:limit]
-        ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {"first_id": None, "last_id": None}
-        return JSONResponse({"object": "list", "data": data, "has_more": more, **ends})
-
-    @app.get("/v1/models/{model:path}", operation_id="model", response_model=None, responses=errors, tags=["OpenAI"])
-    async def model(request: Request, model: str) -> Response:
-        """The base, or one of your adapters: NAME, NAME/VERSION or NAME/ALIAS."""
-        if model == service.base:
-            return JSONResponse(_base(service))
-        namespace, (name, which) = _namespace(request), service.split(model)
-        info = await service.ask(namespace, lambda: service.adapters.info(namespace, name, which), "model")
-        aliases = await service.ask(namespace, lambda: service.adapters.aliases(namespace, name), "model")
-        (template,) = await service.templates(namespace, [info])
-        document = _model(service, info, template)
-        document["id"], document["kilotune"]["aliases"] = model, aliases
-        return JSONResponse(document)
-
-    @app.get("/v1/usage", operation_id="usage", response_model=None, responses=errors, tags=["OpenAI"])
-    async def usage(request: Request) -> Response:
-        """Your own last answers in numbers."""
-        namespace = _namespace(request)
-        return JSONResponse({"namespace": namespace, **service.metrics.recent(namespace).to_dict()})
-
-
-def _namespace(request: Request) -> str:
-    caller = noted(request.scope).caller
-    assert caller is not None
-    assert caller.namespace is not None
-    return caller.namespace
 
 
 # -- health ------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from ...errors import KilotuneError
 from ..engine.interface import Vector
 from .http_errors import ApiError, of_library
 from .json_pieces import VALUES, Later
+from .logs import pseudonym
 from .middleware import noted
 from .schemas import ClassifyBody, EmbeddingBody, InputBody
 from .service import Service, namespace_of
@@ -42,7 +43,7 @@ async def _vectors(service: Service, request: Request, body: InputBody, what: st
                 raise ApiError(400, told, param="input", code="context_length_exceeded")
         call = service.engine.embed if what == "embed" else service.engine.classify
         noted(request.scope).labels = labels
-        noted(request.scope).fields |= {"model": body.model, "user": body.user, "inputs": len(texts)}
+        noted(request.scope).fields |= {"model": body.model, "user": pseudonym(body.user), "inputs": len(texts)}
         try:
             async with asyncio.timeout(service.settings.max_seconds):
                 vectors = await call(tenant, meant.adapter, texts)

@@ -18,7 +18,10 @@ from ..engine.interface import Finish, Generation, Item, Prompted, Sampling, Tok
 from .answers import Asked, Event, collect, ended_badly, events
 from .http_errors import ApiError
 from .json_pieces import JsonResponse
+from .keeping import HEADER as FEEDBACK_ID
+from .keeping import Keeper, keeper_of
 from .keys import Key
+from .logs import pseudonym
 from .middleware import noted
 from .response_shapes import ChatShape, CompletionShape, Echo, Writer, usage_of
 from .schemas import ChatBody, CompletionBody, GenerationBody, SamplingBody, told_messages
@@ -73,11 +76,18 @@ class Run:
     """One request on its way: what it asks the engine for, and how the answers are written."""
 
     def __init__(
-        self, service: Service, request: Request, body: SamplingBody, generations: list[Generation], shape: Writer
+        self,
+        service: Service,
+        request: Request,
+        body: SamplingBody,
+        generations: list[Generation],
+        shape: Writer,
+        keeper: Keeper | None = None,
     ) -> None:
         self.service, self.body, self.generations, self.shape = service, body, generations, shape
+        self.keeper = keeper
         self.note = noted(request.scope)
-        self.note.fields |= {"model": body.model, "user": body.user, "answers": len(generations)}
+        self.note.fields |= {"model": body.model, "user": pseudonym(body.user), "answers": len(generations)}
 
     async def answer(self) -> Response:
         """The response; a stream's first event is waited for, so that what fails at once has its status."""
@@ -95,7 +105,12 @@ class Run:
         answers = await collect(stream, len(asked))
         finishes = [answer.finish for answer in answers if answer.finish is not None]
         self._count(asked, usage_of(finishes, self.body.choices))
-        return JsonResponse(await self.service.writing.all(self.shape.whole(answers, self.body.choices)))
+        headers = {}
+        if self.keeper is not None:
+            await self.keeper.keep({index: answer.text for index, answer in enumerate(answers)})
+            if len(answers) == 1 and self.keeper.ids:
+                headers[FEEDBACK_ID] = self.keeper.ids[0]
+        return JsonResponse(await self.service.writing.all(self.shape.whole(answers, self.body.choices)), headers)
 
     async def _written(
         self, first: Event, stream: AsyncIterator[Event], asked: Sequence[Asked]
@@ -110,6 +125,7 @@ class Run:
                     if (error := ended_badly(event)) is not None:
                         raise error
                     finishes[index] = event
+                await self._hold(index, event)
                 texts = await writing.all(self._told(index, event, index not in begun))
                 begun.add(index)
                 if len(finishes) == len(asked):
@@ -128,6 +144,14 @@ class Run:
         await self.note.held.aclose()  # before the client knows, who may ask again at once
         for text in texts:
             yield text
+
+    async def _hold(self, index: int, event: Item) -> None:
+        """Gather the answers of a stream, and keep each before its last event is sent."""
+        if self.keeper is None or isinstance(event, Prompted):
+            return
+        self.keeper.add(index, event.text)
+        if isinstance(event, Finish):
+            await self.keeper.end(index)
 
     def _told(self, index: int, event: Item, first: bool) -> Iterator[bytes]:
         """What an event tells. first: of its answer."""
@@ -279,8 +303,13 @@ def routes(service: Service, errors: dict[int | str, dict[str, Any]]) -> APIRout
         generations = generations_of(service, request, body, meant, [prompt], [tokens], logprobs, deadline)
         if calling is not None:
             generations = calling.guided(generations)
-        shape = ChatShape(*_common(service, "chatcmpl", body, logprobs), reader=calling and calling.reader)
-        return await Run(service, request, body, generations, shape).answer()
+        keeper = None
+        if body.ending == "asked":  # what goes on with a message, or behind one, is no answer of its own
+            told = None if calling is None else list(calling.ask.tools)
+            keeper = await keeper_of(service, caller_of(request), meant, told_messages(body.messages), told)
+        kept = None if keeper is None else keeper.ids
+        shape = ChatShape(*_common(service, "chatcmpl", body, logprobs), reader=calling and calling.reader, kept=kept)
+        return await Run(service, request, body, generations, shape, keeper).answer()
 
     return router
 

@@ -172,8 +172,8 @@ class JsonResponse(Response):
 
     media_type = "application/json"
 
-    def __init__(self, pieces: Sequence[bytes]) -> None:
-        super().__init__(headers={"content-length": str(sum(map(len, pieces)))})
+    def __init__(self, pieces: Sequence[bytes], headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(headers={**(headers or {}), "content-length": str(sum(map(len, pieces)))})
         self._pieces = pieces
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -4,6 +4,9 @@ A key is 32 random bytes, so nobody finds one by trying, and a slow hash would o
 
     {"format": 1, "keys": [{"id": "3f9c1a02", "sha256": "...", "role": "tenant", "namespace": "ann",
                             "created": "2026-11-25T18:00:00+00:00", "note": "her laptop"}]}
+
+``signs`` is a secret as it is, for a signature of HS256 is checked with what makes it. It lets nobody in: a claim
+counts with its key only, of which the hash is here.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from ...adapter_files.names import check_shown
 from ...errors import ConfigError, did_you_mean, nearest
 from ...fleet.store.names import check_namespace
 from ...whole_file import replacing
+from ..learning.users import check_user
 
 __all__ = [
     "MANAGER",
@@ -44,6 +48,7 @@ ROLES = (TENANT, MANAGER, MONITOR)
 PREFIX = "kt-"
 LOOK = 1.0  # seconds between looks at the file
 MAX_NOTE = 200
+OWNER = "me"  # who asks without a key, on this machine only
 
 
 @final
@@ -53,7 +58,9 @@ class Key:
 
     id: names it in lists, and is no secret. sha256: of the key. role: "tenant" (the adapters of its namespace answer),
     "manager" (puts, moves and deletes them) or "monitor" (reads the metrics). namespace: None is for managers and
-    monitors, and is all of them. trains: a tenant's may upload files and have models trained from them.
+    monitors, and is all of them. trains: a tenant's may upload files and have models trained from them. user: the one
+    person whose key it is; None: it is no single one's, or a claim says for whom it asks. signs: the secret of such
+    claims; None: none are taken.
     """
 
     id: str
@@ -63,6 +70,8 @@ class Key:
     created: str
     note: str = ""
     trains: bool = False
+    user: str | None = None
+    signs: str | None = None
 
 
 def digest(key: str) -> str:
@@ -70,7 +79,14 @@ def digest(key: str) -> str:
     return hashlib.sha256(key.encode(errors="surrogatepass")).hexdigest()
 
 
-def new_key(role: str, namespace: str | None, note: str = "", trains: bool = False) -> tuple[str, Key]:
+def new_key(
+    role: str,
+    namespace: str | None,
+    note: str = "",
+    trains: bool = False,
+    user: str | None = None,
+    signs: bool = False,
+) -> tuple[str, Key]:
     """(a key that nobody has seen, what is kept of it).
 
     Raises:
@@ -85,6 +101,13 @@ def new_key(role: str, namespace: str | None, note: str = "", trains: bool = Fal
         raise ConfigError("a monitor's key is for the metrics of the whole service; leave --namespace out")
     if trains and role != TENANT:
         raise ConfigError(f"a {role}'s key trains nothing; leave --trains out")
+    if role != TENANT and (user is not None or signs):
+        option = "--signs" if user is None else "--user"
+        raise ConfigError(f"a {role}'s key asks for no user; leave {option} out")
+    if user is not None and signs:
+        raise ConfigError("--user says whose key it is, and with --signs each request says it; take one of them")
+    if user is not None:
+        check_user(user)
     if namespace is not None:
         check_shown("namespace", check_namespace(namespace))
     if len(note) > MAX_NOTE or any(ord(c) < 32 for c in note):
@@ -92,7 +115,8 @@ def new_key(role: str, namespace: str | None, note: str = "", trains: bool = Fal
     name = secrets.token_hex(4)
     key = f"{PREFIX}{name}-{secrets.token_urlsafe(32)}"
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    return key, Key(name, digest(key), role, namespace, now, note, trains)
+    secret = secrets.token_urlsafe(32) if signs else None
+    return key, Key(name, digest(key), role, namespace, now, note, trains, user, secret)
 
 
 # -- the file --------------------------------------------------------------------------------------
@@ -124,11 +148,16 @@ def read_keys(path: str | Path) -> list[Key]:
 
 def _key(entry: Any) -> Key:
     values = {name: entry[name] for name in ("id", "sha256", "role", "namespace", "created")}
-    key = Key(**values, note=entry.get("note", ""), trains=entry.get("trains", False))
+    more = {name: entry.get(name) for name in ("user", "signs")}
+    key = Key(**values, note=entry.get("note", ""), trains=entry.get("trains", False), **more)
     if not isinstance(key.trains, bool):
         raise ValueError(f"key {key.id!r}: trains is neither true nor false")
     if wrong := [name for name in ("id", "created", "note") if not isinstance(getattr(key, name), str)]:
         raise ValueError(f"key {key.id!r}: {wrong[0]} is no text")
+    if key.user is not None:
+        check_user(key.user)
+    if key.signs is not None and (not isinstance(key.signs, str) or len(key.signs) < 32 or not key.signs.isascii()):
+        raise ValueError(f"key {key.id!r}: signs is no secret of at least 32 characters")
     if key.role not in ROLES or (key.role == TENANT and key.namespace is None):
         raise ValueError(f"key {key.id!r}: role {key.role!r}, namespace {key.namespace!r}")
     if not isinstance(key.sha256, str) or len(bytes.fromhex(key.sha256)) != 32:
@@ -139,10 +168,16 @@ def _key(entry: Any) -> Key:
 
 
 def add_key(
-    path: str | Path, role: str, namespace: str | None, note: str = "", trains: bool = False
+    path: str | Path,
+    role: str,
+    namespace: str | None,
+    note: str = "",
+    trains: bool = False,
+    user: str | None = None,
+    signs: bool = False,
 ) -> tuple[str, Key]:
     """Make a key and write it into a file, which is made where it is not there; (the key, what was kept)."""
-    made = new_key(role, namespace, note, trains)
+    made = new_key(role, namespace, note, trains, user, signs)
     with _changing(Path(path)) as keys:
         keys.append(made[1])
     return made
@@ -202,7 +237,7 @@ class Keyring:
         self._path = None if path is None else Path(path)
         self._lock = threading.Lock()
         self._fixed = tuple(fixed)
-        self.open_to = None if open_to is None else Key("", "", TENANT, open_to, "", trains=True)
+        self.open_to = None if open_to is None else Key("", "", TENANT, open_to, "", trains=True, user=OWNER)
         self.trouble: str | None = None
         self._looked = time.monotonic()
         self._stamp = self._of_file()

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import secrets
 import sys
 from datetime import UTC, datetime
 from typing import Any, final
 
-__all__ = ["JsonLines", "log", "set_up"]
+from ..learning.users import without_user
+
+__all__ = ["JsonLines", "log", "pseudonym", "set_up"]
 
 NAME = "kilotune.serve"
 logger = logging.getLogger(NAME)
+_key = secrets.token_bytes(32)
 
 
 @final
@@ -29,8 +34,17 @@ class JsonLines(logging.Formatter):
 
 def log(event: str, *, level: int = logging.INFO, failed: BaseException | None = None, **fields: Any) -> None:
     """Write one line. failed: an error whose traceback goes with it."""
+    fields = {name: without_user(value) if isinstance(value, str) else value for name, value in fields.items()}
     trace = None if failed is None else (type(failed), failed, failed.__traceback__)
     logger.log(level, event, exc_info=trace, extra={"fields": fields})
+
+
+def pseudonym(user: str | None) -> str | None:
+    """What a log calls a user: the same for as long as the process lives, and of no use to who has the log alone."""
+    if user is None:
+        return None
+    found = hashlib.blake2b(user.encode(errors="surrogatepass"), key=_key, digest_size=8)
+    return f"u-{found.hexdigest()}"
 
 
 def set_up() -> None:

@@ -23,6 +23,7 @@ from ...adapter_files.names import composed
 from ...errors import has_control
 from ...fleet.store import Version
 from ...fleet.store.names import check_name
+from ..learning.users import PERSONAL
 from . import puts as storing
 from .adapter_folders import opened
 from .http_errors import ApiError
@@ -175,7 +176,8 @@ def routes(service: Service, errors: dict[int | str, dict[str, Any]]) -> APIRout
     @router.post("/load_lora_adapter", operation_id="load_lora_adapter", response_class=PlainTextResponse)
     async def load(request: Request, body: LoadBody) -> Response:
         """Serve an adapter by this name, from a folder that the operator allows or from the store."""
-        if composed(body.lora_name) == composed(service.base.partition("/")[0]):
+        taken = {composed(service.base.partition("/")[0]), *([] if service.training is None else [PERSONAL])}
+        if composed(body.lora_name) in taken:
             told = f"The lora adapter name {body.lora_name!r} conflicts with a served base model."
             raise ApiError(400, told, param="lora_name")
         space = enter(request, body)

@@ -26,6 +26,7 @@ from ...fleet.store.names import (
     check_which,
 )
 from ..learning.jobs import CHECKPOINTS
+from ..learning.users import PERSONAL
 from . import puts as storing
 from .http_errors import ApiError
 from .logs import log
@@ -160,6 +161,10 @@ def _put_routes(router: APIRouter, service: Service) -> None:
         fit(lambda: check_name(name), "name")
         if composed(name) == composed(service.base.partition("/")[0]):
             raise ApiError(409, f"{name!r} is what the base is called here; take another name", param="name")
+        if name == PERSONAL and service.training is not None:
+            raise ApiError(
+                409, f"{name!r} is what each user's own model is called here; take another name", param="name"
+            )
         if alias is not None:
             fit(lambda: check_new_word("alias", check_alias(alias)), "alias")
         fit(lambda: [check_new_word("tag", tag) for tag in check_tags(tags or ())], "tags")

@@ -14,6 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from ..engine.interface import EngineStats
+from ..learning.users import without_user
 
 __all__ = ["Metrics", "Recent"]
 
@@ -180,6 +181,7 @@ class Metrics:
         label = self.label(tenant)
         if name is None:
             return label, self._base
+        name = without_user(name)
         if label == OTHER or name in (OTHER, self._base):
             return label, OTHER
         if (tenant, name) not in self._adapters:

@@ -15,7 +15,7 @@ from typing import Any, final
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from . import tracing
+from . import claims, tracing
 from .answers import Asked
 from .http_errors import ApiError, body_of
 from .keys import MANAGER, MONITOR, TENANT, Key
@@ -126,7 +126,8 @@ class Front:
             raise ApiError(
                 503, "the service is about to end; ask another one", retry_after=5, headers={"Connection": "close"}
             )
-        return caller
+        claim = _header(scope, claims.HEADER)
+        return caller if claim is None else claims.claimed(caller, claim)
 
     def _check_host(self, scope: Scope) -> None:
         """Without keys nothing must come in through a name that a web page made to point here."""
@@ -316,7 +317,9 @@ def too_large(limit: int) -> ApiError:
 
 
 def _is_put(scope: Scope) -> bool:
-    return scope["method"] == "PUT" and bool(scope["path"].startswith(f"{MANAGE}/"))
+    """Of an adapter."""
+    parts = scope["path"].split("/")
+    return scope["method"] == "PUT" and f"/{parts[1]}" == MANAGE and parts[3:4] == ["adapters"]
 
 
 def _roles(path: str) -> tuple[str, ...]:

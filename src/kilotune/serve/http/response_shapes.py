@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, final
 
 from ..engine.interface import Finish, Scored, Token
@@ -231,13 +231,19 @@ class CompletionShape(Shape):
 
 @final
 class ChatShape(Shape):
-    """``/v1/chat/completions``. reader: makes what reads the calls of tools in an answer."""
+    """``/v1/chat/completions``. reader: makes what reads the calls of tools in an answer. kept: ids under which answers
+    are kept for feedback, by their index, once they are."""
 
     kind, chunk = "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, *common: Any, reader: Callable[[], ToolReader | None] | None = None) -> None:
+    def __init__(
+        self,
+        *common: Any,
+        reader: Callable[[], ToolReader | None] | None = None,
+        kept: Mapping[int, str] | None = None,
+    ) -> None:
         super().__init__(*common)
-        self._new_reader = reader
+        self._new_reader, self._kept = reader, {} if kept is None else kept
         self._readers: dict[int, ToolReader | None] = {}
 
     def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
@@ -266,7 +272,11 @@ class ChatShape(Shape):
                 message |= {"content": message["content"] or None, "tool_calls": calls}
             reason = reader.reason(reason)
         logprobs = self._logprobs(answer.tokens)
-        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
+        made = {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
+        return {**made, **self._id(index)}
+
+    def _id(self, index: int) -> dict[str, str]:
+        return {"feedback_id": self._kept[index]} if index in self._kept else {}
 
     def _reader(self, index: int) -> ToolReader | None:
         """What reads the calls of one answer."""
@@ -275,7 +285,8 @@ class ChatShape(Shape):
         return self._readers[index]
 
     def _delta(self, index: int, delta: dict[str, Any], logprobs: Any, reason: str | None) -> bytes:
-        return self.small({"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason})
+        made = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+        return self.small(made if reason is None else {**made, **self._id(index)})
 
     def begin(self, index: int, scores: Scores | None) -> Iterator[bytes]:
         yield self._delta(index, {"role": "assistant", "content": ""}, None, None)

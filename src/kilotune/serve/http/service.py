@@ -10,12 +10,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, final
 
+from ...adapter_files.names import composed
 from ...errors import KilotuneError
 from ...fleet.store import Contents, SharedVersion, Version
 from ...fleet.store.adapter_store import Adapter, Which
 from ..engine.interface import AdapterKey, Engine, Generation, Sampling
 from ..engine.lanes import Lanes
+from ..learning.feedback import FeedbackRules
 from ..learning.training import Training
+from ..learning.users import LIVE, PERSONAL, model_of
 from .admission import Gate
 from .chat_templates import OwnTemplate
 from .http_errors import ApiError, of_library
@@ -26,13 +29,15 @@ from .prompts import Prompts
 from .settings import ServeSettings
 from .tracing import tracer
 
-__all__ = ["Catalogue", "Meant", "Service", "namespace_of", "seed_of"]
+__all__ = ["Catalogue", "Meant", "Service", "hiding", "namespace_of", "others", "seed_of"]
 
 T = TypeVar("T")
 THREADS, EACH = 32, 8  # that wait for the store, and how many of them one namespace takes at most
 PUTS, PUTS_EACH = 4, 1  # puts that are at work at a time: they compute, and answers are to have the processor
 JUDGED = 1024  # adapters whose own files are known
 PATIENCE = 20.0  # seconds that a request waits for the store
+RULES = 1.0  # seconds between looks at a namespace's rules of feedback
+RULED = 1024  # namespaces whose rules are known
 
 
 class Catalogue(Protocol):
@@ -104,6 +109,7 @@ class Service:
         self.metrics = Metrics(settings.metrics_tenants, settings.metrics_adapters, base, engine.stats)
         self.created = int(time.time())
         self._judged: OrderedDict[AdapterKey, OwnTemplate | None] = OrderedDict()
+        self._rules: OrderedDict[str, tuple[float, FeedbackRules]] = OrderedDict()
         self.leaving = False  # the process was told to end, and takes requests still
         self.draining = False  # takes no requests for answers
         self.ending = False  # the process was told to end: nothing new is taken
@@ -144,19 +150,72 @@ class Service:
             raise of_library(error, param) from error
 
     async def meant(self, caller: Key, model: str) -> Meant:
-        """What ``model`` names for this caller: the base, or an adapter of the caller's own namespace."""
+        """What ``model`` names for this caller: the base, an adapter of the caller's own namespace, or their own."""
         if model == self.base:
             return Meant(model, None)
         namespace, (name, which) = namespace_of(caller), self.split(model)
+        if model == PERSONAL and self.training is not None:
+            return await self._personal(caller)
+        if others(caller, name):
+            raise self._unknown(model, f"there is no adapter {name!r}")
         try:
             key = await self.ask(namespace, lambda: self.adapters.resolve(namespace, name, which), "model")
         except ApiError as error:
             if error.status != 404:
                 raise
-            raise ApiError(
-                404, f"the model {model!r} does not exist: {error.message}", param="model", code="model_not_found"
-            ) from error
+            raise self._unknown(model, hiding(caller, name, error).message) from error
         return Meant(model, key, await self._own(key))
+
+    def _unknown(self, model: str, why: str) -> ApiError:
+        told = f"the model {model!r} does not exist: {why}"
+        return ApiError(404, told, param="model", code="model_not_found")
+
+    async def _personal(self, caller: Key) -> Meant:
+        """A user's own model: its live version, or what it is to stand on while there is none.
+
+        Raises:
+            ApiError: the caller is no single user.
+
+        """
+        if caller.user is None:
+            told = (
+                f"model: {PERSONAL!r} is whose key it is, and this key is no single user's: kilotune keys add --user "
+                "makes one that is, and with --signs each request says it in X-Kilotune-User"
+            )
+            raise ApiError(400, told, param="model", code="no_user")
+        namespace, name, adapters = namespace_of(caller), model_of(caller.user), self.adapters
+        try:
+            key = await self.ask(namespace, lambda: adapters.resolve(namespace, name, LIVE), "model")
+        except ApiError as error:
+            if error.status != 404:
+                raise
+            on = (await self.rules(namespace)).model
+            if on is None:
+                return Meant(PERSONAL, None)
+            shared = await self.ask(namespace, lambda: adapters.settle(namespace, on), "model")
+            key = await self.ask(namespace, lambda: adapters.resolve(shared.namespace, shared.name, shared.version))
+        return Meant(PERSONAL, key, await self._own(key))
+
+    async def rules(self, namespace: str, fresh: bool = False) -> FeedbackRules:
+        """A namespace's rules of feedback, which may be a second old, or those known last while the store is away.
+
+        fresh: as they are now, whatever that takes.
+        """
+        if self.training is None:
+            return FeedbackRules()
+        until, known = self._rules.get(namespace, (0.0, FeedbackRules()))
+        if time.monotonic() < until and not fresh:
+            return known
+        try:
+            known = await self.ask(namespace, self.training.feedback(namespace).rules)
+        except ApiError:
+            if fresh:
+                raise
+        self._rules[namespace] = (time.monotonic() + RULES, known)
+        self._rules.move_to_end(namespace)
+        while len(self._rules) > RULED:
+            self._rules.popitem(last=False)
+        return known
 
     async def _own(self, key: AdapterKey) -> OwnTemplate | None:
         """An adapter's chat template, judged once for each version."""
@@ -262,6 +321,20 @@ def namespace_of(caller: Key) -> str:
     """Whose the requests with this key are."""
     assert caller.namespace is not None  # the keys of tenants have one
     return caller.namespace
+
+
+def others(caller: Key, name: str) -> bool:
+    """Whether a name is that of another user's own model, which is nothing to a caller who is a user."""
+    if caller.user is None or not composed(name).startswith(f"{PERSONAL}:"):
+        return False
+    return composed(name) != model_of(caller.user)
+
+
+def hiding(caller: Key, name: str, error: ApiError) -> ApiError:
+    """An error of a name, without the nearest ones where those are of other users' models."""
+    if error.status != 404 or caller.user is None or f"{PERSONAL}:" not in error.message.replace(name, ""):
+        return error
+    return ApiError(404, f"there is no adapter {name!r}", param=error.param, code=error.code)
 
 
 def seed_of(seed: int | None, choice: int) -> int | None:

@@ -158,6 +158,12 @@ class ServeSettings(Section):
         50_000_000, number(1, whole=True), "With --learn: tokens that a namespace may have trained in a day."
     )
     learn_file_bytes: int = setting(2**30, size(0), "With --learn: how much the files of a namespace may take.")
+    learn_answer_bytes: int = setting(
+        256 * 2**20,
+        size(0),
+        "With --learn: how much the answers of a namespace take that are kept for feedback; then the oldest go. "
+        "Feedback itself may take as much.",
+    )
     telemetry: bool = setting(False, flag, "A span of OpenTelemetry for each request; its own variables say where to.")
 
     @classmethod

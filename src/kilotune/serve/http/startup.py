@@ -18,6 +18,7 @@ from ..engine.continuous_batching import TransformersEngine
 from ..engine.encoders import EncoderEngine, pooling_of
 from ..engine.interface import Engine
 from ..engine.tenant_adapters import AdapterRegistry
+from ..learning.feedback import FeedbackLimits
 from ..learning.jobs import JobLimits
 from ..learning.learner import Learner, LearningSettings
 from ..learning.training import Training, TrainingLimits
@@ -102,7 +103,8 @@ def _training(
     learning = LearningSettings(share=settings.learn_share, pass_tokens=settings.learn_pass_tokens)
     learner = Learner(twin, adapters, engine, learning, engine.cores)
     jobs = JobLimits(open=settings.learn_jobs, tokens_a_day=settings.learn_tokens_a_day)
-    limits = TrainingLimits(file_bytes=settings.learn_file_bytes, jobs=jobs)
+    feedback = FeedbackLimits(answer_bytes=settings.learn_answer_bytes)
+    limits = TrainingLimits(file_bytes=settings.learn_file_bytes, jobs=jobs, feedback=feedback)
     return Training(store, learner, adapters, engine, service.base, config, tokenizer, limits)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from opentelemetry import propagate, trace
 
 from ...errors import MissingExtraError
+from ..learning.users import without_user
 
 __all__ = ["begin", "end", "tracer"]
 
@@ -40,7 +41,7 @@ def tracer(wanted: bool) -> trace.Tracer | None:
 
 def begin(tracer: trace.Tracer, method: str, path: str, headers: Mapping[str, str]) -> trace.Span:
     """The span of a request, within the caller's own where its headers say so."""
-    known = {"http.request.method": method, "url.path": path}
+    known = {"http.request.method": method, "url.path": without_user(path)}
     return tracer.start_span(method, propagate.extract(headers), trace.SpanKind.SERVER, known)
 
 
@@ -48,7 +49,8 @@ def end(span: trace.Span, method: str, route: str, status: int, fields: Mapping[
     """Write what came of it, and end the span."""
     span.update_name(f"{method} {route}")
     span.set_attributes({"http.route": route, "http.response.status_code": status})
-    span.set_attributes({PREFIX + name: value for name, value in fields.items() if value is not None})
+    told = {name: without_user(value) if isinstance(value, str) else value for name, value in fields.items()}
+    span.set_attributes({PREFIX + name: value for name, value in told.items() if value is not None})
     if status >= FAILED:
         span.set_status(trace.StatusCode.ERROR)
     span.end()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Annotated, Any, TypeVar, final
 
 from fastapi import APIRouter, File, Form, Query, Request, UploadFile
@@ -13,11 +14,10 @@ from ...errors import KilotuneError
 from ...fleet.store.documents import Document, Documents
 from ..learning.graders import Graded, Grader, read_grader
 from ..learning.jobs import CHECKPOINT, EVENT, FILE, JOB, Jobs
-from ..learning.training import Training
 from .http_errors import ApiError, of_library
 from .logs import log
 from .middleware import noted
-from .service import Service, namespace_of
+from .service import Service, hiding, namespace_of, others
 from .training_shapes import (
     GraderBody,
     JobBody,
@@ -53,6 +53,7 @@ class _Asker:
             told = "this key may not upload files or train; kilotune keys add --trains makes one that may"
             raise ApiError(403, told)
         self._service, self.training, self.namespace = service, service.training, namespace_of(caller)
+        self._caller, self.user = caller, caller.user
 
     async def documents(self, call: Callable[[Documents], T], param: str | None = None) -> T:
         """Ask the store for files or jobs."""
@@ -78,6 +79,16 @@ class _Asker:
         if found is None:
             raise ApiError(404, f"there is no file {name!r}", param="file_id")
         return found
+
+    async def check_model(self, model: str) -> None:
+        """See that a job's model is something to go on from."""
+        name, training = self._service.split(model)[0], self.training
+        if others(self._caller, name):
+            raise ApiError(404, f"there is no adapter {name!r}", param="model")
+        try:
+            await self._service.ask(self.namespace, lambda: training.check_model(self.namespace, model), "model")
+        except ApiError as error:
+            raise hiding(self._caller, name, error) from error
 
     def shown(self, job: Document) -> dict[str, Any]:
         """A job as OpenAI has it."""
@@ -110,7 +121,7 @@ def _uploads(router: APIRouter, service: Service) -> None:
             raise ApiError(400, f"purpose: {purpose!r} is not served; taken is 'fine-tune'", param="purpose")
         if (anchor is None) != (seconds is None) or anchor not in (None, "created_at"):
             raise ApiError(400, "expires_after: expected anchor 'created_at' and seconds", param="expires_after")
-        told = {"filename": (file.filename or "file.jsonl")[:200], "purpose": purpose}
+        told = {"filename": (file.filename or "file.jsonl")[:200], "purpose": purpose, "user": asker.user}
         body = [piece async for piece in _pieces(file)]
         until = None if seconds is None else time.time() + seconds
         quota = asker.training.limits.file_bytes
@@ -170,10 +181,10 @@ def _jobs(router: APIRouter, service: Service) -> None:
     async def create(request: Request, body: JobBody) -> Response:
         """Have a model trained from a file."""
         asker = _Asker(service, request)
-        asked = body.asked
+        asked = replace(body.asked, user=asker.user)
         if asked.grader is not None:
             await asker.grade(lambda: read_grader(asked.grader, "method.reinforcement.grader"))
-        await _check_model(service, asker.training, asker.namespace, body.model)
+        await asker.check_model(body.model)
         job = await asker.jobs(lambda jobs: jobs.create(asked))
         log("job created", namespace=asker.namespace, job=job.name, model=body.model)
         return JSONResponse(asker.shown(job))
@@ -198,11 +209,6 @@ def _jobs(router: APIRouter, service: Service) -> None:
     moves("cancel", Jobs.cancel, "End a job.")
     moves("pause", Jobs.pause, "Let a job wait; it shows as queued.")
     moves("resume", Jobs.resume, "Let a paused job go on.")
-
-
-async def _check_model(service: Service, training: Training, namespace: str, model: str) -> None:
-    """See that a job's model is something to go on from."""
-    await service.ask(namespace, lambda: training.check_model(namespace, model), "model")
 
 
 def _lists(router: APIRouter, service: Service) -> None:

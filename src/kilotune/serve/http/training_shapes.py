@@ -53,7 +53,7 @@ HYPER = {
     "dpo": {"beta": "beta"},
     "reinforcement": {name: name for name in ("compute_multiplier", "eval_interval", "eval_samples")},
 }  # OpenAI's names, and a job's own
-SHOWN_AS = {"paused": "queued"}  # a word that OpenAI's clients do not know
+SHOWN_AS = {"paused": "queued", "held": "queued"}  # words that OpenAI's clients do not know
 
 
 class Hyper(Body):

@@ -22,13 +22,11 @@ from typing import Any, final
 
 from ...errors import AdapterError, ConfigError
 from ...fleet.store.documents import Document, Documents, QuotaError
-from ...fleet.store.names import check_name, check_new_name
 
 __all__ = [
     "ANSWER",
     "FEEDBACK",
     "PERSON",
-    "PERSONAL",
     "RULES",
     "Answered",
     "Feedback",
@@ -36,37 +34,11 @@ __all__ = [
     "FeedbackRules",
     "Lesson",
     "Said",
-    "check_user",
-    "model_of",
 ]
 
 ANSWER, FEEDBACK, PERSON, RULES = "answer", "feedback", "person", "feedbackrules"
-PERSONAL = "personal"
-LIVE = "live"  # the alias of the version of a personal model that answers
 PAGE = 200  # documents that are read at once
 ROOM = 0.9  # of what answers may take, that is left once the oldest had to go
-
-
-def model_of(user: str) -> str:
-    """What a user's own model is called in the store."""
-    return f"{PERSONAL}:{user}"
-
-
-def check_user(user: str) -> str:
-    """Return ``user`` if it can name a person, and a model of theirs.
-
-    Raises:
-        ConfigError: it cannot.
-
-    """
-    if not isinstance(user, str) or not user or user != user.strip():
-        raise ConfigError(f"user: expected a word without blanks around it, got {user!r:.100}")
-    try:
-        if check_new_name(check_name(model_of(user))) != model_of(user):
-            raise ConfigError(f"user {user!a}: is not in Unicode's form NFC")
-    except AdapterError as error:
-        raise ConfigError(f"user {user!r:.100}: cannot be a part of a model's name: {error}") from None
-    return user
 
 
 @final
@@ -207,7 +179,7 @@ class Feedback:
             except AdapterError:  # the person was forgotten just now
                 continue
 
-    def _answer(self, name: str, user: str) -> tuple[Document, dict[str, Any]]:
+    def answer(self, name: str, user: str) -> tuple[Document, dict[str, Any]]:
         """An answer of this user's that is still kept, and what is in it.
 
         Raises:
@@ -230,14 +202,14 @@ class Feedback:
                 namespace has all the feedback that it may have.
 
         """
-        self._check(said)
-        answer, kept = self._answer(said.answer, user)
+        self.check(said)
+        answer, kept = self.answer(said.answer, user)
         kind, better = "rating", None
         if said.correction is not None:
             kind, better = "correction", said.correction
         elif said.better_than is not None:
             kind, better = "choice", kept["answer"]
-            _, other = self._answer(said.better_than, user)
+            _, other = self.answer(said.better_than, user)
             if any(other[key] != kept[key] for key in ("messages", "tools")):
                 raise ConfigError(f"better_than: {said.better_than!r} answers another prompt than {said.answer!r}")
             kept = other
@@ -269,7 +241,13 @@ class Feedback:
         opposite = [one.name for one in before if one.data["better_than"] == said.answer]
         return sum(self.documents.rm(FEEDBACK, name) for name in opposite) > 0
 
-    def _check(self, said: Said) -> None:
+    def check(self, said: Said) -> None:
+        """See that it says one thing, and not too much.
+
+        Raises:
+            ConfigError: it does not.
+
+        """
         given = [name for name in ("rating", "correction", "better_than") if getattr(said, name) is not None]
         if len(given) != 1:
             raise ConfigError(f"expected one of rating, correction and better_than, got {', '.join(given) or 'none'}")

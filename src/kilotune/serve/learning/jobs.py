@@ -22,10 +22,25 @@ from typing import Any, final
 from ...errors import AdapterError, ConfigError
 from ...fleet.store.documents import Document, Documents, QuotaError
 
-__all__ = ["CHECKPOINT", "CHECKPOINTS", "EVENT", "FILE", "JOB", "STATE", "Asked", "JobLimits", "Jobs"]
+__all__ = [
+    "CHECKPOINT",
+    "CHECKPOINTS",
+    "EVENT",
+    "FILE",
+    "HELD",
+    "JOB",
+    "RUNNING",
+    "STATE",
+    "WAITING",
+    "Asked",
+    "JobLimits",
+    "Jobs",
+    "model_name",
+]
 
 FILE, JOB, EVENT, CHECKPOINT, STATE = "file", "job", "event", "checkpoint", "jobstate"
 WAITING, RUNNING, PAUSED = "queued", "running", "paused"
+HELD = "held"  # until what it was trained on is forgotten; then it is trained again, or goes
 DONE = ("succeeded", "failed", "cancelled")
 CHECKPOINTS = ":ckpt-step-"  # behind a model's name, before the step
 DAY = 86_400.0
@@ -55,6 +70,7 @@ class Asked:
         training_file, validation_file: names of files of the namespace.
         suffix: of the model's name.
         metadata: of the request.
+        user: who asks, where that is one person.
 
     """
 
@@ -73,12 +89,20 @@ class Asked:
     seed: int | None = None
     suffix: str | None = None
     metadata: Mapping[str, str] | None = None
+    user: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As a job keeps it."""
         seed = random.SystemRandom().randrange(2**31) if self.seed is None else self.seed
         told = {one.name: getattr(self, one.name) for one in fields(self)}
         return {**told, "seed": seed, "made": None, "finished": None, "tokens": None, "error": None, "results": []}
+
+
+def model_name(base: str, job: Document) -> str:
+    """What a job's model is called, before it is there and after; base: what requests call it."""
+    made: str | None = job.data.get("fine_tuned_model")
+    short = job.name.rpartition("-")[2][:8]
+    return made or f"ft:{base}:{job.namespace}:{job.data['suffix'] or ''}:{short}"
 
 
 @final
@@ -184,6 +208,23 @@ class Jobs:
             self.documents.add(EVENT, told, parent=name, prefix="ftevent")
         except AdapterError:  # it was deleted meanwhile
             return
+
+    def clear(self, name: str, model: str) -> None:
+        """Let a job be as before its first step, with another model to begin with; what it made and told goes."""
+        for kind in (STATE, CHECKPOINT, EVENT, FILE):
+            while found := self.documents.ls(kind, parent=name):
+                for one in found:
+                    self.documents.rm(kind, one.name)
+        fresh: dict[str, Any] = {
+            "made": None,
+            "finished": None,
+            "tokens": None,
+            "error": None,
+            "results": [],
+            "fine_tuned_model": None,
+        }
+        self.documents.change(JOB, name, lambda job: replace(job, data={**job.data, **fresh, "model": model}))
+        self.tell(name, "What the job was trained on has changed: somebody was forgotten; it is trained again")
 
     def forget_states(self, name: str) -> None:
         """Remove what a job kept to go on from."""

@@ -26,7 +26,8 @@ from ...fleet.stepper.operations import Forward, ForwardBackward, Keep, OptimSte
 from ...fleet.store import Record, SharedVersion, Version
 from ...fleet.store.documents import Document, Documents
 from ..engine.tenant_adapters import AdapterRegistry
-from .jobs import CHECKPOINT, CHECKPOINTS, EVENT, FILE, JOB, RUNNING, STATE, JobLimits, Jobs
+from .feedback import ANSWER
+from .jobs import CHECKPOINT, CHECKPOINTS, EVENT, FILE, JOB, RUNNING, STATE, JobLimits, Jobs, model_name
 from .learner import Learner
 from .reinforcement import EndedError, Lesson, Practice
 from .schedule import Plan
@@ -90,11 +91,16 @@ class JobRunner:
     ) -> None:
         self._documents, self._learner, self._adapters = documents, learner, adapters
         self._base, self._config, self._read, self._limits = base, config, read, limits or JobLimits()
-        self._workers = Workers(documents, JOB, self._work, at_once, beside=lambda: documents.expire(FILE))
+        self._workers = Workers(documents, JOB, self._work, at_once, beside=self._expire)
 
     def start(self) -> None:
         """Begin to look for jobs."""
         self._workers.start()
+
+    def _expire(self) -> None:
+        """Remove what is kept for a time only."""
+        for kind in (FILE, ANSWER):
+            self._documents.expire(kind)
 
     def stop(self) -> None:
         """Leave all jobs where they are; another server, or the next start, goes on with them."""
@@ -145,9 +151,7 @@ class _Run:
         job, self.asked = self.job, dict(self.job.data)
         self.documents = runner._documents.within(job.namespace)
         self.jobs = Jobs(self.documents, runner._limits)
-        short = job.name.rpartition("-")[2][:8]
-        suffix = self.asked["suffix"] or ""
-        self.model = f"ft:{runner._base}:{job.namespace}:{suffix}:{short}"
+        self.model = model_name(runner._base, job)
         self.open = f"{job.name}-{uuid.uuid4().hex[:8]}"  # in the learner, which may have an earlier run's still
         self._looked = 0.0
         self.curve: list[dict[str, Any]] = []

@@ -11,7 +11,9 @@ from ...fleet.store.documents import Documents
 from ..engine.interface import Engine
 from ..engine.lanes import Lanes
 from ..engine.tenant_adapters import AdapterRegistry
+from .feedback import Feedback, FeedbackLimits
 from .file_reader import FileReader
+from .forgetting import Forgetting
 from .jobs import JobLimits, Jobs
 from .learner import Learner
 from .runner import JobRunner
@@ -28,6 +30,7 @@ class TrainingLimits:
 
     file_bytes: int = 2**30
     jobs: JobLimits = field(default_factory=JobLimits)
+    feedback: FeedbackLimits = field(default_factory=FeedbackLimits)
     at_once: int = 32
 
 
@@ -71,14 +74,18 @@ class Training:
             self._documents, learner, adapters, base, config, self._files.read, self.limits.jobs, self.limits.at_once
         )
 
+        self.forgetting = Forgetting(self._documents, adapters, base)
+
     def start(self) -> None:
         """Begin to train."""
         self.learner.start()
         self._runner.start()
+        self.forgetting.start()
 
     def close(self) -> None:
         """End; jobs stay where they are, for the next start or another server."""
         self.grading.close()
+        self.forgetting.stop()
         self._runner.stop()
         self._files.close()
         self.learner.stop()
@@ -95,3 +102,7 @@ class Training:
     def jobs(self, namespace: str) -> Jobs:
         """Those of a namespace."""
         return Jobs(self.documents(namespace), self.limits.jobs)
+
+    def feedback(self, namespace: str) -> Feedback:
+        """That of a namespace."""
+        return Feedback(self.documents(namespace), self.limits.feedback)

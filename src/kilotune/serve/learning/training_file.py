@@ -7,6 +7,8 @@
                   "preferred_output": [{"role": "assistant", ...}], "non_preferred_output": [...]}
     reinforcement  {"messages": [..., {"role": "user", "content": "..."}], "tools": [...], ANYTHING ELSE}
 
+``"user"`` beside them says whose line it is, and goes with that person (forgetting.py).
+
 A message of an assistant with a weight of 0 is read and not learned. Of a DPO pair the two answers are learned. What a
 reinforcement's line has beside its messages is for its grader.
 """
@@ -114,6 +116,8 @@ def read_example(
         ConfigError: what is wrong with it.
 
     """
+    if not isinstance(given.get("user"), str | None):
+        raise ConfigError(f"user: expected a text, whose line this is, got {type(given['user']).__name__}")
     if form == "reinforcement":
         (prompt,) = tokenize(tokenizer, [_prompt(given, chats)], "answer").examples
         if len(prompt.ids) >= longest:

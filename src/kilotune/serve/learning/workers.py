@@ -10,6 +10,8 @@ import threading
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
 from typing import final
 
 from ...errors import KilotuneError, first_line
@@ -133,4 +135,15 @@ class Workers:
             log.exception("a %s could not be ended; it is tried again", self._kind)
         finally:
             self._claims.discard(claim)
+            self._let_go(found.name)
             self._places.release()
+
+    def _let_go(self, name: str) -> None:
+        """Of a document that was taken away from this work, say that nothing of it goes on here."""
+
+        def left(one: Document) -> Document:
+            mine = one.owner == self.owner and one.state != "running"
+            return replace(one, owner=None, until=None) if mine else one
+
+        with suppress(KilotuneError):  # the claim runs out
+            self._documents.change(self._kind, name, left)

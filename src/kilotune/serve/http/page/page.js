@@ -5,11 +5,14 @@ const $ = (id) => document.getElementById(id);
 const rates = [];
 const SECONDS = 120;
 const MOST = 8; // columns
+const LEARNED = 5; // seconds between looks at what was learned
 const FIRST = 2; // adapters that are asked without being chosen
 const templates = new Map(); // model -> whether it has a chat template
 let base = null;
 let after = null;
 let asking = null; // what stops the answers that are on their way
+let personal = false; // whether who asks is a user, with a model of their own
+let ticks = 0;
 let round = 0; // of the key in use: what an earlier key had asked for is dropped
 
 function headers() {
@@ -47,6 +50,7 @@ function column(model) {
   }
   made.querySelector("h3").textContent = model === base ? `${model}, the base alone` : model;
   made.querySelector("pre").setAttribute("aria-live", "polite");
+  made.append(sayer());
   return made;
 }
 
@@ -105,6 +109,14 @@ function show(model) {
   $("names").append(option);
 }
 
+function showPersonal(model) {
+  personal = true;
+  templates.set(model.id, model.chat_template);
+  const option = document.createElement("option");
+  option.value = model.id;
+  $("names").append(option);
+}
+
 function showBase(model) {
   base = model.id;
   templates.set(base, model.chat_template);
@@ -130,7 +142,7 @@ async function list(fresh) {
     $("chat").checked = false;
   }
   for (const model of page.data) {
-    if (model.kilotune === null) showBase(model); else show(model);
+    if (model.kilotune !== null) show(model); else if (model.parent === null) showBase(model); else showPersonal(model);
   }
   offerChats();
   if (fresh) for (const model of page.data.slice(0, 1 + FIRST)) add(model.id); // the base, and some to see what they change
@@ -168,6 +180,7 @@ async function live() {
     $("live").hidden = !(now.requests || now.running); // empty meters tell nothing
     $("first").textContent = `${ms(now.first_token_p50)} (${ms(now.first_token_p99)})`;
     $("whole").textContent = `${ms(now.answer_p50)} (${ms(now.answer_p99)})`;
+    if (ticks++ % LEARNED === 0) await learned();
     rates.push(now.tokens_per_second);
     if (rates.length > SECONDS) rates.shift();
     draw();
@@ -175,6 +188,88 @@ async function live() {
     if (error.status === undefined) { $("state").textContent = "not reached"; $("state").className = "tag bad"; }
   }
 }
+
+// -- what is said of an answer, and what became of it
+
+function sayer() {
+  const made = $("say").content.firstElementChild.cloneNode(true);
+  const form = made.querySelector("form"), text = made.querySelector("textarea"), correct = made.querySelector("[data-correct]");
+  for (const button of made.querySelectorAll("[data-rating]")) {
+    button.addEventListener("click", () => say(made, { rating: button.dataset.rating }));
+  }
+  correct.addEventListener("click", () => {
+    unfold(made, form.hidden);
+    if (!form.hidden) { text.value = made.parentElement.querySelector("pre").textContent; text.focus(); }
+  });
+  form.addEventListener("submit", (event) => { event.preventDefault(); say(made, { correction: text.value }); });
+  return made;
+}
+
+function unfold(place, open) {
+  place.querySelector("form").hidden = !open;
+  place.querySelector("[data-correct]").setAttribute("aria-expanded", String(open));
+}
+
+function press(place, rating) {
+  for (const button of place.querySelectorAll("[data-rating]")) {
+    button.setAttribute("aria-pressed", String(button.dataset.rating === rating));
+  }
+}
+
+function offer(column, id) { // where an answer is kept, there is something to say of it
+  const place = column.querySelector(".say");
+  place.dataset.answer = id || "";
+  place.hidden = !id;
+  place.querySelector("[role=status]").textContent = "";
+  unfold(place, false);
+  press(place, null);
+}
+
+async function say(place, what) {
+  const note = place.querySelector("[role=status]"), id = place.dataset.answer;
+  try {
+    const answer = await fetch("/v1/feedback", {
+      method: "POST", headers: { ...headers(), "Content-Type": "application/json" }, body: JSON.stringify({ answer: id, ...what }),
+    });
+    if (place.dataset.answer !== id) return;
+    if (!answer.ok) { note.textContent = await told(answer); return; }
+    press(place, what.rating);
+    unfold(place, false);
+    note.textContent = what.rating ? "noted" : "noted; your own model will learn it";
+    await learned();
+  } catch (error) {
+    note.textContent = `the service was not reached: ${error.message}`;
+  }
+}
+
+async function learned() {
+  if (!personal) return;
+  const mine = round;
+  const page = await get("/v1/feedback/events?limit=10");
+  if (mine !== round) return;
+  $("learned").hidden = !(page.taken || page.data.length);
+  $("nothing").hidden = page.data.length > 0;
+  $("back").hidden = !page.data.some((one) => one.type === "learned");
+  $("events").replaceChildren(...page.data.map((one) => {
+    const made = document.createElement("li"), when = document.createElement("time");
+    when.dateTime = new Date(1000 * one.created_at).toISOString();
+    when.textContent = when.dateTime.slice(0, 16).replace("T", " ");
+    made.append(when, ` ${one.message}`);
+    return made;
+  }));
+}
+
+$("back").addEventListener("click", async () => {
+  $("back").disabled = true;
+  try {
+    const answer = await fetch("/v1/feedback/rollback", { method: "POST", headers: headers() });
+    $("back-state").textContent = answer.ok ? "It is what it was before." : await told(answer);
+    await learned();
+  } catch (error) {
+    $("back-state").textContent = `the service was not reached: ${error.message}`;
+  }
+  $("back").disabled = false;
+});
 
 // -- side by side
 
@@ -186,7 +281,8 @@ async function ask(place, signal) {
     ...(chat ? { messages: [{ role: "user", content: $("prompt").value }] } : { prompt: $("prompt").value }),
   };
   const began = performance.now();
-  let first = null;
+  let first = null, kept = null;
+  offer(place, null);
   text.textContent = "";
   note.textContent = "...";
   const answer = await fetch(chat ? "/v1/chat/completions" : "/v1/completions", {
@@ -210,9 +306,11 @@ async function ask(place, signal) {
         const more = chat ? choice.delta.content : choice.text;
         if (more) { if (first === null) first = performance.now(); text.append(more); }
         reason = choice.finish_reason || reason;
+        kept = choice.feedback_id || kept;
       }
     }
   }
+  offer(place, kept);
   const seconds = (performance.now() - began) / 1000;
   const tokens = usage === null ? 0 : usage.completion_tokens;
   const plain = chat || !$("chat").checked ? "" : "as a text, without a chat template: ";
@@ -258,7 +356,10 @@ $("prompt").addEventListener("keydown", (event) => {
 async function begin() {
   round += 1;
   base = after = null;
-  rates.length = 0;
+  personal = false;
+  rates.length = ticks = 0;
+  $("learned").hidden = true;
+  $("back-state").textContent = "";
   $("who").textContent = "";
   if (asking !== null) asking.abort();
   $("adapter").value = "";

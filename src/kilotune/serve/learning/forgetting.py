@@ -1,0 +1,249 @@
+"""Forgetting a person: all that is theirs goes, and what was trained on it is trained again without it.
+
+::
+
+    queued ─claim─► running:  files are cut ─► jobs stop ─► models go ─► jobs are trained again ─► done
+
+What a step will do is written down before it begins, and a step may be done twice: who is killed goes on. What is
+theirs: answers that were kept and what they said of them, their own model and what it learned, the files and jobs that
+were made with their key, the lines of other files that name them (``"user": "ann"``), and every model that was trained
+on any of that, or on such a model. A file of others loses those lines alone. A job of others is trained again, under
+its name and with its seed: to what it would have come to if it had never seen them.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any, final
+
+from ...fleet.store.documents import Document, Documents
+from ..engine.tenant_adapters import AdapterRegistry
+from .feedback import PERSON, Feedback
+from .jobs import CHECKPOINTS, FILE, HELD, JOB, RUNNING, WAITING, Jobs, model_name
+from .turns import LEARNING, turn_name, wake
+from .users import PERSONAL, model_of
+from .workers import Claim, LeftError, Workers
+
+__all__ = ["FORGETTING", "Forgetting"]
+
+FORGETTING = "forgetting"
+PAGE = 200  # documents that are read at once
+POLL = 0.1  # seconds between looks at what is waited for
+AT_ONCE = 4
+
+
+@final
+class Forgetting:
+    """What forgets people.
+
+    Args:
+        documents: of all namespaces.
+        adapters: where models are published.
+        base: what requests call the base.
+
+    """
+
+    def __init__(self, documents: Documents, adapters: AdapterRegistry, base: str) -> None:
+        self._documents, self._adapters, self._base = documents, adapters, base
+        self._workers = Workers(documents, FORGETTING, self._work, AT_ONCE)
+
+    def start(self) -> None:
+        """Begin to look for whom to forget."""
+        self._workers.start()
+
+    def stop(self) -> None:
+        """Leave what is not done for the next start, or another server."""
+        self._workers.stop()
+
+    def ask(self, namespace: str, user: str) -> Document:
+        """Have a person forgotten; the document tells how far that is, and in the end no more who it was."""
+        told: dict[str, Any] = {"user": user, "files": None, "jobs": None, "removed": False, "counts": {}}
+        return self._documents.within(namespace).add(FORGETTING, told, state=WAITING, prefix="forget")
+
+    def _work(self, claim: Claim) -> None:
+        _Run(self._documents.within(claim.document.namespace), self._adapters, self._base, claim).run()
+
+
+@final
+class _Run:
+    """One person, from where it is to its end."""
+
+    def __init__(self, documents: Documents, adapters: AdapterRegistry, base: str, claim: Claim) -> None:
+        self.documents, self.adapters, self.base, self.claim = documents, adapters, base, claim
+        self.told: dict[str, Any] = dict(claim.document.data)
+        self.user: str = self.told["user"]
+        self.namespace = claim.document.namespace
+
+    def run(self) -> None:
+        """Each step, with what it needs written down before it."""
+        if self.told["files"] is None:
+            self._note(files=self._files())
+        if self.told["jobs"] is None:
+            self._cut()
+            self._note(jobs=self._jobs())
+        if not self.told["removed"]:
+            self._hold()
+            self._remove()
+            self._note(removed=True)
+        self._train_again()
+        self._end()
+
+    # -- what is theirs ----------------------------------------------------------------------------
+
+    def _files(self) -> dict[str, list[str]]:
+        """mine: their own files. cut: others' with lines of theirs."""
+        found: dict[str, list[str]] = {"mine": [], "cut": []}
+        for one in self._all(FILE):
+            if one.parent:  # a result, which goes with its job
+                continue
+            if one.data.get("user") == self.user:
+                found["mine"].append(one.name)
+            elif any(self._theirs(line) for line in self._lines(one.name)):
+                found["cut"].append(one.name)
+        return found
+
+    def _lines(self, file: str) -> Iterator[bytes]:
+        rest = b""
+        for piece in self.documents.body(FILE, file):
+            *whole, rest = (rest + piece).split(b"\n")
+            yield from whole
+        if rest:
+            yield rest
+
+    def _theirs(self, line: bytes) -> bool:
+        """Whether a line of a training file says that it is of this person."""
+        if b'"user"' not in line:
+            return False
+        try:
+            found = json.loads(line)
+        except (ValueError, RecursionError):  # no job is trained on it
+            return False
+        return isinstance(found, dict) and found.get("user") == self.user
+
+    def _jobs(self) -> dict[str, Any]:
+        """gone: jobs that go. again: those that are trained again, and with what they begin then."""
+        mine, cut = set(self.told["files"]["mine"]), set(self.told["files"]["cut"])
+        mine |= {name for name in cut if not any(line.strip() for line in self._lines(name))}  # nothing is left
+        starts = {model_of(self.user): self.base}  # a model that goes, or is made anew -> what begins in its place
+        gone: list[str] = []
+        again: dict[str, str] = {}
+        for job in self._all(JOB):  # the oldest first: what a job begins with was there before it
+            files, model = {job.data["training_file"], job.data["validation_file"]}, job.data["model"]
+            start, made = model.partition("/")[0].partition(CHECKPOINTS)[0], model_name(self.base, job)
+            if job.data.get("user") == self.user or files & mine:
+                gone.append(job.name)
+                starts[made] = starts.get(start, model)
+            elif files & cut or start in starts:
+                again[job.name] = starts.get(start, model)
+                starts[made] = made
+        return {"gone": gone, "again": again}
+
+    # -- the steps ---------------------------------------------------------------------------------
+
+    def _cut(self) -> None:
+        """Nothing that begins to learn from now on finds anything of theirs."""
+        self.documents.rm(PERSON, Feedback(self.documents).person(self.user))
+        for name in self.told["files"]["mine"]:
+            self.documents.rm(FILE, name)
+        for name in self.told["files"]["cut"]:
+            kept = [line + b"\n" for line in self._lines(name) if not self._theirs(line)]
+            self.documents.refill(FILE, name, kept)
+        files = self.told["files"]
+        self._count(files=len(files["mine"]), files_cut=len(files["cut"]))
+
+    def _hold(self) -> None:
+        """Stop what runs, wherever it does, and wait until nobody can publish anything of it any more."""
+        jobs = [(JOB, name) for name in (*self.told["jobs"]["gone"], *self.told["jobs"]["again"])]
+        held = [*jobs, (LEARNING, turn_name(self.namespace, self.user))]
+        for kind, name in held:
+            self.documents.change(kind, name, lambda one: replace(one, state=HELD))
+        for kind, name in held:
+            while (found := self.documents.find(kind, name)) is not None and found.owner is not None:
+                if (found.until or 0.0) < time.time():  # whoever had it is dead
+                    break
+                self._wait()
+
+    def _remove(self) -> None:
+        """All that there is of them."""
+        jobs = self.told["jobs"]
+        if "models" not in jobs:
+            self._note(jobs={**jobs, **self._models({*jobs["gone"], *jobs["again"]})})
+            jobs = self.told["jobs"]
+        self.adapters.purge(self.namespace, [model_of(self.user), *jobs["above"], *jobs["models"]])
+        self.adapters.cache_words.forget(self.namespace)
+        self.documents.rm(PERSON, Feedback(self.documents).person(self.user))
+        self.documents.rm(LEARNING, turn_name(self.namespace, self.user))
+        for name in jobs["gone"]:
+            self.documents.rm(JOB, name)
+        for name, start in jobs["again"].items():
+            Jobs(self.documents).clear(name, start)
+        self._count(jobs=len(jobs["gone"]), jobs_again=len(jobs["again"]), models=len(jobs["models"]))
+        self._count(learned_again=len(jobs["above"]), broken=len(jobs["broken"]))
+
+    def _models(self, jobs: set[str]) -> dict[str, Any]:
+        """models: of these jobs, with their aliases. above: others' own models that stand on one, and are learned anew.
+        broken: what else stands on one, which was trained elsewhere and answers no more."""
+        every = self.adapters.ls(self.namespace)
+        models = {v.name for v in every if v.metadata.get("job") in jobs}
+        standing = {v.name for v in every if v.stands_on is not None and v.stands_on.name in models} - models
+        above = sorted(name for name in standing if name.startswith(f"{PERSONAL}:"))
+        aliases = {name: sorted(self.adapters.aliases(self.namespace, name)) for name in sorted(models)}
+        return {"models": aliases, "above": above, "broken": sorted(standing - set(above))}
+
+    def _train_again(self) -> None:
+        """One after the other, since one may begin with another."""
+        for name in self.told["jobs"]["again"]:
+            self.documents.change(JOB, name, _released)
+            while (found := self.documents.find(JOB, name)) is not None and found.state in (WAITING, RUNNING):
+                self._wait()
+            model = "" if found is None else found.data.get("fine_tuned_model") or ""
+            for alias in self.told["jobs"]["models"].get(model, ()):
+                self.adapters.roll_out(self.namespace, alias, {model: None})
+        for name in self.told["jobs"]["above"]:
+            wake(self.documents, name.removeprefix(f"{PERSONAL}:"), 0.0)
+
+    def _end(self) -> None:
+        """It is done, and who it was is written nowhere any more."""
+        told = {"finished": time.time(), "counts": self.told["counts"]}
+        self._mine(lambda one: replace(one, state="done", owner=None, until=None, data=told), erased=True)
+
+    # -- inside ------------------------------------------------------------------------------------
+
+    def _note(self, **told: Any) -> None:
+        self.told |= told
+        self._mine(lambda one: replace(one, data=self.told))
+
+    def _count(self, **counts: int) -> None:
+        self.told["counts"] = {**self.told["counts"], **counts}
+
+    def _mine(self, change: Callable[[Document], Document], erased: bool = False) -> None:
+        """Change the document, as long as it is this run's."""
+
+        def own(one: Document) -> Document:
+            if one.owner != self.claim.owner:
+                raise LeftError
+            return change(one)
+
+        self.documents.change(FORGETTING, self.claim.document.name, own, erased=erased)
+
+    def _all(self, kind: str) -> Iterator[Document]:
+        after: str | None = None
+        while page := self.documents.ls(kind, after=after, limit=PAGE):
+            self._stay()
+            yield from page
+            after = page[-1].name
+
+    def _wait(self) -> None:
+        self._stay()
+        time.sleep(POLL)
+
+    def _stay(self) -> None:
+        if self.claim.over:
+            raise LeftError
+
+
+def _released(job: Document) -> Document:
+    return replace(job, state=WAITING, owner=None, until=None) if job.state == HELD else job
