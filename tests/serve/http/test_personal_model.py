@@ -93,6 +93,12 @@ def test_no_user_meets_anothers(running: Running, name: str) -> None:
     assert said(running.openai("stranger"), "personal", "the cat") == said(ann, BASE, "the cat")
 
 
+def test_the_test_of_that_can_fail(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kilotune.serve.http.service.others", lambda *_: False)
+    bobs = said(running.openai("bob"), "personal", "the cat")
+    assert said(running.openai("ann"), "personal:bob/live", "the cat") == bobs
+
+
 def test_no_name_that_is_nearly_anothers_tells_of_it(running: Running) -> None:
     for name in ("persona:bob", "personal;bob"):
         with pytest.raises(openai.NotFoundError) as error:

@@ -155,16 +155,16 @@ def test_what_a_grader_says_is_learned(running: Running) -> None:
     data = "".join(json.dumps(row) + "\n" for row in rows).encode()
     held = upload(ann, data, "valid.jsonl")
     grader = {**ANSWERED, "type": "string_check", "operation": "like", "reference": "{{ item.word }}"}
-    method = graded(grader, n_epochs=10, batch_size=2, learning_rate_multiplier=5.0, eval_interval=5)
+    method = graded(grader, n_epochs=12, batch_size=2, learning_rate_multiplier=5.0, eval_interval=5)
     job = done(ann, job_of(ann, data, method=method, validation_file=held.id, seed=1))
     assert job.status == "succeeded", job.error
     assert job.method.reinforcement.grader.operation == "like"
     assert job.method.reinforcement.hyperparameters.compute_multiplier == 1
     told = [event.data for event in ann.fine_tuning.jobs.list_events(job.id) if event.type == "metrics"][::-1]
     rewards = [one["train_mean_reward"] for one in told]
-    assert sum(rewards[-3:]) > sum(rewards[:3]) + 0.6, rewards
+    assert sum(rewards[-4:]) / 4 > sum(rewards[:2]) / 2 + 0.15, rewards
     assert [one["step"] for one in told if "valid_mean_reward" in one] == [5, 10]
-    assert 0 < job.trained_tokens < 10 * 16 * 64
+    assert 0 < job.trained_tokens < 12 * 16 * 64
     lines = ann.files.content(job.result_files[0]).text.splitlines()
     assert lines[0] == "step,train_loss,valid_loss,train_mean_reward,valid_mean_reward"
 

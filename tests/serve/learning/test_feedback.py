@@ -160,6 +160,25 @@ def test_the_oldest_answers_make_room(feedback: Feedback) -> None:
     assert [one.name for one in feedback.documents.ls(ANSWER)] == left
 
 
+def test_answers_are_not_counted_for_each_one(feedback: Feedback, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = []
+    total = Documents.total
+
+    def counting(self: Documents, kind: str, **more: Any) -> tuple[int, int]:
+        counted.append(kind)
+        return total(self, kind, **more)
+
+    monkeypatch.setattr(Documents, "total", counting)
+    large = Feedback(feedback.documents, FeedbackLimits(answer_bytes=16_000))
+    for n in range(60):
+        kept(large, f"{n} {'x' * 150}")
+    assert 10 <= len(counted) <= 30
+    beside = Feedback(feedback.documents, large.limits)  # of another server
+    for n in range(60):
+        kept(large if n % 2 else beside, f"{n} {'x' * 150}")
+    assert 14_000 <= total(feedback.documents, ANSWER)[1] <= 16_000 + 1000
+
+
 def test_feedback_is_bounded_and_never_goes_by_itself(feedback: Feedback) -> None:
     for n in range(5):
         feedback.add("ann", Said(answer=kept(feedback, str(n)), correction="x" * 100))

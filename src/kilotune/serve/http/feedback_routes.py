@@ -13,8 +13,9 @@ from ...fleet.store.names import check_on
 from ...train.data.turn_marks import TOOLS
 from ..learning import turns
 from ..learning.feedback import ANSWER, Feedback, FeedbackRules, Lesson
+from ..learning.rollback import roll_back
 from ..learning.training import Training
-from ..learning.users import LIVE, model_of
+from ..learning.users import model_of
 from .feedback_shapes import FeedbackBody, RulesBody, event_object, feedback_object, lesson_object, rules_object
 from .generation_routes import caller_of, in_time
 from .http_errors import ApiError
@@ -182,15 +183,15 @@ def _learned(router: APIRouter, service: Service) -> None:
 
     @router.post("/v1/feedback/rollback", operation_id="roll_feedback_back", response_model=None)
     async def back(request: Request) -> Response:
-        """Let your own model be what it was before it learned last."""
+        """Let your own model be what it was before it learned last; or none of it."""
         asker = Asker(service, request)
-        name = model_of(asker.user)
         try:
-            moved = await asker.ask(lambda _: service.adapters.roll_back(asker.namespace, LIVE, [name]))
+            found = await asker.ask(lambda own: roll_back(own.documents, service.adapters, asker.user))
         except ApiError as error:
             raise ApiError(409, error.message) if error.status == 404 else error from error
-        log("feedback rolled back", namespace=asker.namespace, version=moved[name])
-        return JSONResponse({"model": name, "version": moved[name]})
+        version = None if found is None else found.version
+        log("feedback rolled back", namespace=asker.namespace, version=version)
+        return JSONResponse({"model": model_of(asker.user), "version": version})
 
 
 def _rules(router: APIRouter, service: Service) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, final
@@ -15,6 +16,7 @@ from .service import Meant, Service, namespace_of
 __all__ = ["HEADER", "Keeper", "keeper_of"]
 
 HEADER = "x-kilotune-feedback-id"
+PATIENCE = 5.0  # seconds that an answer waits to be kept
 
 
 @final
@@ -55,9 +57,11 @@ class Keeper:
         namespace = self._feedback.documents.namespace
         assert namespace is not None
         try:
-            self.ids |= await self._service.ask(namespace, all_of_them)
-        except ApiError as error:
-            log("answer not kept", level=logging.WARNING, namespace=namespace, error=error.message)
+            async with asyncio.timeout(PATIENCE):
+                self.ids |= await self._service.ask(namespace, all_of_them)
+        except (ApiError, TimeoutError) as error:
+            why = error.message if isinstance(error, ApiError) else f"the store has not answered within {PATIENCE:g} s"
+            log("answer not kept", level=logging.WARNING, namespace=namespace, error=why)
 
     def _of(self, text: str) -> Answered:
         first = self._first

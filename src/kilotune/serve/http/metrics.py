@@ -14,6 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from ..engine.interface import EngineStats
+from ..learning.personal import LearningCounts
 from ..learning.users import without_user
 
 __all__ = ["Metrics", "Recent"]
@@ -85,6 +86,37 @@ class _EngineNumbers(Collector):
             ("steps", "Steps of the engine since the start.", now.steps),
         ):
             yield CounterMetricFamily(f"kilotune_engine_{name}", text, value=count)
+
+
+@final
+class _FeedbackNumbers(Collector):
+    """What learning from feedback has done, when somebody asks."""
+
+    def __init__(self, counts: Callable[[], LearningCounts]) -> None:
+        self._counts = counts
+
+    def collect(self) -> Iterator[Metric]:
+        now = self._counts()
+        runs = CounterMetricFamily(
+            "kilotune_learning_runs",
+            "Runs of learning from feedback, by what came of them.",
+            labels=["result"],
+        )
+        for result in ("learned", "refused", "failed", "taken_back"):
+            runs.add_metric([result], getattr(now, result))
+        yield runs
+        for name, text, count in (
+            ("learning_lessons", "Pieces of feedback that went live.", now.lessons),
+            ("learning_corrections", "Of these, corrections.", now.corrections),
+            ("learning_seconds", "Seconds of all runs.", now.seconds),
+            (
+                "correction_seconds",
+                "Seconds from corrections to when they were live.",
+                now.correction_seconds,
+            ),
+            ("rollbacks", "Shared adapters that went back by their ratings.", now.rolled_back),
+        ):
+            yield CounterMetricFamily(f"kilotune_{name}", text, value=count)
 
 
 @final
@@ -161,6 +193,10 @@ class Metrics:
             "kilotune_completion_tokens", "Tokens of answers, by tenant.", ("tenant",), registry=to
         )
         self.cached = Counter("kilotune_cached_tokens", "Of the prompts, tokens that were in the cache.", registry=to)
+
+    def learns(self, counts: Callable[[], LearningCounts]) -> None:
+        """Count what learning from feedback does, too."""
+        self.registry.register(_FeedbackNumbers(counts))
 
     def label(self, tenant: str | None) -> str:
         """A tenant's label: its own for the first ones, and no more labels however many come."""

@@ -37,6 +37,7 @@ PUTS, PUTS_EACH = 4, 1  # puts that are at work at a time: they compute, and ans
 JUDGED = 1024  # adapters whose own files are known
 PATIENCE = 20.0  # seconds that a request waits for the store
 RULES = 1.0  # seconds between looks at a namespace's rules of feedback
+AWAY = 10.0  # the same, where the store does not answer
 RULED = 1024  # namespaces whose rules are known
 
 
@@ -109,7 +110,7 @@ class Service:
         self.metrics = Metrics(settings.metrics_tenants, settings.metrics_adapters, base, engine.stats)
         self.created = int(time.time())
         self._judged: OrderedDict[AdapterKey, OwnTemplate | None] = OrderedDict()
-        self._rules: OrderedDict[str, tuple[float, FeedbackRules]] = OrderedDict()
+        self._rules: OrderedDict[str, tuple[float, FeedbackRules | None]] = OrderedDict()
         self.leaving = False  # the process was told to end, and takes requests still
         self.draining = False  # takes no requests for answers
         self.ending = False  # the process was told to end: nothing new is taken
@@ -203,15 +204,20 @@ class Service:
         """
         if self.training is None:
             return FeedbackRules()
-        until, known = self._rules.get(namespace, (0.0, FeedbackRules()))
-        if time.monotonic() < until and not fresh:
-            return known
+        until, known = self._rules.get(namespace, (0.0, None))
+        now = time.monotonic()
+        if known is not None and not fresh:
+            if now < until:
+                return known
+            self._rules[namespace] = (now + AWAY, known)  # for those who come while the store is asked
         try:
             known = await self.ask(namespace, self.training.feedback(namespace).rules)
+            until = time.monotonic() + RULES
         except ApiError:
             if fresh:
                 raise
-        self._rules[namespace] = (time.monotonic() + RULES, known)
+            known, until = known or FeedbackRules(), time.monotonic() + AWAY
+        self._rules[namespace] = (until, known)
         self._rules.move_to_end(namespace)
         while len(self._rules) > RULED:
             self._rules.popitem(last=False)

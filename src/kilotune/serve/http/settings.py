@@ -153,6 +153,20 @@ class ServeSettings(Section):
         number(1, whole=True),
         "With --learn: tokens of one pass of training, the longest that an answer waits for it.",
     )
+    learn_threads: int = setting(
+        1, number(1, whole=True), "With --learn: threads of a pass of training; answers take the other cores meanwhile."
+    )
+    learn_last_blocks: int | None = setting(
+        None,
+        or_none(number(0, whole=True)),
+        "With --learn: models that learn from feedback adapt so many of the last blocks; 0: all; null: a quarter.",
+    )
+    learn_kl: float = setting(
+        0.5,
+        number(0, above=True),
+        "With --learn: what has learned from feedback goes live only if its KL divergence from what is live is at most "
+        "this, in nats a token, on texts that are never learned.",
+    )
     learn_jobs: int = setting(16, number(1, whole=True), "With --learn: jobs of a namespace that are not done yet.")
     learn_tokens_a_day: int = setting(
         50_000_000, number(1, whole=True), "With --learn: tokens that a namespace may have trained in a day."

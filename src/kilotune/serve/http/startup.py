@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from ...bases import located
-from ...errors import ConfigError
+from ...config import AdapterConfig
+from ...errors import ConfigError, TargetError
 from ...methods import get_config
+from ...model.last_blocks import blocks_of, in_last_blocks
 from ...train.data.processors import load_tokenizer
 from ...train.running.base_model import device_of, load_base, load_config
 from ...train.running.held_dtype import held_dtype
@@ -19,6 +21,7 @@ from ..engine.encoders import EncoderEngine, pooling_of
 from ..engine.interface import Engine
 from ..engine.tenant_adapters import AdapterRegistry
 from ..learning.feedback import FeedbackLimits
+from ..learning.gate import Bounds
 from ..learning.jobs import JobLimits
 from ..learning.learner import Learner, LearningSettings
 from ..learning.training import Training, TrainingLimits
@@ -100,12 +103,30 @@ def _training(
         raise ConfigError("learn: only a language model that generates is trained; this base does something else")
     rank = 256 if settings.learn_rank is None and settings.learn_method == "vera" else settings.learn_rank
     config = get_config(settings.learn_method, target_modules="all-linear", **({} if rank is None else {"r": rank}))
-    learning = LearningSettings(share=settings.learn_share, pass_tokens=settings.learn_pass_tokens)
+    learning = LearningSettings(
+        share=settings.learn_share, pass_tokens=settings.learn_pass_tokens, threads=settings.learn_threads
+    )
     learner = Learner(twin, adapters, engine, learning, engine.cores)
     jobs = JobLimits(open=settings.learn_jobs, tokens_a_day=settings.learn_tokens_a_day)
     feedback = FeedbackLimits(answer_bytes=settings.learn_answer_bytes)
-    limits = TrainingLimits(file_bytes=settings.learn_file_bytes, jobs=jobs, feedback=feedback)
-    return Training(store, learner, adapters, engine, service.base, config, tokenizer, limits)
+    bounds = Bounds(divergence=settings.learn_kl)
+    limits = TrainingLimits(file_bytes=settings.learn_file_bytes, jobs=jobs, feedback=feedback, bounds=bounds)
+    personal = _in_last_blocks(twin, config, settings.learn_last_blocks)
+    made = Training(store, learner, adapters, engine, service.base, config, tokenizer, limits, personal)
+    service.metrics.learns(made.personal.counts)
+    return made
+
+
+def _in_last_blocks(base: Any, config: AdapterConfig, last: int | None) -> AdapterConfig:
+    """The config for the last blocks of the base; None: a quarter of them, where it has such."""
+    try:
+        count = len(blocks_of(base).modules)
+    except TargetError:
+        if last:
+            raise
+        return config
+    wanted = max(1, round(count / 4)) if last is None else last
+    return in_last_blocks(base, config, wanted) if 0 < wanted < count else config
 
 
 def task_of(config: Any, wanted: str) -> str:

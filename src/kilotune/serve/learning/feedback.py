@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, final
 
 from ...errors import AdapterError, ConfigError
-from ...fleet.store.documents import Document, Documents, QuotaError
+from ...fleet.store.documents import Document, Documents
 
 __all__ = [
     "ANSWER",
@@ -33,12 +34,14 @@ __all__ = [
     "FeedbackLimits",
     "FeedbackRules",
     "Lesson",
+    "Room",
     "Said",
 ]
 
 ANSWER, FEEDBACK, PERSON, RULES = "answer", "feedback", "person", "feedbackrules"
 PAGE = 200  # documents that are read at once
 ROOM = 0.9  # of what answers may take, that is left once the oldest had to go
+COUNTED = 16  # a part of what answers may take, after which they are counted again: other servers keep some, too
 
 
 @final
@@ -140,13 +143,54 @@ class Lesson:
 
 
 @final
+class Room:
+    """What may be kept in each namespace before its answers are counted again: to count many takes a while."""
+
+    def __init__(self) -> None:
+        self._free: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def make(self, documents: Documents, size: int, most: int) -> None:
+        """Have room for so many bytes among those that answers may take; the oldest go where there is none."""
+        assert documents.namespace is not None, "answers belong to a namespace"
+        if self._take(documents.namespace, size):
+            return
+        _, there = documents.total(ANSWER)
+        if there + size > most:
+            documents.shrink(ANSWER, int(most * ROOM) - size)
+            _, there = documents.total(ANSWER)
+        with self._lock:
+            self._free[documents.namespace] = min(most - there, most // COUNTED) - size
+
+    def _take(self, namespace: str, size: int) -> bool:
+        with self._lock:
+            free = self._free.get(namespace, 0) - size
+            if free >= 0:
+                self._free[namespace] = free
+            return free >= 0
+
+
+@final
 class Feedback:
-    """The feedback of one namespace. All methods wait for the store."""
+    """The feedback of one namespace. All methods wait for the store.
+
+    Args:
+        documents: of the namespace.
+        limits: of it.
+        clock: seconds since 1970.
+        room: what a server knows of the answers that it keeps; None: nothing yet.
+
+    """
 
     def __init__(
-        self, documents: Documents, limits: FeedbackLimits | None = None, clock: Callable[[], float] = time.time
+        self,
+        documents: Documents,
+        limits: FeedbackLimits | None = None,
+        clock: Callable[[], float] = time.time,
+        room: Room | None = None,
     ) -> None:
         self.documents, self.limits, self._clock = documents, limits or FeedbackLimits(), clock
+        self._room = room or Room()
 
     # -- rules -----------------------------------------------------------------------------------
 
@@ -170,12 +214,11 @@ class Feedback:
         most, until = self.limits.answer_bytes, self._clock() + seconds
         if len(body[0]) > most * ROOM:
             return None
+        self._room.make(self.documents, len(body[0]), most)
         while True:
             person = self._person(one.user)
             try:
-                return self.documents.add(ANSWER, told, parent=person, until=until, body=body, quota=most)
-            except QuotaError:
-                self.documents.shrink(ANSWER, int(most * ROOM) - len(body[0]))
+                return self.documents.add(ANSWER, told, parent=person, until=until, body=body)
             except AdapterError:  # the person was forgotten just now
                 continue
 

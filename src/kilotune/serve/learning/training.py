@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, final
 
 from ...config import AdapterConfig
 from ...fleet.store import open_store
 from ...fleet.store.documents import Documents
+from ...train.data.rendering import ChatTemplate
 from ..engine.interface import Engine
 from ..engine.lanes import Lanes
 from ..engine.tenant_adapters import AdapterRegistry
-from .feedback import Feedback, FeedbackLimits
+from .feedback import Feedback, FeedbackLimits, Room
 from .file_reader import FileReader
 from .forgetting import Forgetting
+from .gate import Bounds
 from .jobs import JobLimits, Jobs
 from .learner import Learner
+from .personal import PersonalRunner
+from .rollback import RollbackRule
 from .runner import JobRunner
+from .study import Pace
+from .training_file import Example, read_example
 
 __all__ = ["Training", "TrainingLimits"]
 
@@ -26,12 +33,16 @@ GRADERS = 2  # that are at work at a time for requests, of different namespaces
 @final
 @dataclass(frozen=True, kw_only=True)
 class TrainingLimits:
-    """What a namespace may have. file_bytes: of all its files. jobs: see there. at_once: jobs in training here."""
+    """What a namespace may have. file_bytes: of all its files. jobs, feedback, rollback: see there. at_once: jobs in
+    training here. pace, bounds: how it is learned from feedback, and what may go live."""
 
     file_bytes: int = 2**30
     jobs: JobLimits = field(default_factory=JobLimits)
     feedback: FeedbackLimits = field(default_factory=FeedbackLimits)
     at_once: int = 32
+    pace: Pace = field(default_factory=Pace)
+    bounds: Bounds = field(default_factory=Bounds)
+    rollback: RollbackRule = field(default_factory=RollbackRule)
 
 
 @final
@@ -47,6 +58,7 @@ class Training:
         config: of the adapters of jobs that begin with the base.
         tokenizer: of the base.
         limits: of each namespace.
+        personal: of the adapters that learn from feedback; None: as jobs' have.
 
     Raises:
         UnsupportedError: the store keeps no documents. ConfigError: the tokenizer has no chat template.
@@ -63,13 +75,23 @@ class Training:
         config: AdapterConfig,
         tokenizer: Any,
         limits: TrainingLimits | None = None,
+        personal: AdapterConfig | None = None,
     ) -> None:
         self.limits = limits or TrainingLimits()
         self.learner = learner
         self.grading = Lanes("kilotune-graders", GRADERS, 1)
         self._store = open_store(store)
-        self._documents = Documents(self._store)
+        self._documents, self._room = Documents(self._store), Room()
+        chats = ChatTemplate(tokenizer)
         self._files = FileReader(tokenizer, engine.max_length)
+
+        def make(given: Mapping[str, Any], form: str) -> Example:
+            return read_example(given, form, chats, tokenizer, longest=engine.max_length)
+
+        own = self.limits
+        self.personal = PersonalRunner(
+            self._documents, learner, adapters, engine, personal or config, make, own.pace, own.bounds, own.rollback
+        )
         self._runner = JobRunner(
             self._documents, learner, adapters, base, config, self._files.read, self.limits.jobs, self.limits.at_once
         )
@@ -80,12 +102,14 @@ class Training:
         """Begin to train."""
         self.learner.start()
         self._runner.start()
+        self.personal.start()
         self.forgetting.start()
 
     def close(self) -> None:
         """End; jobs stay where they are, for the next start or another server."""
         self.grading.close()
         self.forgetting.stop()
+        self.personal.stop()
         self._runner.stop()
         self._files.close()
         self.learner.stop()
@@ -105,4 +129,4 @@ class Training:
 
     def feedback(self, namespace: str) -> Feedback:
         """That of a namespace."""
-        return Feedback(self.documents(namespace), self.limits.feedback)
+        return Feedback(self.documents(namespace), self.limits.feedback, room=self._room)

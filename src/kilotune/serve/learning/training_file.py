@@ -238,14 +238,19 @@ def _prompt(given: Mapping[str, Any], chats: ChatTemplate) -> Rendered:
     if messages[-1]["role"] == "assistant":
         raise ConfigError("messages: the last one is the assistant's, which the model is to say itself")
     try:
-        return chats.prompt(_plain(messages, given.get("tools")))
+        found = chats.prompt(_plain(messages, given.get("tools")))
+        found.text.encode()
+        return found
     except UnicodeEncodeError:
         raise ConfigError("half of a surrogate pair, which is no character") from None
 
 
 def _rendered(chats: ChatTemplate, messages: Sequence[dict[str, Any]]) -> list[Rendered]:
     try:
-        return chats.render(messages)
+        found = chats.render(messages)
+        for one in found:
+            one.text.encode()
+        return found
     except UnicodeEncodeError:
         raise ConfigError("half of a surrogate pair, which is no character") from None
 

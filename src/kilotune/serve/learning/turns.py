@@ -16,14 +16,15 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, final
 
 from ...errors import AdapterError
 from ...fleet.store.documents import Document, Documents
+from .jobs import HELD
 
-__all__ = ["LEARNING", "LEARNING_EVENT", "Turn", "events", "tell", "turn_name", "wake"]
+__all__ = ["LEARNING", "LEARNING_EVENT", "Turn", "events", "noted", "notes_of", "tell", "turn_name", "wake"]
 
 LEARNING, LEARNING_EVENT = "learning", "learningevent"
 WAITING, RUNNING, RESTING = "queued", "running", "rests"
@@ -50,7 +51,7 @@ def wake(documents: Documents, user: str, after: float) -> None:
         if found is None:
             data = {"user": user, "since": now, "next": None}
             return Document(LEARNING, "", "", data, state=WAITING, until=now + after)
-        if found.state == RUNNING:  # what it does not see is for a run behind it
+        if found.state in (RUNNING, HELD):  # what it does not see is for a run behind it
             return replace(found, data={**found.data, "next": now + after})
         since = found.data["since"] if found.state == WAITING else now
         until = min(now + after, since + MOST_PAUSES * after)
@@ -84,6 +85,19 @@ def tell(documents: Documents, user: str, what: str, message: str, data: Mapping
         return
 
 
+def notes_of(documents: Documents, user: str, what: str) -> list[Any]:
+    """What is remembered of a user's learning: ``aside``, ``left``, ``skipped``; empty where there is nothing."""
+    found = documents.find(LEARNING, _name(documents, user))
+    return [] if found is None else list(found.data.get(what, []))
+
+
+def noted(documents: Documents, user: str, what: str, values: Sequence[Any]) -> None:
+    """Remember something of a user's learning, whoever is at work on it."""
+    documents.change(
+        LEARNING, _name(documents, user), lambda found: replace(found, data={**found.data, what: list(values)})
+    )
+
+
 def _name(documents: Documents, user: str) -> str:
     assert documents.namespace is not None, "feedback belongs to a namespace"
     return turn_name(documents.namespace, user)
@@ -107,6 +121,15 @@ class Turn:
         """Whether it is still so."""
         found = self.documents.find(LEARNING, self.name)
         return found is not None and self._own(found)
+
+    def notes(self, what: str) -> list[Any]:
+        """See :func:`notes_of`."""
+        return notes_of(self.documents, self.user, what)
+
+    def note(self, what: str, values: Sequence[Any]) -> None:
+        """See :func:`noted`; writes only what is new."""
+        if self.notes(what) != list(values):
+            noted(self.documents, self.user, what, values)
 
     def end(self) -> None:
         """It is done: rest, or wait for what came meanwhile."""

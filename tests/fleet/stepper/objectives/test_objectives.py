@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +12,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from kilotune.fleet.stepper.objectives import OBJECTIVES, Dpo, Grpo, ImportanceSampling, Kto, Objective, Ppo, Supervised
+from kilotune.fleet.stepper.losses import KeptLogits
+from kilotune.fleet.stepper.objectives import (
+    OBJECTIVES,
+    Distribution,
+    Divergence,
+    Dpo,
+    Grpo,
+    ImportanceSampling,
+    Kto,
+    Objective,
+    Ppo,
+    Supervised,
+)
 from kilotune.fleet.stepper.token_rows import collate
 
 VOCABULARY = 11
@@ -161,6 +174,47 @@ def test_kto_learns_nothing_in_how_far_the_model_has_moved() -> None:
     assert float(logits.grad[1::2].abs().max()) == 0 < float(logits.grad[0::2].abs().max())
 
 
+def plain_divergence(target: np.ndarray, logits: np.ndarray, row: Row) -> float:
+    total = 0.0
+    for place in [t for t in range(1, len(row["labels"])) if row["labels"][t] != -100]:
+        p, q = (np.exp(one[place - 1]) / np.exp(one[place - 1]).sum() for one in (target, logits))
+        total += float((p * np.log(p / q)).sum())
+    return total
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_the_divergence_from_another_model(kept: bool) -> None:
+    rows = rows_of(3)
+    theirs, ours = logits_for(rows, 1), logits_for(rows, 2)
+
+    def output(logits: Tensor, some: Sequence[Row]) -> Any:
+        labels = collate(some)["labels"]
+        places = (labels[:, 1:] != -100).any(0).nonzero().squeeze(1)
+        return KeptLogits(logits[:, places], places) if kept else logits
+
+    targets = []
+    for i, row in enumerate(rows):
+        batch = collate([row])
+        told = Distribution()(output(theirs[i : i + 1, : len(row["input_ids"])], [row]), batch)
+        assert told.told is not None
+        assert told.totals.tolist() == [0.0]
+        targets.append(told.told[0].detach())
+    objective = Divergence(tuple(targets))
+    found = objective(output(ours, rows), collate(rows))
+    expected = [plain_divergence(t.detach().numpy(), o.detach().numpy(), row) for t, o, row in zip(theirs, ours, rows)]
+    np.testing.assert_allclose(found.totals.detach().numpy(), expected, atol=1e-12)
+    assert float(found.counts.sum()) == objective.count(rows)
+    itself = objective(output(theirs, rows), collate(rows)).totals.sum()
+    (gradient,) = torch.autograd.grad(itself, theirs)
+    assert abs(float(itself.detach())) < 1e-12
+    assert float(gradient.abs().max()) < 1e-12  # nothing is to be learned where nothing has changed
+
+    def value(given: Tensor) -> Tensor:
+        return objective(output(given, rows), collate(rows)).totals.sum()
+
+    assert torch.autograd.gradcheck(value, (ours,), eps=1e-6, atol=1e-6)
+
+
 def test_what_is_padded_or_left_out_changes_nothing() -> None:
     rows = rows_of(1)
     alone = rows[:1] if len(rows[0]["input_ids"]) < len(rows[1]["input_ids"]) else rows[1:2]
@@ -177,7 +231,10 @@ def test_the_list_has_them_all() -> None:
     def below(one: type[Objective]) -> set[type[Objective]]:
         return {one, *(deeper for each in one.__subclasses__() for deeper in below(each))}
 
-    assert set(OBJECTIVES.values()) == below(Objective) - {Objective}
+    assert set(OBJECTIVES.values()) == {one for one in below(Objective) if not inspect.isabstract(one)}
     assert all(OBJECTIVES[name].name == name for name in OBJECTIVES)
     names: Mapping[str, type[Objective]] = OBJECTIVES
-    assert set(names) == {"supervised", "dpo", "kto", "importance_sampling", "ppo", "grpo"}
+    assert set(names) == {"supervised", "dpo", "kto", "importance_sampling", "ppo", "grpo"} | {
+        "distribution",
+        "divergence",
+    }

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..losses import IGNORED, RowLoss, label_losses
 
-__all__ = ["IGNORED", "Objective", "row_sums", "token_logprobs"]
+__all__ = ["IGNORED", "LabelObjective", "Objective", "labelled", "row_sums", "token_logprobs"]
 
 
 class Objective(ABC):
@@ -28,12 +28,20 @@ class Objective(ABC):
     rowwise: ClassVar[bool] = True  # an example's loss does not depend on the others
 
     @abstractmethod
-    def of(self, logprobs: Tensor, batch: Mapping[str, Tensor]) -> RowLoss:
-        """The loss of each row. logprobs: (rows, tokens), 0 where there is no label. batch: all that rows have."""
+    def __call__(self, output: Any, batch: Mapping[str, Tensor]) -> RowLoss:
+        """The loss of each row, with what else is told of it. output: has logits. batch: all that rows have."""
 
     @abstractmethod
     def count(self, rows: Sequence[Mapping[str, Any]]) -> float:
         """What the sum of the losses of these rows is divided by: known before anything is run."""
+
+
+class LabelObjective(Objective):
+    """What is learned from the log-probabilities of the labels alone; they are told of each row."""
+
+    @abstractmethod
+    def of(self, logprobs: Tensor, batch: Mapping[str, Tensor]) -> RowLoss:
+        """The loss of each row. logprobs: (rows, tokens), 0 where there is no label. batch: all that rows have."""
 
     def __call__(self, output: Any, batch: Mapping[str, Tensor]) -> RowLoss:
         """The loss of each row, and its log-probabilities beside it."""

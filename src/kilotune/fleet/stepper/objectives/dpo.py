@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..losses import RowLoss
-from ._base import Objective, row_sums
+from ._base import LabelObjective, row_sums
 
 __all__ = ["Dpo"]
 
 
 @final
 @dataclass(frozen=True)
-class Dpo(Objective):
+class Dpo(LabelObjective):
     """The paper's equation 7. Rows come in pairs: the better answer, then the worse one.
 
     Each row has ``reference``, the log-probability of its whole answer under the reference model.

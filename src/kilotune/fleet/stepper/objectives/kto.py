@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from ..losses import RowLoss
-from ._base import Objective, row_sums
+from ._base import LabelObjective, row_sums
 
 __all__ = ["Kto"]
 
 
 @final
 @dataclass(frozen=True)
-class Kto(Objective):
+class Kto(LabelObjective):
     """The paper's section 4. Each example is two rows: the answer, then another example's answer to the same prompt.
 
     The second one is only for the estimate of how far the model has moved in all, in which nothing is learned. Each

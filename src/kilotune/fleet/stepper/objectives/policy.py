@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..losses import RowLoss
-from ._base import IGNORED, Objective, labelled
+from ._base import IGNORED, LabelObjective, labelled
 
 __all__ = ["Grpo", "ImportanceSampling", "Ppo"]
 
@@ -25,7 +25,7 @@ def _ratio(logprobs: Tensor, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tenso
 
 @final
 @dataclass(frozen=True)
-class ImportanceSampling(Objective):
+class ImportanceSampling(LabelObjective):
     """-sum of ratio times advantage, over the tokens. Rows have ``old_logprobs`` and ``advantages``, for each token."""
 
     name: ClassVar[str] = "importance_sampling"
@@ -41,7 +41,7 @@ class ImportanceSampling(Objective):
 
 @final
 @dataclass(frozen=True)
-class Ppo(Objective):
+class Ppo(LabelObjective):
     """PPO's clipped objective (Schulman et al. 2017, arXiv 1707.06347, equation 7), over the tokens.
 
     Args:
@@ -65,7 +65,7 @@ class Ppo(Objective):
 
 @final
 @dataclass(frozen=True)
-class Grpo(Objective):
+class Grpo(LabelObjective):
     """GRPO's objective (Shao et al. 2024, arXiv 2402.03300, equation 3): PPO's clip, each row's mean over its tokens.
 
     Rows have ``reference_logprobs`` too where ``beta`` is not 0.

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from ..losses import RowLoss
-from ._base import IGNORED, Objective, labelled
+from ._base import IGNORED, LabelObjective, labelled
 
 __all__ = ["Supervised"]
 
 
 @final
 @dataclass(frozen=True)
-class Supervised(Objective):
+class Supervised(LabelObjective):
     """The mean over tokens, weighted: a message's weight of 0 leaves it out. Without ``weights`` all count alike."""
 
     name: ClassVar[str] = "supervised"

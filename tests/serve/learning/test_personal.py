@@ -1,0 +1,292 @@
+"""From feedback to a version that answers: learned, gone on from, taken back, refused, and published once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kilotune.fleet.store import Record
+from kilotune.serve.learning.feedback import FeedbackRules
+from kilotune.serve.learning.gate import Bounds
+from kilotune.serve.learning.personal import _Run
+from kilotune.serve.learning.rollback import marks_of, roll_back
+from kilotune.serve.learning.study import Study
+from kilotune.serve.learning.turns import LEARNING, events, turn_name, wake
+from kilotune.serve.learning.users import LIVE, model_of
+from kilotune.serve.learning.workers import LeftError
+from tests.support.http_support import adapter_folder
+from tests.support.learning_support import Learning, learning
+
+
+@pytest.fixture(scope="module")
+def school(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Learning]:
+    with learning(tmp_path_factory.mktemp("personal")) as made:
+        yield made
+
+
+def record(school: Learning, user: str, version: int) -> Record:
+    return school.registry.stored(school.space, school.registry.info(school.space, model_of(user), version))
+
+
+def numbers(school: Learning, user: str, version: int) -> bytes:
+    return record(school, user, version).packed
+
+
+def told(school: Learning, user: str) -> list[str]:
+    return [one.data["type"] for one in reversed(events(school.documents, user))]
+
+
+def test_corrections_are_learned_one_after_another_and_the_base_stays(school: Learning) -> None:
+    before = school.said("nobody", "the cat")
+    first = school.correct("ann", "the cat", "a dog sat")
+    event = school.learn("ann")
+    assert (event["type"], event["data"]["lessons"], event["data"]["version"]) == ("learned", [first], 1)
+    assert school.said("ann", "the cat") == "a dog sat"
+    second = school.correct("ann", "a dog", "on the hat")
+    event = school.learn("ann")
+    assert (event["type"], event["data"]["lessons"]) == ("learned", [second])
+    assert school.live("ann") == 2
+    assert school.said("ann", "a dog") == "on the hat"
+    assert school.said("ann", "the cat") == "a dog sat"  # it was replayed
+    assert school.said("nobody", "the cat") == before
+    assert event["data"]["gate"]["kl"] <= school.runner.bounds.divergence
+    assert len(marks_of(record(school, "ann", 2).info)) == 2
+    assert school.learn("ann") == event  # nothing is new
+    assert school.versions("ann") == [1, 2]
+    counts = school.runner.counts()
+    assert (counts.learned, counts.corrections) == (2, 2)
+    assert counts.correction_seconds > 0
+
+
+def test_choices_and_ratings_are_learned_too(school: Learning) -> None:
+    school.choose("eve", "the cat", "a dog sat", "on the hat")
+    school.rate("eve", "a dog", "the mat", up=True)
+    school.rate("eve", "a mat", "the hat", up=False)
+    event = school.learn("eve")
+    assert event["type"] == "learned"
+    assert len(event["data"]["lessons"]) == 3
+    assert event["data"]["steps"] > 0
+
+
+def test_what_cannot_be_rendered_is_told_once_and_stops_nothing(school: Learning) -> None:
+    long = school.correct("fay", "the cat", "the dog sat " * 200, "no")
+    school.correct("fay", "a dog", "on the hat", "no")
+    school.learn("fay")
+    assert told(school, "fay") == ["skipped", "learned"]
+    skipped = events(school.documents, "fay")[-1].data
+    assert skipped["data"]["lessons"] == [long]
+    assert "tokens; the model takes 256" in skipped["message"]
+    school.learn("fay")
+    assert told(school, "fay") == ["skipped", "learned"]
+
+
+def test_a_newer_correction_of_a_prompt_takes_the_older_ones_place(school: Learning) -> None:
+    school.correct("gus", "the cat", "a dog sat", "no")
+    school.learn("gus")
+    school.correct("gus", "the cat", "on the hat", "a dog sat")
+    assert school.learn("gus")["type"] == "learned"  # and it is not held against it that the old one is known less
+    assert school.said("gus", "the cat") == "on the hat"
+
+
+@pytest.mark.heavy
+def test_what_was_taken_back_is_in_no_version_and_trained_again_it_is_as_if_it_never_was(
+    school: Learning, tmp_path: Path
+) -> None:
+    lessons = [("the cat", "a dog sat"), ("a dog", "on the hat"), ("a mat", "the cat sat")]
+    names = []
+    for asked, right in lessons:
+        names.append(school.correct("ben", asked, right, "no"))
+        school.learn("ben")
+    assert school.versions("ben") == [1, 2, 3]
+    school.feedback.remove(names[1], "ben")
+    event = school.learn("ben")
+    assert told(school, "ben")[-2:] == ["taken_back", "learned"]
+    assert school.versions("ben") == [1, 4]  # the first never held it
+    assert event["data"]["lessons"] == [names[0], names[2]]
+    with learning(tmp_path) as other:
+        for asked, right in (lessons[0], lessons[2]):
+            other.correct("ben", asked, right, "no")
+        other.learn("ben")
+        assert numbers(other, "ben", 1) == numbers(school, "ben", 4)
+    for name in (names[0], names[2]):
+        school.feedback.remove(name, "ben")
+    assert school.learn("ben")["type"] == "taken_back"
+    assert school.versions("ben") == []
+    assert school.live("ben") is None
+
+
+def test_an_equal_correction_that_still_stands_is_not_taken_back(school: Learning) -> None:
+    first = school.correct("hal", "the cat", "a dog sat", "no")
+    school.correct("hal", "the cat", "a dog sat", "no")
+    school.learn("hal")
+    school.feedback.remove(first, "hal")
+    assert school.learn("hal")["type"] == "learned"
+    assert school.versions("hal") == [1]
+
+
+def test_where_feedback_was_turned_off_nothing_is_learned_and_what_is_taken_back_goes(school: Learning) -> None:
+    name = school.correct("ida", "the cat", "a dog sat", "no")
+    school.learn("ida")
+    school.correct("ida", "a dog", "on the hat", "no")
+    school.feedback.set_rules(FeedbackRules(enabled=False))
+    try:
+        school.learn("ida")
+        assert school.versions("ida") == [1]
+        school.feedback.remove(name, "ida")
+        school.learn("ida")
+        assert school.versions("ida") == []
+    finally:
+        school.feedback.set_rules(FeedbackRules(enabled=True, pause_seconds=0))
+
+
+# -- the gate in the way -------------------------------------------------------------------------------------
+
+
+def test_a_refused_candidate_is_kept_without_the_alias_and_not_tried_again(
+    school: Learning, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = school.correct("joe", "the cat", "a dog sat", "no")
+    with monkeypatch.context() as strict:
+        strict.setattr(school.runner, "bounds", Bounds(divergence=1e-9))
+        event = school.learn("joe")
+        assert event["type"] == "refused"
+        assert event["data"]["lessons"] == [first]
+        assert "KL from what is live on the guard's texts" in event["message"]
+        assert (school.versions("joe"), school.live("joe")) == ([1], None)
+        assert "KL" in record(school, "joe", 1).info.metadata["refused"][0]
+    school.learn("joe")
+    assert school.versions("joe") == [1]
+    second = school.correct("joe", "a dog", "on the hat", "no")
+    event = school.learn("joe")
+    assert (event["type"], event["data"]["lessons"], school.live("joe")) == ("learned", [second], 2)
+
+
+def test_numbers_that_are_not_finite_are_refused(school: Learning, monkeypatch: pytest.MonkeyPatch) -> None:
+    school.correct("kim", "the cat", "a dog sat", "no")
+    monkeypatch.setattr(school.runner, "pace", replace(school.runner.pace, rate=1e30))
+    event = school.learn("kim")
+    assert event["type"] == "refused"
+    assert "not finite" in event["message"]
+    assert school.live("kim") is None
+
+
+# -- one run at a time, and once -------------------------------------------------------------------------------
+
+
+def killed(school: Learning, user: str) -> None:
+    """Whoever has the turn gives no sign of life any more."""
+    school.documents.change(LEARNING, turn_name(school.space, user), lambda one: replace(one, until=1.0))
+
+
+def test_a_run_that_was_killed_is_taken_up_and_publishes_once(
+    school: Learning, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = school.correct("lea", "the cat", "a dog sat", "no")
+    wake(school.documents, "lea", 0)
+
+    def dies(*_: object, **__: object) -> None:
+        raise LeftError
+
+    for method in ("_study", "_publish", "_say_learned"):  # before, after it has learned, after it is live
+        claim = school.claim()
+        assert claim is not None
+        with monkeypatch.context() as patched:
+            patched.setattr(_Run, method, dies)
+            with pytest.raises(LeftError):
+                school.runner._work(claim)
+        killed(school, "lea")
+    assert school.live("lea") == 1
+    assert told(school, "lea") == []
+    claim = school.claim()
+    assert claim is not None
+    school.runner._work(claim)
+    assert school.versions("lea") == [1]
+    assert told(school, "lea") == ["learned"]
+    assert school.last("lea")["data"]["lessons"] == [name]
+    assert school.claim() is None
+
+
+@pytest.mark.parametrize("change", ["taken back", "rolled back", "taken over"])
+def test_what_changes_meanwhile_is_not_published(
+    change: str, school: Learning, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    user = f"mia {change}"
+    school.correct(user, "the cat", "a dog sat", "no")
+    school.learn(user)
+    name = school.correct(user, "a dog", "on the hat", "no")
+    wake(school.documents, user, 0)
+    claim = school.claim()
+    assert claim is not None
+    run = Study.run
+
+    def meanwhile(study: Study) -> None:
+        run(study)
+        if change == "taken back":
+            school.feedback.remove(name, user)
+        elif change == "rolled back":
+            roll_back(school.documents, school.registry, user)
+        else:
+            killed(school, user)
+            assert school.everyone.claim(LEARNING, "another", 15) is not None
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Study, "run", meanwhile)
+        with pytest.raises(LeftError):
+            school.runner._work(claim)
+    assert school.versions(user) == [1]
+    if change == "taken over":
+        assert school.state(user) == "running"
+        return
+    assert school.state(user) == "queued"
+    following = school.claim()
+    assert following is not None
+    school.runner._work(following)
+    assert school.live(user) == (1 if change == "taken back" else 2)
+
+
+@pytest.mark.heavy
+def test_a_server_runs_turns_by_itself(tmp_path: Path) -> None:
+    with learning(tmp_path) as own:
+        own.runner.start()
+        try:
+            for user in ("ann", "ben"):
+                own.correct(user, "the cat", "a dog sat", "no")
+                wake(own.documents, user, 0)
+            end = time.monotonic() + 60
+            while any(own.state(user) != "rests" for user in ("ann", "ben")):
+                assert time.monotonic() < end
+                time.sleep(0.05)
+            assert {own.said(user, "the cat") for user in ("ann", "ben")} == {"a dog sat"}
+        finally:
+            own.runner.stop()
+
+
+# -- on a shared one --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.heavy
+def test_a_personal_model_stands_on_the_shared_one_of_the_rules_and_follows_it(tmp_path: Path) -> None:
+    with learning(tmp_path) as own:
+        for seed in (3, 4):
+            own.registry.put(own.space, "house", adapter_folder(seed), alias="live" if seed == 3 else None)
+        own.feedback.set_rules(FeedbackRules(enabled=True, pause_seconds=0, model="house/live"))
+        own.correct("ann", "the cat", "a dog sat", "no")
+        own.correct("ann", "a dog", "on the hat", "no")
+        assert own.learn("ann")["type"] == "learned"
+        stands: Any = own.registry.info(own.space, model_of("ann"), LIVE).stands_on
+        assert (stands.name, stands.version) == ("house", 1)
+        own.registry.roll_out(own.space, "live", {"house": 2})
+        assert own.learn("ann")["type"] == "learned"
+        stands = own.registry.info(own.space, model_of("ann"), LIVE).stands_on
+        assert (stands.name, stands.version) == ("house", 2)
+        own.feedback.set_rules(FeedbackRules(enabled=True, pause_seconds=0, model="nothing"))
+        own.correct("ann", "a mat", "the cat", "no")
+        event = own.learn("ann")
+        assert event["type"] == "failed"
+        assert "nothing" in event["message"]
+        assert own.state("ann") == "rests"
