@@ -268,3 +268,18 @@ def test_a_document_of_a_known_name_is_made_once(ann: Documents, opened: Opener,
     with pytest.raises(KeyError):
         ann.put("turn", "turn-v", fails)
     assert ann.find("turn", "turn-v") is None
+
+
+def test_many_remove_at_once(tmp_path: Path) -> None:
+    """SQLite does not wait for another one that cuts the log."""
+    with open_store(f"sqlite:///{tmp_path / 'a.db'}") as store:
+        documents = Documents(store).within("ann")
+
+        def remove(number: int) -> None:
+            for _ in range(15):
+                made = documents.add("job", {"number": number}, body=[b"x" * 5000])
+                assert documents.rm("job", made.name)
+
+        with ThreadPoolExecutor(6) as pool:
+            list(pool.map(remove, range(6)))
+        assert documents.total("job") == (0, 0)
