@@ -200,7 +200,7 @@ def _jobs(model: Any, words: argparse.Namespace, vocabulary: int) -> float:
     twin = twin_of(base)
     rows = {f"{i}": fleet.data_of(i, words, vocabulary) for i in range(words.users)}
 
-    def read(data: bytes, form: str, what: str) -> TrainingFile:
+    def read(data: bytes, form: str, what: str, whose: str, stay: object) -> TrainingFile:
         own = [one.tolist() for one in rows[data.decode()]]
         return TrainingFile(tuple(Example(i, ({"input_ids": ids, "labels": ids},)) for i, ids in enumerate(own)))
 

@@ -72,11 +72,12 @@ class Bounded:
         function: its name; it takes and gives what can be JSON.
         bounds: of each call.
         processes: calls that run at once; each process is started by the first call that needs it.
+        given: what the file's function ``prepare`` is called with before any call; None: it is not.
 
     """
 
-    def __init__(self, file: Path, function: str, bounds: Bounds, processes: int = 1) -> None:
-        self.file, self.function, self.bounds = file, function, bounds
+    def __init__(self, file: Path, function: str, bounds: Bounds, processes: int = 1, given: Any = None) -> None:
+        self.file, self.function, self.bounds, self._given = file, function, bounds, given
         self._idle: queue.LifoQueue[_Process | None] = queue.LifoQueue()
         self._count = processes
         for _ in range(processes):
@@ -97,7 +98,7 @@ class Bounded:
         """
         process = self._idle.get()
         try:
-            process = process or _Process(self.file, self.function)
+            process = process or _Process(self.file, self.function, self._given)
         finally:
             self._idle.put(process)
 
@@ -116,7 +117,7 @@ class Bounded:
         bounds, limit = self.bounds, self.bounds.seconds if seconds is None else seconds
         process = self._idle.get()
         try:
-            process = process or _Process(self.file, self.function)
+            process = process or _Process(self.file, self.function, self._given)
             began = time.monotonic()
             told = process.ask(
                 {"asked": asked, "seconds": limit, "memory": bounds.memory, "most": bounds.most}, limit + GRACE
@@ -152,8 +153,8 @@ class Bounded:
 class _Process:
     """One process, and what is written to it and read from it. lasts: whether it takes another call."""
 
-    def __init__(self, file: Path, function: str) -> None:
-        given = {"path": _path(), "file": str(file), "function": function}
+    def __init__(self, file: Path, function: str, prepared: Any) -> None:
+        given = {"path": _path(), "file": str(file), "function": function, "given": prepared}
         self.lasts = False
         try:
             self._process = subprocess.Popen(

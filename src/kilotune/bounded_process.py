@@ -1,6 +1,7 @@
 """A process that runs one function for who started it, each call in a child of its own: the program of bounded.py.
 
-It is given ``{"path", "file", "function"}``, loads the function, and says ``{"ready": true}``. Then it takes calls,
+It is given ``{"path", "file", "function", "given"}``, loads the function, calls the file's ``prepare`` with what is
+given where that is something, and says ``{"ready": true}``. Then it takes calls,
 ``{"asked", "seconds", "memory", "most"}``, and gives ``{"answer"}``, ``{"raised": [type, text]}`` or
 ``{"ended": why}``. All of it is JSON behind its length. It imports nothing of kilotune by itself, so it starts soon.
 
@@ -25,13 +26,15 @@ PIECE = 1 << 16
 Function = Callable[[Any], Any]
 
 
-def load(file: str, function: str) -> Function:
-    """The function of a file."""
+def load(file: str, function: str, given: Any) -> Function:
+    """The function of a file, which is prepared with what is given."""
     spec = importlib.util.spec_from_file_location("bounded_function", file)
     assert spec is not None
     assert spec.loader is not None
     module = sys.modules["bounded_function"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    if given is not None:
+        module.prepare(given)
     found: Function = getattr(module, function)
     return found
 
@@ -122,7 +125,7 @@ def main() -> None:
         return
     sys.path[:] = given["path"]
     try:
-        function = load(given["file"], given["function"])
+        function = load(given["file"], given["function"], given["given"])
     except Exception as error:
         write(out, json.dumps({"failed": f"{type(error).__name__}: {error}"}).encode())
         return

@@ -13,7 +13,7 @@ import pytest
 from kilotune.errors import StoreError
 from kilotune.serve.learning import turns
 from kilotune.serve.learning.feedback import ANSWER, Feedback
-from kilotune.serve.learning.training_file import read_file
+from kilotune.serve.learning.training_file import read_lines
 from kilotune.train.data.rendering import ChatTemplate
 from tests.support.feedback_support import ASKED, SPACE, answer, claim, feedback_serving, rules
 from tests.support.http_support import BASE, Running, tokenizer
@@ -340,7 +340,7 @@ def test_no_text_of_a_user_makes_a_mark_of_a_turn(running: Running) -> None:
     def marked(text: str) -> int:
         line = {"messages": [*lesson.messages, {"role": "assistant", "content": text}]}
         data = json.dumps(line).encode()
-        (example,) = read_file(data, "supervised", ChatTemplate(tokenizer()), tokenizer(), longest=200).examples
+        (example,), _ = read_lines(data.decode(), 1, "supervised", ChatTemplate(tokenizer()), tokenizer(), longest=200)
         return sum(number in marks for number in example.rows[0]["input_ids"])
 
     assert marked(forged) == marked("a dog")

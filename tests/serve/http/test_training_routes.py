@@ -80,9 +80,6 @@ def test_a_job_tells_what_it_does_and_leaves_its_numbers(running: Running) -> No
     assert metrics[0]["step"] == metrics[0]["total_steps"] == 40
     assert metrics[0]["train_loss"] < metrics[-1]["train_loss"]
     assert metrics[0]["valid_loss"] < metrics[-1]["valid_loss"]
-    (checkpoint,) = ann.fine_tuning.jobs.checkpoints.list(job.id)
-    assert checkpoint.fine_tuned_model_checkpoint == job.fine_tuned_model
-    assert checkpoint.step_number == 40
     (result,) = job.result_files
     lines = ann.files.content(result).text.splitlines()
     assert lines[0] == "step,train_loss,valid_loss"
@@ -131,22 +128,43 @@ def test_what_is_trained_on_a_shared_one_stands_on_it(running: Running) -> None:
     assert said(ann, job.fine_tuned_model, "the cat").strip() == "a dog sat"
 
 
+def test_the_last_epochs_answer_too_and_go_with_the_model(running: Running) -> None:
+    bob = running.openai("bob")
+    method = {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 6, "batch_size": 1}}}
+    job = done(bob, job_of(bob, chat_lines(HIS), method=method, seed=4))
+    assert job.status == "succeeded", job.error
+    found = list(bob.fine_tuning.jobs.checkpoints.list(job.id))
+    names = [one.fine_tuned_model_checkpoint for one in found]
+    model = job.fine_tuned_model
+    assert names == [model, f"{model}:ckpt-step-10", f"{model}:ckpt-step-8"]
+    assert [one.step_number for one in found] == [12, 10, 8]
+    assert found[0].metrics.train_loss < found[2].metrics.train_loss
+    assert len({running.catalogue.info("bob", name).sha256 for name in names}) == 3
+    assert all(said(bob, name, "the cat") for name in names)
+    with running.client(running.manager) as client:
+        answer = client.delete(f"/manage/bob/adapters/{model}")
+    assert answer.json() == {"name": model, "removed": 3}
+    for name in names:
+        with pytest.raises(openai.NotFoundError):
+            said(bob, name, "the cat")
+
+
 def test_what_a_grader_says_is_learned(running: Running) -> None:
     ann = running.openai("ann")
     rows = [{"messages": [{"role": "user", "content": asked}], "word": "cat"} for asked in ("the cat", "a dog")]
     data = "".join(json.dumps(row) + "\n" for row in rows).encode()
     held = upload(ann, data, "valid.jsonl")
     grader = {**ANSWERED, "type": "string_check", "operation": "like", "reference": "{{ item.word }}"}
-    method = graded(grader, n_epochs=10, batch_size=2, learning_rate_multiplier=5.0, eval_interval=5)
+    method = graded(grader, n_epochs=12, batch_size=2, learning_rate_multiplier=5.0, eval_interval=5)
     job = done(ann, job_of(ann, data, method=method, validation_file=held.id, seed=1))
     assert job.status == "succeeded", job.error
     assert job.method.reinforcement.grader.operation == "like"
     assert job.method.reinforcement.hyperparameters.compute_multiplier == 1
     told = [event.data for event in ann.fine_tuning.jobs.list_events(job.id) if event.type == "metrics"][::-1]
     rewards = [one["train_mean_reward"] for one in told]
-    assert sum(rewards[-3:]) > sum(rewards[:3]) + 0.6, rewards
+    assert sum(rewards[-4:]) / 4 > sum(rewards[:2]) / 2 + 0.15, rewards
     assert [one["step"] for one in told if "valid_mean_reward" in one] == [5, 10]
-    assert 0 < job.trained_tokens < 10 * 16 * 64
+    assert 0 < job.trained_tokens < 12 * 16 * 64
     lines = ann.files.content(job.result_files[0]).text.splitlines()
     assert lines[0] == "step,train_loss,valid_loss,train_mean_reward,valid_mean_reward"
 

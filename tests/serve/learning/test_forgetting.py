@@ -110,7 +110,7 @@ def test_nothing_of_theirs_is_left_and_what_is_trained_again_never_saw_them(runn
     own = trained(ann, line("where is it?", SECRET))
     mine(documents, FILE, own.training_file)
     mine(documents, JOB, own.id)
-    on_own = trained(ann, lines(), own.fine_tuned_model)
+    on_own = trained(ann, lines(), f"{own.fine_tuned_model}:ckpt-step-2")
     running.catalogue.roll_out("ann", "live", {house.fine_tuned_model: 1})
     record = running.catalogue.stored("ann", running.catalogue.info("ann", own.fine_tuned_model))
     running.catalogue.put("ann", model_of(MIA), record, alias="live")
@@ -125,7 +125,7 @@ def test_nothing_of_theirs_is_left_and_what_is_trained_again_never_saw_them(runn
 
     assert everywhere(tmp_path, SECRET, MIA) == []
     assert left.data["counts"] == {
-        "files": 1, "files_cut": 1, "jobs": 1, "jobs_again": 3, "models": 4, "learned_again": 1, "broken": 0,
+        "files": 1, "files_cut": 1, "jobs": 1, "jobs_again": 3, "models": 12, "learned_again": 1, "broken": 0,
     }  # fmt: skip
     assert same(tensors(running, house.fine_tuned_model), tensors(running, without.fine_tuned_model))
     assert same(tensors(running, above.fine_tuned_model), tensors(running, above_it.fine_tuned_model))

@@ -20,7 +20,9 @@ GRADER = {
     "reference": "{{ item.answer }}",
     "evaluation_metric": "fuzzy_match",
 }
-EXAMPLES = [Example(line, ({"input_ids": [1, 2, line], "labels": [-100] * 3},), {"answer": "abcd"}) for line in (3, 7)]
+EXAMPLES = [
+    Example(line, ({"input_ids": [1, 2, line], "labels": [-100] * 3},), '{"answer": "abcd"}') for line in (3, 7)
+]
 
 
 class Scripted:
@@ -95,7 +97,7 @@ def test_answers_have_room_and_end_where_a_turn_does() -> None:
 
 
 def test_what_cannot_be_graded_is_told() -> None:
-    lacking = [Example(1, EXAMPLES[0].rows, {})]
+    lacking = [Example(1, EXAMPLES[0].rows, "{}")]
     lesson = practice(Scripted(lambda *_: "a")).lesson(lacking, 2, 0)
     assert lesson.told["grader_errors"] == 2
     assert "item.answer" in lesson.told["grader_error"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, BinaryIO
@@ -24,6 +25,7 @@ from ...fleet.store.names import (
     check_tags,
     check_which,
 )
+from ..learning.jobs import CHECKPOINTS
 from ..learning.users import PERSONAL
 from . import puts as storing
 from .http_errors import ApiError
@@ -194,16 +196,32 @@ def _delete_routes(router: APIRouter, service: Service) -> None:
         version: Annotated[str | None, Query(description="A number, an alias or latest; without it all.")] = None,
         force: Annotated[bool, Query(description="Even if an alias names it, or others stand on it.")] = False,
     ) -> Response:
-        """Remove an adapter, or one version of it. Requests that run keep what they began with."""
+        """Remove an adapter, or one version of it. Requests that run keep what they began with.
+
+        With the model of a fine-tuning job (`ft:...`) go its checkpoints.
+        """
         space, which = space_of(request, namespace), _which(version)
         number: Which = "latest" if version == "latest" else which
         try:
             count = await service.ask(space, lambda: service.adapters.rm(space, name, number, force=force), "name")
+            if version is None and name.startswith("ft:"):
+                count += await _rm_checkpoints(service, space, name, force)
         except ApiError as error:
             held = "is named by" in error.message or "would answer no more" in error.message
             raise ApiError(409, error.message, param="version") if held else error from error
         log("deleted", namespace=space, name=name, version=version, request_id=noted(request.scope).id)
         return JSONResponse({"name": name, "removed": count})
+
+
+async def _rm_checkpoints(service: Service, space: str, name: str, force: bool) -> int:
+    """Remove what a job published of its earlier epochs; how many versions."""
+    adapters = service.adapters
+
+    def remove() -> int:
+        found = adapters.ls(space, f"{glob.escape(name)}{CHECKPOINTS}*")
+        return sum(adapters.rm(space, one.name, force=force) for one in found)
+
+    return await service.ask(space, remove, "name")
 
 
 def _list_routes(router: APIRouter, service: Service) -> None:

@@ -22,7 +22,7 @@ from typing import Any, final
 from ...fleet.store.documents import Document, Documents
 from ..engine.tenant_adapters import AdapterRegistry
 from .feedback import PERSON, Feedback
-from .jobs import FILE, HELD, JOB, RUNNING, WAITING, Jobs, model_name
+from .jobs import CHECKPOINTS, FILE, HELD, JOB, RUNNING, WAITING, Jobs, model_name
 from .turns import LEARNING, turn_name, wake
 from .users import PERSONAL, model_of
 from .workers import Claim, LeftError, Workers
@@ -132,7 +132,7 @@ class _Run:
         again: dict[str, str] = {}
         for job in self._all(JOB):  # the oldest first: what a job begins with was there before it
             files, model = {job.data["training_file"], job.data["validation_file"]}, job.data["model"]
-            start, made = model.partition("/")[0], model_name(self.base, job)
+            start, made = model.partition("/")[0].partition(CHECKPOINTS)[0], model_name(self.base, job)
             if job.data.get("user") == self.user or files & mine:
                 gone.append(job.name)
                 starts[made] = starts.get(start, model)

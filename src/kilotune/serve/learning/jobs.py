@@ -24,6 +24,7 @@ from ...fleet.store.documents import Document, Documents, QuotaError
 
 __all__ = [
     "CHECKPOINT",
+    "CHECKPOINTS",
     "EVENT",
     "FILE",
     "HELD",
@@ -41,6 +42,7 @@ FILE, JOB, EVENT, CHECKPOINT, STATE = "file", "job", "event", "checkpoint", "job
 WAITING, RUNNING, PAUSED = "queued", "running", "paused"
 HELD = "held"  # until what it was trained on is forgotten; then it is trained again, or goes
 DONE = ("succeeded", "failed", "cancelled")
+CHECKPOINTS = ":ckpt-step-"  # behind a model's name, before the step
 DAY = 86_400.0
 
 

@@ -76,7 +76,7 @@ class Practice:
             ConfigError: which do not.
 
         """
-        found = ((one.line, self.grader.lacks(one.item or {})) for one in file.examples)
+        found = ((one.line, self.grader.lacks(one.item)) for one in file.examples)
         faults = [f"  - line {line}: {told}" for line, told in found if told is not None]
         if faults:
             more = ["  - and more"] if len(faults) > TOLD else []
@@ -114,7 +114,7 @@ class Practice:
         return fmean(one.reward for one in self._graded(examples, count, answers))
 
     def _graded(self, examples: Sequence[Example], group: int, answers: Sequence[_Answer]) -> list[Graded]:
-        return [self.grader.grade(examples[i // group].item or {}, one.text) for i, one in enumerate(answers)]
+        return [self.grader.grade(examples[i // group].item, one.text) for i, one in enumerate(answers)]
 
     def _answers(self, examples: Sequence[Example], group: int, when: str) -> list[_Answer]:
         asked = []

@@ -13,7 +13,7 @@ import io
 import logging
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar, final
 
@@ -27,7 +27,7 @@ from ...fleet.store import Record, SharedVersion, Version
 from ...fleet.store.documents import Document, Documents
 from ..engine.tenant_adapters import AdapterRegistry
 from .feedback import ANSWER
-from .jobs import CHECKPOINT, FILE, JOB, RUNNING, STATE, JobLimits, Jobs, model_name
+from .jobs import CHECKPOINT, CHECKPOINTS, EVENT, FILE, JOB, RUNNING, STATE, JobLimits, Jobs, model_name
 from .learner import Learner
 from .reinforcement import EndedError, Lesson, Practice
 from .schedule import Plan
@@ -37,8 +37,8 @@ from .workers import Claim, LeftError, Workers
 __all__ = ["JobRunner", "ModelStart", "Reader"]
 
 T = TypeVar("T")
-Reader = Callable[[bytes, str, str], TrainingFile]
-"""(a file's bytes, of which form its lines are, what to call it) -> its examples; raises ConfigError."""
+Reader = Callable[[bytes, str, str, str, Callable[[], object]], TrainingFile]
+"""(a file's bytes, of which form its lines are, what to call it, whose it is, what is called between pieces) -> it."""
 KEPT_EVERY = 30.0  # seconds of training between states that are kept
 TOLD = 50  # events with metrics of a job, about
 CURVE = {
@@ -129,10 +129,17 @@ class JobRunner:
         record = self._adapters.stored(namespace, info)
         return ModelStart(record.file().config, info.stands_on, record)
 
-    def read(self, namespace: str, file: str, form: str) -> TrainingFile:
-        """A file that was uploaded."""
-        data = b"".join(self._documents.within(namespace).body(FILE, file))
-        return self._read(data, form, file)
+    def read(self, namespace: str, file: str, form: str, stay: Callable[[], object]) -> TrainingFile:
+        """A file that was uploaded.
+
+        Raises:
+            AdapterError: it was removed. ConfigError: it cannot be trained on.
+
+        """
+        own = self._documents.within(namespace)
+        if own.find(FILE, file) is None:
+            raise AdapterError(f"there is no file {file!r} any more")
+        return self._read(b"".join(own.body(FILE, file)), form, file, namespace, stay)
 
 
 @final
@@ -148,15 +155,18 @@ class _Run:
         self.open = f"{job.name}-{uuid.uuid4().hex[:8]}"  # in the learner, which may have an earlier run's still
         self._looked = 0.0
         self.curve: list[dict[str, Any]] = []
+        self.start: ModelStart
         self.used = 0  # tokens that were learned from
         self.practice: Practice | None = None
 
     def run(self) -> None:
         """Train, publish, say what came of it."""
         try:
-            version = self._published()
+            version = self._published(self.model)
             if version is None:
                 version = self._train()
+            else:
+                self._kept()  # for what is to be told of it
             self._succeed(version)
         except LeftError:
             raise
@@ -170,8 +180,8 @@ class _Run:
 
     # -- signs of life ------------------------------------------------------------------------------
 
-    def _stay(self) -> None:
-        """See that the job is still to be run, and here; about once a second.
+    def _stay(self, now: bool = False) -> None:
+        """See that the job is still to be run, and here; about once a second, or now.
 
         Raises:
             LeftError: it is not to go on.
@@ -179,11 +189,11 @@ class _Run:
         """
         if self.claim.over:
             raise LeftError
-        if time.monotonic() - self._looked < 1.0:
+        if not now and time.monotonic() - self._looked < 1.0:
             return
         self._looked = time.monotonic()
-        now = self.documents.find(JOB, self.job.name)
-        if now is None or now.state != RUNNING or now.owner != self.claim.owner:
+        job = self.documents.find(JOB, self.job.name)
+        if job is None or job.state != RUNNING or job.owner != self.claim.owner:
             raise LeftError
 
     def _mine(self, change: Callable[[Document], Document]) -> Document:
@@ -203,11 +213,11 @@ class _Run:
 
     def _train(self) -> Version:
         asked = self.asked
-        files = {"training": self.runner.read(self.job.namespace, asked["training_file"], asked["method"])}
-        if asked["validation_file"] is not None:
-            files["validation"] = self.runner.read(self.job.namespace, asked["validation_file"], asked["method"])
+        named = {"training": asked["training_file"], "validation": asked["validation_file"]}
+        space, read = self.job.namespace, self.runner.read
+        files = {what: read(space, file, asked["method"], self._stay) for what, file in named.items() if file}
         self._practise(files)
-        start = self.runner.start_of(self.job.namespace, asked["model"])
+        self.start = start = self.runner.start_of(self.job.namespace, asked["model"])
         plan = Plan(files["training"].examples, asked, start.config)
         self.jobs.check_day(plan.tokens)
         if asked["made"] is None:
@@ -226,11 +236,10 @@ class _Run:
         )
         try:
             self._steps(plan, files, 0 if state is None else state.step)
-            contents = learner.submit(self.open, Save()).result()
+            self._keep()  # what is told of the job at its end is in it
+            return self._publish(self.model)
         finally:
             learner.close(self.open)
-        self._stay()
-        return self._publish(contents, start)
 
     def _steps(self, plan: Plan, files: dict[str, TrainingFile], first: int) -> None:
         learner, kept = self.runner._learner, time.monotonic()
@@ -253,6 +262,8 @@ class _Run:
                 known = ", ".join(f"{CURVE[key]}={told[key]:.4f}" for key in CURVE if key != "step" and key in told)
                 text = f"Step {step + 1}/{plan.steps}: {known}"
                 self.jobs.tell(self.job.name, text, data={**told, "total_steps": plan.steps})
+            if ends and plan.keeps(step + 1):
+                self._checkpoint(self._publish(f"{self.model}{CHECKPOINTS}{step + 1}"), told)
             if time.monotonic() - kept > KEPT_EVERY:
                 self._keep()
                 kept = time.monotonic()
@@ -337,47 +348,66 @@ class _Run:
 
     # -- the end --------------------------------------------------------------------------------------
 
-    def _published(self) -> Version | None:
+    def _published(self, name: str) -> Version | None:
         """What an earlier run of this job has published already."""
         try:
-            return self.runner._adapters.info(self.job.namespace, self.model)
+            return self.runner._adapters.info(self.job.namespace, name)
         except AdapterError:
             return None
 
-    def _publish(self, contents: Any, start: ModelStart) -> Version:
-        adapters = self.runner._adapters
-        checked = adapters.check(self.job.namespace, self.model, contents, start.on)
+    def _publish(self, name: str) -> Version:
+        """Have the model, as it is now, answer by a name; once, however often this is run."""
+        contents = self.runner._learner.submit(self.open, Save()).result()
+        self._stay(now=True)
+        if (there := self._published(name)) is not None:
+            return there
+        adapters, on = self.runner._adapters, self.start.on
+        checked = adapters.check(self.job.namespace, name, contents, on)
         told = {"job": self.job.name, "model": self.asked["model"]}
-        version, _ = adapters.keep(self.job.namespace, self.model, checked, metadata=told, on=start.on)
+        version, _ = adapters.keep(self.job.namespace, name, checked, metadata=told, on=on)
         return version
 
-    def _succeed(self, version: Version) -> None:
-        results = []
-        if self.curve:
+    def _checkpoint(self, version: Version, told: Mapping[str, Any]) -> None:
+        """List a model that was published; once."""
+        if any(one.data["model"] == version.name for one in self.documents.ls(CHECKPOINT, parent=self.job.name)):
+            return
+        metrics = {key: value for key, value in told.items() if key in CURVE and key != "step"}
+        kept = {"step": told.get("step", 0), "metrics": metrics, "model": version.name}
+        self.documents.add(CHECKPOINT, kept, parent=self.job.name, prefix="ftckpt")
+
+    def _results(self) -> list[str]:
+        """The name of the file with the job's numbers, which is written once."""
+        found = self.documents.ls(FILE, parent=self.job.name)
+        if not found and self.curve:
             text = io.StringIO()
-            columns = [key for key in CURVE if self.practice is not None or "reward" not in key]
+            columns = [key for key in CURVE if self.asked["method"] == "reinforcement" or "reward" not in key]
             writer = csv.DictWriter(text, columns, restval="")
             writer.writeheader()
             writer.writerows(self.curve)
             told = {"filename": "step_metrics.csv", "purpose": "fine-tune-results"}
-            results = [self.documents.add(FILE, told, parent=self.job.name, body=[text.getvalue().encode()]).name]
-        more = {"finished": time.time(), "fine_tuned_model": version.name, "results": results}
+            found = [self.documents.add(FILE, told, parent=self.job.name, body=[text.getvalue().encode()])]
+        return [one.name for one in found]
+
+    def _tell_once(self, message: str, level: str = "info") -> None:
+        if message not in {one.data["message"] for one in self.documents.ls(EVENT, parent=self.job.name, newest=True)}:
+            self.jobs.tell(self.job.name, message, level)
+
+    def _succeed(self, version: Version) -> None:
+        """Say what came of it. All but the state is there before it, so who sees it succeed sees the rest."""
+        self._checkpoint(version, self.curve[-1] if self.curve else {})
+        more = {"finished": time.time(), "fine_tuned_model": version.name, "results": self._results()}
         if self.used:
             more["tokens"] = self.used
-        self.jobs.tell(self.job.name, f"New fine-tuned model created: {version.name}")
-        self.jobs.tell(self.job.name, "The job has successfully completed")
+        self._tell_once(f"New fine-tuned model created: {version.name}")
+        self._tell_once("The job has successfully completed")
         self._mine(lambda job: replace(job, state="succeeded", data={**job.data, **more}))
-        metrics = {key: value for key, value in (self.curve[-1] if self.curve else {}).items() if key != "step"}
-        step = self.curve[-1]["step"] if self.curve else 0
-        self.documents.add(
-            CHECKPOINT, {"step": step, "metrics": metrics, "model": version.name}, parent=self.job.name, prefix="ftckpt"
-        )
         self.jobs.forget_states(self.job.name)
 
     def _fail(self, error: Exception) -> None:
         text = str(error) if isinstance(error, KilotuneError) else f"an internal error ({type(error).__name__})"
         wrong = "invalid_training_file" if "cannot be trained on" in text else "training_failed"
         told = {"code": wrong, "message": text, "param": "training_file" if wrong != "training_failed" else None}
+        self._stay(now=True)
+        self._tell_once(text, level="error")
         self._mine(lambda job: replace(job, state="failed", data={**job.data, "finished": time.time(), "error": told}))
         self.jobs.forget_states(self.job.name)
-        self.jobs.tell(self.job.name, text, level="error")

@@ -19,6 +19,7 @@ __all__ = ["LONGEST_ANSWER", "Plan"]
 LEAST_STEPS = 100  # of a job that says nothing of epochs, whatever few rows it has
 MOST_EPOCHS = 25
 BATCH = 4
+EPOCHS_KEPT = 3  # the last ones, whose models are served
 GROUP = 8  # answers to each prompt of a step
 LONGEST_ANSWER = 256  # tokens of an answer that is sampled to be graded
 
@@ -84,6 +85,11 @@ class Plan:
                 made["eval_interval"] = asked["eval_interval"] or self.epoch_steps
                 made["eval_samples"] = asked["eval_samples"] or 1
         return made
+
+    def keeps(self, step: int) -> bool:
+        """Whether the model behind a step, from 1, is a checkpoint that is served beside the last one."""
+        epoch, rest = divmod(step, self.epoch_steps)
+        return not rest and self.epochs - EPOCHS_KEPT < epoch < self.epochs
 
     def validates(self, step: int) -> bool:
         """Whether the validation file is gone through behind a step, from 1."""

@@ -14,6 +14,7 @@ from ..engine.interface import Engine
 from ..engine.lanes import Lanes
 from ..engine.tenant_adapters import AdapterRegistry
 from .feedback import Feedback, FeedbackLimits, Room
+from .file_reader import FileReader
 from .forgetting import Forgetting
 from .gate import Bounds
 from .jobs import JobLimits, Jobs
@@ -22,7 +23,7 @@ from .personal import PersonalRunner
 from .rollback import RollbackRule
 from .runner import JobRunner
 from .study import Pace
-from .training_file import Example, TrainingFile, read_example, read_file
+from .training_file import Example, read_example
 
 __all__ = ["Training", "TrainingLimits"]
 
@@ -82,9 +83,7 @@ class Training:
         self._store = open_store(store)
         self._documents, self._room = Documents(self._store), Room()
         chats = ChatTemplate(tokenizer)
-
-        def read(data: bytes, form: str, what: str) -> TrainingFile:
-            return read_file(data, form, chats, tokenizer, longest=engine.max_length, what=what)
+        self._files = FileReader(tokenizer, engine.max_length)
 
         def make(given: Mapping[str, Any], form: str) -> Example:
             return read_example(given, form, chats, tokenizer, longest=engine.max_length)
@@ -94,7 +93,7 @@ class Training:
             self._documents, learner, adapters, engine, personal or config, make, own.pace, own.bounds, own.rollback
         )
         self._runner = JobRunner(
-            self._documents, learner, adapters, base, config, read, self.limits.jobs, self.limits.at_once
+            self._documents, learner, adapters, base, config, self._files.read, self.limits.jobs, self.limits.at_once
         )
 
         self.forgetting = Forgetting(self._documents, adapters, base)
@@ -112,6 +111,7 @@ class Training:
         self.forgetting.stop()
         self.personal.stop()
         self._runner.stop()
+        self._files.close()
         self.learner.stop()
         self._store.close()
 
