@@ -56,6 +56,7 @@ def training_serving(
         training = Training(url, learner, registry, engine, BASE, config, tokenizer(), limits)
         training.start()
         running.service.training = training
+        running.service.metrics.learns(training.personal.counts)
         yield running
 
 

@@ -17,7 +17,7 @@ from ..errors import ConfigError, ResourceError
 
 __all__ = ["KeptRows", "Row", "rows_of"]
 
-LABELS = ("labels", "label")  # what of a batch never enters a block
+LABELS = ("labels", "label", "logits_to_keep")  # what of a batch never enters a block
 # With one of these a forward gives more than its last blocks do, or goes on from a text of before.
 MORE = ("past_key_values", "output_hidden_states", "output_attentions")
 

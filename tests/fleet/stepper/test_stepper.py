@@ -316,3 +316,33 @@ def test_logits_are_made_where_a_label_follows_alone() -> None:
             torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
     for key, tensor in saved.tensors.items():
         torch.testing.assert_close(tensor, other_saved.tensors[key], rtol=0, atol=1e-9)
+
+
+# -- the last blocks alone ---------------------------------------------------------------------------------------
+
+
+def test_what_enters_the_last_blocks_is_kept_and_nothing_else_changes() -> None:
+    last = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], layers_to_transform=[1])
+    batches = [rows_for(i % 2) for i in range(4)]
+    contents, losses, calls = {}, {}, {}
+    base = model()
+    seen: list[int] = []
+    blocks = base.model.layers
+    for keep in (0.0, 8.0):
+        with Stepper(base) as stepper:
+            handle = blocks[0].self_attn.register_forward_hook(lambda *_: seen.append(1))
+            stepper.open("a", last, seed=1, keep_inputs=keep)
+            stepper.open("b", CONFIGS["lora"][0], seed=2)
+            found = []
+            for rows in batches:
+                found.append(stepper.submit("a", ForwardBackward(rows)))
+                stepper.submit("a", OptimStep(HOW))
+                found.append(stepper.submit("a", Forward(rows, without=True)))
+            asked = finished(stepper, *found, stepper.submit("a", Save()))
+            losses[keep], contents[keep], calls[keep] = [one.loss for one in asked[:-1]], asked[-1], len(seen)
+            seen.clear()
+            handle.remove()
+    assert calls == {0.0: 8, 8.0: 2}  # each row once
+    assert losses[8.0] == pytest.approx(losses[0.0], abs=1e-12)
+    for key, value in contents[0.0].tensors.items():
+        torch.testing.assert_close(contents[8.0].tensors[key], value, rtol=0, atol=1e-12)

@@ -19,7 +19,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from types import TracebackType
 from typing import Any, final
 
@@ -33,6 +33,7 @@ from ...projections.matrices import check_seed
 from ..store import Contents, Fingerprint
 from .adapter_rows import STATE, Rows, start_row
 from .given_adapters import Beneath, Existing, beneath, start_of
+from .kept_inputs import kept_inputs
 from .losses import causal_lm
 from .mixed_pass import Outcome, Part, Passes, Setup
 from .operations import Forward, ForwardBackward, Keep, Operation, OptimStep, Save, State, Stepped
@@ -111,6 +112,7 @@ class Stepper:
         on: Existing | None = None,
         start: Existing | None = None,
         state: State | None = None,
+        keep_inputs: float = 0.0,
     ) -> None:
         """Begin with a model: an adapter that starts as its method does, or from another one of its form.
 
@@ -121,6 +123,9 @@ class Stepper:
             on: the adapter beneath it, frozen.
             start: an adapter to start from.
             state: what a model of this configuration was (:class:`~.operations.Keep`), to go on from.
+            keep_inputs: megabytes of what enters the first block that it adapts, kept until it is closed, so that the
+                blocks before it run once for each row; where it adapts the first block there is nothing to keep. Its
+                passes are its own then.
 
         Raises:
             AdapterError: there is one of this name. ConfigError, TargetError, UnsupportedError: such an adapter cannot
@@ -145,6 +150,7 @@ class Stepper:
         slot = home.take()
         home.rows.begin(slot, row)
         trainee = Trainee(name, Setup(home.rows, collate, causal_lm, below), slot, seed)
+        trainee.kept = kept_inputs(self._model, home.rows.form, keep_inputs)
         if state is not None:
             home.rows.take_state(slot, state.tensors)
             trainee.step, trainee.pieces = state.step, state.pieces
@@ -324,7 +330,7 @@ class Stepper:
         rows, longest = 0, 0
         for trainee in ready:
             reading = _reading(trainee)
-            if chosen and reading.kind != _reading(chosen[0]).kind:
+            if chosen and (reading.kind != _reading(chosen[0]).kind or trainee.kept or chosen[0].kept):
                 continue
             own = reading.part(trainee).rows
             most = max(longest, max(len(row["input_ids"]) for row in own))
@@ -341,7 +347,8 @@ class Stepper:
             if reading.kind == "learn" and len(reading.pieces) > 1 and reading.before is None:
                 reading.before = trainee.setup.home.gradient(trainee.slot)
         try:
-            outcomes = run(parts)
+            with trainees[0].kept or nullcontext():
+                outcomes = run(parts)
         except ResourceError as error:
             if len(trainees) > 1:  # each by itself takes less
                 for trainee in trainees:

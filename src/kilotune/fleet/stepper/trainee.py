@@ -12,6 +12,7 @@ from typing import Any, final
 
 from torch import Tensor
 
+from ...model.frozen_inputs import FrozenInputs
 from .losses import Loss
 from .mixed_pass import Outcome, Part, Setup
 from .objectives import Objective
@@ -122,6 +123,7 @@ class Trainee:
 
     Attributes:
         step: steps of the optimizer so far. pieces: passes in which it has learned. used: tokens that were run for it.
+            kept: what enters its first block, where that is kept.
 
     """
 
@@ -132,6 +134,7 @@ class Trainee:
         self.waiting: dict[int, Asked] = {}
         self.next = 0
         self.reading: Reading | None = None
+        self.kept: FrozenInputs | None = None
         self._known: OrderedDict[int, Asked] = OrderedDict()
 
     def ask(self, number: int, operation: Operation) -> Asked | None:

@@ -167,6 +167,7 @@ class Learner:
         on: SharedVersion | None = None,
         start: Record | None = None,
         state: State | None = None,
+        keep_inputs: float = 0.0,
     ) -> None:
         """Begin with a model of a namespace; waits until it is there.
 
@@ -178,6 +179,7 @@ class Learner:
             on: the shared version that it stands on.
             start: the version that it goes on from.
             state: what it was in an earlier run, to go on from.
+            keep_inputs: see :meth:`Stepper.open`.
 
         Raises:
             AdapterError: the name is taken, or ``on`` is not there. ConfigError, TargetError, UnsupportedError: such an
@@ -189,7 +191,7 @@ class Learner:
         def begin() -> None:
             if len(self._opened) >= self.settings.models:
                 raise ResourceError(f"open({name!r}): {len(self._opened)} models are in training; close one first")
-            self._stepper.open(name, config, seed=seed, on=below, start=start, state=state)
+            self._stepper.open(name, config, seed=seed, on=below, start=start, state=state, keep_inputs=keep_inputs)
             self._opened[name] = _Opened(namespace, on)
 
         self._call(begin).result()

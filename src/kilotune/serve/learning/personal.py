@@ -31,7 +31,7 @@ from ..engine.interface import AdapterKey, Engine
 from ..engine.tenant_adapters import AdapterRegistry
 from .feedback import Feedback, Lesson
 from .gate import Bounds, Gate, Verdict
-from .guard import Guard
+from .guard import Guard, Guarded
 from .learner import Learner
 from .lessons import Maker, Taught, Unread, current, mark_of, read_lessons
 from .rollback import RollbackRule, marks_of, packed, shared_in, watch
@@ -44,6 +44,7 @@ __all__ = ["LearningCounts", "PersonalRunner"]
 
 LESSONS = 4096  # of a user that are learned
 KEPT = 16  # versions of a user's model
+KEPT_INPUTS = 64.0  # megabytes of what enters the last blocks, of a model that learns
 AGAIN = 30.0  # seconds after which is tried again what there was no room for
 log = logging.getLogger("kilotune.serve")
 
@@ -269,14 +270,9 @@ class _Run:
 
     def _study(self, plan: _Plan, lessons: Sequence[Lesson]) -> None:
         runner, learner = self.runner, self.runner.learner
-        record = None if plan.live is None else runner.adapters.stored(self.namespace, plan.live)
-        config = runner.config if record is None else record.file().config
-        model = f"learning-{uuid.uuid4().hex}"
-        learner.open(model, self.namespace, config, seed=self._seed(), on=plan.on, start=record)
+        guard = runner.guard.over(self.namespace, plan.on)
+        model, config, gate = self._begin(plan, guard)
         try:
-            live = plan.live is not None
-            guard = runner.guard.over(self.namespace, plan.on)
-            gate = Gate(learner, model, live, plan.fresh, plan.known, guard, runner.bounds)
             study = Study(learner, model, config, plan.fresh, plan.known, guard, runner.pace, self._stay)
             try:
                 study.run()
@@ -287,6 +283,23 @@ class _Run:
         finally:
             learner.close(model)
         self._publish(plan, study, verdict, contents, lessons)
+
+    def _begin(self, plan: _Plan, guard: Guarded) -> tuple[str, AdapterConfig, Gate]:
+        """A model in training as it is live, what its adapter is, and what judges it."""
+        runner, learner, live = self.runner, self.runner.learner, plan.live
+        record = None if live is None else runner.adapters.stored(self.namespace, live)
+        config = runner.config if record is None else record.file().config
+        for keep in (KEPT_INPUTS, 0.0):  # a model that hands more than one tensor from block to block keeps none
+            model = f"learning-{uuid.uuid4().hex}"
+            learner.open(model, self.namespace, config, seed=self._seed(), on=plan.on, start=record, keep_inputs=keep)
+            try:
+                gate = Gate(learner, model, live is not None, plan.fresh, plan.known, guard, runner.bounds)
+                return model, config, gate
+            except BaseException as error:
+                learner.close(model)
+                if not keep or not isinstance(error, UnsupportedError):
+                    raise
+        raise AssertionError("the second one returned or raised")
 
     def _seed(self) -> int:
         """Of a new adapter's start."""

@@ -42,7 +42,7 @@ class Pace:
         rate: times kilotune's own rule for a training of ``steps`` steps.
         warmup: steps in which the rate rises.
         batch: new lessons of a step.
-        replay: corrections of a step that were known before.
+        replay: corrections of a step that are known already.
         guard: the weight of the guard's KL divergence, beside a mean over the tokens of corrections.
         pair: the weight of DPO and KTO.
         beta: of both.
@@ -137,7 +137,11 @@ class Study:
             self._times[one.mark] += 1
         by_kind = {kind: [one for one in batch if one.kind == kind] for kind in ("correction", "choice", "rating")}
         corrections, asked = by_kind["correction"], []
-        replayed = self._draws.sample(self._replayable, min(self._pace.replay, len(self._replayable)))
+        known = [
+            *self._replayable,
+            *(one for one in self._fresh if self._learnt[one.mark] and one.kind == "correction"),
+        ]
+        replayed = self._draws.sample(known, min(self._pace.replay, len(known)))
         if rows := [one.rows[0] for one in (*corrections, *replayed)]:
             asked.append((corrections, self._submit(rows, Supervised(), 1.0)))
         pairs = [*by_kind["choice"], *(one for one in corrections if self._pairs(one))]
