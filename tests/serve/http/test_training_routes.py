@@ -18,7 +18,7 @@ from kilotune.serve.learning.jobs import JobLimits
 from kilotune.serve.learning.training import TrainingLimits
 from tests.support.cli_helpers import as_json, error
 from tests.support.http_support import BASE, Running
-from tests.support.training_support import chat_lines, done, said, training_serving, upload
+from tests.support.training_support import CONFIG, chat_lines, done, said, training_serving, upload
 
 HERS = [("the cat", "a dog sat"), ("a dog", "the mat")]
 HIS = [("the cat", "on the hat"), ("a dog", "a cat sat")]
@@ -379,6 +379,23 @@ def test_quotas_of_files_and_jobs(tmp_path: Path) -> None:
         with pytest.raises(openai.RateLimitError, match="more than the 1000 allowed"):
             upload(ann, b"x" * 900)
         ann.fine_tuning.jobs.cancel(slow.id)
+
+
+def test_the_memory_of_models_in_training_is_bounded(tmp_path: Path) -> None:
+    with training_serving(tmp_path) as running:
+        training = running.service.training
+        assert training is not None
+        size = training.learner._call(lambda: training.learner._stepper.bytes_of(CONFIG)).result()
+        ann, short = running.openai("ann"), {"hyperparameters": {"n_epochs": 10, "batch_size": 1}}
+        method = {"type": "supervised", "supervised": short}
+        training._runner._limits = JobLimits(memory=size + 1)
+        jobs = [job_of(ann, chat_lines(HERS), method=method) for _ in range(2)]
+        assert [done(ann, job).status for job in jobs] == ["succeeded"] * 2
+        told = [event.message for job in jobs for event in ann.fine_tuning.jobs.list_events(job.id, limit=100)]
+        assert sum(message.startswith("The job waits: the model takes ") for message in told) == 1
+        training._runner._limits = JobLimits(memory=size - 1)
+        with pytest.raises(openai.RateLimitError, match="train one of a smaller rank, or on fewer layers"):
+            job_of(ann, chat_lines(HERS))
 
 
 def test_without_learn_it_is_not_served_and_says_how(tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def _training(
         share=settings.learn_share, pass_tokens=settings.learn_pass_tokens, threads=settings.learn_threads
     )
     learner = Learner(twin, adapters, engine, learning, engine.cores)
-    jobs = JobLimits(open=settings.learn_jobs, tokens_a_day=settings.learn_tokens_a_day)
+    jobs = JobLimits(open=settings.learn_jobs, tokens_a_day=settings.learn_tokens_a_day, memory=settings.learn_memory)
     feedback = FeedbackLimits(answer_bytes=settings.learn_answer_bytes)
     bounds = Bounds(divergence=settings.learn_kl)
     limits = TrainingLimits(file_bytes=settings.learn_file_bytes, jobs=jobs, feedback=feedback, bounds=bounds)

@@ -50,10 +50,12 @@ DAY = 86_400.0
 @final
 @dataclass(frozen=True, kw_only=True)
 class JobLimits:
-    """What a namespace may have. open: jobs that are not done. tokens_a_day: that are trained."""
+    """What a namespace may have. open: jobs that are not done. tokens_a_day: that are trained. memory: bytes of those
+    that are trained at once on a server."""
 
     open: int = 16
     tokens_a_day: int = 50_000_000
+    memory: int = 2**32
 
 
 @final

@@ -28,7 +28,7 @@ from ...fleet.store.documents import Document, Documents
 from ..engine.tenant_adapters import AdapterRegistry
 from .feedback import ANSWER
 from .jobs import CHECKPOINT, CHECKPOINTS, DONE, EVENT, FILE, JOB, RUNNING, STATE, JobLimits, Jobs, model_name
-from .learner import Learner
+from .learner import Learner, NoRoomError
 from .reinforcement import EndedError, Lesson, Practice
 from .schedule import Plan
 from .training_file import Example, TrainingFile
@@ -48,6 +48,7 @@ CURVE = {
     "train_mean_reward": "training reward",
     "valid_mean_reward": "validation reward",
 }  # what is told of a step, and kept in the job's result file
+WAIT = 0.5  # seconds between looks whether there is room for a model
 FORWARD = 16  # rows of which a reference's log-probabilities are asked for at once
 log = logging.getLogger("kilotune.serve")
 
@@ -128,6 +129,15 @@ class JobRunner:
             return ModelStart(self._config, on=self._adapters.settle(namespace, model))
         record = self._adapters.stored(namespace, info)
         return ModelStart(record.file().config, info.stands_on, record)
+
+    def check_model(self, namespace: str, model: str) -> None:
+        """See that a job can go on from a model.
+
+        Raises:
+            AdapterError: there is none. QuotaError: it takes more memory than a namespace may have.
+
+        """
+        self._learner.check_size(self.start_of(namespace, model).config, self._limits.memory)
 
     def read(self, namespace: str, file: str, form: str, stay: Callable[[], object]) -> TrainingFile:
         """A file that was uploaded.
@@ -225,21 +235,36 @@ class _Run:
             self.jobs.tell(self.job.name, f"Files are valid; {len(plan.examples)} examples, {plan.steps} steps")
         state = self._kept()
         learner = self.runner._learner
-        learner.open(
-            self.open,
-            self.job.namespace,
-            start.config,
-            seed=asked["seed"],
-            on=start.on,
-            start=start.start,
-            state=state,
-        )
+        self._open(state)
         try:
             self._steps(plan, files, 0 if state is None else state.step)
             self._keep()  # what is told of the job at its end is in it
             return self._publish(self.model)
         finally:
             learner.close(self.open)
+
+    def _open(self, state: State | None) -> None:
+        """Begin with the model, as soon as its namespace's others leave room for it."""
+        start, told = self.start, False
+        while True:
+            self._stay()
+            try:
+                self.runner._learner.open(
+                    self.open,
+                    self.job.namespace,
+                    start.config,
+                    seed=self.asked["seed"],
+                    on=start.on,
+                    start=start.start,
+                    state=state,
+                    most=self.runner._limits.memory,
+                )
+                return
+            except NoRoomError as error:
+                if not told:
+                    self.jobs.tell(self.job.name, f"The job waits: {error}")
+                told = True
+                time.sleep(WAIT)
 
     def _steps(self, plan: Plan, files: dict[str, TrainingFile], first: int) -> None:
         learner, kept = self.runner._learner, time.monotonic()

@@ -116,8 +116,8 @@ class Training:
         self._store.close()
 
     def check_model(self, namespace: str, model: str) -> None:
-        """See that a job can go on from a model; AdapterError: there is none."""
-        self._runner.start_of(namespace, model)
+        """See :meth:`JobRunner.check_model`."""
+        self._runner.check_model(namespace, model)
 
     def documents(self, namespace: str) -> Documents:
         """Those of a namespace."""
