@@ -282,6 +282,14 @@ def test_what_cannot_be_is_refused_at_once(changed: dict[str, Any], told: str, r
         job_of(running.openai("ann"), chat_lines(HERS), **changed)
 
 
+def test_filters_that_are_not_there_are_refused(running: Running) -> None:
+    with running.client(running.keys["ann"]) as client:
+        for place in ("/v1/fine_tuning/jobs?metadata[a]=b", "/v1/files?limt=3"):
+            answer = client.get(place)
+            assert answer.status_code == 400
+            assert "there is no such option" in answer.json()["error"]["message"]
+
+
 def test_nobody_sees_or_touches_anothers(running: Running) -> None:
     ann, bob = running.openai("ann"), running.openai("bob")
     file = upload(ann, chat_lines(HERS))
@@ -363,6 +371,29 @@ def test_files_are_kept_listed_and_deleted(running: Running) -> None:
         ann.files.retrieve(made.id)
     with pytest.raises(openai.BadRequestError, match="purpose: 'batch' is not served"):
         ann.files.create(file=("a", b"x"), purpose="batch")
+
+
+def test_what_training_does_is_counted(running: Running) -> None:
+    def counted() -> dict[str, float]:
+        with running.client(running.manager) as client:
+            lines = client.get("/metrics").text.splitlines()
+        return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if not line.startswith("#")}
+
+    ann, before = running.openai("ann"), counted()
+    assert done(ann, job_of(ann, chat_lines(HERS))).status == "succeeded"
+    assert done(ann, job_of(ann, b"x")).status == "failed"
+    after = counted()
+    more = {
+        name: after[name] - before[name] for name in after if name.startswith(("kilotune_training", "kilotune_jobs"))
+    }
+    assert more["kilotune_training_passes_total"] >= 40
+    assert more["kilotune_training_tokens_total"] >= 40 * 2 * 8
+    assert more["kilotune_training_seconds_total"] > 0
+    assert more['kilotune_jobs_ended_total{state="succeeded"}'] == 1
+    assert more['kilotune_jobs_ended_total{state="failed"}'] == 1
+    states = {name.split('"')[1] for name in after if name.startswith("kilotune_jobs_open")}
+    assert states == {"queued", "running", "paused", "held"}
+    assert not [name for name in more if "ann" in name]
 
 
 def test_quotas_of_files_and_jobs(tmp_path: Path) -> None:

@@ -84,6 +84,7 @@ class Stepper:
         if tokens < 1 or waiting < 1:
             raise ConfigError(f"tokens, waiting: expected at least 1, got {tokens} and {waiting}")
         self.tokens, self.most_waiting = tokens, waiting
+        self.ran = 0  # tokens of all passes, filled up
         self._given = model
         self._held = ExitStack()
         self._lock = threading.Lock()
@@ -367,7 +368,9 @@ class Stepper:
             self._fail(trainees[0], error)
             return
         for trainee, outcome in zip(trainees, outcomes, strict=True):
-            trainee.used += size_of(outcome.part.rows)
+            size = size_of(outcome.part.rows)
+            trainee.used += size
+            self.ran += size
             self._noted(trainee, outcome)
 
     def _noted(self, trainee: Trainee, outcome: Outcome) -> None:

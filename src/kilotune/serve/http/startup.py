@@ -113,7 +113,7 @@ def _training(
     limits = TrainingLimits(file_bytes=settings.learn_file_bytes, jobs=jobs, feedback=feedback, bounds=bounds)
     personal = _in_last_blocks(twin, config, settings.learn_last_blocks)
     made = Training(store, learner, adapters, engine, service.base, config, tokenizer, limits, personal)
-    service.metrics.learns(made.personal.counts)
+    service.metrics.learns(made)
     return made
 
 

@@ -30,6 +30,7 @@ __all__ = [
     "FILE",
     "HELD",
     "JOB",
+    "OPEN",
     "RUNNING",
     "STATE",
     "WAITING",
@@ -42,6 +43,7 @@ __all__ = [
 FILE, JOB, EVENT, CHECKPOINT, STATE = "file", "job", "event", "checkpoint", "jobstate"
 WAITING, RUNNING, PAUSED = "queued", "running", "paused"
 HELD = "held"  # until what it was trained on is forgotten; then it is trained again, or goes
+OPEN = (WAITING, RUNNING, PAUSED, HELD)
 DONE = ("succeeded", "failed", "cancelled")
 CHECKPOINTS = ":ckpt-step-"  # behind a model's name, before the step
 DAY = 86_400.0

@@ -74,9 +74,10 @@ class LearningSettings:
 
 @final
 class LearnerStats(NamedTuple):
-    """A learner at one moment. models: open. passes, seconds (of the processor), failed: since the start.
+    """A learner at one moment. models: open. passes, seconds (of the processor), failed, tokens: since the start.
 
-    waited: seconds in which there was something to do and the engine had its share.
+    tokens: of all passes, filled up to the longest row. waited: seconds in which there was something to do and the
+    engine had its share.
     """
 
     models: int
@@ -84,6 +85,7 @@ class LearnerStats(NamedTuple):
     seconds: float
     waited: float
     failed: int
+    tokens: int
 
 
 @final
@@ -161,7 +163,9 @@ class Learner:
 
     def stats(self) -> LearnerStats:
         """How it stands."""
-        return LearnerStats(len(self._opened), self._passes, self._seconds, self._waited, self._failed)
+        return LearnerStats(
+            len(self._opened), self._passes, self._seconds, self._waited, self._failed, self._stepper.ran
+        )
 
     # -- models ----------------------------------------------------------------------------------
 

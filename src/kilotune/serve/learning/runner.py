@@ -13,6 +13,7 @@ import io
 import logging
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar, final
@@ -27,7 +28,7 @@ from ...fleet.store import Record, SharedVersion, Version
 from ...fleet.store.documents import Document, Documents
 from ..engine.tenant_adapters import AdapterRegistry
 from .feedback import ANSWER
-from .jobs import CHECKPOINT, CHECKPOINTS, DONE, EVENT, FILE, JOB, RUNNING, STATE, JobLimits, Jobs, model_name
+from .jobs import CHECKPOINT, CHECKPOINTS, DONE, EVENT, FILE, JOB, OPEN, RUNNING, STATE, JobLimits, Jobs, model_name
 from .learner import Learner, NoRoomError
 from .reinforcement import EndedError, Lesson, Practice
 from .schedule import Plan
@@ -67,6 +68,10 @@ class ModelStart:
 class JobRunner:
     """Runs the jobs of a store.
 
+    Attributes:
+        open: jobs of all servers that are not done, by state, as of some seconds ago.
+        ended: jobs that were ended here, by state.
+
     Args:
         documents: of all namespaces.
         learner: trains.
@@ -92,16 +97,19 @@ class JobRunner:
     ) -> None:
         self._documents, self._learner, self._adapters = documents, learner, adapters
         self._base, self._config, self._read, self._limits = base, config, read, limits or JobLimits()
-        self._workers = Workers(documents, JOB, self._work, at_once, beside=self._expire)
+        self._workers = Workers(documents, JOB, self._work, at_once, beside=self._beside)
+        self.open = dict.fromkeys(OPEN, 0)
+        self.ended: Counter[str] = Counter()
 
     def start(self) -> None:
         """Begin to look for jobs."""
         self._workers.start()
 
-    def _expire(self) -> None:
-        """Remove what is kept for a time only."""
+    def _beside(self) -> None:
+        """Remove what is kept for a time only, and count what is not done."""
         for kind in (FILE, ANSWER):
             self._documents.expire(kind)
+        self.open = {state: self._documents.total(JOB, states=[state])[0] for state in OPEN}
 
     def stop(self) -> None:
         """Leave all jobs where they are; another server, or the next start, goes on with them."""
@@ -429,6 +437,7 @@ class _Run:
         self._tell_once("The job has successfully completed")
         self.jobs.forget_states(self.job.name)
         self._mine(lambda job: replace(job, state="succeeded", data={**job.data, **more}))
+        self.runner.ended["succeeded"] += 1
 
     def _fail(self, error: Exception) -> None:
         text = str(error) if isinstance(error, KilotuneError) else f"an internal error ({type(error).__name__})"
@@ -438,3 +447,4 @@ class _Run:
         self._tell_once(text, level="error")
         self.jobs.forget_states(self.job.name)
         self._mine(lambda job: replace(job, state="failed", data={**job.data, "finished": time.time(), "error": told}))
+        self.runner.ended["failed"] += 1

@@ -115,6 +115,14 @@ class Training:
         self.learner.stop()
         self._store.close()
 
+    def jobs_open(self) -> Mapping[str, int]:
+        """Jobs of all servers that are not done, by state, as of some seconds ago."""
+        return self._runner.open
+
+    def jobs_ended(self) -> Mapping[str, int]:
+        """Jobs that were ended here, by state."""
+        return self._runner.ended
+
     def check_model(self, namespace: str, model: str) -> None:
         """See :meth:`JobRunner.check_model`."""
         self._runner.check_model(namespace, model)
