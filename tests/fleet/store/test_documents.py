@@ -325,3 +325,18 @@ def test_what_strangers_write_is_an_error_of_theirs(ann: Documents) -> None:
         with pytest.raises(ConfigError, match="half of a surrogate pair"):
             ann.add("file", data)
     assert ann.total("file") == (0, 0)
+
+
+def test_many_remove_at_once(tmp_path: Path) -> None:
+    """SQLite does not wait for another one that cuts the log."""
+    with open_store(f"sqlite:///{tmp_path / 'a.db'}") as store:
+        documents = Documents(store).within("ann")
+
+        def remove(number: int) -> None:
+            for _ in range(15):
+                made = documents.add("job", {"number": number}, body=[b"x" * 5000])
+                assert documents.rm("job", made.name)
+
+        with ThreadPoolExecutor(6) as pool:
+            list(pool.map(remove, range(6)))
+        assert documents.total("job") == (0, 0)
