@@ -45,6 +45,7 @@ WORDS = {
     "narrow": "STRICT, WITHOUT ROWID",
 }
 ROOM = 64 * 1024  # bytes; with fewer on its disk, SQLite's own files beside a store do not fit
+LOG_WAIT = 0.01  # seconds between attempts to cut the log
 FORK_WAIT = 60.0  # seconds that a fork waits for transactions of other threads
 
 
@@ -321,6 +322,15 @@ class SqliteStore(SqlStore):
 
     def erase(self, work: Callable[[Link], T]) -> T:
         found = self._write(work)
+        until = time.monotonic() + self.timeout
+        while self._log_is_kept():  # somebody reads on from before, or does just this, for which SQLite does not wait
+            if time.monotonic() >= until:
+                raise StoreError(f"{self.path}: what was deleted is gone, but not from SQLite's log yet: {self._busy}")
+            time.sleep(LOG_WAIT)
+        return found
+
+    def _log_is_kept(self) -> bool:
+        """Bring what the log has into the file, and cut it; whether that could not be done."""
         with self._guarded():
             connection = self._take()
             try:
@@ -328,9 +338,7 @@ class SqliteStore(SqlStore):
                 ((busy, *_),) = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
             finally:
                 self._give_back(connection)
-        if busy:  # somebody reads on from before
-            raise StoreError(f"{self.path}: what was deleted is gone, but not from SQLite's log yet: {self._busy}")
-        return found
+        return bool(busy)
 
     def before_fork(self) -> None:
         """Close all connections, once other threads are done with them; they are opened again when they are needed.

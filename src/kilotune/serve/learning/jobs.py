@@ -25,6 +25,7 @@ from ...fleet.store.documents import Document, Documents, QuotaError
 __all__ = [
     "CHECKPOINT",
     "CHECKPOINTS",
+    "DONE",
     "EVENT",
     "FILE",
     "HELD",
@@ -164,8 +165,7 @@ class Jobs:
 
     def cancel(self, name: str) -> Document:
         """End a job that is not done; see :meth:`find` and :meth:`_move` for what it raises."""
-        made = self._move(name, (WAITING, RUNNING, PAUSED), "cancelled", "cancelled")
-        self.documents.change(JOB, name, lambda job: replace(job, data={**job.data, "finished": time.time()}))
+        made = self._move(name, (WAITING, RUNNING, PAUSED), "cancelled", "cancelled", finished=time.time())
         self.forget_states(name)
         self.tell(name, "The job was cancelled")
         return made
@@ -182,7 +182,7 @@ class Jobs:
         self.tell(name, "The job was resumed")
         return made
 
-    def _move(self, name: str, of: Sequence[str], to: str, what: str) -> Document:
+    def _move(self, name: str, of: Sequence[str], to: str, what: str, finished: float | None = None) -> Document:
         """Bring a job into another state.
 
         Raises:
@@ -193,7 +193,7 @@ class Jobs:
         def change(job: Document) -> Document:
             if job.state not in of:
                 raise ConfigError(f"job {name!r} is {job.state} and cannot be {what}; it would have to be one of {of}")
-            return replace(job, state=to, owner=None, until=None)
+            return replace(job, state=to, owner=None, until=None, data={**job.data, "finished": finished})
 
         found = self.documents.change(JOB, name, change)
         if found is None:

@@ -27,7 +27,7 @@ from ...fleet.store import Record, SharedVersion, Version
 from ...fleet.store.documents import Document, Documents
 from ..engine.tenant_adapters import AdapterRegistry
 from .feedback import ANSWER
-from .jobs import CHECKPOINT, CHECKPOINTS, EVENT, FILE, JOB, RUNNING, STATE, JobLimits, Jobs, model_name
+from .jobs import CHECKPOINT, CHECKPOINTS, DONE, EVENT, FILE, JOB, RUNNING, STATE, JobLimits, Jobs, model_name
 from .learner import Learner
 from .reinforcement import EndedError, Lesson, Practice
 from .schedule import Plan
@@ -320,7 +320,9 @@ class _Run:
         try:
             self._stay()
         except LeftError:
-            self._keep()
+            job = self.documents.find(JOB, self.job.name)
+            if job is not None and job.state not in DONE:  # somebody may go on
+                self._keep()
             raise
 
     # -- what is kept -------------------------------------------------------------------------------
@@ -400,8 +402,8 @@ class _Run:
             more["tokens"] = self.used
         self._tell_once(f"New fine-tuned model created: {version.name}")
         self._tell_once("The job has successfully completed")
-        self._mine(lambda job: replace(job, state="succeeded", data={**job.data, **more}))
         self.jobs.forget_states(self.job.name)
+        self._mine(lambda job: replace(job, state="succeeded", data={**job.data, **more}))
 
     def _fail(self, error: Exception) -> None:
         text = str(error) if isinstance(error, KilotuneError) else f"an internal error ({type(error).__name__})"
@@ -409,5 +411,5 @@ class _Run:
         told = {"code": wrong, "message": text, "param": "training_file" if wrong != "training_failed" else None}
         self._stay(now=True)
         self._tell_once(text, level="error")
-        self._mine(lambda job: replace(job, state="failed", data={**job.data, "finished": time.time(), "error": told}))
         self.jobs.forget_states(self.job.name)
+        self._mine(lambda job: replace(job, state="failed", data={**job.data, "finished": time.time(), "error": told}))
