@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from kilotune.errors import AdapterError, StoreLimitError, UnsupportedError
+from kilotune.errors import AdapterError, ConfigError, StoreLimitError, UnsupportedError
 from kilotune.fleet.store import open_store
 from kilotune.fleet.store.documents import Document, Documents, QuotaError
 from tests.support.store_support import Opener, contents
@@ -268,6 +268,63 @@ def test_a_document_of_a_known_name_is_made_once(ann: Documents, opened: Opener,
     with pytest.raises(KeyError):
         ann.put("turn", "turn-v", fails)
     assert ann.find("turn", "turn-v") is None
+
+
+def test_who_has_much_that_waits_keeps_nobody_else_waiting(opened: Opener, clock: Clock) -> None:
+    everyone = Documents(opened(), clock=clock)
+    many, few = everyone.within("many"), everyone.within("few")
+    for _ in range(5):
+        many.add("turn", {}, state="queued", until=clock.now)
+        clock.now += 1
+    first = few.add("turn", {}, state="queued", until=clock.now)
+    taken = [everyone.claim("turn", "one", 60).namespace for _ in range(3)]
+    assert taken == ["many", "few", "many"]
+    few.change("turn", first.name, lambda one: replace(one, state="queued", owner=None, until=clock.now))
+    assert everyone.claim("turn", "one", 60).namespace == "few"
+
+
+def test_who_was_first_once_is_not_first_for_good(ann: Documents, clock: Clock) -> None:
+    old = ann.add("turn", {}, state="rests")
+    new = ann.add("turn", {}, state="queued", until=clock.now)
+    clock.now += 1
+    ann.change("turn", old.name, lambda one: replace(one, state="queued", until=clock.now))
+    assert [ann.claim("turn", "one", 60).name for _ in range(2)] == [new.name, old.name]
+
+
+def test_all_in_a_state_are_moved_at_once(ann: Documents, clock: Clock) -> None:
+    made = [ann.add("turn", {"n": n}, state=state) for n, state in enumerate(("parked", "rests", "running"))]
+    other = ann.within("ben").add("turn", {}, state="parked")
+    assert ann.move("turn", ("parked", "rests"), "queued", clock.now + 5) == 2
+    assert [ann.find("turn", one.name).state for one in made] == ["queued", "queued", "running"]  # type: ignore[union-attr]
+    assert ann.within("ben").find("turn", other.name) == other
+    assert ann.claim("turn", "one", 60) is None
+    clock.now += 6
+    assert ann.claim("turn", "one", 60).data == {"n": 0}
+
+
+def test_what_belongs_to_one_is_counted_and_shrunk_alone(ann: Documents) -> None:
+    first, second = (ann.add("person", {}) for _ in range(2))
+    for parent in (first, second, first):
+        ann.add("answer", {}, parent=parent.name, body=[b"xxxx"])
+    assert ann.total("answer", parent=first.name) == (2, 8)
+    assert ann.shrink("answer", 4, parent=first.name) == 1
+    assert ann.total("answer", parent=second.name) == (1, 4)
+    assert ann.total("answer") == (2, 8)
+
+
+def test_what_strangers_write_is_an_error_of_theirs(ann: Documents) -> None:
+    for name in ("a\0b", "\0"):
+        assert ann.find("file", name) is None
+        assert list(ann.body("file", name)) == []
+        assert ann.ls("file", after=name) == []
+        assert ann.rm("file", name) is False
+        assert ann.change("file", name, lambda one: one) is None
+        with pytest.raises(AdapterError, match="there is no"):
+            ann.add("file", {}, parent=name)
+    for data in ({"a": "\ud800"}, {"\udfff": [1]}):
+        with pytest.raises(ConfigError, match="half of a surrogate pair"):
+            ann.add("file", data)
+    assert ann.total("file") == (0, 0)
 
 
 def test_many_remove_at_once(tmp_path: Path) -> None:

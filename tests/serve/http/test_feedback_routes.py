@@ -460,3 +460,16 @@ def _refused(running: Running, who: str, said: str, told: str) -> None:
     assert told in error["message"]
     assert error["code"] == "invalid_user_claim"
     assert not said or said not in error["message"] or said == "ann"
+
+
+def test_what_is_not_there_wakes_nobody(running: Running) -> None:
+    training = running.service.training
+    assert training is not None
+    documents = training.documents(SPACE)
+    for name in documents.ls(turns.LEARNING):
+        documents.rm(turns.LEARNING, name.name)
+    assert said(running, "bob", answer="answer-x", rating="up")[0] == 404
+    assert said(running, "bob", answer="answer\0x", correction="No.")[0] == 404
+    with running.client(running.keys["bob"]) as client:
+        assert client.delete("/v1/feedback/feedback-x").status_code == 404
+    assert documents.total(turns.LEARNING) == (0, 0)

@@ -290,6 +290,23 @@ def test_filters_that_are_not_there_are_refused(running: Running) -> None:
             assert "there is no such option" in answer.json()["error"]["message"]
 
 
+def test_half_a_character_is_refused_wherever_it_is(running: Running) -> None:
+    file = upload(running.openai("ann"), chat_lines(HERS)).id
+    half, graders = {**LIKE, "reference": "\ud800"}, "/v1/fine_tuning/alpha/graders"
+    asked = [
+        ("/v1/fine_tuning/jobs", {"model": BASE, "training_file": file, "metadata": {"\ud800": "b"}}),
+        ("/v1/fine_tuning/jobs", {"model": BASE, "training_file": file, "method": graded(half)}),
+        (f"{graders}/run", {"grader": half, "model_sample": "x"}),
+        (f"{graders}/run", {"grader": LIKE, "model_sample": "x", "item": {"answer": ["\udfff"]}}),
+        (f"{graders}/validate", {"grader": {**LIKE, "\udfff": 1}}),
+    ]
+    with running.client(running.keys["ann"]) as client:
+        for path, body in asked:
+            answered = client.post(path, content=json.dumps(body), headers={"Content-Type": "application/json"})
+            assert answered.status_code == 400, (body, answered.text)
+            assert "half of a surrogate pair" in answered.json()["error"]["message"]
+
+
 def test_nobody_sees_or_touches_anothers(running: Running) -> None:
     ann, bob = running.openai("ann"), running.openai("bob")
     file = upload(ann, chat_lines(HERS))

@@ -41,7 +41,8 @@ def clock() -> Clock:
 @pytest.fixture
 def feedback(tmp_path: Path, clock: Clock) -> Iterator[Feedback]:
     with open_store(f"sqlite:///{tmp_path / 'a.db'}") as store:
-        yield Feedback(Documents(store, "acme", clock), FeedbackLimits(answer_bytes=1000, text=100), clock)
+        limits = FeedbackLimits(answer_bytes=1000, text=100, share=1.0)
+        yield Feedback(Documents(store, "acme", clock), limits, clock)
 
 
 def answered(text: str = "On the mat.", user: str = "ann", **more: Any) -> Answered:
@@ -165,14 +166,15 @@ def test_answers_are_not_counted_for_each_one(feedback: Feedback, monkeypatch: p
     total = Documents.total
 
     def counting(self: Documents, kind: str, **more: Any) -> tuple[int, int]:
-        counted.append(kind)
+        counted.append(more["parent"])
         return total(self, kind, **more)
 
     monkeypatch.setattr(Documents, "total", counting)
-    large = Feedback(feedback.documents, FeedbackLimits(answer_bytes=16_000))
+    large = Feedback(feedback.documents, FeedbackLimits(answer_bytes=16_000, share=1.0))
     for n in range(60):
         kept(large, f"{n} {'x' * 150}")
-    assert 10 <= len(counted) <= 30
+    for whose in (None, feedback.person("ann")):
+        assert 10 <= counted.count(whose) <= 30
     beside = Feedback(feedback.documents, large.limits)  # of another server
     for n in range(60):
         kept(large if n % 2 else beside, f"{n} {'x' * 150}")
@@ -180,6 +182,7 @@ def test_answers_are_not_counted_for_each_one(feedback: Feedback, monkeypatch: p
 
 
 def test_feedback_is_bounded_and_never_goes_by_itself(feedback: Feedback) -> None:
+    feedback = Feedback(feedback.documents, FeedbackLimits(answer_bytes=1000, text=100, share=2.0))
     for n in range(5):
         feedback.add("ann", Said(answer=kept(feedback, str(n)), correction="x" * 100))
     answer = kept(feedback, "5")
@@ -187,6 +190,28 @@ def test_feedback_is_bounded_and_never_goes_by_itself(feedback: Feedback) -> Non
         feedback.add("ann", Said(answer=answer, correction="x" * 100))
     assert len(feedback.lessons("ann")) == 5
     assert feedback.documents.total(FEEDBACK)[1] <= 1000
+
+
+def test_one_user_takes_a_share_of_the_room_and_no_more(feedback: Feedback) -> None:
+    shared = Feedback(feedback.documents, FeedbackLimits(answer_bytes=8000, text=100, pieces=3))
+    his = kept(shared, "On a dog.", "bob")
+    for n in range(30):
+        kept(shared, f"{n} {'x' * 150}")
+    assert feedback.documents.total(ANSWER, parent=shared.person("ann"))[1] <= 1000
+    shared.add("bob", Said(answer=his, rating=True))  # it is there yet
+    for n in range(3):
+        last = kept(shared, str(n))
+        shared.add("ann", Said(answer=last, correction="x" * 100))
+    for limits in (shared.limits, FeedbackLimits(answer_bytes=4000, text=100)):
+        bounded = Feedback(feedback.documents, limits)
+        answer = kept(bounded, "4")
+        with pytest.raises(QuotaError, match="Take some of it back"):
+            bounded.add("ann", Said(answer=answer, rating=True))
+    made, replaced = shared.add("ann", Said(answer=last, rating=True))  # in place of another one
+    assert replaced
+    shared.add("bob", Said(answer=kept(shared, "On me.", "bob"), rating=True))
+    shared.remove(made.name, "ann")
+    shared.add("ann", Said(answer=kept(shared, "5"), rating=True))
 
 
 @pytest.mark.parametrize(

@@ -16,15 +16,15 @@ passes them over.
 
 from __future__ import annotations
 
-import json
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Self, final
+from dataclasses import replace
+from typing import Any, final
 
 from ...errors import AdapterError, KilotuneError, StoreLimitError, UnsupportedError, type_name
 from .adapter_store import AdapterStore
+from .document_rows import COLUMNS, Document, fill, insert, remove, update
 from .names import check_namespace
 from .schema import Link
 from .sql import SqlStore
@@ -51,49 +51,11 @@ CREATE TABLE IF NOT EXISTS kilotune_bodies (
     data {blob} NOT NULL, PRIMARY KEY (document, part)
 ) {narrow}
 """
-COLUMNS = "id, namespace, kind, name, parent, state, created, owner, until, size, data"
-PART = 1_000_000  # bytes of a body that are read or written at once
 
 
 @final
 class QuotaError(KilotuneError):
     """A namespace has all that it may have."""
-
-
-@final
-@dataclass(frozen=True)
-class Document:
-    """One document. created: seconds since 1970. size: bytes of its body. number: the order in which they came."""
-
-    kind: str
-    name: str
-    namespace: str
-    data: Mapping[str, Any] = field(default_factory=dict)
-    parent: str = ""
-    state: str = ""
-    owner: str | None = None
-    until: float | None = None
-    created: float = 0.0
-    size: int = 0
-    number: int = 0
-
-    @classmethod
-    def of(cls, row: tuple[Any, ...]) -> Self:
-        """Of the columns."""
-        number, namespace, kind, name, parent, state, created, owner, until, size, data = row
-        return cls(
-            kind,
-            name,
-            namespace,
-            json.loads(data),
-            parent,
-            state,
-            owner,
-            None if until is None else until / 1000,
-            created / 1000,
-            int(size),
-            int(number),
-        )
 
 
 Change = Callable[[Document], Document]
@@ -187,7 +149,7 @@ class Documents:
 
         def work(link: Link) -> tuple[Document, bool]:
             found = self._alike(link, made)
-            _remove(link, found)
+            remove(link, found)
             return self._put(link, made, pieces, quota), bool(found)
 
         return self._store.erase(work)
@@ -204,7 +166,7 @@ class Documents:
             "SELECT b.data FROM kilotune_documents d JOIN kilotune_bodies b ON b.document = d.id "
             f"WHERE d.kind = ? AND d.name = ?{own} AND b.part = ?"
         )
-        part = 0
+        part, name = 0, _plain(name)
         while True:
             row = self._store._read(lambda link, at=part: link.one(sql, (kind, name, *values, at)))  # type: ignore[misc]
             if row is None:
@@ -233,7 +195,7 @@ class Documents:
             found = Document.of(row)
             made = change(found)
             if made is not found:
-                _update(link, made)
+                update(link, made)
             return made
 
         return (self._store.erase if erased else self._store._write)(work)
@@ -255,9 +217,9 @@ class Documents:
             made = replace(make(found), kind=kind, name=name, namespace=namespace)
             if found is None:
                 made = replace(made, created=self._clock())
-                return replace(made, number=_insert(link, made, []))
+                return replace(made, number=insert(link, made, []))
             made = replace(made, number=found.number, created=found.created)
-            _update(link, made)
+            update(link, made)
             return made
 
         return self._store._write(work)
@@ -272,7 +234,7 @@ class Documents:
             if row is not None:
                 found = Document.of(row)
                 link.run("DELETE FROM kilotune_bodies WHERE document = ?", (found.number,))
-                _fill(link, found.number, pieces)
+                fill(link, found.number, pieces)
                 size = sum(map(len, pieces))
                 link.run("UPDATE kilotune_documents SET size = ? WHERE id = ?", (size, found.number))
             return row is not None
@@ -286,7 +248,7 @@ class Documents:
             sql, values = self._one(kind, name)
             row = link.one(sql, values)
             if row is not None:
-                _remove(link, [Document.of(row)])
+                remove(link, [Document.of(row)])
             return row is not None
 
         return self._store.erase(work)
@@ -323,25 +285,29 @@ class Documents:
                 given.append(value)
         if after is not None:
             sql += f" AND id {'<' if newest else '>'} (SELECT id FROM kilotune_documents WHERE kind = ? AND name = ?)"
-            given += [kind, after]
+            given += [kind, _plain(after)]
         sql += f" ORDER BY id {'DESC' if newest else 'ASC'} LIMIT ?"
         rows = self._store._read(lambda link: link.rows(sql, [*given, limit]))
         return [Document.of(row) for row in rows]
 
-    def total(self, kind: str, *, states: Iterable[str] | None = None) -> tuple[int, int]:
-        """(how many, bytes of their bodies)."""
+    def total(self, kind: str, *, states: Iterable[str] | None = None, parent: str | None = None) -> tuple[int, int]:
+        """(how many, bytes of their bodies). parent: of what belongs to that alone."""
         own, values = self._own()
         named = None if states is None else list(states)
         only = "" if named is None else f" AND state IN ({', '.join('?' for _ in named)})"
-        sql = f"SELECT COUNT(*), COALESCE(SUM(size), 0) FROM kilotune_documents WHERE kind = ?{own}{only}"
-        row = self._store._read(lambda link: link.one(sql, (kind, *values, *(named or ()))))
+        below, of = _below(parent)
+        sql = f"SELECT COUNT(*), COALESCE(SUM(size), 0) FROM kilotune_documents WHERE kind = ?{own}{only}{below}"
+        row = self._store._read(lambda link: link.one(sql, (kind, *values, *(named or ()), *of)))
         assert row is not None
         return int(row[0]), int(row[1])
 
     # -- work ------------------------------------------------------------------------------------
 
     def claim(self, kind: str, owner: str, seconds: float, states: tuple[str, str] = ("queued", "running")) -> Any:
-        """Take the oldest document that waits, or whose owner has given no sign of life; None where there is none.
+        """Take a document that waits, or whose owner has given no sign of life; None where there is none.
+
+        One of the namespace that has the fewest at work, so that who has many keeps nobody else waiting; among those,
+        the one that has waited longest.
 
         Args:
             kind: what.
@@ -351,23 +317,41 @@ class Documents:
 
         """
         own, values = self._own()
+        at_work = (
+            "(SELECT COUNT(*) FROM kilotune_documents busy WHERE busy.kind = ? AND busy.state = ? AND busy.until >= ? "
+            "AND busy.namespace = kilotune_documents.namespace)"
+        )
+        since = "CASE WHEN state = ? THEN COALESCE(until, created) ELSE created END"
         sql = (
             f"SELECT {COLUMNS} FROM kilotune_documents WHERE kind = ?{own} "
-            "AND ((state = ? AND (until IS NULL OR until <= ?)) OR (state = ? AND until < ?)) ORDER BY id LIMIT 1"
+            "AND ((state = ? AND (until IS NULL OR until <= ?)) OR (state = ? AND until < ?)) "
+            f"ORDER BY {at_work}, {since}, id LIMIT 1"
         )
 
         def work(link: Link) -> Document | None:
             now = self._clock()
             at = int(now * 1000)
             passing = f"{link.locking} SKIP LOCKED" if link.locking else ""  # what another one is just taking
-            row = link.one(sql + passing, (kind, *values, states[0], at, states[1], at))
+            waits, works = states
+            asked = (kind, *values, waits, at, works, at, kind, works, at, waits)
+            row = link.one(sql + passing, asked)
             if row is None:
                 return None
             made = replace(Document.of(row), state=states[1], owner=owner, until=now + seconds)
-            _update(link, made)
+            update(link, made)
             return made
 
         return self._store._write(work)
+
+    def move(self, kind: str, states: Iterable[str], to: str, until: float) -> int:
+        """Bring all documents in some states into another one, from when on they may be taken; how many."""
+        own, values = self._own()
+        given = list(states)
+        sql = (
+            f"UPDATE kilotune_documents SET state = ?, until = ? WHERE kind = ?{own} "
+            f"AND state IN ({', '.join('?' * len(given))})"
+        )
+        return self._store._write(lambda link: link.run(sql, (to, int(until * 1000), kind, *values, *given)))
 
     def renew(self, kind: str, name: str, owner: str, seconds: float) -> bool:
         """A sign of life: the document stays ``owner``'s; False where it is somebody else's, or gone."""
@@ -385,22 +369,26 @@ class Documents:
 
         def work(link: Link) -> int:
             found = over(link)
-            _remove(link, found)
+            remove(link, found)
             return len(found)
 
         return self._store.erase(work) if self._store._read(over) else 0
 
-    def shrink(self, kind: str, size: int) -> int:
-        """Remove the oldest of a kind until the bodies of those left have at most so many bytes; how many went."""
+    def shrink(self, kind: str, size: int, *, parent: str | None = None) -> int:
+        """Remove the oldest of a kind until the bodies of those left have at most so many bytes; how many went.
+
+        parent: among those that belong to it alone.
+        """
         own, values = self._own()
+        below, of = _below(parent)
         sql = (
             f"SELECT {COLUMNS} FROM (SELECT {COLUMNS}, SUM(size) OVER (ORDER BY id DESC) AS upto "
-            f"FROM kilotune_documents WHERE kind = ?{own}) AS listed WHERE upto > ?"
+            f"FROM kilotune_documents WHERE kind = ?{own}{below}) AS listed WHERE upto > ?"
         )
 
         def work(link: Link) -> int:
-            found = [Document.of(row) for row in link.rows(sql, (kind, *values, size))]
-            _remove(link, found)
+            found = [Document.of(row) for row in link.rows(sql, (kind, *values, *of, size))]
+            remove(link, found)
             return len(found)
 
         return self._store.erase(work)
@@ -426,10 +414,10 @@ class Documents:
     def _put(self, link: Link, made: Document, pieces: list[bytes], quota: int | None) -> Document:
         if made.parent:
             sql = f"SELECT id FROM kilotune_documents WHERE name = ? AND namespace = ?{link.sharing}"
-            if link.one(sql, (made.parent, self.namespace)) is None:
+            if link.one(sql, (_plain(made.parent), self.namespace)) is None:
                 raise AdapterError(f"there is no {made.parent!r}")
         self._check_quota(link, made.kind, made.size, quota)
-        return replace(made, number=_insert(link, made, pieces))
+        return replace(made, number=insert(link, made, pieces))
 
     def _alike(self, link: Link, made: Document) -> list[Document]:
         """Those of the same kind, parent and state, which nobody adds to until the transaction ends."""
@@ -443,7 +431,11 @@ class Documents:
 
     def _one(self, kind: str, name: str) -> tuple[str, tuple[str, ...]]:
         own, values = self._own()
-        return f"SELECT {COLUMNS} FROM kilotune_documents WHERE kind = ? AND name = ?{own}", (kind, name, *values)
+        return f"SELECT {COLUMNS} FROM kilotune_documents WHERE kind = ? AND name = ?{own}", (
+            kind,
+            _plain(name),
+            *values,
+        )
 
     def _check_quota(self, link: Link, kind: str, size: int, quota: int | None) -> None:
         if quota is None:
@@ -456,45 +448,10 @@ class Documents:
             raise QuotaError(f"{kind}: {size} bytes beside the {there} there are more than the {quota} allowed")
 
 
-def _insert(link: Link, made: Document, pieces: list[bytes]) -> int:
-    names = "namespace, kind, name, parent, state, created, owner, until, size, data"
-    row = link.one(
-        f"INSERT INTO kilotune_documents ({names}) VALUES ({', '.join('?' * 10)}) RETURNING id",
-        (made.namespace, made.kind, made.name, made.parent, made.state, int(made.created * 1000), *_told(made)),
-    )
-    assert row is not None
-    _fill(link, int(row[0]), pieces)
-    return int(row[0])
+def _plain(name: str) -> str:
+    """A name to look for. None has a NUL, which PostgreSQL takes in no text."""
+    return name.replace("\0", "\ufffd")
 
 
-def _fill(link: Link, number: int, pieces: list[bytes]) -> None:
-    body = b"".join(pieces)
-    parts = (body[begin : begin + PART] for begin in range(0, len(body), PART))
-    link.many(
-        "INSERT INTO kilotune_bodies (document, part, data) VALUES (?, ?, ?)",
-        ((number, part, piece) for part, piece in enumerate(parts)),
-    )
-
-
-def _told(made: Document) -> tuple[Any, ...]:
-    until = None if made.until is None else int(made.until * 1000)
-    return made.owner, until, made.size, json.dumps(made.data, ensure_ascii=False, separators=(",", ":"))
-
-
-def _update(link: Link, made: Document) -> None:
-    owner, until, _, data = _told(made)
-    link.run(
-        "UPDATE kilotune_documents SET state = ?, owner = ?, until = ?, data = ? WHERE id = ?",
-        (made.state, owner, until, data, made.number),
-    )
-
-
-def _remove(link: Link, found: list[Document]) -> None:
-    """These and all that belongs to them, however far down."""
-    while found:
-        link.many("DELETE FROM kilotune_documents WHERE id = ?", [(one.number,) for one in found])
-        below = []
-        for one in found:
-            sql = f"SELECT {COLUMNS} FROM kilotune_documents WHERE parent = ? AND namespace = ?"
-            below += [Document.of(row) for row in link.rows(sql, (one.name, one.namespace))]
-        found = below
+def _below(parent: str | None) -> tuple[str, tuple[str, ...]]:
+    return ("", ()) if parent is None else (" AND parent = ?", (parent,))

@@ -81,17 +81,23 @@ class Asker:
             raise ApiError(403, told, code="feedback_off")
         return rules
 
-    async def change(self, after: float, call: Callable[[Feedback], T]) -> T:
-        """Change what there is, and have it learned. Woken before, too: a server may die in between."""
+    async def change(
+        self, after: float, call: Callable[[Feedback], T], seen: Callable[[Feedback], object], param: str = "answer"
+    ) -> T:
+        """Change what there is, and have it learned. Woken before, too: a server may die in between.
+
+        seen: raises where there is nothing to change; nobody is woken then.
+        """
 
         def work() -> T:
             documents = self.feedback.documents
+            seen(self.feedback)
             turns.wake(documents, self.user, after)
             found = call(self.feedback)
             turns.wake(documents, self.user, after)
             return found
 
-        return await self.service.ask(self.namespace, work, "answer")
+        return await self.service.ask(self.namespace, work, param)
 
     async def check_text(self, body: FeedbackBody) -> None:
         """See that a correction can be an assistant's message behind what was asked, and is no mark of a turn there.
@@ -133,7 +139,11 @@ def _say(router: APIRouter, service: Service) -> None:
         rules = await asker.rules()
         asker.feedback.check(body.said)
         await asker.check_text(body)
-        made, replaced = await asker.change(rules.pause_seconds, lambda feedback: feedback.add(asker.user, body.said))
+        made, replaced = await asker.change(
+            rules.pause_seconds,
+            lambda feedback: feedback.add(asker.user, body.said),
+            seen=lambda feedback: feedback.answer(body.answer, asker.user),
+        )
         log("feedback", namespace=asker.namespace, feedback=made.name, kind=made.data["kind"], replaced=replaced)
         return JSONResponse({**feedback_object(made), "replaced": replaced})
 
@@ -164,8 +174,12 @@ def _said(router: APIRouter, service: Service) -> None:
     async def delete(request: Request, feedback_id: str) -> Response:
         """Take feedback back; what was learned from it is learned again without it."""
         asker = Asker(service, request)
-        await asker.ask(lambda own: own.find(feedback_id, asker.user), "feedback_id")
-        await asker.change(0.0, lambda own: own.remove(feedback_id, asker.user))
+        await asker.change(
+            0.0,
+            lambda own: own.remove(feedback_id, asker.user),
+            seen=lambda own: own.find(feedback_id, asker.user),
+            param="feedback_id",
+        )
         log("feedback taken back", namespace=asker.namespace, feedback=feedback_id)
         return JSONResponse({"id": feedback_id, "object": "feedback", "deleted": True})
 

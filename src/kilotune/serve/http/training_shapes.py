@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, final
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from ...fleet.store.documents import Document
@@ -56,6 +57,18 @@ HYPER = {
 SHOWN_AS = {"paused": "queued", "held": "queued"}  # words that OpenAI's clients do not know
 
 
+def _whole(given: dict[str, Any]) -> dict[str, Any]:
+    """Objects of any kind: their names and texts are characters, as those of fields are."""
+    try:
+        json.dumps(given, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise PydanticCustomError("surrogate", "holds half of a surrogate pair, which is no character") from None
+    return given
+
+
+Free = Annotated[dict[str, Any], AfterValidator(_whole)]
+
+
 class Hyper(Body):
     """What every method has."""
 
@@ -99,7 +112,7 @@ class ReinforcementHyper(Hyper):
 class ReinforcementBody(Body):
     """``method.reinforcement``."""
 
-    grader: dict[str, Any] = Field(description="Of type string_check, text_similarity or multi.")
+    grader: Free = Field(description="Of type string_check, text_similarity or multi.")
     hyperparameters: ReinforcementHyper | None = None
 
 
@@ -142,7 +155,9 @@ class JobBody(Body):
     method: MethodBody | None = None
     hyperparameters: Hyper | None = Field(None, description="The old place of a supervised method's.")
     integrations: Annotated[list[Any], Field(max_length=0)] | None = Field(None, description="Not served.")
-    metadata: dict[str, Annotated[str, Field(max_length=512)]] | None = Field(None, max_length=16)
+    metadata: Annotated[dict[str, Annotated[str, Field(max_length=512)]], AfterValidator(_whole)] | None = Field(
+        None, max_length=16
+    )
 
     @model_validator(mode="after")
     def _has_effect(self) -> JobBody:
@@ -192,16 +207,16 @@ class JobBody(Body):
 class RunBody(Body):
     """``POST /v1/fine_tuning/alpha/graders/run``."""
 
-    grader: dict[str, Any] = Field(description="Of type string_check, text_similarity or multi.")
+    grader: Free = Field(description="Of type string_check, text_similarity or multi.")
     model_sample: str = Field(description="What a model said.")
-    item: dict[str, Any] | None = Field(None, description="The row, whose fields templates have as item.")
+    item: Free | None = Field(None, description="The row, whose fields templates have as item.")
 
 
 @final
 class GraderBody(Body):
     """``POST /v1/fine_tuning/alpha/graders/validate``."""
 
-    grader: dict[str, Any] = Field(description="Of type string_check, text_similarity or multi.")
+    grader: Free = Field(description="Of type string_check, text_similarity or multi.")
 
 
 def graded_object(grader: Grader, graded: Graded, seconds: float) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, final
 
 from ...errors import AdapterError, ConfigError
-from ...fleet.store.documents import Document, Documents
+from ...fleet.store.documents import Document, Documents, QuotaError
 
 __all__ = [
     "ANSWER",
@@ -41,6 +41,7 @@ __all__ = [
 ANSWER, FEEDBACK, PERSON, RULES = "answer", "feedback", "person", "feedbackrules"
 PAGE = 200  # documents that are read at once
 ROOM = 0.9  # of what answers may take, that is left once the oldest had to go
+KNOWN = 65_536  # namespaces and users of which is known what room they have
 COUNTED = 16  # a part of what answers may take, after which they are counted again: other servers keep some, too
 
 
@@ -67,10 +68,18 @@ class FeedbackRules:
 @dataclass(frozen=True, kw_only=True)
 class FeedbackLimits:
     """What a namespace may have. answer_bytes: of answers that are kept, beyond which the oldest go; feedback may take
-    as much, and is refused beyond it. text: bytes of a correction."""
+    as much, and is refused beyond it. text: bytes of a correction. pieces: of feedback of one user.
+    share: of those bytes that one user may have, so that nobody takes the room of all."""
 
     answer_bytes: int = 2**28
     text: int = 65_536
+    pieces: int = 4096
+    share: float = 0.125
+
+    @property
+    def user_bytes(self) -> int:
+        """Of one user's answers, or of their feedback."""
+        return int(self.answer_bytes * self.share)
 
 
 @final
@@ -147,26 +156,32 @@ class Room:
     """What may be kept in each namespace before its answers are counted again: to count many takes a while."""
 
     def __init__(self) -> None:
-        self._free: dict[str, int] = {}
+        self._free: dict[tuple[str, str | None], int] = {}
         self._lock = threading.Lock()
 
-    def make(self, documents: Documents, size: int, most: int) -> None:
-        """Have room for so many bytes among those that answers may take; the oldest go where there is none."""
-        assert documents.namespace is not None, "answers belong to a namespace"
-        if self._take(documents.namespace, size):
-            return
-        _, there = documents.total(ANSWER)
-        if there + size > most:
-            documents.shrink(ANSWER, int(most * ROOM) - size)
-            _, there = documents.total(ANSWER)
-        with self._lock:
-            self._free[documents.namespace] = min(most - there, most // COUNTED) - size
+    def make(self, documents: Documents, size: int, most: int, person: str | None = None) -> None:
+        """Have room for so many bytes among those that answers may take; the oldest go where there is none.
 
-    def _take(self, namespace: str, size: int) -> bool:
+        person: to whom they belong, whose answers may take so much; None: all of the namespace.
+        """
+        assert documents.namespace is not None, "answers belong to a namespace"
+        place = documents.namespace, person
+        if self._take(place, size):
+            return
+        _, there = documents.total(ANSWER, parent=person)
+        if there + size > most:
+            documents.shrink(ANSWER, int(most * ROOM) - size, parent=person)
+            _, there = documents.total(ANSWER, parent=person)
         with self._lock:
-            free = self._free.get(namespace, 0) - size
+            if len(self._free) >= KNOWN:
+                self._free.clear()  # they are counted again
+            self._free[place] = min(most - there, most // COUNTED) - size
+
+    def _take(self, place: tuple[str, str | None], size: int) -> bool:
+        with self._lock:
+            free = self._free.get(place, 0) - size
             if free >= 0:
-                self._free[namespace] = free
+                self._free[place] = free
             return free >= 0
 
 
@@ -208,13 +223,14 @@ class Feedback:
     # -- answers ---------------------------------------------------------------------------------
 
     def keep(self, one: Answered, seconds: float) -> Document | None:
-        """Keep an answer for so long; None where it alone is more than all of them may be. The oldest make room."""
+        """Keep an answer for so long; None where it alone is more than all of a user's may be. The oldest make room."""
         told = {"user": one.user, "model": one.model, "version": one.version, "on": one.on}
         body = [_packed({"messages": one.messages, "tools": one.tools, "answer": one.text})]
-        most, until = self.limits.answer_bytes, self._clock() + seconds
-        if len(body[0]) > most * ROOM:
+        size, most, until = len(body[0]), self.limits.user_bytes, self._clock() + seconds
+        if size > most * ROOM:
             return None
-        self._room.make(self.documents, len(body[0]), most)
+        self._room.make(self.documents, size, most, self.person(one.user))
+        self._room.make(self.documents, size, self.limits.answer_bytes)
         while True:
             person = self._person(one.user)
             try:
@@ -242,7 +258,7 @@ class Feedback:
 
         Raises:
             AdapterError: the user has no such answer. ConfigError: it says nothing, or too much. QuotaError: the
-                namespace has all the feedback that it may have.
+                namespace or the user has all the feedback that they may have.
 
         """
         self.check(said)
@@ -271,12 +287,27 @@ class Feedback:
         }
         person = self._person(user)
         body = [_packed({**kept, "better": better})]
+        self._check_room(person, said.answer, len(body[0]))
         made, replaced = self.documents.swap(
             FEEDBACK, told, parent=person, state=said.answer, body=body, quota=self.limits.answer_bytes
         )
         if said.better_than is not None:
             replaced |= self._turn_about(said, person)
         return made, replaced
+
+    def _check_room(self, person: str, answer: str, size: int) -> None:
+        """See that a user may have one more piece of feedback, in place of what there is of the answer."""
+        count, there = self.documents.total(FEEDBACK, parent=person)
+        limits = self.limits
+        if count < limits.pieces and there + size <= limits.user_bytes:
+            return
+        before = self.documents.ls(FEEDBACK, parent=person, state=answer)
+        count, there = count - len(before), there - sum(one.size for one in before)
+        if count >= limits.pieces or there + size > limits.user_bytes:
+            raise QuotaError(
+                f"feedback: you have given {count} pieces of {there} bytes; {limits.pieces} of {limits.user_bytes} "
+                "bytes is the most. Take some of it back"
+            )
 
     def _turn_about(self, said: Said, person: str) -> bool:
         """Take back that the worse one was the better one; whether that was said."""
