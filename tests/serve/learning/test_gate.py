@@ -119,6 +119,7 @@ def test_a_collapse_to_one_token_is_refused(school: Learning, guard: Guarded) ->
     assert any(fault.startswith("KL from what is live") for fault in found.faults), found
 
 
+@pytest.mark.heavy
 def test_a_flood_of_wrong_labels_is_refused(school: Learning, guard: Guarded) -> None:
     """What is known is taught otherwise, with labels drawn anew; the replayed rows and the guard both say so."""
     asked = texts(1, 8)

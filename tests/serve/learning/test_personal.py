@@ -86,6 +86,7 @@ def test_what_cannot_be_rendered_is_told_once_and_stops_nothing(school: Learning
     assert told(school, "fay") == ["skipped", "learned"]
 
 
+@pytest.mark.heavy
 def test_a_newer_correction_of_a_prompt_takes_the_older_ones_place(school: Learning) -> None:
     school.correct("gus", "the cat", "a dog sat", "no")
     school.learn("gus")
@@ -300,7 +301,9 @@ def test_a_run_that_was_killed_is_taken_up_and_publishes_once(
     assert school.claim() is None
 
 
-@pytest.mark.parametrize("change", ["taken back", "rolled back", "taken over"])
+@pytest.mark.parametrize(
+    "change", ["rolled back", *(pytest.param(one, marks=pytest.mark.heavy) for one in ("taken back", "taken over"))]
+)
 def test_what_changes_meanwhile_is_not_published(
     change: str, school: Learning, monkeypatch: pytest.MonkeyPatch
 ) -> None:
