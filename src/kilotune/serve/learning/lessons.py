@@ -78,7 +78,7 @@ def read_lessons(lessons: Iterable[Lesson], make: Maker, others: Sequence[str]) 
     for lesson in lessons:
         mark = mark_of(lesson)
         try:
-            found[mark] = found.pop(mark, None) or _taught(lesson, mark, make, others)
+            found[mark] = found.pop(mark) if mark in found else _taught(lesson, mark, make, others)
         except (ConfigError, RecursionError) as error:
             unread.setdefault(mark, Unread(lesson, mark, first_line(error)))
     return list(found.values()), list(unread.values())
