@@ -166,12 +166,13 @@ class Round:
         self.names: dict[str, str] = {}
         self.faults: list[str] = []
         self.done = False
+        self.window = 1.0  # seconds within which it is killed
 
     def run(self, kill: bool) -> bool:
         """One victim; whether it was killed."""
         missing = [kind for kind in JOBS if kind not in self.names]
         child, source = forked(lambda out: victim(self.url, self.base, self.space, missing, self.planted, out))
-        until = time.monotonic() + (self.chance.uniform(0.02, 1.2) if kill else 2 * LATE)
+        until = time.monotonic() + (self.chance.uniform(0.02, self.window) if kill else 2 * LATE)
         rest, killed = b"", False
         while True:
             ready, _, _ = select.select([source], [], [], max(0.0, until - time.monotonic()))
@@ -256,8 +257,10 @@ def main(url: str, kills: int, seed: int, planted: str) -> dict[str, Any]:
     known: dict[str, Any] = {}
     faults: list[str] = []
     done = rounds = 0
+    whole, began = 1.0, time.monotonic()
     while rounds == 0 or (done < kills and not faults):
         own = Round(url, base, f"space{rounds}", chance, "" if rounds == 0 else planted)
+        own.window = 0.6 * whole
         while not own.done and not own.faults:
             done += own.run(kill=rounds > 0 and done < kills)
         faults += own.faults
@@ -265,6 +268,7 @@ def main(url: str, kills: int, seed: int, planted: str) -> dict[str, Any]:
             if sorted(own.names) != sorted(JOBS):
                 faults.append(f"{own.space}: of {JOBS} there are {sorted(own.names)}")
             faults += looked_at(url, own.space, own.names, known)
+        whole = whole if rounds else time.monotonic() - began
         rounds += 1
     return {"kills": done, "rounds": rounds - 1, "faults": faults}
 

@@ -56,7 +56,7 @@ def training_serving(
         training = Training(url, learner, registry, engine, BASE, config, tokenizer(), limits)
         training.start()
         running.service.training = training
-        running.service.metrics.learns(training.personal.counts)
+        running.service.metrics.learns(training)
         yield running
 
 

@@ -346,3 +346,25 @@ def test_what_enters_the_last_blocks_is_kept_and_nothing_else_changes() -> None:
     assert losses[8.0] == pytest.approx(losses[0.0], abs=1e-12)
     for key, value in contents[0.0].tensors.items():
         torch.testing.assert_close(contents[8.0].tensors[key], value, rtol=0, atol=1e-12)
+
+
+def test_what_a_model_takes_is_known_before_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And one model of a large form has no room for seven more beside it."""
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+    trained = sum(
+        parameter.numel() for parameter in get_peft_model(model(), config).parameters() if parameter.requires_grad
+    )
+    with Stepper(model()) as stepper:
+        before = stepper.bytes_of(config)
+        assert before == 5 * 8 * trained
+        assert not stepper._homes
+        monkeypatch.setattr("kilotune.fleet.stepper.stepper.FIRST_NUMBERS", 1)
+        stepper.open("ann", config)
+        assert stepper.bytes_of(config) == before
+        (home,) = stepper._homes.values()
+        assert home.rows.capacity == 1
+        for name in ("bob", "carl"):
+            stepper.open(name, config)
+        asked = [stepper.submit(name, ForwardBackward(rows_for(1))) for name in ("ann", "carl")]
+        first, second = finished(stepper, *asked)
+        assert first.loss == pytest.approx(second.loss, abs=1e-12)

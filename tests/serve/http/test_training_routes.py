@@ -18,7 +18,7 @@ from kilotune.serve.learning.jobs import JobLimits
 from kilotune.serve.learning.training import TrainingLimits
 from tests.support.cli_helpers import as_json, error
 from tests.support.http_support import BASE, Running
-from tests.support.training_support import chat_lines, done, said, training_serving, upload
+from tests.support.training_support import CONFIG, chat_lines, done, said, training_serving, upload
 
 HERS = [("the cat", "a dog sat"), ("a dog", "the mat")]
 HIS = [("the cat", "on the hat"), ("a dog", "a cat sat")]
@@ -282,6 +282,14 @@ def test_what_cannot_be_is_refused_at_once(changed: dict[str, Any], told: str, r
         job_of(running.openai("ann"), chat_lines(HERS), **changed)
 
 
+def test_filters_that_are_not_there_are_refused(running: Running) -> None:
+    with running.client(running.keys["ann"]) as client:
+        for place in ("/v1/fine_tuning/jobs?metadata[a]=b", "/v1/files?limt=3"):
+            answer = client.get(place)
+            assert answer.status_code == 400
+            assert "there is no such option" in answer.json()["error"]["message"]
+
+
 def test_half_a_character_is_refused_wherever_it_is(running: Running) -> None:
     file = upload(running.openai("ann"), chat_lines(HERS)).id
     half, graders = {**LIKE, "reference": "\ud800"}, "/v1/fine_tuning/alpha/graders"
@@ -382,6 +390,29 @@ def test_files_are_kept_listed_and_deleted(running: Running) -> None:
         ann.files.create(file=("a", b"x"), purpose="batch")
 
 
+def test_what_training_does_is_counted(running: Running) -> None:
+    def counted() -> dict[str, float]:
+        with running.client(running.manager) as client:
+            lines = client.get("/metrics").text.splitlines()
+        return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if not line.startswith("#")}
+
+    ann, before = running.openai("ann"), counted()
+    assert done(ann, job_of(ann, chat_lines(HERS))).status == "succeeded"
+    assert done(ann, job_of(ann, b"x")).status == "failed"
+    after = counted()
+    more = {
+        name: after[name] - before[name] for name in after if name.startswith(("kilotune_training", "kilotune_jobs"))
+    }
+    assert more["kilotune_training_passes_total"] >= 40
+    assert more["kilotune_training_tokens_total"] >= 40 * 2 * 8
+    assert more["kilotune_training_seconds_total"] > 0
+    assert more['kilotune_jobs_ended_total{state="succeeded"}'] == 1
+    assert more['kilotune_jobs_ended_total{state="failed"}'] == 1
+    states = {name.split('"')[1] for name in after if name.startswith("kilotune_jobs_open")}
+    assert states == {"queued", "running", "paused", "held"}
+    assert not [name for name in more if "ann" in name]
+
+
 def test_quotas_of_files_and_jobs(tmp_path: Path) -> None:
     limits = TrainingLimits(file_bytes=1000, jobs=JobLimits(open=1))
     with training_serving(tmp_path, limits=limits) as running:
@@ -396,6 +427,23 @@ def test_quotas_of_files_and_jobs(tmp_path: Path) -> None:
         with pytest.raises(openai.RateLimitError, match="more than the 1000 allowed"):
             upload(ann, b"x" * 900)
         ann.fine_tuning.jobs.cancel(slow.id)
+
+
+def test_the_memory_of_models_in_training_is_bounded(tmp_path: Path) -> None:
+    with training_serving(tmp_path) as running:
+        training = running.service.training
+        assert training is not None
+        size = training.learner._call(lambda: training.learner._stepper.bytes_of(CONFIG)).result()
+        ann, short = running.openai("ann"), {"hyperparameters": {"n_epochs": 10, "batch_size": 1}}
+        method = {"type": "supervised", "supervised": short}
+        training._runner._limits = JobLimits(memory=size + 1)
+        jobs = [job_of(ann, chat_lines(HERS), method=method) for _ in range(2)]
+        assert [done(ann, job).status for job in jobs] == ["succeeded"] * 2
+        told = [event.message for job in jobs for event in ann.fine_tuning.jobs.list_events(job.id, limit=100)]
+        assert sum(message.startswith("The job waits: the model takes ") for message in told) == 1
+        training._runner._limits = JobLimits(memory=size - 1)
+        with pytest.raises(openai.RateLimitError, match="train one of a smaller rank, or on fewer layers"):
+            job_of(ann, chat_lines(HERS))
 
 
 def test_without_learn_it_is_not_served_and_says_how(tmp_path: Path) -> None:

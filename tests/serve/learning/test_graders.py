@@ -168,6 +168,7 @@ def test_what_a_row_lacks_is_known_before_anything_is_sampled() -> None:
     [
         ("(a + b) / 2", 1.75), ("a ^ 2 + b", 3.5), ("-a ^ 2", -1.0), ("2 * -b", -5.0), ("max(a, b, 7) - min(a)", 6.0),
         ("abs(-b) + floor(b) + ceil(b)", 7.5), ("exp(a) - exp(1) + sqrt(b * 4 / 10) + log(a)", 1.0), ("1e1", 10.0),
+        ("2 ^ 3 ^ 0", 2.0), ("8 / 4 / 2", 1.0), ("7 - 3 - 2", 2.0), ("2 ^ -a", 0.5), (".5 + 1. - +a", 0.5),
     ],
 )  # fmt: skip
 def test_formulas(formula: str, value: float) -> None:
@@ -179,7 +180,9 @@ def test_formulas(formula: str, value: float) -> None:
     "formula",
     [
         "", "a +", "c", "__import__('os')", "a.real", "a[0]", "[a]", "a if b else a", "a < b", "not a", "lambda: a",
-        "f(a)", "min()", "sqrt(a, b)", "min(*a)", "max(a, key=b)", "'a'", "True", "1j", "9" * 400, "1e999", "a // b",
+        "f(a)", "a ** 2", "(a", "a)", "min(a", "min(a,)", "a b", "2 a", "+", "a^",
+        "min()", "sqrt(a, b)", "min(*a)", "max(a, key=b)", "'a'", "True", "1j", "9" * 400, "1e999",
+        "a // b",
         "(" * 240 + "a" + ")" * 240, "-" * 499 + "a", "a % b", "a; b", "a := 1", "a" * 501, "\0", "a\nb", "f'{a}'",
     ],
 )  # fmt: skip
@@ -229,6 +232,8 @@ def test_several_are_one_reward() -> None:
         (check("eq", input="{{ sample.output_tools }}"), "sample.output_tools is not served"),
         (check("eq", input="{{ sample.output_text.a }}"), "without parts"),
         (check("eq", input="x" * 20_001), "at most 20000 are taken"),
+        (check("eq", input="a\ud800"), "grader.input: half of a surrogate pair"),
+        (check("eq", name="\udfff"), "grader.name: half of a surrogate pair"),
         (multi("a + c"), "there is no grader 'c'"),
         (multi("a", min=check("eq")), "grader.graders: 'min' cannot be in a formula"),
         (multi("a", **{"a-b": check("eq")}), "'a-b' cannot be in a formula"),

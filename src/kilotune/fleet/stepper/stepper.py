@@ -30,6 +30,7 @@ from ...adapter_files.names import check_adapter_name, composed
 from ...config import AdapterConfig
 from ...errors import AdapterError, ConfigError, KilotuneError, ResourceError, UnsupportedError, did_you_mean
 from ...projections.matrices import check_seed
+from ..bank.forms import ResidentForm
 from ..store import Contents, Fingerprint
 from .adapter_rows import STATE, Rows, start_row
 from .given_adapters import Beneath, Existing, beneath, start_of
@@ -44,6 +45,8 @@ from .trainee import Asked, Reading, Trainee, size_of
 __all__ = ["Stepper"]
 
 FIRST = 8  # rows of a form, to begin with
+FIRST_NUMBERS = 2**22  # or fewer, where they are so many numbers together
+TIMES = 5  # numbers, AdamW's two means, the best numbers, and a gradient
 
 
 @final
@@ -81,6 +84,7 @@ class Stepper:
         if tokens < 1 or waiting < 1:
             raise ConfigError(f"tokens, waiting: expected at least 1, got {tokens} and {waiting}")
         self.tokens, self.most_waiting = tokens, waiting
+        self.ran = 0  # tokens of all passes, filled up
         self._given = model
         self._held = ExitStack()
         self._lock = threading.Lock()
@@ -182,12 +186,19 @@ class Stepper:
             with ExitStack() as made:
                 form = form_in(self._model, config, made)
                 layers = list(form.installed.layers.values())
-                dtype = torch.float32
-                for layer in layers:
-                    dtype = torch.promote_types(dtype, layer.compute_dtype())
-                rows = Rows(form, FIRST, dtype, layers[0].compute_device())
+                first = max(1, min(FIRST, FIRST_NUMBERS // max(form.length, 1)))
+                rows = Rows(form, first, _dtype(form), layers[0].compute_device())
                 self._homes[key] = _Home(rows, made.pop_all())
         return key, self._homes[key]
+
+    def bytes_of(self, config: AdapterConfig) -> int:
+        """What a model of this configuration takes while it is open; none is made. Raises as :meth:`open`."""
+        home = self._homes.get(repr(config))
+        if home is not None:
+            return TIMES * home.rows.form.length * home.rows.values.dtype.itemsize
+        with ExitStack() as held:
+            form = form_in(self._model, config, held)
+            return TIMES * form.length * _dtype(form).itemsize
 
     def _leave(self, key: str, home: _Home) -> None:
         """Take a form out of the model when nobody trains with it any longer."""
@@ -357,7 +368,9 @@ class Stepper:
             self._fail(trainees[0], error)
             return
         for trainee, outcome in zip(trainees, outcomes, strict=True):
-            trainee.used += size_of(outcome.part.rows)
+            size = size_of(outcome.part.rows)
+            trainee.used += size
+            self.ran += size
             self._noted(trainee, outcome)
 
     def _noted(self, trainee: Trainee, outcome: Outcome) -> None:
@@ -378,6 +391,14 @@ class Stepper:
             if reading.before is not None:
                 home.learn([trainee.slot], reading.before.unsqueeze(0))
         self._end(trainee, reading.asked, error)
+
+
+def _dtype(form: ResidentForm) -> torch.dtype:
+    """In which its rows are: at least float32."""
+    dtype = torch.float32
+    for layer in form.installed.layers.values():
+        dtype = torch.promote_types(dtype, layer.compute_dtype())
+    return dtype
 
 
 def _reading(trainee: Trainee) -> Reading:

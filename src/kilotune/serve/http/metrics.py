@@ -15,6 +15,7 @@ from prometheus_client.registry import Collector
 
 from ..engine.interface import EngineStats
 from ..learning.personal import LearningCounts
+from ..learning.training import Training
 from ..learning.users import without_user
 
 __all__ = ["Metrics", "Recent"]
@@ -86,6 +87,38 @@ class _EngineNumbers(Collector):
             ("steps", "Steps of the engine since the start.", now.steps),
         ):
             yield CounterMetricFamily(f"kilotune_engine_{name}", text, value=count)
+
+
+@final
+class _TrainingNumbers(Collector):
+    """What trains, when somebody asks."""
+
+    def __init__(self, training: Training) -> None:
+        self._training = training
+
+    def collect(self) -> Iterator[Metric]:
+        now = self._training.learner.stats()
+        for name, text, count in (
+            ("passes", "Passes of training since the start.", now.passes),
+            ("seconds", "Seconds of the processor that these took.", now.seconds),
+            ("tokens", "Tokens of these, filled up to the longest row.", now.tokens),
+            ("waiting_seconds", "Seconds in which training waited for answers.", now.waited),
+            ("failed", "Operations of training that failed.", now.failed),
+        ):
+            yield CounterMetricFamily(f"kilotune_training_{name}", text, value=count)
+        yield GaugeMetricFamily("kilotune_training_models", "Models that are in training here.", value=now.models)
+        jobs = GaugeMetricFamily(
+            "kilotune_jobs_open", "Fine-tuning jobs of all servers that are not done, by state.", labels=["state"]
+        )
+        for state, count in self._training.jobs_open().items():
+            jobs.add_metric([state], count)
+        yield jobs
+        ended = CounterMetricFamily(
+            "kilotune_jobs_ended", "Fine-tuning jobs that ended here, by state.", labels=["state"]
+        )
+        for state in ("succeeded", "failed"):
+            ended.add_metric([state], self._training.jobs_ended().get(state, 0))
+        yield ended
 
 
 @final
@@ -194,9 +227,10 @@ class Metrics:
         )
         self.cached = Counter("kilotune_cached_tokens", "Of the prompts, tokens that were in the cache.", registry=to)
 
-    def learns(self, counts: Callable[[], LearningCounts]) -> None:
-        """Count what learning from feedback does, too."""
-        self.registry.register(_FeedbackNumbers(counts))
+    def learns(self, training: Training) -> None:
+        """Count what training and learning from feedback do, too."""
+        self.registry.register(_FeedbackNumbers(training.personal.counts))
+        self.registry.register(_TrainingNumbers(training))
 
     def label(self, tenant: str | None) -> str:
         """A tenant's label: its own for the first ones, and no more labels however many come."""

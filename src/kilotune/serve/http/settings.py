@@ -171,6 +171,12 @@ class ServeSettings(Section):
     learn_tokens_a_day: int = setting(
         50_000_000, number(1, whole=True), "With --learn: tokens that a namespace may have trained in a day."
     )
+    learn_memory: int = setting(
+        2**32,
+        size(1),
+        "With --learn: how much memory models of a namespace's jobs take that are trained at once; others wait, and a "
+        "larger one is refused.",
+    )
     learn_file_bytes: int = setting(2**30, size(0), "With --learn: how much the files of a namespace may take.")
     learn_answer_bytes: int = setting(
         256 * 2**20,

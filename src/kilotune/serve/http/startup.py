@@ -107,13 +107,13 @@ def _training(
         share=settings.learn_share, pass_tokens=settings.learn_pass_tokens, threads=settings.learn_threads
     )
     learner = Learner(twin, adapters, engine, learning, engine.cores)
-    jobs = JobLimits(open=settings.learn_jobs, tokens_a_day=settings.learn_tokens_a_day)
+    jobs = JobLimits(open=settings.learn_jobs, tokens_a_day=settings.learn_tokens_a_day, memory=settings.learn_memory)
     feedback = FeedbackLimits(answer_bytes=settings.learn_answer_bytes)
     bounds = Bounds(divergence=settings.learn_kl)
     limits = TrainingLimits(file_bytes=settings.learn_file_bytes, jobs=jobs, feedback=feedback, bounds=bounds)
     personal = _in_last_blocks(twin, config, settings.learn_last_blocks)
     made = Training(store, learner, adapters, engine, service.base, config, tokenizer, limits, personal)
-    service.metrics.learns(made.personal.counts)
+    service.metrics.learns(made)
     return made
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeVar, final
 from fastapi import APIRouter, File, Form, Query, Request, UploadFile
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from ...errors import KilotuneError
+from ...errors import KilotuneError, did_you_mean
 from ...fleet.store.documents import Document, Documents
 from ..learning.graders import Graded, Grader, read_grader
 from ..learning.jobs import CHECKPOINT, EVENT, FILE, JOB, Jobs
@@ -35,6 +35,7 @@ __all__ = ["routes"]
 T = TypeVar("T")
 MAX_PAGE = 10_000
 PIECE = 1_000_000
+BYTES: dict[int | str, dict[str, Any]] = {200: {"content": {"application/octet-stream": {}}}}
 DAYS = 30 * 86_400
 Limit = Annotated[int, Query(ge=1, le=MAX_PAGE)]
 After = Annotated[str | None, Query(max_length=200)]
@@ -49,6 +50,7 @@ class _Asker:
         assert caller is not None
         if service.training is None:
             raise ApiError(404, "fine-tuning is not served here; start kilotune serve with --learn")
+        _check_options(request)
         if not caller.trains:
             told = "this key may not upload files or train; kilotune keys add --trains makes one that may"
             raise ApiError(403, told)
@@ -93,6 +95,16 @@ class _Asker:
     def shown(self, job: Document) -> dict[str, Any]:
         """A job as OpenAI has it."""
         return job_object(job, self.namespace)
+
+
+def _check_options(request: Request) -> None:
+    """Refuse what a request asks for in its query and the route does not know: a filter, say."""
+    known = [field.alias for field in request.scope["route"].dependant.query_params]
+    for name in request.query_params:
+        if name not in known:
+            raise ApiError(
+                400, f"{name:.50}: there is no such option.{did_you_mean(name[:50], known)}", param=name[:50]
+            )
 
 
 def routes(service: Service, errors: dict[int | str, dict[str, Any]]) -> APIRouter:
@@ -162,7 +174,7 @@ def _files(router: APIRouter, service: Service) -> None:
         log("file removed", namespace=asker.namespace, file=file_id)
         return JSONResponse({"id": file_id, "object": "file", "deleted": True})
 
-    @router.get("/files/{file_id}/content", operation_id="file_content", response_model=None)
+    @router.get("/files/{file_id}/content", operation_id="file_content", response_model=None, responses=BYTES)
     async def content(request: Request, file_id: str) -> Response:
         """A file as it was uploaded."""
         asker = _Asker(service, request)

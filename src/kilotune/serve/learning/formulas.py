@@ -1,14 +1,20 @@
 """Formulas of strangers over named numbers: ``calculate_output`` of OpenAI's multi graders.
 
-Numbers, names, ``+ - * / ^``, brackets, and min, max, abs, floor, ceil, exp, sqrt and log: read with Python's own
-parser into a tree of which only these are taken, and computed here, in as many steps as the formula has signs.
+::
+
+    sum    product (+|- product)*          product  signed (*|/ signed)*
+    signed (+|-) signed | power            power    atom (^ signed)?
+    atom   NUMBER | NAME | FUNCTION ( sum (, sum)* ) | ( sum )
+
+Functions are min, max, abs, floor, ceil, exp, sqrt and log. It is computed in as many steps as it has signs. Python's
+own parser is not used: in two threads at once that of 3.11 raises SystemErrors.
 """
 
 from __future__ import annotations
 
-import ast
 import math
 import operator
+import re
 from collections.abc import Callable, Mapping
 from typing import final
 
@@ -29,13 +35,9 @@ FUNCTIONS: Mapping[str, Callable[..., float]] = {
     "log": math.log,
 }
 MANY = ("min", "max")  # which take one or more; the others take one
-SIGNS: Mapping[type[ast.operator], Callable[[float, float], float]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.Pow: math.pow,
-}
+SUMS: Mapping[str, Callable[[float, float], float]] = {"+": operator.add, "-": operator.sub}
+PRODUCTS: Mapping[str, Callable[[float, float], float]] = {"*": operator.mul, "/": operator.truediv}
+PART = re.compile(r"\s*(?:(\d+\.?\d*(?:[eE][+-]?\d+)?|\.\d+(?:[eE][+-]?\d+)?)|([^\W\d]\w*)|(\S))", re.ASCII)
 Compute = Callable[[Mapping[str, float]], float]
 
 
@@ -49,15 +51,13 @@ class Formula:
     """
 
     def __init__(self, text: str, names: Mapping[str, object], where: str) -> None:
+        self._where, self._names, self._depth, self._at = where, names, 0, 0
         if len(text) > LONGEST:
-            raise ConfigError(f"{where}: {len(text)} characters; at most {LONGEST} are taken")
-        try:
-            tree = ast.parse(text.strip().replace("^", "**"), mode="eval").body
-        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-            told = error.msg if isinstance(error, SyntaxError) else "it cannot be read"
-            raise ConfigError(f"{where}: no formula: {told}") from None
-        self._where, self._names = where, names
-        self._compute = self._read(tree, 0)
+            raise self._fault(f"{len(text)} characters; at most {LONGEST} are taken")
+        self._parts = [found.groups() for found in PART.finditer(text.strip())]
+        self._compute = self._chain(SUMS)
+        if self._at < len(self._parts):
+            raise self._unexpected()
 
     def __call__(self, values: Mapping[str, float]) -> float:
         """The number that it comes to.
@@ -71,50 +71,83 @@ class Formula:
             raise ArithmeticError(f"it comes to {found}")
         return found
 
-    def _read(self, tree: ast.expr, depth: int) -> Compute:
-        if depth > DEEPEST:
-            raise ConfigError(f"{self._where}: more than {DEEPEST} brackets and signs in one another")
-        if isinstance(tree, ast.Constant):
-            return self._number(tree.value)
-        if isinstance(tree, ast.Name):
-            return self._name(tree.id)
-        if isinstance(tree, ast.UnaryOp) and isinstance(tree.op, (ast.USub, ast.UAdd)):
-            inner, sign = self._read(tree.operand, depth + 1), -1.0 if isinstance(tree.op, ast.USub) else 1.0
-            return lambda values: sign * inner(values)
-        if isinstance(tree, ast.BinOp) and type(tree.op) in SIGNS:
-            join, left, right = (
-                SIGNS[type(tree.op)],
-                self._read(tree.left, depth + 1),
-                self._read(tree.right, depth + 1),
-            )
-            return lambda values: join(left(values), right(values))
-        if isinstance(tree, ast.Call) and isinstance(tree.func, ast.Name) and not tree.keywords:
-            return self._call(tree.func.id, [self._read(one, depth + 1) for one in tree.args])
-        raise ConfigError(
-            f"{self._where}: expected numbers, the graders' names, + - * / ^, brackets, and {', '.join(FUNCTIONS)}"
-        )
+    # -- reading ---------------------------------------------------------------------------------------
 
-    def _number(self, value: object) -> Compute:
-        if type(value) not in (int, float):
-            raise ConfigError(f"{self._where}: expected numbers and names, got {value!r:.50}")
-        try:
-            number = float(value)  # type: ignore[arg-type]
-        except OverflowError:
-            number = math.inf
-        if not math.isfinite(number):
-            raise ConfigError(f"{self._where}: expected finite numbers")
-        return lambda values: number
+    def _fault(self, told: str) -> ConfigError:
+        return ConfigError(f"{self._where}: {told}")
+
+    def _unexpected(self) -> ConfigError:
+        there = next(filter(None, self._parts[self._at]), "") if self._at < len(self._parts) else "its end"
+        wanted = f"expected numbers, the graders' names, + - * / ^, brackets, and {', '.join(FUNCTIONS)}"
+        return self._fault(f"{wanted}; got {there!r:.50} at part {self._at + 1}")
+
+    def _sign(self, *signs: str) -> str | None:
+        """The sign that is next, if it is one of these."""
+        if self._at < len(self._parts) and self._parts[self._at][2] in signs:
+            self._at += 1
+            return str(self._parts[self._at - 1][2])
+        return None
+
+    def _chain(self, signs: Mapping[str, Callable[[float, float], float]]) -> Compute:
+        """A sum, or a product: from the left to the right."""
+        inner = self._signed if signs is PRODUCTS else lambda: self._chain(PRODUCTS)
+        made = inner()
+        while (sign := self._sign(*signs)) is not None:
+            made = _joined(signs[sign], made, inner())
+        return made
+
+    def _signed(self) -> Compute:
+        self._depth += 1
+        if self._depth > DEEPEST:
+            raise self._fault(f"more than {DEEPEST} brackets and signs in one another")
+        sign = self._sign("+", "-")
+        inner = self._signed() if sign else self._power()
+        self._depth -= 1
+        return (lambda values: -inner(values)) if sign == "-" else inner
+
+    def _power(self) -> Compute:
+        base = self._atom()
+        return base if self._sign("^") is None else _joined(math.pow, base, self._signed())
+
+    def _atom(self) -> Compute:
+        if self._sign("("):
+            made = self._chain(SUMS)
+            if not self._sign(")"):
+                raise self._unexpected()
+            return made
+        number, name, _ = self._parts[self._at] if self._at < len(self._parts) else (None, None, None)
+        if number is not None:
+            self._at += 1
+            return self._number(number)
+        if name is None:
+            raise self._unexpected()
+        self._at += 1
+        return self._call(name) if self._sign("(") else self._name(name)
+
+    def _number(self, text: str) -> Compute:
+        value = float(text)
+        if not math.isfinite(value):
+            raise self._fault("expected finite numbers")
+        return lambda values: value
 
     def _name(self, name: str) -> Compute:
         if name not in self._names:
-            raise ConfigError(f"{self._where}: there is no grader {name!r:.50}.{did_you_mean(name, self._names)}")
+            raise self._fault(f"there is no grader {name!r:.50}.{did_you_mean(name, self._names)}")
         return lambda values: values[name]
 
-    def _call(self, name: str, given: list[Compute]) -> Compute:
+    def _call(self, name: str) -> Compute:
         if name not in FUNCTIONS:
-            raise ConfigError(f"{self._where}: there is no function {name!r:.50}.{did_you_mean(name, FUNCTIONS)}")
-        if not given or (name not in MANY and len(given) > 1):
-            count = "one number or more" if name in MANY else "one number"
-            raise ConfigError(f"{self._where}: {name} takes {count}, got {len(given)}")
+            raise self._fault(f"there is no function {name!r:.50}.{did_you_mean(name, FUNCTIONS)}")
+        given = [self._chain(SUMS)]
+        while self._sign(","):
+            given.append(self._chain(SUMS))
+        if not self._sign(")"):
+            raise self._unexpected()
+        if name not in MANY and len(given) > 1:
+            raise self._fault(f"{name} takes one number, got {len(given)}")
         function = FUNCTIONS[name]
         return lambda values: function(*(one(values) for one in given))
+
+
+def _joined(join: Callable[[float, float], float], left: Compute, right: Compute) -> Compute:
+    return lambda values: join(left(values), right(values))

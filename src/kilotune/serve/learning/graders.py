@@ -43,7 +43,7 @@ OPERATIONS: Mapping[str, Callable[[str, str], bool]] = {
 VARIABLE = re.compile(r"\{\{([^{}]*)\}\}")
 PLACE = re.compile(r"(item|sample)((?:\.[^\W\d][\w-]*|\[\d{1,6}\])+)")
 STEP = re.compile(r"\.([^.\[]+)|\[(\d+)\]")
-KEYWORD = re.compile(r"[^\W\d]\w*")
+KEYWORD = re.compile(r"[^\W\d]\w*", re.ASCII)
 
 
 @final
@@ -105,8 +105,7 @@ class _Template:
     def __init__(self, given: Any, where: str) -> None:
         if not isinstance(given, str):
             raise ConfigError(f"{where}: expected a text, got {type(given).__name__}")
-        if len(given) > MOST_TEMPLATE:
-            raise ConfigError(f"{where}: {len(given)} characters; at most {MOST_TEMPLATE} are taken")
+        _check_text(given, MOST_TEMPLATE, where)
         pieces = VARIABLE.split(given)
         self._texts = pieces[::2]
         self._paths = [_path(one.strip(), where) for one in pieces[1::2]]
@@ -303,9 +302,19 @@ def _take(given: Mapping[str, Any], own: tuple[str, ...], where: str) -> str:
         if given.get(key) is None:
             raise ConfigError(f"{where}.{key}: is missing")
     name = given["name"]
-    if not isinstance(name, str) or not 1 <= len(name) <= MOST_NAME:
-        raise ConfigError(f"{where}.name: expected a text of 1 to {MOST_NAME} characters")
+    if not isinstance(name, str) or not name:
+        raise ConfigError(f"{where}.name: expected a text")
+    _check_text(name, MOST_NAME, f"{where}.name")
     return name
+
+
+def _check_text(text: str, most: int, where: str) -> None:
+    if len(text) > most:
+        raise ConfigError(f"{where}: {len(text)} characters; at most {most} are taken")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"{where}: half of a surrogate pair, which is no character") from None
 
 
 def _one_of(word: Any, words: Mapping[str, object], where: str) -> str:

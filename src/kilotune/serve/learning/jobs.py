@@ -30,6 +30,7 @@ __all__ = [
     "FILE",
     "HELD",
     "JOB",
+    "OPEN",
     "RUNNING",
     "STATE",
     "WAITING",
@@ -42,6 +43,7 @@ __all__ = [
 FILE, JOB, EVENT, CHECKPOINT, STATE = "file", "job", "event", "checkpoint", "jobstate"
 WAITING, RUNNING, PAUSED = "queued", "running", "paused"
 HELD = "held"  # until what it was trained on is forgotten; then it is trained again, or goes
+OPEN = (WAITING, RUNNING, PAUSED, HELD)
 DONE = ("succeeded", "failed", "cancelled")
 CHECKPOINTS = ":ckpt-step-"  # behind a model's name, before the step
 DAY = 86_400.0
@@ -50,10 +52,12 @@ DAY = 86_400.0
 @final
 @dataclass(frozen=True, kw_only=True)
 class JobLimits:
-    """What a namespace may have. open: jobs that are not done. tokens_a_day: that are trained."""
+    """What a namespace may have. open: jobs that are not done. tokens_a_day: that are trained. memory: bytes of those
+    that are trained at once on a server."""
 
     open: int = 16
     tokens_a_day: int = 50_000_000
+    memory: int = 2**32
 
 
 @final

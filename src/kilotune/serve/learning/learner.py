@@ -30,17 +30,19 @@ from typing import Any, NamedTuple, TypeVar, final
 import torch
 from torch import nn
 
+from ..._ui.sizes import readable_bytes
 from ...config import AdapterConfig
-from ...errors import AdapterError, ConfigError, ResourceError, StoreError, first_line
+from ...errors import AdapterError, ConfigError, KilotuneError, ResourceError, StoreError, first_line
 from ...fleet.stepper.operations import Operation, Save, State
 from ...fleet.stepper.stepper import Stepper
 from ...fleet.store import Record, SharedVersion
+from ...fleet.store.documents import QuotaError
 from ..engine.cores import Cores
 from ..engine.interface import Engine, Generation, Item, Sampling
 from ..engine.tenant_adapters import AdapterRegistry
 from .share import Share
 
-__all__ = ["Learner", "LearnerStats", "LearningSettings"]
+__all__ = ["Learner", "LearnerStats", "LearningSettings", "NoRoomError"]
 
 T = TypeVar("T")
 _Ask = Callable[[Sequence[int], Sampling, float | None], AsyncIterator[Item]]
@@ -72,9 +74,10 @@ class LearningSettings:
 
 @final
 class LearnerStats(NamedTuple):
-    """A learner at one moment. models: open. passes, seconds (of the processor), failed: since the start.
+    """A learner at one moment. models: open. passes, seconds (of the processor), failed, tokens: since the start.
 
-    waited: seconds in which there was something to do and the engine had its share.
+    tokens: of all passes, filled up to the longest row. waited: seconds in which there was something to do and the
+    engine had its share.
     """
 
     models: int
@@ -82,14 +85,21 @@ class LearnerStats(NamedTuple):
     seconds: float
     waited: float
     failed: int
+    tokens: int
 
 
 @final
 class _Opened(NamedTuple):
-    """A model in training. namespace: whose. on: what it stands on."""
+    """A model in training. namespace: whose. on: what it stands on. size: bytes that it takes."""
 
     namespace: str
     on: SharedVersion | None
+    size: int
+
+
+@final
+class NoRoomError(KilotuneError):
+    """Other models of the namespace take what this one needs; it can be opened when one of them is closed."""
 
 
 @final
@@ -153,7 +163,9 @@ class Learner:
 
     def stats(self) -> LearnerStats:
         """How it stands."""
-        return LearnerStats(len(self._opened), self._passes, self._seconds, self._waited, self._failed)
+        return LearnerStats(
+            len(self._opened), self._passes, self._seconds, self._waited, self._failed, self._stepper.ran
+        )
 
     # -- models ----------------------------------------------------------------------------------
 
@@ -168,6 +180,7 @@ class Learner:
         start: Record | None = None,
         state: State | None = None,
         keep_inputs: float = 0.0,
+        most: int | None = None,
     ) -> None:
         """Begin with a model of a namespace; waits until it is there.
 
@@ -180,10 +193,12 @@ class Learner:
             start: the version that it goes on from.
             state: what it was in an earlier run, to go on from.
             keep_inputs: see :meth:`Stepper.open`.
+            most: bytes that all models of the namespace may take, with this one.
 
         Raises:
             AdapterError: the name is taken, or ``on`` is not there. ConfigError, TargetError, UnsupportedError: such an
                 adapter cannot be trained here. ResourceError: too many are open. StoreError: the store, or it ended.
+            QuotaError: it takes more than ``most`` by itself. NoRoomError: beside those that are open now.
 
         """
         below = None if on is None else self._adapters.shared(namespace, on)
@@ -191,10 +206,32 @@ class Learner:
         def begin() -> None:
             if len(self._opened) >= self.settings.models:
                 raise ResourceError(f"open({name!r}): {len(self._opened)} models are in training; close one first")
+            size = self._stepper.bytes_of(config)
+            self._check_room(namespace, size, most)
             self._stepper.open(name, config, seed=seed, on=below, start=start, state=state, keep_inputs=keep_inputs)
-            self._opened[name] = _Opened(namespace, on)
+            self._opened[name] = _Opened(namespace, on, size)
 
         self._call(begin).result()
+
+    def check_size(self, config: AdapterConfig, most: int) -> None:
+        """See that a model of this configuration takes no more than so many bytes while it is open.
+
+        Raises:
+            QuotaError: it takes more. And what :meth:`open` raises of a configuration.
+
+        """
+        _check_size(self._call(lambda: self._stepper.bytes_of(config)).result(), most)
+
+    def _check_room(self, namespace: str, size: int, most: int | None) -> None:
+        if most is None:
+            return
+        _check_size(size, most)
+        taken = sum(one.size for one in self._opened.values() if one.namespace == namespace)
+        if taken + size > most:
+            raise NoRoomError(
+                f"the model takes {readable_bytes(size)} in training, and others of {namespace!r} have "
+                f"{readable_bytes(taken)} of the {readable_bytes(most)} allowed"
+            )
 
     def close(self, name: str) -> None:
         """Forget a model; what it was told and has not done ends with an error.
@@ -349,3 +386,11 @@ class Learner:
         self._share.took(took, busy)
         self._passes += 1
         self._seconds += took
+
+
+def _check_size(size: int, most: int) -> None:
+    if size > most:
+        raise QuotaError(
+            f"the model takes {readable_bytes(size)} in training, and {readable_bytes(most)} are allowed; train one of "
+            "a smaller rank, or on fewer layers"
+        )

@@ -13,6 +13,7 @@ import io
 import logging
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar, final
@@ -27,8 +28,8 @@ from ...fleet.store import Record, SharedVersion, Version
 from ...fleet.store.documents import Document, Documents
 from ..engine.tenant_adapters import AdapterRegistry
 from .feedback import ANSWER
-from .jobs import CHECKPOINT, CHECKPOINTS, DONE, EVENT, FILE, JOB, RUNNING, STATE, JobLimits, Jobs, model_name
-from .learner import Learner
+from .jobs import CHECKPOINT, CHECKPOINTS, DONE, EVENT, FILE, JOB, OPEN, RUNNING, STATE, JobLimits, Jobs, model_name
+from .learner import Learner, NoRoomError
 from .reinforcement import EndedError, Lesson, Practice
 from .schedule import Plan
 from .training_file import Example, TrainingFile
@@ -48,6 +49,7 @@ CURVE = {
     "train_mean_reward": "training reward",
     "valid_mean_reward": "validation reward",
 }  # what is told of a step, and kept in the job's result file
+WAIT = 0.5  # seconds between looks whether there is room for a model
 FORWARD = 16  # rows of which a reference's log-probabilities are asked for at once
 log = logging.getLogger("kilotune.serve")
 
@@ -65,6 +67,10 @@ class ModelStart:
 @final
 class JobRunner:
     """Runs the jobs of a store.
+
+    Attributes:
+        open: jobs of all servers that are not done, by state, as of some seconds ago.
+        ended: jobs that were ended here, by state.
 
     Args:
         documents: of all namespaces.
@@ -91,16 +97,19 @@ class JobRunner:
     ) -> None:
         self._documents, self._learner, self._adapters = documents, learner, adapters
         self._base, self._config, self._read, self._limits = base, config, read, limits or JobLimits()
-        self._workers = Workers(documents, JOB, self._work, at_once, beside=self._expire)
+        self._workers = Workers(documents, JOB, self._work, at_once, beside=self._beside)
+        self.open = dict.fromkeys(OPEN, 0)
+        self.ended: Counter[str] = Counter()
 
     def start(self) -> None:
         """Begin to look for jobs."""
         self._workers.start()
 
-    def _expire(self) -> None:
-        """Remove what is kept for a time only."""
+    def _beside(self) -> None:
+        """Remove what is kept for a time only, and count what is not done."""
         for kind in (FILE, ANSWER):
             self._documents.expire(kind)
+        self.open = {state: self._documents.total(JOB, states=[state])[0] for state in OPEN}
 
     def stop(self) -> None:
         """Leave all jobs where they are; another server, or the next start, goes on with them."""
@@ -128,6 +137,15 @@ class JobRunner:
             return ModelStart(self._config, on=self._adapters.settle(namespace, model))
         record = self._adapters.stored(namespace, info)
         return ModelStart(record.file().config, info.stands_on, record)
+
+    def check_model(self, namespace: str, model: str) -> None:
+        """See that a job can go on from a model.
+
+        Raises:
+            AdapterError: there is none. QuotaError: it takes more memory than a namespace may have.
+
+        """
+        self._learner.check_size(self.start_of(namespace, model).config, self._limits.memory)
 
     def read(self, namespace: str, file: str, form: str, stay: Callable[[], object]) -> TrainingFile:
         """A file that was uploaded.
@@ -225,21 +243,36 @@ class _Run:
             self.jobs.tell(self.job.name, f"Files are valid; {len(plan.examples)} examples, {plan.steps} steps")
         state = self._kept()
         learner = self.runner._learner
-        learner.open(
-            self.open,
-            self.job.namespace,
-            start.config,
-            seed=asked["seed"],
-            on=start.on,
-            start=start.start,
-            state=state,
-        )
+        self._open(state)
         try:
             self._steps(plan, files, 0 if state is None else state.step)
             self._keep()  # what is told of the job at its end is in it
             return self._publish(self.model)
         finally:
             learner.close(self.open)
+
+    def _open(self, state: State | None) -> None:
+        """Begin with the model, as soon as its namespace's others leave room for it."""
+        start, told = self.start, False
+        while True:
+            self._stay()
+            try:
+                self.runner._learner.open(
+                    self.open,
+                    self.job.namespace,
+                    start.config,
+                    seed=self.asked["seed"],
+                    on=start.on,
+                    start=start.start,
+                    state=state,
+                    most=self.runner._limits.memory,
+                )
+                return
+            except NoRoomError as error:
+                if not told:
+                    self.jobs.tell(self.job.name, f"The job waits: {error}")
+                told = True
+                time.sleep(WAIT)
 
     def _steps(self, plan: Plan, files: dict[str, TrainingFile], first: int) -> None:
         learner, kept = self.runner._learner, time.monotonic()
@@ -404,6 +437,7 @@ class _Run:
         self._tell_once("The job has successfully completed")
         self.jobs.forget_states(self.job.name)
         self._mine(lambda job: replace(job, state="succeeded", data={**job.data, **more}))
+        self.runner.ended["succeeded"] += 1
 
     def _fail(self, error: Exception) -> None:
         text = str(error) if isinstance(error, KilotuneError) else f"an internal error ({type(error).__name__})"
@@ -413,3 +447,4 @@ class _Run:
         self._tell_once(text, level="error")
         self.jobs.forget_states(self.job.name)
         self._mine(lambda job: replace(job, state="failed", data={**job.data, "finished": time.time(), "error": told}))
+        self.runner.ended["failed"] += 1

@@ -115,9 +115,17 @@ class Training:
         self.learner.stop()
         self._store.close()
 
+    def jobs_open(self) -> Mapping[str, int]:
+        """Jobs of all servers that are not done, by state, as of some seconds ago."""
+        return self._runner.open
+
+    def jobs_ended(self) -> Mapping[str, int]:
+        """Jobs that were ended here, by state."""
+        return self._runner.ended
+
     def check_model(self, namespace: str, model: str) -> None:
-        """See that a job can go on from a model; AdapterError: there is none."""
-        self._runner.start_of(namespace, model)
+        """See :meth:`JobRunner.check_model`."""
+        self._runner.check_model(namespace, model)
 
     def documents(self, namespace: str) -> Documents:
         """Those of a namespace."""
