@@ -220,7 +220,9 @@ def looked_at(url: str, space: str, names: dict[str, str], known: dict[str, Any]
             see(len(listed) == 3 == len(set(listed)) and model in listed, f"{kind}: checkpoints {listed}")
             for one in {model, *listed}:
                 see(len(store.versions(one)) == 1, f"{kind}: {one} was published {len(store.versions(one))} times")
-            messages = [one.data["message"] for one in documents.ls("event", parent=name, limit=1000)]
+            events = [one.data for one in documents.ls("event", parent=name, limit=1000)]
+            messages, steps = [one["message"] for one in events], [one["data"].get("step") for one in events]
+            see(all(steps.count(step) == 1 for step in steps if step), f"{kind}: steps {steps} were told")
             for text in ("The job has successfully completed", f"New fine-tuned model created: {model}"):
                 see(messages.count(text) == 1, f"{kind}: {text!r} was told {messages.count(text)} times")
             results = documents.ls("file", parent=name)

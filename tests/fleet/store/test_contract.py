@@ -541,6 +541,14 @@ def test_verify_names_what_it_was_asked_for_and_is_not_there(store: AdapterStore
 # -- the same once more ---------------------------------------------------------------------------------
 
 
+def test_the_first_one_stays_the_only_one(store: AdapterStore) -> None:
+    """Where one thing is made twice, with numbers that a rounding tells apart."""
+    first, made = store.put_once("ann", contents(1), first=True)
+    assert made
+    assert store.put_once("ann", contents(2), metadata={"other": 1}, first=True) == (first, False)
+    assert [one.version for one in store.versions("ann")] == [1]
+
+
 def test_the_same_once_more_is_the_same_version(store: AdapterStore) -> None:
     given = {"metadata": {"rows": 3}, "tags": ["b", "a"], "alias": "live"}
     first, made = store.put_once("ann", contents(1), **given)  # type: ignore[arg-type]

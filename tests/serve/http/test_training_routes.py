@@ -237,6 +237,28 @@ def test_a_paused_job_shows_as_queued_and_goes_on_where_it_was(running: Running)
     ann.fine_tuning.jobs.cancel(job.id)
 
 
+def test_a_job_that_goes_on_counts_once_among_the_tokens_of_a_day(tmp_path: Path) -> None:
+    with training_serving(tmp_path) as running:
+        ann, training = running.openai("ann"), running.service.training
+        assert training is not None
+        job = slow_job(ann)
+        wait_for_steps(ann, job)
+        tokens = training.jobs("ann").find(job.id).data["tokens"]
+        training._runner._limits = JobLimits(tokens_a_day=tokens + tokens // 2)
+        ann.fine_tuning.jobs.pause(job.id)
+        time.sleep(1.5)
+        reached = step_of(ann, job)
+        ann.fine_tuning.jobs.resume(job.id)
+        end = time.monotonic() + 60
+        while step_of(ann, job) <= reached:
+            assert time.monotonic() < end
+            assert ann.fine_tuning.jobs.retrieve(job.id).status != "failed"
+            time.sleep(0.05)
+        ann.fine_tuning.jobs.cancel(job.id)
+        other = done(ann, slow_job(ann))
+        assert (other.status, "tokens were trained within a day" in other.error.message) == ("failed", True)
+
+
 # -- what is wrong ----------------------------------------------------------------------------------------
 
 

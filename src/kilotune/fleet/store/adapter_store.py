@@ -117,12 +117,14 @@ class AdapterStore(ABC):
         packing: str | None = None,
         adapter_name: str | None = None,
         on: str | SharedVersion | None = None,
+        first: bool = False,
     ) -> tuple[Version, bool]:
         """As :meth:`put`, but where the newest version is the same, that is the version; so it can be done again.
 
         The same: adapter (its form and its packed numbers, bit for bit), metadata and tags. Newest is what is so in the
         transaction that writes: of several who put the same at once, in whatever thread or process, one makes the
-        version and the others get it. What another put made newest meanwhile is followed by a new version.
+        version and the others get it. What another put made newest meanwhile is followed by a new version; with
+        ``first`` it is given, whatever it is, and there is one version.
 
         Returns:
             (the version, whether it was made now); ``alias`` names it either way.

@@ -268,6 +268,7 @@ class FolderStore(AdapterStore):
         packing: str | None = None,
         adapter_name: str | None = None,
         on: str | SharedVersion | None = None,
+        first: bool = False,
     ) -> tuple[Version, bool]:
         self._refuse()
 

@@ -179,10 +179,11 @@ class SqlStore(AdapterStore, Forking, MoreTables, ABC):
         packing: str | None = None,
         adapter_name: str | None = None,
         on: str | SharedVersion | None = None,
+        first: bool = False,
     ) -> tuple[Version, bool]:
         word = None if alias is None else check_new_word("alias", check_alias(alias))
         ready = self._prepare(self.name_for(name), adapter, metadata, tags, packing, adapter_name, self._below(on))
-        return self._changing(lambda link: writing.write_once(link, self.namespace, ready, word))
+        return self._changing(lambda link: writing.write_once(link, self.namespace, ready, word, first))
 
     def _below(self, on: str | SharedVersion | None) -> Below | None:
         """What ``on`` means now."""

@@ -76,8 +76,11 @@ def write_batch(link: Link, namespace: str, batch: Sequence[Ready], alias: str |
     return [row.info(one.form) for one, row in zip(batch, rows)]
 
 
-def write_once(link: Link, namespace: str, one: Ready, alias: str | None) -> tuple[Version, bool]:
-    """Write an adapter as the newest version of its name, unless the newest one is it: (that version, is it new)."""
+def write_once(link: Link, namespace: str, one: Ready, alias: str | None, first: bool) -> tuple[Version, bool]:
+    """Write an adapter as the newest version of its name, unless the newest one is it: (that version, is it new).
+
+    first: unless there is any.
+    """
     space = _namespace(link, namespace)
     stacks.hold(link, [] if one.below is None else [one.below])
     _form(link, one)  # forms before names, as in write_batch, so that no two writers wait for each other
@@ -87,7 +90,7 @@ def write_once(link: Link, namespace: str, one: Ready, alias: str | None) -> tup
         (space, one.name),
     )
     there = of_names(link, namespace, [one.name], every=False, data=False)
-    if not there or not _same(link, there[0], one):
+    if not there or not (first or _same(link, there[0], one)):
         return write_batch(link, namespace, [one], alias)[0], True
     if alias is not None:
         move_alias(link, namespace, one.name, alias, there[0].version)

@@ -310,10 +310,12 @@ class AdapterRegistry:
         tags: Sequence[str] = (),
         alias: str | None = None,
         on: SharedVersion | None = None,
+        first: bool = False,
     ) -> tuple[Version, bool]:
         """Write what :meth:`check` gave into the store, once however often; see :meth:`AdapterStore.put_once`."""
         return self._ask(
-            namespace, lambda store: store.put_once(name, contents, metadata=metadata, tags=tags, alias=alias, on=on)
+            namespace,
+            lambda store: store.put_once(name, contents, metadata=metadata, tags=tags, alias=alias, on=on, first=first),
         )
 
     def load(self, key: AdapterKey) -> None:

@@ -237,8 +237,8 @@ class _Run:
         self._practise(files)
         self.start = start = self.runner.start_of(self.job.namespace, asked["model"])
         plan = Plan(files["training"].examples, asked, start.config)
-        self.jobs.check_day(plan.tokens)
-        if asked["made"] is None:
+        if asked["made"] is None:  # else it counts already
+            self.jobs.check_day(plan.tokens)
             self._mine(lambda job: replace(job, data={**job.data, "made": plan.hyperparameters, "tokens": plan.tokens}))
             self.jobs.tell(self.job.name, f"Files are valid; {len(plan.examples)} examples, {plan.steps} steps")
         state = self._kept()
@@ -276,7 +276,7 @@ class _Run:
 
     def _steps(self, plan: Plan, files: dict[str, TrainingFile], first: int) -> None:
         learner, kept = self.runner._learner, time.monotonic()
-        every = max(1, plan.steps // TOLD)
+        every, before = max(1, plan.steps // TOLD), self._told_until()
         for step in range(first, plan.steps):
             self._stay_or_keep()
             rows, divisor, told, tokens = self._lesson(plan, step)
@@ -292,14 +292,23 @@ class _Run:
                 told |= self._validate(plan, files["validation"].examples, step)
             if (step + 1) % every == 0 or ends or validated or step == first:
                 self.curve.append({key: value for key, value in told.items() if key in CURVE})
-                known = ", ".join(f"{CURVE[key]}={told[key]:.4f}" for key in CURVE if key != "step" and key in told)
-                text = f"Step {step + 1}/{plan.steps}: {known}"
-                self.jobs.tell(self.job.name, text, data={**told, "total_steps": plan.steps})
+                if step >= before:  # else an earlier run told it, and was stopped before it kept it
+                    self._tell_step(plan, told)
             if ends and plan.keeps(step + 1):
                 self._checkpoint(self._publish(f"{self.model}{CHECKPOINTS}{step + 1}"), told)
             if time.monotonic() - kept > KEPT_EVERY:
                 self._keep()
                 kept = time.monotonic()
+
+    def _told_until(self) -> int:
+        """The last step of which there is an event."""
+        found = self.documents.ls(EVENT, parent=self.job.name, newest=True)
+        return max((one.data["data"].get("step", 0) for one in found), default=0)
+
+    def _tell_step(self, plan: Plan, told: Mapping[str, Any]) -> None:
+        known = ", ".join(f"{CURVE[key]}={told[key]:.4f}" for key in CURVE if key != "step" and key in told)
+        text = f"Step {told['step']}/{plan.steps}: {known}"
+        self.jobs.tell(self.job.name, text, data={**told, "total_steps": plan.steps})
 
     def _practise(self, files: dict[str, TrainingFile]) -> None:
         """Have what samples and grades, where the job learns from that."""
@@ -399,16 +408,19 @@ class _Run:
         adapters, on = self.runner._adapters, self.start.on
         checked = adapters.check(self.job.namespace, name, contents, on)
         told = {"job": self.job.name, "model": self.asked["model"]}
-        version, _ = adapters.keep(self.job.namespace, name, checked, metadata=told, on=on)
+        version, _ = adapters.keep(self.job.namespace, name, checked, metadata=told, on=on, first=True)
         return version
 
     def _checkpoint(self, version: Version, told: Mapping[str, Any]) -> None:
         """List a model that was published; once."""
-        if any(one.data["model"] == version.name for one in self.documents.ls(CHECKPOINT, parent=self.job.name)):
-            return
+        step = told.get("step", 0)
         metrics = {key: value for key, value in told.items() if key in CURVE and key != "step"}
-        kept = {"step": told.get("step", 0), "metrics": metrics, "model": version.name}
-        self.documents.add(CHECKPOINT, kept, parent=self.job.name, prefix="ftckpt")
+        kept = {"step": step, "metrics": metrics, "model": version.name}
+
+        def make(found: Document | None) -> Document:
+            return found or Document(CHECKPOINT, "", "", kept, parent=self.job.name)
+
+        self.documents.put(CHECKPOINT, f"ftckpt-{self.job.name.partition('-')[2]}-{step}", make)
 
     def _results(self) -> list[str]:
         """The name of the file with the job's numbers, which is written once."""

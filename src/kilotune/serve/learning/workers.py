@@ -45,8 +45,8 @@ class Claim:
 
     @property
     def owner(self) -> str:
-        """Who has it."""
-        return self._workers.owner
+        """Whose it is: each claim's own, so that who took it before, and be it here, has it no more."""
+        return self.document.owner or ""
 
 
 @final
@@ -71,7 +71,6 @@ class Workers:
         beside: Callable[[], object] | None = None,
     ) -> None:
         self._documents, self._kind, self._work, self._beside = documents, kind, work, beside
-        self.owner = uuid.uuid4().hex
         self._stopping = threading.Event()
         self._places = threading.Semaphore(at_once)
         self._pool = ThreadPoolExecutor(at_once, f"kilotune-{kind}")
@@ -102,7 +101,7 @@ class Workers:
         while not self._stopping.wait(ALIVE):
             try:
                 for claim in list(self._claims):
-                    if not self._documents.renew(self._kind, claim.document.name, self.owner, LEASE):
+                    if not self._documents.renew(self._kind, claim.document.name, claim.owner, LEASE):
                         claim.lost = True
                 if self._beside is not None:
                     self._beside()
@@ -115,7 +114,7 @@ class Workers:
                 continue
             found = None
             try:
-                found = self._documents.claim(self._kind, self.owner, LEASE)
+                found = self._documents.claim(self._kind, uuid.uuid4().hex, LEASE)
             except KilotuneError as error:
                 log.warning("nothing can be looked for (%s): %s", self._kind, first_line(error))
             if found is None:
@@ -135,15 +134,15 @@ class Workers:
             log.exception("a %s could not be ended; it is tried again", self._kind)
         finally:
             self._claims.discard(claim)
-            self._let_go(found.name)
+            self._let_go(claim)
             self._places.release()
 
-    def _let_go(self, name: str) -> None:
+    def _let_go(self, claim: Claim) -> None:
         """Of a document that was taken away from this work, say that nothing of it goes on here."""
 
         def left(one: Document) -> Document:
-            mine = one.owner == self.owner and one.state != "running"
+            mine = one.owner == claim.owner and one.state != "running"
             return replace(one, owner=None, until=None) if mine else one
 
         with suppress(KilotuneError):  # the claim runs out
-            self._documents.change(self._kind, name, left)
+            self._documents.change(self._kind, claim.document.name, left)
