@@ -37,7 +37,7 @@ from .lessons import Maker, Taught, Unread, current, mark_of, read_lessons
 from .rollback import RollbackRule, marks_of, packed, shared_in, watch
 from .study import Pace, Study
 from .turns import LEARNING, Turn, events, tell, wake
-from .users import LIVE, model_of
+from .users import LIVE, model_of, without_user
 from .workers import Claim, LeftError, Workers
 
 __all__ = ["LearningCounts", "PersonalRunner"]
@@ -183,7 +183,7 @@ class _Run:
             known = isinstance(error, KilotuneError)
             if not known:
                 log.exception("learning from feedback failed")
-            self._tell("failed", str(error) if known else f"an internal error ({type(error).__name__})")
+            self._tell("failed", without_user(str(error)) if known else f"an internal error ({type(error).__name__})")
             self.runner.count(failed=1)
             parked = True
         self.turn.end(self.more, parked)
