@@ -313,10 +313,8 @@ class AdapterRegistry:
         first: bool = False,
     ) -> tuple[Version, bool]:
         """Write what :meth:`check` gave into the store, once however often; see :meth:`AdapterStore.put_once`."""
-        return self._ask(
-            namespace,
-            lambda store: store.put_once(name, contents, metadata=metadata, tags=tags, alias=alias, on=on, first=first),
-        )
+        told: dict[str, Any] = {"metadata": metadata, "tags": tags, "alias": alias, "on": on, "first": first}
+        return self._ask(namespace, lambda store: store.put_once(name, contents, **told))
 
     def load(self, key: AdapterKey) -> None:
         """Read a version back, so that it answers at once and what is served is what is kept; raises as :meth:`row`."""

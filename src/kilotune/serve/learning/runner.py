@@ -414,14 +414,14 @@ class _Run:
 
     def _checkpoint(self, version: Version, told: Mapping[str, Any]) -> None:
         """List a model that was published; once."""
-        step = told.get("step", 0)
         metrics = {key: value for key, value in told.items() if key in CURVE and key != "step"}
-        kept = {"step": step, "metrics": metrics, "model": version.name}
+        kept = {"step": told.get("step", 0), "metrics": metrics, "model": version.name}
 
         def make(found: Document | None) -> Document:
             return found or Document(CHECKPOINT, "", "", kept, parent=self.job.name)
 
-        self.documents.put(CHECKPOINT, f"ftckpt-{self.job.name.partition('-')[2]}-{step}", make)
+        which = version.name.partition(CHECKPOINTS)[2] or "last"
+        self.documents.put(CHECKPOINT, f"ftckpt-{self.job.name.partition('-')[2]}-{which}", make)
 
     def _results(self) -> list[str]:
         """The name of the file with the job's numbers, which is written once."""
