@@ -31,6 +31,7 @@ __all__ = [
     "HELD",
     "JOB",
     "OPEN",
+    "PAUSED",
     "RUNNING",
     "STATE",
     "WAITING",
@@ -213,22 +214,26 @@ class Jobs:
         except AdapterError:  # it was deleted meanwhile
             return
 
-    def clear(self, name: str, model: str) -> None:
-        """Let a job be as before its first step, with another model to begin with; what it made and told goes."""
+    def clear(self, name: str, model: str, again: bool = True) -> None:
+        """Let a job be as before its first step, with another model to begin with; what it made and told goes.
+
+        again: it is trained again; else it stays cancelled, or failed.
+        """
         for kind in (STATE, CHECKPOINT, EVENT, FILE):
             while found := self.documents.ls(kind, parent=name):
                 for one in found:
                     self.documents.rm(kind, one.name)
         fresh: dict[str, Any] = {
             "made": None,
-            "finished": None,
             "tokens": None,
-            "error": None,
             "results": [],
             "fine_tuned_model": None,
         }
+        if again:
+            fresh |= {"finished": None, "error": None, "again": True}
         self.documents.change(JOB, name, lambda job: replace(job, data={**job.data, **fresh, "model": model}))
-        self.tell(name, "What the job was trained on has changed: somebody was forgotten; it is trained again")
+        told = "What the job was trained on has changed: somebody was forgotten"
+        self.tell(name, f"{told}; it is trained again" if again else told)
 
     def forget_states(self, name: str) -> None:
         """Remove what a job kept to go on from."""

@@ -238,8 +238,9 @@ class _Run:
         self._practise(files)
         self.start = start = self.runner.start_of(self.job.namespace, asked["model"])
         plan = Plan(files["training"].examples, asked, start.config)
-        self.jobs.check_day(plan.tokens)
         if asked["made"] is None:
+            if not asked.get("again"):  # that somebody is forgotten is no wish of the namespace's to train more
+                self.jobs.check_day(plan.tokens)
             self._mine(lambda job: replace(job, data={**job.data, "made": plan.hyperparameters, "tokens": plan.tokens}))
             self.jobs.tell(self.job.name, f"Files are valid; {len(plan.examples)} examples, {plan.steps} steps")
         state = self._kept()
