@@ -43,7 +43,7 @@ from .workers import Claim, LeftError, Workers
 __all__ = ["LearningCounts", "PersonalRunner"]
 
 LESSONS = 4096  # of a user that are learned
-KEPT = 16  # versions of a user's model
+KEPT = 8  # versions of a user's model
 KEPT_INPUTS = 64.0  # megabytes of what enters the last blocks, of a model that learns
 AGAIN = 30.0  # seconds after which is tried again what there was no room for
 log = logging.getLogger("kilotune.serve")
