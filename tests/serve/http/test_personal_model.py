@@ -187,3 +187,30 @@ def test_keys_of_users_are_made_and_read(tmp_path: Any) -> None:
         path.write_text(text.replace(there, wrong))
         with pytest.raises(ConfigError, match="is no file of keys"):
             read_keys(path)
+
+
+@pytest.mark.parametrize("name", ["personl", "ersonal:bob", "personal", "p", "personalbob"])
+def test_a_part_of_anothers_name_tells_nothing_of_it(name: str, running: Running) -> None:
+    """The nearest names are left out of an error, though the name that was asked for is a part of them."""
+    file = upload(running.openai("bob"), chat_lines([("a cat", "sat on")])).id
+    with running.client(running.keys["bob"]) as client:
+        asked = [
+            client.post("/v1/fine_tuning/jobs", json={"model": name, "training_file": file}),
+            client.get(f"/v1/models/{name}"),
+            client.post("/v1/chat/completions", json={"model": name, "messages": ASKED}),
+        ]
+    for answered in asked[: 1 if name == "personal" else 3]:
+        assert answered.status_code == 404, answered.text
+        for other in ("carl", "Did you mean"):
+            assert other not in answered.text
+
+
+def test_where_what_it_stands_on_is_gone_nothing_is_told_of_others(running: Running) -> None:
+    running.catalogue.put(SPACE, "personal-car", adapter_folder(4))
+    rules(running, model="personal-car")
+    running.catalogue.rm(SPACE, "personal-car", force=True)
+    with running.client(running.keys["ann"]) as client:
+        answered = client.post("/v1/chat/completions", json={"model": "personal", "messages": ASKED})
+    assert answered.status_code == 404
+    assert "personal-car" in answered.text
+    assert "personal:" not in answered.text

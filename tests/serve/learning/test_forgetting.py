@@ -220,3 +220,88 @@ def test_a_prompt_of_before_is_computed_again(running: Running) -> None:
     forgotten(running, "nobody")
     assert cached() == 0
     assert cached() > 0
+
+
+def test_a_line_says_whose_it_is_however_it_is_written(running: Running) -> None:
+    """Escaped letters, and accents apart from theirs."""
+    ann = running.openai()
+    theirs = [
+        line("where is it?", SECRET, user="zoë").replace(b'"user"', b'"\\u0075ser"'),
+        line("what is it?", SECRET, user="zoe\u0308"),
+        line("who is it?", SECRET, user=" zoë "),
+    ]
+    file = upload(ann, lines(*theirs)).id
+    assert forgotten(running, "zoë").data["counts"]["files_cut"] == 1
+    assert ann.files.content(file).content == lines()
+
+
+def test_what_is_begun_while_somebody_is_forgotten_goes_too(
+    running: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job that goes on from their model, a file of theirs, and feedback; between two looks."""
+    ann, documents = running.openai(), documents_of(running)
+    own = trained(ann, line("where is it?", SECRET))
+    mine(documents, FILE, own.training_file)
+    mine(documents, JOB, own.id)
+    later: list[Any] = []
+    real = _Run._hold
+
+    def meanwhile(run: _Run) -> None:
+        real(run)
+        if later:
+            return
+        later.append(trained(ann, lines(), own.fine_tuned_model))
+        file = upload(ann, line("where is it?", SECRET)).id
+        mine(documents, FILE, file)
+        feedback = Feedback(documents)
+        feedback.add(MIA, Said(answer=answered(feedback, MIA, SECRET).name, correction=f"{SECRET}!"))
+        wake(documents, MIA, 0.0)
+        time.sleep(0.5)
+        assert documents.find(LEARNING, turn_name("ann", MIA)).state == "held"  # type: ignore[union-attr]
+
+    monkeypatch.setattr(_Run, "_hold", meanwhile)
+    counts = forgotten(running).data["counts"]
+    assert (counts["jobs"], counts["jobs_again"]) == (1, 1)
+    assert everywhere(tmp_path, SECRET, MIA) == []
+    without = trained(ann, lines())
+    assert same(tensors(running, later[0].fine_tuned_model), tensors(running, without.fine_tuned_model))
+
+
+def test_versions_behind_the_newest_are_looked_at(running: Running) -> None:
+    ann, documents = running.openai(), documents_of(running)
+    own = trained(ann, line("where is it?", SECRET))
+    mine(documents, JOB, own.id)
+    other = running.catalogue.stored("ann", running.catalogue.info("ann", trained(ann, lines()).fine_tuned_model))
+    running.catalogue.put("ann", model_of(NOA), other, on=own.fine_tuned_model)
+    running.catalogue.put("ann", model_of(NOA), other, alias="live")
+    running.catalogue.put("ann", own.fine_tuned_model, other)
+    counts = forgotten(running).data["counts"]
+    assert (counts["models"], counts["learned_again"]) == (3, 1)
+    for gone in (own.fine_tuned_model, model_of(NOA)):
+        assert running.catalogue.versions("ann", gone) == []
+
+
+def test_one_after_the_other_is_forgotten_and_asked_for_once(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    ann = running.openai()
+    house = trained(ann, lines(line("where is it?", SECRET, user=MIA), line("who is it?", "me", user="zoe")))
+    running.catalogue.roll_out("ann", "live", {house.fine_tuned_model: 1})
+    without = trained(ann, lines())
+    training, order = running.service.training, []
+    assert training is not None
+    real = _Run._files
+
+    def slow(run: _Run) -> Any:
+        order.append(run.user)
+        time.sleep(0.5)
+        return real(run)
+
+    monkeypatch.setattr(_Run, "_files", slow)
+    asked = [training.forgetting.ask("ann", user).name for user in (MIA, "zoe", "zoe")]
+    assert asked[1] == asked[2]
+    end = time.monotonic() + 60
+    while any(documents_of(running).find(FORGETTING, name).state != "done" for name in asked):  # type: ignore[union-attr]
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    assert order == [MIA, "zoe"]
+    assert same(tensors(running, house.fine_tuned_model), tensors(running, without.fine_tuned_model))
+    assert running.catalogue.aliases("ann", house.fine_tuned_model) == {"live": 1}

@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 
+from kilotune.errors import ResourceError
 from kilotune.fleet.store import Record
 from kilotune.serve.learning.feedback import FeedbackRules
 from kilotune.serve.learning.gate import Bounds
 from kilotune.serve.learning.personal import _Run
 from kilotune.serve.learning.rollback import marks_of, roll_back
 from kilotune.serve.learning.study import Study
-from kilotune.serve.learning.turns import LEARNING, events, turn_name, wake
+from kilotune.serve.learning.turns import LEARNING, Turn, events, turn_name, wake
 from kilotune.serve.learning.users import LIVE, model_of
 from kilotune.serve.learning.workers import LeftError
 from tests.support.http_support import adapter_folder
@@ -141,8 +142,89 @@ def test_where_feedback_was_turned_off_nothing_is_learned_and_what_is_taken_back
         school.feedback.remove(name, "ida")
         school.learn("ida")
         assert school.versions("ida") == []
+        assert school.claim() is None
     finally:
         school.feedback.set_rules(FeedbackRules(enabled=True, pause_seconds=0))
+    assert woken(school, "ida")["type"] == "learned"  # what was given before, without a word
+    assert school.said("ida", "a dog") == "on the hat"
+
+
+@pytest.mark.parametrize("moment", ["while it learns", "before it is parked"])
+def test_rules_that_change_meanwhile_hold(moment: str, school: Learning, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What they forbid is not published, and nobody is parked who may learn."""
+    user, on, off = f"ned {moment}", FeedbackRules(enabled=True, pause_seconds=0), FeedbackRules(enabled=False)
+    school.correct(user, "the cat", "a dog sat", "no")
+    wake(school.documents, user, 0)
+    at = (Study, "run") if moment == "while it learns" else (Turn, "end")
+    first, then = (on, off) if moment == "while it learns" else (off, on)
+    school.feedback.set_rules(first)
+    claim = school.claim()
+    assert claim is not None
+    real = getattr(*at)
+
+    def meanwhile(*given: Any) -> None:
+        school.feedback.set_rules(then)
+        real(*given)
+
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(*at, meanwhile)
+            if moment == "while it learns":
+                with pytest.raises(LeftError):
+                    school.runner._work(claim)
+            else:
+                school.runner._work(claim)
+        assert school.versions(user) == []
+        if moment == "while it learns":
+            assert woken(school, user) == {}
+            assert school.state(user) == "parked"
+    finally:
+        school.feedback.set_rules(on)
+    assert woken(school, user)["type"] == "learned"
+
+
+def woken(school: Learning, user: str) -> dict[str, Any]:
+    """The last event, once whoever's turn it is had it, which is this user."""
+    claim = school.claim()
+    assert claim is not None
+    assert claim.document.data["user"] == user
+    school.runner._work(claim)
+    return school.last(user)
+
+
+def test_who_has_many_lessons_has_a_turn_for_some_of_them_at_a_time(
+    school: Learning, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kilotune.serve.learning.personal.AT_A_TIME", 1)
+    lessons = [("the cat", "a dog sat"), ("a dog", "on the hat")]
+    names = [school.correct("max", asked, right, "no") for asked, right in lessons]
+    assert school.learn("max")["data"]["lessons"] == names[:1]
+    assert woken(school, "max")["data"]["lessons"] == names[1:]
+    assert [school.said("max", asked) for asked, _ in lessons] == [right for _, right in lessons]
+    assert school.claim() is None
+
+
+def test_what_was_said_last_holds_though_it_was_said_before(school: Learning) -> None:
+    for right in ("a dog sat", "on the hat", "a dog sat"):
+        school.correct("nan", "the cat", right, "no")
+    assert school.learn("nan")["type"] == "learned"
+    assert school.said("nan", "the cat") == "a dog sat"
+
+
+def test_what_there_is_no_room_for_is_told_and_tried_again(school: Learning, monkeypatch: pytest.MonkeyPatch) -> None:
+    school.correct("oda", "the cat", "a dog sat", "no")
+
+    def full(*_: object, **__: object) -> None:
+        raise ResourceError("256 models are in training")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(_Run, "_study", full)
+        for _ in range(2):
+            event = school.learn("oda")
+    assert (event["type"], told(school, "oda")) == ("waits", ["waits"])
+    assert "tried again in 30 s: 256 models" in event["message"]
+    assert school.state("oda") == "queued"
+    assert school.learn("oda")["type"] == "learned"
 
 
 # -- the gate in the way -------------------------------------------------------------------------------------
@@ -162,9 +244,16 @@ def test_a_refused_candidate_is_kept_without_the_alias_and_not_tried_again(
         assert "KL" in record(school, "joe", 1).info.metadata["refused"][0]
     school.learn("joe")
     assert school.versions("joe") == [1]
+    again = school.correct("joe", "the cat", "a dog sat", "no")  # the very same
+    monkeypatch.setattr("kilotune.serve.learning.personal.KEPT", 1)
+    with monkeypatch.context() as strict:
+        strict.setattr(school.runner, "bounds", Bounds(divergence=1e-8))
+        assert school.learn("joe")["type"] == "refused"
+    assert len(school.versions("joe")) == 1  # of those that were refused the oldest went
+    school.feedback.remove(again, "joe")
     second = school.correct("joe", "a dog", "on the hat", "no")
     event = school.learn("joe")
-    assert (event["type"], event["data"]["lessons"], school.live("joe")) == ("learned", [second], 2)
+    assert (event["type"], event["data"]["lessons"], school.live("joe")) == ("learned", [second], 3)
 
 
 def test_numbers_that_are_not_finite_are_refused(school: Learning, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,4 +381,9 @@ def test_a_personal_model_stands_on_the_shared_one_of_the_rules_and_follows_it(t
         event = own.learn("ann")
         assert event["type"] == "failed"
         assert "nothing" in event["message"]
-        assert own.state("ann") == "rests"
+        assert own.state("ann") == "parked"
+        own.feedback.set_rules(FeedbackRules(enabled=True, pause_seconds=0, model="house/live"))
+        assert woken(own, "ann")["type"] == "learned"
+        own.feedback.set_rules(FeedbackRules(enabled=True, pause_seconds=0))  # all of it, on something else
+        assert woken(own, "ann")["type"] == "learned"
+        assert own.registry.info(own.space, model_of("ann"), LIVE).stands_on is None

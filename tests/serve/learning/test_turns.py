@@ -12,7 +12,7 @@ import pytest
 from kilotune.fleet.store import open_store
 from kilotune.fleet.store.documents import Documents
 from kilotune.serve.learning import turns
-from kilotune.serve.learning.turns import LEARNING, Turn, events, tell, turn_name, wake
+from kilotune.serve.learning.turns import LEARNING, Turn, events, tell, turn_name, wake, wake_all
 
 START = 1_700_000_000.0
 
@@ -151,3 +151,35 @@ def test_events_are_a_users_own_newest_first(everyone: Documents) -> None:
     assert events(everyone.within("bob"), "u") == []
     assert ann.rm(LEARNING, turn_name("ann", "u"))
     assert events(ann, "u") == []
+
+
+def test_what_the_rules_keep_waiting_is_taken_when_they_change(everyone: Documents, clock: Clock) -> None:
+    ann = everyone.within("ann")
+    for user, parked in (("u", True), ("v", False)):
+        wake(ann, user, 0)
+        turn = claimed(everyone)
+        assert turn is not None
+        turn.end(parked=parked)
+    clock.now += 100
+    assert claimed(everyone) is None
+    assert wake_all(everyone.within("bob"), 0) == 0
+    assert wake_all(ann, 10) == 1
+    assert claimed(everyone) is None
+    clock.now += 10
+    turn = claimed(everyone)
+    assert turn is not None
+    assert turn.user == "u"
+    turn.end(parked=True)
+    assert wake_all(ann, 0, rested=True) == 2
+    wake(ann, "u", 0)  # not parked any more
+    found = [claimed(everyone) for _ in range(2)]
+    assert {turn.user for turn in found if turn is not None} == {"u", "v"}
+
+
+def test_the_oldest_events_go(everyone: Documents, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns, "EVENTS", 3)
+    ann = everyone.within("ann")
+    wake(ann, "u", 0)
+    for n in range(5):
+        tell(ann, "u", "learned", f"version {n}")
+    assert [one.data["message"] for one in events(ann, "u")] == ["version 4", "version 3", "version 2"]

@@ -253,6 +253,10 @@ class Documents:
 
         return self._store.erase(work)
 
+    def wipe(self) -> None:
+        """See that what was removed from the store by others is off the disk (see ``erase``)."""
+        self._store.erase(lambda link: None)
+
     # -- many ------------------------------------------------------------------------------------
 
     def ls(

@@ -193,7 +193,10 @@ class Service:
             on = (await self.rules(namespace)).model
             if on is None:
                 return Meant(PERSONAL, None)
-            shared = await self.ask(namespace, lambda: adapters.settle(namespace, on), "model")
+            try:
+                shared = await self.ask(namespace, lambda: adapters.settle(namespace, on), "model")
+            except ApiError as gone:
+                raise hiding(caller, on, gone) from gone
             key = await self.ask(namespace, lambda: adapters.resolve(shared.namespace, shared.name, shared.version))
         return Meant(PERSONAL, key, await self._own(key))
 
@@ -338,7 +341,8 @@ def others(caller: Key, name: str) -> bool:
 
 def hiding(caller: Key, name: str, error: ApiError) -> ApiError:
     """An error of a name, without the nearest ones where those are of other users' models."""
-    if error.status != 404 or caller.user is None or f"{PERSONAL}:" not in error.message.replace(name, ""):
+    told = error.message.replace(repr(name), "")  # quoted: a part of another one's name is none of this one's
+    if error.status != 404 or caller.user is None or f"{PERSONAL}:" not in told:
         return error
     return ApiError(404, f"there is no adapter {name!r}", param=error.param, code=error.code)
 

@@ -23,6 +23,7 @@ from typing import Any, final
 
 from ...errors import AdapterError, ConfigError
 from ...fleet.store.documents import Document, Documents, QuotaError
+from .turns import wake_all
 
 __all__ = [
     "ANSWER",
@@ -215,8 +216,15 @@ class Feedback:
         return FeedbackRules(**found[0].data) if found else FeedbackRules()
 
     def set_rules(self, rules: FeedbackRules) -> None:
-        """From now on these. Where there is to be no feedback any more, kept answers are removed; feedback stays."""
+        """From now on these. Where there is to be no feedback any more, kept answers are removed; feedback stays.
+
+        What was given and could not be learned by the rules before is learned by these; all, where models are to stand
+        on something else.
+        """
+        moved = self.rules().model != rules.model
         self.documents.swap(RULES, asdict(rules))
+        if rules.enabled:
+            wake_all(self.documents, rules.pause_seconds, rested=moved)
         if not rules.enabled:
             self.documents.shrink(ANSWER, 0)
 

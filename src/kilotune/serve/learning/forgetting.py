@@ -4,6 +4,7 @@
 
     queued ─claim─► running:  files are cut ─► jobs stop ─► models go ─► jobs are trained again ─► done
 
+Of a namespace one person is forgotten after the other: what one of them has trained again, the next one may not have.
 What a step will do is written down before it begins, and a step may be done twice: who is killed goes on. What is
 theirs: answers that were kept and what they said of them, their own model and what it learned, the files and jobs that
 were made with their key, the lines of other files that name them (``"user": "ann"``), and every model that was trained
@@ -19,6 +20,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, final
 
+from ...adapter_files.names import composed
+from ...fleet.store import Version
 from ...fleet.store.documents import Document, Documents
 from ..engine.tenant_adapters import AdapterRegistry
 from .feedback import PERSON, Feedback
@@ -59,9 +62,16 @@ class Forgetting:
         self._workers.stop()
 
     def ask(self, namespace: str, user: str) -> Document:
-        """Have a person forgotten; the document tells how far that is, and in the end no more who it was."""
+        """Have a person forgotten; the document tells how far that is, and in the end no more who it was.
+
+        It is an earlier one, where that has not begun.
+        """
+        documents = self._documents.within(namespace)
+        for one in documents.ls(FORGETTING, state=WAITING):
+            if one.data["user"] == user:
+                return one
         told: dict[str, Any] = {"user": user, "files": None, "jobs": None, "removed": False, "counts": {}}
-        return self._documents.within(namespace).add(FORGETTING, told, state=WAITING, prefix="forget")
+        return documents.add(FORGETTING, told, state=WAITING, prefix="forget")
 
     def _work(self, claim: Claim) -> None:
         _Run(self._documents.within(claim.document.namespace), self._adapters, self._base, claim).run()
@@ -79,6 +89,8 @@ class _Run:
 
     def run(self) -> None:
         """Each step, with what it needs written down before it."""
+        if self._others_first():
+            return
         if self.told["files"] is None:
             self._note(files=self._files())
         if self.told["jobs"] is None:
@@ -90,6 +102,15 @@ class _Run:
             self._note(removed=True)
         self._train_again()
         self._end()
+
+    def _others_first(self) -> bool:
+        """Whether another one was asked for earlier; then this one waits, and whoever has it takes others."""
+        found = [one for state in (RUNNING, WAITING) for one in self.documents.ls(FORGETTING, state=state, limit=1)]
+        first = min((one.number for one in found), default=self.claim.document.number)
+        if first < self.claim.document.number:
+            until = time.time() + 1.0
+            self._mine(lambda one: replace(one, state=WAITING, owner=None, until=until))
+        return first < self.claim.document.number
 
     # -- what is theirs ----------------------------------------------------------------------------
 
@@ -115,13 +136,14 @@ class _Run:
 
     def _theirs(self, line: bytes) -> bool:
         """Whether a line of a training file says that it is of this person."""
-        if b'"user"' not in line:
+        if b'"user"' not in line and b"\\u" not in line:  # letters of a name may be escaped, too
             return False
         try:
             found = json.loads(line)
         except (ValueError, RecursionError):  # no job is trained on it
             return False
-        return isinstance(found, dict) and found.get("user") == self.user
+        said = found.get("user") if isinstance(found, dict) else None
+        return isinstance(said, str) and composed(said.strip()) == self.user
 
     def _jobs(self) -> dict[str, Any]:
         """gone: jobs that go. again: those that are trained again, and with what they begin then."""
@@ -157,8 +179,15 @@ class _Run:
     def _hold(self) -> None:
         """Stop what runs, wherever it does, and wait until nobody can publish anything of it any more."""
         jobs = [(JOB, name) for name in (*self.told["jobs"]["gone"], *self.told["jobs"]["again"])]
-        held = [*jobs, (LEARNING, turn_name(self.namespace, self.user))]
-        for kind, name in held:
+        turn = turn_name(self.namespace, self.user)
+        held = [*jobs, (LEARNING, turn)]
+
+        def resting(one: Document | None) -> Document:
+            data = {"user": self.user, "since": time.time(), "next": None}
+            return replace(one or Document(LEARNING, "", "", data), state=HELD)
+
+        self.documents.put(LEARNING, turn, resting)  # where there is none yet, none begins
+        for kind, name in jobs:
             self.documents.change(kind, name, lambda one: replace(one, state=HELD))
         for kind, name in held:
             while (found := self.documents.find(kind, name)) is not None and found.owner is not None:
@@ -168,14 +197,16 @@ class _Run:
 
     def _remove(self) -> None:
         """All that there is of them."""
-        jobs = self.told["jobs"]
-        if "models" not in jobs:
-            self._note(jobs={**jobs, **self._models({*jobs["gone"], *jobs["again"]})})
-            jobs = self.told["jobs"]
-        self.adapters.purge(self.namespace, [model_of(self.user), *jobs["above"], *jobs["models"]])
+        self._purge()
+        while self._more():  # what was begun since it was looked for
+            self._hold()
+            self._purge()
         self.adapters.cache_words.forget(self.namespace)
-        self.documents.rm(PERSON, Feedback(self.documents).person(self.user))
+        feedback, jobs = Feedback(self.documents), self.told["jobs"]
+        self.documents.rm(PERSON, feedback.person(self.user))
         self.documents.rm(LEARNING, turn_name(self.namespace, self.user))
+        if feedback.ls(self.user, limit=1):  # given just now, while nobody could be woken
+            wake(self.documents, self.user, 0.0)
         for name in jobs["gone"]:
             self.documents.rm(JOB, name)
         for name, start in jobs["again"].items():
@@ -183,15 +214,50 @@ class _Run:
         self._count(jobs=len(jobs["gone"]), jobs_again=len(jobs["again"]), models=len(jobs["models"]))
         self._count(learned_again=len(jobs["above"]), broken=len(jobs["broken"]))
 
+    def _purge(self) -> None:
+        """Models of their jobs, and of those that are trained again."""
+        jobs = self.told["jobs"]
+        if "models" not in jobs:
+            before = {"models": {}, "above": [], "broken": [], **jobs.get("before", {})}
+            found = self._models({*jobs["gone"], *jobs["again"]})
+            lists = {key: sorted({*before[key], *found[key]}) for key in ("above", "broken")}
+            self._note(jobs={**jobs, **lists, "models": {**found["models"], **before["models"]}})
+            jobs = self.told["jobs"]
+        self.adapters.purge(self.namespace, [model_of(self.user), *jobs["above"], *jobs["models"]])
+
+    def _more(self) -> bool:
+        """Whether there are files and jobs of theirs that were not there yet; they are written down."""
+        known, jobs = self.told["files"], self.told["jobs"]
+        fresh = [one.name for one in self._all(FILE) if not one.parent and one.data.get("user") == self.user]
+        if fresh:
+            self._note(files={**known, "mine": [*known["mine"], *fresh]})
+            for name in fresh:
+                self.documents.rm(FILE, name)
+        found = self._jobs()
+        if {*found["gone"], *found["again"]} <= {*jobs["gone"], *jobs["again"]}:
+            return False
+        gone = [*jobs["gone"], *(name for name in found["gone"] if name not in jobs["gone"])]
+        fresh_again = {name: start for name, start in found["again"].items() if name not in jobs["again"]}
+        again = {name: start for name, start in {**jobs["again"], **fresh_again}.items() if name not in gone}
+        before = {key: jobs[key] for key in ("models", "above", "broken")}
+        self._note(jobs={"gone": gone, "again": again, "before": before})
+        return True
+
     def _models(self, jobs: set[str]) -> dict[str, Any]:
         """models: of these jobs, with their aliases. above: others' own models that stand on one, and are learned anew.
         broken: what else stands on one, which was trained elsewhere and answers no more."""
-        every = self.adapters.ls(self.namespace)
+        every = list(self._every_version())
         models = {v.name for v in every if v.metadata.get("job") in jobs}
         standing = {v.name for v in every if v.stands_on is not None and v.stands_on.name in models} - models
         above = sorted(name for name in standing if name.startswith(f"{PERSONAL}:"))
+        models -= {model_of(self.user)}
         aliases = {name: sorted(self.adapters.aliases(self.namespace, name)) for name in sorted(models)}
         return {"models": aliases, "above": above, "broken": sorted(standing - set(above))}
+
+    def _every_version(self) -> Iterator[Version]:
+        """Of all adapters: an older one may be theirs, or stand on theirs, where the newest does not."""
+        for newest in self.adapters.ls(self.namespace):
+            yield from self.adapters.versions(self.namespace, newest.name) if newest.version > 1 else (newest,)
 
     def _train_again(self) -> None:
         """One after the other, since one may begin with another."""

@@ -46,6 +46,7 @@ __all__ = ["Learner", "LearnerStats", "LearningSettings", "NoRoomError"]
 
 T = TypeVar("T")
 _Ask = Callable[[Sequence[int], Sampling, float | None], AsyncIterator[Item]]
+SIZES = 256  # configurations whose models' sizes are remembered
 AT_ONCE = 16  # samples of one model that are made at once
 IDLE = 0.05  # seconds between looks at whether something is to do, or the engine has become idle
 log = logging.getLogger("kilotune.serve")
@@ -131,6 +132,7 @@ class Learner:
         self._cores.training = self.settings.threads
         self._gpu = any(tensor.is_cuda for tensor in twin.parameters())
         self._opened: dict[str, _Opened] = {}
+        self._sizes: dict[str, int] = {}
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
@@ -220,7 +222,14 @@ class Learner:
             QuotaError: it takes more. And what :meth:`open` raises of a configuration.
 
         """
-        _check_size(self._call(lambda: self._stepper.bytes_of(config)).result(), most)
+        key = repr(config)
+        size = self._sizes.get(key)
+        if size is None:  # else no pass need be waited for
+            size = self._call(lambda: self._stepper.bytes_of(config)).result()
+            if len(self._sizes) >= SIZES:
+                self._sizes.clear()
+            self._sizes[key] = size
+        _check_size(size, most)
 
     def _check_room(self, namespace: str, size: int, most: int | None) -> None:
         if most is None:

@@ -65,7 +65,7 @@ def _digest(said: Any) -> str:
 
 
 def read_lessons(lessons: Iterable[Lesson], make: Maker, others: Sequence[str]) -> tuple[list[Taught], list[Unread]]:
-    """Each lesson once, in their order, and those that make no rows.
+    """Each lesson once, in the order in which they were given last, and those that make no rows.
 
     Args:
         lessons: of a user.
@@ -78,7 +78,7 @@ def read_lessons(lessons: Iterable[Lesson], make: Maker, others: Sequence[str]) 
     for lesson in lessons:
         mark = mark_of(lesson)
         try:
-            found.setdefault(mark, _taught(lesson, mark, make, others))
+            found[mark] = found.pop(mark) if mark in found else _taught(lesson, mark, make, others)
         except (ConfigError, RecursionError) as error:
             unread.setdefault(mark, Unread(lesson, mark, first_line(error)))
     return list(found.values()), list(unread.values())

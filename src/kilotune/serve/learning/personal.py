@@ -36,15 +36,17 @@ from .learner import Learner
 from .lessons import Maker, Taught, Unread, current, mark_of, read_lessons
 from .rollback import RollbackRule, marks_of, packed, shared_in, watch
 from .study import Pace, Study
-from .turns import LEARNING, Turn, events, tell
-from .users import LIVE, model_of
+from .turns import LEARNING, Turn, events, tell, wake
+from .users import LIVE, model_of, without_user
 from .workers import Claim, LeftError, Workers
 
 __all__ = ["LearningCounts", "PersonalRunner"]
 
 LESSONS = 4096  # of a user that are learned
-KEPT = 8  # versions of a user's model
+AT_A_TIME = 32  # new lessons of a run; who has more has another turn, after those of others
+KEPT = 8  # versions of a user's model, and as many that were refused
 KEPT_INPUTS = 64.0  # megabytes of what enters the last blocks, of a model that learns
+TOLD = 64  # versions of which is remembered that they were told of
 AGAIN = 30.0  # seconds after which is tried again what there was no room for
 log = logging.getLogger("kilotune.serve")
 
@@ -138,7 +140,7 @@ class PersonalRunner:
 @final
 class _Plan(NamedTuple):
     """What a run is about. live: what is gone on from; None: from the beginning, and ``again``: of what was live. held:
-    the marks of what it has learned, of which ``known`` are still to be known."""
+    the marks of what it has learned, of which ``known`` are still to be known. more: there is more that is new."""
 
     live: Version | None
     on: SharedVersion | None
@@ -146,6 +148,7 @@ class _Plan(NamedTuple):
     known: list[Taught]
     held: set[str]
     again: bool
+    more: bool
 
 
 @final
@@ -160,25 +163,32 @@ class _Run:
         self.user = self.turn.user
         self.feedback = Feedback(self.documents)
         self.model = model_of(self.user)
+        self.rules = self.feedback.rules()
+        self.more = False
         self._looked = 0.0
 
     def run(self) -> None:
         """Learn what is to be learned, and say what came of it."""
+        parked = not self.rules.enabled
         try:
             self._learn()
         except (LeftError, StoreError):  # where the store is away the claim runs out, and the turn comes later
             raise
         except ResourceError as error:
             log.warning("%s: no room to learn now: %s", self.namespace, error)
+            self._tell_once("waits", f"Learning is tried again in {AGAIN:g} s: {error}")
             self.turn.again(AGAIN)
             return
         except Exception as error:
             known = isinstance(error, KilotuneError)
             if not known:
                 log.exception("learning from feedback failed")
-            self._tell("failed", str(error) if known else f"an internal error ({type(error).__name__})")
+            self._tell("failed", without_user(str(error)) if known else f"an internal error ({type(error).__name__})")
             self.runner.count(failed=1)
-        self.turn.end()
+            parked = True
+        self.turn.end(self.more, parked)
+        if parked and self.feedback.rules() != self.rules:  # they changed before it was parked
+            wake(self.documents, self.user, 0)
 
     def _stay(self) -> None:
         """See that the turn is still to be run, and here; about once a second.
@@ -197,10 +207,15 @@ class _Run:
     def _tell(self, what: str, message: str, **data: Any) -> None:
         tell(self.documents, self.user, what, message, data)
 
+    def _tell_once(self, what: str, message: str) -> None:
+        last = events(self.documents, self.user, limit=1)
+        if not last or (last[0].data["type"], last[0].data["message"]) != (what, message):
+            self._tell(what, message)
+
     # -- what is to be done --------------------------------------------------------------------------
 
     def _learn(self) -> None:
-        rules = self.feedback.rules()
+        rules = self.rules
         lessons = self.feedback.lessons(self.user)[:LESSONS]
         removed = self._take_back({mark_of(lesson) for lesson in lessons})
         if not rules.enabled:
@@ -208,7 +223,8 @@ class _Run:
         taught, unread = read_lessons(lessons, self.runner.make, self.runner.guard.texts)
         self._skip(unread)
         on = None if rules.model is None else self.runner.adapters.settle(self.namespace, rules.model)
-        plan = self._plan(taught, on, removed)
+        plan = self._plan(taught, on, removed, self._aside(lessons))
+        self.more = plan.more
         if plan.live is not None:
             self._told_of(plan.live, lessons)
         if plan.fresh:
@@ -235,6 +251,7 @@ class _Run:
             told = f"{len(gone)} version(s) of your model held what was taken back, and were removed"
             self._tell("taken_back", told, versions=numbers, live=live)
             self.runner.count(taken_back=1)
+            self.documents.wipe()
         return live
 
     def _versions(self) -> list[Version]:
@@ -248,22 +265,29 @@ class _Run:
                 self._tell("skipped", f"A {one.lesson.kind} cannot be learned: {one.why}", lessons=[one.lesson.name])
         self.turn.note("skipped", [one.mark for one in unread])
 
-    def _plan(self, taught: Sequence[Taught], on: SharedVersion | None, again: bool) -> _Plan:
+    def _aside(self, lessons: Sequence[Lesson]) -> set[str]:
+        """The marks of what is set aside; not of what was given again after that."""
+        names = set(self.turn.notes("aside"))
+        return {mark_of(one) for one in lessons if one.name in names} - {
+            mark_of(one) for one in lessons if one.name not in names
+        }
+
+    def _plan(self, taught: Sequence[Taught], on: SharedVersion | None, again: bool, aside: set[str]) -> _Plan:
         versions = {one.version: one for one in self._versions()}
         named = self.runner.adapters.aliases(self.namespace, self.model) if versions else {}
         live = versions.get(named.get(LIVE, 0))
         if live is not None and not _same(live.stands_on, on):
             live, again = None, True
         held = set() if live is None else marks_of(live)
-        aside = set(self.turn.notes("aside"))
         valid = current(taught)
         fresh = [one for one in valid if one.mark not in held and one.mark not in aside]
-        return _Plan(live, on, fresh, [one for one in valid if one.mark in held], held, again)
+        known = [one for one in valid if one.mark in held]
+        return _Plan(live, on, fresh[:AT_A_TIME], known, held, again, len(fresh) > AT_A_TIME)
 
     def _told_of(self, live: Version, lessons: Sequence[Lesson]) -> None:
         """Say what was published by a run that was killed before it could."""
         told = {one.data["data"].get("version") for one in events(self.documents, self.user, limit=100)}
-        if live.version not in told:
+        if live.version not in told and live.version not in self.turn.notes("told"):
             self._say_learned(live, [one.name for one in lessons if mark_of(one) in marks_of(live)])
 
     # -- learning --------------------------------------------------------------------------------------
@@ -319,7 +343,8 @@ class _Run:
         if not verdict.passed:
             told["refused"] = list(verdict.faults)
             version = self._keep(contents, plan.on, told)
-            self._refuse(plan, verdict, version)
+            self._refuse(plan, verdict, version, lessons)
+            self._clean()
             return
         checked = adapters.check(self.namespace, self.model, contents, plan.on)
         version, _ = adapters.keep(self.namespace, self.model, checked, metadata=told, alias=LIVE, on=plan.on)
@@ -333,7 +358,10 @@ class _Run:
         self._clean()
 
     def _still(self, plan: _Plan) -> bool:
-        """Whether what was learned still stands, and what it went on from is still live."""
+        """Whether what was learned still stands, by the same rules, and what it went on from is still live."""
+        rules = self.feedback.rules()
+        if (rules.enabled, rules.model) != (self.rules.enabled, self.rules.model):
+            return False
         standing = {mark_of(one) for one in self.feedback.lessons(self.user)}
         if not plan.held | {one.mark for one in plan.fresh} <= standing or not self.turn.mine():
             return False
@@ -350,9 +378,12 @@ class _Run:
         except KilotuneError:
             return None
 
-    def _refuse(self, plan: _Plan, verdict: Verdict, version: Version | None) -> None:
-        if not plan.again:  # what was live once is tried again with whatever comes
-            self.turn.note("aside", [*self.turn.notes("aside"), *(one.mark for one in plan.fresh)])
+    def _refuse(self, plan: _Plan, verdict: Verdict, version: Version | None, lessons: Sequence[Lesson]) -> None:
+        if plan.again:  # what was live once is tried again with whatever comes
+            self.more = False
+        else:
+            marks, names = {one.mark for one in plan.fresh}, set(self.turn.notes("aside"))
+            self.turn.note("aside", [one.name for one in lessons if one.name in names or mark_of(one) in marks])
         self._tell(
             "refused",
             f"What was learned from {len(plan.fresh)} new lesson(s) does not go live: {'; '.join(verdict.faults)}",
@@ -370,11 +401,15 @@ class _Run:
         self._tell(
             "learned", told, version=version.version, lessons=list(names), unsure=list(unsure), steps=steps, gate=gate
         )
+        self.turn.note("told", [*self.turn.notes("told")[-TOLD:], version.version])
 
     def _clean(self) -> None:
-        """Remove the oldest versions."""
-        named = self.runner.adapters.aliases(self.namespace, self.model)
-        for one in self._versions()[:-KEPT]:
+        """Remove the oldest versions: of those that were refused, and of the others."""
+        versions = self._versions()
+        named = self.runner.adapters.aliases(self.namespace, self.model) if versions else {}
+        refused = [one for one in versions if "refused" in one.metadata]
+        others = [one for one in versions if "refused" not in one.metadata]
+        for one in (*refused[:-KEPT], *others[:-KEPT]):
             if one.version not in named.values():
                 try:
                     self.runner.adapters.rm(self.namespace, self.model, one.version)

@@ -82,13 +82,15 @@ def roll_back(documents: Documents, adapters: Adapters, user: str) -> Version | 
     live = adapters.aliases(namespace, model).get(LIVE) if versions else None
     if live is None:
         raise AdapterError("nothing that you taught is live, so there is nothing to go back from")
-    standing = {mark_of(one) for one in Feedback(documents).lessons(user)}
+    lessons = {one.name: mark_of(one) for one in Feedback(documents).lessons(user)}
+    standing = set(lessons.values())
     left = {*notes_of(documents, user, "left"), live}
     found = _before(versions, live, lambda one: one.version not in left and marks_of(one) <= standing)
     now = next(one for one in versions if one.version == live)
     aside = marks_of(now) - (set() if found is None else marks_of(found))
     noted(documents, user, "left", sorted(left))
-    noted(documents, user, "aside", sorted({*notes_of(documents, user, "aside"), *aside}))
+    names = {*notes_of(documents, user, "aside"), *(name for name, mark in lessons.items() if mark in aside)}
+    noted(documents, user, "aside", sorted(names & set(lessons)))
     if found is None:
         adapters.unalias(namespace, model, LIVE)
     else:

@@ -33,6 +33,7 @@ from .learner import Learner, NoRoomError
 from .reinforcement import EndedError, Lesson, Practice
 from .schedule import Plan
 from .training_file import Example, TrainingFile
+from .users import without_user
 from .workers import Claim, LeftError, Workers
 
 __all__ = ["JobRunner", "ModelStart", "Reader"]
@@ -440,7 +441,11 @@ class _Run:
         self.runner.ended["succeeded"] += 1
 
     def _fail(self, error: Exception) -> None:
-        text = str(error) if isinstance(error, KilotuneError) else f"an internal error ({type(error).__name__})"
+        text = (
+            without_user(str(error))
+            if isinstance(error, KilotuneError)
+            else f"an internal error ({type(error).__name__})"
+        )
         wrong = "invalid_training_file" if "cannot be trained on" in text else "training_failed"
         told = {"code": wrong, "message": text, "param": "training_file" if wrong != "training_failed" else None}
         self._stay(now=True)

@@ -2,7 +2,7 @@
 
 ::
 
-    wake ─► queued, due after the pause ─claim─► running ─► rests
+    wake ─► queued, due after the pause ─claim─► running ─► rests, or parked until the rules change
               ▲      more feedback moves the pause │  │        │
               └────── feedback came meanwhile ─────┘  │        │
               └──────────────── wake ─────────────────┼────────┘
@@ -24,10 +24,12 @@ from ...errors import AdapterError
 from ...fleet.store.documents import Document, Documents
 from .jobs import HELD
 
-__all__ = ["LEARNING", "LEARNING_EVENT", "Turn", "events", "noted", "notes_of", "tell", "turn_name", "wake"]
+__all__ = ["LEARNING", "LEARNING_EVENT", "Turn", "events", "noted", "notes_of", "tell", "turn_name", "wake", "wake_all"]
 
 LEARNING, LEARNING_EVENT = "learning", "learningevent"
 WAITING, RUNNING, RESTING = "queued", "running", "rests"
+PARKED = "parked"  # there is something to learn, which the rules of the namespace keep from being learned
+EVENTS = 200  # of a user that are kept
 MOST_PAUSES = 10  # feedback that does not end puts learning off for so many pauses, and no longer
 
 
@@ -60,11 +62,24 @@ def wake(documents: Documents, user: str, after: float) -> None:
     documents.put(LEARNING, _name(documents, user), due)
 
 
+def wake_all(documents: Documents, after: float, rested: bool = False) -> int:
+    """Have all learned that is kept waiting by the rules; how many users that are.
+
+    Args:
+        documents: of the namespace.
+        after: in so many seconds.
+        rested: of the others, too: what they have learned is to stand on something else.
+
+    """
+    states = (PARKED, RESTING) if rested else (PARKED,)
+    return documents.move(LEARNING, states, WAITING, time.time() + after)
+
+
 def events(documents: Documents, user: str, *, after: str | None = None, limit: int = 20) -> list[Document]:
     """What became of a user's feedback, the newest first.
 
-    ``data`` of each: ``type`` ("learned", "refused", "rolled_back", "taken_back", "skipped", "failed"), ``message`` in
-    words, and ``data``: the version, the lessons' names, what the gate measured.
+    ``data`` of each: ``type`` ("learned", "refused", "rolled_back", "taken_back", "skipped", "waits", "failed"),
+    ``message`` in words, and ``data``: the version, the lessons' names, what the gate measured.
 
     Args:
         documents: of the namespace.
@@ -77,16 +92,18 @@ def events(documents: Documents, user: str, *, after: str | None = None, limit: 
 
 
 def tell(documents: Documents, user: str, what: str, message: str, data: Mapping[str, Any] | None = None) -> None:
-    """An event of a user; nothing where the user was forgotten meanwhile."""
+    """An event of a user; nothing where the user was forgotten meanwhile. The oldest go."""
     told = {"type": what, "message": message, "data": dict(data or {})}
     try:
         documents.add(LEARNING_EVENT, told, parent=_name(documents, user), prefix="learned")
     except AdapterError:
         return
+    for one in events(documents, user, limit=EVENTS + 10)[EVENTS:]:
+        documents.rm(LEARNING_EVENT, one.name)
 
 
 def notes_of(documents: Documents, user: str, what: str) -> list[Any]:
-    """What is remembered of a user's learning: ``aside``, ``left``, ``skipped``; empty where there is nothing."""
+    """What is remembered of a user's learning: ``aside``, ``left``, ``skipped``, ``told``; empty: nothing is."""
     found = documents.find(LEARNING, _name(documents, user))
     return [] if found is None else list(found.data.get(what, []))
 
@@ -131,12 +148,14 @@ class Turn:
         if self.notes(what) != list(values):
             noted(self.documents, self.user, what, values)
 
-    def end(self) -> None:
-        """It is done: rest, or wait for what came meanwhile."""
+    def end(self, more: bool = False, parked: bool = False) -> None:
+        """It is done: rest, or wait for what came meanwhile. more: not all was learned. parked: the rules forbid it."""
 
         def over(found: Document) -> Document:
             following = found.data["next"]
-            state = RESTING if following is None else WAITING
+            if following is None and more:
+                following = time.time()
+            state = (PARKED if parked else RESTING) if following is None else WAITING
             data = {**found.data, "next": None, "since": time.time()}
             return replace(found, state=state, owner=None, until=following, data=data)
 
