@@ -56,7 +56,7 @@ class School:
 
     def __init__(self, base: Any, chosen: argparse.Namespace, folder: str, threads: int) -> None:
         twin = twin_of(base)
-        config: kilotune.AdapterConfig = kilotune.VeraConfig(r=chosen.rank, target_modules="all-linear")
+        config = kilotune.get_config("lora", r=8, target_modules="all-linear")
         config = in_last_blocks(twin, config, chosen.last_blocks)
         self.tokenizer = load_tokenizer(str(located(chosen.model)), None)
         self.chats = ChatTemplate(self.tokenizer)

@@ -12,7 +12,7 @@ python benchmarks/learning.py [--model smollm2] [--streams 16] [--tokens 32] [--
 - **jobs**: ``--jobs`` jobs of 16 rows, four steps each, of as many namespaces, from created to published, on the model
   of fleet.py; beside PEFT, one by one, from start to the adapter's tensors.
 - **corrections**: the facts of corrections.jsonl are taught one after another to one user, in an order of each of
-  ``--seeds``, with a pause of 0 and the gate on, by VeRA of rank ``--rank`` in the ``--last-blocks``: seconds from the
+  ``--seeds``, with a pause of 0 and the gate on, by LoRA of rank 8 in the ``--last-blocks``: seconds from the
   correction to the exact greedy answer, and at the end how many facts, paraphrases (by their key word) and controls
   (24 tokens as the base says them) are right.
 

@@ -42,7 +42,7 @@ class Served:
         from tests.support.http_support import BASE, tokenizer
         from tests.support.training_support import CONFIG
 
-        workers.LEASE, workers.ALIVE, workers.POLL, runner.KEPT_EVERY = 0.6, 0.1, 0.02, 0.1
+        workers.LEASE, workers.ALIVE, workers.POLL, runner.KEPT_EVERY = 0.8, 0.1, 0.02, 0.1
         twin = twin_of(base)
         self.registry = AdapterRegistry(url, base)
         self.engine = TransformersEngine(self.registry.model.get_base_model(), tokenizer(), self.registry)

@@ -33,7 +33,7 @@ from tests.support.training_support import CONFIG
 
 __all__ = ["TOY", "WIDE", "Learning", "learning", "texts"]
 
-TOY = Pace(rate=1.0, steps=24)
+TOY = Pace(rate=1.0, steps=24, guard=1.0)
 WIDE = Bounds(divergence=1.0, held_out=2.0)  # the toy has no room to learn a thing without forgetting others
 
 

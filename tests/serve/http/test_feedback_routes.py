@@ -12,7 +12,7 @@ import pytest
 
 from kilotune.errors import StoreError
 from kilotune.serve.learning import turns
-from kilotune.serve.learning.feedback import ANSWER, Feedback
+from kilotune.serve.learning.feedback import ANSWER, Feedback, FeedbackRules
 from kilotune.serve.learning.training_file import read_lines
 from kilotune.train.data.rendering import ChatTemplate
 from tests.support.feedback_support import ASKED, SPACE, answer, claim, feedback_serving, rules
@@ -80,6 +80,17 @@ def test_rules_that_cannot_be(running: Running, body: dict[str, Any], param: str
         assert manager.get(f"/manage/{SPACE}/feedback").json()["enabled"] is True
     with running.client(running.keys["ann"]) as ann:
         assert ann.put(f"/manage/{SPACE}/feedback", json={"enabled": False}).status_code == 403
+
+
+def test_what_was_asked_before_it_was_turned_off_is_not_kept(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    rules(running, enabled=False)
+
+    async def known(*_: Any, **__: Any) -> FeedbackRules:  # when the answer began
+        return FeedbackRules(enabled=True)
+
+    monkeypatch.setattr(running.service, "rules", known)
+    assert not hasattr(answer(running), "feedback_id")
+    assert kept(running) == 0
 
 
 def test_of_nobody_nothing_is_kept(running: Running) -> None:

@@ -262,6 +262,22 @@ def test_a_job_that_goes_on_counts_once_among_the_tokens_of_a_day(tmp_path: Path
 # -- what is wrong ----------------------------------------------------------------------------------------
 
 
+def test_what_a_job_was_to_train_counts_once_however_often_it_goes_on(tmp_path: Path) -> None:
+    with training_serving(tmp_path) as running:
+        ann, training = running.openai("ann"), running.service.training
+        assert training is not None
+        hyper = {"n_epochs": 50, "batch_size": 1}
+        job = job_of(ann, chat_lines(HERS), method={"type": "supervised", "supervised": {"hyperparameters": hyper}})
+        end = time.monotonic() + 60
+        while (tokens := training.jobs("ann").find(job.id).data["tokens"]) is None:
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        ann.fine_tuning.jobs.pause(job.id)
+        training._runner._limits = JobLimits(tokens_a_day=tokens + 1)
+        job = done(ann, ann.fine_tuning.jobs.resume(job.id))
+        assert job.status == "succeeded", job.error
+
+
 def test_faults_of_a_file_are_told_by_line(running: Running) -> None:
     ann = running.openai("ann")
     lines = [

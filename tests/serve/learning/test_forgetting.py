@@ -17,7 +17,7 @@ from kilotune.fleet.store import open_store
 from kilotune.fleet.store.documents import Document, Documents
 from kilotune.serve.learning.feedback import Answered, Feedback, Said
 from kilotune.serve.learning.forgetting import FORGETTING, _Run
-from kilotune.serve.learning.jobs import FILE, JOB
+from kilotune.serve.learning.jobs import CHECKPOINTS, FILE, JOB, JobLimits
 from kilotune.serve.learning.turns import LEARNING, turn_name, wake
 from kilotune.serve.learning.users import model_of
 from tests.support.http_support import BASE, Running
@@ -305,3 +305,27 @@ def test_one_after_the_other_is_forgotten_and_asked_for_once(running: Running, m
     assert order == [MIA, "zoe"]
     assert same(tensors(running, house.fine_tuned_model), tensors(running, without.fine_tuned_model))
     assert running.catalogue.aliases("ann", house.fine_tuned_model) == {"live": 1}
+
+
+def test_what_nobody_wants_trained_is_not_trained_again(running: Running) -> None:
+    """A cancelled job stays cancelled, a paused one paused, and a day's quota is not asked."""
+    ann, documents = running.openai(), documents_of(running)
+    data = lines(line("where is it?", SECRET, user=MIA))
+    file = upload(ann, data).id
+    house = trained(ann, file)
+    jobs = {state: started(ann, file) for state in ("cancelled", "failed", "paused")}
+    for state, job in jobs.items():
+        done_with = {"error": {"code": "x", "message": "y", "param": None}} if state == "failed" else {}
+        ann.fine_tuning.jobs.pause(job.id)
+        documents.change(
+            JOB, job.id, lambda one, to=state, more=done_with: replace(one, state=to, data={**one.data, **more})
+        )  # type: ignore[misc]
+    training = running.service.training
+    assert training is not None
+    training._runner._limits = JobLimits(tokens_a_day=1)
+    assert forgotten(running).data["counts"]["jobs_again"] == 4
+    states = {state: documents.find(JOB, job.id) for state, job in jobs.items()}
+    assert {state: found.state for state, found in states.items() if found} == {state: state for state in jobs}
+    assert states["failed"].data["error"]["code"] == "x"  # type: ignore[union-attr]
+    assert [v.name for v in running.catalogue.ls("ann") if CHECKPOINTS not in v.name] == [house.fine_tuned_model]
+    assert ann.fine_tuning.jobs.retrieve(house.id).status == "succeeded"

@@ -156,6 +156,12 @@ class ServeSettings(Section):
     learn_threads: int = setting(
         1, number(1, whole=True), "With --learn: threads of a pass of training; answers take the other cores meanwhile."
     )
+    learn_feedback_method: str = setting(
+        "lora", text, "With --learn: the method of models that learn from feedback, and begin with what is beneath."
+    )
+    learn_feedback_rank: int | None = setting(
+        None, or_none(number(1, whole=True)), "With --learn: their rank; null: 8 of LoRA's, 256 of VeRA's."
+    )
     learn_last_blocks: int | None = setting(
         None,
         or_none(number(0, whole=True)),

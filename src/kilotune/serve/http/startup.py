@@ -101,8 +101,10 @@ def _training(
     settings = service.settings
     if twin is None or not isinstance(engine, TransformersEngine):
         raise ConfigError("learn: only a language model that generates is trained; this base does something else")
-    rank = 256 if settings.learn_rank is None and settings.learn_method == "vera" else settings.learn_rank
-    config = get_config(settings.learn_method, target_modules="all-linear", **({} if rank is None else {"r": rank}))
+    config = _config(settings.learn_method, settings.learn_rank)
+    personal = _in_last_blocks(
+        twin, _config(settings.learn_feedback_method, settings.learn_feedback_rank), settings.learn_last_blocks
+    )
     learning = LearningSettings(
         share=settings.learn_share, pass_tokens=settings.learn_pass_tokens, threads=settings.learn_threads
     )
@@ -111,10 +113,15 @@ def _training(
     feedback = FeedbackLimits(answer_bytes=settings.learn_answer_bytes)
     bounds = Bounds(divergence=settings.learn_kl)
     limits = TrainingLimits(file_bytes=settings.learn_file_bytes, jobs=jobs, feedback=feedback, bounds=bounds)
-    personal = _in_last_blocks(twin, config, settings.learn_last_blocks)
     made = Training(store, learner, adapters, engine, service.base, config, tokenizer, limits, personal)
     service.metrics.learns(made)
     return made
+
+
+def _config(method: str, rank: int | None) -> AdapterConfig:
+    """Of an adapter that begins; without a rank 256 of VeRA's, else the method's own."""
+    wanted = 256 if rank is None and method == "vera" else rank
+    return get_config(method, target_modules="all-linear", **({} if wanted is None else {"r": wanted}))
 
 
 def _in_last_blocks(base: Any, config: AdapterConfig, last: int | None) -> AdapterConfig:

@@ -25,7 +25,7 @@ from ...fleet.store import Version
 from ...fleet.store.documents import Document, Documents
 from ..engine.tenant_adapters import AdapterRegistry
 from .feedback import PERSON, Feedback
-from .jobs import CHECKPOINTS, FILE, HELD, JOB, RUNNING, WAITING, Jobs, model_name
+from .jobs import CHECKPOINTS, DONE, FILE, HELD, JOB, PAUSED, RUNNING, WAITING, Jobs, model_name
 from .turns import LEARNING, turn_name, wake
 from .users import PERSONAL, model_of
 from .workers import Claim, LeftError, Workers
@@ -36,6 +36,7 @@ FORGETTING = "forgetting"
 PAGE = 200  # documents that are read at once
 POLL = 0.1  # seconds between looks at what is waited for
 AT_ONCE = 4
+STAYING = (PAUSED, *(state for state in DONE if state != "succeeded"))  # jobs that nobody wants trained now
 
 
 @final
@@ -146,12 +147,14 @@ class _Run:
         return isinstance(said, str) and composed(said.strip()) == self.user
 
     def _jobs(self) -> dict[str, Any]:
-        """gone: jobs that go. again: those that are trained again, and with what they begin then."""
+        """gone: jobs that go. again: those that are trained again, and with what they begin then. states: of those that
+        are not, or not now: they were cancelled, had failed, or are paused."""
         mine, cut = set(self.told["files"]["mine"]), set(self.told["files"]["cut"])
         mine |= {name for name in cut if not any(line.strip() for line in self._lines(name))}  # nothing is left
         starts = {model_of(self.user): self.base}  # a model that goes, or is made anew -> what begins in its place
         gone: list[str] = []
         again: dict[str, str] = {}
+        states: dict[str, str] = {}
         for job in self._all(JOB):  # the oldest first: what a job begins with was there before it
             files, model = {job.data["training_file"], job.data["validation_file"]}, job.data["model"]
             start, made = model.partition("/")[0].partition(CHECKPOINTS)[0], model_name(self.base, job)
@@ -160,8 +163,10 @@ class _Run:
                 starts[made] = starts.get(start, model)
             elif files & cut or start in starts:
                 again[job.name] = starts.get(start, model)
+                if job.state in STAYING:
+                    states[job.name] = job.state
                 starts[made] = made
-        return {"gone": gone, "again": again}
+        return {"gone": gone, "again": again, "states": states}
 
     # -- the steps ---------------------------------------------------------------------------------
 
@@ -210,7 +215,7 @@ class _Run:
         for name in jobs["gone"]:
             self.documents.rm(JOB, name)
         for name, start in jobs["again"].items():
-            Jobs(self.documents).clear(name, start)
+            Jobs(self.documents).clear(name, start, jobs["states"].get(name) not in DONE)
         self._count(jobs=len(jobs["gone"]), jobs_again=len(jobs["again"]), models=len(jobs["models"]))
         self._count(learned_again=len(jobs["above"]), broken=len(jobs["broken"]))
 
@@ -240,7 +245,8 @@ class _Run:
         fresh_again = {name: start for name, start in found["again"].items() if name not in jobs["again"]}
         again = {name: start for name, start in {**jobs["again"], **fresh_again}.items() if name not in gone}
         before = {key: jobs[key] for key in ("models", "above", "broken")}
-        self._note(jobs={"gone": gone, "again": again, "before": before})
+        states = {**found["states"], **jobs["states"]}
+        self._note(jobs={"gone": gone, "again": again, "states": states, "before": before})
         return True
 
     def _models(self, jobs: set[str]) -> dict[str, Any]:
@@ -262,7 +268,8 @@ class _Run:
     def _train_again(self) -> None:
         """One after the other, since one may begin with another."""
         for name in self.told["jobs"]["again"]:
-            self.documents.change(JOB, name, _released)
+            to = self.told["jobs"]["states"].get(name, WAITING)
+            self.documents.change(JOB, name, lambda job, to=to: _released(job, to))  # type: ignore[misc]
             while (found := self.documents.find(JOB, name)) is not None and found.state in (WAITING, RUNNING):
                 self._wait()
             model = "" if found is None else found.data.get("fine_tuned_model") or ""
@@ -311,5 +318,5 @@ class _Run:
             raise LeftError
 
 
-def _released(job: Document) -> Document:
-    return replace(job, state=WAITING, owner=None, until=None) if job.state == HELD else job
+def _released(job: Document, to: str) -> Document:
+    return replace(job, state=to, owner=None, until=None) if job.state == HELD else job

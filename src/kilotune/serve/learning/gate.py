@@ -111,7 +111,7 @@ class Gate:
         apart = _divergence(self._live, said)
         before, bounds = self._before, self._bounds
         measured = {"kl": apart, **{f"{name}_live": loss for name, loss in asdict(before).items()}, **asdict(after)}
-        measured = {name: value for name, value in measured.items() if value == value}
+        measured = {name: value for name, value in measured.items() if math.isfinite(value)}
         limits = [
             ("KL from what is live on the guard's texts", apart, bounds.divergence),
             ("the loss on held-out texts rose by", after.held_out - before.held_out, bounds.held_out),

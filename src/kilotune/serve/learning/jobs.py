@@ -16,6 +16,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from typing import Any, final
 
@@ -31,6 +32,7 @@ __all__ = [
     "HELD",
     "JOB",
     "OPEN",
+    "PAUSED",
     "RUNNING",
     "STATE",
     "WAITING",
@@ -204,31 +206,44 @@ class Jobs:
             raise AdapterError(f"there is no fine-tuning job {name!r}")
         return found
 
-    def tell(self, name: str, message: str, level: str = "info", data: Mapping[str, Any] | None = None) -> None:
-        """An event of a job; nothing where it is gone."""
+    def tell(
+        self,
+        name: str,
+        message: str,
+        level: str = "info",
+        data: Mapping[str, Any] | None = None,
+        once: str | None = None,
+    ) -> None:
+        """An event of a job; nothing where it is gone. once: a word under which it is told once, however often."""
         kind = "message" if data is None or "step" not in data else "metrics"
-        try:
-            told = {"level": level, "message": message, "type": kind, "data": dict(data or {})}
-            self.documents.add(EVENT, told, parent=name, prefix="ftevent")
-        except AdapterError:  # it was deleted meanwhile
-            return
+        told = {"level": level, "message": message, "type": kind, "data": dict(data or {})}
+        if once is None:
+            with suppress(AdapterError):  # it was deleted meanwhile
+                self.documents.add(EVENT, told, parent=name, prefix="ftevent")
+        elif self.documents.find(JOB, name) is not None:
+            made = Document(EVENT, "", "", told, parent=name)
+            self.documents.put(EVENT, f"ftevent-{name.partition('-')[2]}-{once}", lambda found: found or made)
 
-    def clear(self, name: str, model: str) -> None:
-        """Let a job be as before its first step, with another model to begin with; what it made and told goes."""
+    def clear(self, name: str, model: str, again: bool = True) -> None:
+        """Let a job be as before its first step, with another model to begin with; what it made and told goes.
+
+        again: it is trained again; else it stays cancelled, or failed.
+        """
         for kind in (STATE, CHECKPOINT, EVENT, FILE):
             while found := self.documents.ls(kind, parent=name):
                 for one in found:
                     self.documents.rm(kind, one.name)
         fresh: dict[str, Any] = {
             "made": None,
-            "finished": None,
             "tokens": None,
-            "error": None,
             "results": [],
             "fine_tuned_model": None,
         }
+        if again:
+            fresh |= {"finished": None, "error": None, "again": True}
         self.documents.change(JOB, name, lambda job: replace(job, data={**job.data, **fresh, "model": model}))
-        self.tell(name, "What the job was trained on has changed: somebody was forgotten; it is trained again")
+        told = "What the job was trained on has changed: somebody was forgotten"
+        self.tell(name, f"{told}; it is trained again" if again else told)
 
     def forget_states(self, name: str) -> None:
         """Remove what a job kept to go on from."""

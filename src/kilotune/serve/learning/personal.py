@@ -44,7 +44,7 @@ __all__ = ["LearningCounts", "PersonalRunner"]
 
 LESSONS = 4096  # of a user that are learned
 AT_A_TIME = 32  # new lessons of a run; who has more has another turn, after those of others
-KEPT = 16  # versions of a user's model, and as many that were refused
+KEPT = 8  # versions of a user's model, and as many that were refused
 KEPT_INPUTS = 64.0  # megabytes of what enters the last blocks, of a model that learns
 TOLD = 64  # versions of which is remembered that they were told of
 AGAIN = 30.0  # seconds after which is tried again what there was no room for

@@ -28,7 +28,7 @@ from ...fleet.store import Record, SharedVersion, Version
 from ...fleet.store.documents import Document, Documents
 from ..engine.tenant_adapters import AdapterRegistry
 from .feedback import ANSWER
-from .jobs import CHECKPOINT, CHECKPOINTS, DONE, EVENT, FILE, JOB, OPEN, RUNNING, STATE, JobLimits, Jobs, model_name
+from .jobs import CHECKPOINT, CHECKPOINTS, DONE, FILE, JOB, OPEN, RUNNING, STATE, JobLimits, Jobs, model_name
 from .learner import Learner, NoRoomError
 from .reinforcement import EndedError, Lesson, Practice
 from .schedule import Plan
@@ -238,8 +238,9 @@ class _Run:
         self._practise(files)
         self.start = start = self.runner.start_of(self.job.namespace, asked["model"])
         plan = Plan(files["training"].examples, asked, start.config)
-        if asked["made"] is None:  # else it counts already
-            self.jobs.check_day(plan.tokens)
+        if asked["made"] is None:
+            if not asked.get("again"):  # that somebody is forgotten is no wish of the namespace's to train more
+                self.jobs.check_day(plan.tokens)
             self._mine(lambda job: replace(job, data={**job.data, "made": plan.hyperparameters, "tokens": plan.tokens}))
             self.jobs.tell(self.job.name, f"Files are valid; {len(plan.examples)} examples, {plan.steps} steps")
         state = self._kept()
@@ -277,7 +278,7 @@ class _Run:
 
     def _steps(self, plan: Plan, files: dict[str, TrainingFile], first: int) -> None:
         learner, kept = self.runner._learner, time.monotonic()
-        every, before = max(1, plan.steps // TOLD), self._told_until()
+        every = max(1, plan.steps // TOLD)
         for step in range(first, plan.steps):
             self._stay_or_keep()
             rows, divisor, told, tokens = self._lesson(plan, step)
@@ -293,23 +294,17 @@ class _Run:
                 told |= self._validate(plan, files["validation"].examples, step)
             if (step + 1) % every == 0 or ends or validated or step == first:
                 self.curve.append({key: value for key, value in told.items() if key in CURVE})
-                if step >= before:  # else an earlier run told it, and was stopped before it kept it
-                    self._tell_step(plan, told)
+                self._tell_step(plan, told)
             if ends and plan.keeps(step + 1):
                 self._checkpoint(self._publish(f"{self.model}{CHECKPOINTS}{step + 1}"), told)
             if time.monotonic() - kept > KEPT_EVERY:
                 self._keep()
                 kept = time.monotonic()
 
-    def _told_until(self) -> int:
-        """The last step of which there is an event."""
-        found = self.documents.ls(EVENT, parent=self.job.name, newest=True)
-        return max((one.data["data"].get("step", 0) for one in found), default=0)
-
     def _tell_step(self, plan: Plan, told: Mapping[str, Any]) -> None:
         known = ", ".join(f"{CURVE[key]}={told[key]:.4f}" for key in CURVE if key != "step" and key in told)
         text = f"Step {told['step']}/{plan.steps}: {known}"
-        self.jobs.tell(self.job.name, text, data={**told, "total_steps": plan.steps})
+        self.jobs.tell(self.job.name, text, data={**told, "total_steps": plan.steps}, once=str(told["step"]))
 
     def _practise(self, files: dict[str, TrainingFile]) -> None:
         """Have what samples and grades, where the job learns from that."""
@@ -436,18 +431,14 @@ class _Run:
             found = [self.documents.add(FILE, told, parent=self.job.name, body=[text.getvalue().encode()])]
         return [one.name for one in found]
 
-    def _tell_once(self, message: str, level: str = "info") -> None:
-        if message not in {one.data["message"] for one in self.documents.ls(EVENT, parent=self.job.name, newest=True)}:
-            self.jobs.tell(self.job.name, message, level)
-
     def _succeed(self, version: Version) -> None:
         """Say what came of it. All but the state is there before it, so who sees it succeed sees the rest."""
         self._checkpoint(version, self.curve[-1] if self.curve else {})
         more = {"finished": time.time(), "fine_tuned_model": version.name, "results": self._results()}
         if self.used:
             more["tokens"] = self.used
-        self._tell_once(f"New fine-tuned model created: {version.name}")
-        self._tell_once("The job has successfully completed")
+        self.jobs.tell(self.job.name, f"New fine-tuned model created: {version.name}", once="created")
+        self.jobs.tell(self.job.name, "The job has successfully completed", once="completed")
         self.jobs.forget_states(self.job.name)
         self._mine(lambda job: replace(job, state="succeeded", data={**job.data, **more}))
         self.runner.ended["succeeded"] += 1
@@ -461,7 +452,7 @@ class _Run:
         wrong = "invalid_training_file" if "cannot be trained on" in text else "training_failed"
         told = {"code": wrong, "message": text, "param": "training_file" if wrong != "training_failed" else None}
         self._stay(now=True)
-        self._tell_once(text, level="error")
+        self.jobs.tell(self.job.name, text, level="error", once="failed")
         self.jobs.forget_states(self.job.name)
         self._mine(lambda job: replace(job, state="failed", data={**job.data, "finished": time.time(), "error": told}))
         self.runner.ended["failed"] += 1

@@ -52,11 +52,11 @@ class Pace:
 
     """
 
-    rate: float = 1.0
+    rate: float = 0.3
     warmup: int = 3
     batch: int = 2
     replay: int = 2
-    guard: float = 1.0
+    guard: float = 5.0
     pair: float = 0.3
     beta: float = 0.1
     pair_every: int = 4
