@@ -240,6 +240,7 @@ def test_a_paused_job_shows_as_queued_and_goes_on_where_it_was(running: Running)
 # -- what is wrong ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.heavy
 def test_what_a_job_was_to_train_counts_once_however_often_it_goes_on(tmp_path: Path) -> None:
     with training_serving(tmp_path) as running:
         ann, training = running.openai("ann"), running.service.training
