@@ -262,6 +262,7 @@ def test_a_job_that_goes_on_counts_once_among_the_tokens_of_a_day(tmp_path: Path
 # -- what is wrong ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.heavy
 def test_what_a_job_was_to_train_counts_once_however_often_it_goes_on(tmp_path: Path) -> None:
     with training_serving(tmp_path) as running:
         ann, training = running.openai("ann"), running.service.training

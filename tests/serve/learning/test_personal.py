@@ -12,6 +12,7 @@ import pytest
 
 from kilotune.errors import ResourceError
 from kilotune.fleet.store import Record
+from kilotune.fleet.store.documents import Documents
 from kilotune.serve.learning.feedback import FeedbackRules
 from kilotune.serve.learning.gate import Bounds
 from kilotune.serve.learning.personal import _Run
@@ -122,6 +123,27 @@ def test_what_was_taken_back_is_in_no_version_and_trained_again_it_is_as_if_it_n
     assert school.live("ben") is None
 
 
+@pytest.mark.parametrize("wiped", [True, False])
+def test_numbers_of_what_was_taken_back_leave_the_disk(
+    wiped: bool, school: Learning, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    user = f"pia {wiped}"
+    name = school.correct(user, "the cat", "a dog sat", "no")
+    school.learn(user)
+    needle = numbers(school, user, 1)[1000:1040]
+    folder = Path(school.url.removeprefix("sqlite:///")).parent
+
+    def on_disk() -> bool:
+        return any(needle in path.read_bytes() for path in folder.iterdir() if path.is_file())
+
+    assert on_disk()
+    if not wiped:  # the test can fail
+        monkeypatch.setattr(Documents, "wipe", lambda _: None)
+    school.feedback.remove(name, user)
+    assert school.learn(user)["type"] == "taken_back"
+    assert on_disk() is not wiped
+
+
 def test_an_equal_correction_that_still_stands_is_not_taken_back(school: Learning) -> None:
     first = school.correct("hal", "the cat", "a dog sat", "no")
     school.correct("hal", "the cat", "a dog sat", "no")
@@ -149,6 +171,7 @@ def test_where_feedback_was_turned_off_nothing_is_learned_and_what_is_taken_back
     assert school.said("ida", "a dog") == "on the hat"
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("moment", ["while it learns", "before it is parked"])
 def test_rules_that_change_meanwhile_hold(moment: str, school: Learning, monkeypatch: pytest.MonkeyPatch) -> None:
     """What they forbid is not published, and nobody is parked who may learn."""
