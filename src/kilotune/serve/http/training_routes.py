@@ -14,6 +14,7 @@ from ...errors import KilotuneError, did_you_mean
 from ...fleet.store.documents import Document, Documents
 from ..learning.graders import Graded, Grader, read_grader
 from ..learning.jobs import CHECKPOINT, EVENT, FILE, JOB, Jobs
+from ..learning.users import PERSONAL
 from .http_errors import ApiError, of_library
 from .logs import log
 from .middleware import noted
@@ -82,8 +83,21 @@ class _Asker:
             raise ApiError(404, f"there is no file {name!r}", param="file_id")
         return found
 
-    async def check_model(self, model: str) -> None:
-        """See that a job's model is something to go on from."""
+    async def model(self, model: str) -> str:
+        """What a job's model means now: of "personal", the asker's live version, or what that would stand on.
+
+        Raises:
+            ApiError: it is nothing to go on from.
+
+        """
+        if model == PERSONAL:
+            meant = await self._service.meant(self._caller, model)
+            key = meant.adapter
+            model = self._service.base if key is None else f"{key.name}/{key.version}"
+        await self._check_model(model)
+        return model
+
+    async def _check_model(self, model: str) -> None:
         name, training = self._service.split(model)[0], self.training
         if others(self._caller, name):
             raise ApiError(404, f"there is no adapter {name!r}", param="model")
@@ -193,10 +207,9 @@ def _jobs(router: APIRouter, service: Service) -> None:
     async def create(request: Request, body: JobBody) -> Response:
         """Have a model trained from a file."""
         asker = _Asker(service, request)
-        asked = replace(body.asked, user=asker.user)
+        asked = replace(body.asked, user=asker.user, model=await asker.model(body.model))
         if asked.grader is not None:
             await asker.grade(lambda: read_grader(asked.grader, "method.reinforcement.grader"))
-        await asker.check_model(body.model)
         job = await asker.jobs(lambda jobs: jobs.create(asked))
         log("job created", namespace=asker.namespace, job=job.name, model=body.model)
         return JSONResponse(asker.shown(job))

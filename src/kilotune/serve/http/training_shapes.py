@@ -12,6 +12,7 @@ from pydantic_core import PydanticCustomError
 from ...fleet.store.documents import Document
 from ..learning.graders import Graded, Grader
 from ..learning.jobs import Asked
+from ..learning.users import PERSONAL
 from .bodies import Body
 from .options import Option
 
@@ -264,12 +265,13 @@ def job_object(job: Document, namespace: str) -> dict[str, Any]:
     method: dict[str, Any] = {"hyperparameters": {**hyper, **more}}
     if asked.get("grader") is not None:
         method["grader"] = asked["grader"]
+    model = PERSONAL if asked["model"].startswith(f"{PERSONAL}:") else asked["model"]  # colleagues see it, too
     return {
         "id": job.name,
         "object": "fine_tuning.job",
         "created_at": int(job.created),
         "finished_at": None if asked["finished"] is None else int(asked["finished"]),
-        "model": asked["model"],
+        "model": model,
         "fine_tuned_model": asked.get("fine_tuned_model"),
         "organization_id": namespace,
         "status": SHOWN_AS.get(job.state, _status(job)),
