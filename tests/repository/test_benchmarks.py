@@ -373,9 +373,8 @@ def test_a_forced_way_is_forced(models: ModuleType) -> None:
 
 
 def test_make_bench_runs_every_script(monkeypatch: pytest.MonkeyPatch) -> None:
-    done = subprocess.run(
-        ["make", "--no-print-directory", "-n", "bench"], cwd=ROOT, capture_output=True, text=True, timeout=60
-    )
+    words = ["make", "--no-print-directory", "-n", "bench", "ARGS="]  # `make test ARGS=...` hands its own down
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stdout.splitlines()[-1].strip() == ".venv/bin/python benchmarks/_all.py", done.stderr
     scripts = {path.stem for path in (ROOT / "benchmarks").glob("[a-z]*.py")}
     runs = load("_all", monkeypatch).RUNS

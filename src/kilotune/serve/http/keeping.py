@@ -51,7 +51,7 @@ class Keeper:
         """Keep answers, on the disk when this returns. One that cannot be kept is given all the same, without an id."""
 
         def all_of_them() -> dict[int, str]:
-            if not self._feedback.rules().enabled:  # they may have changed while it was answered
+            if not self._feedback.taken():  # they may have changed while it was answered
                 return {}
             found = {index: self._feedback.keep(self._of(text), self._seconds) for index, text in texts.items()}
             return {index: one.name for index, one in found.items() if one is not None}

@@ -215,6 +215,11 @@ class Feedback:
         found = self.documents.ls(RULES, newest=True, limit=1)
         return FeedbackRules(**found[0].data) if found else FeedbackRules()
 
+    def taken(self) -> bool:
+        """Whether answers are kept and feedback is taken, at this moment."""
+        found = self.documents.ls(RULES, newest=True, limit=1)
+        return bool(found) and bool(found[0].data["enabled"])
+
     def set_rules(self, rules: FeedbackRules) -> None:
         """From now on these. Where there is to be no feedback any more, kept answers are removed; feedback stays.
 

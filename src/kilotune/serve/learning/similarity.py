@@ -106,7 +106,7 @@ def _grams(items: Sequence[str], n: int) -> Counter[tuple[str, ...]]:
 
 def _tokens(text: str) -> list[str]:
     text = text.replace("<skipped>", "").replace("-\n", "").replace("\n", " ")
-    for name, character in (("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">")):
-        text = text.replace(name, character)
+    for name, character in (("quot", '"'), ("amp", "&"), ("lt", "<"), ("gt", ">")):
+        text = text.replace(f"&{name};", character)
     text = SYMBOL.sub(r" \1 ", f" {text} ")
     return DASH.sub(r"\1 \2 ", BEFORE.sub(r" \1 \2", BEHIND.sub(r"\1 \2 ", text))).split()
