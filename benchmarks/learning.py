@@ -61,12 +61,12 @@ from kilotune.serve.twin import twin_of
 
 PROMPT, LEARNING = 32, 4
 CPU = torch.device("cpu")
-ALONE = "alone"
+ALONE, TOY = "alone", "toy"
 
 
 def base_of(name: str) -> Any:
     """The model that answers and is trained on."""
-    if name == "toy":
+    if name == TOY:
         return build(Shape("llama", 256, 4), 512, CPU, torch.float32).eval()
     from kilotune.train.running.base_model import load_base
     from kilotune.train.settings.sections import ModelSettings
@@ -247,7 +247,10 @@ def options(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--shares", type=lambda text: [float(one) for one in text.split(",")], default=[0.25, 0.5])
     parser.add_argument("--only", choices=("beside", "jobs", "corrections"))
     parser.add_argument("--bars", action="store_true", help="what the project promises, and whether it holds")
-    return parser.parse_args(words)
+    chosen = parser.parse_args(words)
+    if chosen.only == "corrections" and chosen.model == TOY:
+        parser.error("--only corrections: the toy has no words; leave --model out")
+    return chosen
 
 
 def told_beside(found: dict[str, list[Any]], chosen: argparse.Namespace) -> list[Bar]:
@@ -313,7 +316,9 @@ def main(words: Sequence[str] | None = None) -> int:
         print(f"\n{chosen.jobs} jobs of 16 rows, {chosen.rounds} rounds, {times}: time of a job over PEFT's {ratio}\n")
         bars.append(Bar("a job over PEFT", ratio and ratio.median, 1 / 3))
         body["jobs"] = times.seconds
-    if chosen.only in (None, "corrections"):
+    if chosen.only is None and chosen.model == TOY:
+        print("\ncorrections are not measured: the toy has no words\n")
+    elif chosen.only in (None, "corrections"):
         taught = [teach(base_of(chosen.model), chosen, seed, progress.show) for seed in range(chosen.seeds)]
         progress.clear()
         print(f"\n{chosen.model}, {chosen.facts} facts taught one after another, {chosen.seeds} seeds; {where}\n")

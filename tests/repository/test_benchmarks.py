@@ -100,12 +100,15 @@ def test_learning_beside_answers_is_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["--model", "toy", "--seconds", "1", "--rounds", "1", "--streams", "2", "--tokens", "4", "--shares", "0.5"]
-    assert load("learning", monkeypatch).main([*words, "--jobs", "2", "--rank", "4", "--out", str(tmp_path)]) == 0
+    benchmark = load("learning", monkeypatch)
+    assert benchmark.main([*words, "--jobs", "2", "--rank", "4", "--out", str(tmp_path)]) == 0
     told = capsys.readouterr().out
     assert "| share 0.5" in told
     assert "time of a job over PEFT's" in told
     (data,) = tmp_path.glob("*.json")
     assert json.loads(data.read_text())["results"]["beside"]["share 0.5"][0][0] > 0
+    with pytest.raises(SystemExit):
+        benchmark.main(["--model", "toy", "--only", "corrections"])
 
 
 def test_the_bars_are_told_and_a_failing_one_is_the_exit_code(

@@ -43,8 +43,9 @@ def commands(page: Path) -> Iterator[list[str]]:
 FRAGMENTS = {"deploy.md", "serve.md", "store.md", "using.md", "fleet.md", "engines.md"}
 
 
-# vLLM has an environment of its own, and tests/vllm_plugin runs what its page says.
-ELSEWHERE = {"vllm.md"}
+# vLLM has an environment of its own, and tests/vllm_plugin runs what its page says; teach.md talks to a service, which
+# tests/serve/http/test_teaching_page.py starts.
+ELSEWHERE = {"vllm.md", "teach.md"}
 
 
 def python_pages() -> list[Path]:
