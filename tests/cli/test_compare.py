@@ -125,7 +125,7 @@ def test_ctrl_c_keeps_what_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "(5 finished runs of before taken over)" in done.stdout
 
 
-@pytest.mark.heavy
+@pytest.mark.full
 @pytest.mark.parametrize("every", [40, *(pytest.param(n, marks=pytest.mark.full) for n in (25, 6))])
 def test_killed_at_any_moment_it_resumes_and_runs_nothing_twice(every: int, own: Path) -> None:
     """kill -9 of real processes, again after so many runs; the numbers are those of an unbroken comparison."""

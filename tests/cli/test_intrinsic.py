@@ -30,7 +30,7 @@ def files() -> list[str]:
     return sorted(path.as_posix() for path in Path().rglob("*") if path.is_file())
 
 
-@pytest.mark.heavy
+@pytest.mark.full
 def test_a_quick_run_shows_a_table_and_writes_a_report() -> None:
     done = kilotune(VERB, "--quick")
     assert done.exit_code == 0, done.stderr
@@ -98,7 +98,7 @@ def test_a_fault_while_writing_leaves_no_half_report(monkeypatch: pytest.MonkeyP
     assert files() == [f"{FOLDER}/runs.jsonl"]
 
 
-@pytest.mark.heavy
+@pytest.mark.full
 def test_other_settings_in_the_same_folder_are_refused_until_restarted() -> None:
     as_json(VERB, *TINY)
     before = (FOLDER / "runs.jsonl").read_bytes()

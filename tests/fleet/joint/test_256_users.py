@@ -18,7 +18,7 @@ from tests.support.paths import ROOT, SUPPORT
 TWINS = (0, 77, 130, 255)
 
 
-@pytest.mark.heavy
+@pytest.mark.full
 def test_256_users_trained_stored_and_routed_are_what_their_twins_are(tmp_path: Path) -> None:
     result = subprocess.run(
         [sys.executable, str(SUPPORT / "fleet_done.py"), str(tmp_path)],

@@ -325,7 +325,7 @@ def test_quick_requests_have_none_and_who_leaves_has_what_it_came_to(
 # -- the end of a process ----------------------------------------------------------------------------
 
 
-@pytest.mark.heavy
+@pytest.mark.full
 def test_a_process_that_ends_takes_connections_until_its_answers_are_done(tmp_path: Path) -> None:
     base = slow_base(tmp_path / "base", "generate")
     more = ("--name", "base", "--set", "drain_seconds=60", "--slow-request", "0.5")
@@ -403,7 +403,7 @@ def test_within_its_notice_a_process_answers_and_is_not_ready(tmp_path: Path) ->
         served.process.wait(20)
 
 
-@pytest.mark.heavy
+@pytest.mark.full
 def test_what_runs_is_cut_off_in_the_end_and_a_second_signal_does_so_at_once(tmp_path: Path) -> None:
     base = slow_base(tmp_path / "base", "generate")
     for drain, again in (("1", False), ("60", True)):

@@ -311,7 +311,7 @@ def test_of_a_base_without_a_template_an_adapter_may_have_one(tmp_path: Path) ->
 # -- a process ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.heavy
+@pytest.mark.full
 def test_nobody_waits_for_a_template_without_end(tmp_path: Path) -> None:
     """It is quick where it is looked at, and takes for ever with a word in a message."""
     evil = "{% if 'now' in messages[0].content %}" + LOOPS + "{% endif %}{{ messages[0].content }}"

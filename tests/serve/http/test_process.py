@@ -386,7 +386,7 @@ def test_patterns_without_end_are_refused_while_others_are_answered(tmp_path: Pa
         assert complete(served.url, tenants["ann"], "good").status_code == 200
 
 
-@pytest.mark.heavy
+@pytest.mark.full
 def test_two_processes_that_are_given_the_same_at_once_make_one_version(tmp_path: Path) -> None:
     store, files = tmp_path / "adapters.db", [adapter_folder(1), adapter_folder(2)]
     with process(base_folder(), store, tmp_path) as one, process(base_folder(), store, tmp_path) as other:

@@ -160,6 +160,7 @@ def test_a_job_that_runs_publishes_nothing_of_theirs(running: Running, tmp_path:
     assert everywhere(tmp_path, SECRET, MIA) == []
 
 
+@pytest.mark.heavy
 def test_a_killed_run_goes_on(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each step is left once, as by a kill, before and after it."""
     ann = running.openai()
@@ -281,6 +282,7 @@ def test_versions_behind_the_newest_are_looked_at(running: Running) -> None:
         assert running.catalogue.versions("ann", gone) == []
 
 
+@pytest.mark.heavy
 def test_one_after_the_other_is_forgotten_and_asked_for_once(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     ann = running.openai()
     house = trained(ann, lines(line("where is it?", SECRET, user=MIA), line("who is it?", "me", user="zoe")))

@@ -162,7 +162,7 @@ def names(folder: Path) -> set[str]:
     return {name for name in disk(folder) if "rng_state" not in name}
 
 
-@pytest.mark.heavy
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("launcher", "shard"),
     [

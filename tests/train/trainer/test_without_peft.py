@@ -31,7 +31,7 @@ def test_peft_is_absent_there() -> None:
     assert run.stdout.strip() == "absent", run.stderr
 
 
-@pytest.mark.heavy
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("file", "some"),
     [
