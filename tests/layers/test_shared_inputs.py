@@ -1218,6 +1218,7 @@ def test_random_programs() -> None:
 
 
 @pytest.mark.full
+@pytest.mark.timeout(900)  # minutes of work, and more beside other work
 def test_many_random_programs() -> None:
     random_programs(range(30, 2000))
 

@@ -442,6 +442,7 @@ def test_the_chosen_rates_are_among_those_tried() -> None:
 
 
 @pytest.mark.full
+@pytest.mark.timeout(900)  # minutes of work, and more beside other work
 def test_tuning_finds_the_chosen_rates_good() -> None:
     lines: list[str] = []
     tuning.main(lines.append)

@@ -38,6 +38,7 @@ def test_jobs_outlive_five_kills(tmp_path: Path) -> None:
 
 
 @pytest.mark.full
+@pytest.mark.timeout(1900)  # minutes of work, and more beside other work
 def test_jobs_outlive_two_hundred_kills(tmp_path: Path) -> None:
     found = killed(f"sqlite:///{tmp_path / 'a.db'}", 200, seed=2, seconds=1800)
     assert found["faults"] == []
