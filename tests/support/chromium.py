@@ -152,3 +152,16 @@ def _ask(port: int) -> Any:
         if any(one["type"] == "page" for one in pages) or time.monotonic() > end:
             return pages
         time.sleep(0.05)
+
+
+def sign_in(page: Tab, url: str, key: str, namespace: str) -> None:
+    """Open a service's page, and go in with a key of a namespace."""
+    page.open(url)
+    # Until what it asked for has come: what comes later moves what is clicked on by its place.
+    page.until("!document.querySelector('#trouble').hidden || document.querySelector('#who').textContent !== ''")
+    if page.run("document.querySelector('#key-form').hidden"):
+        page.click("#other-key")
+    page.type("#key", key)
+    page.click("#key-form button")
+    page.until(f"document.querySelector('#who').textContent === 'namespace {namespace}'")
+    assert page.run("document.querySelector('#key-form').hidden"), "nothing is left to fill in"

@@ -8,7 +8,7 @@ import pytest
 
 from kilotune.serve.learning import turns
 from kilotune.serve.learning.feedback import Feedback
-from tests.support.chromium import Tab, browser, tab
+from tests.support.chromium import Tab, browser, sign_in, tab
 from tests.support.feedback_support import SPACE, feedback_serving, rules
 from tests.support.http_support import BASE, Running, adapter_folder
 
@@ -33,13 +33,7 @@ def page(running: Running, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 
 def enter(page: Tab, running: Running, who: str) -> None:
-    page.open(running.url)
-    page.until("!document.querySelector('#trouble').hidden || document.querySelector('#who').textContent !== ''")
-    if page.run("document.querySelector('#key-form').hidden"):
-        page.click("#other-key")
-    page.type("#key", running.keys[who])
-    page.click("#key-form button")
-    page.until(f"document.querySelector('#who').textContent === 'namespace {SPACE}'")
+    sign_in(page, running.url, running.keys[who], SPACE)
 
 
 def ask(page: Tab) -> None:

@@ -14,7 +14,7 @@ import httpx2
 import pytest
 
 from kilotune.serve.http.prompts import Prompts
-from tests.support.chromium import Tab, browser, tab
+from tests.support.chromium import Tab, browser, sign_in, tab
 from tests.support.http_support import BASE, Running, adapter_folder, batching, expected, serving, tokenizer
 
 PROMPT = "the cat sat on"
@@ -40,15 +40,7 @@ def page(running: Running, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 
 def enter(page: Tab, running: Running, space: str) -> None:
-    page.open(running.url)
-    # Until what it asked for has come: what comes later moves what is clicked on by its place.
-    page.until("!document.querySelector('#trouble').hidden || document.querySelector('#who').textContent !== ''")
-    if page.run("document.querySelector('#key-form').hidden"):
-        page.click("#other-key")
-    page.type("#key", running.keys[space])
-    page.click("#key-form button")
-    page.until(f"document.querySelector('#who').textContent === 'namespace {space}'")
-    assert page.run("document.querySelector('#key-form').hidden"), "nothing is left to fill in"
+    sign_in(page, running.url, running.keys[space], space)
 
 
 def test_without_a_key_it_says_so(page: Tab, running: Running) -> None:
