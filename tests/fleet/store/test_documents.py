@@ -13,15 +13,7 @@ import pytest
 from kilotune.errors import AdapterError, ConfigError, StoreLimitError, UnsupportedError
 from kilotune.fleet.store import open_store
 from kilotune.fleet.store.documents import Document, Documents, QuotaError
-from tests.support.store_support import Opener, contents
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1_700_000_000.0
-
-    def __call__(self) -> float:
-        return self.now
+from tests.support.store_support import Clock, Opener, contents
 
 
 @pytest.fixture

@@ -22,15 +22,9 @@ from kilotune.serve.learning.feedback import (
     Lesson,
     Said,
 )
+from tests.support.store_support import Clock
 
 ASKED = [{"role": "user", "content": "Where is it?"}]
-
-
-class Clock:
-    now = 1_700_000_000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture
