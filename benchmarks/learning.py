@@ -50,6 +50,7 @@ from kilotune.fleet.stepper.adam import Adam
 from kilotune.fleet.stepper.operations import ForwardBackward, OptimStep
 from kilotune.fleet.store.documents import Documents
 from kilotune.serve.engine.continuous_batching import TransformersEngine
+from kilotune.serve.engine.cores import apart
 from kilotune.serve.engine.interface import Generation, Sampling, Token
 from kilotune.serve.engine.tenant_adapters import AdapterRegistry
 from kilotune.serve.learning.jobs import FILE, JOB, Asked, JobLimits, Jobs
@@ -65,14 +66,15 @@ ALONE, TOY = "alone", "toy"
 
 
 def base_of(name: str) -> Any:
-    """The model that answers and is trained on."""
+    """The model that answers and is trained on, loaded as the server does it."""
     if name == TOY:
-        return build(Shape("llama", 256, 4), 512, CPU, torch.float32).eval()
+        return apart(lambda: build(Shape("llama", 256, 4), 512, CPU, torch.float32).eval())
     from kilotune.train.running.base_model import load_base
     from kilotune.train.settings.sections import ModelSettings
     from kilotune.train.tasks import TASKS
 
-    return load_base(ModelSettings(base=name, dtype="float32"), TASKS["causal-lm"](), None, CPU).model.eval()
+    source = ModelSettings(base=name, dtype="float32")
+    return apart(lambda: load_base(source, TASKS["causal-lm"](), None, CPU).model.eval())
 
 
 @dataclass

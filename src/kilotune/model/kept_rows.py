@@ -86,17 +86,21 @@ class KeptRows:
         megabytes: of all of them, in 10^6 bytes; what does not fit is not kept.
         folder: where a file for them is made when the first comes, without a name, so that it is gone with the process;
             None: they are in memory.
+        beneath: where is looked for what is not here; nothing is put there.
 
     Raises:
         ConfigError: ``megabytes`` is no number from 0 on.
 
     """
 
-    def __init__(self, megabytes: float = 2_000.0, folder: str | Path | None = None) -> None:
+    def __init__(
+        self, megabytes: float = 2_000.0, folder: str | Path | None = None, beneath: KeptRows | None = None
+    ) -> None:
         if not 0 <= megabytes < float("inf"):
             raise ConfigError(f"megabytes: expected a number >= 0, got {megabytes!r}")
         self.limit, self.used = int(megabytes * 1e6), 0
         self.folder = None if folder is None else Path(folder)
+        self._beneath = beneath
         self.places: dict[bytes, Tensor | tuple[int, torch.dtype, torch.Size]] = {}
         self.file: IO[bytes] | None = None
 
@@ -144,7 +148,9 @@ class KeptRows:
     def get(self, key: bytes) -> Tensor | None:
         """What was put, on the CPU; or None."""
         place = self.places.get(key)
-        if place is None or isinstance(place, Tensor):
+        if place is None:
+            return None if self._beneath is None else self._beneath.get(key)
+        if isinstance(place, Tensor):
             return place
         begin, dtype, shape = place
         assert self.file is not None

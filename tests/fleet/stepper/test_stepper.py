@@ -22,6 +22,7 @@ from kilotune.fleet.stepper.objectives import Dpo, Kto, Objective, Ppo, Supervis
 from kilotune.fleet.stepper.operations import Forward, ForwardBackward, Keep, OptimStep, Save, Scored
 from kilotune.fleet.stepper.stepper import Stepper
 from kilotune.fleet.stepper.token_rows import INPUTS, collate
+from kilotune.model.kept_rows import KeptRows
 from tests.support.fleet_support import token_rows
 from tests.support.models import tiny_llama
 
@@ -346,6 +347,25 @@ def test_what_enters_the_last_blocks_is_kept_and_nothing_else_changes() -> None:
     assert losses[8.0] == pytest.approx(losses[0.0], abs=1e-12)
     for key, value in contents[0.0].tensors.items():
         torch.testing.assert_close(contents[8.0].tensors[key], value, rtol=0, atol=1e-12)
+
+
+def test_what_was_kept_for_all_is_taken_by_each_and_not_added_to() -> None:
+    last = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], layers_to_transform=[1])
+    base, kept = model(), KeptRows(8.0)
+    seen: list[int] = []
+    base.model.layers[0].self_attn.register_forward_hook(lambda *_: seen.append(1))
+    common, own = rows_for(0), rows_for(1)
+    found = []
+    with Stepper(base) as stepper:
+        for name, keep in (("all", kept), ("ann", KeptRows(8.0, beneath=kept)), ("bob", KeptRows(0.0, beneath=kept))):
+            stepper.open(name, last, seed=1, keep_inputs=keep)
+            asked = [stepper.submit(name, Forward(rows)) for rows in (common, *([] if name == "all" else [own]))]
+            found.append([one.loss for one in finished(stepper, *asked)])
+            stepper.close(name)
+    assert found == [found[1][:1], found[1], found[1]]
+    assert len(kept.places) == len(common)
+    # "ann" runs the first block to see its form, and for her own rows; "bob", for whom nothing is kept, for all.
+    assert len(seen) == 1 + 2 + 2
 
 
 def test_what_a_model_takes_is_known_before_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:

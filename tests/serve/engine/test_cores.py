@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from kilotune.serve.engine.cores import Cores
+from kilotune.serve.engine.cores import Cores, apart
 
 
 @pytest.fixture(autouse=True)
@@ -31,11 +31,14 @@ def in_a_thread(cores: Cores, inside: threading.Event, leave: threading.Event, f
     return made
 
 
-@pytest.mark.parametrize(("threads", "training", "left"), [(4, 1, 3), (2, 1, 1), (1, 1, 1), (2, 2, 1)])
-def test_steps_take_what_is_left(threads: int, training: int, left: int) -> None:
+@pytest.mark.parametrize(
+    ("threads", "training", "alone", "left"), [(4, 1, 4, 3), (2, 1, 2, 1), (1, 1, 1, 1), (2, 2, 1, 1), (8, 2, 7, 6)]
+)
+def test_steps_take_what_is_left(threads: int, training: int, alone: int, left: int) -> None:
+    """Alone, too: the helpers that training's thread keeps are counted, so that all are no more than the cores."""
     cores = Cores(training, threads)
     cores.serve()
-    assert torch.get_num_threads() == threads
+    assert torch.get_num_threads() == alone
     inside, leave, found = threading.Event(), threading.Event(), list[int]()
     other = in_a_thread(cores, inside, leave, found)
     cores.serve()
@@ -43,7 +46,21 @@ def test_steps_take_what_is_left(threads: int, training: int, left: int) -> None
     leave.set()
     other.join()
     cores.serve()
-    assert torch.get_num_threads() == threads
+    assert torch.get_num_threads() == alone
+
+
+def test_what_is_computed_apart_is_computed_in_a_thread_that_ends() -> None:
+    found = apart(threading.current_thread)
+    assert found is not threading.current_thread()
+    assert not found.is_alive()
+    with pytest.raises(KeyError):
+        apart(lambda: {}["a"])
+
+
+def test_threads_that_begin_beside_an_engine_compute_alone() -> None:
+    Cores(1, 4).serve()
+    assert torch.get_num_threads() == 4
+    assert apart(torch.get_num_threads) == 1
 
 
 def test_a_pass_that_fails_gives_its_cores_back() -> None:

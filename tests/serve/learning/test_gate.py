@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from kilotune.fleet.stepper.adam import Adam
-from kilotune.fleet.stepper.objectives import Divergence
+from kilotune.fleet.stepper.objectives import Divergence, Likely
 from kilotune.fleet.stepper.operations import Forward, ForwardBackward, OptimStep
 from kilotune.serve.learning.feedback import Lesson
 from kilotune.serve.learning.gate import Bounds, Gate, Verdict
-from kilotune.serve.learning.guard import Guarded
+from kilotune.serve.learning.guard import Guarded, said_by
 from kilotune.serve.learning.lessons import Taught, read_lessons
 from kilotune.serve.learning.study import Pace, Study, correction_losses
 from tests.support.learning_support import Learning, learning, texts
@@ -33,7 +33,9 @@ def school(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Learning]:
 
 @pytest.fixture(scope="module")
 def guard(school: Learning) -> Guarded:
-    return school.runner.guard.over(school.space, None)
+    made = school.runner.guard.over(school.space, None)
+    made.ready(school.learner, school.space, CONFIG, None)
+    return made
 
 
 def corrections(school: Learning, pairs: Sequence[tuple[str, str]]) -> list[Taught]:
@@ -105,7 +107,7 @@ def test_the_gates_numbers_are_those_of_plain_computations(school: Learning, gua
         assert found["held_out"] == pytest.approx(sum(losses) / len(losses), abs=1e-4)
         total = weight = 0.0
         for row in guard.gate:
-            target = guard.said(school.learner, name, row)
+            target = Likely.of(said_by(school.learner, name, row, without=True), 10**6)
             scored = school.learner.submit(name, Forward([row], Divergence((target,)))).result()
             total, weight = total + scored.loss, weight + scored.weight
         assert found["kl"] == pytest.approx(total / weight, rel=1e-3)

@@ -12,12 +12,13 @@ from ..bank.forms import ResidentForm
 __all__ = ["kept_inputs"]
 
 
-def kept_inputs(model: AdapterModel, form: ResidentForm, megabytes: float) -> FrozenInputs | None:
+def kept_inputs(model: AdapterModel, form: ResidentForm, kept: float | KeptRows) -> FrozenInputs | None:
     """A context for passes of one adapter; None where there is nothing to keep: its form adapts the first block too.
 
-    It is one adapter's, for what it stands on may change what enters.
+    It is one adapter's, for what it stands on may change what enters. kept: megabytes, or where it is kept.
     """
-    if not megabytes:
+    rows = kept if isinstance(kept, KeptRows) else KeptRows(kept)
+    if not rows.limit:
         return None
     try:
         blocks = blocks_of(model.get_base_model())
@@ -26,4 +27,4 @@ def kept_inputs(model: AdapterModel, form: ResidentForm, megabytes: float) -> Fr
     names = blocks.names(0)
     within = [next((i for i, block in enumerate(names) if name.startswith(f"{block}.")), -1) for name in form.slots]
     first = min(within)
-    return FrozenInputs(model, len(names) - first, KeptRows(megabytes)) if first > 0 else None
+    return FrozenInputs(model, len(names) - first, rows) if first > 0 else None

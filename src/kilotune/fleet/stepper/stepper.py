@@ -29,6 +29,7 @@ from torch import nn
 from ...adapter_files.names import check_adapter_name, composed
 from ...config import AdapterConfig
 from ...errors import AdapterError, ConfigError, KilotuneError, ResourceError, UnsupportedError, did_you_mean
+from ...model.kept_rows import KeptRows
 from ...projections.matrices import check_seed
 from ..bank.forms import ResidentForm
 from ..store import Contents, Fingerprint
@@ -116,7 +117,7 @@ class Stepper:
         on: Existing | None = None,
         start: Existing | None = None,
         state: State | None = None,
-        keep_inputs: float = 0.0,
+        keep_inputs: float | KeptRows = 0.0,
     ) -> None:
         """Begin with a model: an adapter that starts as its method does, or from another one of its form.
 
@@ -128,8 +129,8 @@ class Stepper:
             start: an adapter to start from.
             state: what a model of this configuration was (:class:`~.operations.Keep`), to go on from.
             keep_inputs: megabytes of what enters the first block that it adapts, kept until it is closed, so that the
-                blocks before it run once for each row; where it adapts the first block there is nothing to keep. Its
-                passes are its own then.
+                blocks before it run once for each row; or where it is kept, of models that stand on the same. Where it
+                adapts the first block there is nothing to keep. Its passes are its own then.
 
         Raises:
             AdapterError: there is one of this name. ConfigError, TargetError, UnsupportedError: such an adapter cannot

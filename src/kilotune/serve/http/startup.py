@@ -17,6 +17,7 @@ from ...train.running.held_dtype import held_dtype
 from ...train.settings.sections import ModelSettings
 from ...train.tasks import TASKS
 from ..engine.continuous_batching import TransformersEngine
+from ..engine.cores import apart
 from ..engine.encoders import EncoderEngine, pooling_of
 from ..engine.interface import Engine
 from ..engine.tenant_adapters import AdapterRegistry
@@ -58,7 +59,7 @@ def build(
     config = load_config(source)
     task = task_of(config, options.task)
     tokenizer = load_tokenizer(model, options.revision)
-    base, notes = _base(source, task, options)
+    base, notes = apart(lambda: _base(source, task, options))
     base.eval()
     twin = twin_of(base) if settings.learn and task == "generate" else None
     with ExitStack() as held:

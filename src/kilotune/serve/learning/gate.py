@@ -94,9 +94,7 @@ class Gate:
         self._learner, self._model, self._bounds, self._rows = learner, model, bounds, guard.gate
         self._fresh = [one.rows[0] for one in fresh if one.kind == "correction"]
         self._known = [one.rows[0] for one in known if one.kind == "correction"][-REPLAYED:]
-        self._live: list[Tensor] = [
-            said_by(learner, model, row) if live else guard.said(learner, model, row) for row in guard.gate
-        ]
+        self._live = [said_by(learner, model, row, without=not live) for row in guard.gate]
         self._before = self._look(self._live)
 
     def judge(self) -> Verdict:

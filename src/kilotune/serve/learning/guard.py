@@ -1,6 +1,6 @@
 """Questions of general knowledge that hold a model to what its base says to them, while it learns from a user.
 
-In each step of learning one of them is learned too: the KL divergence from the base along the base's own greedy answer.
+In each step of learning some of them are learned too: the KL divergence from the base along its own greedy answer.
 Its gradient is 0 where nothing has changed, while that answer as labels would teach even an untouched model; and along
 other texts than the base's own it would not be held where it goes. The questions for the gate are never learned.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+import uuid
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -17,18 +18,22 @@ from typing import Any, final
 
 from torch import Tensor
 
-from ...errors import ConfigError, ResourceError
-from ...fleet.stepper.objectives import Distribution
+from ...config import AdapterConfig
+from ...errors import ConfigError, ResourceError, UnsupportedError
+from ...fleet.stepper.objectives import Distribution, Likely
 from ...fleet.stepper.operations import Forward
 from ...fleet.store import SharedVersion
+from ...model.kept_rows import KeptRows
 from ..engine.interface import AdapterKey, Engine, Finish, Generation, Sampling, Token
 from .learner import Learner
 from .lessons import Maker
 
 __all__ = ["TOKENS", "Guard", "Guarded", "Row", "said_by"]
 
-TOKENS = 16  # of an answer
+TOKENS = 24  # of an answer
+AT_ONCE = 16  # questions that are asked at once
 BASES = 4  # models beneath whose words are kept
+INPUTS = 64.0  # megabytes, for each of them, of what enters the last blocks
 Row = dict[str, Any]
 
 
@@ -45,12 +50,33 @@ class Guarded:
 
     study: list[Row]
     gate: list[Row]
-    _said: dict[int, Tensor] = field(default_factory=dict)
+    inputs: KeptRows = field(default_factory=lambda: KeptRows(INPUTS))
+    _said: dict[int, Likely] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def said(self, learner: Learner, model: str, row: Row) -> Tensor:
-        """What is beneath ``model``, which stands on this one, says along a row of these."""
-        if id(row) not in self._said:
-            self._said[id(row)] = said_by(learner, model, row, without=True)
+    def ready(self, learner: Learner, namespace: str, config: AdapterConfig, on: SharedVersion | None) -> None:
+        """Once: look at all rows by a model that has learned nothing. Raises as :meth:`Learner.open`."""
+        with self._lock:
+            if self._said:
+                return
+            for keep in (self.inputs, 0.0):  # a model that hands more than one tensor from block to block keeps none
+                model = f"guard-{uuid.uuid4().hex}"
+                learner.open(model, namespace, config, on=on, keep_inputs=keep)
+                try:
+                    said_by(learner, model, self.gate[0])
+                    told = {id(row): Likely.of(said_by(learner, model, row, without=True)) for row in self.study}
+                    for row in self.gate:  # what enters, alone
+                        said_by(learner, model, row, without=True)
+                    self._said.update(told)
+                    return
+                except UnsupportedError:
+                    if not keep:
+                        raise
+                finally:
+                    learner.close(model)
+
+    def said(self, row: Row) -> Likely:
+        """What is beneath a model that stands on this one says along a row of these to study, once it is ready."""
         return self._said[id(row)]
 
 
@@ -106,9 +132,14 @@ class Guard:
 
     async def _answered(self, namespace: str, on: SharedVersion | None) -> Guarded:
         beneath = None if on is None else AdapterKey.shared(on)
-        found = {}
+        turns, found = asyncio.Semaphore(AT_ONCE), {}
+
+        async def answer(prompt: list[int]) -> Row | None:
+            async with turns:
+                return await self._answer(prompt, namespace, beneath)
+
         for use, prompts in self._prompts.items():
-            rows = [await self._answer(prompt, namespace, beneath) for prompt in prompts]
+            rows = await asyncio.gather(*map(answer, prompts))
             found[use] = [row for row in rows if row is not None]
             if not found[use]:
                 raise ConfigError("learning from feedback: the model answers none of the guard's questions")

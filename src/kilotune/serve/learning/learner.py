@@ -37,6 +37,7 @@ from ...fleet.stepper.operations import Operation, Save, State
 from ...fleet.stepper.stepper import Stepper
 from ...fleet.store import Record, SharedVersion
 from ...fleet.store.documents import QuotaError
+from ...model.kept_rows import KeptRows
 from ..engine.cores import Cores
 from ..engine.interface import Engine, Generation, Item, Sampling
 from ..engine.tenant_adapters import AdapterRegistry
@@ -181,7 +182,7 @@ class Learner:
         on: SharedVersion | None = None,
         start: Record | None = None,
         state: State | None = None,
-        keep_inputs: float = 0.0,
+        keep_inputs: float | KeptRows = 0.0,
         most: int | None = None,
     ) -> None:
         """Begin with a model of a namespace; waits until it is there.

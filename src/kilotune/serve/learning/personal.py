@@ -27,6 +27,7 @@ from ...errors import AdapterError, KilotuneError, ResourceError, StoreError, Un
 from ...fleet.stepper.operations import Save
 from ...fleet.store import SharedVersion, Version
 from ...fleet.store.documents import Documents
+from ...model.kept_rows import KeptRows
 from ..engine.interface import AdapterKey, Engine
 from ..engine.tenant_adapters import AdapterRegistry
 from .feedback import Feedback, Lesson
@@ -313,7 +314,9 @@ class _Run:
         runner, learner, live = self.runner, self.runner.learner, plan.live
         record = None if live is None else runner.adapters.stored(self.namespace, live)
         config = runner.config if record is None else record.file().config
-        for keep in (KEPT_INPUTS, 0.0):  # a model that hands more than one tensor from block to block keeps none
+        guard.ready(learner, self.namespace, runner.config, plan.on)
+        for megabytes in (KEPT_INPUTS, 0.0):  # a model that hands more than one tensor from block to block keeps none
+            keep = KeptRows(megabytes, beneath=guard.inputs)
             model = f"learning-{uuid.uuid4().hex}"
             learner.open(model, self.namespace, config, seed=self._seed(), on=plan.on, start=record, keep_inputs=keep)
             try:
@@ -321,7 +324,7 @@ class _Run:
                 return model, config, gate
             except BaseException as error:
                 learner.close(model)
-                if not keep or not isinstance(error, UnsupportedError):
+                if not megabytes or not isinstance(error, UnsupportedError):
                     raise
         raise AssertionError("the second one returned or raised")
 

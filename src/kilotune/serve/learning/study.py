@@ -4,7 +4,7 @@
 
     a step   new lessons, those first that were learned least      cross-entropy; DPO for pairs; KTO for ratings
              corrections that the model knew before                cross-entropy
-             a text of the guard                                   KL from what is beneath
+             texts of the guard                                    KL from what is beneath
 
 What is drawn is drawn from the lessons alone, so that the same lessons from the same start come to the same numbers.
 """
@@ -44,6 +44,7 @@ class Pace:
         batch: new lessons of a step.
         replay: corrections of a step that are known already.
         guard: the weight of the guard's KL divergence, beside a mean over the tokens of corrections.
+        guarded: texts of the guard in a step.
         pair: the weight of DPO and KTO.
         beta: of both.
         pair_every: in which steps the given answer of a correction is learned to be the worse one.
@@ -56,7 +57,8 @@ class Pace:
     warmup: int = 3
     batch: int = 2
     replay: int = 2
-    guard: float = 5.0
+    guard: float = 20.0
+    guarded: int = 2
     pair: float = 0.3
     beta: float = 0.1
     pair_every: int = 4
@@ -121,8 +123,7 @@ class Study:
                 if not self.unlearnt():
                     return
                 continue
-            self._learn(batch)
-            if not self.unlearnt() and len(self._fresh) <= self._pace.batch:
+            if self._learn(batch):
                 return  # known by the numbers that there are: the step is not made
             how = Adam(rate=self._rate * min(1.0, (self.steps + 1) / self._pace.warmup))
             self._learner.submit(self._model, OptimStep(how)).result()
@@ -131,8 +132,11 @@ class Study:
 
     # -- a step --------------------------------------------------------------------------------------
 
-    def _learn(self, batch: Sequence[Taught]) -> None:
-        """Forward and backward of all that a step has; what was new is noted as it stood before the step."""
+    def _learn(self, batch: Sequence[Taught]) -> bool:
+        """Forward and backward of all that a step has; what was new is noted as it stood before the step.
+
+        Whether all of it was known.
+        """
         for one in batch:
             self._times[one.mark] += 1
         by_kind = {kind: [one for one in batch if one.kind == kind] for kind in ("correction", "choice", "rating")}
@@ -143,19 +147,24 @@ class Study:
         ]
         replayed = self._draws.sample(known, min(self._pace.replay, len(known)))
         if rows := [one.rows[0] for one in (*corrections, *replayed)]:
-            asked.append((corrections, self._submit(rows, Supervised(), 1.0)))
+            self._note(corrections, self._submit(rows, Supervised(), 1.0).result())
+            if len(corrections) == len(self._fresh) and not self.unlearnt():
+                return True  # before the guard is run
         pairs = [*by_kind["choice"], *(one for one in corrections if self._pairs(one))]
         if pairs:
             asked.append((by_kind["choice"], self._submit(self._referred(pairs), self._dpo, self._pace.pair)))
         if by_kind["rating"]:
             rows = self._referred(by_kind["rating"])
             asked.append((by_kind["rating"], self._submit(rows, self._kto, self._pace.pair)))
-        text = self._guard_order[self.steps % len(self._guard_order)]
-        target = self._guard.said(self._learner, self._model, text)
-        guarded = self._submit([text], Divergence((target,)), self._pace.guard)
+        order, begin = self._guard_order, self.steps * self._pace.guarded
+        texts = [order[i % len(order)] for i in range(begin, begin + self._pace.guarded)]
+        share = self._pace.guard / len(texts)  # each is a pass of its own, so that who is answered waits for one
+        held = [self._submit([text], Divergence((self._guard.said(text),)), share) for text in texts]
         for lessons, scored in asked:
             self._note(lessons, scored.result())
-        guarded.result()
+        for apart in held:
+            apart.result()
+        return len(self._fresh) <= self._pace.batch and not self.unlearnt()
 
     def _pairs(self, one: Taught) -> bool:
         return len(one.rows) == 2 and self._times[one.mark] % self._pace.pair_every == 1

@@ -21,6 +21,7 @@ from kilotune.fleet.stepper.objectives import (
     Grpo,
     ImportanceSampling,
     Kto,
+    Likely,
     Objective,
     Ppo,
     Supervised,
@@ -174,16 +175,19 @@ def test_kto_learns_nothing_in_how_far_the_model_has_moved() -> None:
     assert float(logits.grad[1::2].abs().max()) == 0 < float(logits.grad[0::2].abs().max())
 
 
-def plain_divergence(target: np.ndarray, logits: np.ndarray, row: Row) -> float:
+def plain_divergence(target: np.ndarray, logits: np.ndarray, row: Row, most: int) -> float:
     total = 0.0
     for place in [t for t in range(1, len(row["labels"])) if row["labels"][t] != -100]:
         p, q = (np.exp(one[place - 1]) / np.exp(one[place - 1]).sum() for one in (target, logits))
+        order, most = np.argsort(-p), min(most, len(p) - 1)
+        p, q = (np.append(one[order[:most]], one[order[most:]].sum()) for one in (p, q))
         total += float((p * np.log(p / q)).sum())
     return total
 
 
+@pytest.mark.parametrize("most", [3, 1000])
 @pytest.mark.parametrize("kept", [False, True])
-def test_the_divergence_from_another_model(kept: bool) -> None:
+def test_the_divergence_from_another_model(kept: bool, most: int) -> None:
     rows = rows_of(3)
     theirs, ours = logits_for(rows, 1), logits_for(rows, 2)
 
@@ -198,10 +202,12 @@ def test_the_divergence_from_another_model(kept: bool) -> None:
         told = Distribution()(output(theirs[i : i + 1, : len(row["input_ids"])], [row]), batch)
         assert told.told is not None
         assert told.totals.tolist() == [0.0]
-        targets.append(told.told[0].detach())
+        targets.append(Likely.of(told.told[0].detach(), most))
     objective = Divergence(tuple(targets))
     found = objective(output(ours, rows), collate(rows))
-    expected = [plain_divergence(t.detach().numpy(), o.detach().numpy(), row) for t, o, row in zip(theirs, ours, rows)]
+    expected = [
+        plain_divergence(t.detach().numpy(), o.detach().numpy(), row, most) for t, o, row in zip(theirs, ours, rows)
+    ]
     np.testing.assert_allclose(found.totals.detach().numpy(), expected, atol=1e-12)
     assert float(found.counts.sum()) == objective.count(rows)
     itself = objective(output(theirs, rows), collate(rows)).totals.sum()

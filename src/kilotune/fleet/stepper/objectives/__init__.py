@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ._base import Objective
-from .divergence import Distribution, Divergence
+from .divergence import Distribution, Divergence, Likely
 from .dpo import Dpo
 from .kto import Kto
 from .policy import Grpo, ImportanceSampling, Ppo
@@ -23,6 +23,7 @@ __all__ = [
     "Grpo",
     "ImportanceSampling",
     "Kto",
+    "Likely",
     "Objective",
     "Ppo",
     "Supervised",

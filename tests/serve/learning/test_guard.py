@@ -1,0 +1,73 @@
+"""The guard's questions: none of what the benchmark asks, looked at once, and held to in each step by passes apart."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import kilotune.serve.learning.guard
+from kilotune.serve.learning.guard import Guarded
+from tests.support.learning_support import Learning, learning
+from tests.support.training_support import CONFIG
+
+ROOT = Path(__file__).parents[3]
+GUARD = Path(kilotune.serve.learning.guard.__file__).with_name("guard.jsonl")
+
+
+@pytest.fixture(scope="module")
+def school(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Learning]:
+    with learning(tmp_path_factory.mktemp("guard")) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def guard(school: Learning) -> Guarded:
+    return school.runner.guard.over(school.space, None)
+
+
+def test_the_guard_has_none_of_the_benchmarks_questions() -> None:
+    asked = [json.loads(line)["asked"] for line in GUARD.read_text(encoding="utf-8").splitlines()]
+    lines = (ROOT / "benchmarks" / "corrections.jsonl").read_text(encoding="utf-8").splitlines()
+    told = [json.loads(line) for line in lines]
+    others = {text for one in told for text in (one.get("question"), one.get("control"), *one.get("paraphrases", ()))}
+    assert len(set(asked)) == len(asked)
+    assert not others & set(asked)
+
+
+def test_it_is_looked_at_once_for_all(school: Learning, guard: Guarded) -> None:
+    passes = school.learner.stats().passes
+    guard.ready(school.learner, school.space, CONFIG, None)
+    once = school.learner.stats().passes
+    assert once - passes >= len(guard.study) + len(guard.gate)
+    guard.ready(school.learner, school.space, CONFIG, None)
+    assert school.learner.stats().passes == once
+    assert school.runner.guard.over(school.space, None) is guard
+    for row in guard.study:
+        logprobs, ids = guard.said(row)
+        places = sum(label != -100 for label in row["labels"])
+        assert logprobs.shape == (places, ids.shape[1] + 1)
+        assert logprobs.exp().sum(1).tolist() == pytest.approx([1.0] * places, abs=1e-5)
+
+
+def test_a_look_that_fails_is_made_again(school: Learning, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = school.runner.guard.over(school.space, None)
+    fresh = Guarded(held.study, held.gate)
+
+    def away(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("away")
+
+    with monkeypatch.context() as broken:
+        broken.setattr("kilotune.serve.learning.guard.said_by", away)
+        with pytest.raises(RuntimeError, match="away"):
+            fresh.ready(school.learner, school.space, CONFIG, None)
+    assert school.learner.stats().models == 0
+    fresh.ready(school.learner, school.space, CONFIG, None)
+    assert fresh.said(fresh.study[0]).ids.shape == held_ids(school, held)
+
+
+def held_ids(school: Learning, held: Guarded) -> object:
+    held.ready(school.learner, school.space, CONFIG, None)
+    return held.said(held.study[0]).ids.shape
