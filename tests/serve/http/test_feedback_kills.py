@@ -49,7 +49,7 @@ def test_answers_and_what_was_said_of_them_survive_kills(tmp_path: Path) -> None
         assert ask(served, "GET", "/v1/feedback")["data"] == []
 
 
-@pytest.mark.full
+@pytest.mark.heavy
 def test_two_tenants_teach_their_answers_by_a_job_and_by_feedback_through_a_kill(tmp_path: Path) -> None:
     path = tmp_path / "keys.json"
     ann = as_json("keys", "add", path, "--namespace", "ann", "--trains")["key"]

@@ -63,7 +63,7 @@ class Pace:
     beta: float = 0.1
     pair_every: int = 4
     sure: float = 0.7
-    steps: int = 40
+    steps: int = 80
 
 
 @final
