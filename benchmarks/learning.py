@@ -176,16 +176,23 @@ def _one(
 
 def jobs(chosen: argparse.Namespace, progress: Progress) -> Rounds:
     """Seconds of a job, ours and PEFT's, in turns."""
-    words = argparse.Namespace(rows=4, steps=4, length=32, rank=64, peft_users=4, users=chosen.jobs)
+    words = argparse.Namespace(
+        rows=4,
+        steps=4,
+        length=32,
+        rank=64,
+        peft_users=4,
+        users=chosen.jobs,
+        threads=chosen.threads or torch.get_num_threads(),
+    )
     shape = Shape("llama", 128, 4)
-    base = build(shape, words.length, CPU, torch.float32).eval()
-    theirs = build(shape, words.length, CPU, torch.float32).eval()
+    base, theirs = apart(lambda: [build(shape, words.length, CPU, torch.float32).eval() for _ in range(2)])
     times, idle = Rounds({"jobs": [], "peft": []}), harness.Idleness()
     for number in range(chosen.rounds):
         progress.show(f"jobs: round {number + 1} of {chosen.rounds}")
         runs: list[tuple[str, Callable[[], float]]] = [
             ("jobs", lambda: _jobs(base, words, shape.vocabulary)),
-            ("peft", lambda: fleet.peft_users(theirs, words, shape.vocabulary)[0] / words.peft_users),
+            ("peft", lambda: apart(lambda: _peft(theirs, words, shape.vocabulary))),
         ]
         taken = {name: run() for name, run in (runs if number % 2 else reversed(runs))}
         for name, seconds in taken.items():
@@ -193,6 +200,12 @@ def jobs(chosen: argparse.Namespace, progress: Progress) -> Rounds:
         times.others = idle.others()
     progress.clear()
     return times
+
+
+def _peft(model: Any, words: argparse.Namespace, vocabulary: int) -> float:
+    torch.get_num_threads()  # else the first product sets what an engine left for threads beside it
+    torch.set_num_threads(words.threads)
+    return float(fleet.peft_users(model, words, vocabulary)[0] / words.peft_users)
 
 
 def _jobs(model: Any, words: argparse.Namespace, vocabulary: int) -> float:
@@ -211,7 +224,9 @@ def _jobs(model: Any, words: argparse.Namespace, vocabulary: int) -> float:
         registry = AdapterRegistry(f"sqlite:///{folder}/adapters.db", base)
         engine = TransformersEngine(base, None, registry)
         engine.start()
-        learner = Learner(twin, registry, engine, LearningSettings(pass_tokens=64 * words.rows * words.length))
+        learner = Learner(
+            twin, registry, engine, LearningSettings(pass_tokens=64 * words.rows * words.length, threads=words.threads)
+        )
         documents = Documents(store)
         runner = JobRunner(documents, learner, registry, "toy", config, read, JobLimits(), at_once=64)
         learner.start()
