@@ -188,8 +188,12 @@ class Rounds:
     others: float | None = None
 
     def __str__(self) -> str:
-        told = "" if self.others is None else f", {self.others:.0%} of the CPU's time to other processes"
-        return f"{self.count} rounds{told}"
+        return f"{self.count} rounds{self.beside}"
+
+    @property
+    def beside(self) -> str:
+        """What other processes had meanwhile, in words to go on with."""
+        return "" if self.others is None else f", {self.others:.0%} of the CPU's time to other processes"
 
     @property
     def count(self) -> int:

@@ -50,7 +50,7 @@ from kilotune.fleet.stepper.adam import Adam
 from kilotune.fleet.stepper.operations import ForwardBackward, OptimStep
 from kilotune.fleet.store.documents import Documents
 from kilotune.serve.engine.continuous_batching import TransformersEngine
-from kilotune.serve.engine.cores import apart
+from kilotune.serve.engine.cores import apart, compute_on
 from kilotune.serve.engine.interface import Generation, Sampling, Token
 from kilotune.serve.engine.tenant_adapters import AdapterRegistry
 from kilotune.serve.learning.jobs import FILE, JOB, Asked, JobLimits, Jobs
@@ -203,8 +203,7 @@ def jobs(chosen: argparse.Namespace, progress: Progress) -> Rounds:
 
 
 def _peft(model: Any, words: argparse.Namespace, vocabulary: int) -> float:
-    torch.get_num_threads()  # else the first product sets what an engine left for threads beside it
-    torch.set_num_threads(words.threads)
+    compute_on(words.threads)
     return float(fleet.peft_users(model, words, vocabulary)[0] / words.peft_users)
 
 
@@ -324,13 +323,14 @@ def main(words: Sequence[str] | None = None) -> int:
     body: dict[str, Any] = {}
     if chosen.only in (None, "beside"):
         found, times = beside(chosen, progress)
-        print(f"\n{chosen.model}, {chosen.streams} streams, {chosen.seconds} s a round, {times}; {where}\n")
+        told = f"{chosen.streams} streams, {chosen.rounds} rounds of {chosen.seconds} s{times.beside}"
+        print(f"\n{chosen.model}, {told}; {where}\n")
         bars += told_beside(found, chosen)
         body["beside"] = found
     if chosen.only in (None, "jobs"):
         times = jobs(chosen, progress)
         ratio = times.ratio("jobs", "peft")
-        print(f"\n{chosen.jobs} jobs of 16 rows, {chosen.rounds} rounds, {times}: time of a job over PEFT's {ratio}\n")
+        print(f"\n{chosen.jobs} jobs of 16 rows, {times}: time of a job over PEFT's {ratio}\n")
         bars.append(Bar("a job over PEFT", ratio and ratio.median, 1 / 3))
         body["jobs"] = times.seconds
     if chosen.only is None and chosen.model == TOY:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-from kilotune.serve.engine.cores import Cores, apart
+from kilotune.serve.engine.cores import Cores, apart, compute_alone
+from kilotune.serve.engine.lanes import Lanes
 
 
 @pytest.fixture(autouse=True)
@@ -57,10 +59,31 @@ def test_what_is_computed_apart_is_computed_in_a_thread_that_ends() -> None:
         apart(lambda: {}["a"])
 
 
-def test_threads_that_begin_beside_an_engine_compute_alone() -> None:
+def test_what_a_thread_computes_on_is_its_own() -> None:
+    """Of torch by itself, a number that is set in one thread is that of all that begin later."""
+    torch.set_num_threads(3)
+
+    def alone() -> tuple[int, int]:
+        compute_alone()
+        (torch.ones(300, 300) @ torch.ones(300, 300)).sum()  # begins to compute
+        return torch.get_num_threads(), apart(torch.get_num_threads)
+
+    assert apart(alone) == (1, 3)
+    assert (torch.get_num_threads(), apart(torch.get_num_threads)) == (3, 3)
     Cores(1, 4).serve()
-    assert torch.get_num_threads() == 4
-    assert apart(torch.get_num_threads) == 1
+    assert (torch.get_num_threads(), apart(torch.get_num_threads)) == (4, 3)
+
+
+def test_threads_that_tenants_share_compute_alone() -> None:
+    torch.set_num_threads(3)
+    lanes = Lanes("kilotune-test", 1, 1)
+
+    async def run() -> int:
+        async with lanes.lane("a") as lane:
+            return await lane.run(torch.get_num_threads)
+
+    assert asyncio.run(run()) == 1
+    lanes.close()
 
 
 def test_a_pass_that_fails_gives_its_cores_back() -> None:

@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import kilotune.serve.learning.guard
-from kilotune.serve.learning.guard import Guarded
+from kilotune.serve.learning.guard import Guard, Guarded
+from kilotune.serve.learning.workers import LeftError
 from tests.support.learning_support import Learning, learning
 from tests.support.training_support import CONFIG
 
@@ -52,22 +54,38 @@ def test_it_is_looked_at_once_for_all(school: Learning, guard: Guarded) -> None:
         assert logprobs.exp().sum(1).tolist() == pytest.approx([1.0] * places, abs=1e-5)
 
 
-def test_a_look_that_fails_is_made_again(school: Learning, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_look_that_was_left_is_gone_on_with(school: Learning) -> None:
     held = school.runner.guard.over(school.space, None)
     fresh = Guarded(held.study, held.gate)
 
-    def away(*args: object, **kwargs: object) -> None:
-        raise RuntimeError("away")
+    asked: list[int] = []
 
-    with monkeypatch.context() as broken:
-        broken.setattr("kilotune.serve.learning.guard.said_by", away)
-        with pytest.raises(RuntimeError, match="away"):
-            fresh.ready(school.learner, school.space, CONFIG, None)
+    def leave() -> None:
+        asked.append(1)
+        if len(asked) == 10:
+            raise LeftError
+
+    with pytest.raises(LeftError):
+        fresh.ready(school.learner, school.space, CONFIG, None, leave)
     assert school.learner.stats().models == 0
-    fresh.ready(school.learner, school.space, CONFIG, None)
-    assert fresh.said(fresh.study[0]).ids.shape == held_ids(school, held)
-
-
-def held_ids(school: Learning, held: Guarded) -> object:
+    before = school.learner.stats().passes
+    fresh.ready(school.learner, school.space, CONFIG, None, leave)
+    assert school.learner.stats().passes - before == len(held.study) + len(held.gate) - 9
     held.ready(school.learner, school.space, CONFIG, None)
-    return held.said(held.study[0]).ids.shape
+    for row in held.study:
+        torch.testing.assert_close(fresh.said(row).logprobs, held.said(row).logprobs, rtol=0, atol=0)
+
+
+def test_who_has_to_leave_waits_for_no_answers(school: Learning) -> None:
+    asked: list[int] = []
+
+    def leave() -> None:
+        asked.append(1)
+        if len(asked) == 3:
+            raise LeftError
+
+    guard = Guard(school.make, school.engine)
+    with pytest.raises(LeftError):
+        guard.over(school.space, None, leave)
+    assert len(asked) < 40
+    assert guard.over(school.space, None).study  # and another one begins anew

@@ -7,7 +7,7 @@ engine's steps take the cores that are left.
 OpenMP keeps helpers for each thread that has computed with several, for as long as that thread lives. Once the helpers
 of all threads are more than the cores, each of them sleeps at the end of each product, and has to be woken for the
 next: on two cores, two threads were slower than one. So an engine and training have no more between them than there are
-cores; threads that begin beside them compute alone; and a base is loaded :func:`apart`.
+cores; threads of the service's own that compute beside them do it alone; and a base is loaded :func:`apart`.
 """
 
 from __future__ import annotations
@@ -20,15 +20,30 @@ from typing import TypeVar, final
 
 import torch
 
-__all__ = ["Cores", "apart"]
+__all__ = ["Cores", "apart", "compute_alone", "compute_on"]
 
 T = TypeVar("T")
+_changing = threading.Lock()
 
 
 def apart(compute: Callable[[], T]) -> T:
     """What a thread that ends with it gives: OpenMP's helpers end too."""
     with ThreadPoolExecutor(1, "kilotune-apart") as thread:
         return thread.submit(compute).result()
+
+
+def compute_on(threads: int) -> None:
+    """Have this thread compute on so many from now on; all others, and those that begin later, on as many as before."""
+    with _changing:
+        later = apart(torch.get_num_threads)
+        torch.get_num_threads()  # else the thread's first product sets what was set last, in any thread
+        torch.set_num_threads(threads)
+        apart(lambda: torch.set_num_threads(later))
+
+
+def compute_alone() -> None:
+    """Have this thread compute without helpers: for pools of threads that do it beside an engine."""
+    compute_on(1)
 
 
 @final
@@ -65,9 +80,6 @@ class Cores:
         self._use(max(1, self.threads - self.training + (not self._passes)))
 
     def _use(self, threads: int) -> None:
-        """Torch keeps a number for each thread; one that has begun to compute takes no other one by itself."""
         if getattr(self._own, "threads", None) != threads:
-            torch.get_num_threads()  # else the thread's first product sets what was set last, in any thread
-            torch.set_num_threads(threads)
-            apart(lambda: torch.set_num_threads(1))  # for threads that begin later; they would take as many as this one
+            compute_on(threads)
             self._own.threads = threads

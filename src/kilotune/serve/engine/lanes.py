@@ -11,6 +11,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar, final
 
+from .cores import compute_alone
+
 __all__ = ["Lane", "Lanes"]
 
 T = TypeVar("T")
@@ -31,7 +33,7 @@ class Lanes:
 
     def __init__(self, name: str, threads: int, each: int) -> None:
         self.threads, self.each = threads, each
-        self._pool = ThreadPoolExecutor(threads, name)
+        self._pool = ThreadPoolExecutor(threads, name, initializer=compute_alone)
         self._lock = threading.Lock()
         self._taken: Counter[str] = Counter()
         self._waiting: OrderedDict[str, deque[Future[None]]] = OrderedDict()  # whose turn it is first

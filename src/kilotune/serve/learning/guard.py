@@ -12,6 +12,7 @@ import json
 import threading
 import uuid
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any, final
@@ -54,21 +55,32 @@ class Guarded:
     _said: dict[int, Likely] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def ready(self, learner: Learner, namespace: str, config: AdapterConfig, on: SharedVersion | None) -> None:
-        """Once: look at all rows by a model that has learned nothing. Raises as :meth:`Learner.open`."""
+    def ready(
+        self,
+        learner: Learner,
+        namespace: str,
+        config: AdapterConfig,
+        on: SharedVersion | None,
+        stay: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Look at all rows that were not looked at yet, by a model that has learned nothing.
+
+        Args:
+            learner, namespace, config, on: by which, see :meth:`Learner.open`, which says what is raised.
+            stay: is called before each row; may raise: the next call goes on from there.
+
+        """
         with self._lock:
-            if self._said:
-                return
             for keep in (self.inputs, 0.0):  # a model that hands more than one tensor from block to block keeps none
+                rows = [row for row in (*self.gate, *self.study) if id(row) not in self._said]
+                if not rows:
+                    return
                 model = f"guard-{uuid.uuid4().hex}"
                 learner.open(model, namespace, config, on=on, keep_inputs=keep)
                 try:
-                    said_by(learner, model, self.gate[0])
-                    told = {id(row): Likely.of(said_by(learner, model, row, without=True)) for row in self.study}
-                    for row in self.gate:  # what enters, alone
-                        said_by(learner, model, row, without=True)
-                    self._said.update(told)
-                    return
+                    for row in rows:
+                        stay()
+                        self._said[id(row)] = Likely.of(said_by(learner, model, row, without=True))
                 except UnsupportedError:
                     if not keep:
                         raise
@@ -76,7 +88,7 @@ class Guarded:
                     learner.close(model)
 
     def said(self, row: Row) -> Likely:
-        """What is beneath a model that stands on this one says along a row of these to study, once it is ready."""
+        """What is beneath a model that stands on this one says along a row of these, once it is ready."""
         return self._said[id(row)]
 
 
@@ -114,8 +126,8 @@ class Guard:
         if not all(self._prompts.values()):
             raise ConfigError(f"learning from feedback: the model is too short for the guard's questions: {fault}")
 
-    def over(self, namespace: str, on: SharedVersion | None) -> Guarded:
-        """With the answers of the base, or of a shared adapter.
+    def over(self, namespace: str, on: SharedVersion | None, stay: Callable[[], None] = lambda: None) -> Guarded:
+        """With the answers of the base, or of a shared adapter. stay: is called before each question; may raise.
 
         Raises:
             ResourceError: the engine answers nothing now.
@@ -124,18 +136,19 @@ class Guard:
         key = "" if on is None else on.sha256
         with self._lock:
             if key not in self._over:
-                self._over[key] = asyncio.run(self._answered(namespace, on))
+                self._over[key] = asyncio.run(self._answered(namespace, on, stay))
             self._over.move_to_end(key)
             while len(self._over) > BASES:
                 self._over.popitem(last=False)
             return self._over[key]
 
-    async def _answered(self, namespace: str, on: SharedVersion | None) -> Guarded:
+    async def _answered(self, namespace: str, on: SharedVersion | None, stay: Callable[[], None]) -> Guarded:
         beneath = None if on is None else AdapterKey.shared(on)
         turns, found = asyncio.Semaphore(AT_ONCE), {}
 
         async def answer(prompt: list[int]) -> Row | None:
             async with turns:
+                stay()
                 return await self._answer(prompt, namespace, beneath)
 
         for use, prompts in self._prompts.items():

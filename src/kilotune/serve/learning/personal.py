@@ -295,7 +295,7 @@ class _Run:
 
     def _study(self, plan: _Plan, lessons: Sequence[Lesson]) -> None:
         runner, learner = self.runner, self.runner.learner
-        guard = runner.guard.over(self.namespace, plan.on)
+        guard = runner.guard.over(self.namespace, plan.on, self._stay)
         model, config, gate = self._begin(plan, guard)
         try:
             study = Study(learner, model, config, plan.fresh, plan.known, guard, runner.pace, self._stay)
@@ -314,7 +314,7 @@ class _Run:
         runner, learner, live = self.runner, self.runner.learner, plan.live
         record = None if live is None else runner.adapters.stored(self.namespace, live)
         config = runner.config if record is None else record.file().config
-        guard.ready(learner, self.namespace, runner.config, plan.on)
+        guard.ready(learner, self.namespace, runner.config, plan.on, self._stay)
         for megabytes in (KEPT_INPUTS, 0.0):  # a model that hands more than one tensor from block to block keeps none
             keep = KeptRows(megabytes, beneath=guard.inputs)
             model = f"learning-{uuid.uuid4().hex}"

@@ -162,8 +162,8 @@ class Study:
         held = [self._submit([text], Divergence((self._guard.said(text),)), share) for text in texts]
         for lessons, scored in asked:
             self._note(lessons, scored.result())
-        for apart in held:
-            apart.result()
+        for guarded in held:
+            guarded.result()
         return len(self._fresh) <= self._pace.batch and not self.unlearnt()
 
     def _pairs(self, one: Taught) -> bool:

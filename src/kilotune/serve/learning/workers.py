@@ -16,6 +16,7 @@ from typing import final
 
 from ...errors import KilotuneError, first_line
 from ...fleet.store.documents import Document, Documents
+from ..engine.cores import compute_alone
 
 __all__ = ["Claim", "LeftError", "Workers"]
 
@@ -73,7 +74,7 @@ class Workers:
         self._documents, self._kind, self._work, self._beside = documents, kind, work, beside
         self._stopping = threading.Event()
         self._places = threading.Semaphore(at_once)
-        self._pool = ThreadPoolExecutor(at_once, f"kilotune-{kind}")
+        self._pool = ThreadPoolExecutor(at_once, f"kilotune-{kind}", initializer=compute_alone)
         self._claims: set[Claim] = set()
         self._threads: list[threading.Thread] = []
 
