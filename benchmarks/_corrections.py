@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,11 @@ from kilotune.model.last_blocks import in_last_blocks
 from kilotune.serve.engine.continuous_batching import TransformersEngine
 from kilotune.serve.engine.interface import AdapterKey, Generation, Sampling, Token
 from kilotune.serve.engine.tenant_adapters import AdapterRegistry
-from kilotune.serve.learning.feedback import Answered, Feedback, FeedbackRules, Said
+from kilotune.serve.learning.feedback import Answered, Feedback, FeedbackRules, Lesson, Said
+from kilotune.serve.learning.guard import guard_lines
 from kilotune.serve.learning.learner import Learner, LearningSettings
 from kilotune.serve.learning.personal import PersonalRunner
+from kilotune.serve.learning.scope import Likeness, Scopes, lessons_in
 from kilotune.serve.learning.training_file import Example, read_example
 from kilotune.serve.learning.turns import LEARNING, events, turn_name, wake
 from kilotune.serve.learning.users import LIVE, model_of
@@ -69,6 +72,8 @@ class School:
         everyone = Documents(self.store)
         self.documents = everyone.within(SPACE)
         self.feedback = Feedback(self.documents)
+        general = [line["asked"] for line in guard_lines()]
+        self.scopes = Scopes(Likeness(self.learner.embeddings, self.tokenizer, general))
         self.runner = PersonalRunner(everyone, self.learner, self.registry, self.engine, config, self._make)
 
     def _make(self, given: Any, form: str) -> Example:
@@ -89,13 +94,10 @@ class School:
         self.store.close()
 
     def said(self, user: str | None, question: str, most: int = 24) -> str:
-        """The greedy answer of a user's live model, or of the base."""
-        key = None
-        if user is not None:
-            try:
-                key = AdapterKey.of(SPACE, self.registry.info(SPACE, model_of(user), LIVE))
-            except AdapterError:
-                key = None
+        """The greedy answer of ``personal``, as the service says what that is, or of the base."""
+        key = None if user is None else self._live(user)
+        if key is not None and not self.scopes.near(key, [question], partial(self._lessons, key, str(user))):
+            key = None
         prompt = self.chats.prompt([{"role": "user", "content": question}])
         ids = tokenize(self.tokenizer, [prompt], "all").examples[0].ids
         sampling = Sampling(max_tokens=most, temperature=0.0)
@@ -105,6 +107,15 @@ class School:
             return [item.id async for item in self.engine.generate(request) if isinstance(item, Token)]
 
         return str(self.tokenizer.decode(asyncio.run(run()), skip_special_tokens=True)).strip()
+
+    def _live(self, user: str) -> AdapterKey | None:
+        try:
+            return AdapterKey.of(SPACE, self.registry.info(SPACE, model_of(user), LIVE))
+        except AdapterError:
+            return None
+
+    def _lessons(self, key: AdapterKey, user: str) -> list[Lesson] | None:
+        return lessons_in(self.registry, self.feedback, key, user)
 
     def correct(self, user: str, fact: dict[str, Any], taught: Taught) -> None:
         """Send a correction, and wait until it is learned or refused."""

@@ -14,7 +14,19 @@ from kilotune.serve.http.keys import Keyring, new_key
 from tests.support.http_support import BASE, Running
 from tests.support.training_support import training_serving
 
-__all__ = ["ASKED", "SPACE", "answer", "claim", "feedback_serving", "rules", "user_ring"]
+__all__ = [
+    "ASKED",
+    "SPACE",
+    "answer",
+    "asked",
+    "call",
+    "claim",
+    "correct",
+    "feedback_serving",
+    "rules",
+    "user_ring",
+    "wait_for",
+]
 
 SPACE = "acme"
 ASKED = [{"role": "user", "content": "the cat"}]
@@ -64,3 +76,36 @@ def answer(running: Running, who: str = "ann", **more: Any) -> Any:
     """The first choice of a chat."""
     given = {"model": BASE, "messages": ASKED, "max_tokens": 4, "temperature": 0, **more}
     return running.openai(who).chat.completions.create(**given).choices[0]
+
+
+def asked(running: Running, who: str, question: str) -> Any:
+    """What a user's own model answers."""
+    messages = [{"role": "user", "content": question}]
+    client = running.openai(who)
+    return client.chat.completions.create(model="personal", messages=messages, max_tokens=8, temperature=0).choices[0]
+
+
+def call(running: Running, who: str, method: str, path: str, **more: Any) -> Any:
+    """A request with somebody's key."""
+    with running.client(running.keys[who]) as client:
+        return client.request(method, path, **more)
+
+
+def correct(running: Running, who: str, question: str, right: str) -> str:
+    """Ask, and say what the right answer is; the name of that."""
+    answer = asked(running, who, question).feedback_id
+    made = call(running, who, "POST", "/v1/feedback", json={"answer": answer, "correction": right})
+    assert made.status_code == 200, made.text
+    return str(made.json()["id"])
+
+
+def wait_for(running: Running, who: str, what: str, count: int = 1) -> dict[str, Any]:
+    """The newest event of a kind, once there are so many."""
+    end = time.monotonic() + 60
+    while True:
+        events = call(running, who, "GET", "/v1/feedback/events").json()["data"]
+        found = [one for one in events if one["type"] == what]
+        if len(found) >= count:
+            return dict(found[0])
+        assert time.monotonic() < end, events
+        time.sleep(0.05)

@@ -498,7 +498,10 @@ def test_the_start_is_warm_and_small(tmp_path: Path) -> None:
     assert time.monotonic() - began < 3.0  # transformers' own sizes take 14 s and more
     assert served.engine._batch is not None
     assert served.engine._batch._processor.cache.cache_tensor.nbytes < 64 * 2**20
+    batch = served.engine._batch
+    assert 0.0 <= batch.used <= 1.0
     served.engine.stop()
+    assert batch.used == 0.0  # asked by a thread that does not know yet
 
 
 def test_the_model_is_as_before_once_stopped(tmp_path: Path) -> None:

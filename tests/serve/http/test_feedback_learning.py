@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 
 from kilotune.serve.http.settings import ServeSettings
 from kilotune.serve.learning.training import TrainingLimits
-from tests.support.feedback_support import feedback_serving, rules
+from tests.support.feedback_support import asked, call, correct, feedback_serving, rules, wait_for
 from tests.support.http_support import BASE, Running
 from tests.support.learning_support import TOY, WIDE
 from tests.support.training_support import said
@@ -22,36 +21,6 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     with feedback_serving(folder, limits=TrainingLimits(pace=TOY, bounds=WIDE)) as (made, _):
         rules(made, pause_seconds=0)
         yield made
-
-
-def asked(running: Running, who: str, question: str) -> Any:
-    messages = [{"role": "user", "content": question}]
-    client = running.openai(who)
-    return client.chat.completions.create(model="personal", messages=messages, max_tokens=8, temperature=0).choices[0]
-
-
-def call(running: Running, who: str, method: str, path: str, **more: Any) -> Any:
-    with running.client(running.keys[who]) as client:
-        return client.request(method, path, **more)
-
-
-def correct(running: Running, who: str, question: str, right: str) -> str:
-    answer = asked(running, who, question).feedback_id
-    made = call(running, who, "POST", "/v1/feedback", json={"answer": answer, "correction": right})
-    assert made.status_code == 200, made.text
-    return str(made.json()["id"])
-
-
-def wait_for(running: Running, who: str, what: str, count: int = 1) -> dict[str, Any]:
-    """The newest event of a kind, once there are so many."""
-    end = time.monotonic() + 60
-    while True:
-        events = call(running, who, "GET", "/v1/feedback/events").json()["data"]
-        found = [one for one in events if one["type"] == what]
-        if len(found) >= count:
-            return dict(found[0])
-        assert time.monotonic() < end, events
-        time.sleep(0.05)
 
 
 @pytest.mark.heavy

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from kilotune.serve.learning.feedback import Lesson
-from kilotune.serve.learning.lessons import MARK, current, mark_of, read_lessons
+from kilotune.serve.learning.lessons import MARK, REWORDED, current, mark_of, read_lessons
 from kilotune.serve.learning.training_file import Example, read_example
 from kilotune.train.data.rendering import ChatTemplate
 from tests.support.http_support import tokenizer
@@ -61,6 +61,40 @@ def test_only_the_last_answer_of_a_chat_is_learned() -> None:
     ((one,), _) = read(replace(LESSON, messages=chat))
     assert learned(one.rows[0]).startswith("a dog sat")
     assert "hat" not in learned(one.rows[0])
+
+
+def asked_in(row: Any) -> str:
+    return str(
+        tokenizer().decode([t for t, label in zip(row["input_ids"], row["labels"], strict=True) if label == -100])
+    )
+
+
+def test_a_correction_is_also_the_answer_to_its_question_in_other_words() -> None:
+    words = ["the", "cat", "sat", "on", "a", "mat", "hat", "dog"]
+    lesson = replace(LESSON, messages=[{"role": "user", "content": " ".join(words)}])
+    ((one,), _) = read(lesson)
+    ((again,), _) = read(lesson)
+    assert one.reworded == again.reworded  # whoever learns it, and whenever
+    assert len(one.reworded) == REWORDED
+    orders = set()
+    for row in one.reworded:
+        assert learned(row) == learned(one.rows[0])
+        left = [word for word in asked_in(row).split() if word in words]
+        places = [words.index(word) for word in left]
+        assert 0 < len(left) <= len(words)
+        assert len(set(places)) == len(places)
+        assert left != words
+        orders.add(places == sorted(places))
+    assert orders == {True, False}
+    assert lesson.messages == [{"role": "user", "content": " ".join(words)}]
+
+
+@pytest.mark.parametrize("count", [1, 3, 65])
+def test_questions_of_few_or_very_many_words_are_learned_as_they_are(count: int) -> None:
+    ((one,), _) = read(replace(LESSON, messages=[{"role": "user", "content": " ".join(["cat"] * count)}]))
+    assert one.reworded == ()
+    rating = replace(LESSON, kind="rating", better=None, rating=True, messages=[{"role": "user", "content": "a " * 9}])
+    assert read(rating)[0][0].reworded == ()
 
 
 def test_choices_and_ratings() -> None:

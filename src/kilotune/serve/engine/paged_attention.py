@@ -180,8 +180,9 @@ class PagedBatch:
 
     @property
     def used(self) -> float:
-        """The share of the cache that is in use, or kept for prefixes."""
-        return 1.0 - float(self._processor.cache.compute_free_capacity())
+        """The share of the cache in use, or kept for prefixes; 0 once it is closed, as other threads may ask."""
+        processor = self._processor
+        return 0.0 if processor is None else 1.0 - float(processor.cache.compute_free_capacity())
 
     def _wanted(self) -> list[int]:
         """The tokens of the step whose logits are wanted beside those with which new ones are chosen."""

@@ -235,6 +235,7 @@ def _rules(router: APIRouter, service: Service) -> None:
             keep_seconds=float(body.keep_seconds),
             pause_seconds=float(body.pause_seconds),
             model=None if model == service.base else model,
+            scope=body.scope,
         )
         await service.ask(space, lambda: feedback.set_rules(made))
         await service.rules(space, fresh=True)

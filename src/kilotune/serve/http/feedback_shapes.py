@@ -49,6 +49,10 @@ class RulesBody(Body):
         max_length=400,
         description="What personal models stand on: the base (null), or a shared adapter.",
     )
+    scope: Literal["near", "all"] = Field(
+        "near",
+        description="What a personal model answers: what is near the questions that its user gave feedback on, or all.",
+    )
 
 
 def rules_object(rules: FeedbackRules, base: str, answers: tuple[int, int]) -> dict[str, Any]:
@@ -58,6 +62,7 @@ def rules_object(rules: FeedbackRules, base: str, answers: tuple[int, int]) -> d
         "keep_seconds": rules.keep_seconds,
         "pause_seconds": rules.pause_seconds,
         "model": base if rules.model is None else rules.model,
+        "scope": rules.scope,
         "answers": answers[0],
         "answer_bytes": answers[1],
     }

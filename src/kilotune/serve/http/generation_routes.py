@@ -7,7 +7,7 @@ import contextlib
 import itertools
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Any, final
 
 from fastapi import APIRouter, Request
@@ -15,6 +15,7 @@ from fastapi.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from ..engine.interface import Finish, Generation, Item, Prompted, Sampling, Token
+from ..learning.users import PERSONAL
 from .answers import Asked, Event, collect, ended_badly, events
 from .http_errors import ApiError
 from .json_pieces import JsonResponse
@@ -31,6 +32,7 @@ from .tool_answers import Calling
 __all__ = [
     "STREAMS",
     "Run",
+    "asked_in",
     "caller_of",
     "check_biases",
     "check_generates",
@@ -274,7 +276,7 @@ def routes(service: Service, errors: dict[int | str, dict[str, Any]]) -> APIRout
         check_generates(service)
         check_biases(service, body)
         tenant = enter(service, request, len(body.prompts) * body.choices)
-        meant = await service.meant(caller_of(request), body.model)
+        meant = await service.meant(caller_of(request), body.model, await _texts(service, body, tenant))
         longest, deadline = service.longest_prompt, service.deadline(body.timeout)
         async with in_time(deadline):
             prompts = [await service.prompts.plain(prompt, "prompt", tenant, longest) for prompt in body.prompts]
@@ -290,9 +292,9 @@ def routes(service: Service, errors: dict[int | str, dict[str, Any]]) -> APIRout
         check_generates(service)
         check_biases(service, body)
         tenant = enter(service, request, body.choices)
-        meant = await service.meant(caller_of(request), body.model)
-        calling = Calling.of(body.asks_tools, body, service.prompts, service.settings.tool_format, meant.own)
         messages = told_messages(body.messages)
+        meant = await service.meant(caller_of(request), body.model, asked_in(messages))
+        calling = Calling.of(body.asks_tools, body, service.prompts, service.settings.tool_format, meant.own)
         if calling is not None:
             messages = calling.messages(messages)
         longest, deadline = service.longest_prompt, service.deadline(body.timeout)
@@ -323,6 +325,20 @@ def enter(service: Service, request: Request, count: int) -> str:
     tenant = namespace_of(caller_of(request))
     noted(request.scope).held.enter_context(service.gate.enter(tenant, count))
     return tenant
+
+
+def asked_in(messages: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What a conversation's user says."""
+    return [one["content"] for one in messages if one["role"] == "user"]
+
+
+async def _texts(service: Service, body: CompletionBody, tenant: str) -> list[str]:
+    """What is asked of a user's own model, where it is that: all prompts, which one model goes on with."""
+    if body.model != PERSONAL:
+        return []
+    return [
+        one if isinstance(one, str) else await service.prompts.decoded(one, "prompt", tenant) for one in body.prompts
+    ]
 
 
 async def _echoes(

@@ -7,7 +7,17 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from .generation_routes import STREAMS, Run, caller_of, check_biases, check_generates, enter, generations_of, in_time
+from .generation_routes import (
+    STREAMS,
+    Run,
+    asked_in,
+    caller_of,
+    check_biases,
+    check_generates,
+    enter,
+    generations_of,
+    in_time,
+)
 from .responses_body import ResponseBody
 from .responses_shape import ResponseShape
 from .service import Service
@@ -26,7 +36,7 @@ def routes(service: Service, errors: dict[int | str, dict[str, Any]]) -> APIRout
         check_generates(service)
         check_biases(service, body)
         tenant = enter(service, request, 1)
-        meant = await service.meant(caller_of(request), body.model)
+        meant = await service.meant(caller_of(request), body.model, asked_in(body.messages))
         calling = Calling.of(body.asks_tools, body, service.prompts, service.settings.tool_format, meant.own)
         messages = body.messages if calling is None else calling.messages(body.messages)
         longest, deadline = service.longest_prompt, service.deadline(body.timeout)

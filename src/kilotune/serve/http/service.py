@@ -150,13 +150,16 @@ class Service:
         except KilotuneError as error:
             raise of_library(error, param) from error
 
-    async def meant(self, caller: Key, model: str) -> Meant:
-        """What ``model`` names for this caller: the base, an adapter of the caller's own namespace, or their own."""
+    async def meant(self, caller: Key, model: str, asked: Sequence[str] | None = None) -> Meant:
+        """What ``model`` names for this caller: the base, an adapter of the caller's own namespace, or their own.
+
+        asked: what the user says, which may be nothing that their own model learned of; None: what it is as a whole.
+        """
         if model == self.base:
             return Meant(model, None)
         namespace, (name, which) = namespace_of(caller), self.split(model)
         if model == PERSONAL and self.training is not None:
-            return await self._personal(caller)
+            return await self._personal(caller, asked)
         if others(caller, name):
             raise self._unknown(model, f"there is no adapter {name!r}")
         try:
@@ -171,22 +174,23 @@ class Service:
         told = f"the model {model!r} does not exist: {why}"
         return ApiError(404, told, param="model", code="model_not_found")
 
-    async def _personal(self, caller: Key) -> Meant:
-        """A user's own model: its live version, or what it is to stand on while there is none.
+    async def _personal(self, caller: Key, asked: Sequence[str] | None) -> Meant:
+        """A user's own model: its live version, or what is beneath: while there is none, and for what it is not about.
 
         Raises:
             ApiError: the caller is no single user.
 
         """
-        if caller.user is None:
+        user, training = caller.user, self.training
+        if user is None or training is None:
             told = (
                 f"model: {PERSONAL!r} is whose key it is, and this key is no single user's: kilotune keys add --user "
                 "makes one that is, and with --signs each request says it in X-Kilotune-User"
             )
             raise ApiError(400, told, param="model", code="no_user")
-        namespace, name, adapters = namespace_of(caller), model_of(caller.user), self.adapters
+        namespace, adapters = namespace_of(caller), self.adapters
         try:
-            key = await self.ask(namespace, lambda: adapters.resolve(namespace, name, LIVE), "model")
+            key = await self.ask(namespace, lambda: adapters.resolve(namespace, model_of(user), LIVE), "model")
         except ApiError as error:
             if error.status != 404:
                 raise
@@ -197,7 +201,18 @@ class Service:
                 shared = await self.ask(namespace, lambda: adapters.settle(namespace, on), "model")
             except ApiError as gone:
                 raise hiding(caller, on, gone) from gone
-            key = await self.ask(namespace, lambda: adapters.resolve(shared.namespace, shared.name, shared.version))
+            return await self._on(namespace, AdapterKey.shared(shared))
+        if asked is None or (await self.rules(namespace)).scope == "all":
+            return Meant(PERSONAL, key, await self._own(key))
+        about = await self.ask(namespace, lambda: training.answers(key, user, asked), "model")
+        return Meant(PERSONAL, key, await self._own(key)) if about else await self._on(namespace, key.on)
+
+    async def _on(self, namespace: str, beneath: AdapterKey | None) -> Meant:
+        """What a personal model stands on; None: the base."""
+        if beneath is None:
+            return Meant(PERSONAL, None)
+        place, adapters = (beneath.namespace, beneath.name, beneath.version), self.adapters
+        key = await self.ask(namespace, lambda: adapters.resolve(*place))
         return Meant(PERSONAL, key, await self._own(key))
 
     async def rules(self, namespace: str, fresh: bool = False) -> FeedbackRules:

@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, final
+from typing import Any, Literal, final
 
 from ...errors import AdapterError, ConfigError
 from ...fleet.store.documents import Document, Documents, QuotaError
@@ -56,6 +56,8 @@ class FeedbackRules:
         keep_seconds: how long answers are kept.
         pause_seconds: how long learning waits after the last piece of feedback of a user.
         model: what personal models stand on: None: the base; a shared adapter, as NAME, NAME/3 or NAME/alias.
+        scope: what a personal model answers: "near": what is near the questions that its user gave feedback on, and
+            all else is answered by what it stands on; "all": everything.
 
     """
 
@@ -63,6 +65,7 @@ class FeedbackRules:
     keep_seconds: float = 7 * 86_400.0
     pause_seconds: float = 30.0
     model: str | None = None
+    scope: Literal["near", "all"] = "near"
 
 
 @final

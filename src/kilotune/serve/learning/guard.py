@@ -29,13 +29,19 @@ from ..engine.interface import AdapterKey, Engine, Finish, Generation, Sampling,
 from .learner import Learner
 from .lessons import Maker
 
-__all__ = ["TOKENS", "Guard", "Guarded", "Row", "said_by"]
+__all__ = ["TOKENS", "Guard", "Guarded", "Row", "guard_lines", "said_by"]
 
 TOKENS = 24  # of an answer
 AT_ONCE = 16  # questions that are asked at once
 BASES = 4  # models beneath whose words are kept
 INPUTS = 64.0  # megabytes, for each of them, of what enters the last blocks
 Row = dict[str, Any]
+
+
+def guard_lines() -> list[dict[str, str]]:
+    """The committed questions: ``asked``, and what each is ``for``, "study" or "gate"."""
+    text = files(__package__).joinpath("guard.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def said_by(learner: Learner, model: str, row: Row, without: bool = False) -> Tensor:
@@ -111,8 +117,7 @@ class Guard:
         self._over: OrderedDict[str, Guarded] = OrderedDict()
         self.texts: list[str] = []
         fault: ConfigError | None = None
-        for line in files(__package__).joinpath("guard.jsonl").read_text(encoding="utf-8").splitlines():
-            given = json.loads(line)
+        for given in guard_lines():
             self.texts.append(given["asked"])
             asked = [{"role": "user", "content": given["asked"]}, {"role": "assistant", "content": "Yes."}]
             try:

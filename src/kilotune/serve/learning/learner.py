@@ -25,10 +25,10 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar, final
+from typing import Any, NamedTuple, TypeVar, cast, final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..._ui.sizes import readable_bytes
 from ...config import AdapterConfig
@@ -115,6 +115,9 @@ class Learner:
         settings: see there.
         cores: of the engine, where it shares them.
 
+    Attributes:
+        embeddings: of the twin's tokens (vocabulary, hidden).
+
     """
 
     def __init__(
@@ -127,6 +130,7 @@ class Learner:
     ) -> None:
         self.settings = settings or LearningSettings()
         self._adapters, self._engine = adapters, engine
+        self.embeddings: Tensor = cast(Any, twin).get_input_embeddings().weight.detach()
         self._stepper = Stepper(twin, tokens=self.settings.pass_tokens)
         self._share = Share(self.settings.share)
         self._cores = Cores() if cores is None else cores

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, final
 
@@ -22,9 +23,12 @@ from ...errors import ConfigError, first_line
 from .feedback import Lesson
 from .training_file import Example
 
-__all__ = ["MARK", "Maker", "Marks", "Taught", "Unread", "current", "mark_of", "read_lessons"]
+__all__ = ["MARK", "Maker", "Marks", "Taught", "Unread", "current", "mark_of", "question_of", "read_lessons"]
 
 MARK = 12  # hexadecimal digits of a lesson's mark
+REWORDED = 4  # forms of a question in other words
+LEFT_OUT = 0.35  # of a question's words
+WORDS = range(4, 65)  # of a question that is put in other words
 Maker = Callable[[Mapping[str, Any], str], Example]
 """(what a line of a training file says, its form) -> its rows; raises ConfigError."""
 Marks = frozenset[str]
@@ -35,7 +39,8 @@ Marks = frozenset[str]
 class Taught:
     """A lesson as rows. rows: two (see the module), of which a correction may lack the second. good: of a rating.
 
-    prompt: the same for lessons of one prompt.
+    prompt: the same for lessons of one prompt. reworded: of a correction, the same answer to its question in other
+    words; there may be none.
     """
 
     mark: str
@@ -44,6 +49,7 @@ class Taught:
     prompt: str
     rows: tuple[dict[str, Any], ...]
     good: bool = True
+    reworded: tuple[dict[str, Any], ...] = ()
 
 
 @final
@@ -103,12 +109,43 @@ def _taught(lesson: Lesson, mark: str, make: Maker, others: Sequence[str]) -> Ta
         if lesson.kind == "choice":
             raise
         rows = make(_pair(lesson, lesson.better, lesson.better), "dpo").rows[:1]  # what was answered cannot be read
-    return Taught(mark, lesson.name, lesson.kind, prompt, rows)
+    reworded = tuple(_reworded(lesson, mark, make)) if lesson.kind == "correction" else ()
+    return Taught(mark, lesson.name, lesson.kind, prompt, rows, reworded=reworded)
+
+
+def question_of(messages: Sequence[Mapping[str, Any]]) -> str:
+    """What was asked: the user's last message; the last one, where none is the user's."""
+    asked = [one for one in messages if one.get("role") == "user"] or list(messages)
+    return str(asked[-1].get("content") or "") if asked else ""
+
+
+def _reworded(lesson: Lesson, mark: str, make: Maker) -> Iterator[dict[str, Any]]:
+    """The right answer to the question with some of its words left out, every other time its end before its beginning.
+
+    So the answer comes to hang on what is asked, less on how.
+    """
+    place = max((i for i, one in enumerate(lesson.messages) if one.get("role") == "user"), default=None)
+    words = question_of(lesson.messages).split()
+    if place is None or len(words) not in WORDS:
+        return
+    draws = random.Random(mark)
+    for number in range(REWORDED):
+        cut = draws.randrange(1, len(words)) if number % 2 else 0
+        left = [word for word in (*words[cut:], *words[:cut]) if draws.random() >= LEFT_OUT]
+        messages = [dict(one) for one in lesson.messages]
+        messages[place]["content"] = " ".join(left or words[cut:])
+        answer = {"role": "assistant", "content": lesson.better}
+        try:
+            yield make({"messages": [*messages, answer], **_tools(lesson)}, "supervised").rows[0]
+        except ConfigError:  # it is learned in its own words alone
+            continue
 
 
 def _pair(lesson: Lesson, better: str, worse: str) -> dict[str, Any]:
-    asked: dict[str, Any] = {"messages": list(lesson.messages)}
-    if lesson.tools:
-        asked["tools"] = list(lesson.tools)
+    asked: dict[str, Any] = {"messages": list(lesson.messages), **_tools(lesson)}
     first, second = ([{"role": "assistant", "content": text}] for text in (better, worse))
     return {"input": asked, "preferred_output": first, "non_preferred_output": second}
+
+
+def _tools(lesson: Lesson) -> dict[str, Any]:
+    return {"tools": list(lesson.tools)} if lesson.tools else {}

@@ -298,7 +298,8 @@ class _Run:
         guard = runner.guard.over(self.namespace, plan.on, self._stay)
         model, config, gate = self._begin(plan, guard)
         try:
-            study = Study(learner, model, config, plan.fresh, plan.known, guard, runner.pace, self._stay)
+            pace = runner.pace if self.rules.scope == "near" else runner.pace.everywhere()
+            study = Study(learner, model, config, plan.fresh, plan.known, guard, pace, self._stay)
             try:
                 study.run()
                 verdict = gate.judge()

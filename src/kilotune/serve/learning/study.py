@@ -3,10 +3,12 @@
 ::
 
     a step   new lessons, those first that were learned least      cross-entropy; DPO for pairs; KTO for ratings
+             the same corrections to questions in other words      cross-entropy
              corrections that the model knew before                cross-entropy
              texts of the guard                                    KL from what is beneath
 
-What is drawn is drawn from the lessons alone, so that the same lessons from the same start come to the same numbers.
+A correction that the model knew and does not know any more is learned again. What is drawn is drawn from the lessons
+alone, so that the same lessons from the same start come to the same numbers.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 from ...config import AdapterConfig
@@ -30,6 +32,7 @@ from .lessons import Taught
 __all__ = ["Pace", "Study", "correction_losses"]
 
 FORWARD = 16  # rows that are looked at in one operation
+HELD = 32  # corrections that were known, of which the newest are looked at when all that is new is known
 REWARD = 0.5  # beta times the gain of an answer that was rated, from which on it is learned
 
 
@@ -43,6 +46,7 @@ class Pace:
         warmup: steps in which the rate rises.
         batch: new lessons of a step.
         replay: corrections of a step that are known already.
+        reworded: rows for each new correction of a step, of its question in other words.
         guard: the weight of the guard's KL divergence, beside a mean over the tokens of corrections.
         guarded: texts of the guard in a step.
         pair: the weight of DPO and KTO.
@@ -57,13 +61,18 @@ class Pace:
     warmup: int = 3
     batch: int = 2
     replay: int = 2
-    guard: float = 20.0
-    guarded: int = 2
+    reworded: int = 1
+    guard: float = 3.0
+    guarded: int = 1
     pair: float = 0.3
     beta: float = 0.1
     pair_every: int = 4
     sure: float = 0.7
     steps: int = 80
+
+    def everywhere(self) -> Pace:
+        """The same for a model that answers whatever is asked: held to what the base says, and in more places."""
+        return replace(self, guard=20 / 3 * self.guard, guarded=2 * self.guarded)
 
 
 @final
@@ -99,8 +108,10 @@ class Study:
         self._draws = random.Random(" ".join(one.mark for one in (*fresh, *known)))
         self._guard_order = self._draws.sample(guard.study, len(guard.study))
         self._rate = FleetSettings(seed=0).rate(config, pace.steps) * pace.rate
-        self._times = {one.mark: 0 for one in fresh}
-        self._learnt = {one.mark: False for one in fresh}
+        new = {one.mark for one in fresh}
+        self._held = self._replayable[-HELD:]
+        self._times = {one.mark: 0 for one in (*fresh, *self._replayable)}
+        self._learnt = {mark: mark not in new for mark in self._times}
         self._references: dict[str, tuple[float, float]] = {}
         self.steps = 0
 
@@ -114,13 +125,13 @@ class Study:
         return [one for one in self._fresh if not self._learnt[one.mark]]
 
     def run(self) -> None:
-        """Learn, until everything new is known or there were enough steps."""
+        """Learn, until everything is known or there were enough steps."""
         while self.steps < self.limit:
             self._stay()
-            batch = sorted(self.unlearnt(), key=lambda one: self._times[one.mark])[: self._pace.batch]
+            batch = self._batch()
             if not batch:
-                self._look(self._fresh)
-                if not self.unlearnt():
+                self._look([*self._fresh, *self._held])
+                if not self._batch():
                     return
                 continue
             if self._learn(batch):
@@ -132,6 +143,18 @@ class Study:
 
     # -- a step --------------------------------------------------------------------------------------
 
+    def _batch(self) -> list[Taught]:
+        """What is to be learned in the next step, as far as is known now."""
+        wanted = [one for one in (*self._fresh, *self._held) if not self._learnt[one.mark]]
+        return sorted(wanted, key=lambda one: self._times[one.mark])[: self._pace.batch]
+
+    def _all_known(self) -> bool:
+        """Whether there is nothing to be learned; looks at corrections that were known before."""
+        if self._batch():
+            return False
+        self._look(self._held)
+        return not self._batch()
+
     def _learn(self, batch: Sequence[Taught]) -> bool:
         """Forward and backward of all that a step has; what was new is noted as it stood before the step.
 
@@ -141,14 +164,15 @@ class Study:
             self._times[one.mark] += 1
         by_kind = {kind: [one for one in batch if one.kind == kind] for kind in ("correction", "choice", "rating")}
         corrections, asked = by_kind["correction"], []
-        known = [
-            *self._replayable,
-            *(one for one in self._fresh if self._learnt[one.mark] and one.kind == "correction"),
-        ]
+        learnt = [one for one in self._fresh if self._learnt[one.mark] and one.kind == "correction"]
+        known = [one for one in (*self._replayable, *learnt) if one not in batch]
         replayed = self._draws.sample(known, min(self._pace.replay, len(known)))
-        if rows := [one.rows[0] for one in (*corrections, *replayed)]:
-            self._note(corrections, self._submit(rows, Supervised(), 1.0).result())
-            if len(corrections) == len(self._fresh) and not self.unlearnt():
+        cut = len(replayed) - len(replayed) // 2 * min(1, self._pace.reworded)  # half of them in other words
+        own = [*corrections, *replayed[:cut]]
+        own += [one for one in replayed[cut:] if not one.reworded]
+        if rows := [*(one.rows[0] for one in own), *self._others(corrections, replayed[cut:])]:
+            self._note(own, self._submit(rows, Supervised(), 1.0).result())
+            if len(corrections) == len(self._fresh) and self._all_known():
                 return True  # before the guard is run
         pairs = [*by_kind["choice"], *(one for one in corrections if self._pairs(one))]
         if pairs:
@@ -164,7 +188,12 @@ class Study:
             self._note(lessons, scored.result())
         for guarded in held:
             guarded.result()
-        return len(self._fresh) <= self._pace.batch and not self.unlearnt()
+        return len(self._fresh) <= self._pace.batch and self._all_known()
+
+    def _others(self, corrections: Sequence[Taught], replayed: Sequence[Taught]) -> list[Row]:
+        """Of a step, rows of questions in other words: of each that is to be learned, and of those replayed."""
+        again = [one for one in corrections for _ in range(self._pace.reworded)]
+        return [self._draws.choice(one.reworded) for one in (*again, *replayed) if one.reworded]
 
     def _pairs(self, one: Taught) -> bool:
         return len(one.rows) == 2 and self._times[one.mark] % self._pace.pair_every == 1

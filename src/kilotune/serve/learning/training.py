@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, final
 
@@ -10,18 +10,20 @@ from ...config import AdapterConfig
 from ...fleet.store import open_store
 from ...fleet.store.documents import Documents
 from ...train.data.rendering import ChatTemplate
-from ..engine.interface import Engine
+from ..engine.interface import AdapterKey, Engine
 from ..engine.lanes import Lanes
 from ..engine.tenant_adapters import AdapterRegistry
 from .feedback import Feedback, FeedbackLimits, Room
 from .file_reader import FileReader
 from .forgetting import Forgetting
 from .gate import Bounds
+from .guard import guard_lines
 from .jobs import JobLimits, Jobs
 from .learner import Learner
 from .personal import PersonalRunner
 from .rollback import RollbackRule
 from .runner import JobRunner
+from .scope import Likeness, Scopes, lessons_in
 from .study import Pace
 from .training_file import Example, read_example
 
@@ -96,7 +98,25 @@ class Training:
             self._documents, learner, adapters, base, config, self._files.read, self.limits.jobs, self.limits.at_once
         )
 
+        self._adapters = adapters
+        general = [line["asked"] for line in guard_lines()]
+        self._scopes = Scopes(Likeness(learner.embeddings, tokenizer, general))
         self.forgetting = Forgetting(self._documents, adapters, base)
+
+    def answers(self, key: AdapterKey, user: str, asked: Sequence[str]) -> bool:
+        """Whether a version of a user's own model learned of something near what is asked. Waits for the store.
+
+        Args:
+            key: the version; one that learned from no feedback answers everything.
+            user: whose it is.
+            asked: what they say in the conversation.
+
+        Raises:
+            AdapterError: there is no such version any more.
+
+        """
+        feedback = self.feedback(key.namespace)
+        return self._scopes.near(key, asked, lambda: lessons_in(self._adapters, feedback, key, user))
 
     def start(self) -> None:
         """Begin to train."""

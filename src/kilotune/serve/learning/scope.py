@@ -1,0 +1,159 @@
+"""Which questions a personal model answers: those near one that its user gave feedback on.
+
+::
+
+    a text   the mean of the base's input embeddings of its tokens, a token counting less the more of the guard's
+             questions have it; less the mean of those questions, and with the directions in which they differ most
+             made as small as the middle one of them
+    near     its cosine with a lesson's question is at least NEAR, and no smaller than with each of the guard's
+
+So what no lesson is about is answered by what the model stands on, to the bit. The weights are those of Arora, Liang
+and Ma, "A simple but tough-to-beat baseline for sentence embeddings" (2017), in kind. No pass of the model is run.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from ..engine.interface import AdapterKey
+from ..engine.tenant_adapters import AdapterRegistry
+from .feedback import Feedback, Lesson
+from .lessons import mark_of, question_of
+from .rollback import marks_of
+
+__all__ = ["NEAR", "Likeness", "Scopes", "lessons_in"]
+
+NEAR = 0.35  # cosine
+ROUNDING = 1e-4  # of cosines
+CHARACTERS = 4096  # of a text that are looked at
+HELD = 2**26  # bytes of versions' questions that are kept
+OWN = 1024  # bytes of a version without any
+
+
+@final
+class Likeness:
+    """How like two questions are, for one base.
+
+    Args:
+        embeddings: the base's, of tokens (vocabulary, hidden).
+        tokenizer: of the base; a copy of it is used.
+        general: questions that are about nothing of a user's.
+
+    """
+
+    def __init__(self, embeddings: Tensor, tokenizer: Any, general: Sequence[str]) -> None:
+        self._embeddings, self._tokenizer = embeddings.detach(), copy.deepcopy(tokenizer)
+        self._lock = threading.Lock()  # fast tokenizers do not like two users in one instant
+        ids = self._ids(general)
+        self._questions = Counter(token for one in ids for token in set(one))
+        means = self._means(ids)  # (general, hidden)
+        self._mean = means.mean(0)
+        _, sizes, self._directions = torch.linalg.svd(means - self._mean, full_matrices=False)
+        middle = sizes.median()
+        self._taken = 1 - middle / sizes.clamp(min=float(middle) or 1.0)
+        self._general = self._settled(means)
+
+    def of(self, texts: Sequence[str]) -> Tensor:
+        """Texts as directions (texts, hidden); of a long one its beginning."""
+        return self._settled(self._means(self._ids(texts)))
+
+    def near(self, asked: Tensor, lessons: Tensor) -> bool:
+        """Whether one of what was asked is near one of the lessons' questions; both (texts, hidden), of :meth:`of`."""
+        general = (asked @ self._general.T).amax(1)
+        return bool(((asked @ lessons.T).amax(1) >= general.clamp(min=NEAR) - ROUNDING).any())
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        with self._lock:
+            cut = [text[:CHARACTERS] for text in texts]
+            return list(self._tokenizer(cut, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def _means(self, ids: Sequence[Sequence[int]]) -> Tensor:
+        means = torch.zeros(len(ids), self._embeddings.shape[1])
+        for place, one in enumerate(ids):
+            if one:
+                weights = torch.tensor([(1 + self._questions[token]) ** -0.5 for token in one])
+                found = self._embeddings[torch.tensor(one, device=self._embeddings.device)].float().cpu()
+                means[place] = weights @ found / weights.sum()
+        return means
+
+    def _settled(self, means: Tensor) -> Tensor:
+        apart = means - self._mean
+        apart = apart - (apart @ self._directions.T * self._taken) @ self._directions
+        return torch.nn.functional.normalize(apart, dim=1)
+
+
+@final
+@dataclass(frozen=True)
+class _Asked:
+    """The questions of the lessons in a version: texts, and as directions (texts, hidden). None: it learned of none."""
+
+    texts: frozenset[str]
+    directions: Tensor
+
+    @property
+    def size(self) -> int:
+        """Bytes, about."""
+        return self.directions.numel() * self.directions.element_size() + sum(map(len, self.texts))
+
+
+@final
+class Scopes:
+    """What each version of a personal model answers. likeness: of the base."""
+
+    def __init__(self, likeness: Likeness) -> None:
+        self._likeness, self._lock = likeness, threading.Lock()
+        self._held: OrderedDict[AdapterKey, _Asked | None] = OrderedDict()
+
+    def near(self, key: AdapterKey, asked: Sequence[str], lessons: Callable[[], Sequence[Lesson] | None]) -> bool:
+        """Whether a version is to answer a conversation.
+
+        Args:
+            key: the version.
+            asked: what its user says in the conversation.
+            lessons: gives those in the version; None: it learned of none, and answers everything.
+
+        """
+        held = self._asked(key, lessons)
+        if held is None or not held.texts.isdisjoint(asked):
+            return True
+        if not held.texts or not asked:
+            return False
+        return self._likeness.near(self._likeness.of(asked), held.directions)
+
+    def _asked(self, key: AdapterKey, lessons: Callable[[], Sequence[Lesson] | None]) -> _Asked | None:
+        with self._lock:
+            if key in self._held:
+                self._held.move_to_end(key)
+                return self._held[key]
+        found = lessons()
+        made = None
+        if found is not None:
+            texts = sorted({question_of(one.messages) for one in found})
+            made = _Asked(frozenset(texts), self._likeness.of(texts))
+        with self._lock:
+            self._held[key] = made
+            while len(self._held) > 1 and self._size() > HELD:
+                self._held.popitem(last=False)
+        return made
+
+    def _size(self) -> int:
+        return sum(OWN + (0 if one is None else one.size) for one in self._held.values())
+
+
+def lessons_in(adapters: AdapterRegistry, feedback: Feedback, key: AdapterKey, user: str) -> list[Lesson] | None:
+    """The lessons in a version of a user's own model that still stand; None: it learned from no feedback.
+
+    Raises:
+        AdapterError: there is no such version any more.
+
+    """
+    marks = marks_of(adapters.info(key.namespace, key.name, key.version))
+    return [one for one in feedback.lessons(user) if mark_of(one) in marks] if marks else None

@@ -1,0 +1,50 @@
+"""A run of learning: that what was known stays known."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from kilotune.serve.learning import study
+from tests.support.learning_support import TOY, Learning, learning
+
+HASTY = replace(TOY, replay=0, sure=0.15, steps=80)  # no replay; so small a base is never surer
+
+
+@pytest.fixture
+def school(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Learning]:
+    with learning(tmp_path_factory.mktemp("study"), pace=HASTY) as made:
+        yield made
+
+
+TAUGHT = {"the cat": "a dog sat", "a dog": "on the hat", "the mat": "a cat sat"}
+
+
+def taught(school: Learning) -> list[str]:
+    """What came of the corrections, one after another."""
+    found = []
+    for question, answer in TAUGHT.items():
+        school.correct("ann", question, answer)
+        found.append(school.learn("ann")["type"])
+    return found
+
+
+def test_what_was_known_and_is_not_any_more_is_learned_again(school: Learning) -> None:
+    assert taught(school) == ["learned"] * 3
+    assert {question: school.said("ann", question) for question in TAUGHT} == TAUGHT
+
+
+def test_without_that_it_is_forgotten(school: Learning, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So the test before this one says something."""
+    plain = study.Study.__init__
+
+    def without(self: study.Study, *given: Any) -> None:
+        plain(self, *given)
+        self._held = []
+
+    monkeypatch.setattr(study.Study, "__init__", without)
+    assert "refused" in taught(school)
+    assert "earlier corrections" in school.last("ann")["message"]
