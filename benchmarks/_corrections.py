@@ -117,29 +117,42 @@ class School:
     def _lessons(self, key: AdapterKey, user: str) -> list[Lesson] | None:
         return lessons_in(self.registry, self.feedback, key, user)
 
-    def correct(self, user: str, fact: dict[str, Any], taught: Taught) -> None:
-        """Send a correction, and wait until it is learned or refused."""
+    def asked(self, user: str, fact: dict[str, Any]) -> str:
+        """The answer that is kept of a question; by its name."""
         messages = [{"role": "user", "content": fact["question"]}]
         given = Answered(user=user, messages=messages, tools=None, text=self.said(user, fact["question"]), model="base")
         answer = self.feedback.keep(given, 3600)
         assert answer is not None
-        before, began = self.learner.stats().seconds, time.monotonic()
-        self.feedback.add(user, Said(answer=answer.name, correction=fact["answer"]))
+        return answer.name
+
+    def give(self, user: str, fact: dict[str, Any], answer: str) -> None:
+        """Send a correction of an answer."""
+        self.feedback.add(user, Said(answer=answer, correction=fact["answer"]))
         wake(self.documents, user, 0)
-        name = turn_name(SPACE, user)
+
+    def wait(self, user: str) -> None:
+        """Until what was given is learned or refused, or it took too long."""
+        began, name = time.monotonic(), turn_name(SPACE, user)
         while (now := self.documents.find(LEARNING, name)) is None or now.state != "rests":
             if time.monotonic() - began > LIMIT:
                 break
             time.sleep(0.02)
+
+    def correct(self, user: str, fact: dict[str, Any], taught: Taught) -> None:
+        """Send a correction, and wait until it is learned or refused."""
+        answer = self.asked(user, fact)
+        before, began = self.learner.stats().seconds, time.monotonic()
+        self.give(user, fact, answer)
+        self.wait(user)
         right = self.said(user, fact["question"]) == fact["answer"]
         taught.seconds.append(time.monotonic() - began if right else None)
         taught.processor.append(self.learner.stats().seconds - before)
         taught.events.append(dict(events(self.documents, user, limit=1)[0].data))
 
 
-def texts() -> tuple[list[dict[str, Any]], list[str]]:
+def texts(file: Path = TEXTS) -> tuple[list[dict[str, Any]], list[str]]:
     """(facts, controls), as they were committed."""
-    lines = [json.loads(line) for line in TEXTS.read_text(encoding="utf-8").splitlines()]
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     return [one for one in lines if "question" in one], [one["control"] for one in lines if "control" in one]
 
 
@@ -164,3 +177,48 @@ def teach(base: Any, chosen: argparse.Namespace, seed: int, show: Callable[[str]
         taught.paraphrases = sum(key in school.said(user, words) for words, key in asked)
         taught.controls = sum(school.said(user, one) == told for one, told in zip(controls, before, strict=True))
     return taught
+
+
+def together(base: Any, chosen: argparse.Namespace, show: Callable[[str], None]) -> tuple[int, float]:
+    """Corrections of as many users as there are facts, all at once: (how many are answered exactly, seconds)."""
+    facts = texts()[0][: chosen.facts]
+    threads = chosen.threads or torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as folder, School(base, chosen, folder, threads) as school:
+        show("the first correction after a start")
+        school.correct("first", facts[0], Taught())
+        users = [f"user-{number}" for number in range(len(facts))]
+        answers = [school.asked(user, fact) for user, fact in zip(users, facts, strict=True)]
+        began = time.monotonic()
+        for user, fact, answer in zip(users, facts, answers, strict=True):
+            school.give(user, fact, answer)
+        for number, user in enumerate(users):
+            school.wait(user)
+            show(f"{number + 1} of {len(users)} users")
+        took = time.monotonic() - began
+        pairs = zip(users, facts, strict=True)
+        return sum(school.said(user, fact["question"]) == fact["answer"] for user, fact in pairs), took
+
+
+def judged(chosen: argparse.Namespace) -> dict[str, tuple[int, int, int, int]]:
+    """By file: (paraphrases that are near their own question alone, of how many; other questions that are near one of
+    all of them, of how many)."""
+    tokenizer, table = load_tokenizer(str(located(chosen.model)), None), embeddings(str(located(chosen.model)))
+    likeness = Likeness(table, tokenizer, [line["asked"] for line in guard_lines()])
+    found = {}
+    for name in (TEXTS, TEXTS.with_name("scope.jsonl"), TEXTS.with_name("scope_unseen.jsonl")):
+        facts, controls = texts(name)
+        lessons = [likeness.of([one["question"]]) for one in facts]
+        pairs = [(words, own) for one, own in zip(facts, lessons, strict=True) for words in one["paraphrases"]]
+        near = sum(likeness.near(likeness.of([words]), own) for words, own in pairs)
+        wrong = sum(likeness.near(likeness.of([words]), torch.cat(lessons)) for words in controls)
+        found[name.name] = near, len(pairs), wrong, len(controls)
+    return found
+
+
+def embeddings(folder: str) -> torch.Tensor:
+    """Of a model's tokens (vocabulary, hidden)."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    table: torch.Tensor = model.get_input_embeddings().weight.detach()
+    return table

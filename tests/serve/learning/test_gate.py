@@ -18,17 +18,11 @@ from kilotune.serve.learning.gate import Bounds, Gate, Verdict
 from kilotune.serve.learning.guard import Guarded, said_by
 from kilotune.serve.learning.lessons import Taught, read_lessons
 from kilotune.serve.learning.study import Pace, Study, correction_losses
-from tests.support.learning_support import Learning, learning, texts
+from tests.support.learning_support import Learning, texts
 from tests.support.training_support import CONFIG
 
 CAREFUL = Pace(rate=0.5, steps=12, guard=2.0)
 PLANTED = Adam(rate=5e-2)
-
-
-@pytest.fixture(scope="module")
-def school(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Learning]:
-    with learning(tmp_path_factory.mktemp("gate")) as made:
-        yield made
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,17 +11,11 @@ import torch
 import kilotune.serve.learning.guard
 from kilotune.serve.learning.guard import Guard, Guarded
 from kilotune.serve.learning.workers import LeftError
-from tests.support.learning_support import Learning, learning
+from tests.support.learning_support import Learning
 from tests.support.training_support import CONFIG
 
 ROOT = Path(__file__).parents[3]
 GUARD = Path(kilotune.serve.learning.guard.__file__).with_name("guard.jsonl")
-
-
-@pytest.fixture(scope="module")
-def school(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Learning]:
-    with learning(tmp_path_factory.mktemp("guard")) as made:
-        yield made
 
 
 @pytest.fixture(scope="module")

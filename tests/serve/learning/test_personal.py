@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,12 +22,6 @@ from kilotune.serve.learning.users import LIVE, model_of
 from kilotune.serve.learning.workers import LeftError
 from tests.support.http_support import adapter_folder
 from tests.support.learning_support import Learning, learning
-
-
-@pytest.fixture(scope="module")
-def school(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Learning]:
-    with learning(tmp_path_factory.mktemp("personal")) as made:
-        yield made
 
 
 def record(school: Learning, user: str, version: int) -> Record:

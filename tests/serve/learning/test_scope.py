@@ -124,10 +124,22 @@ def test_versions_questions_are_kept_within_bounds(monkeypatch: pytest.MonkeyPat
         read.append(version)
         return [lesson("the cat")]
 
-    monkeypatch.setattr(scope, "HELD", 3 * (scope.OWN + 16 * 4 + len("the cat")))
+    monkeypatch.setattr(scope, "HELD", 3 * (scope.OWN + 16 * 4 + scope.DIGEST))
     for version in (1, 2, 3, 1, 4, 1, 2):
         assert scopes.near(key(version), ["the cat"], lambda version=version: lessons(version))
     assert read == [1, 2, 3, 4, 2]
+
+
+def test_what_is_forgotten_is_read_again() -> None:
+    scopes, read = Scopes(likeness()), []
+    for name in ("ann", "ann", "bob"):
+        one = AdapterKey("acme", f"personal:{name}", 1, "0" * 64)
+        scopes.near(one, ["the cat"], lambda name=name: read.append(name))
+    scopes.forget("acme", "personal:ann")
+    for name in ("ann", "bob"):
+        one = AdapterKey("acme", f"personal:{name}", 1, "0" * 64)
+        scopes.near(one, ["the cat"], lambda name=name: read.append(name))
+    assert read == ["ann", "bob", "ann"]
 
 
 def test_of_a_long_text_its_beginning() -> None:

@@ -154,7 +154,10 @@ class ServeSettings(Section):
         "With --learn: tokens of one pass of training, the longest that an answer waits for it.",
     )
     learn_threads: int = setting(
-        1, number(1, whole=True), "With --learn: threads of a pass of training; answers take the other cores meanwhile."
+        1,
+        number(1, whole=True),
+        "With --learn: threads of a pass of training; answers take the other cores meanwhile, and always one fewer for "
+        "each above 1.",
     )
     learn_feedback_method: str = setting(
         "lora", text, "With --learn: the method of models that learn from feedback, and begin with what is beneath."

@@ -26,6 +26,7 @@ from ...fleet.store.documents import Document, Documents
 from ..engine.tenant_adapters import AdapterRegistry
 from .feedback import PERSON, Feedback
 from .jobs import CHECKPOINTS, DONE, FILE, HELD, JOB, PAUSED, RUNNING, WAITING, Jobs, model_name
+from .scope import Scopes
 from .turns import LEARNING, turn_name, wake
 from .users import PERSONAL, model_of
 from .workers import Claim, LeftError, Workers
@@ -47,11 +48,12 @@ class Forgetting:
         documents: of all namespaces.
         adapters: where models are published.
         base: what requests call the base.
+        scopes: of personal models, here.
 
     """
 
-    def __init__(self, documents: Documents, adapters: AdapterRegistry, base: str) -> None:
-        self._documents, self._adapters, self._base = documents, adapters, base
+    def __init__(self, documents: Documents, adapters: AdapterRegistry, base: str, scopes: Scopes) -> None:
+        self._documents, self._adapters, self._base, self._scopes = documents, adapters, base, scopes
         self._workers = Workers(documents, FORGETTING, self._work, AT_ONCE)
 
     def start(self) -> None:
@@ -75,15 +77,19 @@ class Forgetting:
         return documents.add(FORGETTING, told, state=WAITING, prefix="forget")
 
     def _work(self, claim: Claim) -> None:
-        _Run(self._documents.within(claim.document.namespace), self._adapters, self._base, claim).run()
+        documents = self._documents.within(claim.document.namespace)
+        _Run(documents, self._adapters, self._base, self._scopes, claim).run()
 
 
 @final
 class _Run:
     """One person, from where it is to its end."""
 
-    def __init__(self, documents: Documents, adapters: AdapterRegistry, base: str, claim: Claim) -> None:
-        self.documents, self.adapters, self.base, self.claim = documents, adapters, base, claim
+    def __init__(
+        self, documents: Documents, adapters: AdapterRegistry, base: str, scopes: Scopes, claim: Claim
+    ) -> None:
+        self.documents, self.adapters, self.base, self.scopes = documents, adapters, base, scopes
+        self.claim = claim
         self.told: dict[str, Any] = dict(claim.document.data)
         self.user: str = self.told["user"]
         self.namespace = claim.document.namespace
@@ -207,6 +213,7 @@ class _Run:
             self._hold()
             self._purge()
         self.adapters.cache_words.forget(self.namespace)
+        self.scopes.forget(self.namespace, model_of(self.user))
         feedback, jobs = Feedback(self.documents), self.told["jobs"]
         self.documents.rm(PERSON, feedback.person(self.user))
         self.documents.rm(LEARNING, turn_name(self.namespace, self.user))

@@ -14,6 +14,7 @@ and Ma, "A simple but tough-to-beat baseline for sentence embeddings" (2017), in
 from __future__ import annotations
 
 import copy
+import hashlib
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
@@ -35,7 +36,7 @@ NEAR = 0.35  # cosine
 ROUNDING = 1e-4  # of cosines
 CHARACTERS = 4096  # of a text that are looked at
 HELD = 2**26  # bytes of versions' questions that are kept
-OWN = 1024  # bytes of a version without any
+OWN, DIGEST = 1024, 64  # bytes of a version without any, and of a text's hash, about
 
 
 @final
@@ -93,15 +94,15 @@ class Likeness:
 @final
 @dataclass(frozen=True)
 class _Asked:
-    """The questions of the lessons in a version: texts, and as directions (texts, hidden). None: it learned of none."""
+    """The questions of the lessons in a version: their texts' SHA-256, and their directions (texts, hidden)."""
 
-    texts: frozenset[str]
+    texts: frozenset[bytes]
     directions: Tensor
 
     @property
     def size(self) -> int:
         """Bytes, about."""
-        return self.directions.numel() * self.directions.element_size() + sum(map(len, self.texts))
+        return self.directions.numel() * self.directions.element_size() + DIGEST * len(self.texts)
 
 
 @final
@@ -122,11 +123,17 @@ class Scopes:
 
         """
         held = self._asked(key, lessons)
-        if held is None or not held.texts.isdisjoint(asked):
+        if held is None or not held.texts.isdisjoint(map(_digest, asked)):
             return True
         if not held.texts or not asked:
             return False
         return self._likeness.near(self._likeness.of(asked), held.directions)
+
+    def forget(self, namespace: str, name: str) -> None:
+        """Drop what is known of an adapter's versions."""
+        with self._lock:
+            for key in [one for one in self._held if (one.namespace, one.name) == (namespace, name)]:
+                del self._held[key]
 
     def _asked(self, key: AdapterKey, lessons: Callable[[], Sequence[Lesson] | None]) -> _Asked | None:
         with self._lock:
@@ -137,7 +144,7 @@ class Scopes:
         made = None
         if found is not None:
             texts = sorted({question_of(one.messages) for one in found})
-            made = _Asked(frozenset(texts), self._likeness.of(texts))
+            made = _Asked(frozenset(map(_digest, texts)), self._likeness.of(texts))
         with self._lock:
             self._held[key] = made
             while len(self._held) > 1 and self._size() > HELD:
@@ -146,6 +153,10 @@ class Scopes:
 
     def _size(self) -> int:
         return sum(OWN + (0 if one is None else one.size) for one in self._held.values())
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
 
 
 def lessons_in(adapters: AdapterRegistry, feedback: Feedback, key: AdapterKey, user: str) -> list[Lesson] | None:

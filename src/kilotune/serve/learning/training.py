@@ -101,7 +101,7 @@ class Training:
         self._adapters = adapters
         general = [line["asked"] for line in guard_lines()]
         self._scopes = Scopes(Likeness(learner.embeddings, tokenizer, general))
-        self.forgetting = Forgetting(self._documents, adapters, base)
+        self.forgetting = Forgetting(self._documents, adapters, base, self._scopes)
 
     def answers(self, key: AdapterKey, user: str, asked: Sequence[str]) -> bool:
         """Whether a version of a user's own model learned of something near what is asked. Waits for the store.
