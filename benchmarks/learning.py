@@ -10,7 +10,8 @@ python benchmarks/learning.py [--model smollm2] [--streams 16] [--tokens 32] [--
   tokens without a pause, at each share of a core; in turns on one engine over one copy of the weights. Tokens a second,
   the time to the first token that 99 of 100 stay within, and how much of the processor training had.
 - **jobs**: ``--jobs`` jobs of 16 rows, four steps each, of as many namespaces, from created to published, on the model
-  of fleet.py; beside PEFT, one by one, from start to the adapter's tensors.
+  of fleet.py; beside PEFT, one by one, from start to the adapter's tensors. And beside the base alone, forward and
+  backward of the same rows in passes of the same size, which is what no way of mixing comes below.
 - **scope**: of corrections.jsonl, scope.jsonl and scope_unseen.jsonl (which nobody had looked at when the bound was
   chosen), how many paraphrases of a question a personal model answers that was taught that question, and how many
   other questions one answers that was taught all of them.
@@ -68,6 +69,7 @@ from kilotune.serve.twin import twin_of
 PROMPT, LEARNING = 32, 4
 CPU = torch.device("cpu")
 ALONE, TOY = "alone", "toy"
+PASS = 64  # jobs in a pass
 WORDS = ("scope", "users", "corrections")  # what is measured with questions
 
 
@@ -181,7 +183,7 @@ def _one(
 
 
 def jobs(chosen: argparse.Namespace, progress: Progress) -> Rounds:
-    """Seconds of a job, ours and PEFT's, in turns."""
+    """Seconds of a job, ours, PEFT's and the base's alone, in turns; and of ours what its passes took ("passes")."""
     words = argparse.Namespace(
         rows=4,
         steps=4,
@@ -193,16 +195,17 @@ def jobs(chosen: argparse.Namespace, progress: Progress) -> Rounds:
     )
     shape = Shape("llama", 128, 4)
     base, theirs = apart(lambda: [build(shape, words.length, CPU, torch.float32).eval() for _ in range(2)])
-    times, idle = Rounds({"jobs": [], "peft": []}), harness.Idleness()
+    times, idle = Rounds({"jobs": [], "passes": [], "peft": [], "base": []}), harness.Idleness()
     for number in range(chosen.rounds):
         progress.show(f"jobs: round {number + 1} of {chosen.rounds}")
-        runs: list[tuple[str, Callable[[], float]]] = [
-            ("jobs", lambda: _jobs(base, words, shape.vocabulary)),
-            ("peft", lambda: apart(lambda: _peft(theirs, words, shape.vocabulary))),
+        runs: list[Callable[[], dict[str, float]]] = [
+            lambda: _jobs(base, words, shape.vocabulary),
+            lambda: {"peft": apart(lambda: _peft(theirs, words, shape.vocabulary))},
+            lambda: {"base": apart(lambda: _base(theirs, words, shape.vocabulary))},
         ]
-        taken = {name: run() for name, run in (runs if number % 2 else reversed(runs))}
-        for name, seconds in taken.items():
-            times.seconds[name].append(seconds)
+        for run in runs if number % 2 else reversed(runs):
+            for name, seconds in run().items():
+                times.seconds[name].append(seconds)
         times.others = idle.others()
     progress.clear()
     return times
@@ -213,7 +216,20 @@ def _peft(model: Any, words: argparse.Namespace, vocabulary: int) -> float:
     return float(fleet.peft_users(model, words, vocabulary)[0] / words.peft_users)
 
 
-def _jobs(model: Any, words: argparse.Namespace, vocabulary: int) -> float:
+def _base(model: Any, words: argparse.Namespace, vocabulary: int) -> float:
+    """Forward and backward of the base alone, without any adapter, over the same rows in passes of the same size."""
+    compute_on(words.threads)
+    model.requires_grad_(False)
+    rows = torch.stack([row for number in range(words.users) for row in fleet.data_of(number, words, vocabulary)])
+    embedded = model.get_input_embeddings()
+    began = time.perf_counter()
+    for part in torch.split(rows, PASS * words.rows):
+        entering = embedded(part).requires_grad_()
+        model(inputs_embeds=entering, labels=part).loss.backward()
+    return (time.perf_counter() - began) / float(words.users)
+
+
+def _jobs(model: Any, words: argparse.Namespace, vocabulary: int) -> dict[str, float]:
     import copy
 
     base = copy.deepcopy(model)
@@ -229,11 +245,10 @@ def _jobs(model: Any, words: argparse.Namespace, vocabulary: int) -> float:
         registry = AdapterRegistry(f"sqlite:///{folder}/adapters.db", base)
         engine = TransformersEngine(base, None, registry)
         engine.start()
-        learner = Learner(
-            twin, registry, engine, LearningSettings(pass_tokens=64 * words.rows * words.length, threads=words.threads)
-        )
+        settings = LearningSettings(pass_tokens=PASS * words.rows * words.length, threads=words.threads)
+        learner = Learner(twin, registry, engine, settings)
         documents = Documents(store)
-        runner = JobRunner(documents, learner, registry, "toy", config, read, JobLimits(), at_once=64)
+        runner = JobRunner(documents, learner, registry, "toy", config, read, JobLimits(), at_once=PASS)
         learner.start()
         began = time.perf_counter()
         for name in rows:
@@ -245,7 +260,8 @@ def _jobs(model: Any, words: argparse.Namespace, vocabulary: int) -> float:
         runner.start()
         while (ended := documents.total(JOB, states=("succeeded", "failed"))[0]) < len(rows):
             time.sleep(0.02)
-        taken = (time.perf_counter() - began) / ended
+        taken = {"jobs": (time.perf_counter() - began) / ended}
+        taken["passes"] = learner.stats().seconds / words.threads / ended
         if documents.total(JOB, states=("failed",))[0]:
             raise AssertionError([job.data["error"] for job in documents.ls(JOB, state="failed", limit=3)])
         runner.stop()
@@ -359,7 +375,9 @@ def main(words: Sequence[str] | None = None) -> int:
     if chosen.only in (None, "jobs"):
         times = jobs(chosen, progress)
         ratio = times.ratio("jobs", "peft")
-        print(f"\n{chosen.jobs} jobs of 16 rows, {times}: time of a job over PEFT's {ratio}\n")
+        print(f"\n{chosen.jobs} jobs of 16 rows, {times}: time of a job over PEFT's {ratio}")
+        print(f"its passes of training, over all of it: {times.ratio('passes', 'jobs')}")
+        print(f"the base alone, forward and backward of the same rows, over PEFT's: {times.ratio('base', 'peft')}\n")
         bars.append(Bar("a job over PEFT", ratio and ratio.median, 1 / 3))
         body["jobs"] = times.seconds
     if chosen.only is None and chosen.model == TOY:

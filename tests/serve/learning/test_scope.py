@@ -111,6 +111,12 @@ def test_any_question_of_a_conversation_will_do() -> None:
     assert not scopes.near(key(), [], pytest.fail)
 
 
+def test_of_a_long_conversation_its_end() -> None:
+    scopes, far = Scopes(likeness()), ["what is the sea"] * scope.NEWEST
+    assert scopes.near(key(), ["the cat", *far[1:]], lambda: [lesson("the cat")])
+    assert not scopes.near(key(), ["the cat", *far], pytest.fail)
+
+
 def test_what_learned_of_no_feedback_answers_everything() -> None:
     scopes = Scopes(likeness())
     assert scopes.near(key(1), ["what is the sea"], lambda: None)

@@ -34,7 +34,7 @@ __all__ = ["NEAR", "Likeness", "Scopes", "lessons_in"]
 
 NEAR = 0.35  # cosine
 ROUNDING = 1e-4  # of cosines
-CHARACTERS = 4096  # of a text that are looked at
+CHARACTERS, NEWEST = 4096, 16  # of a text that are looked at; messages of a conversation
 HELD = 2**26  # bytes of versions' questions that are kept
 OWN, DIGEST = 1024, 64  # bytes of a version without any, and of a text's hash, about
 
@@ -118,11 +118,11 @@ class Scopes:
 
         Args:
             key: the version.
-            asked: what its user says in the conversation.
+            asked: what its user says in the conversation, of which the newest are looked at.
             lessons: gives those in the version; None: it learned of none, and answers everything.
 
         """
-        held = self._asked(key, lessons)
+        held, asked = self._asked(key, lessons), asked[-NEWEST:]
         if held is None or not held.texts.isdisjoint(map(_digest, asked)):
             return True
         if not held.texts or not asked:
