@@ -73,7 +73,7 @@ class School:
         self.documents = everyone.within(SPACE)
         self.feedback = Feedback(self.documents)
         general = [line["asked"] for line in guard_lines()]
-        self.scopes = Scopes(Likeness(self.learner.embeddings, self.tokenizer, general))
+        self.scopes = Scopes(Likeness(self.learner.embedding, self.tokenizer, general))
         self.runner = PersonalRunner(everyone, self.learner, self.registry, self.engine, config, self._make)
 
     def _make(self, given: Any, form: str) -> Example:
@@ -202,7 +202,7 @@ def together(base: Any, chosen: argparse.Namespace, show: Callable[[str], None])
 def judged(chosen: argparse.Namespace) -> dict[str, tuple[int, int, int, int]]:
     """By file: (paraphrases that are near their own question alone, of how many; other questions that are near one of
     all of them, of how many)."""
-    tokenizer, table = load_tokenizer(str(located(chosen.model)), None), embeddings(str(located(chosen.model)))
+    tokenizer, table = load_tokenizer(str(located(chosen.model)), None), embedding(str(located(chosen.model)))
     likeness = Likeness(table, tokenizer, [line["asked"] for line in guard_lines()])
     found = {}
     for name in (TEXTS, TEXTS.with_name("scope.jsonl"), TEXTS.with_name("scope_unseen.jsonl")):
@@ -215,10 +215,9 @@ def judged(chosen: argparse.Namespace) -> dict[str, tuple[int, int, int, int]]:
     return found
 
 
-def embeddings(folder: str) -> torch.Tensor:
-    """Of a model's tokens (vocabulary, hidden)."""
+def embedding(folder: str) -> torch.nn.Module:
+    """A model's, of tokens."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    table: torch.Tensor = model.get_input_embeddings().weight.detach()
-    return table
+    made: torch.nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).get_input_embeddings()
+    return made

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from torch import nn
 from transformers import AutoTokenizer
 
 from kilotune import bases
@@ -41,7 +42,7 @@ def embeddings(hidden: int = 16) -> torch.Tensor:
 
 
 def likeness() -> Likeness:
-    return Likeness(embeddings(), Tokenizer(), GENERAL)
+    return Likeness(nn.Embedding.from_pretrained(embeddings()), Tokenizer(), GENERAL)
 
 
 def by_hand(texts: Sequence[str]) -> np.ndarray:
@@ -155,7 +156,7 @@ def test_of_a_long_text_its_beginning() -> None:
 
 
 def test_equal_general_questions_take_nothing_more_than_their_own() -> None:
-    made = Likeness(embeddings(), Tokenizer(), ["what is the sea"] * 3)
+    made = Likeness(nn.Embedding.from_pretrained(embeddings()), Tokenizer(), ["what is the sea"] * 3)
     assert bool(torch.isfinite(made.of(["the cat", ""])).all())
     assert made.near(made.of(["the cat"]), made.of(["the cat"]))
 
@@ -176,7 +177,8 @@ def test_a_real_model_tells_other_words_from_other_questions() -> None:
         pytest.skip(f"SmolLM2 is not at hand: {error}")
     with safe_open(Path(folder) / "model.safetensors", "pt") as file:
         table = file.get_tensor("model.embed_tokens.weight")
-    made = Likeness(table, AutoTokenizer.from_pretrained(folder), [one["asked"] for one in guard_lines()])
+    general = [one["asked"] for one in guard_lines()]
+    made = Likeness(nn.Embedding.from_pretrained(table), AutoTokenizer.from_pretrained(folder), general)
     lines = [json.loads(line) for line in (ROOT / "benchmarks" / "corrections.jsonl").read_text().splitlines()]
     lessons = made.of([one["question"] for one in lines if "question" in one])
     near = [made.near(made.of([words]), lessons) for one in lines for words in one.get("paraphrases", ())]

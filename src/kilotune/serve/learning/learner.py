@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar, cast, final
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..._ui.sizes import readable_bytes
 from ...config import AdapterConfig
@@ -116,7 +116,7 @@ class Learner:
         cores: of the engine, where it shares them.
 
     Attributes:
-        embeddings: of the twin's tokens (vocabulary, hidden).
+        embedding: the twin's, of tokens, without adapters.
 
     """
 
@@ -130,7 +130,7 @@ class Learner:
     ) -> None:
         self.settings = settings or LearningSettings()
         self._adapters, self._engine = adapters, engine
-        self.embeddings: Tensor = cast(Any, twin).get_input_embeddings().weight.detach()
+        self.embedding: nn.Module = cast(Any, twin).get_input_embeddings()
         self._stepper = Stepper(twin, tokens=self.settings.pass_tokens)
         self._share = Share(self.settings.share)
         self._cores = Cores() if cores is None else cores

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..engine.interface import AdapterKey
 from ..engine.tenant_adapters import AdapterRegistry
@@ -44,14 +44,15 @@ class Likeness:
     """How like two questions are, for one base.
 
     Args:
-        embeddings: the base's, of tokens (vocabulary, hidden).
+        embedding: the base's, of tokens: numbers (tokens,) to (tokens, hidden).
         tokenizer: of the base; a copy of it is used.
         general: questions that are about nothing of a user's.
 
     """
 
-    def __init__(self, embeddings: Tensor, tokenizer: Any, general: Sequence[str]) -> None:
-        self._embeddings, self._tokenizer = embeddings.detach(), copy.deepcopy(tokenizer)
+    def __init__(self, embedding: nn.Module, tokenizer: Any, general: Sequence[str]) -> None:
+        self._embedding, self._tokenizer = embedding, copy.deepcopy(tokenizer)
+        self._device = next(embedding.parameters()).device
         self._lock = threading.Lock()  # fast tokenizers do not like two users in one instant
         ids = self._ids(general)
         self._questions = Counter(token for one in ids for token in set(one))
@@ -77,13 +78,14 @@ class Likeness:
             return list(self._tokenizer(cut, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _means(self, ids: Sequence[Sequence[int]]) -> Tensor:
-        means = torch.zeros(len(ids), self._embeddings.shape[1])
-        for place, one in enumerate(ids):
-            if one:
-                weights = torch.tensor([(1 + self._questions[token]) ** -0.5 for token in one])
-                found = self._embeddings[torch.tensor(one, device=self._embeddings.device)].float().cpu()
-                means[place] = weights @ found / weights.sum()
-        return means
+        return torch.stack([self._mean_of(one) for one in ids])
+
+    @torch.no_grad()
+    def _mean_of(self, ids: Sequence[int]) -> Tensor:
+        """(hidden,); of no tokens 0."""
+        weights = torch.tensor([(1 + self._questions[token]) ** -0.5 for token in ids])
+        found: Tensor = self._embedding(torch.tensor(ids, dtype=torch.long, device=self._device))
+        return weights @ found.float().cpu() / weights.sum().clamp(min=1e-9)
 
     def _settled(self, means: Tensor) -> Tensor:
         apart = means - self._mean
@@ -144,7 +146,8 @@ class Scopes:
         made = None
         if found is not None:
             texts = sorted({question_of(one.messages) for one in found})
-            made = _Asked(frozenset(map(_digest, texts)), self._likeness.of(texts))
+            directions = self._likeness.of(texts) if texts else torch.empty(0, 0)
+            made = _Asked(frozenset(map(_digest, texts)), directions)
         with self._lock:
             self._held[key] = made
             while len(self._held) > 1 and self._size() > HELD:

@@ -100,7 +100,7 @@ class Training:
 
         self._adapters = adapters
         general = [line["asked"] for line in guard_lines()]
-        self._scopes = Scopes(Likeness(learner.embeddings, tokenizer, general))
+        self._scopes = Scopes(Likeness(learner.embedding, tokenizer, general))
         self.forgetting = Forgetting(self._documents, adapters, base, self._scopes)
 
     def answers(self, key: AdapterKey, user: str, asked: Sequence[str]) -> bool:
