@@ -48,3 +48,15 @@ def test_without_that_it_is_forgotten(school: Learning, monkeypatch: pytest.Monk
     monkeypatch.setattr(study.Study, "__init__", without)
     assert "refused" in taught(school)
     assert "earlier corrections" in school.last("ann")["message"]
+
+
+@pytest.mark.parametrize(("likely", "surely"), [(0.0, False), (1.0, True)])
+def test_a_correction_is_learned_until_other_words_have_its_answer_too(
+    tmp_path_factory: pytest.TempPathFactory, likely: float, surely: bool
+) -> None:
+    """No answer of this base's has a probability of 1, so with that all steps are made."""
+    with learning(tmp_path_factory.mktemp("likely"), pace=replace(HASTY, likely=likely)) as school:
+        school.correct("ann", "the cat sat on a mat", "a dog")
+        event = school.learn("ann")
+        assert (event["data"]["steps"] == HASTY.steps) == surely, event
+        assert school.said("ann", "the cat sat on a mat") == "a dog"

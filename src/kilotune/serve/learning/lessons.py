@@ -27,7 +27,7 @@ __all__ = ["MARK", "Maker", "Marks", "Taught", "Unread", "current", "mark_of", "
 
 MARK = 12  # hexadecimal digits of a lesson's mark
 REWORDED = 4  # forms of a question in other words
-LEFT_OUT = 0.35  # of a question's words
+LEFT_OUT = 0.5  # of a question's words
 WORDS = range(4, 65)  # of a question that is put in other words
 Maker = Callable[[Mapping[str, Any], str], Example]
 """(what a line of a training file says, its form) -> its rows; raises ConfigError."""

@@ -20,6 +20,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any, final
 
+from torch import Tensor
+
 from ...config import AdapterConfig
 from ...fleet.joint.settings import FleetSettings
 from ...fleet.stepper.adam import Adam
@@ -53,6 +55,7 @@ class Pace:
         beta: of both.
         pair_every: in which steps the given answer of a correction is learned to be the worse one.
         sure: a correction is known when each of its tokens is at least so likely; above 0.5, it is the greedy answer.
+        likely: and, in a step, each of the answer's to its question in other words at least so.
         steps: at most, for ``batch`` lessons; as many more for each further one as their share.
 
     """
@@ -68,6 +71,7 @@ class Pace:
     beta: float = 0.1
     pair_every: int = 4
     sure: float = 0.7
+    likely: float = 0.4
     steps: int = 80
 
     def everywhere(self) -> Pace:
@@ -171,7 +175,9 @@ class Study:
         own = [*corrections, *replayed[:cut]]
         own += [one for one in replayed[cut:] if not one.reworded]
         if rows := [*(one.rows[0] for one in own), *self._others(corrections, replayed[cut:])]:
-            self._note(own, self._submit(rows, Supervised(), 1.0).result())
+            scored = self._submit(rows, Supervised(), 1.0).result()
+            self._note(own, scored)
+            self._doubt(corrections, rows[len(own) :], scored.logprobs[len(own) :])
             if len(corrections) == len(self._fresh) and self._all_known():
                 return True  # before the guard is run
         pairs = [*by_kind["choice"], *(one for one in corrections if self._pairs(one))]
@@ -194,6 +200,13 @@ class Study:
         """Of a step, rows of questions in other words: of each that is to be learned, and of those replayed."""
         again = [one for one in corrections for _ in range(self._pace.reworded)]
         return [self._draws.choice(one.reworded) for one in (*again, *replayed) if one.reworded]
+
+    def _doubt(self, corrections: Sequence[Taught], rows: Sequence[Row], told: Sequence[Tensor]) -> None:
+        """Those of whose questions in other words, which come first among these rows, the answer is not likely."""
+        again = [one for one in corrections if one.reworded for _ in range(self._pace.reworded)]
+        for one, row, each in zip(again, rows, told, strict=False):
+            if not bool((each.exp() >= self._pace.likely)[_labelled(row)].all()):
+                self._learnt[one.mark] = False
 
     def _pairs(self, one: Taught) -> bool:
         return len(one.rows) == 2 and self._times[one.mark] % self._pace.pair_every == 1
