@@ -24,11 +24,10 @@ from kilotune.model.last_blocks import in_last_blocks
 from kilotune.serve.engine.continuous_batching import TransformersEngine
 from kilotune.serve.engine.interface import AdapterKey, Generation, Sampling, Token
 from kilotune.serve.engine.tenant_adapters import AdapterRegistry
-from kilotune.serve.learning.feedback import Answered, Feedback, FeedbackRules, Lesson, Said
-from kilotune.serve.learning.guard import guard_lines
+from kilotune.serve.learning.feedback import Answered, Feedback, FeedbackRules, Said
 from kilotune.serve.learning.learner import Learner, LearningSettings
 from kilotune.serve.learning.personal import PersonalRunner
-from kilotune.serve.learning.scope import Likeness, Scopes, lessons_in
+from kilotune.serve.learning.scope import Likeness, Scopes, Standing, general_questions, lessons_in
 from kilotune.serve.learning.training_file import Example, read_example
 from kilotune.serve.learning.turns import LEARNING, events, turn_name, wake
 from kilotune.serve.learning.users import LIVE, model_of
@@ -72,8 +71,7 @@ class School:
         everyone = Documents(self.store)
         self.documents = everyone.within(SPACE)
         self.feedback = Feedback(self.documents)
-        general = [line["asked"] for line in guard_lines()]
-        self.scopes = Scopes(Likeness(self.learner.embedding, self.tokenizer, general))
+        self.scopes = Scopes(Likeness(self.learner.embedding, self.tokenizer, general_questions()))
         self.runner = PersonalRunner(everyone, self.learner, self.registry, self.engine, config, self._make)
 
     def _make(self, given: Any, form: str) -> Example:
@@ -114,7 +112,7 @@ class School:
         except AdapterError:
             return None
 
-    def _lessons(self, key: AdapterKey, user: str) -> list[Lesson] | None:
+    def _lessons(self, key: AdapterKey, user: str) -> Standing | None:
         return lessons_in(self.registry, self.feedback, key, user)
 
     def asked(self, user: str, fact: dict[str, Any]) -> str:
@@ -202,8 +200,10 @@ def together(base: Any, chosen: argparse.Namespace, show: Callable[[str], None])
 def judged(chosen: argparse.Namespace) -> dict[str, tuple[int, int, int, int]]:
     """By file: (paraphrases that are near their own question alone, of how many; other questions that are near one of
     all of them, of how many)."""
-    tokenizer, table = load_tokenizer(str(located(chosen.model)), None), embedding(str(located(chosen.model)))
-    likeness = Likeness(table, tokenizer, [line["asked"] for line in guard_lines()])
+    folder = str(located(chosen.model))
+    likeness = Likeness(embedding(folder), load_tokenizer(folder, None), general_questions())
+    everything: list[dict[str, Any]] = []
+    others: list[str] = []
     found = {}
     for name in (TEXTS, TEXTS.with_name("scope.jsonl"), TEXTS.with_name("scope_unseen.jsonl")):
         facts, controls = texts(name)
@@ -212,6 +212,10 @@ def judged(chosen: argparse.Namespace) -> dict[str, tuple[int, int, int, int]]:
         near = sum(likeness.near(likeness.of([words]), own) for words, own in pairs)
         wrong = sum(likeness.near(likeness.of([words]), torch.cat(lessons)) for words in controls)
         found[name.name] = near, len(pairs), wrong, len(controls)
+        everything, others = everything + facts, others + controls
+    lessons = [likeness.of([one["question"] for one in everything])]
+    wrong = sum(likeness.near(likeness.of([words]), lessons[0]) for words in others)
+    found["all together"] = 0, 0, wrong, len(others)
     return found
 
 

@@ -342,7 +342,10 @@ def with_words(chosen: argparse.Namespace, progress: Progress, body: dict[str, A
     bars = []
     if chosen.only in (None, "scope"):
         body["scope"] = judged(chosen)
-        rows = [[name, f"{one[0]} of {one[1]}", f"{one[2]} of {one[3]}"] for name, one in body["scope"].items()]
+        rows = [
+            [name, f"{one[0]} of {one[1]}" if one[1] else "", f"{one[2]} of {one[3]}"]
+            for name, one in body["scope"].items()
+        ]
         print("\n" + harness.table(["questions", "paraphrases answered", "others answered"], rows) + "\n")
     if chosen.only in (None, "users"):
         right, took = together(base_of(chosen.model), chosen, progress.show)

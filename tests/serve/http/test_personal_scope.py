@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import openai
 import pytest
 
 from kilotune.serve.learning.training import TrainingLimits
@@ -73,8 +74,21 @@ def test_texts_and_responses_are_judged_too(running: Running) -> None:
         assert text("ann", "personal", prompt) == text("plain", BASE, prompt)
     own = text("ann", "personal:ann", TAUGHT)
     assert text("ann", "personal", TAUGHT) == own != text("plain", BASE, TAUGHT)
+    for prompt in ([TAUGHT, TAUGHT], [FAR, FAR]):
+        assert text("ann", "personal", prompt) == text("ann", "personal", prompt[0])
+    with pytest.raises(openai.BadRequestError, match="one by one"):
+        text("ann", "personal", [TAUGHT, FAR])
     made = running.openai("ann").responses.create(model="personal", input=FAR, max_output_tokens=8, temperature=0)
     assert made.output_text == said(plain, BASE, FAR)
+
+
+def test_a_conversation_without_a_user_is_judged_by_its_last_message(running: Running) -> None:
+    rules(running)
+    messages = [{"role": "system", "content": TAUGHT}]
+    body = {"model": "personal", "messages": messages, "max_tokens": 8, "temperature": 0}
+    made = call(running, "ann", "POST", "/v1/chat/completions", json=body).json()["choices"][0]
+    plain = call(running, "ann", "POST", "/v1/chat/completions", json={**body, "model": "personal:ann"}).json()
+    assert made["message"] == plain["choices"][0]["message"]
 
 
 def test_by_its_own_name_it_answers_everything(running: Running) -> None:

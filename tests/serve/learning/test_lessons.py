@@ -89,6 +89,20 @@ def test_a_correction_is_also_the_answer_to_its_question_in_other_words() -> Non
     assert lesson.messages == [{"role": "user", "content": " ".join(words)}]
 
 
+def test_other_words_have_the_last_answer_alone() -> None:
+    """What was answered before in the conversation may be as wrong as what was corrected."""
+    chat = [
+        {"role": "user", "content": "the cat"},
+        {"role": "assistant", "content": "on the hat"},
+        {"role": "user", "content": "a dog sat on the mat"},
+    ]
+    ((one,), _) = read(replace(LESSON, messages=chat))
+    assert one.reworded
+    for row in one.reworded:
+        assert learned(row) == learned(one.rows[0])
+        assert "on the hat" in asked_in(row)
+
+
 @pytest.mark.parametrize("count", [1, 3, 65])
 def test_questions_of_few_or_very_many_words_are_learned_as_they_are(count: int) -> None:
     ((one,), _) = read(replace(LESSON, messages=[{"role": "user", "content": " ".join(["cat"] * count)}]))

@@ -21,9 +21,8 @@ from kilotune.errors import ConfigError
 from kilotune.serve.engine.interface import AdapterKey
 from kilotune.serve.learning import scope
 from kilotune.serve.learning.feedback import Lesson
-from kilotune.serve.learning.guard import guard_lines
 from kilotune.serve.learning.lessons import question_of
-from kilotune.serve.learning.scope import NEAR, Likeness, Scopes
+from kilotune.serve.learning.scope import NEAR, Likeness, Scopes, Standing, general_questions
 from tests.support.paths import ROOT
 
 WORDS = ["the", "a", "cat", "dog", "mat", "hat", "sat", "on", "what", "is", "sea", "blue", "red"]
@@ -33,8 +32,8 @@ GENERAL = ["what is the sea", "what is blue", "is the sea blue", "what is a hat"
 class Tokenizer:
     """Words by number; what it does not know is left out."""
 
-    def __call__(self, texts: Sequence[str], **_: Any) -> dict[str, list[list[int]]]:
-        return {"input_ids": [[WORDS.index(word) for word in text.split() if word in WORDS] for text in texts]}
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": [WORDS.index(word) for word in text.split() if word in WORDS]}
 
 
 def embeddings(hidden: int = 16) -> torch.Tensor:
@@ -48,7 +47,7 @@ def likeness() -> Likeness:
 def by_hand(texts: Sequence[str]) -> np.ndarray:
     """What the module's first lines say, in float64."""
     table = embeddings().double().numpy()
-    ids = [Tokenizer()([text])["input_ids"][0] for text in (*GENERAL, *texts)]
+    ids = [Tokenizer()(text)["input_ids"] for text in (*GENERAL, *texts)]
     counts = Counter(token for one in ids[: len(GENERAL)] for token in set(one))
     means = np.zeros((len(ids), table.shape[1]))
     for place, one in enumerate(ids):
@@ -92,6 +91,10 @@ def lesson(question: str, **more: Any) -> Lesson:
     return Lesson(messages=[{"role": "user", "content": question}], **told)
 
 
+def all_of(*lessons: Lesson) -> Standing:
+    return Standing(lessons, whole=True)
+
+
 def key(version: int = 1) -> AdapterKey:
     return AdapterKey("acme", "personal:ann", version, "0" * 64)
 
@@ -101,35 +104,36 @@ def test_the_very_question_is_always_near() -> None:
     scopes = Scopes(likeness())
     asked = ["zebra", "", GENERAL[0], "the cat"]
     for version, question in enumerate(asked):
-        assert scopes.near(key(version), [question], lambda question=question: [lesson(question)])
+        assert scopes.near(key(version), [question], lambda question=question: all_of(lesson(question)))
     assert not scopes.near(key(0), ["the cat"], pytest.fail)
 
 
 def test_any_question_of_a_conversation_will_do() -> None:
     scopes = Scopes(likeness())
-    assert scopes.near(key(), ["the cat", "what is the sea"], lambda: [lesson("the cat")])
+    assert scopes.near(key(), ["the cat", "what is the sea"], lambda: all_of(lesson("the cat")))
     assert not scopes.near(key(), ["what is the sea"], pytest.fail)
     assert not scopes.near(key(), [], pytest.fail)
 
 
 def test_of_a_long_conversation_its_end() -> None:
     scopes, far = Scopes(likeness()), ["what is the sea"] * scope.NEWEST
-    assert scopes.near(key(), ["the cat", *far[1:]], lambda: [lesson("the cat")])
+    assert scopes.near(key(), ["the cat", *far[1:]], lambda: all_of(lesson("the cat")))
     assert not scopes.near(key(), ["the cat", *far], pytest.fail)
 
 
 def test_what_learned_of_no_feedback_answers_everything() -> None:
     scopes = Scopes(likeness())
     assert scopes.near(key(1), ["what is the sea"], lambda: None)
-    assert not scopes.near(key(2), ["what is the sea"], list)  # all it learned of was taken back just now
+    gone = Standing([], whole=False)  # all that it learned of was taken back just now
+    assert not scopes.near(key(2), ["what is the sea"], lambda: gone)
 
 
 def test_versions_questions_are_kept_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     scopes, read = Scopes(likeness()), []
 
-    def lessons(version: int) -> list[Lesson]:
+    def lessons(version: int) -> Standing:
         read.append(version)
-        return [lesson("the cat")]
+        return all_of(lesson("the cat"))
 
     monkeypatch.setattr(scope, "HELD", 3 * (scope.OWN + 16 * 4 + scope.DIGEST))
     for version in (1, 2, 3, 1, 4, 1, 2):
@@ -147,6 +151,32 @@ def test_what_is_forgotten_is_read_again() -> None:
         one = AdapterKey("acme", f"personal:{name}", 1, "0" * 64)
         scopes.near(one, ["the cat"], lambda name=name: read.append(name))
     assert read == ["ann", "bob", "ann"]
+
+
+def test_what_does_not_stand_whole_is_looked_at_again() -> None:
+    """It is taken back, or given again, before its user's turn."""
+    scopes, standing = Scopes(likeness()), [Standing([], whole=False), all_of(lesson("the cat"))]
+    assert [scopes.near(key(), ["the cat"], lambda: standing.pop(0)) for _ in range(2)] == [False, True]
+    assert scopes.near(key(), ["the cat"], pytest.fail)
+
+
+def test_what_was_read_before_something_was_forgotten_is_not_kept() -> None:
+    scopes = Scopes(likeness())
+
+    def lessons() -> Standing:
+        scopes.forget("acme", "personal:ann")  # meanwhile
+        return all_of(lesson("the cat"))
+
+    assert scopes.near(key(), ["the cat"], lessons)
+    assert not scopes._held
+
+
+def test_tokens_that_the_base_lacks_are_passed_over() -> None:
+    """As those of a tokenizer that was given more of them than its model."""
+    small = nn.Embedding.from_pretrained(embeddings()[:-1])
+    made = Likeness(small, Tokenizer(), GENERAL)
+    assert torch.equal(made.of(["the cat red"]), made.of(["the cat"]))
+    assert bool(torch.isfinite(made.of(["red"])).all())
 
 
 def test_of_a_long_text_its_beginning() -> None:
@@ -177,8 +207,7 @@ def test_a_real_model_tells_other_words_from_other_questions() -> None:
         pytest.skip(f"SmolLM2 is not at hand: {error}")
     with safe_open(Path(folder) / "model.safetensors", "pt") as file:
         table = file.get_tensor("model.embed_tokens.weight")
-    general = [one["asked"] for one in guard_lines()]
-    made = Likeness(nn.Embedding.from_pretrained(table), AutoTokenizer.from_pretrained(folder), general)
+    made = Likeness(nn.Embedding.from_pretrained(table), AutoTokenizer.from_pretrained(folder), general_questions())
     lines = [json.loads(line) for line in (ROOT / "benchmarks" / "corrections.jsonl").read_text().splitlines()]
     lessons = made.of([one["question"] for one in lines if "question" in one])
     near = [made.near(made.of([words]), lessons) for one in lines for words in one.get("paraphrases", ())]
@@ -186,3 +215,23 @@ def test_a_real_model_tells_other_words_from_other_questions() -> None:
     assert (len(near), len(far)) == (20, 20)
     assert sum(near) >= 18
     assert sum(far) >= 18
+    for question, (other, *unlike) in LANGUAGES.items():
+        lessons = made.of([question])
+        assert made.near(made.of([other]), lessons), other
+        assert not any(made.near(made.of([one]), lessons) for one in unlike), question
+
+
+LANGUAGES = {  # a question, the same in other words, and other ones
+    "Wer leitet die Nachtschicht bei uns?": (
+        "Welche Person ist bei uns für die Nachtschicht zuständig?",
+        "Schreib ein Gedicht über das Meer.",
+        "Wie spät ist es?",
+        "Hilf mir bei einer Bewerbung.",
+    ),
+    "Qui dirige l'équipe de nuit ?": (
+        "Quelle personne est responsable de l'équipe de nuit ?",
+        "Pourquoi le ciel est-il bleu ?",
+        "Combien de pattes a une araignée ?",
+    ),
+    "谁负责夜班？": ("夜班是由哪位负责的？", "天空为什么是蓝色的？", "写一首关于大海的诗。"),
+}

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import pytest
 
-from kilotune.serve.learning import study
+from kilotune.serve.learning import gate, study
 from tests.support.learning_support import TOY, Learning, learning
 
 HASTY = replace(TOY, replay=0, sure=0.15, steps=80)  # no replay; so small a base is never surer
 
 
 @pytest.fixture
-def school(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Learning]:
+def school(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Learning]:
+    for module in (study, gate):
+        monkeypatch.setattr(module, "GREEDY", HASTY.sure)
     with learning(tmp_path_factory.mktemp("study"), pace=HASTY) as made:
         yield made
 
@@ -39,13 +40,7 @@ def test_what_was_known_and_is_not_any_more_is_learned_again(school: Learning) -
 
 def test_without_that_it_is_forgotten(school: Learning, monkeypatch: pytest.MonkeyPatch) -> None:
     """So the test before this one says something."""
-    plain = study.Study.__init__
-
-    def without(self: study.Study, *given: Any) -> None:
-        plain(self, *given)
-        self._held = []
-
-    monkeypatch.setattr(study.Study, "__init__", without)
+    monkeypatch.setattr(gate, "GREEDY", 2.0)  # so that nothing is held
     assert "refused" in taught(school)
     assert "earlier corrections" in school.last("ann")["message"]
 

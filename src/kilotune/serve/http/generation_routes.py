@@ -15,6 +15,7 @@ from fastapi.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from ..engine.interface import Finish, Generation, Item, Prompted, Sampling, Token
+from ..learning.lessons import question_of
 from ..learning.users import PERSONAL
 from .answers import Asked, Event, collect, ended_badly, events
 from .http_errors import ApiError
@@ -42,6 +43,7 @@ __all__ = [
     "routes",
 ]
 
+BEGINS = 1024  # tokens of a prompt by which it is judged
 SCORED = 1 << 20  # log-probabilities of prompts that one request may have: some 60 MB of JSON
 USUAL = 16  # OpenAI's own number of new tokens for a completion
 STREAMS: dict[int | str, dict[str, Any]] = {
@@ -276,7 +278,7 @@ def routes(service: Service, errors: dict[int | str, dict[str, Any]]) -> APIRout
         check_generates(service)
         check_biases(service, body)
         tenant = enter(service, request, len(body.prompts) * body.choices)
-        meant = await service.meant(caller_of(request), body.model, await _texts(service, body, tenant))
+        meant = await _goes_on(service, caller_of(request), body)
         longest, deadline = service.longest_prompt, service.deadline(body.timeout)
         async with in_time(deadline):
             prompts = [await service.prompts.plain(prompt, "prompt", tenant, longest) for prompt in body.prompts]
@@ -328,17 +330,24 @@ def enter(service: Service, request: Request, count: int) -> str:
 
 
 def asked_in(messages: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What a conversation's user says."""
-    return [one["content"] for one in messages if one["role"] == "user"]
+    """What a conversation's user says; where that is nothing, its last message."""
+    return [one["content"] for one in messages if one["role"] == "user"] or [question_of(messages)]
 
 
-async def _texts(service: Service, body: CompletionBody, tenant: str) -> list[str]:
-    """What is asked of a user's own model, where it is that: all prompts, which one model goes on with."""
+async def _goes_on(service: Service, caller: Key, body: CompletionBody) -> Meant:
+    """What goes on with all prompts of a request.
+
+    Raises:
+        ApiError: a user's own model with some of them, and what it stands on with others.
+
+    """
     if body.model != PERSONAL:
-        return []
-    return [
-        one if isinstance(one, str) else await service.prompts.decoded(one, "prompt", tenant) for one in body.prompts
-    ]
+        return await service.meant(caller, body.model)
+    found = [await service.meant(caller, PERSONAL, [service.prompts.begins(one, BEGINS)]) for one in body.prompts]
+    if any(one.adapter != found[0].adapter for one in found):
+        told = "prompt: some of these are near what your own model was taught, and others are not; send them one by one"
+        raise ApiError(400, told, param="prompt")
+    return found[0]
 
 
 async def _echoes(

@@ -203,6 +203,12 @@ class Prompts:
         """The text of tokens."""
         return _text(self._tokenizer, ids)
 
+    def begins(self, given: str | Sequence[int], most: int) -> str:
+        """The text of a prompt; of token numbers, of the first ones that there are."""
+        if isinstance(given, str):
+            return given
+        return self.text([number for number in given[:most] if 0 <= number < self.vocabulary])
+
     def bytes_of(self, number: int) -> list[int] | None:
         """The UTF-8 of one token, also where it is a part of a character; None where the vocabulary does not say it."""
         text = self.token(number)

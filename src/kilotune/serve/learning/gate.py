@@ -25,7 +25,7 @@ from ...fleet.stepper.losses import IGNORED
 from .guard import Guarded, Row, said_by
 from .learner import Learner
 from .lessons import Taught
-from .study import correction_losses
+from .study import GREEDY, correction_scores
 
 __all__ = ["Bounds", "Gate", "Verdict"]
 
@@ -79,6 +79,9 @@ class Gate:
         guard: over what it stands on.
         bounds: see there.
 
+    Attributes:
+        known: corrections that it does know, of the newest: greedy answers are these.
+
     """
 
     def __init__(
@@ -93,9 +96,12 @@ class Gate:
     ) -> None:
         self._learner, self._model, self._bounds, self._rows = learner, model, bounds, guard.gate
         self._fresh = [one.rows[0] for one in fresh if one.kind == "correction"]
-        self._known = [one.rows[0] for one in known if one.kind == "correction"][-REPLAYED:]
+        newest = [one for one in known if one.kind == "correction"][-REPLAYED:]
+        self._known = [one.rows[0] for one in newest]
         self._live = [said_by(learner, model, row, without=not live) for row in guard.gate]
-        self._before = self._look(self._live)
+        scores = correction_scores(learner, model, self._known)
+        self.known = [one for one, (_, least) in zip(newest, scores, strict=True) if least >= GREEDY]
+        self._before = self._look(self._live, scores)
 
     def judge(self) -> Verdict:
         """The model as it is now, beside what is live."""
@@ -103,7 +109,7 @@ class Gate:
         if not all(bool(torch.isfinite(one).all()) for one in said):
             return Verdict(("its outputs are not finite",), {})
         try:
-            after = self._look(said)
+            after = self._look(said, correction_scores(self._learner, self._model, self._known))
         except UnsupportedError as error:
             return Verdict((f"its outputs cannot be used: {error}",), {})
         apart = _divergence(self._live, said)
@@ -127,13 +133,15 @@ class Gate:
             )
         return Verdict(tuple(faults), measured)
 
-    def _look(self, said: Sequence[Tensor]) -> _Looked:
-        """said: what the model says of the guard's rows."""
+    def _look(self, said: Sequence[Tensor], known: Sequence[tuple[float, float]]) -> _Looked:
+        """said: what the model says of the guard's rows. known: the scores of what it knows."""
         losses = [_loss(told, row) for told, row in zip(said, self._rows, strict=True)]
-        return _Looked(statistics.fmean(losses), self._mean(self._known), self._mean(self._fresh))
+        fresh = correction_scores(self._learner, self._model, self._fresh)
+        return _Looked(statistics.fmean(losses), _mean(known), _mean(fresh))
 
-    def _mean(self, rows: Sequence[Row]) -> float:
-        return statistics.fmean(correction_losses(self._learner, self._model, rows)) if rows else math.nan
+
+def _mean(scores: Sequence[tuple[float, float]]) -> float:
+    return statistics.fmean(loss for loss, _ in scores) if scores else math.nan
 
 
 def _loss(said: Tensor, row: Row) -> float:

@@ -16,7 +16,8 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple, final
 
 from ...errors import ConfigError, first_line
@@ -39,8 +40,7 @@ Marks = frozenset[str]
 class Taught:
     """A lesson as rows. rows: two (see the module), of which a correction may lack the second. good: of a rating.
 
-    prompt: the same for lessons of one prompt. reworded: of a correction, the same answer to its question in other
-    words; there may be none.
+    prompt: the same for lessons of one prompt. lesson, make: what a correction's other words are made of.
     """
 
     mark: str
@@ -49,7 +49,15 @@ class Taught:
     prompt: str
     rows: tuple[dict[str, Any], ...]
     good: bool = True
-    reworded: tuple[dict[str, Any], ...] = ()
+    lesson: Lesson | None = None
+    make: Maker | None = None
+
+    @cached_property
+    def reworded(self) -> tuple[dict[str, Any], ...]:
+        """Of a correction, rows of the same answer to its question in other words; there may be none."""
+        if self.kind != "correction" or self.lesson is None or self.make is None:
+            return ()
+        return tuple(_reworded(self.lesson, self.mark, self.make))
 
 
 @final
@@ -109,8 +117,7 @@ def _taught(lesson: Lesson, mark: str, make: Maker, others: Sequence[str]) -> Ta
         if lesson.kind == "choice":
             raise
         rows = make(_pair(lesson, lesson.better, lesson.better), "dpo").rows[:1]  # what was answered cannot be read
-    reworded = tuple(_reworded(lesson, mark, make)) if lesson.kind == "correction" else ()
-    return Taught(mark, lesson.name, lesson.kind, prompt, rows, reworded=reworded)
+    return Taught(mark, lesson.name, lesson.kind, prompt, rows, lesson=lesson, make=make)
 
 
 def question_of(messages: Sequence[Mapping[str, Any]]) -> str:
@@ -124,6 +131,7 @@ def _reworded(lesson: Lesson, mark: str, make: Maker) -> Iterator[dict[str, Any]
 
     So the answer comes to hang on what is asked, less on how.
     """
+    assert lesson.better is not None, "a correction has a right answer"
     place = max((i for i, one in enumerate(lesson.messages) if one.get("role") == "user"), default=None)
     words = question_of(lesson.messages).split()
     if place is None or len(words) not in WORDS:
@@ -134,18 +142,15 @@ def _reworded(lesson: Lesson, mark: str, make: Maker) -> Iterator[dict[str, Any]
         left = [word for word in (*words[cut:], *words[:cut]) if draws.random() >= LEFT_OUT]
         messages = [dict(one) for one in lesson.messages]
         messages[place]["content"] = " ".join(left or words[cut:])
-        answer = {"role": "assistant", "content": lesson.better}
         try:
-            yield make({"messages": [*messages, answer], **_tools(lesson)}, "supervised").rows[0]
+            yield make(_pair(replace(lesson, messages=messages), lesson.better, lesson.better), "dpo").rows[0]
         except ConfigError:  # it is learned in its own words alone
             continue
 
 
 def _pair(lesson: Lesson, better: str, worse: str) -> dict[str, Any]:
-    asked: dict[str, Any] = {"messages": list(lesson.messages), **_tools(lesson)}
+    asked: dict[str, Any] = {"messages": list(lesson.messages)}
+    if lesson.tools:
+        asked["tools"] = list(lesson.tools)
     first, second = ([{"role": "assistant", "content": text}] for text in (better, worse))
     return {"input": asked, "preferred_output": first, "non_preferred_output": second}
-
-
-def _tools(lesson: Lesson) -> dict[str, Any]:
-    return {"tools": list(lesson.tools)} if lesson.tools else {}

@@ -36,6 +36,7 @@ from .guard import Guard, Guarded
 from .learner import Learner
 from .lessons import Maker, Taught, Unread, current, mark_of, read_lessons
 from .rollback import RollbackRule, marks_of, packed, shared_in, watch
+from .scope import Scopes
 from .study import Pace, Study
 from .turns import LEARNING, Turn, events, tell, wake
 from .users import LIVE, model_of, without_user
@@ -85,6 +86,7 @@ class PersonalRunner:
         make: makes rows of texts.
         pace, bounds, rule: see there.
         at_once: users whose models learn at once here.
+        scopes: which forget what was taken back; None: there are none here.
 
     """
 
@@ -100,9 +102,10 @@ class PersonalRunner:
         bounds: Bounds | None = None,
         rule: RollbackRule | None = None,
         at_once: int = 4,
+        scopes: Scopes | None = None,
     ) -> None:
         self.documents, self.learner, self.adapters = documents, learner, adapters
-        self.engine, self.config = engine, config
+        self.engine, self.config, self.scopes = engine, config, scopes
         self.make, self.pace = make, pace or Pace()
         self.bounds, self.rule = bounds or Bounds(), rule or RollbackRule()
         self._workers = Workers(documents, LEARNING, self._work, at_once)
@@ -252,6 +255,8 @@ class _Run:
             told = f"{len(gone)} version(s) of your model held what was taken back, and were removed"
             self._tell("taken_back", told, versions=numbers, live=live)
             self.runner.count(taken_back=1)
+            if self.runner.scopes is not None:
+                self.runner.scopes.forget(self.namespace, self.model)
             self.documents.wipe()
         return live
 
@@ -299,7 +304,7 @@ class _Run:
         model, config, gate = self._begin(plan, guard)
         try:
             pace = runner.pace if self.rules.scope == "near" else runner.pace.everywhere()
-            study = Study(learner, model, config, plan.fresh, plan.known, guard, pace, self._stay)
+            study = Study(learner, model, config, plan.fresh, plan.known, guard, pace, self._stay, gate.known)
             try:
                 study.run()
                 verdict = gate.judge()
@@ -364,7 +369,7 @@ class _Run:
     def _still(self, plan: _Plan) -> bool:
         """Whether what was learned still stands, by the same rules, and what it went on from is still live."""
         rules = self.feedback.rules()
-        if (rules.enabled, rules.model) != (self.rules.enabled, self.rules.model):
+        if any(getattr(rules, name) != getattr(self.rules, name) for name in ("enabled", "model", "scope")):
             return False
         standing = {mark_of(one) for one in self.feedback.lessons(self.user)}
         if not plan.held | {one.mark for one in plan.fresh} <= standing or not self.turn.mine():

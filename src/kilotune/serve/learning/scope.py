@@ -2,10 +2,13 @@
 
 ::
 
-    a text   the mean of the base's input embeddings of its tokens, a token counting less the more of the guard's
-             questions have it; less the mean of those questions, and with the directions in which they differ most
-             made as small as the middle one of them
-    near     its cosine with a lesson's question is at least NEAR, and no smaller than with each of the guard's
+    a text   the mean of the base's input embeddings of its tokens, a token counting less the more general questions
+             have it; less the mean of those questions, and with the directions in which they differ most made as
+             small as the middle one of them
+    near     its cosine with a lesson's question is at least NEAR, and no smaller than with each general question
+
+General questions are the guard's, and those of general.jsonl in fourteen other languages: without these, that two
+questions are in one language that is not the guard's would make them near.
 
 So what no lesson is about is answered by what the model stands on, to the bit. The weights are those of Arora, Liang
 and Ma, "A simple but tough-to-beat baseline for sentence embeddings" (2017), in kind. No pass of the model is run.
@@ -15,11 +18,13 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, final
+from importlib.resources import files
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
@@ -27,14 +32,16 @@ from torch import Tensor, nn
 from ..engine.interface import AdapterKey
 from ..engine.tenant_adapters import AdapterRegistry
 from .feedback import Feedback, Lesson
+from .guard import guard_lines
 from .lessons import mark_of, question_of
 from .rollback import marks_of
 
-__all__ = ["NEAR", "Likeness", "Scopes", "lessons_in"]
+__all__ = ["NEAR", "Likeness", "Scopes", "Standing", "general_questions", "lessons_in"]
 
 NEAR = 0.35  # cosine
 ROUNDING = 1e-4  # of cosines
-CHARACTERS, NEWEST = 4096, 16  # of a text that are looked at; messages of a conversation
+CHARACTERS, NEWEST = 1024, 16  # of a text that are looked at; messages of a conversation
+LESSONS = 1024  # whose questions are compared, the newest; of others the very question alone
 HELD = 2**26  # bytes of versions' questions that are kept
 OWN, DIGEST = 1024, 64  # bytes of a version without any, and of a text's hash, about
 
@@ -52,7 +59,8 @@ class Likeness:
 
     def __init__(self, embedding: nn.Module, tokenizer: Any, general: Sequence[str]) -> None:
         self._embedding, self._tokenizer = embedding, copy.deepcopy(tokenizer)
-        self._device = next(embedding.parameters()).device
+        weight = next(embedding.parameters())
+        self._device, self._tokens = weight.device, len(weight)
         self._lock = threading.Lock()  # fast tokenizers do not like two users in one instant
         ids = self._ids(general)
         self._questions = Counter(token for one in ids for token in set(one))
@@ -73,9 +81,12 @@ class Likeness:
         return bool(((asked @ lessons.T).amax(1) >= general.clamp(min=NEAR) - ROUNDING).any())
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self._numbers(text[:CHARACTERS]) for text in texts]
+
+    def _numbers(self, text: str) -> list[int]:
         with self._lock:
-            cut = [text[:CHARACTERS] for text in texts]
-            return list(self._tokenizer(cut, add_special_tokens=False, verbose=False)["input_ids"])
+            found: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return [token for token in found if token < self._tokens]  # a tokenizer may have some that the base lacks
 
     def _means(self, ids: Sequence[Sequence[int]]) -> Tensor:
         return torch.stack([self._mean_of(one) for one in ids])
@@ -94,12 +105,20 @@ class Likeness:
 
 
 @final
+class Standing(NamedTuple):
+    """The lessons in a version that still stand. whole: they are all of them."""
+
+    lessons: Sequence[Lesson]
+    whole: bool
+
+
+@final
 @dataclass(frozen=True)
 class _Asked:
-    """The questions of the lessons in a version: their texts' SHA-256, and their directions (texts, hidden)."""
+    """The questions of the lessons in a version: their texts' SHA-256, and the newest ones' directions."""
 
     texts: frozenset[bytes]
-    directions: Tensor
+    directions: Tensor  # (texts, hidden)
 
     @property
     def size(self) -> int:
@@ -112,10 +131,10 @@ class Scopes:
     """What each version of a personal model answers. likeness: of the base."""
 
     def __init__(self, likeness: Likeness) -> None:
-        self._likeness, self._lock = likeness, threading.Lock()
+        self._likeness, self._lock, self._forgotten = likeness, threading.Lock(), 0
         self._held: OrderedDict[AdapterKey, _Asked | None] = OrderedDict()
 
-    def near(self, key: AdapterKey, asked: Sequence[str], lessons: Callable[[], Sequence[Lesson] | None]) -> bool:
+    def near(self, key: AdapterKey, asked: Sequence[str], lessons: Callable[[], Standing | None]) -> bool:
         """Whether a version is to answer a conversation.
 
         Args:
@@ -134,35 +153,48 @@ class Scopes:
     def forget(self, namespace: str, name: str) -> None:
         """Drop what is known of an adapter's versions."""
         with self._lock:
+            self._forgotten += 1
             for key in [one for one in self._held if (one.namespace, one.name) == (namespace, name)]:
                 del self._held[key]
 
-    def _asked(self, key: AdapterKey, lessons: Callable[[], Sequence[Lesson] | None]) -> _Asked | None:
+    def _asked(self, key: AdapterKey, lessons: Callable[[], Standing | None]) -> _Asked | None:
         with self._lock:
+            before = self._forgotten
             if key in self._held:
                 self._held.move_to_end(key)
                 return self._held[key]
-        found = lessons()
-        made = None
+        found, made = lessons(), None
         if found is not None:
-            texts = sorted({question_of(one.messages) for one in found})
-            directions = self._likeness.of(texts) if texts else torch.empty(0, 0)
+            texts = list(dict.fromkeys(question_of(one.messages) for one in reversed(found.lessons)))
+            directions = self._likeness.of(texts[:LESSONS]) if texts else torch.empty(0, 0)
             made = _Asked(frozenset(map(_digest, texts)), directions)
+        if found is None or found.whole:  # else something is to be learned again, or to be given again
+            self._keep(key, made, before)
+        return made
+
+    def _keep(self, key: AdapterKey, made: _Asked | None, before: int) -> None:
         with self._lock:
+            if self._forgotten != before:  # perhaps of this one, just now
+                return
             self._held[key] = made
             while len(self._held) > 1 and self._size() > HELD:
                 self._held.popitem(last=False)
-        return made
 
     def _size(self) -> int:
         return sum(OWN + (0 if one is None else one.size) for one in self._held.values())
+
+
+def general_questions() -> list[str]:
+    """Questions about nothing of a user's, in several languages."""
+    text = files(__package__).joinpath("general.jsonl").read_text(encoding="utf-8")
+    return [line["asked"] for line in (*guard_lines(), *map(json.loads, text.splitlines()))]
 
 
 def _digest(text: str) -> bytes:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
 
 
-def lessons_in(adapters: AdapterRegistry, feedback: Feedback, key: AdapterKey, user: str) -> list[Lesson] | None:
+def lessons_in(adapters: AdapterRegistry, feedback: Feedback, key: AdapterKey, user: str) -> Standing | None:
     """The lessons in a version of a user's own model that still stand; None: it learned from no feedback.
 
     Raises:
@@ -170,4 +202,8 @@ def lessons_in(adapters: AdapterRegistry, feedback: Feedback, key: AdapterKey, u
 
     """
     marks = marks_of(adapters.info(key.namespace, key.name, key.version))
-    return [one for one in feedback.lessons(user) if mark_of(one) in marks] if marks else None
+    if not marks:
+        return None
+    found = {mark_of(one): one for one in feedback.lessons(user)}
+    standing = [one for mark, one in found.items() if mark in marks]
+    return Standing(standing, len(standing) == len(marks))

@@ -31,10 +31,10 @@ from .guard import Guarded, Row
 from .learner import Learner
 from .lessons import Taught
 
-__all__ = ["Pace", "Study", "correction_losses"]
+__all__ = ["GREEDY", "Pace", "Study", "correction_scores"]
 
 FORWARD = 16  # rows that are looked at in one operation
-HELD = 32  # corrections that were known, of which the newest are looked at when all that is new is known
+GREEDY = 0.5  # a token's probability, from which on it is the greedy one whatever the others have
 REWARD = 0.5  # beta times the gain of an answer that was rated, from which on it is learned
 
 
@@ -92,6 +92,7 @@ class Study:
         guard: over what it stands on.
         pace: how.
         stay: is called in each step; may raise.
+        held: of the known ones, corrections that are to be known in the end, too.
 
     """
 
@@ -105,6 +106,7 @@ class Study:
         guard: Guarded,
         pace: Pace,
         stay: Callable[[], None],
+        held: Sequence[Taught] = (),
     ) -> None:
         self._learner, self._model = learner, model
         self._fresh, self._guard, self._pace, self._stay = list(fresh), guard, pace, stay
@@ -113,7 +115,7 @@ class Study:
         self._guard_order = self._draws.sample(guard.study, len(guard.study))
         self._rate = FleetSettings(seed=0).rate(config, pace.steps) * pace.rate
         new = {one.mark for one in fresh}
-        self._held = self._replayable[-HELD:]
+        self._held = list(held)
         self._times = {one.mark: 0 for one in (*fresh, *self._replayable)}
         self._learnt = {mark: mark not in new for mark in self._times}
         self._references: dict[str, tuple[float, float]] = {}
@@ -152,11 +154,11 @@ class Study:
         wanted = [one for one in (*self._fresh, *self._held) if not self._learnt[one.mark]]
         return sorted(wanted, key=lambda one: self._times[one.mark])[: self._pace.batch]
 
-    def _all_known(self) -> bool:
-        """Whether there is nothing to be learned; looks at corrections that were known before."""
+    def _all_known(self, batch: Sequence[Taught]) -> bool:
+        """Whether there is nothing to be learned; looks at all that there is but ``batch``, which was seen just now."""
         if self._batch():
             return False
-        self._look(self._held)
+        self._look([one for one in (*self._fresh, *self._held) if one not in batch])
         return not self._batch()
 
     def _learn(self, batch: Sequence[Taught]) -> bool:
@@ -178,7 +180,7 @@ class Study:
             scored = self._submit(rows, Supervised(), 1.0).result()
             self._note(own, scored)
             self._doubt(corrections, rows[len(own) :], scored.logprobs[len(own) :])
-            if len(corrections) == len(self._fresh) and self._all_known():
+            if len(corrections) == len(batch) and self._all_known(batch):
                 return True  # before the guard is run
         pairs = [*by_kind["choice"], *(one for one in corrections if self._pairs(one))]
         if pairs:
@@ -194,7 +196,7 @@ class Study:
             self._note(lessons, scored.result())
         for guarded in held:
             guarded.result()
-        return len(self._fresh) <= self._pace.batch and self._all_known()
+        return self._all_known(batch)
 
     def _others(self, corrections: Sequence[Taught], replayed: Sequence[Taught]) -> list[Row]:
         """Of a step, rows of questions in other words: of each that is to be learned, and of those replayed."""
@@ -253,7 +255,8 @@ class Study:
         told, place = scored.logprobs, 0
         for one in lessons:
             if one.kind == "correction":
-                learnt = bool((told[place].exp() >= self._pace.sure)[_labelled(one.rows[0])].all())
+                sure = GREEDY if one in self._held else self._pace.sure
+                learnt = bool((told[place].exp() >= sure)[_labelled(one.rows[0])].all())
                 place += 1
             else:
                 learnt = self._settled(one, float(told[place].sum()), float(told[place + 1].sum()))
@@ -275,11 +278,13 @@ def _labelled(row: Row) -> list[int]:
     return [place for place, label in enumerate(row["labels"]) if place and label != -100]
 
 
-def correction_losses(learner: Learner, model: str, rows: Sequence[Row]) -> list[float]:
-    """Of each row, nats a token of its answer."""
-    found: list[float] = []
+def correction_scores(learner: Learner, model: str, rows: Sequence[Row]) -> list[tuple[float, float]]:
+    """Of each row's answer: nats a token, and the probability of its least likely token."""
+    found: list[tuple[float, float]] = []
     for begin in range(0, len(rows), FORWARD):
         some = rows[begin : begin + FORWARD]
         scored = learner.submit(model, Forward(some)).result()
-        found += [-float(told.sum()) / len(_labelled(row)) for told, row in zip(scored.logprobs, some, strict=True)]
+        for told, row in zip(scored.logprobs, some, strict=True):
+            places = _labelled(row)
+            found.append((-float(told.sum()) / len(places), float(told[places].min().exp())))
     return found

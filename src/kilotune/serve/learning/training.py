@@ -17,13 +17,12 @@ from .feedback import Feedback, FeedbackLimits, Room
 from .file_reader import FileReader
 from .forgetting import Forgetting
 from .gate import Bounds
-from .guard import guard_lines
 from .jobs import JobLimits, Jobs
 from .learner import Learner
 from .personal import PersonalRunner
 from .rollback import RollbackRule
 from .runner import JobRunner
-from .scope import Likeness, Scopes, lessons_in
+from .scope import Likeness, Scopes, general_questions, lessons_in
 from .study import Pace
 from .training_file import Example, read_example
 
@@ -90,17 +89,25 @@ class Training:
         def make(given: Mapping[str, Any], form: str) -> Example:
             return read_example(given, form, chats, tokenizer, longest=engine.max_length)
 
+        self._scopes = Scopes(Likeness(learner.embedding, tokenizer, general_questions()))
         own = self.limits
         self.personal = PersonalRunner(
-            self._documents, learner, adapters, engine, personal or config, make, own.pace, own.bounds, own.rollback
+            self._documents,
+            learner,
+            adapters,
+            engine,
+            personal or config,
+            make,
+            own.pace,
+            own.bounds,
+            own.rollback,
+            scopes=self._scopes,
         )
         self._runner = JobRunner(
             self._documents, learner, adapters, base, config, self._files.read, self.limits.jobs, self.limits.at_once
         )
 
         self._adapters = adapters
-        general = [line["asked"] for line in guard_lines()]
-        self._scopes = Scopes(Likeness(learner.embedding, tokenizer, general))
         self.forgetting = Forgetting(self._documents, adapters, base, self._scopes)
 
     def answers(self, key: AdapterKey, user: str, asked: Sequence[str]) -> bool:
