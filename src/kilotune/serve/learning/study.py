@@ -60,7 +60,7 @@ class Pace:
 
     """
 
-    rate: float = 0.3
+    rate: float = 0.45
     warmup: int = 3
     batch: int = 2
     replay: int = 2
