@@ -59,6 +59,7 @@ def test_the_table_the_answers_and_the_checks_are_shown(made_up: list[Any]) -> N
     done = kilotune("demo", "--seed", "5", "--out", "here")
     assert done.exit_code == 0, done.stderr
     assert made_up == [(5, Path("here"))]
+    assert "training: 1 of 2" in done.stderr
     for part in (
         "a personal one on top",
         "2.035",

@@ -25,7 +25,10 @@ class DataSet(str, Enum):
 
 @contextmanager
 def progress_bar(console: Console) -> Iterator[Report]:
-    """One bar on stderr; what the experiment does at the moment is its description."""
+    """One bar on stderr; what the experiment does at the moment is its description. In a file or a pipe, lines."""
+    if not console.is_terminal:
+        yield _lines(console)
+        return
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
     columns = (
@@ -42,3 +45,19 @@ def progress_bar(console: Console) -> Iterator[Report]:
 
         yield report
         bar.update(task, description="done")
+
+
+def _lines(console: Console) -> Report:
+    """A line for each thing that is done, and for each tenth of it."""
+    told = ("", -1)
+
+    def report(what: str, done: int, total: int) -> None:
+        nonlocal told
+        now = what, 10 * done // total if total else 0
+        if now != told:
+            told = now
+            console.print(
+                f"{what}: {done} of {total}" if total else what, highlight=False, markup=False, soft_wrap=True
+            )
+
+    return report

@@ -369,7 +369,8 @@ class _Run:
     def _still(self, plan: _Plan) -> bool:
         """Whether what was learned still stands, by the same rules, and what it went on from is still live."""
         rules = self.feedback.rules()
-        if any(getattr(rules, name) != getattr(self.rules, name) for name in ("enabled", "model", "scope")):
+        before = self.rules
+        if (rules.enabled, rules.model, rules.scope) != (before.enabled, before.model, before.scope):
             return False
         standing = {mark_of(one) for one in self.feedback.lessons(self.user)}
         if not plan.held | {one.mark for one in plan.fresh} <= standing or not self.turn.mine():
