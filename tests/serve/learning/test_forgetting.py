@@ -15,6 +15,7 @@ import pytest
 from kilotune.errors import AdapterError
 from kilotune.fleet.store import open_store
 from kilotune.fleet.store.documents import Document, Documents
+from kilotune.serve.engine.interface import AdapterKey
 from kilotune.serve.learning.feedback import Answered, Feedback, Said
 from kilotune.serve.learning.forgetting import FORGETTING, _Run
 from kilotune.serve.learning.jobs import CHECKPOINTS, FILE, JOB, JobLimits
@@ -120,6 +121,11 @@ def test_nothing_of_theirs_is_left_and_what_is_trained_again_never_saw_them(runn
     feedback.add(MIA, Said(answer=kept.name, correction=f"{SECRET}!"))
     assert not same(tensors(running, house.fine_tuned_model), tensors(running, without.fine_tuned_model))
     assert everywhere(tmp_path, SECRET, MIA) == [SECRET, MIA]
+    training = running.service.training
+    assert training is not None
+    held = AdapterKey.of("ann", running.catalogue.info("ann", model_of(MIA)))
+    assert training.answers(held, MIA, ["where is it?"])
+    assert held in training._scopes._held
 
     left = forgotten(running)
 
@@ -139,6 +145,7 @@ def test_nothing_of_theirs_is_left_and_what_is_trained_again_never_saw_them(runn
     with pytest.raises(openai.NotFoundError):
         ann.fine_tuning.jobs.retrieve(own.id)
     assert feedback.lessons(MIA) == []
+    assert held not in training._scopes._held
     assert documents.find(LEARNING, turn_name("ann", NOA)) is not None
     assert said(ann, BASE, "a cat") == before
 

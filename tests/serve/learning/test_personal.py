@@ -12,16 +12,18 @@ import pytest
 from kilotune.errors import ResourceError
 from kilotune.fleet.store import Record
 from kilotune.fleet.store.documents import Documents
+from kilotune.serve.engine.interface import AdapterKey
 from kilotune.serve.learning.feedback import FeedbackRules
 from kilotune.serve.learning.gate import Bounds
 from kilotune.serve.learning.personal import _Run
 from kilotune.serve.learning.rollback import marks_of, roll_back
-from kilotune.serve.learning.study import Study
+from kilotune.serve.learning.scope import Likeness, Scopes, general_questions, lessons_in
+from kilotune.serve.learning.study import Pace, Study
 from kilotune.serve.learning.turns import LEARNING, Turn, events, turn_name, wake
 from kilotune.serve.learning.users import LIVE, model_of
 from kilotune.serve.learning.workers import LeftError
-from tests.support.http_support import adapter_folder
-from tests.support.learning_support import Learning, learning
+from tests.support.http_support import adapter_folder, tokenizer
+from tests.support.learning_support import TOY, Learning, learning
 
 
 def record(school: Learning, user: str, version: int) -> Record:
@@ -197,6 +199,67 @@ def test_rules_that_change_meanwhile_hold(moment: str, school: Learning, monkeyp
     finally:
         school.feedback.set_rules(on)
     assert woken(school, user)["type"] == "learned"
+
+
+@pytest.mark.heavy
+def test_what_is_learned_for_one_scope_is_not_published_in_another(
+    school: Learning, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    near, everything = (FeedbackRules(enabled=True, pause_seconds=0, scope=scope) for scope in ("near", "all"))
+    school.correct("pia", "the cat", "a dog sat", "no")
+    wake(school.documents, "pia", 0)
+    claim = school.claim()
+    assert claim is not None
+    plain = Study.run
+
+    def meanwhile(study: Study) -> None:
+        school.feedback.set_rules(everything)
+        plain(study)
+
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(Study, "run", meanwhile)
+            with pytest.raises(LeftError):
+                school.runner._work(claim)
+        assert school.versions("pia") == []
+        assert woken(school, "pia")["type"] == "learned"
+    finally:
+        school.feedback.set_rules(near)
+
+
+@pytest.mark.parametrize("scope", ["near", "all"])
+def test_what_answers_everything_is_held_to_the_base_more(
+    scope: Any, school: Learning, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paces: list[Pace] = []
+
+    def studied(*given: Any) -> Study:
+        paces.append(given[6])
+        return Study(*given)
+
+    monkeypatch.setattr("kilotune.serve.learning.personal.Study", studied)
+    school.feedback.set_rules(FeedbackRules(enabled=True, pause_seconds=0, scope=scope))
+    try:
+        school.correct(f"quin {scope}", "the cat", "a dog sat", "no")
+        school.learn(f"quin {scope}")
+    finally:
+        school.feedback.set_rules(FeedbackRules(enabled=True, pause_seconds=0))
+    assert paces == [TOY if scope == "near" else TOY.everywhere()]
+    assert TOY.everywhere().guard > TOY.guard
+    assert TOY.everywhere().guarded > TOY.guarded
+
+
+def test_questions_of_what_is_taken_back_are_forgotten(school: Learning, monkeypatch: pytest.MonkeyPatch) -> None:
+    scopes = Scopes(Likeness(school.learner.embedding, tokenizer(), general_questions()))
+    monkeypatch.setattr(school.runner, "scopes", scopes)
+    name = school.correct("ria", "the cat", "a dog sat", "no")
+    school.learn("ria")
+    key = AdapterKey.of(school.space, school.registry.info(school.space, model_of("ria"), 1))
+    assert scopes.near(key, ["the cat"], lambda: lessons_in(school.registry, school.feedback, key, "ria"))
+    assert list(scopes._held) == [key]
+    school.feedback.remove(name, "ria")
+    school.learn("ria")
+    assert not scopes._held
 
 
 def woken(school: Learning, user: str) -> dict[str, Any]:
