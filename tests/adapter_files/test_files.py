@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,8 @@ from kilotune import (
     get_peft_model,
 )
 from kilotune.adapter_files import files, writing
+from kilotune.adapter_files.files import not_finite, tensors_checksum
+from kilotune.adapter_files.peft_layout import full_key
 from kilotune.fleet import open_store
 from tests.support.guards import refusal_leaves_the_disk, saved_is_loaded
 from tests.support.models import Nested, Snapshot, disk, mlp, randomize
@@ -432,3 +436,39 @@ def test_a_version_of_peft_of_thousands_of_digits_is_no_raw_error(tmp_path: Path
     config = json.loads((adapted_folder / "adapter_config.json").read_text())
     (adapted_folder / "adapter_config.json").write_text(json.dumps({**config, "peft_version": "9" * 5000 + ".1"}))
     assert PeftModel.from_pretrained(mlp(), adapted_folder).peft_config["default"].r == 2
+
+
+def test_all_tensors_that_are_not_finite_are_named_small_large_and_of_any_type() -> None:
+    kinds = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn)
+    sizes = (1, 7, 70_000)
+    tensors = {f"{kind}-{size}": torch.ones(size).to(kind) for kind in kinds for size in sizes}
+    tensors |= {"whole": torch.ones(3, dtype=torch.int64), "none": torch.ones(0), "view": torch.ones(4, 3).T}
+    assert not_finite(tensors) == []
+    for key in [key for key in tensors if key not in ("whole", "none")]:
+        bad = {name: value.clone() for name, value in tensors.items()}
+        bad[key][..., -1:] = torch.tensor([math.nan]).to(bad[key].dtype)
+        assert not_finite(bad) == [key]
+    bad = {name: torch.full_like(value, math.inf) for name, value in tensors.items() if value.dtype == torch.float32}
+    assert sorted(not_finite(bad)) == sorted(name for name in bad if name != "none")
+
+
+def test_the_checksum_is_that_of_names_types_shapes_and_bytes() -> None:
+    kinds = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.bool)
+    draws = torch.Generator().manual_seed(0)
+    tensors = {f"{kind}": (torch.randn(3, 4, generator=draws) * 3).to(kind) for kind in kinds}
+    tensors |= {"turned": torch.arange(12.0).view(3, 4).T, "one": torch.tensor(2.5), "none": torch.ones(0, 2)}
+    tensors["trained"] = torch.nn.Parameter(torch.arange(3.0))
+    digest = hashlib.sha256()
+    for key in sorted(tensors):
+        value = tensors[key].detach().clone(memory_format=torch.contiguous_format)
+        raw = bytes(value.view(-1).view(torch.uint8).tolist())
+        digest.update(f"{key};{value.dtype};{tuple(value.shape)};".encode() + raw)
+    assert tensors_checksum(tensors) == digest.hexdigest()
+
+
+def test_keys_of_layers_lie_below_the_model_and_others_beside_it() -> None:
+    layers = dict.fromkeys(["a", "a.b", "model.layers.1.q"])
+    for key in ("a.w", "a.b.w", "a.b.c.w", "model.layers.1.q.w", "model.layers.1.q.w.x"):
+        assert full_key(key, layers) == f"base_model.model.{key}"
+    for key in ("w", "ab.w", "a", "model.layers.1.w", "model.layers.10.q.w", "x.a.w", "vera_A"):
+        assert full_key(key, layers) == f"base_model.{key}"

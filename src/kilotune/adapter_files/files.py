@@ -47,6 +47,8 @@ __all__ = [
 
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format
 MAX_CONFIG = 10_000_000
+NUMPY = (torch.float32, torch.float64, torch.float16)  # which numpy has, too
+SMALL = 65_536  # numbers; so few are looked at together with others
 
 
 @final
@@ -68,9 +70,13 @@ def tensors_checksum(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over names, dtypes, shapes and bytes, in the order of the names."""
     digest = hashlib.sha256()
     for key in sorted(tensors):
-        value = tensors[key].detach().cpu().contiguous()
+        value = tensors[key]
+        if value.requires_grad or value.device.type != "cpu":
+            value = value.detach().cpu()
+        value = value.contiguous()
         digest.update(f"{key};{value.dtype};{tuple(value.shape)};".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+        plain = value if value.dtype in NUMPY else value.reshape(-1).view(torch.uint8)
+        digest.update(plain.numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -336,8 +342,14 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     """The names of the tensors with NaN or infinite values."""
     floats = {key: value for key, value in tensors.items() if value.is_floating_point() and value.device.type != "meta"}
-    wide = ((key, value if value.element_size() > 1 else value.float()) for key, value in floats.items())
-    return [key for key, value in wide if not bool(torch.isfinite(value).all())]
+    wide = {key: value if value.element_size() > 1 else value.float() for key, value in floats.items()}
+    groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for value in wide.values():
+        if value.numel() < SMALL:
+            groups.setdefault((value.dtype, value.device), []).append(value.reshape(-1))
+    if all(bool(torch.isfinite(torch.cat(group)).all()) for group in groups.values()):  # as they nearly always are
+        wide = {key: value for key, value in wide.items() if value.numel() >= SMALL}
+    return [key for key, value in wide.items() if not bool(torch.isfinite(value).all())]
 
 
 def _check_header(path: Path, file: BinaryIO) -> dict[str, str]:

@@ -147,7 +147,8 @@ def _from_file(made: Plan, target: str, tensor: Tensor) -> Tensor:
             return kind.from_blocks(candidate.module, role, tensor)
         except CheckpointError as error:
             raise CheckpointError(f"{target}: {error}") from None
-    return kind.from_file(candidate.module, role, tensor).reshape(made.shapes[name][key])
+    found, shape = kind.from_file(candidate.module, role, tensor), made.shapes[name][key]
+    return found if found.shape == shape else found.reshape(shape)
 
 
 def _peft_shape(made: Plan, target: str) -> tuple[int, ...] | None:

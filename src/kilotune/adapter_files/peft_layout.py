@@ -145,4 +145,8 @@ def bias_key(method: Method[Any] | None, storage: Storage) -> str:
 
 def full_key(key: str, params: Mapping[str, Any]) -> str:
     """A method's key in the file, below the model if it is of one of the layers ``params``, else beside it."""
-    return PREFIX + key if any(key.startswith(f"{name}.") for name in params) else EXTRA_PREFIX + key
+    place = key
+    while place := place.rpartition(".")[0]:
+        if place in params:
+            return PREFIX + key
+    return EXTRA_PREFIX + key

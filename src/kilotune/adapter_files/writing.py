@@ -18,6 +18,7 @@ from ..injection.inject import Installed
 from ..injection.option_checks import part_of
 from ..layers import stacked_sites as stacks
 from ..layers.adapted_parameters import file_names
+from ..layers.slot import BIAS
 from ..patterns import matching
 from ..storage.sharded import gathered, is_sharded
 from .files import tensors_checksum, write
@@ -77,21 +78,32 @@ def save(
         write(folder, *state)
 
 
-def state_of(installed: Installed) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
-    """(adapter_config.json, tensors under PEFT's keys, header metadata) of an adapter in a model."""
+def state_of(
+    installed: Installed, values: Mapping[str, Mapping[str, Tensor]] | None = None
+) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
+    """(adapter_config.json, tensors under PEFT's keys, header metadata) of an adapter in a model.
+
+    values: its parameters by layer, on the CPU, where its slots do not hold them; they are taken as they are.
+    """
     sites = {name: layer.site(name) for name, layer in installed.layers.items()}
     slots = installed.slots()
-    params = {name: slot.own() for name, slot in slots.items() if slot.method is not None}
+    given = {id(value) for each in (values or {}).values() for value in each.values()}
+    values = {name: slot.values() for name, slot in slots.items()} if values is None else values
+    params = {
+        name: {key: value for key, value in values[name].items() if key != BIAS}
+        for name, slot in slots.items()
+        if slot.method is not None
+    }
     export = stacks.export(installed.method, sites, params, installed.shared)
     tensors = in_file_form(export.tensors, installed, params)
-    for name, slot in slots.items():
-        if slot.trained_bias is not None:
-            tensors[bias_place(name, installed)] = slot.trained_bias
+    for name, each in values.items():
+        if BIAS in each:
+            tensors[bias_place(name, installed)] = each[BIAS]
     for name, saved in installed.saved.items():
         twin = saved.copies[installed.key]
         tensors.update({f"{PREFIX}{name}.{key}": value for key, value in twin.state_dict().items()})
     # A clone each: views and tied tensors cannot be written, and what is written must not change meanwhile.
-    tensors = {key: value.detach().cpu().clone().contiguous() for key, value in sorted(tensors.items())}
+    tensors = {key: value if id(value) in given else _copied(value) for key, value in sorted(tensors.items())}
     config = {**installed.config.to_dict(), **export.config}
     config["fan_in_fan_out"] = any(layer.kind.stores_in_out for layer in installed.layers.values())
     ours = installed.config.ours()
@@ -113,6 +125,10 @@ def state_of(installed: Installed) -> tuple[dict[str, Any], dict[str, Tensor], d
     checksums = tensors_checksum(tensors), config_checksum(config, installed.config.option_names())
     header = header_metadata(*checksums, export.checksum, export.header, installed.base)
     return config, tensors, {**header, **installed.marks}
+
+
+def _copied(value: Tensor) -> Tensor:
+    return value.detach().cpu().clone().contiguous()
 
 
 def in_file_form(

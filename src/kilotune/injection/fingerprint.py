@@ -69,6 +69,8 @@ class Fingerprint:
 
     def without(self, modules: Sequence[str]) -> Fingerprint:
         """Without the modules that an adapter brings itself, such as a head, which is drawn anew in each base."""
+        if not modules:
+            return self
         return Fingerprint({name: entry for name, entry in self.parameters.items() if not inside(modules, name)})
 
     def check(self, base: Fingerprint, what: str, modules: Sequence[str] = ()) -> None:

@@ -52,6 +52,10 @@ class Slot(nn.Module):
     def trained_bias(self) -> Tensor | None:
         return self._parameters.get(BIAS)
 
+    def values(self) -> dict[str, nn.Parameter]:
+        """All its parameters."""
+        return {name: p for name, p in self._parameters.items() if p is not None}
+
     def own(self) -> dict[str, nn.Parameter]:
         """The method's parameters, without the trained bias."""
         return {name: p for name, p in self._parameters.items() if name != BIAS and p is not None}

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from kilotune import AdapterConfig, Ia3Config, LoraConfig, VeraConfig, get_config, get_peft_model, optimizer_groups
-from kilotune.adapter_files.files import TwoFiles
+from kilotune.adapter_files.files import TwoFiles, write
 from kilotune.adapter_files.reading import parse
 from kilotune.adapter_files.writing import state_of
 from kilotune.errors import AdapterError, ConfigError, ResourceError, UnsupportedError
@@ -388,3 +389,37 @@ def test_what_a_model_takes_is_known_before_it_is_made(monkeypatch: pytest.Monke
         asked = [stepper.submit(name, ForwardBackward(rows_for(1))) for name in ("ann", "carl")]
         first, second = finished(stepper, *asked)
         assert first.loss == pytest.approx(second.loss, abs=1e-12)
+
+
+def test_what_comes_between_two_looks_is_done_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread may ask for a save just when all steps and saves are done, and a pass is about to be chosen."""
+    with Stepper(model()) as stepper:
+        stepper.open("ann", CONFIGS["vera"][0])
+        stepper.open("ben", CONFIGS["vera"][0])
+        late: list[Future[Any]] = []
+        chosen = stepper._chosen
+
+        def choose() -> Any:
+            if not late:
+                late.append(stepper.submit("ann", Save()))
+            return chosen()
+
+        monkeypatch.setattr(stepper, "_chosen", choose)
+        asked = stepper.submit("ben", ForwardBackward(rows_for(0)))
+        (scored, saved) = (finished(stepper, asked)[0], late[0].result(timeout=0))
+        assert scored.weight > 0
+        assert saved.tensors
+
+
+def test_what_is_saved_stays_as_it_was_and_can_be_written(tmp_path: Path) -> None:
+    with Stepper(model()) as stepper:
+        stepper.open("ann", CONFIGS["lora"][0])
+        (before,) = finished(stepper, stepper.submit("ann", Save()))
+        kept = {key: value.clone() for key, value in before.tensors.items()}
+        told = [stepper.submit("ann", ForwardBackward(rows_for(0))), stepper.submit("ann", OptimStep(HOW))]
+        (_, _, after) = finished(stepper, *told, stepper.submit("ann", Save()))
+        assert all(torch.equal(before.tensors[key], value) for key, value in kept.items())
+        assert any(not torch.equal(after.tensors[key], value) for key, value in kept.items())
+        write(tmp_path / "ann", after.config, after.tensors, after.header)
+        found = load_file(tmp_path / "ann" / "adapter_model.safetensors")
+        assert all(torch.equal(found[key], value) for key, value in after.tensors.items())

@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from kilotune.errors import AdapterError, StoreError
 from kilotune.fleet.store import AdapterStore, Contents, Item, open_store, stacks
 from kilotune.fleet.store.preparing import Below
 from kilotune.fleet.store.schema import Link
+from kilotune.fleet.store.sqlite import SqliteStore
 from tests.support.store_support import CONFIG, KEYS, KINDS, contents, new_url
 
 # Python 3.12 warns of any fork beside threads; a child here only uses the store.
@@ -209,6 +211,38 @@ def test_bulk_writers_of_the_same_names_do_not_block_each_other_for_ever(url: st
         assert list(store.verify()) == []
 
 
+def test_handles_of_one_file_take_turns_in_a_process(tmp_path: Path) -> None:
+    """SQLite by itself lets who finds another one writing sleep, for longer each time."""
+    url = f"sqlite:///{tmp_path}/a.db"
+    with open_store(url) as first, open_store(url, namespace="ben") as second:
+        assert isinstance(first, SqliteStore)
+        assert isinstance(second, SqliteStore)
+        waits = threading.Event()
+        order: list[str] = []
+
+        def long(link: Link) -> None:
+            waits.wait(20)
+            order.append("first")
+
+        def short(link: Link) -> None:
+            order.append("second")
+
+        with ThreadPoolExecutor(2) as pool:
+            asked = [pool.submit(first._write, long)]
+            while not first._writing.locked():
+                pass
+            asked.append(pool.submit(second._write, short))
+            assert second._writing is first._writing
+            assert order == []
+            waits.set()
+            for one in asked:
+                one.result(timeout=20)
+        assert order == ["first", "second"]
+    with open_store(f"sqlite:///{tmp_path}/b.db") as other:
+        assert isinstance(other, SqliteStore)
+        assert other._writing is not first._writing
+
+
 def test_who_waits_too_long_is_told(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/a.db"
     with open_store(url) as one, open_store(url, timeout=0.1) as other:
@@ -278,7 +312,9 @@ def test_a_fork_in_the_middle_of_a_threads_write(url: str) -> None:
 
         def work(number: int) -> None:
             assert store.get("a").info.version >= 1
-            store.put(f"child-{number}", contents(2))
+            with open_store(url, timeout=20) as another:
+                another.put(f"child-{number}", contents(2))
+            store.put(f"child-{number}", contents(3))
             store.close()
 
         try:

@@ -332,3 +332,47 @@ def test_many_remove_at_once(tmp_path: Path) -> None:
         with ThreadPoolExecutor(6) as pool:
             list(pool.map(remove, range(6)))
         assert documents.total("job") == (0, 0)
+
+
+def test_several_things_are_done_together_or_not_at_all(ann: Documents, opened: Opener) -> None:
+    seen = Documents(opened(), "ann")
+
+    def half(own: Documents) -> None:
+        made = own.add("job", {"n": 1})
+        assert own.find("job", made.name) is not None
+        own.put("event", "first", lambda found: found or Document("event", "", "", {}, parent=made.name))
+        raise QuotaError("no more")
+
+    with pytest.raises(QuotaError):
+        ann.together(half)
+    assert seen.total("job") == seen.total("event") == (0, 0)
+
+    def whole(own: Documents) -> Document:
+        made = own.add("job", {"n": 2}, state="queued", body=[b"abc"])
+        own.change("job", made.name, lambda one: replace(one, state="running"))
+        own.add("event", {}, parent=made.name)
+        assert own.together(lambda inner: inner.total("event")) == (1, 0)
+        assert b"".join(own.body("job", made.name)) == b"abc"
+        return made
+
+    found = seen.find("job", ann.together(whole).name)
+    assert found is not None
+    assert found.state == "running"
+    assert seen.total("event") == (1, 0)
+
+
+def test_what_is_removed_together_with_something_is_in_no_file_of_sqlite(tmp_path: Path) -> None:
+    secret = b"Ann's secret sentence"
+    with open_store(f"sqlite:///{tmp_path}/a.db") as store:
+        ann = Documents(store, "ann")
+        made = [ann.add("file", {}, body=[secret * 300]) for _ in range(2)]
+        ann.together(lambda own: [own.rm("file", one.name) for one in made])
+        assert not any(secret in file.read_bytes() for file in tmp_path.iterdir())
+
+
+def test_what_need_not_be_off_the_disk_is_gone_all_the_same(ann: Documents, opened: Opener) -> None:
+    made = ann.add("state", {"a": 1}, body=[b"abc"])
+    ann.add("event", {}, parent=made.name)
+    assert ann.rm("state", made.name, erased=False) is True
+    assert ann.rm("state", made.name, erased=False) is False
+    assert Documents(opened(), "ann").total("event") == (0, 0)

@@ -40,3 +40,30 @@ def test_who_slept_over_a_lease_has_no_claim_any_more(tmp_path: Path, monkeypatc
         assert found.owner != claims[0].owner
         end.set()
         own.stop()
+
+
+def test_no_more_are_taken_than_there_are_places_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that wait are taken several at once, one of each namespace first."""
+    monkeypatch.setattr(workers, "POLL", 0.01)
+    with open_store(f"sqlite:///{tmp_path / 'a.db'}") as store:
+        documents = Documents(store)
+        for space in ("ann", "ann", "ann", "ben"):
+            documents.within(space).add("job", {}, state="queued")
+        begun: list[str] = []
+        end = threading.Event()
+
+        def work(claim: Claim) -> None:
+            begun.append(claim.document.namespace)
+            end.wait(20)
+
+        own = Workers(documents, "job", work, 2)
+        own.start()
+        until = time.monotonic() + 20
+        while len(begun) < 2:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        time.sleep(0.1)  # a third one would come now
+        assert sorted(begun) == ["ann", "ben"]
+        assert documents.total("job", states=["queued"])[0] == 2
+        end.set()
+        own.stop()

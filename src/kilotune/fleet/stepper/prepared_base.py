@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
+import torch
 from torch import Tensor, nn
 
 from ...adapter_files.writing import state_of
@@ -71,15 +72,10 @@ def form_in(model: AdapterModel, config: AdapterConfig, held: ExitStack) -> Resi
 
 def contents_of(form: ResidentForm, row: Tensor, base: Fingerprint, on: StandsOn | None = None) -> Contents:
     """A row (length,) as the adapter that ``save_pretrained`` would write; its header says what it stands on."""
-    apart = {
-        layer: [(place.key, place.of(row.unsqueeze(0))[0]) for place in form.places[layer]] for layer in form.slots
-    }
-    try:
-        for layer, values in apart.items():
-            for key, value in values:
-                form.slots[layer].register_parameter(key, nn.Parameter(value, requires_grad=False))
-        config, tensors, header = state_of(form.installed)
-    finally:
-        for slot in form.slots.values():
-            slot._parameters.clear()
+    places = form.all_places()
+    parts = torch.split(row.detach().cpu().clone(), [place.end - place.begin for place in places])
+    values: dict[str, dict[str, Tensor]] = {layer: {} for layer in form.slots}
+    for place, part in zip(places, parts, strict=True):
+        values[place.layer][place.key] = part if len(place.shape) == 1 else part.view(place.shape)
+    config, tensors, header = state_of(form.installed, values)
     return Contents(config, tensors, header if on is None else {**header, **on.header()}, base)

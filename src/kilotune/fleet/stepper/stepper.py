@@ -333,8 +333,9 @@ class Stepper:
         with self._lock:
             for trainee in self._trainees.values():
                 asked = trainee.due()
-                if asked is not None and trainee.reading is None:
-                    assert isinstance(asked.operation, Forward | ForwardBackward)  # the rest is done
+                if asked is None or trainee.reading is not None:
+                    continue
+                if isinstance(asked.operation, Forward | ForwardBackward):  # else it came just now
                     trainee.reading = Reading(asked, asked.operation, self.tokens)
             ready = [trainee for trainee in self._trainees.values() if trainee.reading is not None]
         ready.sort(key=lambda trainee: trainee.used)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self, final
+from typing import Any, Protocol, Self, TypeVar, final
 
 from ...errors import ConfigError
 from .schema import Link
 
-__all__ = ["COLUMNS", "Document", "fill", "insert", "remove", "update"]
+__all__ = ["COLUMNS", "PART", "Document", "Inside", "Transactions", "fill", "insert", "remove", "update"]
+
+T = TypeVar("T")
 
 COLUMNS = "id, namespace, kind, name, parent, state, created, owner, until, size, data"
 PART = 1_000_000  # bytes of a body that are read or written at once
@@ -50,6 +52,37 @@ class Document:
             int(size),
             int(number),
         )
+
+
+class Transactions(Protocol):
+    """What makes a transaction of a piece of work; see :class:`SqlStore`."""
+
+    def _read(self, work: Callable[[Link], T]) -> T: ...
+
+    def _write(self, work: Callable[[Link], T]) -> T: ...
+
+    def erase(self, work: Callable[[Link], T]) -> T:
+        """As a write, and what it took away is off the disk."""
+        ...
+
+
+@final
+class Inside:
+    """Has everything done in a transaction that is open already. erases: whether something is to be off the disk."""
+
+    def __init__(self, link: Link) -> None:
+        self._link, self.erases = link, False
+
+    def _read(self, work: Callable[[Link], T]) -> T:
+        return work(self._link)
+
+    def _write(self, work: Callable[[Link], T]) -> T:
+        return work(self._link)
+
+    def erase(self, work: Callable[[Link], T]) -> T:
+        """See :class:`Transactions`; once the transaction has ended."""
+        self.erases = True
+        return work(self._link)
 
 
 def insert(link: Link, made: Document, pieces: Sequence[bytes]) -> int:

@@ -20,16 +20,18 @@ import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any, final
+from typing import Any, TypeVar, final
 
 from ...errors import AdapterError, KilotuneError, StoreLimitError, UnsupportedError, type_name
 from .adapter_store import AdapterStore
-from .document_rows import COLUMNS, Document, fill, insert, remove, update
+from .document_rows import COLUMNS, PART, Document, Inside, Transactions, fill, insert, remove, update
 from .names import check_namespace
 from .schema import Link
 from .sql import SqlStore
 
 __all__ = ["Document", "Documents", "QuotaError"]
+
+T = TypeVar("T")
 
 TABLES = """
 CREATE TABLE IF NOT EXISTS kilotune_documents (
@@ -85,14 +87,35 @@ class Documents:
             )
         if store.read_only:
             raise StoreLimitError(f"documents: {store.url} is opened to be read alone")
-        self._store, self._clock = store, clock
+        self._store: Transactions = store
+        self._clock = clock
         self.namespace = None if namespace is None else check_namespace(namespace)
         store.make_tables(part.strip() for part in TABLES.split(";"))
 
     def within(self, namespace: str) -> Documents:
         """Those of one namespace."""
+        return self._copy(self._store, check_namespace(namespace))
+
+    def together(self, work: Callable[[Documents], T]) -> T:
+        """Do several things in one transaction: all of them or, where ``work`` raises, none; on the disk once.
+
+        Args:
+            work: is given these documents, to do them with; a database that met others may have it run once more.
+
+        """
+
+        def inside(link: Link) -> tuple[T, bool]:
+            own = Inside(link)
+            return work(self._copy(own, self.namespace)), own.erases
+
+        found, erases = self._store._write(inside)
+        if erases:
+            self.wipe()
+        return found
+
+    def _copy(self, store: Transactions, namespace: str | None) -> Documents:
         made: Documents = object.__new__(Documents)
-        made._store, made._clock, made.namespace = self._store, self._clock, check_namespace(namespace)
+        made._store, made._clock, made.namespace = store, self._clock, namespace
         return made
 
     # -- one -------------------------------------------------------------------------------------
@@ -173,6 +196,8 @@ class Documents:
                 return
             yield bytes(row[0])
             part += 1
+            if len(row[0]) < PART:  # all but the last are as large
+                return
 
     def change(self, kind: str, name: str, change: Change, erased: bool = False) -> Document | None:
         """Make of a document what ``change`` makes of it, and nobody else comes in between.
@@ -241,8 +266,11 @@ class Documents:
 
         return self._store.erase(work)
 
-    def rm(self, kind: str, name: str) -> bool:
-        """Remove a document and all that belongs to it, off the disk (see ``erase``); whether there was one."""
+    def rm(self, kind: str, name: str, erased: bool = True) -> bool:
+        """Remove a document and all that belongs to it; whether there was one.
+
+        erased: whether it is to be off the disk at once (see ``erase``), as what somebody takes back is.
+        """
 
         def work(link: Link) -> bool:
             sql, values = self._one(kind, name)
@@ -251,7 +279,7 @@ class Documents:
                 remove(link, [Document.of(row)])
             return row is not None
 
-        return self._store.erase(work)
+        return (self._store.erase if erased else self._store._write)(work)
 
     def wipe(self) -> None:
         """See that what was removed from the store by others is off the disk (see ``erase``)."""

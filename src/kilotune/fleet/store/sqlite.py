@@ -50,6 +50,19 @@ FORK_WAIT = 60.0  # seconds that a fork waits for transactions of other threads
 
 
 @final
+class _Connection(sqlite3.Connection):
+    """A connection that knows how long it waits for others."""
+
+    wait: float | None = None
+
+    def waits(self, wait: float) -> None:
+        """Have it wait so many seconds."""
+        if wait != self.wait:
+            self.execute(f"PRAGMA busy_timeout = {int(wait * 1000)}")
+            self.wait = wait
+
+
+@final
 class SqliteLink(Link):
     """A connection of the standard library's sqlite3, inside a transaction."""
 
@@ -104,8 +117,8 @@ class SqliteStore(SqlStore):
             raise StoreError(f"SQLite {sqlite3.sqlite_version} is too old: a store needs {'.'.join(map(str, OLDEST))}")
         self.path = path.absolute()
         self._format = FORMAT  # at least
-        self._idle: list[sqlite3.Connection] = []
-        self._lock, self._writing, self._taken = threading.Condition(), threading.Lock(), 0
+        self._idle: list[_Connection] = []
+        self._lock, self._taken = threading.Condition(), 0
         if read_only and not path.is_file():
             raise StoreError(f"there is no store at {path}")
         if not path.parent.is_dir():
@@ -119,6 +132,7 @@ class SqliteStore(SqlStore):
                 path.unlink()
             raise
         self._file = _identity(self.path)
+        self._writing = _turn_of(self._file)
         self._taken = 1
         self._give_back(first)
         self._enlist()
@@ -129,7 +143,7 @@ class SqliteStore(SqlStore):
 
     # -- connections -------------------------------------------------------------------------------
 
-    def _connect(self) -> sqlite3.Connection:
+    def _connect(self) -> _Connection:
         mode = "ro" if self.read_only else "rwc"
         if self.read_only and not _can_lock(self.path):
             mode = "ro&immutable=1"  # on a file system that nobody can write to
@@ -140,6 +154,7 @@ class SqliteStore(SqlStore):
             isolation_level=None,
             check_same_thread=False,
             cached_statements=256,
+            factory=_Connection,
         )
         try:
             made.execute("PRAGMA foreign_keys = ON")
@@ -154,7 +169,7 @@ class SqliteStore(SqlStore):
             raise
         return made
 
-    def _first(self) -> sqlite3.Connection:
+    def _first(self) -> _Connection:
         """The first connection: makes the tables where the file is new, and sees that it is a store."""
         made = self._connect()
         try:
@@ -209,7 +224,7 @@ class SqliteStore(SqlStore):
                     raise
                 time.sleep(random.uniform(0.001, 0.02))
 
-    def _take(self) -> sqlite3.Connection:
+    def _take(self) -> _Connection:
         with self._lock:
             self._open()
             self._check_file()
@@ -231,7 +246,7 @@ class SqliteStore(SqlStore):
             what = "is not there any more" if now is None else "was replaced by another file"
             raise StoreError(f"{self.path} {what} since it was opened; put it back, or open the store anew")
 
-    def _give_back(self, connection: sqlite3.Connection | None) -> None:
+    def _give_back(self, connection: _Connection | None) -> None:
         with self._lock:
             if connection is not None and self._closed:
                 connection.close()
@@ -270,7 +285,7 @@ class SqliteStore(SqlStore):
         with self._guarded():
             connection = self._take()
             try:
-                connection.execute(f"PRAGMA busy_timeout = {int(wait * 1000)}")
+                connection.waits(wait)
                 connection.execute(begin)
                 yield SqliteLink(connection, self._has_stacks(connection))
                 connection.execute("COMMIT")
@@ -334,7 +349,7 @@ class SqliteStore(SqlStore):
         with self._guarded():
             connection = self._take()
             try:
-                connection.execute(f"PRAGMA busy_timeout = {int(self.timeout * 1000)}")
+                connection.waits(self.timeout)
                 ((busy, *_),) = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
             finally:
                 self._give_back(connection)
@@ -355,7 +370,7 @@ class SqliteStore(SqlStore):
         self._lock.release()
 
     def _leave_connections(self) -> None:
-        self._lock, self._writing, self._taken = threading.Condition(), threading.Lock(), 0
+        self._lock, self._writing, self._taken = threading.Condition(), _turn_of(self._file), 0
 
     def _disconnect(self) -> None:
         with self._lock:
@@ -385,6 +400,14 @@ class SqliteStore(SqlStore):
             return faults + [Fault("(the store)", None, f"a row of {row[0]} refers to nothing") for row in lost[:20]]
 
         yield from self._read(work)
+
+
+_turns: dict[tuple[int, tuple[int, int] | None], threading.Lock] = {}  # by process, for forks, and file
+
+
+def _turn_of(file: tuple[int, int] | None) -> threading.Lock:
+    """What those who write to a file in this process hold: SQLite itself has them wait in naps."""
+    return _turns.setdefault((os.getpid(), file), threading.Lock())
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

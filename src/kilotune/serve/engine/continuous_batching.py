@@ -34,7 +34,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from ...errors import ConfigError, KilotuneError, ResourceError, UnsupportedError, first_line
+from ...errors import ConfigError, KilotuneError, UnsupportedError, first_line
 from .cache_room import CacheRoom
 from .cores import Cores
 from .device_adapters import GoneError, Row
@@ -45,7 +45,7 @@ from .lanes import Lanes
 from .pace import Pace
 from .paged_attention import PagedBatch, PageSizes, Part
 from .prompt_scores import PromptScores, most_tokens, share_scored
-from .running_requests import Again, Run, check_request, end_tokens, homes, newest_of_most
+from .running_requests import Again, OwnThread, Run, check_request, end_tokens, homes, newest_of_most, tried
 from .sampling import Choice, choose
 from .tenant_adapters import AdapterRegistry
 
@@ -224,25 +224,17 @@ class TransformersEngine(Engine):
             UnsupportedError: with what happened.
 
         """
-        if self._dead is None:
-            asyncio.run(self._trial(row, tenant))
-
-    async def _trial(self, row: Row, tenant: str) -> None:
+        if self._dead is not None:
+            return
         sampling = Sampling(max_tokens=1, temperature=0.0)
         key = AdapterKey(tenant, "trial", 0, row.name)  # whose cache it is: nobody else's
         deadline = time.monotonic() + TRIAL
         request = Generation(id="trial", tenant=tenant, adapter=key, prompt=(0,), sampling=sampling, deadline=deadline)
-        run = Run(request, row, asyncio.get_running_loop(), self._tokenizer, self._ends)
+        here = OwnThread()
+        run = Run(request, row, here, self._tokenizer, self._ends)
         self._send(run)
-        async for item in run.items():
-            if isinstance(item, Again):
-                raise ResourceError("adapters of too many forms are in use; try again later")
-            if isinstance(item, Finish):
-                if item.reason == "error":
-                    raise UnsupportedError(item.error or "the model failed")
-                if item.reason not in ("stop", "length"):
-                    raise ResourceError(f"the engine did not come to try the adapter: {item.reason}")
-                return
+        while not tried(run):
+            here.wait()
 
     async def _row(self, key: AdapterKey | None) -> Row | None:
         if key is None:

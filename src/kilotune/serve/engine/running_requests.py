@@ -6,10 +6,12 @@ import asyncio
 import contextlib
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from typing import Any, final
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from functools import partial
+from queue import SimpleQueue
+from typing import Any, Protocol, final
 
-from ...errors import ConfigError
+from ...errors import ConfigError, ResourceError, UnsupportedError
 from .device_adapters import Held, Row
 from .grammars import Guide
 from .interface import Finish, Generation, Item, Prompted, Sampling, Token
@@ -71,6 +73,28 @@ class Again:
     """In place of an end: the adapter has to be read again, and the request sent once more."""
 
 
+class Loop(Protocol):
+    """What has something called in the thread that waits for a request: an asyncio loop, or :class:`OwnThread`."""
+
+    def call_soon_threadsafe(self, callback: Callable[..., object], /, *args: Any) -> object: ...
+
+
+@final
+class OwnThread:
+    """Stands for a loop where a thread has nothing to do but to wait for one request."""
+
+    def __init__(self) -> None:
+        self._calls: SimpleQueue[Callable[[], object]] = SimpleQueue()
+
+    def call_soon_threadsafe(self, callback: Callable[..., object], /, *args: Any) -> None:
+        """Have it called by :meth:`wait`."""
+        self._calls.put(partial(callback, *args))
+
+    def wait(self) -> None:
+        """Until something came."""
+        self._calls.get()()
+
+
 @final
 class Run:
     """A request in the engine. The engine's thread writes it, but for ``left`` and ``row``.
@@ -82,7 +106,7 @@ class Run:
         self,
         request: Generation,
         row: Row | None,
-        loop: asyncio.AbstractEventLoop | None,
+        loop: Loop | None,
         tokenizer: Any,
         ends: frozenset[int],
         asked: float | None = None,
@@ -206,18 +230,42 @@ class Run:
 
     # -- the stream's side -----------------------------------------------------------------------
 
+    def there(self) -> Iterator[Item | Again]:
+        """What came and was not taken yet."""
+        while self._items:
+            yield self._items.popleft()
+
     async def items(self) -> AsyncIterator[Item | Again]:
         """What comes; ends never by itself."""
         while True:
             await self._ready.wait()
             self._ready.clear()
-            while self._items:
-                yield self._items.popleft()
+            for item in self.there():
+                yield item
 
 
 def _put_all(told: Sequence[tuple[Run, Sequence[Any]]]) -> None:
     for run, items in told:
         run._put(items)
+
+
+def tried(run: Run) -> bool:
+    """Whether a request that tries an adapter has ended.
+
+    Raises:
+        UnsupportedError: it failed. ResourceError: the engine did not come to it.
+
+    """
+    for item in run.there():
+        if isinstance(item, Again):
+            raise ResourceError("adapters of too many forms are in use; try again later")
+        if isinstance(item, Finish):
+            if item.reason == "error":
+                raise UnsupportedError(item.error or "the model failed")
+            if item.reason not in ("stop", "length"):
+                raise ResourceError(f"the engine did not come to try the adapter: {item.reason}")
+            return True
+    return False
 
 
 def homes(run: Run) -> set[object]:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from typing import Any, final
 
@@ -37,6 +36,7 @@ __all__ = [
     "STATE",
     "WAITING",
     "Asked",
+    "Event",
     "JobLimits",
     "Jobs",
     "model_name",
@@ -113,6 +113,22 @@ def model_name(base: str, job: Document) -> str:
 
 
 @final
+@dataclass(frozen=True)
+class Event:
+    """What is told of a job. once: a word under which it is told once, however often."""
+
+    message: str
+    level: str = "info"
+    data: Mapping[str, Any] | None = None
+    once: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it is kept."""
+        kind = "message" if self.data is None or "step" not in self.data else "metrics"
+        return {"level": self.level, "message": self.message, "type": kind, "data": dict(self.data or {})}
+
+
+@final
 class Jobs:
     """The jobs of one namespace. All methods wait for the store."""
 
@@ -139,9 +155,13 @@ class Jobs:
         if open_jobs >= self.limits.open:
             raise QuotaError(f"{open_jobs} jobs are not done yet; at most {self.limits.open} may be open at once")
         self.check_day(0)
-        made = self.documents.add(JOB, asked.to_dict(), state=WAITING, prefix="ftjob")
-        self.tell(made.name, "Created fine-tuning job", data={"training_file": asked.training_file})
-        return made
+
+        def add(own: Documents) -> Document:
+            made = own.add(JOB, asked.to_dict(), state=WAITING, prefix="ftjob")
+            Jobs(own).tell(made.name, "Created fine-tuning job", data={"training_file": asked.training_file})
+            return made
+
+        return self.documents.together(add)
 
     def check_day(self, tokens: int) -> None:
         """Refuse what is more than a namespace may train in a day."""
@@ -206,23 +226,26 @@ class Jobs:
             raise AdapterError(f"there is no fine-tuning job {name!r}")
         return found
 
-    def tell(
-        self,
-        name: str,
-        message: str,
-        level: str = "info",
-        data: Mapping[str, Any] | None = None,
-        once: str | None = None,
-    ) -> None:
-        """An event of a job; nothing where it is gone. once: a word under which it is told once, however often."""
-        kind = "message" if data is None or "step" not in data else "metrics"
-        told = {"level": level, "message": message, "type": kind, "data": dict(data or {})}
-        if once is None:
-            with suppress(AdapterError):  # it was deleted meanwhile
-                self.documents.add(EVENT, told, parent=name, prefix="ftevent")
-        elif self.documents.find(JOB, name) is not None:
-            made = Document(EVENT, "", "", told, parent=name)
-            self.documents.put(EVENT, f"ftevent-{name.partition('-')[2]}-{once}", lambda found: found or made)
+    def tell(self, name: str, message: str, data: Mapping[str, Any] | None = None) -> None:
+        """An event of a job; nothing where it is gone."""
+        self.tell_all(name, [Event(message, data=data)])
+
+    def tell_all(self, name: str, events: Sequence[Event]) -> None:
+        """Events of a job, in one transaction; nothing where it is gone."""
+
+        def work(own: Documents) -> None:
+            if own.find(JOB, name) is None:  # it was deleted meanwhile
+                return
+            for event in events:
+                if event.once is None:
+                    own.add(EVENT, event.to_dict(), parent=name, prefix="ftevent")
+                else:
+                    made = Document(EVENT, "", "", event.to_dict(), parent=name)
+                    whole = f"ftevent-{name.partition('-')[2]}-{event.once}"
+                    own.put(EVENT, whole, lambda found, made=made: found or made)  # type: ignore[misc]
+
+        if events:
+            self.documents.together(work)
 
     def clear(self, name: str, model: str, again: bool = True) -> None:
         """Let a job be as before its first step, with another model to begin with; what it made and told goes.
@@ -245,7 +268,7 @@ class Jobs:
         told = "What the job was trained on has changed: somebody was forgotten"
         self.tell(name, f"{told}; it is trained again" if again else told)
 
-    def forget_states(self, name: str) -> None:
-        """Remove what a job kept to go on from."""
+    def forget_states(self, name: str, erased: bool = True) -> None:
+        """Remove what a job kept to go on from. erased: off the disk at once."""
         for state in self.documents.ls(STATE, parent=name):
-            self.documents.rm(STATE, state.name)
+            self.documents.rm(STATE, state.name, erased)

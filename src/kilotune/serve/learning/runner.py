@@ -8,18 +8,14 @@ run.
 
 from __future__ import annotations
 
-import csv
-import io
 import logging
 import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar, final
-
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 
 from ...config import AdapterConfig
 from ...errors import AdapterError, KilotuneError, StoreError
@@ -28,7 +24,8 @@ from ...fleet.store import Record, SharedVersion, Version
 from ...fleet.store.documents import Document, Documents
 from ..engine.tenant_adapters import AdapterRegistry
 from .feedback import ANSWER
-from .jobs import CHECKPOINT, CHECKPOINTS, DONE, FILE, JOB, OPEN, RUNNING, STATE, JobLimits, Jobs, model_name
+from .job_log import JobLog
+from .jobs import CHECKPOINTS, DONE, FILE, JOB, OPEN, RUNNING, Event, JobLimits, Jobs, model_name
 from .learner import Learner, NoRoomError
 from .reinforcement import EndedError, Lesson, Practice
 from .schedule import Plan
@@ -43,13 +40,6 @@ Reader = Callable[[bytes, str, str, str, Callable[[], object]], TrainingFile]
 """(a file's bytes, of which form its lines are, what to call it, whose it is, what is called between pieces) -> it."""
 KEPT_EVERY = 30.0  # seconds of training between states that are kept
 TOLD = 50  # events with metrics of a job, about
-CURVE = {
-    "step": "step",
-    "train_loss": "training loss",
-    "valid_loss": "validation loss",
-    "train_mean_reward": "training reward",
-    "valid_mean_reward": "validation reward",
-}  # what is told of a step, and kept in the job's result file
 WAIT = 0.5  # seconds between looks whether there is room for a model
 FORWARD = 16  # rows of which a reference's log-probabilities are asked for at once
 log = logging.getLogger("kilotune.serve")
@@ -169,13 +159,11 @@ class _Run:
         self.runner, self.claim, self.job = runner, claim, claim.document
         job, self.asked = self.job, dict(self.job.data)
         self.documents = runner._documents.within(job.namespace)
-        self.jobs = Jobs(self.documents, runner._limits)
+        self.jobs, self.log = Jobs(self.documents, runner._limits), JobLog(self.documents, job.name)
         self.model = model_name(runner._base, job)
         self.open = f"{job.name}-{uuid.uuid4().hex[:8]}"  # in the learner, which may have an earlier run's still
         self._looked = 0.0
-        self.curve: list[dict[str, Any]] = []
         self.start: ModelStart
-        self.used = 0  # tokens that were learned from
         self.practice: Practice | None = None
 
     def run(self) -> None:
@@ -185,7 +173,7 @@ class _Run:
             if version is None:
                 version = self._train()
             else:
-                self._kept()  # for what is to be told of it
+                self.log.remember()
             self._succeed(version)
         except LeftError:
             raise
@@ -215,18 +203,16 @@ class _Run:
         if job is None or job.state != RUNNING or job.owner != self.claim.owner:
             raise LeftError
 
-    def _mine(self, change: Callable[[Document], Document]) -> Document:
+    def _mine(self, own: Documents, change: Callable[[Document], Document]) -> None:
         """Change the job, as long as it is this run's."""
 
-        def own(job: Document) -> Document:
+        def changed(job: Document) -> Document:
             if job.state != RUNNING or job.owner != self.claim.owner:
                 raise LeftError
             return change(job)
 
-        found = self.documents.change(JOB, self.job.name, own)
-        if found is None:
+        if own.change(JOB, self.job.name, changed) is None:
             raise LeftError
-        return found
 
     # -- training -----------------------------------------------------------------------------------
 
@@ -241,17 +227,22 @@ class _Run:
         if asked["made"] is None:
             if not asked.get("again"):  # that somebody is forgotten is no wish of the namespace's to train more
                 self.jobs.check_day(plan.tokens)
-            self._mine(lambda job: replace(job, data={**job.data, "made": plan.hyperparameters, "tokens": plan.tokens}))
-            self.jobs.tell(self.job.name, f"Files are valid; {len(plan.examples)} examples, {plan.steps} steps")
-        state = self._kept()
+            self.log.together(lambda own: self._planned(own, plan))
+        state = None if asked["made"] is None else self.log.kept()
         learner = self.runner._learner
         self._open(state)
         try:
             self._steps(plan, files, 0 if state is None else state.step)
-            self._keep()  # what is told of the job at its end is in it
+            self.log.keep_told()
             return self._publish(self.model)
         finally:
             learner.close(self.open)
+
+    def _planned(self, own: Documents, plan: Plan) -> None:
+        """Say what the job comes to."""
+        more = {"made": plan.hyperparameters, "tokens": plan.tokens}
+        self._mine(own, lambda job: replace(job, data={**job.data, **more}))
+        Jobs(own).tell(self.job.name, f"Files are valid; {len(plan.examples)} examples, {plan.steps} steps")
 
     def _open(self, state: State | None) -> None:
         """Begin with the model, as soon as its namespace's others leave room for it."""
@@ -286,25 +277,20 @@ class _Run:
             stepped = learner.submit(self.open, OptimStep(plan.adam(step)))
             found: Scored = scored.result()
             stepped.result()
-            self.used += tokens
+            self.log.used += tokens
             told = {"step": step + 1, "train_loss": found.loss / max(found.weight, 1e-9), **told}
             ends = (step + 1) % plan.epoch_steps == 0
             validated = "validation" in files and plan.validates(step + 1)
             if validated:
                 told |= self._validate(plan, files["validation"].examples, step)
             if (step + 1) % every == 0 or ends or validated or step == first:
-                self.curve.append({key: value for key, value in told.items() if key in CURVE})
-                self._tell_step(plan, told)
+                self.log.step(told, plan.steps)
             if ends and plan.keeps(step + 1):
-                self._checkpoint(self._publish(f"{self.model}{CHECKPOINTS}{step + 1}"), told)
+                version = self._publish(f"{self.model}{CHECKPOINTS}{step + 1}")
+                self.log.together(partial(self.log.checkpoint, version=version, told=told))
             if time.monotonic() - kept > KEPT_EVERY:
                 self._keep()
                 kept = time.monotonic()
-
-    def _tell_step(self, plan: Plan, told: Mapping[str, Any]) -> None:
-        known = ", ".join(f"{CURVE[key]}={told[key]:.4f}" for key in CURVE if key != "step" and key in told)
-        text = f"Step {told['step']}/{plan.steps}: {known}"
-        self.jobs.tell(self.job.name, text, data={**told, "total_steps": plan.steps}, once=str(told["step"]))
 
     def _practise(self, files: dict[str, TrainingFile]) -> None:
         """Have what samples and grades, where the job learns from that."""
@@ -367,29 +353,14 @@ class _Run:
 
     def _keep(self) -> None:
         """Keep what there is, for whoever goes on."""
-        state: State = self.runner._learner.submit(self.open, Keep()).result()
-        before = self.documents.ls(STATE, parent=self.job.name)
-        body = save_tensors({name: tensor.contiguous() for name, tensor in state.tensors.items()})
-        told = {"step": state.step, "pieces": state.pieces, "curve": self.curve, "used": self.used}
-        try:
-            self.documents.add(STATE, told, parent=self.job.name, body=[body])
-        except AdapterError:  # the job was deleted
-            return
-        for one in before:
-            self.documents.rm(STATE, one.name)
-
-    def _kept(self) -> State | None:
-        found = self.documents.ls(STATE, parent=self.job.name, newest=True, limit=1)
-        if not found:
-            return None
-        data = b"".join(self.documents.body(STATE, found[0].name))
-        self.curve, self.used = list(found[0].data["curve"]), found[0].data["used"]
-        return State(found[0].data["step"], found[0].data["pieces"], load_tensors(data))
+        self.log.keep(self.runner._learner.submit(self.open, Keep()).result())
 
     # -- the end --------------------------------------------------------------------------------------
 
     def _published(self, name: str) -> Version | None:
         """What an earlier run of this job has published already."""
+        if self.asked["made"] is None:  # there was none
+            return None
         try:
             return self.runner._adapters.info(self.job.namespace, name)
         except AdapterError:
@@ -407,40 +378,22 @@ class _Run:
         version, _ = adapters.keep(self.job.namespace, name, checked, metadata=told, on=on, first=True)
         return version
 
-    def _checkpoint(self, version: Version, told: Mapping[str, Any]) -> None:
-        """List a model that was published; once."""
-        metrics = {key: value for key, value in told.items() if key in CURVE and key != "step"}
-        kept = {"step": told.get("step", 0), "metrics": metrics, "model": version.name}
-
-        def make(found: Document | None) -> Document:
-            return found or Document(CHECKPOINT, "", "", kept, parent=self.job.name)
-
-        which = version.name.partition(CHECKPOINTS)[2] or "last"
-        self.documents.put(CHECKPOINT, f"ftckpt-{self.job.name.partition('-')[2]}-{which}", make)
-
-    def _results(self) -> list[str]:
-        """The name of the file with the job's numbers, which is written once."""
-        found = self.documents.ls(FILE, parent=self.job.name)
-        if not found and self.curve:
-            text = io.StringIO()
-            columns = [key for key in CURVE if self.asked["method"] == "reinforcement" or "reward" not in key]
-            writer = csv.DictWriter(text, columns, restval="")
-            writer.writeheader()
-            writer.writerows(self.curve)
-            told = {"filename": "step_metrics.csv", "purpose": "fine-tune-results"}
-            found = [self.documents.add(FILE, told, parent=self.job.name, body=[text.getvalue().encode()])]
-        return [one.name for one in found]
-
     def _succeed(self, version: Version) -> None:
-        """Say what came of it. All but the state is there before it, so who sees it succeed sees the rest."""
-        self._checkpoint(version, self.curve[-1] if self.curve else {})
-        more = {"finished": time.time(), "fine_tuned_model": version.name, "results": self._results()}
-        if self.used:
-            more["tokens"] = self.used
-        self.jobs.tell(self.job.name, f"New fine-tuned model created: {version.name}", once="created")
-        self.jobs.tell(self.job.name, "The job has successfully completed", once="completed")
-        self.jobs.forget_states(self.job.name)
-        self._mine(lambda job: replace(job, state="succeeded", data={**job.data, **more}))
+        """Say what came of it, in one transaction: who sees it succeed sees the rest."""
+        log, rewards = self.log, self.asked["method"] == "reinforcement"
+        told = (
+            Event(f"New fine-tuned model created: {version.name}", once="created"),
+            Event("The job has successfully completed", once="completed"),
+        )
+
+        def end(own: Documents) -> None:
+            log.checkpoint(own, version, log.curve[-1] if log.curve else {})
+            more = {"finished": time.time(), "fine_tuned_model": version.name, "results": log.results(own, rewards)}
+            if log.used:
+                more["tokens"] = log.used
+            self._end(own, "succeeded", more, told)
+
+        log.together(end)
         self.runner.ended["succeeded"] += 1
 
     def _fail(self, error: Exception) -> None:
@@ -451,8 +404,16 @@ class _Run:
         )
         wrong = "invalid_training_file" if "cannot be trained on" in text else "training_failed"
         told = {"code": wrong, "message": text, "param": "training_file" if wrong != "training_failed" else None}
+        more = {"finished": time.time(), "error": told}
         self._stay(now=True)
-        self.jobs.tell(self.job.name, text, level="error", once="failed")
-        self.jobs.forget_states(self.job.name)
-        self._mine(lambda job: replace(job, state="failed", data={**job.data, "finished": time.time(), "error": told}))
+
+        event = Event(text, level="error", once="failed")
+        self.log.together(lambda own: self._end(own, "failed", more, [event]))
         self.runner.ended["failed"] += 1
+
+    def _end(self, own: Documents, state: str, more: Mapping[str, Any], told: Sequence[Event]) -> None:
+        """Nobody works on it any more."""
+        jobs = Jobs(own)
+        jobs.tell_all(self.job.name, told)
+        jobs.forget_states(self.job.name, erased=False)
+        self._mine(own, lambda job: replace(job, state=state, owner=None, until=None, data={**job.data, **more}))

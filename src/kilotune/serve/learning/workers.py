@@ -12,6 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import final
 
 from ...errors import KilotuneError, first_line
@@ -23,6 +24,7 @@ __all__ = ["Claim", "LeftError", "Workers"]
 LEASE = 15.0  # seconds without a sign of life after which another server takes a document
 ALIVE = 3.0  # seconds between signs of life
 POLL = 0.25  # seconds between looks for documents
+CLAIMED = 16  # documents that are taken at once
 log = logging.getLogger("kilotune.serve")
 
 
@@ -101,28 +103,41 @@ class Workers:
         """Give signs of life, whatever the passes of training wait for."""
         while not self._stopping.wait(ALIVE):
             try:
-                for claim in list(self._claims):
-                    if not self._documents.renew(self._kind, claim.document.name, claim.owner, LEASE):
-                        claim.lost = True
+                self._documents.together(self._renew)
                 if self._beside is not None:
                     self._beside()
             except KilotuneError as error:
                 log.warning("no signs of life can be given (%s): %s", self._kind, first_line(error))
 
+    def _renew(self, own: Documents) -> None:
+        for claim in list(self._claims):
+            if not own.renew(self._kind, claim.document.name, claim.owner, LEASE):
+                claim.lost = True
+
     def _look(self) -> None:
         while not self._stopping.is_set():
             if not self._places.acquire(timeout=POLL):
                 continue
-            found = None
+            places, found = 1, []
+            while places < CLAIMED and self._places.acquire(blocking=False):
+                places += 1
             try:
-                found = self._documents.claim(self._kind, uuid.uuid4().hex, LEASE)
+                found = self._documents.together(partial(self._claim, places=places))
             except KilotuneError as error:
                 log.warning("nothing can be looked for (%s): %s", self._kind, first_line(error))
-            if found is None:
-                self._places.release()
+            for one in found:
+                self._pool.submit(self._run, one)
+            if left := places - len(found):
+                self._places.release(left)
+            if not found:
                 self._stopping.wait(POLL)
-                continue
-            self._pool.submit(self._run, found)
+
+    def _claim(self, own: Documents, places: int) -> list[Document]:
+        """Take as many documents as there are places for."""
+        found: list[Document] = []
+        while len(found) < places and (one := own.claim(self._kind, uuid.uuid4().hex, LEASE)) is not None:
+            found.append(one)
+        return found
 
     def _run(self, found: Document) -> None:
         claim = Claim(self, found)
@@ -145,5 +160,8 @@ class Workers:
             mine = one.owner == claim.owner and one.state != "running"
             return replace(one, owner=None, until=None) if mine else one
 
+        kind, name = self._kind, claim.document.name
         with suppress(KilotuneError):  # the claim runs out
-            self._documents.change(self._kind, claim.document.name, left)
+            now = self._documents.find(kind, name)
+            if now is not None and left(now) is not now:  # seldom, and only then is there something to write
+                self._documents.change(kind, name, left)
