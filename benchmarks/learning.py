@@ -404,7 +404,8 @@ def main(words: Sequence[str] | None = None) -> int:
         print("\ncorrections are not measured: the toy has no words\n")
     else:
         bars += with_words(chosen, progress, body, where)
-    print("written: " + harness.write_results(chosen.out, f"learning-{chosen.model}", chosen, CPU, body).name)
+    name = "-".join(part for part in ("learning", chosen.model, chosen.only) if part)
+    print("written: " + harness.write_results(chosen.out, name, chosen, CPU, body).name)
     return harness.judge(bars) if chosen.bars else 0
 
 
