@@ -121,9 +121,10 @@ def victim(url: str, base: Any, space: str, missing: Sequence[str], planted: str
 
 def plant(planted: str) -> None:
     """A fault that the kills have to find."""
+    from kilotune.serve.learning.job_log import JobLog
     from kilotune.serve.learning.runner import _Run
 
-    kept, succeed = _Run._kept, _Run._succeed
+    kept, succeed = JobLog.kept, _Run._succeed
 
     def without_means(self: Any) -> Any:
         state = kept(self)
@@ -137,7 +138,7 @@ def plant(planted: str) -> None:
         succeed(self, version)
 
     if planted == PLANTED[1]:
-        _Run._kept = without_means  # type: ignore[method-assign]
+        JobLog.kept = without_means  # type: ignore[method-assign]
     if planted == PLANTED[2]:
         _Run._succeed = told_again  # type: ignore[method-assign]
 

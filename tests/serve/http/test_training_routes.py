@@ -17,7 +17,8 @@ from kilotune.errors import ConfigError
 from kilotune.fleet.store.sqlite import SqliteStore
 from kilotune.serve.http.keys import read_keys
 from kilotune.serve.http.settings import ServeSettings
-from kilotune.serve.learning.jobs import JobLimits
+from kilotune.serve.learning.jobs import STATE, JobLimits
+from kilotune.serve.learning.runner import _Run
 from kilotune.serve.learning.training import TrainingLimits
 from tests.support.cli_helpers import as_json, error
 from tests.support.http_support import BASE, Running
@@ -260,6 +261,39 @@ def test_a_paused_job_shows_as_queued_and_goes_on_where_it_was(running: Running)
         time.sleep(0.05)
     assert now > reached  # not from its beginning
     ann.fine_tuning.jobs.cancel(job.id)
+
+
+def test_what_was_learned_is_kept_where_a_job_is_paused_at_its_end(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between its last step and its model there is a while, where many are at work."""
+    ann = running.openai("ann")
+    jobs = running.service.training.jobs("ann")
+    made: list[int] = []
+    lesson, publish = _Run._lesson, _Run._publish
+
+    def counted(self: _Run, plan: Any, step: int) -> Any:
+        made.append(step)
+        return lesson(self, plan, step)
+
+    def paused(self: _Run, name: str) -> Any:
+        if jobs.find(self.job.name).state == "running" and len(made) == 8 and name == self.model:
+            jobs.pause(self.job.name)
+        return publish(self, name)
+
+    monkeypatch.setattr(_Run, "_lesson", counted)
+    monkeypatch.setattr(_Run, "_publish", paused)
+    method = {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 4, "batch_size": 1}}}
+    file = upload(ann, chat_lines(HERS))
+    job = ann.fine_tuning.jobs.create(model=BASE, training_file=file.id, method=method)
+    until = time.monotonic() + 60
+    while (found := jobs.find(job.id)).state != "paused" or jobs.documents.total(STATE, parent=job.id)[0] == 0:
+        assert time.monotonic() < until, found
+        time.sleep(0.02)
+    made.append(-1)  # what comes now was learned before
+    jobs.resume(job.id)
+    assert done(ann, job).status == "succeeded"
+    assert made == [*range(8), -1]
 
 
 def test_a_job_that_goes_on_counts_once_among_the_tokens_of_a_day(tmp_path: Path) -> None:

@@ -38,8 +38,9 @@ def start_row(form: ResidentForm, seed: int, dtype: torch.dtype) -> Tensor:
     cuda = [device] if device.type == "cuda" else []
     parts = []
     with torch.no_grad(), torch.random.fork_rng(cuda):
-        # Without a GPU, torch.manual_seed notes for each kind of device there could be what has called it.
-        (torch.manual_seed if cuda else torch.default_generator.manual_seed)(seed)
+        # torch.manual_seed notes for each kind of device that there could be what has called it, which takes long.
+        alone = all(layer.compute_device().type == "cpu" for layer in layers.values())
+        (torch.default_generator.manual_seed if alone else torch.manual_seed)(seed)
         for layer, slot in form.slots.items():
             values = {} if slot.method is None else start(slot.method, slot.site, slot.shared)
             bias = layers[layer].base_bias()

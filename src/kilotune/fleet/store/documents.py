@@ -100,7 +100,8 @@ class Documents:
         """Do several things in one transaction: all of them or, where ``work`` raises, none; on the disk once.
 
         Args:
-            work: is given these documents, to do them with; a database that met others may have it run once more.
+            work: is given these documents, to do them with; a database that met others has it run again, so it changes
+                nothing else.
 
         """
 

@@ -53,6 +53,7 @@ __all__ = ["TransformersEngine"]
 
 LOADERS, EACH = 4, 2  # threads that read adapters, and how many of them one tenant has at most
 TRIAL = 60.0  # seconds that an adapter's trial may wait for its turn
+LOOK = 1.0  # seconds between looks whether the engine of a trial is still there
 IDLE = 0.05  # seconds between looks at deadlines
 log = logging.getLogger("kilotune.serve")
 
@@ -234,7 +235,8 @@ class TransformersEngine(Engine):
         run = Run(request, row, here, self._tokenizer, self._ends)
         self._send(run)
         while not tried(run):
-            here.wait()
+            if not here.wait(LOOK) and self._dead is not None and not tried(run):
+                raise EngineError(f"the engine ended, and did not try the adapter: {self._dead}")
 
     async def _row(self, key: AdapterKey | None) -> Row | None:
         if key is None:

@@ -8,13 +8,13 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from functools import partial
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, Protocol, final
 
 from ...errors import ConfigError, ResourceError, UnsupportedError
 from .device_adapters import Held, Row
 from .grammars import Guide
-from .interface import Finish, Generation, Item, Prompted, Sampling, Token
+from .interface import EngineError, Finish, Generation, Item, Prompted, Sampling, Token
 from .paged_attention import Part
 from .prompt_scores import PromptScores
 from .sampling import Choice, Picker
@@ -90,9 +90,13 @@ class OwnThread:
         """Have it called by :meth:`wait`."""
         self._calls.put(partial(callback, *args))
 
-    def wait(self) -> None:
-        """Until something came."""
-        self._calls.get()()
+    def wait(self, seconds: float) -> bool:
+        """Until something came, or for so long; whether it came."""
+        try:
+            self._calls.get(timeout=seconds)()
+        except Empty:
+            return False
+        return True
 
 
 @final
@@ -253,7 +257,7 @@ def tried(run: Run) -> bool:
     """Whether a request that tries an adapter has ended.
 
     Raises:
-        UnsupportedError: it failed. ResourceError: the engine did not come to it.
+        UnsupportedError: it failed. ResourceError: the engine did not come to it. EngineError: it ends.
 
     """
     for item in run.there():
@@ -262,6 +266,8 @@ def tried(run: Run) -> bool:
         if isinstance(item, Finish):
             if item.reason == "error":
                 raise UnsupportedError(item.error or "the model failed")
+            if item.reason == "cancelled":
+                raise EngineError("the engine ends, and did not come to try the adapter")
             if item.reason not in ("stop", "length"):
                 raise ResourceError(f"the engine did not come to try the adapter: {item.reason}")
             return True

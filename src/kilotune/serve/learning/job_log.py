@@ -1,7 +1,10 @@
 """What is told of a job while it runs, and kept for whoever goes on with it: events, numbers of steps, states, results.
 
-Events of steps are kept back for a moment, so that one transaction writes several; what is kept takes them with it. So
-of a server that dies those of its last moment may be missing: whoever goes on makes their steps again, and tells them.
+Events of quick steps are kept back for a moment, so that one transaction writes several; what is kept takes them with
+it. So of a server that dies those of its last moment may be missing: whoever goes on makes their steps again, and tells
+them. Of a job that is cancelled they are not told any more.
+
+Nothing is written of a job that is not this run's any more: cancelled, taken over, or one whose person was forgotten.
 """
 
 from __future__ import annotations
@@ -10,22 +13,21 @@ import csv
 import io
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from typing import Any, TypeVar, final
 
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from ...errors import AdapterError
 from ...fleet.stepper.operations import State
 from ...fleet.store import Version
 from ...fleet.store.documents import Document, Documents
-from .jobs import CHECKPOINT, CHECKPOINTS, FILE, STATE, Event, Jobs
+from .jobs import CHECKPOINT, CHECKPOINTS, FILE, JOB, PAUSED, STATE, WAITING, Event, Jobs
+from .workers import LeftError
 
 __all__ = ["JobLog"]
 
 T = TypeVar("T")
-TOLD_EVERY = 2.0  # seconds for which events of steps are kept back
+TOLD_EVERY = 2.0  # seconds for which events of steps are kept back, where steps are as quick
 CURVE = {
     "step": "step",
     "train_loss": "training loss",
@@ -46,20 +48,28 @@ class JobLog:
     Args:
         documents: of its namespace.
         name: the job's.
+        owner: whose it is, as long as this run goes on.
 
     """
 
-    def __init__(self, documents: Documents, name: str) -> None:
-        self._documents, self._name = documents, name
+    def __init__(self, documents: Documents, name: str, owner: str) -> None:
+        self._documents, self._name, self._owner = documents, name, owner
         self.curve: list[dict[str, Any]] = []
         self.used = 0
         self._untold: list[Event] = []
-        self._told = time.monotonic()
+        self._told = self._stepped = time.monotonic()
 
     def together(self, work: Callable[[Documents], T]) -> T:
-        """Do something in one transaction, with the events that were kept back."""
+        """Do something in one transaction, with the events that were kept back.
+
+        Raises:
+            LeftError: the job is not this run's any more, so nothing of it is done.
+
+        """
 
         def both(own: Documents) -> T:
+            if own.change(JOB, self._name, self._still) is None:  # nobody changes it meanwhile
+                raise LeftError
             Jobs(own).tell_all(self._name, self._untold)
             return work(own)
 
@@ -67,14 +77,30 @@ class JobLog:
         self._untold, self._told = [], time.monotonic()
         return found
 
+    def _still(self, job: Document) -> Document:
+        """The job, if it is this run's, or was paused and has not been begun anew since."""
+        paused = job.owner is None and job.state in (PAUSED, WAITING) and job.data["made"] is not None
+        if job.owner != self._owner and not paused:
+            raise LeftError
+        return job
+
+    def flush(self) -> None:
+        """Write the events that were kept back long enough."""
+        if self._untold and time.monotonic() - self._told > TOLD_EVERY:
+            self.together(lambda own: None)
+
     def step(self, told: Mapping[str, Any], steps: int) -> None:
         """Tell the numbers of a step, of so many; once, however often it is made."""
         self.curve.append({key: value for key, value in told.items() if key in CURVE})
         known = ", ".join(f"{CURVE[key]}={told[key]:.4f}" for key in CURVE if key != "step" and key in told)
         text = f"Step {told['step']}/{steps}: {known}"
         self._untold.append(Event(text, data={**told, "total_steps": steps}, once=str(told["step"])))
-        if time.monotonic() - self._told > TOLD_EVERY:
+        slow = time.monotonic() - self._stepped > TOLD_EVERY
+        self._stepped = time.monotonic()
+        if slow:
             self.together(lambda own: None)
+        else:
+            self.flush()
 
     # -- to go on from ----------------------------------------------------------------------------
 
@@ -87,14 +113,12 @@ class JobLog:
             Jobs(own).forget_states(self._name, erased=False)
             own.add(STATE, told, parent=self._name, body=[body])
 
-        with suppress(AdapterError):  # the job was deleted
-            self.together(work)
+        self.together(work)
 
     def keep_told(self) -> None:
         """Keep what is to be told of the job at its end, for whoever finds its model published."""
-        with suppress(AdapterError):
-            told = {"curve": self.curve, "used": self.used}
-            self.together(lambda own: own.add(STATE, told, parent=self._name))
+        told = {"curve": self.curve, "used": self.used}
+        self.together(lambda own: own.add(STATE, told, parent=self._name))
 
     def kept(self) -> State | None:
         """What an earlier run has kept to go on from."""

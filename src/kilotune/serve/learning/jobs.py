@@ -16,6 +16,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from typing import Any, final
 
@@ -238,7 +239,8 @@ class Jobs:
                 return
             for event in events:
                 if event.once is None:
-                    own.add(EVENT, event.to_dict(), parent=name, prefix="ftevent")
+                    with suppress(AdapterError):  # just now
+                        own.add(EVENT, event.to_dict(), parent=name, prefix="ftevent")
                 else:
                     made = Document(EVENT, "", "", event.to_dict(), parent=name)
                     whole = f"ftevent-{name.partition('-')[2]}-{event.once}"

@@ -159,7 +159,7 @@ class _Run:
         self.runner, self.claim, self.job = runner, claim, claim.document
         job, self.asked = self.job, dict(self.job.data)
         self.documents = runner._documents.within(job.namespace)
-        self.jobs, self.log = Jobs(self.documents, runner._limits), JobLog(self.documents, job.name)
+        self.jobs, self.log = Jobs(self.documents, runner._limits), JobLog(self.documents, job.name, claim.owner)
         self.model = model_name(runner._base, job)
         self.open = f"{job.name}-{uuid.uuid4().hex[:8]}"  # in the learner, which may have an earlier run's still
         self._looked = 0.0
@@ -234,13 +234,18 @@ class _Run:
         try:
             self._steps(plan, files, 0 if state is None else state.step)
             self.log.keep_told()
-            return self._publish(self.model)
+            try:
+                return self._publish(self.model)
+            except LeftError:
+                self._keep_for_others()
+                raise
         finally:
             learner.close(self.open)
 
     def _planned(self, own: Documents, plan: Plan) -> None:
         """Say what the job comes to."""
         more = {"made": plan.hyperparameters, "tokens": plan.tokens}
+        Jobs(own).forget_states(self.job.name)  # of a run that was left when somebody was forgotten
         self._mine(own, lambda job: replace(job, data={**job.data, **more}))
         Jobs(own).tell(self.job.name, f"Files are valid; {len(plan.examples)} examples, {plan.steps} steps")
 
@@ -344,10 +349,15 @@ class _Run:
         try:
             self._stay()
         except LeftError:
-            job = self.documents.find(JOB, self.job.name)
-            if job is not None and job.state not in DONE:  # somebody may go on
-                self._keep()
+            self._keep_for_others()
             raise
+        self.log.flush()
+
+    def _keep_for_others(self) -> None:
+        """Keep what there is where somebody may go on."""
+        job = self.documents.find(JOB, self.job.name)
+        if job is not None and job.state not in DONE:
+            self._keep()
 
     # -- what is kept -------------------------------------------------------------------------------
 
@@ -359,7 +369,7 @@ class _Run:
 
     def _published(self, name: str) -> Version | None:
         """What an earlier run of this job has published already."""
-        if self.asked["made"] is None:  # there was none
+        if self.asked["made"] is None:  # none has come so far; what is kept here is kept once in any case
             return None
         try:
             return self.runner._adapters.info(self.job.namespace, name)

@@ -103,7 +103,8 @@ class Workers:
         """Give signs of life, whatever the passes of training wait for."""
         while not self._stopping.wait(ALIVE):
             try:
-                self._documents.together(self._renew)
+                if self._claims:
+                    self._documents.together(self._renew)
                 if self._beside is not None:
                     self._beside()
             except KilotuneError as error:
