@@ -14,7 +14,8 @@ import torch
 
 from kilotune import LoraConfig, PeftModel, VeraConfig, get_peft_model
 from kilotune.errors import ConfigError, StoreError, UnsupportedError
-from kilotune.serve.engine.interface import AdapterKey, Finish, Generation, Sampling
+from kilotune.serve.engine.interface import AdapterKey, EngineError, Finish, Generation, Sampling
+from kilotune.serve.engine.running_requests import Run
 from tests.support.models import randomize
 from tests.support.serve_support import Served, adapter_of, alone, answer, answers, base_model, greedy, prompt_of
 
@@ -400,6 +401,28 @@ def test_an_adapter_that_cannot_run_is_refused_before_anybody_can_name_it(name: 
         asked, expected = mixed(served, 4, 6)
         assert [one.ids for one in answers(served.engine, asked)] == expected
         assert served.engine.healthy() is None
+
+
+def test_who_tries_an_adapter_does_not_wait_for_an_engine_that_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Told that it ends, or not told at all: both are no fault of the adapter."""
+    with Served(tmp_path, count=1) as served:
+        row = served.registry.row(served.keys[0])
+        served.engine._try(row, "t")
+
+        def lost(run: Run) -> None:
+            monkeypatch.setattr(served.engine, "_dead", "it fell over")
+
+        def ends(run: Run) -> None:
+            run.tell([Finish("cancelled")])
+
+        for send, told in ((ends, "the engine ends"), (lost, "it fell over")):
+            monkeypatch.setattr(served.engine, "_send", send)
+            with pytest.raises(EngineError, match=told):
+                served.engine._try(row, "t")
+        monkeypatch.undo()
+        served.engine._try(row, "t")
 
 
 def test_an_adapter_that_fails_when_it_runs_fails_its_own_requests_and_is_taken_out(tmp_path: Path) -> None:
