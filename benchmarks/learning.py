@@ -246,10 +246,12 @@ def _service(model: Any, words: argparse.Namespace, vocabulary: int) -> Iterator
         settings = LearningSettings(pass_tokens=PASS * words.rows * words.length, threads=words.threads)
         learner = Learner(twin, registry, engine, settings)
         learner.start()
-        yield lambda: _jobs(rows, words, Documents(store), learner, registry)
-        learner.stop()
-        engine.stop()
-        registry.close()
+        try:
+            yield lambda: _jobs(rows, words, Documents(store), learner, registry)
+        finally:
+            learner.stop()
+            engine.stop()
+            registry.close()
 
 
 def _jobs(

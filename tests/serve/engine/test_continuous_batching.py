@@ -248,18 +248,18 @@ def test_what_a_request_waited_for_its_turn_is_told(tmp_path: Path) -> None:
 
 
 def test_who_leaves_frees_the_place(served: Served) -> None:
-    async def run() -> None:
+    async def run() -> tuple[int, int]:
         request = Generation(id="x", tenant="t", adapter=served.keys[0], prompt=prompt_of(1), sampling=greedy(200))
         stream: Any = served.engine.generate(request)
         await anext(stream)
+        before = served.engine.stats().running
         await stream.aclose()
-        for _ in range(200):
-            if served.engine.stats().running == 0:
-                return
+        until = time.monotonic() + 2.0
+        while (now := served.engine.stats().running) and time.monotonic() < until:
             await asyncio.sleep(0.01)
-        raise AssertionError("still running")
+        return before, now
 
-    asyncio.run(run())
+    assert asyncio.run(run()) == (1, 0)
 
 
 def test_deadlines_hold_for_who_runs_and_who_waits(tmp_path: Path) -> None:

@@ -235,7 +235,7 @@ class TransformersEngine(Engine):
         run = Run(request, row, here, self._tokenizer, self._ends)
         self._send(run)
         while not tried(run):
-            if not here.wait(LOOK) and self._dead is not None and not tried(run):
+            if not here.wait(LOOK) and self._dead is not None and not here.wait(0.0):
                 raise EngineError(f"the engine ended, and did not try the adapter: {self._dead}")
 
     async def _row(self, key: AdapterKey | None) -> Row | None:

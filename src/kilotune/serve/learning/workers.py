@@ -103,17 +103,17 @@ class Workers:
         """Give signs of life, whatever the passes of training wait for."""
         while not self._stopping.wait(ALIVE):
             try:
-                if self._claims:
-                    self._documents.together(self._renew)
+                if claims := list(self._claims):
+                    for claim in self._documents.together(partial(self._renew, claims=claims)):
+                        claim.lost = True
                 if self._beside is not None:
                     self._beside()
             except KilotuneError as error:
                 log.warning("no signs of life can be given (%s): %s", self._kind, first_line(error))
 
-    def _renew(self, own: Documents) -> None:
-        for claim in list(self._claims):
-            if not own.renew(self._kind, claim.document.name, claim.owner, LEASE):
-                claim.lost = True
+    def _renew(self, own: Documents, claims: list[Claim]) -> list[Claim]:
+        """Those that somebody else has."""
+        return [one for one in claims if not own.renew(self._kind, one.document.name, one.owner, LEASE)]
 
     def _look(self) -> None:
         while not self._stopping.is_set():
