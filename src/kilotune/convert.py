@@ -124,7 +124,7 @@ def _beside(model: PeftModel, config: AdapterConfig, old: Installed) -> Iterator
             if slot.trained_bias is not None and bias is not None:
                 slot.trained_bias.data.copy_(bias.detach())
         for saved in new.saved.values():
-            saved.copies[new.key].load_state_dict(saved.copies[old.key].state_dict())
+            saved.modules_to_save[new.key].load_state_dict(saved.modules_to_save[old.key].state_dict())
         yield new
     finally:
         model.delete_adapter(name)

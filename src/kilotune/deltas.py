@@ -17,14 +17,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import ClassVar, Literal, final
 
 import torch
 from torch import Tensor
 
-from .errors import MergeError
+from .errors import MergeError, UnsupportedError
 from .kernels.lowrank import low_rank_matrix
 
 __all__ = ["Delta", "Full", "LowRank", "Need", "Rescale", "Residual", "Role", "Shift"]
@@ -69,6 +69,15 @@ class Delta(ABC):
         """The change of the bias (out,); None for no change."""
         return None
 
+    def times(self, strength: float) -> Delta:
+        """The same change, so many times as strong; of one in DoRA what is inside, as its alpha would.
+
+        Raises:
+            UnsupportedError: for a change that has no such number.
+
+        """
+        raise UnsupportedError(f"a {type(self).__name__} has no strength to be changed; low-rank and dense ones have")
+
 
 @final
 @dataclass(frozen=True, eq=False)
@@ -86,6 +95,9 @@ class LowRank(Delta):
     def weight_change(self, weight: Tensor) -> Tensor:
         return low_rank_matrix(self.a, self.b, self.mid, self.out, self.scale, weight.dtype)
 
+    def times(self, strength: float) -> LowRank:
+        return replace(self, scale=self.scale * strength)
+
 
 @final
 @dataclass(frozen=True, eq=False)
@@ -102,6 +114,9 @@ class Full(Delta):
 
     def weight_change(self, weight: Tensor) -> Tensor:
         return self.delta.to(weight.dtype)
+
+    def times(self, strength: float) -> Full:
+        return Full(self.delta * strength)
 
 
 @final
@@ -132,6 +147,9 @@ class Rescale(Delta):
         if bias is None or self.rows is None or not self.scale_bias:
             return None
         return (self.rows.to(bias.dtype) - 1) * bias
+
+    def times(self, strength: float) -> Delta:
+        return super().times(strength) if self.inner is None else replace(self, inner=self.inner.times(strength))
 
 
 @final

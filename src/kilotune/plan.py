@@ -459,7 +459,7 @@ def in_file(adapted: PeftModel) -> InFile:
         if slot.trained_bias is not None:
             whole[bias_place(name, installed)] = slot.trained_bias
     for name, saved in installed.saved.items():
-        twin = saved.copies[installed.key]
+        twin = saved.modules_to_save[installed.key]
         whole.update({f"{PREFIX}{name}.{key}": value for key, value in twin.state_dict().items()})
     projections = None if export.checksum is None else CHECKSUM
     metadata = header_metadata(CHECKSUM, CHECKSUM, projections, export.header, installed.base or "1" * LETTERS)

@@ -217,7 +217,7 @@ def test_a_head_with_running_statistics_is_saved_and_loaded(tmp_path: Path) -> N
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(WithNorm(), tmp_path)
     assert torch.equal(again(X), model(X))
-    assert again.state_dict()["model.head.copies.default.0.num_batches_tracked"] == 3
+    assert again.state_dict()["model.head.modules_to_save.default.0.num_batches_tracked"] == 3
 
 
 def test_the_base_models_name_is_noted(tmp_path: Path) -> None:

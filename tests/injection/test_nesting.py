@@ -106,7 +106,7 @@ def test_a_copy_is_of_the_base_whatever_is_merged_into_it_and_around_it() -> Non
     model.add_adapter("head", CONFIGS["head"])
     for name, own in (("block", Nested().blocks[0]), ("head", Nested().head)):
         (saved,) = model.installed(name).saved.values()
-        assert bits(saved.copies[model.installed(name).key]) == bits(own)
+        assert bits(saved.modules_to_save[model.installed(name).key]) == bits(own)
     model.delete_adapter("block")
     model.delete_adapter("head")
     assert Snapshot.of(model) == before

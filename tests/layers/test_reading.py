@@ -308,7 +308,7 @@ def test_rows_of_a_batch_cannot_have_a_whole_copys_weight_each() -> None:
     randomize(model)
     saved: Any = around.layer
     model(X)
-    assert torch.equal(around.found, saved.copies["default"].weight.sum())
+    assert torch.equal(around.found, saved.modules_to_save["default"].weight.sum())
     with model.route([None, None]):
         model(X)
     assert torch.equal(around.found, saved.original_module.weight.sum())

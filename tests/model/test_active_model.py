@@ -160,7 +160,7 @@ def test_bad_calls_are_refused(call: object, error: type[Exception], message: st
 
 def test_of_two_heads_the_upper_ones_runs_whoever_is_merged() -> None:
     model = stack(WITH_HEAD, LoraConfig(r=2, target_modules=["stem"], modules_to_save=["head"]))
-    lower, upper = (model.model.head.copies[name] for name in ("house-style", "ann"))
+    lower, upper = (model.model.head.modules_to_save[name] for name in ("house-style", "ann"))
     assert not any(p.requires_grad for p in lower.parameters())
     seen: list[torch.Tensor] = []
     model.model.blocks.register_forward_hook(lambda *_: None)

@@ -157,7 +157,7 @@ def test_merging_an_adapter_with_a_head_of_its_own_beside_an_active_one() -> Non
     model.unmerge_adapter()
     assert torch.equal(model(X), y)
     twice = several(Nested, a=head, b=head)
-    heads = twice.model.head.copies
+    heads = twice.model.head.modules_to_save
     twice.merge_adapter(["b"])
     assert twice.model.head.current() is heads["a"]  # active, so above what is merged and not active
 
@@ -179,10 +179,10 @@ def test_a_weight_set_on_a_module_saved_whole_reaches_the_original() -> None:
     model = several(Nested, a=LoraConfig(r=2, target_modules=["up"], modules_to_save=["head"]))
     wrapper, fresh = model.model.head, nn.Parameter(torch.zeros(3, 8))
     assert isinstance(wrapper, SavedModule)
-    copied = wrapper.copies["a"].weight
+    copied = wrapper.modules_to_save["a"].weight
     wrapper.weight = fresh
     assert wrapper.original_module.weight is fresh
-    assert wrapper.copies["a"].weight is copied
+    assert wrapper.modules_to_save["a"].weight is copied
     assert "weight" not in dict(wrapper.named_parameters(recurse=False))
 
 

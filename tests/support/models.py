@@ -133,7 +133,7 @@ def bits(module: nn.Module) -> dict[str, bytes]:
 
 def is_base(key: str) -> bool:
     """Whether a state-dict key of a model with adapters is of the base."""
-    return key.startswith("model.") and ".adapters." not in key and ".copies." not in key
+    return key.startswith("model.") and ".adapters." not in key and ".modules_to_save." not in key
 
 
 def plain_name(key: str) -> str:

@@ -100,7 +100,7 @@ def state_of(
         if BIAS in each:
             tensors[bias_place(name, installed)] = each[BIAS]
     for name, saved in installed.saved.items():
-        twin = saved.copies[installed.key]
+        twin = saved.modules_to_save[installed.key]
         tensors.update({f"{PREFIX}{name}.{key}": value for key, value in twin.state_dict().items()})
     # A clone each: views and tied tensors cannot be written, and what is written must not change meanwhile.
     tensors = {key: value if id(value) in given else _copied(value) for key, value in sorted(tensors.items())}

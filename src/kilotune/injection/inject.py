@@ -353,7 +353,7 @@ def apply(
     _share_inputs(made, layers, sites, shared)
     saved = {name: _saved_at(root, name, state) for name in made.saved}
     for name, wrapper in saved.items():
-        wrapper.copies[slot_key(made.adapter)] = twins[name]
+        wrapper.modules_to_save[slot_key(made.adapter)] = twins[name]
     new: dict[nn.Module, nn.Module] = {m.base_layer: m for m in layers.values() if not is_parameter(m)}
     new.update({host.base_layer: host for host in _hosts(root, made, layers)})
     new.update({find(root, name): wrapper for name, wrapper in saved.items() if find(root, name) is not wrapper})
@@ -442,8 +442,8 @@ def remove(root: nn.Module, adapter: str, installed: Installed, projections: Pro
             if not host.layers:
                 bare[host] = host.base_layer
     for saved in set(installed.saved.values()):
-        del saved.copies[slot_key(adapter)]
-        if not saved.copies:
+        del saved.modules_to_save[slot_key(adapter)]
+        if not saved.modules_to_save:
             bare[saved] = saved.original_module
     put_in_place(root, bare)
     projections.release(adapter)

@@ -56,7 +56,7 @@ class Installed:
                     yield f"{name}.{key}", parameter
         yield from self.shared.trained.items()
         for name, saved in self.saved.items():
-            for key, parameter in saved.copies[self.key].named_parameters():
+            for key, parameter in saved.modules_to_save[self.key].named_parameters():
                 yield f"{name}.{key}", parameter
 
     def modules(self) -> Iterator[nn.Module]:
@@ -65,7 +65,7 @@ class Installed:
         if isinstance(self.shared.trained, nn.ParameterDict):
             yield self.shared.trained
         for saved in self.saved.values():
-            yield from saved.copies[self.key].modules()
+            yield from saved.modules_to_save[self.key].modules()
 
     def freeze_others(self, root: nn.Module) -> None:
         """Freeze all of a model's parameters but these."""
@@ -109,7 +109,7 @@ def _freeze_overruled(active: Mapping[str, Installed]) -> None:
     for installed in reversed(list(active.values())):
         for module, saved in installed.saved.items():
             if module in seen:
-                for parameter in saved.copies[installed.key].parameters():
+                for parameter in saved.modules_to_save[installed.key].parameters():
                     parameter.requires_grad_(False)
                     parameter.grad = None
             seen.add(module)

@@ -32,6 +32,7 @@ from . import fusion, in_order
 from .active_adapters import ActiveState, Running
 from .bare import Bare
 from .fusion import leading
+from .outside import Shown
 from .reading import give, in_forward
 from .replicas import settle, with_parameters
 from .routing import changed_rows
@@ -42,7 +43,7 @@ __all__ = ["AdaptedLayer", "Merged"]
 
 
 @final
-class AdaptedLayer(nn.Module):
+class AdaptedLayer(Shown):
     """A base layer with any number of adapters; joins a kind, a storage and methods.
 
     Attributes of the base layer (``in_features``, ``weight``) are passed through; in a forward, its weight and bias
@@ -458,7 +459,7 @@ class AdaptedLayer(nn.Module):
         own = name in (self._storage.weight_name, self._storage.bias_name)
         if own and self._unsettled:
             settle(self)
-        found = getattr(self.base_layer, name)
+        found = self.foreign(self.base_layer, name)
         if own and (found is None or isinstance(found, Tensor)):
             return self._read(name == self._storage.bias_name, found)
         return found

@@ -25,7 +25,6 @@ from . import in_order
 from .in_order import OrderedLayer
 from .route import Cohort, Route, RoutedLayer
 from .slot import BIAS, Slot, slot_key
-from .stacked_sites import delta_of
 
 __all__ = ["bias_difference", "changed_rows", "run_saved"]
 
@@ -95,7 +94,7 @@ def _scales_output(layer: RoutedLayer, cohort: Cohort) -> bool:
     params = cohort.params(layer, 0)
     if any(slot.method.roles.get(key) is not Role.ROWS for key in params):
         return False  # to ask for the delta could cost much, too
-    delta = delta_of(slot.method, slot.site, params, slot.shared)
+    delta = slot.delta_with(params)
     return isinstance(delta, Rescale) and delta.inner is None is delta.cols and delta.scale_bias
 
 
@@ -132,7 +131,7 @@ def _stack(layer: OrderedLayer, parts: list[tuple[Cohort, int]], x: Tensor, y: T
     for cohort, which in parts:
         slot, params = _slot(layer, cohort, which), cohort.params(layer, which)
         trained.append(params.pop(BIAS, None))
-        changes.append((slot, None if slot.method is None else delta_of(slot.method, slot.site, params, slot.shared)))
+        changes.append((slot, slot.delta_with(params)))
     return in_order.changed(layer, changes, x, y.dtype, trained)
 
 
@@ -178,7 +177,7 @@ def _changed_by_one(layer: RoutedLayer, slot: Slot, params: dict[str, Tensor], x
     """The rows of one adapter."""
     kind, module = layer.kind, layer.base_layer
     bias = params.pop(BIAS, None)
-    delta = None if slot.method is None else delta_of(slot.method, slot.site, params, slot.shared)
+    delta = slot.delta_with(params)
     base = None if hooked(module) else y  # a hook may have made something else of it
     shifts = [] if bias is None else [bias_difference(layer, bias)]
     if isinstance(delta, Shift):

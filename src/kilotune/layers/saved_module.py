@@ -12,6 +12,7 @@ from ..errors import TargetError, gather
 from ..storage import storage_of
 from ..storage.sharded import is_unit
 from .active_adapters import ActiveState, Running
+from .outside import Shown
 from .reading import Recipe, give, in_forward
 from .replicas import with_parameters
 from .routing import run_saved
@@ -56,7 +57,7 @@ def _trains(parameter: nn.Parameter) -> bool:
 
 
 @final
-class SavedModule(nn.Module):
+class SavedModule(Shown):
     """A module of which each adapter has a whole trained copy of its own (``modules_to_save``).
 
     Of several live adapters that have one, the last one's runs, which stands on the others. With none, the original
@@ -66,9 +67,14 @@ class SavedModule(nn.Module):
     def __init__(self, original: nn.Module, state: ActiveState) -> None:
         super().__init__()
         self.original_module = original
-        self.copies: nn.ModuleDict = Added().train(original.training)
+        self.modules_to_save: nn.ModuleDict = Added().train(original.training)
         self._state = state
         self.training = original.training
+
+    @property
+    def state(self) -> ActiveState:
+        """Which adapters of the model are on."""
+        return self._state
 
     def current(self) -> nn.Module:
         """The module that runs now."""
@@ -77,14 +83,14 @@ class SavedModule(nn.Module):
     def _current(self, now: Running) -> nn.Module:
         merged = () if now.disabled else self._state.merged
         for name in reversed((*merged, *now.live)):  # the live ones, merged or not, are above what is only merged
-            if (key := slot_key(name)) in self.copies:
-                return self.copies[key]
+            if (key := slot_key(name)) in self.modules_to_save:
+                return self.modules_to_save[key]
         return self.original_module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         now = self._state.now()
         if now.route is not None:
-            return run_saved(now.route, self.copies, self.original_module, args, kwargs)
+            return run_saved(now.route, self.modules_to_save, self.original_module, args, kwargs)
         return self._current(now)(*args, **kwargs)
 
     def _replicate_for_data_parallel(self) -> nn.Module:
@@ -94,9 +100,9 @@ class SavedModule(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name in ("original_module", "copies", "_state"):
+            if name in ("original_module", "modules_to_save", "_state"):
                 raise
-        found = getattr(self.current(), name)
+        found = self.foreign(self.current(), name)
         return self._read(name, found) if isinstance(found, Tensor) and in_forward() else found
 
     def _read(self, name: str, held: Tensor) -> Tensor:
@@ -105,7 +111,7 @@ class SavedModule(nn.Module):
         if route is None:
             return held
         held = getattr(self.original_module, name)
-        if not any(slot_key(adapter) in self.copies for adapter in route.names):
+        if not any(slot_key(adapter) in self.modules_to_save for adapter in route.names):
             return held
         what = f"the code around this {type(self.original_module).__name__}, which adapters replace whole, computes "
         why = f"with its {name!r} itself, which is one for all rows of a batch; run one adapter at a time"

@@ -43,6 +43,7 @@ class Slot(nn.Module):
         self.site, self.method, self.shared = site, method, shared
         self.inputs: tuple[SharedInput, int] | None = None
         self.dropper: Callable[[Tensor], Tensor] | None = None
+        self.strength = 1.0
         dropout = 0.0 if method is None else method.config.dropout
         self.dropout = nn.Dropout(dropout) if dropout > 0.0 else None
         for name, parameter in params.items():
@@ -68,7 +69,14 @@ class Slot(nn.Module):
         return makes not in (None, Shift)
 
     def delta(self) -> Delta | None:
-        return None if self.method is None else delta_of(self.method, self.site, self.own(), self.shared)
+        return self.delta_with(self.own())
+
+    def delta_with(self, params: Mapping[str, Tensor]) -> Delta | None:
+        """Its delta, with other values of its parameters; None where only the bias is trained."""
+        if self.method is None:
+            return None
+        delta = delta_of(self.method, self.site, params, self.shared)
+        return delta if self.strength == 1.0 else delta.times(self.strength)
 
     def first_product(self, x: Tensor, a: Tensor, make: Callable[[], Tensor]) -> Tensor:
         """Z = a x as ``make`` computes it, or as it was made for another layer with the same input and ``a``."""

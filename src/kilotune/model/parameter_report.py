@@ -111,7 +111,7 @@ def _adapter_parameters(model: nn.Module) -> Iterator[Tensor]:
             for slot in module.adapters.children():
                 yield from cast(Slot, slot).shared.trained.values()
         elif isinstance(module, SavedModule):
-            yield from module.copies.parameters()
+            yield from module.modules_to_save.parameters()
 
 
 def _unseen(tensors: Iterable[Tensor], seen: set[tuple[object, ...]]) -> Iterator[Tensor]:

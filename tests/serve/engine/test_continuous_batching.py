@@ -343,7 +343,7 @@ def whole_adapter(base: Any, seed: int, *names: str) -> PeftModel:
     model = get_peft_model(copy.deepcopy(base), config)
     randomize(model, seed=seed, scale=0.5)
     for saved in model.installed("default").saved.values():
-        for copied in saved.copies.values():
+        for copied in saved.modules_to_save.values():
             with torch.no_grad():
                 for parameter in copied.parameters():
                     parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)))

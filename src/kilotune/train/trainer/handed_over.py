@@ -106,7 +106,7 @@ class HandedOver:
                 yield from slot.parameters()
             yield from installed.shared.trained.values()
             for saved in installed.saved.values():
-                copy = saved.copies[installed.key]
+                copy = saved.modules_to_save[installed.key]
                 yield from copy.parameters()
                 yield from copy.buffers()
 

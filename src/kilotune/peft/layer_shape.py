@@ -1,0 +1,281 @@
+"""Our wrappers under PEFT's names: ``layer.lora_A["default"].weight``, ``layer.scaling``.
+
+A trained tensor of ours, ``layer.adapters[name].lora_A``, is shown as PEFT has it, ``layer.lora_A[name].weight``. It is
+the same parameter, so that what is written there is what runs. The wrappers themselves stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from functools import partial
+from typing import Any, cast, final
+
+import torch
+from torch import Tensor, nn
+
+from ..deltas import LowRank, Rescale
+from ..errors import AdapterError
+from ..layers.active_adapters import ActiveState
+from ..layers.adapted import AdaptedLayer
+from ..layers.in_order import weight_with
+from ..layers.outside import Outside
+from ..layers.saved_module import SavedModule
+from ..layers.slot import BIAS, Slot
+
+__all__ = ["LAYER", "SAVED", "Scaling", "adapters_in", "key_in_layer", "low_rank"]
+
+MAGNITUDE = "lora_magnitude_vector"  # in a file without the ".weight" that it has in a model
+DROPOUT = "lora_dropout"
+# What each method calls the dropout on its input.
+DROPOUTS = {"lora": DROPOUT, "vera": "vera_dropout", "unilora": "unilora_dropout"}
+
+
+def adapters_in(layer: AdaptedLayer) -> dict[str, Slot]:
+    """The adapters in a layer that a method has there, by name."""
+    found = {slot_name(key): cast(Slot, slot) for key, slot in layer.adapters._modules.items()}
+    return {name: slot for name, slot in found.items() if slot.method is not None}
+
+
+def slot_name(key: str) -> str:
+    """The adapter's name of a slot's key."""
+    return key.removesuffix("%").replace("%2E", ".").replace("%25", "%")
+
+
+def key_in_layer(layer: AdaptedLayer, slot: Slot, parameter: str) -> tuple[str, str]:
+    """(``lora_A``, ``weight``) of a trained tensor; the second is "" where PEFT keeps the tensor itself in a list."""
+    if parameter == BIAS or slot.method is None:
+        return "trained_bias", ""
+    key = layer.kind.file_key(layer.base_layer, slot.method.keys[parameter])
+    head, _, rest = key.partition(".")
+    return head, "weight" if head == MAGNITUDE else rest
+
+
+def _shown(layer: AdaptedLayer) -> Iterator[tuple[str, str, str, str, nn.Parameter]]:
+    """(key of the slot, own name there, head, rest, parameter) of all trained tensors of a layer."""
+    for key, slot in layer.adapters._modules.items():
+        assert isinstance(slot, Slot)
+        for name, parameter in slot.values().items():
+            yield key, name, *key_in_layer(layer, slot, name), parameter
+
+
+def _part(parameter: nn.Parameter) -> nn.Module:
+    """A module that holds a factor: a linear layer, where its shape is one."""
+    part = nn.Linear.__new__(nn.Linear) if parameter.ndim == 2 else nn.Module()
+    if isinstance(part, nn.Linear):
+        nn.Module.__init__(part)
+        part.out_features, part.in_features = parameter.shape
+        part.register_parameter("bias", None)
+    part.register_parameter("weight", parameter)
+    return part
+
+
+def _heads(layer: AdaptedLayer) -> dict[str, nn.Module]:
+    """The containers that PEFT has in such a layer, by name, made anew."""
+    modules: dict[str, dict[str, nn.Module]] = {}
+    parameters: dict[str, dict[str, nn.Parameter]] = {}
+    for key, _, head, rest, parameter in _shown(layer):
+        if rest:
+            modules.setdefault(head, {})[key] = _part(parameter)
+        else:
+            parameters.setdefault(head, {})[key] = parameter
+    for name, slot in adapters_in(layer).items():
+        if (head := DROPOUTS.get(slot.method.name if slot.method else "")) is not None:
+            modules.setdefault(head, {})[name] = slot.dropout or nn.Identity()
+    found: dict[str, nn.Module] = {head: nn.ModuleDict(own) for head, own in modules.items()}
+    for head, tensors in parameters.items():
+        held = nn.ParameterDict()
+        for key, parameter in tensors.items():
+            held.register_parameter(key, parameter)
+            held._keys[key] = None
+        found[head] = held
+    return found
+
+
+# -- numbers of a low-rank adapter -----------------------------------------------------------------------
+
+
+def low_rank(slot: Slot) -> LowRank | None:
+    """What an adapter makes of its layer, where that is of a low rank; in DoRA, what is inside."""
+    delta = slot.delta()
+    inner = delta.inner if isinstance(delta, Rescale) else delta
+    return inner if isinstance(inner, LowRank) else None
+
+
+@final
+class Scaling(MutableMapping[str, float]):
+    """What each adapter's product is multiplied by in a layer; setting one holds until it is set again, in no file."""
+
+    def __init__(self, layer: AdaptedLayer) -> None:
+        self._layer = layer
+
+    def _slot(self, name: str) -> Slot:
+        if name not in (own := adapters_in(self._layer)):
+            raise KeyError(name)
+        return own[name]
+
+    def __getitem__(self, name: str) -> float:
+        delta = low_rank(self._slot(name))
+        if delta is None:
+            raise KeyError(name)
+        return delta.scale
+
+    def __setitem__(self, name: str, value: float) -> None:
+        slot, now = self._slot(name), self[name]
+        if self._layer.state.open_routes():
+            raise AdapterError("cannot change an adapter's scaling while a route is open; leave its context first")
+        whole = now / slot.strength if slot.strength else low_rank_scale(slot)
+        slot.strength = float(value) / whole
+
+    def __delitem__(self, name: str) -> None:
+        raise AdapterError(f"scaling[{name!r}] is the adapter's as long as it is there; delete_adapter() instead")
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name, slot in adapters_in(self._layer).items() if low_rank(slot) is not None)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+
+def low_rank_scale(slot: Slot) -> float:
+    """The scale that a low-rank adapter's options say."""
+    before, slot.strength = slot.strength, 1.0
+    try:
+        delta = low_rank(slot)
+    finally:
+        slot.strength = before
+    return 1.0 if delta is None else delta.scale
+
+
+def _set_scale(layer: AdaptedLayer, adapter: str, scale: float) -> None:
+    """Multiply what the options say by ``scale``, in place of what it was multiplied by before."""
+    scaling = Scaling(layer)
+    if adapter in scaling:
+        scaling[adapter] = scale * low_rank_scale(adapters_in(layer)[adapter])
+
+
+def _scale_layer(layer: AdaptedLayer, scale: float) -> None:
+    for name in layer.state.active:
+        if name in (scaling := Scaling(layer)):
+            scaling[name] = scaling[name] * scale
+
+
+def _unscale_layer(layer: AdaptedLayer, scale: float | None = None) -> None:
+    for name in layer.state.active:
+        if name in (scaling := Scaling(layer)):
+            whole = low_rank_scale(adapters_in(layer)[name])
+            scaling[name] = whole if scale is None else scaling[name] / scale
+
+
+@torch.no_grad()
+def _delta_weight(layer: AdaptedLayer, adapter: str) -> Tensor:
+    """What merging an adapter would add to the weight, in its layout and dtype."""
+    delta = adapters_in(layer)[adapter].delta()
+    assert delta is not None
+    base = layer.base_matrix()
+    wide = base.to(torch.promote_types(base.dtype, torch.float32)) if base.is_floating_point() else base
+    change = weight_with(wide, [delta]) - wide
+    return layer.kind.native(layer.base_layer, change).to(base.dtype)
+
+
+def _options(layer: AdaptedLayer, name: str) -> dict[str, Any]:
+    """An option of each adapter's configuration in a layer."""
+    found = {
+        adapter: getattr(slot.method.config, name, None) for adapter, slot in adapters_in(layer).items() if slot.method
+    }
+    return {adapter: value for adapter, value in found.items() if value is not None}
+
+
+def _ranks(layer: AdaptedLayer) -> dict[str, int]:
+    found = {name: low_rank(slot) for name, slot in adapters_in(layer).items()}
+    return {name: delta.a.shape[-2] for name, delta in found.items() if delta is not None}
+
+
+def _one_or_all(names: list[str]) -> str | list[str]:
+    return names[0] if len(names) == 1 else names
+
+
+def _off(state: ActiveState) -> bool:
+    return state.now().disabled or not state.active
+
+
+def _trained_heads(layer: AdaptedLayer) -> tuple[str, ...]:
+    return tuple(head for head in _heads(layer) if head not in DROPOUTS.values())
+
+
+ATTRIBUTES: dict[str, Callable[[AdaptedLayer], Any]] = {
+    "active_adapter": lambda layer: _one_or_all(list(layer.state.active)),
+    "active_adapters": lambda layer: list(layer.state.active),
+    "adapter_layer_names": _trained_heads,
+    "disable_adapters": lambda layer: _off(layer.state),
+    "get_base_layer": lambda layer: lambda: layer.base_layer,
+    "get_delta_weight": lambda layer: partial(_delta_weight, layer),
+    "lora_alpha": lambda layer: _options(layer, "lora_alpha"),
+    "merged_adapters": lambda layer: list(layer.merged),
+    "r": _ranks,
+    "scale_layer": lambda layer: partial(_scale_layer, layer),
+    "scaling": Scaling,
+    "set_scale": lambda layer: partial(_set_scale, layer),
+    "unscale_layer": lambda layer: partial(_unscale_layer, layer),
+    "use_dora": lambda layer: _options(layer, "use_dora"),
+    "use_rslora": lambda layer: _options(layer, "use_rslora"),
+}
+CONTAINERS = ("lora_", "vera_", "ia3_", "unilora_", "trained_bias")
+
+
+@final
+class _LayerShape(Outside):
+    def attribute(self, wrapper: nn.Module, name: str) -> Any:
+        assert isinstance(wrapper, AdaptedLayer)
+        if (found := ATTRIBUTES.get(name)) is not None:
+            return found(wrapper)
+        if name.startswith(CONTAINERS) and (head := _heads(wrapper).get(name)) is not None:
+            return head
+        if name in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", MAGNITUDE) and _is_lora(wrapper):
+            return nn.ModuleDict()
+        raise AttributeError(name)
+
+    def parts(self, wrapper: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        assert isinstance(wrapper, AdaptedLayer)
+        if (base := wrapper._modules.get("base_layer")) is not None:
+            yield "base_layer", base
+        yield from _heads(wrapper).items()
+
+    def names(self, wrapper: nn.Module) -> Mapping[str, str]:
+        assert isinstance(wrapper, AdaptedLayer)
+        return {
+            f"adapters.{key}.{name}": f"{head}.{key}.{rest}".removesuffix(".")
+            for key, name, head, rest, _ in _shown(wrapper)
+        }
+
+
+def _is_lora(layer: AdaptedLayer) -> bool:
+    return any(slot.method is not None and slot.method.name == "lora" for slot in adapters_in(layer).values())
+
+
+SAVED_ATTRIBUTES: dict[str, Callable[[SavedModule], Any]] = {
+    "active_adapters": lambda saved: [n for n in saved.state.active if n in saved.modules_to_save],
+    "active_adapter": lambda saved: _one_or_all([n for n in saved.state.active if n in saved.modules_to_save]),
+    "disable_adapters": lambda saved: _off(saved.state),
+}
+
+
+@final
+class _SavedShape(Outside):
+    def attribute(self, wrapper: nn.Module, name: str) -> Any:
+        assert isinstance(wrapper, SavedModule)
+        if (found := SAVED_ATTRIBUTES.get(name)) is not None:
+            return found(wrapper)
+        raise AttributeError(name)
+
+    def parts(self, wrapper: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        yield from ((name, part) for name, part in wrapper._modules.items() if part is not None)
+
+    def names(self, wrapper: nn.Module) -> Mapping[str, str]:
+        return {}
+
+
+LAYER: Outside = _LayerShape()
+SAVED: Outside = _SavedShape()

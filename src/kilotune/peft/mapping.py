@@ -1,0 +1,81 @@
+"""What PEFT keeps in ``peft.mapping``: which classes a method has, and adapters without a model around them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..adapter_files.writing import DEFAULT
+from .config import CONFIGS, PeftConfig
+from .tuners.mixed import TUNERS, tuner_of
+from .tuners.tuners_utils import BaseTuner
+from .utils.save_and_load import INJECTED
+
+__all__ = [
+    "PEFT_TYPE_TO_CONFIG_MAPPING",
+    "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
+    "PEFT_TYPE_TO_PREFIX_MAPPING",
+    "PEFT_TYPE_TO_TUNER_MAPPING",
+    "get_peft_config",
+    "inject_adapter_in_model",
+]
+
+PEFT_TYPE_TO_CONFIG_MAPPING: Mapping[str, type[PeftConfig]] = CONFIGS
+PEFT_TYPE_TO_TUNER_MAPPING: Mapping[str, type[BaseTuner]] = TUNERS
+PEFT_TYPE_TO_MIXED_MODEL_MAPPING: Mapping[str, type[BaseTuner]] = TUNERS
+PEFT_TYPE_TO_PREFIX_MAPPING: Mapping[str, str] = {
+    "LORA": "lora_",
+    "VERA": "vera_lambda_",
+    "IA3": "ia3_",
+    "UNILORA": "unilora_",
+}
+
+
+def get_peft_config(config_dict: Mapping[str, Any]) -> PeftConfig:
+    """The configuration of a dictionary with ``peft_type``."""
+    return PeftConfig.from_peft_type(**config_dict)
+
+
+def inject_adapter_in_model(
+    peft_config: PeftConfig,
+    model: nn.Module,
+    adapter_name: str = DEFAULT,
+    low_cpu_mem_usage: bool = False,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> nn.Module:
+    """Put an adapter into a model, and give back the model itself: no object is around it.
+
+    A second one goes into the same model; all that are in it are active.
+
+    Args:
+        peft_config: of the adapter.
+        model: any module; changed in place, its weights frozen.
+        adapter_name: the adapter's name.
+        low_cpu_mem_usage: as in PEFT.
+        state_dict: the adapter's tensors, whose keys say which layers it is in, in place of the targets.
+
+    """
+    if state_dict is not None:
+        peft_config = peft_config.copy(target_modules=sorted(_layers_of(state_dict)))
+    held = model.__dict__.get(INJECTED)
+    if held is None:
+        held = tuner_of(peft_config)(model, peft_config, adapter_name)
+        model.__dict__[INJECTED] = held
+    else:
+        held.inject(adapter_name, peft_config)
+        held._activate((adapter_name,), train=not peft_config.inference_mode)
+    return model
+
+
+def _layers_of(state_dict: Mapping[str, Tensor]) -> set[str]:
+    """The names of the layers that an adapter's keys are of."""
+    prefixes = tuple(PEFT_TYPE_TO_PREFIX_MAPPING.values())
+    found = set()
+    for key in state_dict:
+        parts = key.removeprefix("base_model.model.").split(".")
+        at = next((i for i, part in enumerate(parts) if part.startswith(prefixes)), None)
+        if at:
+            found.add(".".join(parts[:at]))
+    return found

@@ -1,0 +1,18 @@
+"""As ``peft.tuners``: the methods that PEFT and kilotune both have."""
+
+from .ia3 import IA3Config, IA3Model
+from .lora import LoraConfig, LoraModel, LoraRuntimeConfig
+from .unilora import UniLoraConfig, UniLoraModel
+from .vera import VeraConfig, VeraModel
+
+__all__ = [
+    "IA3Config",
+    "IA3Model",
+    "LoraConfig",
+    "LoraModel",
+    "LoraRuntimeConfig",
+    "UniLoraConfig",
+    "UniLoraModel",
+    "VeraConfig",
+    "VeraModel",
+]

@@ -1,0 +1,204 @@
+"""PEFT's BaseTuner, our model with adapters in it under PEFT's names, and BaseTunerLayer, one of its layers."""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, ABCMeta
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from ...adapter_files.reading import AdapterFile
+from ...errors import ConfigError, type_name
+from ...injection import inject
+from ...injection.tree import every_wrapper
+from ...layers.adapted import AdaptedLayer
+from ...layers.saved_module import SavedModule
+from ...model.adapter_model import DEFAULT, AdapterModel
+from ..config import PeftConfig
+from ..layer_shape import LAYER, SAVED, adapters_in
+from ..utils.warning import PeftWarning
+
+__all__ = ["BaseTuner", "BaseTunerLayer"]
+
+CHOSEN = ("target_modules", "modules_to_save", "feedforward_modules")  # what a model fills in
+
+
+class BaseTuner(AdapterModel, ABC):
+    """What PEFT keeps in ``model.base_model``: the base in ``.model``, and the adapters in it.
+
+    Args:
+        model: any module.
+        peft_config: of the first adapter, or of several by name.
+        adapter_name: the first adapter's.
+        low_cpu_mem_usage, state_dict: as in PEFT; loading takes no more memory here in any case.
+
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig | dict[str, PeftConfig],
+        adapter_name: str = DEFAULT,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        nn.Module.__init__(self)
+        self._configs: dict[str, PeftConfig] = {}
+        self._switched_off: tuple[str, ...] | None = None
+        self._take(model)
+        given = peft_config if isinstance(peft_config, dict) else {adapter_name: peft_config}
+        for name, config in given.items():
+            self.inject(name, config)
+        self._activate((adapter_name,), train=not given[adapter_name].inference_mode)
+
+    @classmethod
+    def empty(cls, model: nn.Module) -> BaseTuner:
+        """A model without adapters so far."""
+        made = cls.__new__(cls)
+        nn.Module.__init__(made)
+        made._configs, made._switched_off = {}, None
+        made._take(model)
+        return made
+
+    # -- adapters --------------------------------------------------------------------------------
+
+    def inject(self, adapter_name: str, peft_config: PeftConfig) -> None:
+        """Add an adapter; not active until :meth:`set_adapter`."""
+        if not isinstance(peft_config, PeftConfig):
+            raise ConfigError(f"expected a configuration of kilotune.peft, got {type_name(peft_config)}")
+        self._check_new_name(adapter_name)
+        config = inject.with_base_name(self.model, peft_config.translated())
+        self._install(inject.plan(self.model, adapter_name, config), None)
+        self._note(adapter_name, peft_config)
+
+    def take_file(self, file: AdapterFile, adapter_name: str, peft_config: PeftConfig, is_trainable: bool) -> None:
+        """Add an adapter that was read."""
+        super().load_adapter(file, adapter_name, is_trainable)
+        self._note(adapter_name, peft_config)
+
+    def _note(self, adapter_name: str, peft_config: PeftConfig) -> None:
+        """Keep the configuration as PEFT has it, filled in, and show new wrappers under PEFT's names."""
+        found = self._installed[adapter_name].config
+        changes: dict[str, Any] = {"base_model_name_or_path": found.base_model_name_or_path}
+        for name in CHOSEN:
+            if (value := getattr(found, name, None)) is not None and name in peft_config.known():
+                changes[name] = value if isinstance(value, str) else set(value)
+                changes[name] = list(value) if name == "modules_to_save" else changes[name]
+        self._configs[adapter_name] = peft_config.copy(**changes)
+        for wrapper in every_wrapper(self.model):
+            if isinstance(wrapper, AdaptedLayer):
+                wrapper.outside = LAYER
+            elif isinstance(wrapper, SavedModule):
+                wrapper.outside = SAVED
+
+    @property
+    def peft_config(self) -> dict[str, PeftConfig]:  # type: ignore[override]
+        """The configurations of all adapters, by name, with targets and heads filled in."""
+        return self._configs
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; see :meth:`kilotune.PeftModel.delete_adapter`."""
+        super().delete_adapter(adapter_name)
+        del self._configs[adapter_name]
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make one adapter, or several at once, the active ones. Merged ones are taken out first, as in PEFT."""
+        names = self._named(adapter_name)
+        if self.merged_adapters:
+            warnings.warn("adapters are merged: they are taken out before others are set", PeftWarning, stacklevel=2)
+            self.unmerge_adapter()
+        self._switched_off = None
+        super().set_adapter(names, inference_mode)
+
+    # -- on and off ------------------------------------------------------------------------------
+
+    def disable_adapter_layers(self) -> None:
+        """The base runs alone until :meth:`enable_adapter_layers`; merged adapters are taken out first."""
+        if self.merged_adapters:
+            warnings.warn("adapters are merged: they are taken out before all are disabled", PeftWarning, stacklevel=2)
+            self.unmerge_adapter()
+        if self._switched_off is None:
+            self._switched_off = self._state.active
+            self._state.change(active=())
+
+    def enable_adapter_layers(self) -> None:
+        """What was active before :meth:`disable_adapter_layers` is so again."""
+        if self._switched_off is not None:
+            self._state.change(active=tuple(name for name in self._switched_off if name in self._installed))
+            self._switched_off = None
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The names of the active adapters, whether they are disabled or not."""
+        return list(self._state.active if self._switched_off is None else self._switched_off)
+
+    @property
+    def enabled(self) -> bool:
+        """Whether adapters run."""
+        return self._switched_off is None
+
+    # -- merging ---------------------------------------------------------------------------------
+
+    def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
+        """Put adapters into the weights; those that are there already are passed over with a warning."""
+        names = self.active_adapters if adapter_names is None else self._named(adapter_names)
+        if again := [name for name in names if name in self.merged_adapters]:
+            warnings.warn(f"adapters {again} are merged already; they are passed over", PeftWarning, stacklevel=2)
+        if new := [name for name in names if name not in again]:
+            super().merge_adapter(new, safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """Take all merged adapters out; where none are merged, a warning says so."""
+        if not self.merged_adapters:
+            warnings.warn("no adapter is merged; there is nothing to take out", PeftWarning, stacklevel=2)
+            return
+        super().unmerge_adapter()
+
+    # -- other names -----------------------------------------------------------------------------
+
+    @property
+    def targeted_module_names(self) -> list[str]:
+        """The names of the adapted layers."""
+        found = (name for installed in self._installed.values() for name in installed.slots())
+        return list(dict.fromkeys(found))
+
+    @staticmethod
+    def get_model_config(model: nn.Module) -> dict[str, Any]:
+        """The base's configuration as a dictionary; that of a plain module says that it is custom."""
+        config = getattr(model, "config", {"model_type": "custom"})
+        return dict(config) if isinstance(config, dict) else dict(config.to_dict())
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """The base alone runs inside, in this thread; see :meth:`kilotune.PeftModel.disable_adapter`."""
+        with self.disable_adapter():
+            yield
+
+    def _release(self) -> nn.Module:
+        self._configs = {}
+        return super()._release()
+
+
+class _LayerNames(ABCMeta):
+    """Classes of PEFT's layers: which of our wrappers are of them is asked, not inherited."""
+
+    method: str
+    bases: tuple[str, ...]
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        if not isinstance(instance, AdaptedLayer):
+            return False
+        slots = adapters_in(instance).values()
+        methods = {slot.method.name for slot in slots if slot.method is not None}
+        named = not cls.method or cls.method in methods
+        return named and (not cls.bases or type(instance.base_layer).__name__ in cls.bases)
+
+
+class BaseTunerLayer(metaclass=_LayerNames):
+    """A layer with adapters: ``isinstance(module, BaseTunerLayer)``. None is made of it."""
+
+    method: ClassVar[str] = ""
+    bases: ClassVar[tuple[str, ...]] = ()

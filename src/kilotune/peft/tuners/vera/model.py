@@ -1,0 +1,14 @@
+"""PEFT's VeraModel."""
+
+from __future__ import annotations
+
+from typing import final
+
+from ..tuners_utils import BaseTuner
+
+__all__ = ["VeraModel"]
+
+
+@final
+class VeraModel(BaseTuner):
+    """A base model with adapters, the first of them Vera's; others may be of any method."""

@@ -1,0 +1,123 @@
+"""What PEFT keeps in ``peft.utils.other``: preparing a base, and the wrapper of modules that are trained whole."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import ConfigError
+from ...layers.saved_module import SavedModule
+from .constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+
+__all__ = [
+    "CONFIG_NAME",
+    "SAFETENSORS_WEIGHTS_NAME",
+    "WEIGHTS_NAME",
+    "AuxiliaryTrainingWrapper",
+    "ModulesToSaveWrapper",
+    "cast_mixed_precision_params",
+    "infer_device",
+    "prepare_model_for_kbit_training",
+    "shift_tokens_right",
+    "transpose",
+]
+
+QUANTISED = ("is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized")
+
+
+class _SavedNames(type):
+    def __instancecheck__(cls, instance: object) -> bool:
+        return isinstance(instance, SavedModule)
+
+
+@final
+class ModulesToSaveWrapper(metaclass=_SavedNames):
+    """A module of which each adapter has a whole copy: ``isinstance(module, ModulesToSaveWrapper)``. None is made."""
+
+
+AuxiliaryTrainingWrapper = ModulesToSaveWrapper
+
+
+def infer_device() -> str:
+    """The kind of device that is here: "cuda", "mps", "xpu" or "cpu"."""
+    if torch.cuda.is_available():
+        return "cuda"
+    if torch.backends.mps.is_available():
+        return "mps"
+    return "xpu" if torch.xpu.is_available() else "cpu"
+
+
+def prepare_model_for_kbit_training(
+    model: nn.Module,
+    use_gradient_checkpointing: bool = True,
+    gradient_checkpointing_kwargs: Mapping[str, Any] | None = None,
+) -> nn.Module:
+    """Make a quantised base ready: all frozen, what is left in 16 bits in float32, and gradient checkpointing.
+
+    Args:
+        model: the base, quantised or not; changed in place.
+        use_gradient_checkpointing: keep no activations of its blocks, and compute them again in the backward.
+        gradient_checkpointing_kwargs: for ``model.gradient_checkpointing_enable``; by default ``use_reentrant=True``.
+
+    Returns: the model.
+
+    """
+    quantised = any(getattr(model, name, False) for name in QUANTISED)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+        plain = type(parameter.data) is Tensor and type(parameter).__name__ == "Parameter"
+        if quantised and plain and parameter.dtype in (torch.float16, torch.bfloat16):
+            parameter.data = parameter.data.to(torch.float32)
+    if use_gradient_checkpointing and quantised:
+        options = dict(gradient_checkpointing_kwargs or {})
+        if options.get("use_reentrant", True):
+            _let_inputs_have_gradients(model)
+        enable = getattr(model, "gradient_checkpointing_enable", None)
+        if enable is None:
+            raise ConfigError(f"use_gradient_checkpointing: a {type(model).__name__} has none; set it to False")
+        enable(**({"gradient_checkpointing_kwargs": options} if options else {}))
+    return model
+
+
+def _let_inputs_have_gradients(model: nn.Module) -> None:
+    own = getattr(model, "enable_input_require_grads", None)
+    if own is not None:
+        own()
+        return
+    get = getattr(model, "get_input_embeddings", None)
+    if get is not None:
+        get().register_forward_hook(_require_gradients)
+
+
+def _require_gradients(module: nn.Module, inputs: Any, output: Tensor) -> None:
+    output.requires_grad_(True)
+
+
+def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
+    """Frozen parameters in ``dtype``, trained ones in float32, in place."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
+
+
+def shift_tokens_right(input_ids: Tensor, pad_token_id: int, decoder_start_token_id: int) -> Tensor:
+    """A decoder's inputs of its labels: each token one place to the right, padding in place of -100.
+
+    Args:
+        input_ids: (rows, tokens).
+        pad_token_id, decoder_start_token_id: the tokens' numbers.
+
+    """
+    if pad_token_id is None:
+        raise ConfigError("pad_token_id: expected the number of a token, got None")
+    first = torch.full_like(input_ids[:, :1], decoder_start_token_id)
+    shifted = torch.cat([first, input_ids[:, :-1]], dim=1)  # (rows, tokens)
+    return shifted.masked_fill(shifted == -100, pad_token_id)
+
+
+def transpose(weight: Tensor, fan_in_fan_out: bool) -> Tensor:
+    """The weight (out, in), of one that may be kept as (in, out)."""
+    return weight.T if fan_in_fan_out else weight

@@ -1,0 +1,244 @@
+"""An adapter's numbers out of a model and into it, under the keys of PEFT's files."""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ...adapter_files import writing
+from ...adapter_files.files import TwoFiles, locate, read_config, read_weights, tensors_checksum, weights_of, write
+from ...adapter_files.fitting import match_tensors
+from ...adapter_files.names import CONFIG_NAME
+from ...adapter_files.peft_layout import PREFIX
+from ...adapter_files.reading import parse
+from ...adapter_files.writing import DEFAULT, state_of
+from ...errors import AdapterError, CheckpointError, type_name
+from ...injection import inject
+from ...injection.installed_adapter import Installed
+from ...injection.tree import bare_state
+from ..layer_shape import LAYER
+from ..tuners.tuners_utils import BaseTuner
+
+__all__ = [
+    "get_base_model_state_dict",
+    "get_peft_model_state_dict",
+    "load_peft_weights",
+    "renamed",
+    "save_adapter",
+    "set_base_model_state_dict",
+    "set_peft_model_state_dict",
+    "tuner_in",
+]
+
+INJECTED = "_kilotune_tuner"  # on a base into which adapters were injected
+
+
+class LoadedKeys(NamedTuple):
+    """Keys that a model has and a state lacked, and keys of the state that the model does not have."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+def tuner_in(model: nn.Module) -> BaseTuner:
+    """What holds the adapters of a PeftModel, or of a base into which they were injected.
+
+    Raises:
+        AdapterError: there are none.
+
+    """
+    for found in (model, model._modules.get("base_model"), model.__dict__.get(INJECTED)):
+        if isinstance(found, BaseTuner):
+            return found
+    raise AdapterError(
+        f"{type_name(model)} has no adapters; expected a PeftModel, or a base that inject_adapter_in_model() took"
+    )
+
+
+def get_peft_model_state_dict(
+    model: nn.Module,
+    state_dict: Mapping[str, Tensor] | None = None,
+    adapter_name: str = DEFAULT,
+    unwrap_compiled: bool = False,
+    save_embedding_layers: str | bool = "auto",
+) -> dict[str, Tensor]:
+    """An adapter's tensors under the keys of PEFT's files: no adapter's name in them. Copies, on the CPU.
+
+    Args:
+        model: a PeftModel, or a base into which adapters were injected.
+        state_dict: the model's state in place of its own, as where it was gathered.
+        adapter_name: which adapter.
+        unwrap_compiled: the model is compiled; what it was made of is asked.
+        save_embedding_layers: as in PEFT; an embedding's base weight is never among them.
+
+    """
+    tuner = tuner_in(getattr(model, "_orig_mod", model) if unwrap_compiled else model)
+    return _state(tuner.installed(adapter_name), state_dict)[1]
+
+
+def _state(
+    installed: Installed, given: Mapping[str, Tensor] | None
+) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
+    if given is None:
+        return state_of(installed)
+    values = {layer: {own: _found(given, key) for own, key in keys.items()} for layer, keys in _live(installed).items()}
+    config, tensors, header = state_of(installed, values)
+    for name in installed.saved:
+        for key in [key for key in tensors if key.startswith(f"{PREFIX}{name}.")]:
+            inside = key.removeprefix(f"{PREFIX}{name}.")
+            tensors[key] = _found(given, f"{name}.modules_to_save.{installed.key}.{inside}")
+    header.update({"kilotune_sha256": tensors_checksum(tensors)})
+    return config, tensors, header
+
+
+def _live(installed: Installed) -> dict[str, dict[str, str]]:
+    """Layer -> own name of a parameter -> its name in the base model's state."""
+    found: dict[str, dict[str, str]] = {}
+    for name, slot in installed.slots().items():
+        shown = LAYER.names(installed.layers[name])
+        found[name] = {own: f"{name}.{shown[f'adapters.{installed.key}.{own}']}" for own in slot.values()}
+    return found
+
+
+def _found(given: Mapping[str, Tensor], key: str) -> Tensor:
+    """The tensor of a state under a name of the base's, whatever stands before it; on the CPU."""
+    for prefix in ("", PREFIX, "model."):
+        if (value := given.get(f"{prefix}{key}")) is not None:
+            return value.detach().cpu().clone().contiguous()
+    raise CheckpointError(f"state_dict: there is no {PREFIX}{key}, which the adapter has")
+
+
+def save_adapter(
+    model: nn.Module, adapter_name: str, folder: Path, state: Mapping[str, Tensor] | None, is_main_process: bool
+) -> None:
+    """Write one adapter into a folder, from the model's numbers or from a state of them."""
+    tuner = tuner_in(model)
+    installed = tuner.installed(adapter_name)
+    if state is None:
+        writing.save({folder: installed}, is_main_process)
+    elif is_main_process:
+        write(folder, *_state(installed, state))
+
+
+# -- into a model ------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def set_peft_model_state_dict(
+    model: nn.Module,
+    peft_model_state_dict: Mapping[str, Tensor],
+    adapter_name: str = DEFAULT,
+    ignore_mismatched_sizes: bool = False,
+    low_cpu_mem_usage: bool = False,
+) -> LoadedKeys:
+    """Give an adapter that is in a model the numbers of a state with the keys of PEFT's files.
+
+    Args:
+        model: a PeftModel, or a base into which adapters were injected.
+        peft_model_state_dict: what :func:`get_peft_model_state_dict` gives.
+        adapter_name: which adapter.
+        ignore_mismatched_sizes: pass over tensors of other shapes, with a warning.
+        low_cpu_mem_usage: as in PEFT; no copy is made here in any case.
+
+    Returns: the adapter's keys that were not given, and the given ones that are none of its.
+
+    Raises:
+        CheckpointError: shapes differ, or values are not finite; nothing is changed then.
+
+    """
+    tuner = tuner_in(model)
+    installed = tuner.installed(adapter_name)
+    config, own, _ = state_of(installed)
+    given = {key if key.startswith("base_model.") else f"{PREFIX}{key}": v for key, v in peft_model_state_dict.items()}
+    fits = {key: value for key, value in given.items() if key in own}
+    if ignore_mismatched_sizes and (other := [key for key in fits if fits[key].shape != own[key].shape]):
+        warnings.warn(f"passed over, for their shapes differ: {', '.join(other)}", stacklevel=2)
+        fits = {key: value for key, value in fits.items() if key not in other}
+    file = parse(TwoFiles(Path(adapter_name), config, {**own, **fits}, {"kilotune_format": "1"}))
+    made = inject.plan(tuner.model, adapter_name, installed.config, file.method, strict=False)
+    tensors = match_tensors(file, made, type(tuner.model).__name__)
+    for name, slot in installed.slots().items():
+        for key, parameter in slot.values().items():
+            if (value := tensors.get(f"{name}.{key}")) is not None:
+                parameter.copy_(value)
+    for name, saved in installed.saved.items():
+        twin = saved.modules_to_save[installed.key]
+        twin.load_state_dict({key: tensors[f"{name}.{key}"] for key in twin.state_dict()})
+    for key, shared in installed.shared.trained.items():
+        if (value := {**own, **fits}.get(f"base_model.{key}")) is not None:
+            shared.copy_(value)
+    return LoadedKeys([key for key in own if key not in given], [key for key in given if key not in own])
+
+
+def load_peft_weights(
+    model_id: str | os.PathLike[str],
+    device: str | torch.device | None = None,
+    key_mapping: Mapping[str, str] | None = None,
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    token: str | None = None,
+    cache_dir: str | None = None,
+    local_files_only: bool = False,
+) -> dict[str, Tensor]:
+    """The tensors of an adapter's file, under its keys.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged or a pickle.
+
+    """
+    options = {"revision": revision, "subfolder": subfolder, "token": token, "cache_dir": cache_dir}
+    folder = locate(model_id, **options, local_files_only=local_files_only)
+    tensors, _ = read_weights(weights_of(folder, read_config(folder / CONFIG_NAME)))
+    tensors = renamed(tensors, key_mapping)
+    return {key: value if device is None else value.to(device) for key, value in tensors.items()}
+
+
+def renamed(tensors: Mapping[str, Tensor], key_mapping: Mapping[str, str] | None) -> dict[str, Tensor]:
+    """Tensors of a file whose keys, without their prefix, are changed by patterns."""
+    if not key_mapping:
+        return dict(tensors)
+    found = {}
+    for key, value in tensors.items():
+        inner = key.removeprefix(PREFIX)
+        for pattern, replacement in key_mapping.items():
+            inner, count = re.subn(pattern, replacement, inner)
+            if count:
+                break
+        found[f"{PREFIX}{inner}" if key.startswith(PREFIX) else inner] = value
+    return found
+
+
+# -- the base's own numbers ----------------------------------------------------------------------------------
+
+
+def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The base's own state, by its own names, without adapters."""
+    return bare_state(tuner_in(model).model)
+
+
+@torch.no_grad()
+def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor], strict: bool = True) -> LoadedKeys:
+    """Give the base other numbers, by its own names; adapters stay as they are.
+
+    Raises:
+        CheckpointError: with ``strict``, keys that are missing or unknown; shapes that differ.
+
+    """
+    own = get_base_model_state_dict(model)
+    missing = [key for key in own if key not in state_dict]
+    unknown = [key for key in state_dict if key not in own]
+    other = [key for key, value in state_dict.items() if key in own and own[key].shape != value.shape]
+    if other or (strict and (missing or unknown)):
+        raise CheckpointError(f"state_dict: missing {missing[:5]}, unknown {unknown[:5]}, of other shapes {other[:5]}")
+    for key, value in state_dict.items():
+        if key in own:
+            own[key].copy_(value)
+    return LoadedKeys(missing, unknown)
