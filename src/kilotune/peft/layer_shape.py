@@ -6,7 +6,7 @@ the same parameter, so that what is written there is what runs. The wrappers the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from functools import partial
 from typing import Any, cast, final
 
@@ -197,6 +197,10 @@ def _one_or_all(names: list[str]) -> str | list[str]:
     return names[0] if len(names) == 1 else names
 
 
+def _positions(layer: AdaptedLayer) -> int:
+    return layer.kind.kernel_positions(layer.base_layer)
+
+
 def _off(state: ActiveState) -> bool:
     return state.now().disabled or not state.active
 
@@ -205,18 +209,30 @@ def _trained_heads(layer: AdaptedLayer) -> tuple[str, ...]:
     return tuple(head for head in _heads(layer) if head not in DROPOUTS.values())
 
 
+def _set_adapter(layer: AdaptedLayer, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+    """Make adapters the active ones; as all layers of a model have one state, in all of them."""
+    names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+    layer.state.change(active=tuple(names))
+    for name, slot in adapters_in(layer).items():
+        slot.requires_grad_(name in names and not inference_mode)
+
+
 ATTRIBUTES: dict[str, Callable[[AdaptedLayer], Any]] = {
+    "_all_available_adapter_names": lambda layer: lambda: sorted(adapters_in(layer)),
     "active_adapter": lambda layer: _one_or_all(list(layer.state.active)),
     "active_adapters": lambda layer: list(layer.state.active),
     "adapter_layer_names": _trained_heads,
     "disable_adapters": lambda layer: _off(layer.state),
     "get_base_layer": lambda layer: lambda: layer.base_layer,
     "get_delta_weight": lambda layer: partial(_delta_weight, layer),
+    "in_features": lambda layer: layer.kind.features(layer.base_layer)[1] // _positions(layer),
     "lora_alpha": lambda layer: _options(layer, "lora_alpha"),
     "merged_adapters": lambda layer: list(layer.merged),
+    "out_features": lambda layer: layer.kind.features(layer.base_layer)[0],
     "r": _ranks,
     "scale_layer": lambda layer: partial(_scale_layer, layer),
     "scaling": Scaling,
+    "set_adapter": lambda layer: partial(_set_adapter, layer),
     "set_scale": lambda layer: partial(_set_scale, layer),
     "unscale_layer": lambda layer: partial(_unscale_layer, layer),
     "use_dora": lambda layer: _options(layer, "use_dora"),

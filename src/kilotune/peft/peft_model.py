@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from abc import ABC
 from collections.abc import Iterator, Mapping, Sequence
@@ -135,7 +134,7 @@ class PeftModel(nn.Module, ABC):
 
         """
         file = _opened(model_id, config, key_mapping, kwargs)
-        known = PeftConfig.from_peft_type(**_file_values(file)) if config is None else copy.deepcopy(config)
+        known = PeftConfig.from_peft_type(**_file_values(file)) if config is None else config
         known.inference_mode = not is_trainable
         tuner = tuner_of(known).empty(model)
         tuner.take_file(file, adapter_name, known, is_trainable)

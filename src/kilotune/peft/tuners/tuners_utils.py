@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ...adapter_files.reading import AdapterFile
-from ...errors import ConfigError, type_name
+from ...errors import AdapterError, ConfigError, MergeError, did_you_mean, type_name
 from ...injection import inject
 from ...injection.tree import every_wrapper
 from ...layers.adapted import AdaptedLayer
@@ -36,6 +36,9 @@ class BaseTuner(AdapterModel, ABC):
         low_cpu_mem_usage, state_dict: as in PEFT; loading takes no more memory here in any case.
 
     """
+
+    prefix: ClassVar[str]  # what the names of a method's tensors begin with
+    uses_shared_state: ClassVar[bool] = False  # whether layers need more than themselves: none here do
 
     def __init__(
         self,
@@ -87,7 +90,9 @@ class BaseTuner(AdapterModel, ABC):
             if (value := getattr(found, name, None)) is not None and name in peft_config.known():
                 changes[name] = value if isinstance(value, str) else set(value)
                 changes[name] = list(value) if name == "modules_to_save" else changes[name]
-        self._configs[adapter_name] = peft_config.copy(**changes)
+        for name, value in changes.items():  # as in PEFT, the one that was given is filled in
+            setattr(peft_config, name, value)
+        self._configs[adapter_name] = peft_config
         for wrapper in every_wrapper(self.model):
             if isinstance(wrapper, AdaptedLayer):
                 wrapper.outside = LAYER
@@ -101,12 +106,17 @@ class BaseTuner(AdapterModel, ABC):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; see :meth:`kilotune.PeftModel.delete_adapter`."""
+        if self._known(adapter_name) in self.merged_adapters:
+            raise MergeError(
+                f"Cannot delete adapter(s) ['{adapter_name}'] while they are merged. Please unmerge them first."
+            )
         super().delete_adapter(adapter_name)
         del self._configs[adapter_name]
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make one adapter, or several at once, the active ones. Merged ones are taken out first, as in PEFT."""
         names = self._named(adapter_name)
+        self._perhaps_trained.update(self._installed)  # a layer's own set_adapter() is not seen here
         if self.merged_adapters:
             warnings.warn("adapters are merged: they are taken out before others are set", PeftWarning, stacklevel=2)
             self.unmerge_adapter()
@@ -137,18 +147,27 @@ class BaseTuner(AdapterModel, ABC):
 
     @property
     def enabled(self) -> bool:
-        """Whether adapters run."""
-        return self._switched_off is None
+        """Whether adapters run, here and now."""
+        return self._switched_off is None and not self._state.now().disabled
+
+    def _known(self, name: str) -> str:
+        if not isinstance(name, str) or name not in self._installed:
+            there = ", ".join(map(repr, self._installed)) or "none"
+            raise AdapterError(
+                f"Adapter {name} does not exist.{did_you_mean(str(name), self._installed)} There: {there}"
+            )
+        return name
 
     # -- merging ---------------------------------------------------------------------------------
 
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
-        """Put adapters into the weights; those that are there already are passed over with a warning."""
+        """Put adapters into the weights; those that are there already are passed over; a warning where all are."""
         names = self.active_adapters if adapter_names is None else self._named(adapter_names)
-        if again := [name for name in names if name in self.merged_adapters]:
-            warnings.warn(f"adapters {again} are merged already; they are passed over", PeftWarning, stacklevel=2)
+        again = [name for name in names if name in self.merged_adapters]
         if new := [name for name in names if name not in again]:
             super().merge_adapter(new, safe_merge)
+        else:
+            warnings.warn("All adapters are already merged, nothing to do", PeftWarning, stacklevel=2)
 
     def unmerge_adapter(self) -> None:
         """Take all merged adapters out; where none are merged, a warning says so."""

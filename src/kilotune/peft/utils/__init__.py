@@ -61,6 +61,7 @@ if not TYPE_CHECKING:  # configurations stand on one of these files, and others 
             "other": (
                 "AuxiliaryTrainingWrapper",
                 "ModulesToSaveWrapper",
+                "_get_submodules",
                 "cast_mixed_precision_params",
                 "infer_device",
                 "prepare_model_for_kbit_training",

@@ -18,6 +18,7 @@ __all__ = [
     "WEIGHTS_NAME",
     "AuxiliaryTrainingWrapper",
     "ModulesToSaveWrapper",
+    "_get_submodules",
     "cast_mixed_precision_params",
     "infer_device",
     "prepare_model_for_kbit_training",
@@ -116,6 +117,12 @@ def shift_tokens_right(input_ids: Tensor, pad_token_id: int, decoder_start_token
     first = torch.full_like(input_ids[:, :1], decoder_start_token_id)
     shifted = torch.cat([first, input_ids[:, :-1]], dim=1)  # (rows, tokens)
     return shifted.masked_fill(shifted == -100, pad_token_id)
+
+
+def _get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, str]:
+    """The module around that of a dotted name, that module, and its own name."""
+    around, _, own = key.rpartition(".")
+    return model.get_submodule(around), model.get_submodule(key), own
 
 
 def transpose(weight: Tensor, fan_in_fan_out: bool) -> Tensor:

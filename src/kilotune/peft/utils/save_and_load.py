@@ -37,6 +37,7 @@ __all__ = [
     "tuner_in",
 ]
 
+WRAPPERS = ("_fsdp_wrapped_module", "_orig_mod", "module")
 INJECTED = "_kilotune_tuner"  # on a base into which adapters were injected
 
 
@@ -54,9 +55,12 @@ def tuner_in(model: nn.Module) -> BaseTuner:
         AdapterError: there are none.
 
     """
-    for found in (model, model._modules.get("base_model"), model.__dict__.get(INJECTED)):
-        if isinstance(found, BaseTuner):
-            return found
+    around: nn.Module | None = model
+    while around is not None:  # what wraps whole models keeps them under one of these names
+        for found in (around, around._modules.get("base_model"), around.__dict__.get(INJECTED)):
+            if isinstance(found, BaseTuner):
+                return found
+        around = next((around._modules[name] for name in WRAPPERS if around._modules.get(name) is not None), None)
     raise AdapterError(
         f"{type_name(model)} has no adapters; expected a PeftModel, or a base that inject_adapter_in_model() took"
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import final
+from typing import ClassVar, final
 
 from ..tuners_utils import BaseTuner
 
@@ -12,3 +12,5 @@ __all__ = ["UniLoraModel"]
 @final
 class UniLoraModel(BaseTuner):
     """A base model with adapters, the first of them UniLora's; others may be of any method."""
+
+    prefix: ClassVar[str] = "unilora_"
