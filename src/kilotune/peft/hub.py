@@ -30,10 +30,16 @@ def write_card(model: Any, folder: Path) -> None:
     front, body = _parts(path.read_text(encoding="utf-8")) if path.exists() else ([], "")
     base = model.get_base_model()
     methods = {str(config.peft_type).lower() for config in model.peft_config.values()}
-    tags = sorted({*_tags(front), *(getattr(base, "model_tags", None) or ()), *methods, "kilotune"})
+    of_base = {"transformers"} if type(base).__module__.startswith("transformers.") else set()
+    of_base |= {
+        f"base_model:adapter:{c.base_model_name_or_path}"
+        for c in model.peft_config.values()
+        if c.base_model_name_or_path
+    }
+    tags = sorted({*_tags(front), *(getattr(base, "model_tags", None) or ()), *methods, *of_base, "kilotune"})
     told: dict[str, Any] = {"library_name": "peft", "tags": tags}
-    named = next((c.base_model_name_or_path for c in model.peft_config.values() if c.base_model_name_or_path), None)
-    if named:
+    named = getattr(getattr(base, "config", None), "_name_or_path", None)
+    if named is not None:
         told["base_model"] = named
     if any(c.task_type == "CAUSAL_LM" for c in model.peft_config.values()) and not _has(front, "pipeline_tag"):
         told["pipeline_tag"] = "text-generation"

@@ -78,9 +78,9 @@ def _heads(layer: AdaptedLayer) -> dict[str, nn.Module]:
             modules.setdefault(head, {})[key] = _part(parameter)
         else:
             parameters.setdefault(head, {})[key] = parameter
-    for name, slot in adapters_in(layer).items():
-        if (head := DROPOUTS.get(slot.method.name if slot.method else "")) is not None:
-            modules.setdefault(head, {})[name] = slot.dropout or nn.Identity()
+    for adapter, slot in adapters_in(layer).items():
+        if (held_under := DROPOUTS.get(slot.method.name if slot.method else "")) is not None:
+            modules.setdefault(held_under, {})[adapter] = slot.dropout or nn.Identity()
     found: dict[str, nn.Module] = {head: nn.ModuleDict(own) for head, own in modules.items()}
     for head, tensors in parameters.items():
         held = nn.ParameterDict()
@@ -205,8 +205,8 @@ def _off(state: ActiveState) -> bool:
     return state.now().disabled or not state.active
 
 
-def _trained_heads(layer: AdaptedLayer) -> tuple[str, ...]:
-    return tuple(head for head in _heads(layer) if head not in DROPOUTS.values())
+def _trained_heads(layer: AdaptedLayer) -> list[str]:
+    return [head for head in _heads(layer) if head not in DROPOUTS.values()]
 
 
 def _set_adapter(layer: AdaptedLayer, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
@@ -228,6 +228,7 @@ ATTRIBUTES: dict[str, Callable[[AdaptedLayer], Any]] = {
     "in_features": lambda layer: layer.kind.features(layer.base_layer)[1] // _positions(layer),
     "lora_alpha": lambda layer: _options(layer, "lora_alpha"),
     "merged_adapters": lambda layer: list(layer.merged),
+    "other_param_names": lambda layer: ["scaling", "lora_alpha", "r"] if _is_lora(layer) else [],
     "out_features": lambda layer: layer.kind.features(layer.base_layer)[0],
     "r": _ranks,
     "scale_layer": lambda layer: partial(_scale_layer, layer),
@@ -238,6 +239,7 @@ ATTRIBUTES: dict[str, Callable[[AdaptedLayer], Any]] = {
     "use_dora": lambda layer: _options(layer, "use_dora"),
     "use_rslora": lambda layer: _options(layer, "use_rslora"),
 }
+MATRICES = ("vera_A", "vera_B")
 CONTAINERS = ("lora_", "vera_", "ia3_", "unilora_", "trained_bias")
 
 
@@ -247,6 +249,8 @@ class _LayerShape(Outside):
         assert isinstance(wrapper, AdaptedLayer)
         if (found := ATTRIBUTES.get(name)) is not None:
             return found(wrapper)
+        if name in MATRICES:
+            return _matrices(wrapper, name)
         if name.startswith(CONTAINERS) and (head := _heads(wrapper).get(name)) is not None:
             return head
         if name in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", MAGNITUDE) and _is_lora(wrapper):
@@ -267,11 +271,25 @@ class _LayerShape(Outside):
         }
 
 
+def _matrices(layer: AdaptedLayer, name: str) -> dict[str, Tensor]:
+    """VeRA's matrices by adapter, cut to the layer: ``vera_A`` (r, in) or ``vera_B`` (out, r)."""
+    found = {
+        adapter: low_rank(slot)
+        for adapter, slot in adapters_in(layer).items()
+        if slot.method and slot.method.name == "vera"
+    }
+    if not found:
+        raise AttributeError(name)
+    return {adapter: delta.a if name == "vera_A" else delta.b for adapter, delta in found.items() if delta is not None}
+
+
 def _is_lora(layer: AdaptedLayer) -> bool:
     return any(slot.method is not None and slot.method.name == "lora" for slot in adapters_in(layer).values())
 
 
 SAVED_ATTRIBUTES: dict[str, Callable[[SavedModule], Any]] = {
+    "_adapters": lambda saved: set(map(slot_name, saved.modules_to_save)),
+    "adapter_layer_names": lambda saved: ["modules_to_save"],
     "active_adapters": lambda saved: [n for n in saved.state.active if n in saved.modules_to_save],
     "active_adapter": lambda saved: _one_or_all([n for n in saved.state.active if n in saved.modules_to_save]),
     "disable_adapters": lambda saved: _off(saved.state),

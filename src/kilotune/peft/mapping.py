@@ -53,7 +53,7 @@ def inject_adapter_in_model(
         peft_config: of the adapter.
         model: any module; changed in place, its weights frozen.
         adapter_name: the adapter's name.
-        low_cpu_mem_usage: as in PEFT.
+        low_cpu_mem_usage: without numbers, on the meta device, until the adapter is loaded.
         state_dict: the adapter's tensors, whose keys say which layers it is in, in place of the targets.
 
     """
@@ -61,10 +61,10 @@ def inject_adapter_in_model(
         peft_config = peft_config.copy(target_modules=sorted(_layers_of(state_dict)))
     held = model.__dict__.get(INJECTED)
     if held is None:
-        held = tuner_of(peft_config)(model, peft_config, adapter_name)
+        held = tuner_of(peft_config)(model, peft_config, adapter_name, low_cpu_mem_usage)
         model.__dict__[INJECTED] = held
     else:
-        held.inject(adapter_name, peft_config)
+        held.inject(adapter_name, peft_config, low_cpu_mem_usage)
         held._activate((adapter_name,), train=not peft_config.inference_mode)
     return model
 

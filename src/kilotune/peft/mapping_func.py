@@ -30,11 +30,13 @@ def get_peft_model(
         mixed: give a PeftMixedModel; adapters of several methods fit into any model here.
         autocast_adapter_dtype: False: the adapter's numbers are kept in the base's dtype.
         revision: of the base, for the adapter's file.
-        low_cpu_mem_usage: as in PEFT.
+        low_cpu_mem_usage: without numbers, on the meta device, until the adapter is loaded.
 
     """
     if revision is not None:
         peft_config.revision = revision
     if mixed:
         return PeftMixedModel(model, peft_config, adapter_name)
-    return model_class(peft_config, PeftModel)(model, peft_config, adapter_name, autocast_adapter_dtype)
+    return model_class(peft_config, PeftModel)(
+        model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage
+    )

@@ -29,6 +29,7 @@ from .hub import push_to_hub, write_card
 from .status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from .tuners.mixed import tuner_of
 from .tuners.tuners_utils import BaseTuner
+from .utils.other import QUANTISED, let_inputs_have_gradients
 from .utils.save_and_load import renamed, save_adapter, set_peft_model_state_dict
 
 __all__ = [
@@ -66,7 +67,7 @@ class PeftModel(nn.Module, ABC):
         peft_config: of the first adapter, which is active.
         adapter_name: its name.
         autocast_adapter_dtype: True: trained numbers are float32, whatever the base has. False: in the base's dtype.
-        low_cpu_mem_usage: as in PEFT; loading takes no more memory here in any case.
+        low_cpu_mem_usage: without numbers, on the meta device, until the adapter is loaded.
 
     Attributes that it does not have are those of ``base_model``, and of the base.
 
@@ -84,7 +85,7 @@ class PeftModel(nn.Module, ABC):
     ) -> None:
         super().__init__()
         tuner = tuner_of(peft_config)
-        self.base_model: BaseTuner = tuner(model, peft_config, adapter_name)
+        self.base_model: BaseTuner = tuner(model, peft_config, adapter_name, low_cpu_mem_usage)
         self._begin()
         if not autocast_adapter_dtype:
             self._in_base_dtype(adapter_name)
@@ -271,6 +272,12 @@ class PeftModel(nn.Module, ABC):
         with self.base_model.disable_adapter():
             yield
 
+    def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> nn.Module:
+        """Let a base's inputs have gradients, which gradient checkpointing with ``use_reentrant=True`` needs."""
+        if not any(getattr(model, name, False) for name in QUANTISED):
+            let_inputs_have_gradients(model)
+        return model
+
     # -- adapters --------------------------------------------------------------------------------
 
     def add_adapter(
@@ -281,7 +288,7 @@ class PeftModel(nn.Module, ABC):
         autocast_adapter_dtype: bool = True,
     ) -> None:
         """Add an adapter beside those there, of any method; not active until :meth:`set_adapter`."""
-        self.base_model.inject(adapter_name, peft_config)
+        self.base_model.inject(adapter_name, peft_config, low_cpu_mem_usage)
         if not autocast_adapter_dtype:
             self._in_base_dtype(adapter_name)
 
@@ -303,6 +310,8 @@ class PeftModel(nn.Module, ABC):
             dtype = installed.layers[name].compute_dtype()
             for parameter in slot.values().values():
                 parameter.data = parameter.data.to(dtype)
+        for parameter in installed.shared.trained.values():
+            parameter.data = parameter.data.to(dtype)
 
     # -- files -----------------------------------------------------------------------------------
 

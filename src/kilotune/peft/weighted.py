@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,13 +14,14 @@ from ..kernels.lowrank import accumulate_dtype
 from ..layers.slot import Slot
 from .config import PeftConfig
 from .layer_shape import low_rank
+from .tuners.tuners_utils import BaseTuner
 
 __all__ = ["COMBINATIONS", "combine", "configuration"]
 
 COMBINATIONS = (*WAYS, "cat", "svd", *(f"{way}_svd" for way in WAYS if way != "linear"))
 
 
-def configuration(tuner: Any, adapters: Sequence[str], way: str, svd_rank: int | None) -> PeftConfig:
+def configuration(tuner: BaseTuner, adapters: Sequence[str], way: str, svd_rank: int | None) -> PeftConfig:
     """That of an adapter made of others: the first one's, with the rank that is needed, all targets, and a scale of 1.
 
     Raises:
@@ -49,13 +49,13 @@ def configuration(tuner: Any, adapters: Sequence[str], way: str, svd_rank: int |
     )
 
 
-def _rank(tuner: Any, name: str) -> int:
+def _rank(tuner: BaseTuner, name: str) -> int:
     """The largest of an adapter's ranks."""
     found = [low_rank(slot) for slot in tuner.installed(name).slots().values() if slot.method is not None]
     return max(delta.a.shape[-2] for delta in found if delta is not None)
 
 
-def _refuse_shared_heads(tuner: Any, adapters: Sequence[str]) -> None:
+def _refuse_shared_heads(tuner: BaseTuner, adapters: Sequence[str]) -> None:
     saved = [name for one in adapters for name in tuner.installed(one).saved]
     if doubled := sorted({name for name in saved if saved.count(name) > 1}):
         raise ConfigError(
@@ -66,7 +66,7 @@ def _refuse_shared_heads(tuner: Any, adapters: Sequence[str]) -> None:
 
 @torch.no_grad()
 def combine(
-    tuner: Any,
+    tuner: BaseTuner,
     adapters: Sequence[str],
     weights: Sequence[float],
     adapter_name: str,
@@ -80,8 +80,8 @@ def combine(
         layer = tuner.installed(adapter_name).layers[name]
         pairs = [(layer.slot(one), weight) for one, weight in zip(adapters, weights, strict=True)]
         own = [(found, weight) for found, weight in pairs if found is not None and found.method is not None]
-        a, b = _made(own, way, slot.lora_A.shape[0], density, sign, clamp)
-        for parameter, value in ((slot.lora_A, a), (slot.lora_B, b)):
+        a, b = _made(own, way, slot.own()["lora_A"].shape[0], density, sign, clamp)
+        for parameter, value in ((slot.own()["lora_A"], a), (slot.own()["lora_B"], b)):
             parameter.zero_()
             places = tuple(slice(0, size) for size in value.shape)
             parameter[places] = value.to(parameter.dtype)
@@ -93,7 +93,7 @@ def _made(
     """A (r, in) and B (out, r) of one layer."""
     deltas = [(delta, weight) for slot, weight in own if (delta := low_rank(slot)) is not None]
     scaled = [weight * delta.scale for delta, weight in deltas]
-    firsts, seconds = [slot.lora_A for slot, _ in own], [slot.lora_B for slot, _ in own]
+    firsts, seconds = ([slot.own()[key] for slot, _ in own] for key in ("lora_A", "lora_B"))
     if way == "cat":
         return torch.cat([a * s for a, s in zip(firsts, scaled, strict=True)]), torch.cat(seconds, dim=1)
     if way == "svd" or way.endswith("_svd"):

@@ -29,4 +29,4 @@ def create_loraplus_optimizer(
     groups = optimizer_groups(
         tuner_in(model), lr, lora_plus_ratio=loraplus_lr_ratio, embedding_lr=embedding, weight_decay=decay
     )
-    return optimizer_cls(groups, **kwargs)  # type: ignore[call-arg]
+    return optimizer_cls(groups, **kwargs)

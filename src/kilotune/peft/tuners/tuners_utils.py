@@ -33,7 +33,8 @@ class BaseTuner(AdapterModel, ABC):
         model: any module.
         peft_config: of the first adapter, or of several by name.
         adapter_name: the first adapter's.
-        low_cpu_mem_usage, state_dict: as in PEFT; loading takes no more memory here in any case.
+        low_cpu_mem_usage: on the meta device, without numbers, until the adapter is loaded.
+        state_dict: as in PEFT.
 
     """
 
@@ -54,7 +55,7 @@ class BaseTuner(AdapterModel, ABC):
         self._take(model)
         given = peft_config if isinstance(peft_config, dict) else {adapter_name: peft_config}
         for name, config in given.items():
-            self.inject(name, config)
+            self.inject(name, config, low_cpu_mem_usage)
         self._activate((adapter_name,), train=not given[adapter_name].inference_mode)
 
     @classmethod
@@ -68,14 +69,20 @@ class BaseTuner(AdapterModel, ABC):
 
     # -- adapters --------------------------------------------------------------------------------
 
-    def inject(self, adapter_name: str, peft_config: PeftConfig) -> None:
-        """Add an adapter; not active until :meth:`set_adapter`."""
+    def inject(self, adapter_name: str, peft_config: PeftConfig, low_cpu_mem_usage: bool = False) -> None:
+        """Add an adapter; not active until it is set. low_cpu_mem_usage: without numbers, until it is loaded."""
         if not isinstance(peft_config, PeftConfig):
             raise ConfigError(f"expected a configuration of kilotune.peft, got {type_name(peft_config)}")
+        if adapter_name in self._installed:
+            raise AdapterError(
+                f"Adapter with name '{adapter_name}' already exists; delete_adapter() first, or take another"
+            )
         self._check_new_name(adapter_name)
         config = inject.with_base_name(self.model, peft_config.translated())
         self._install(inject.plan(self.model, adapter_name, config), None)
         self._note(adapter_name, peft_config)
+        for slot in self._installed[adapter_name].slots().values() if low_cpu_mem_usage else ():
+            slot.to("meta")
 
     def take_file(self, file: AdapterFile, adapter_name: str, peft_config: PeftConfig, is_trainable: bool) -> None:
         """Add an adapter that was read."""
@@ -177,6 +184,15 @@ class BaseTuner(AdapterModel, ABC):
         super().unmerge_adapter()
 
     # -- other names -----------------------------------------------------------------------------
+
+    def model_wide(self, key: str) -> nn.ParameterDict:
+        """A trained vector of a whole model by adapter, such as ``unilora_theta_d``."""
+        found = nn.ParameterDict()
+        for name, installed in self._installed.items():
+            if key in installed.shared.trained:
+                found.register_parameter(name, installed.shared.trained[key])
+                found._keys[name] = None
+        return found
 
     @property
     def targeted_module_names(self) -> list[str]:

@@ -14,6 +14,7 @@ from .constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 __all__ = [
     "CONFIG_NAME",
+    "QUANTISED",
     "SAFETENSORS_WEIGHTS_NAME",
     "WEIGHTS_NAME",
     "AuxiliaryTrainingWrapper",
@@ -21,6 +22,7 @@ __all__ = [
     "_get_submodules",
     "cast_mixed_precision_params",
     "infer_device",
+    "let_inputs_have_gradients",
     "prepare_model_for_kbit_training",
     "shift_tokens_right",
     "transpose",
@@ -75,7 +77,7 @@ def prepare_model_for_kbit_training(
     if use_gradient_checkpointing and quantised:
         options = dict(gradient_checkpointing_kwargs or {})
         if options.get("use_reentrant", True):
-            _let_inputs_have_gradients(model)
+            let_inputs_have_gradients(model)
         enable = getattr(model, "gradient_checkpointing_enable", None)
         if enable is None:
             raise ConfigError(f"use_gradient_checkpointing: a {type(model).__name__} has none; set it to False")
@@ -83,7 +85,8 @@ def prepare_model_for_kbit_training(
     return model
 
 
-def _let_inputs_have_gradients(model: nn.Module) -> None:
+def let_inputs_have_gradients(model: nn.Module) -> None:
+    """Let what a model's embedding gives have a gradient."""
     own = getattr(model, "enable_input_require_grads", None)
     if own is not None:
         own()

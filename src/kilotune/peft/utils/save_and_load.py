@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ...adapter_files import writing
 from ...adapter_files.files import TwoFiles, locate, read_config, read_weights, tensors_checksum, weights_of, write
-from ...adapter_files.fitting import match_tensors
+from ...adapter_files.fitting import match_tensors, wanted_of
 from ...adapter_files.names import CONFIG_NAME
 from ...adapter_files.peft_layout import PREFIX
 from ...adapter_files.reading import parse
@@ -149,7 +149,7 @@ def set_peft_model_state_dict(
         peft_model_state_dict: what :func:`get_peft_model_state_dict` gives.
         adapter_name: which adapter.
         ignore_mismatched_sizes: pass over tensors of other shapes, with a warning.
-        low_cpu_mem_usage: as in PEFT; no copy is made here in any case.
+        low_cpu_mem_usage: as in PEFT; what is on the meta device comes to its layer's in any case.
 
     Returns: the adapter's keys that were not given, and the given ones that are none of its.
 
@@ -159,7 +159,7 @@ def set_peft_model_state_dict(
     """
     tuner = tuner_in(model)
     installed = tuner.installed(adapter_name)
-    config, own, _ = state_of(installed)
+    config, own, _ = state_of(installed, _values(installed))
     given = {key if key.startswith("base_model.") else f"{PREFIX}{key}": v for key, v in peft_model_state_dict.items()}
     fits = {key: value for key, value in given.items() if key in own}
     if ignore_mismatched_sizes and (other := [key for key in fits if fits[key].shape != own[key].shape]):
@@ -168,17 +168,43 @@ def set_peft_model_state_dict(
     file = parse(TwoFiles(Path(adapter_name), config, {**own, **fits}, {"kilotune_format": "1"}))
     made = inject.plan(tuner.model, adapter_name, installed.config, file.method, strict=False)
     tensors = match_tensors(file, made, type(tuner.model).__name__)
+    told = {target for key, (target, _) in wanted_of(made).items() if f"{PREFIX}{key}" in fits}
+    _put(installed, {key: value for key, value in tensors.items() if key in told or key not in _of_layers(installed)})
+    for key, shared in installed.shared.trained.items():
+        if (value := fits.get(f"base_model.{key}")) is not None:
+            shared.copy_(value)
+    return LoadedKeys([key for key in own if key not in given], [key for key in given if key not in own])
+
+
+def _values(installed: Installed) -> dict[str, dict[str, Tensor]]:
+    """An adapter's numbers by layer, on the CPU; zeros for those that it does not have yet."""
+    return {
+        name: {
+            key: torch.zeros(p.shape, dtype=p.dtype) if p.is_meta else p.detach().cpu().clone().contiguous()
+            for key, p in slot.values().items()
+        }
+        for name, slot in installed.slots().items()
+    }
+
+
+def _of_layers(installed: Installed) -> set[str]:
+    return {f"{name}.{key}" for name, slot in installed.slots().items() for key in slot.values()}
+
+
+def _put(installed: Installed, tensors: Mapping[str, Tensor]) -> None:
+    """Give an adapter's parameters new numbers, by ``<layer>.<parameter>``, and its heads theirs."""
     for name, slot in installed.slots().items():
         for key, parameter in slot.values().items():
-            if (value := tensors.get(f"{name}.{key}")) is not None:
+            if (value := tensors.get(f"{name}.{key}")) is None:
+                continue
+            if parameter.is_meta:
+                here = value.to(installed.layers[name].compute_device(), parameter.dtype, copy=True)
+                setattr(slot, key, nn.Parameter(here, requires_grad=parameter.requires_grad))
+            else:
                 parameter.copy_(value)
     for name, saved in installed.saved.items():
         twin = saved.modules_to_save[installed.key]
         twin.load_state_dict({key: tensors[f"{name}.{key}"] for key in twin.state_dict()})
-    for key, shared in installed.shared.trained.items():
-        if (value := {**own, **fits}.get(f"base_model.{key}")) is not None:
-            shared.copy_(value)
-    return LoadedKeys([key for key in own if key not in given], [key for key in given if key not in own])
 
 
 def load_peft_weights(
