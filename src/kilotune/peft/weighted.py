@@ -30,7 +30,7 @@ def configuration(tuner: BaseTuner, adapters: Sequence[str], way: str, svd_rank:
     """
     check_one_of("combination_type", way, COMBINATIONS)
     configs = [tuner.peft_config[name] for name in tuner._named(list(adapters))]
-    if wrong := [name for name, c in zip(adapters, configs, strict=True) if c.peft_type != "LORA" or c.use_dora]:
+    if wrong := [name for name, c in zip(adapters, configs, strict=True) if c.peft_type != "LORA" or getattr(c, "use_dora", False)]:
         raise ConfigError(f"add_weighted_adapter: {wrong} are no plain LoRA adapters; only such are a sum of factors")
     ranks = [_rank(tuner, name) for name in adapters]
     if way == "cat":
@@ -95,7 +95,7 @@ def _made(
     scaled = [weight * delta.scale for delta, weight in deltas]
     firsts, seconds = ([slot.own()[key] for slot, _ in own] for key in ("lora_A", "lora_B"))
     if way == "cat":
-        return torch.cat([a * s for a, s in zip(firsts, scaled, strict=True)]), torch.cat(seconds, dim=1)
+        return torch.cat([a * s for a, s in zip(firsts, scaled, strict=True)]), torch.cat(list[Tensor](seconds), dim=1)
     if way == "svd" or way.endswith("_svd"):
         wide = accumulate_dtype(firsts[0].dtype)
         whole = [s.to(wide) @ f.to(wide) * d.scale for f, s, (d, _) in zip(firsts, seconds, deltas, strict=True)]
