@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         TargetError,
         UnsupportedError,
     )
+    from .injection.targets import UnmatchedTargetsWarning
     from .layers.adapted_parameters import TiedTableWarning, UntrainedExpertsWarning
     from .methods import (
         METHODS,
@@ -66,6 +67,7 @@ __all__ = [
     "TaskType",
     "TiedTableWarning",
     "UniLoraConfig",
+    "UnmatchedTargetsWarning",
     "UnsupportedError",
     "UntrainedExpertsWarning",
     "UnusedLayersWarning",
@@ -94,6 +96,7 @@ if not TYPE_CHECKING:  # type checkers have the imports above, and no name besid
             ),
             "adapter_files.fitting": ("OtherBaseWarning",),
             "adapter_files.stands_on": ("StandsOnWarning",),
+            "injection.targets": ("UnmatchedTargetsWarning",),
             "layers.adapted_parameters": ("TiedTableWarning", "UntrainedExpertsWarning"),
             "methods": (
                 "METHODS",

@@ -26,6 +26,7 @@ __all__ = ["FORMAT_VERSION", "AdapterConfig", "TaskType", "check_listed_options"
 
 FORMAT_VERSION = 1
 SECTION = "kilotune"
+FLAGS = ("fan_in_fan_out", "inference_mode", "strict_targets")
 # Before the peft_type of every file that PEFT is not to read: it knows no such type, whatever versions of it come.
 CLOSED = "KILOTUNE_"
 SHOWN = 20  # faults that an error shows; to look for the nearest name of more takes long
@@ -46,9 +47,9 @@ class TaskType(StrEnum):
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
 
-def option(default: Any, text: str, *, ours: bool = False) -> Any:
-    """A dataclass field with its help text; ``ours`` marks keys that PEFT does not have."""
-    metadata = {"help": text, "ours": ours}
+def option(default: Any, text: str, *, ours: bool = False, kept: bool = True) -> Any:
+    """A dataclass field with its help text; ``ours``: PEFT has no such key; not ``kept``: it stands in no file."""
+    metadata = {"help": text, "ours": ours, "kept": kept}
     if isinstance(default, dict):
         return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -133,6 +134,12 @@ class AdapterConfig(ABC):
         "list says that leaving experts out is meant.",
         ours=True,
     )
+    strict_targets: bool = option(
+        False,
+        "A name in target_modules that matches nothing is an error. Without it a warning says so, where others match.",
+        ours=True,
+        kept=False,
+    )
     task_type: str | None = option(None, "One of TaskType; for classification tasks the head is trained as well.")
     base_model_name_or_path: str | None = option(None, "The base model's name; filled in from the model.")
     revision: str | None = option(None, "The base model's revision.")
@@ -201,7 +208,7 @@ class AdapterConfig(ABC):
 
     def ours(self) -> dict[str, Any]:
         """The keys that PEFT does not have, where they differ from their default."""
-        fields = [field for field in dataclasses.fields(self) if field.metadata["ours"]]
+        fields = [field for field in dataclasses.fields(self) if field.metadata["ours"] and field.metadata["kept"]]
         values = {field.name: _plain(getattr(self, field.name)) for field in fields}
         return {field.name: values[field.name] for field in fields if values[field.name] != _plain(field.default)}
 
@@ -259,7 +266,7 @@ class AdapterConfig(ABC):
         if self.task_type is not None and self.task_type not in tasks:
             hint = did_you_mean(str(self.task_type), tasks)
             faults.append(f"task_type: expected one of {tasks} or None, got {self.task_type!r}.{hint}")
-        return faults + self._layer_faults() + _type_faults(self, bool, ("fan_in_fan_out", "inference_mode"))
+        return faults + self._layer_faults() + _type_faults(self, bool, FLAGS)
 
     def _parameter_faults(self) -> list[str]:
         names = self.target_parameters

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from typing import Any
 
@@ -23,7 +24,7 @@ from kilotune import (
 from kilotune.candidates import candidates, matches_names
 from kilotune.deltas import Need
 from kilotune.injection.inject import plan, walk
-from kilotune.injection.targets import DEFAULT_TARGETS, explain
+from kilotune.injection.targets import DEFAULT_TARGETS, UnmatchedTargetsWarning, explain
 from tests.support.models import Nested, Snapshot, mlp, tiny_llama
 
 ALL = ["stem", "blocks.0.mix.up", "blocks.0.mix.down", "blocks.1.mix.up", "blocks.1.mix.down", "head"]
@@ -88,8 +89,16 @@ def test_a_misspelt_name_is_shown_the_nearest_with_count_and_type() -> None:
     assert "no module is called 'steam', or ends with it. Nearest: 'stem' (1 x Linear)" in text
 
 
-def test_one_wrong_name_among_right_ones_is_refused_too() -> None:
-    text = refused(target_modules=["up", "dawn"])
+def test_one_wrong_name_among_right_ones_is_told_of_and_the_others_are_adapted() -> None:
+    config = LoraConfig(target_modules=["up", "dawn"])
+    with pytest.warns(UnmatchedTargetsWarning, match="(?s)'dawn'.*'down' \\(2 x Linear\\)"):
+        model = get_peft_model(Nested(), config)
+    assert sorted(model.adapted_layers()) == ["blocks.0.mix.up", "blocks.1.mix.up"]
+    assert "strict_targets" not in json.dumps([config.to_dict(), config.ours()])
+
+
+def test_with_strict_targets_one_wrong_name_among_right_ones_is_refused() -> None:
+    text = refused(target_modules=["up", "dawn"], strict_targets=True)
     assert text.startswith("some targets match nothing:")
     assert "'dawn'" in text
     assert "'down' (2 x Linear)" in text

@@ -44,7 +44,9 @@ def run(model: PeftModel, steps: int = 20, parts: int = 1, optimizer: Any = None
 
 
 def base_bits(model: PeftModel) -> dict[str, bytes]:
-    return {name: value for name, value in bits(model).items() if "adapters" not in name and "modules_to_save" not in name}
+    return {
+        name: value for name, value in bits(model).items() if "adapters" not in name and "modules_to_save" not in name
+    }
 
 
 @both

@@ -16,8 +16,17 @@ __all__ = ["content_sha256", "file_of"]
 
 # Options that choose where the adapter is, which the keys of its tensors say, or that matter before and in training.
 FREE = BOOKKEEPING | SELECTION
-FREE |= {"target_modules", "target_parameters", "modules_to_save", "bias", "fan_in_fan_out", "save_projection"}
+FREE |= {
+    "strict_targets",
+    "target_modules",
+    "target_parameters",
+    "modules_to_save",
+    "bias",
+    "fan_in_fan_out",
+    "save_projection",
+}
 FREE |= {"init_weights", "init_lora_weights", "init_ia3_weights", "lora_fa", "save_indices", "save_factors"}
+FREE |= {"strict_targets"}
 
 
 def file_of(installed: Installed) -> AdapterFile:

@@ -6,6 +6,7 @@ adapt, or into one error that names the nearest modules and why they were not ta
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -60,6 +61,10 @@ DEFAULT_TARGETS: dict[str, tuple[str, ...]] = {
     "codegen": ("qkv_proj",),
     "nemotron_h": ("q_proj", "k_proj", "v_proj", "o_proj"),
 }
+
+
+class UnmatchedTargetsWarning(UserWarning):
+    """Names among the targets match nothing, as in a list for several families of models."""
 
 
 @final
@@ -135,11 +140,12 @@ def select(
 ) -> list[Candidate]:
     """The modules to adapt, in the model's order; one that stands in ``found`` under several names only once.
 
-    ``strict``: a name in the list that matches nothing is an error too (off when a file is loaded, whose
-    tensors are checked one by one anyway).
+    ``strict``: a name in the list that matches nothing is told of (off when a file is loaded, whose tensors are checked
+    one by one anyway).
 
     Raises:
-        TargetError: nothing matches, or something matches that cannot be adapted; says why and what is near.
+        TargetError: nothing matches, or something matches that cannot be adapted; says why and what is near. With
+            ``strict_targets`` a name that matches nothing too, which is a warning otherwise; and a block without any.
 
     """
     verdicts = explain(found, config, needs, heads)
@@ -148,7 +154,13 @@ def select(
         faults = [f"{v.name!r}: {v.reason.removeprefix('refused: ')}" for v in refused]
         raise TargetError(gather("some targeted modules cannot be adapted:", faults))
     taken = [candidate for candidate, verdict in zip(found, verdicts, strict=True) if verdict.taken]
-    faults = _unmatched(found, config, verdicts, needs) if strict or not taken else []
+    unmatched = _unmatched(found, config, needs) if strict or not taken else []
+    faults = _other_faults(found, config, verdicts) if strict or not taken else []
+    if taken and unmatched and not faults and not config.strict_targets:
+        text = gather("some targets match nothing, and the others are adapted:", unmatched)
+        warnings.warn(f"{text}\nstrict_targets=True makes this an error", UnmatchedTargetsWarning, stacklevel=2)
+        unmatched = []
+    faults = [*unmatched, *faults]
     if not taken or faults:
         faults = faults or [_nothing(config, verdicts)]
         raise TargetError(
@@ -272,26 +284,41 @@ def _block_of(name: str, config: AdapterConfig) -> int | None:
     return None if index is None else int(index)
 
 
-def _unmatched(
-    found: Sequence[Candidate], config: AdapterConfig, verdicts: Sequence[Verdict], needs: frozenset[Need]
-) -> list[str]:
-    """A line for each listed name, and each block index, that no module fits."""
+def _missing(found: Sequence[Candidate], config: AdapterConfig) -> list[str]:
+    """The names in a list of targets that are no module's."""
     if not isinstance(config.target_modules, tuple):
         return []
     modules = {end for c in found for end in ends(c.name)}
-    parameters = {end for c in found for own in c.module._parameters for end in ends(f"{c.name}.{own}")}
-    unmatched = [target for target in config.target_modules if target not in modules]
+    return [target for target in config.target_modules if target not in modules]
+
+
+def _unmatched(found: Sequence[Candidate], config: AdapterConfig, needs: frozenset[Need]) -> list[str]:
+    """A line for each listed name that nothing in the model has."""
+    parameters = _parameter_ends(found)
+    names = [target for target in _missing(found, config) if target not in parameters]
+    return [
+        f"no module is called {target!r}, or ends with it.{_near(target, found, needs) if at < HINTS else ''}"
+        for at, target in enumerate(names)
+    ]
+
+
+def _other_faults(found: Sequence[Candidate], config: AdapterConfig, verdicts: Sequence[Verdict]) -> list[str]:
+    """A line for each listed name of a parameter, and each block index without a target."""
+    parameters, missing = _parameter_ends(found), _missing(found, config)
     faults = [
         f"{target!r} is a parameter, not a module: target_parameters={[target]}"
+        for target in missing
         if target in parameters
-        else f"no module is called {target!r}, or ends with it.{_near(target, found, needs) if at < HINTS else ''}"
-        for at, target in enumerate(unmatched)
     ]
-    if config.block_indices is not None and not faults:
+    if config.block_indices is not None and isinstance(config.target_modules, tuple) and not missing:
         there = {_block_of(v.name, config) for v in verdicts if v.taken}
         empty = [index for index in config.block_indices if index not in there]
         faults = [f"layers_to_transform: no targeted module lies in a block {index}" for index in empty]
     return faults
+
+
+def _parameter_ends(found: Sequence[Candidate]) -> set[str]:
+    return {end for c in found for own in c.module._parameters for end in ends(f"{c.name}.{own}")}
 
 
 def _near(target: str, found: Sequence[Candidate], needs: frozenset[Need]) -> str:

@@ -116,7 +116,7 @@ class PeftConfig(ABC):  # noqa: B024, as the others' base; it is made to load an
             raise CheckpointError(f"save_pretrained: expected a folder, got the file {folder}")
         folder.mkdir(parents=True, exist_ok=True)
         values = {one.name: getattr(self, one.name) for one in fields(self) if not one.metadata.get("ours")}
-        ours = [one for one in fields(self) if one.metadata.get("ours")]
+        ours = [one for one in fields(self) if one.metadata.get("ours") and one.name != "strict_targets"]
         more = {one.name: getattr(self, one.name) for one in ours if getattr(self, one.name) != one.default}
         if auto_mapping_dict is not None:
             values["auto_mapping"] = auto_mapping_dict

@@ -30,7 +30,11 @@ def configuration(tuner: BaseTuner, adapters: Sequence[str], way: str, svd_rank:
     """
     check_one_of("combination_type", way, COMBINATIONS)
     configs = [tuner.peft_config[name] for name in tuner._named(list(adapters))]
-    if wrong := [name for name, c in zip(adapters, configs, strict=True) if c.peft_type != "LORA" or getattr(c, "use_dora", False)]:
+    if wrong := [
+        name
+        for name, c in zip(adapters, configs, strict=True)
+        if c.peft_type != "LORA" or getattr(c, "use_dora", False)
+    ]:
         raise ConfigError(f"add_weighted_adapter: {wrong} are no plain LoRA adapters; only such are a sum of factors")
     ranks = [_rank(tuner, name) for name in adapters]
     if way == "cat":

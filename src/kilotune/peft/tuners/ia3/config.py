@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, final
 
 from ....config import AdapterConfig
 from ....methods import Ia3Config
-from ...config import CONFIGS, PeftConfig
+from ...config import CONFIGS, OURS, PeftConfig
 
 __all__ = ["IA3Config"]
 
@@ -25,6 +25,7 @@ class IA3Config(PeftConfig):
     fan_in_fan_out: bool = False
     modules_to_save: list[str] | None = None
     init_ia3_weights: bool = True
+    strict_targets: bool = field(default=False, metadata=OURS)
 
     def __post_init__(self) -> None:
         if isinstance(self.feedforward_modules, list):

@@ -25,7 +25,7 @@ class LoraRuntimeConfig:
 class LoraConfig(PeftConfig):
     """LoRA's options as PEFT has them, in its order; what is not here is refused where it is switched on.
 
-    Our own, at the end: lora_fa, as in :class:`kilotune.LoraConfig`.
+    Our own, at the end: lora_fa and strict_targets, as in :class:`kilotune.LoraConfig`.
     """
 
     ours: ClassVar[type[AdapterConfig] | None] = OurConfig
@@ -66,6 +66,7 @@ class LoraConfig(PeftConfig):
     kasa_config: Any = None
     ensure_weight_tying: bool = False
     lora_fa: bool = field(default=False, metadata=OURS)
+    strict_targets: bool = field(default=False, metadata=OURS)
 
     def __post_init__(self) -> None:
         self.runtime_config = LoraRuntimeConfig() if self.runtime_config is None else self.runtime_config

@@ -18,7 +18,7 @@ __all__ = ["UniLoraConfig"]
 class UniLoraConfig(PeftConfig):
     """Uni-LoRA's options as PEFT has them, in its order: the indices are those that PEFT draws.
 
-    Our own, at the end: generator, as in :class:`kilotune.UniLoraConfig`.
+    Our own, at the end: generator and strict_targets, as in :class:`kilotune.UniLoraConfig`.
     """
 
     ours: ClassVar[type[AdapterConfig] | None] = OurConfig
@@ -37,6 +37,7 @@ class UniLoraConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     generator: str = field(default="peft", metadata=OURS)
+    strict_targets: bool = field(default=False, metadata=OURS)
 
     @classmethod
     def of_file(cls, values: Mapping[str, Any], section: Mapping[str, Any]) -> dict[str, Any]:

@@ -40,6 +40,7 @@ class VeraConfig(PeftConfig):
     sharing: str = field(default="nested", metadata=OURS)
     use_dora: bool = field(default=False, metadata=OURS)
     exclude_modules: list[str] | set[str] | str | None = field(default=None, metadata=OURS)
+    strict_targets: bool = field(default=False, metadata=OURS)
 
     @classmethod
     def of_file(cls, values: Mapping[str, Any], section: Mapping[str, Any]) -> dict[str, Any]:
