@@ -29,7 +29,7 @@ def down_up(component: str, layer: str, a: Tensor, b: Tensor) -> Tensors:
     """What diffusers' training scripts write of a UNet and of text encoders."""
     middle = "lora_linear_layer" if component.startswith("text_encoder") else "lora"
     if component == "text_encoder":  # written where CLIPTextModel had one
-        layer = f"text_model.{layer.removeprefix('text_model.')}"
+        layer = _with_text_model(layer)
     start = f"{component}.{layer}.{middle}"
     return {f"{start}.down.weight": a, f"{start}.up.weight": b}
 
@@ -39,22 +39,29 @@ def processors(component: str, layer: str, a: Tensor, b: Tensor) -> Tensors:
     if component.startswith("text_encoder"):
         layer = layer.replace("q_proj", "to_q").replace("k_proj", "to_k").replace("v_proj", "to_v")
         layer = layer.replace("out_proj", "to_out")
-        layer = f"text_model.{layer.removeprefix('text_model.')}"
+        layer = _with_text_model(layer)
         end = "_lora" if "self_attn" in layer else ".lora_linear_layer"
     else:
         for block in ("attn1", "attn2"):
-            layer = layer.replace(f"{block}.to_out.0", f"{block}.to_out").replace(f"{block}.to", f"{block}.processor.to")
+            layer = layer.replace(f"{block}.to_out.0", f"{block}.to_out").replace(
+                f"{block}.to", f"{block}.processor.to"
+            )
         end = "_lora" if ".processor." in layer else ".lora"
     return {f"{component}.{layer}{end}.down.weight": a, f"{component}.{layer}{end}.up.weight": b}
 
 
-STARTS = {"unet": "lora_unet", "transformer": "lora_unet", "text_encoder": "lora_te", "text_encoder_2": "lora_te2"}
+def _with_text_model(layer: str) -> str:
+    """A text encoder's layer as it was called where CLIPTextModel had a ``text_model`` inside."""
+    return layer if layer.startswith(("text_model.", "text_projection")) else f"text_model.{layer}"
+
+
+STARTS = {"unet": "lora_unet", "transformer": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
 
 
 def kohya(component: str, layer: str, a: Tensor, b: Tensor, original: str | None = None) -> Tensors:
     """What kohya's trainers write; ``original``: under the name of the model's release."""
     if component.startswith("text_encoder"):
-        layer = f"text_model.{layer.removeprefix('text_model.')}"
+        layer = _with_text_model(layer)
     name = f"{STARTS[component]}_{(original or layer).replace('.', '_')}"
     return {f"{name}.lora_down.weight": a, f"{name}.lora_up.weight": b}
 
@@ -77,7 +84,9 @@ def made(
     return found
 
 
-def with_alphas(tensors: Mapping[str, Tensor], alphas: Iterable[float] = ALPHAS, end: str = ".lora_down.weight") -> Tensors:
+def with_alphas(
+    tensors: Mapping[str, Tensor], alphas: Iterable[float] = ALPHAS, end: str = ".lora_down.weight"
+) -> Tensors:
     """The same with an alpha for each layer."""
     alphas = list(alphas)
     firsts = [key for key in tensors if key.endswith(end)]
