@@ -51,10 +51,14 @@ def check(pipeline: str, tensors: Tensors, folder: Path, said: dict[str, Any] | 
     assert_same(ours, theirs(pipeline, path), models(pipeline))
 
 
-WRITINGS = [(writing, pipeline) for writing in ("peft_like", "down_up", "processors") for pipeline in PIPELINES]
+WRITINGS = [
+    pytest.param(writing, pipeline, marks=[pytest.mark.heavy] if pipeline == "sdxl" else [])
+    for writing in ("peft_like", "down_up", "processors")
+    for pipeline in PIPELINES
+]
 
 
-@pytest.mark.parametrize("writing, pipeline", [pair for pair in WRITINGS if pair != ("peft_like", "sdxl")])
+@pytest.mark.parametrize("writing, pipeline", WRITINGS)
 def test_files_of_diffusers(writing: str, pipeline: str, tmp_path: Path) -> None:
     """Layers of three ranks and no alpha: the change is B A."""
     check(pipeline, made(models(pipeline), getattr(files, writing), left(OLD[writing])), tmp_path)
@@ -100,6 +104,13 @@ def test_kohyas_flux(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lora_pipeline, name, read)
     text = made({"text_encoder": model("clip")}, files.kohya)
     check("flux", {**kohya_file(IN_BLOCKS)[0], **with_alphas(text)}, tmp_path)
+
+
+def test_flux_under_diffusers_names_with_lines(tmp_path: Path) -> None:
+    """Trainers that have diffusers' own model write its names with "_" for dots."""
+    tensors = made({"transformer": model("flux")}, files.kohya, lambda name: ".attn." in name)
+    under = {key.replace("lora_unet_", "lora_transformer_"): value for key, value in with_alphas(tensors).items()}
+    check("flux", under, tmp_path)
 
 
 @pytest.mark.parametrize("beginning", ["lora_unet_", "diffusion_model."])

@@ -56,7 +56,11 @@ def trained(pipeline: str, options: dict[str, Any], **more: Any) -> dict[str, ki
     return found
 
 
-PAIRS = [(pipeline, name) for pipeline in PIPELINES for name in OPTIONS if pipeline != "sdxl" or name == "patterns"]
+PAIRS = [
+    pytest.param(pipeline, name, marks=[pytest.mark.heavy] if pipeline == "sdxl" else [])
+    for pipeline in PIPELINES
+    for name in OPTIONS
+]
 
 
 @pytest.mark.parametrize("pipeline, name", PAIRS)
