@@ -93,7 +93,7 @@ def kohya_file(layers: released.Shapes) -> tuple[Tensors, dict[str, tuple[Tensor
     return tensors, changes
 
 
-# Of the layers around the blocks diffusers drops some, and of the last ones the alpha.
+# The others diffusers drops.
 IN_BLOCKS = {name: shape for name, shape in released.flux_layers().items() if "blocks" in name}
 
 
