@@ -53,7 +53,7 @@ def test_every_fault_is_listed_with_the_nearest_name(tmp_path: Path) -> None:
         "to_qq.lora_A.weight: the model has no such layer. Did you mean 'transformer_blocks.0.attn.to_q'?",
         " and (16, 9) are no factors (r, in) and (out, r)",
         "transformer_blocks.1.attn.to_v.lora_A.weight: values that are not finite",
-        "transformer_blocks.1.attn.to_q.alpha: expected one number >= 0, got [1.0, 2.0]",
+        "transformer_blocks.1.attn.to_q.alpha: expected one number >= 0, got the shape (2,)",
         "transformer.x_embedder.hada_w1_a: this is of LoHa, which is not LoRA",
         "transformer.x_embedder.lora_A.wight: no tensor of LoRA. Did you mean",
         "text_encoder: the file has 1 of its layers, and it is not among the models given (transformer)",
@@ -173,6 +173,16 @@ def test_pickles_are_never_opened(tmp_path: Path) -> None:
         load_diffusers_lora(tmp_path / "none.safetensors", {"transformer": model("flux")})
 
 
+def test_what_is_left_out_may_be_anything(tmp_path: Path) -> None:
+    other = {"text_encoder.a.lokr_w1": torch.ones(2, 2), "lora_te1_nothing.alpha": torch.ones(3)}
+    message = refused(tmp_path, {**flux(), **other})
+    assert "text_encoder.a.lokr_w1: this is of LoKr" in message
+    path = tmp_path / "lora.safetensors"
+    assert list(load_diffusers_lora(path, {"transformer": model("flux")}, leave_out=["text_encoder"])) == [
+        "transformer"
+    ]
+
+
 def test_which_models(tmp_path: Path) -> None:
     path = put(tmp_path / "lora.safetensors", flux())
     with pytest.raises(kilotune.ConfigError, match="expected the models of a pipeline by their names"):
@@ -191,6 +201,11 @@ def test_which_models(tmp_path: Path) -> None:
     base = held["transformer"].get_base_model()
     with pytest.raises(kilotune.UnsupportedError, match="has adapters of kilotune already"):
         load_diffusers_lora(path, {"transformer": base})
+
+
+def test_an_alpha_below_zero(tmp_path: Path) -> None:
+    message = refused(tmp_path, {**flux(), f"{FIRST}.alpha": torch.tensor(-1.0)})
+    assert f"{FIRST}.alpha: expected one number >= 0, got -1" in message
 
 
 def test_integers_are_no_factors(tmp_path: Path) -> None:

@@ -140,6 +140,9 @@ def test_what_has_no_place_is_refused_and_nothing_written(tmp_path: Path) -> Non
     parts = {"transformer": vera, "text_encoder": biased, "text_encoder_2": head}
     with pytest.raises(kilotune.UnsupportedError) as error:
         save_diffusers_lora(tmp_path, parts)
+    head.installed("default").marks["kilotune_stands_on"] = "{}"
+    with pytest.raises(kilotune.UnsupportedError, match="a shared adapter that it stands on"):
+        save_diffusers_lora(tmp_path, {"text_encoder_2": head})
     for words in ("transformer: vera is not LoRA", "text_encoder: bias='all'", "text_encoder_2: modules_to_save"):
         assert words in str(error.value)
     with pytest.raises(kilotune.ConfigError, match=r"get_peft_model gives, got transformers.*CLIPTextModel"):

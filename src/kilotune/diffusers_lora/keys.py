@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import did_you_mean
 
-__all__ = ["DENOISERS", "Named", "Part", "Pieces", "Place", "alternatives", "taken_apart"]
+__all__ = ["DENOISERS", "Fault", "Named", "Part", "Pieces", "Place", "alternatives", "taken_apart"]
 
 DENOISERS = ("unet", "transformer")
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
@@ -78,17 +78,26 @@ class Named(NamedTuple):
 
 
 @final
+class Fault(NamedTuple):
+    """Why a key cannot be read; component: the model that it is of, where that can be told."""
+
+    component: str | None
+    text: str
+
+
+@final
 @dataclass(frozen=True)
 class Pieces:
-    """What a file says: the tensors of each layer that it names, and a line for each key that cannot be read."""
+    """What a file says: the tensors of each layer that it names, and what is wrong with keys that cannot be read."""
 
     layers: dict[Place, dict[Part, Named]] = field(default_factory=dict)
-    faults: list[str] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)
 
     @property
     def components(self) -> list[str]:
-        """The models that it has layers of."""
-        return sorted({place.component for place in self.layers})
+        """The models that it has something of."""
+        found = {place.component for place in self.layers} | {fault.component for fault in self.faults}
+        return sorted(name for name in found if name is not None)
 
 
 def taken_apart(tensors: Mapping[str, Tensor], components: Collection[str]) -> Pieces:
@@ -102,18 +111,18 @@ def taken_apart(tensors: Mapping[str, Tensor], components: Collection[str]) -> P
     """
     pieces = Pieces()
     for key, value in tensors.items():
-        ending = next((end for end in ENDINGS if key.endswith(end)), None)
-        if ending is None or len(key) == len(ending):
-            pieces.faults.append(f"{key}: {_unknown(key)}")
+        ending = next((end for end in ENDINGS if key.endswith(end)), "")
+        place = _place(key.removesuffix(ending), components) if key != ending else None
+        if not ending or key == ending:
+            pieces.faults.append(Fault(None if place is None else place.component, f"{key}: {_unknown(key)}"))
             continue
-        place = _place(key.removesuffix(ending), components)
         if place is None:
             there = f"{len(components)} models are given ({', '.join(sorted(components))}); give the one that it is of"
-            pieces.faults.append(f"{key}: does not say of which model it is, and {there}")
+            pieces.faults.append(Fault(None, f"{key}: does not say of which model it is, and {there}"))
             continue
         own = pieces.layers.setdefault(place, {})
         if (before := own.get(ENDINGS[ending])) is not None:
-            pieces.faults.append(f"{key}: is there twice, also as {before.key}")
+            pieces.faults.append(Fault(place.component, f"{key}: is there twice, also as {before.key}"))
         own[ENDINGS[ending]] = Named(key, value)
     return pieces
 

@@ -110,7 +110,8 @@ def read_diffusers_lora(
     tensors, header = read_weights(path)
     pieces = taken_apart(tensors, models)
     _check_left_out(leave_out, pieces)
-    said, faults = _said(header, path), list(pieces.faults)
+    said = _said(header, path)
+    faults = [fault.text for fault in pieces.faults if fault.component not in leave_out]
     made: dict[str, Translation] = {}
     for name in [name for name in pieces.components if name not in leave_out]:
         if name not in models:
@@ -121,7 +122,7 @@ def read_diffusers_lora(
             )
             continue
         own = {place: parts for place, parts in pieces.layers.items() if place.component == name}
-        made[name] = translated(own, Names(_layers(_root(models[name]))), _of_component(said, name, list(tensors)))
+        made[name] = translated(own, Names(_layers(_root(models[name]))), _of_component(said, name))
         faults += [f"{name}: {fault}" for fault in (*made[name].faults, *_missing(made[name], models[name]))]
     if not faults and not made:
         faults.append("no layers of LoRA in it")
@@ -158,12 +159,10 @@ def _said(header: Mapping[str, str], path: Path) -> dict[str, Any]:
     return said
 
 
-def _of_component(said: Mapping[str, Any], name: str, keys: Sequence[str]) -> dict[str, Any] | None:
-    """What the header says of one model; of a file of one model, whose keys do not name it, it is all."""
+def _of_component(said: Mapping[str, Any], name: str) -> dict[str, Any] | None:
+    """What the header says of one model; a file of one model does not name it there."""
     own = {key.removeprefix(f"{name}."): value for key, value in said.items() if key.startswith(f"{name}.")}
-    if own or not said or any(key.startswith(f"{name}.") for key in keys):
-        return own or None
-    return dict(said) if "r" in said else None
+    return own or {key: value for key, value in said.items() if "." not in key} or None
 
 
 def _check_left_out(leave_out: Sequence[str], pieces: Pieces) -> None:

@@ -37,8 +37,8 @@ def save_diffusers_lora(
 ) -> Path:
     """Write a LoRA adapter of one or more models as the one file that ``pipe.load_lora_weights(path)`` reads.
 
-    Ranks and alphas stand in its header, as diffusers has it since 0.34; older ones, and programs that do not read that
-    header, take alpha for the rank.
+    Ranks and alphas stand in its header, where diffusers has them since June 2025 (pull request 11324). Programs that do
+    not read that take the rank for alpha.
 
     Args:
         path: a folder, made where it is not there, or the name of a ``.safetensors`` file.
@@ -96,6 +96,7 @@ def _faults(installed: Installed) -> list[str]:
         f"bias={config.bias!r}": config.bias != "none",
         "modules_to_save": bool(installed.saved),
         "target_parameters": bool(config.target_parameters),
+        "a shared adapter that it stands on, without which it is another one": bool(installed.marks),
     }
     faults = [f"{what}: has no place in it" for what, there in more.items() if there]
     grouped = [name for name, layer in installed.layers.items() if layer.kind.groups(layer.base_layer) > 1]

@@ -138,8 +138,10 @@ def _form_faults(own: Mapping[Part, Named]) -> list[str]:
     faults = [f"{named.key}: expected floats, got {named.value.dtype}" for named in own.values() if _odd_type(named)]
     faults += [f"{key}: values that are not finite" for key in not_finite(dict(own.values()))]
     alpha = own.get(ALPHA)
-    if alpha is not None and (alpha.value.numel() != 1 or (not faults and float(alpha.value) < 0)):
-        faults.append(f"{alpha.key}: expected one number >= 0, got {alpha.value.tolist()!r:.80}")
+    if alpha is not None and alpha.value.numel() != 1:
+        faults.append(f"{alpha.key}: expected one number >= 0, got the shape {tuple(alpha.value.shape)}")
+    elif alpha is not None and not faults and float(alpha.value) < 0:
+        faults.append(f"{alpha.key}: expected one number >= 0, got {float(alpha.value):g}")
     if DOWN in own and UP in own:
         (down, a), (up, b) = own[DOWN], own[UP]
         if a.ndim < 2 or b.ndim < 2 or a.shape[0] != b.shape[1] or a.shape[0] == 0:
