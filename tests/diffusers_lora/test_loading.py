@@ -244,6 +244,17 @@ def test_a_file_of_one_model(tmp_path: Path) -> None:
     assert_same(ours, {"transformer": other}, {"transformer": model("flux")})
 
 
+@pytest.mark.parametrize("header", [False, True])
+def test_a_layer_whose_name_is_the_end_of_others(header: bool, tmp_path: Path) -> None:
+    """Flux has a ``proj_out``, and one in each single block; this file has the first alone."""
+    layers = ["proj_out", "transformer_blocks.0.attn.to_q"]
+    tensors = made({"transformer": model("flux")}, files.peft_like, lambda name: name in layers, ranks=[3])
+    options = {"r": 3, "lora_alpha": 5, "target_modules": layers}
+    check(
+        "flux", tensors, tmp_path, {f"transformer.{key}": value for key, value in options.items()} if header else None
+    )
+
+
 # -- DoRA ----------------------------------------------------------------------------------------------
 
 

@@ -18,7 +18,7 @@ from ..adapter_files.peft_layout import BASE
 from ..adapter_files.reading import AdapterFile, parse
 from ..candidates import Candidate, candidates
 from ..deltas import Need
-from ..errors import AdapterError, CheckpointError, ConfigError, did_you_mean, faults_of, gather
+from ..errors import AdapterError, CheckpointError, ConfigError, KilotuneError, did_you_mean, faults_of, gather
 from ..injection import inject
 from ..injection.tree import is_parameter, unwrapped, walk
 from ..methods import LoraConfig
@@ -212,16 +212,20 @@ def _missing(made: Translation, module: nn.Module) -> list[str]:
     config, root = made.said, _root(module)
     if config is None or config.target_modules is None or made.faults:
         return []
-    names = config.target_modules
+    names, layers = config.target_modules, _layers(root)
     if not hasattr(root, "text_model"):
         if isinstance(names, str) and "text_model" in names:
             return []  # an expression for names that are others here
         names = names if isinstance(names, str) else [name.removeprefix("text_model.") for name in names]
+    # diffusers names layers whole, and does not mean others that end so.
+    whole = [] if isinstance(names, str) else [name for name in names if name in layers]
+    targets = names if isinstance(names, str) else [name for name in names if name not in layers]
     try:
-        targets = inject.plan(root, "header", config.replace(target_modules=names, task_type=None), strict=False)
-    except ConfigError as error:
+        own = config.replace(target_modules=targets, task_type=None) if targets else None
+        wanted = [*whole, *(() if own is None else inject.plan(root, "header", own, strict=False).layers)]
+    except KilotuneError as error:
         return [f"the header: {fault}" for fault in faults_of(error)]
-    return [f"{name}: missing in the file, whose header names it" for name in targets.layers if name not in made.layers]
+    return [f"{name}: missing in the file, whose header names it" for name in wanted if name not in made.layers]
 
 
 def _file(path: Path, name: str, made: Translation, header: Mapping[str, str], root: nn.Module) -> AdapterFile:

@@ -37,8 +37,8 @@ def save_diffusers_lora(
 ) -> Path:
     """Write a LoRA adapter of one or more models as the one file that ``pipe.load_lora_weights(path)`` reads.
 
-    Ranks and alphas stand in its header, where diffusers has them since June 2025 (pull request 11324). Programs that do
-    not read that take the rank for alpha.
+    Ranks and alphas stand in its header, where diffusers has them since June 2025 (pull request 11324). Programs that
+    do not read that take the rank for alpha.
 
     Args:
         path: a folder, made where it is not there, or the name of a ``.safetensors`` file.
