@@ -134,6 +134,10 @@ def said(**more: Any) -> dict[str, Any]:
             {"target_modules": ["to_q", "to_k", "to_v", "to_out.0", "to_add_out", "norm.linear"]},
             "norm.linear: missing in",
         ),
+        (
+            {"target_modules": ["to_q", "norm_out.linear"]},
+            "norm_out.linear: missing in the file, whose header names it",
+        ),
         ({"lora_bias": True}, "the header: lora_bias=True: unknown option"),
         ({"peft_type": "LOHA"}, "the header's peft_type is 'LOHA', expected 'LORA'"),
         ({"bias": "all"}, "the header has bias, which such a file has no tensors for"),
