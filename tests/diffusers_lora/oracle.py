@@ -215,18 +215,26 @@ def output(model: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
     return result
 
 
-def difference(ours: nn.Module, other: nn.Module) -> float:
-    """The largest difference of the outputs, relative to the largest output; in float64, for a deep network of random
-    weights makes much of a rounding."""
-    one, two = (output(copy.deepcopy(each).double(), torch.float64) for each in (ours, other))
+def _exact(model: nn.Module) -> Tensor:
+    """The output in float64, for a deep network of random weights makes much of a rounding."""
+    return output(copy.deepcopy(model).double(), torch.float64)
+
+
+def _apart(one: Tensor, two: Tensor) -> float:
     return float((one - two).abs().max() / two.abs().max())
+
+
+def difference(ours: nn.Module, other: nn.Module) -> float:
+    """The largest difference of the outputs, relative to the largest output."""
+    return _apart(_exact(ours), _exact(other))
 
 
 def assert_same(ours: Mapping[str, nn.Module], other: Mapping[str, nn.Module], plain: Models) -> None:
     """Equal outputs, to the float32 rounding of what is in the files; far from those without an adapter."""
     for name, each in ours.items():
-        assert difference(each, other[name]) < 2e-6, name
-        assert difference(each, plain[name]) > 1e-2, f"{name}: the adapter does nothing"
+        own = _exact(each)
+        assert _apart(own, _exact(other[name])) < 2e-6, name
+        assert _apart(own, _exact(plain[name])) > 1e-2, f"{name}: the adapter does nothing"
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import peft
 import pytest
 import torch
@@ -29,6 +30,7 @@ from tests.diffusers_lora.oracle import (
     model,
     models,
     output,
+    pipe,
     quiet,
     theirs,
     with_widths,
@@ -317,6 +319,37 @@ def test_a_pipelines_components_are_changed_in_place(tmp_path: Path) -> None:
     assert difference(own["text_encoder"], model("clip")) == 0
     with found["unet"].disable_adapter():
         assert torch.equal(output(own["unet"]), output(model("unet")))
+
+
+def test_a_pipeline_runs_with_it(tmp_path: Path) -> None:
+    """Two steps of Flux, from given embeddings to latents: as with diffusers' own adapter, and not as without one."""
+    tensors = with_alphas(
+        made({"transformer": model("flux")}, files.peft_like, lambda n: ".attn." in n), end=".lora_A.weight"
+    )
+    path = put(tmp_path / "lora.safetensors", tensors)
+
+    def latents(transformer: torch.nn.Module, load: Callable[[Any], object]) -> Tensor:
+        with quiet():
+            whole = pipe("flux", {"transformer": transformer, "text_encoder": model("clip")})
+            whole.register_modules(scheduler=diffusers.FlowMatchEulerDiscreteScheduler())
+            whole.set_progress_bar_config(disable=True)
+            load(whole)
+            made: Tensor = whole(
+                prompt_embeds=torch.linspace(-1, 1, 36).reshape(1, 3, 12),
+                pooled_prompt_embeds=torch.linspace(-1, 1, 10)[None],
+                height=32,
+                width=32,
+                num_inference_steps=2,
+                latents=torch.linspace(-2, 2, 16).reshape(1, 4, 4),
+                output_type="latent",
+            ).images
+        return made
+
+    ours = latents(model("flux"), lambda whole: load_diffusers_lora(path, whole.components))
+    other = latents(model("flux"), lambda whole: whole.load_lora_weights(path))
+    plain = latents(model("flux"), lambda whole: None)
+    assert float((ours - other).abs().max()) < 1e-5
+    assert float((ours - plain).abs().max()) > 1e-2
 
 
 def test_it_merges(tmp_path: Path) -> None:
