@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from .adapter_files.fitting import OtherBaseWarning
     from .adapter_files.stands_on import StandsOnWarning
     from .config import AdapterConfig, TaskType
+    from .diffusers_lora.loading import load_diffusers_lora
+    from .diffusers_lora.saving import save_diffusers_lora
     from .errors import (
         AdapterError,
         CheckpointError,
@@ -76,7 +78,9 @@ __all__ = [
     "count_parameters",
     "get_config",
     "get_peft_model",
+    "load_diffusers_lora",
     "optimizer_groups",
+    "save_diffusers_lora",
 ]
 
 if not TYPE_CHECKING:  # type checkers have the imports above, and no name beside them
@@ -94,6 +98,8 @@ if not TYPE_CHECKING:  # type checkers have the imports above, and no name besid
                 "TargetError",
                 "UnsupportedError",
             ),
+            "diffusers_lora.loading": ("load_diffusers_lora",),
+            "diffusers_lora.saving": ("save_diffusers_lora",),
             "adapter_files.fitting": ("OtherBaseWarning",),
             "adapter_files.stands_on": ("StandsOnWarning",),
             "injection.targets": ("UnmatchedTargetsWarning",),

@@ -39,6 +39,7 @@ __all__ = [
     "read_config",
     "read_files",
     "read_weights",
+    "sort_metadata",
     "tensors_checksum",
     "weights_of",
     "within",
@@ -106,7 +107,7 @@ def write(
             fresh = Path(name) / "new"
             fresh.mkdir()
             save_file(dict(tensors), fresh / WEIGHTS_NAME, metadata=dict(metadata))
-            _sort_metadata(fresh / WEIGHTS_NAME)
+            sort_metadata(fresh / WEIGHTS_NAME)
             (fresh / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
             shutil.copymode(fresh / CONFIG_NAME, fresh / WEIGHTS_NAME)  # safetensors makes files that only we can read
             for file, data in (own or {}).items():
@@ -121,7 +122,7 @@ def write(
         raise CheckpointError(f"cannot write the adapter to {folder}: {error}") from error
 
 
-def _sort_metadata(path: Path) -> None:
+def sort_metadata(path: Path) -> None:
     """Safetensors writes the metadata in random order; sorted, the same adapter gives the same bytes."""
     with path.open("r+b") as file:
         length = struct.unpack("<Q", file.read(8))[0]
