@@ -43,11 +43,19 @@ class Slot(nn.Module):
         self.site, self.method, self.shared = site, method, shared
         self.inputs: tuple[SharedInput, int] | None = None
         self.dropper: Callable[[Tensor], Tensor] | None = None
-        self.strength = 1.0
         dropout = 0.0 if method is None else method.config.dropout
         self.dropout = nn.Dropout(dropout) if dropout > 0.0 else None
         for name, parameter in params.items():
             self.register_parameter(name, parameter)
+
+    @property
+    def strength(self) -> float:
+        """How strongly the delta acts."""
+        return self.site.strength
+
+    @strength.setter
+    def strength(self, value: float) -> None:
+        self.site = replace(self.site, strength=value)
 
     @property
     def trained_bias(self) -> Tensor | None:
@@ -76,7 +84,8 @@ class Slot(nn.Module):
         if self.method is None:
             return None
         delta = delta_of(self.method, self.site, params, self.shared)
-        return delta if self.strength == 1.0 else delta.times(self.strength)
+        plain = self.strength == 1.0 or self.method.minds_strength
+        return delta if plain else delta.times(self.strength)
 
     def first_product(self, x: Tensor, a: Tensor, make: Callable[[], Tensor]) -> Tensor:
         """Z = a x as ``make`` computes it, or as it was made for another layer with the same input and ``a``."""

@@ -68,6 +68,7 @@ class Dora(Method[LowRankConfig]):
 
     name: ClassVar[str] = "dora"
     makes: type[Delta] = Rescale
+    minds_strength: bool = True  # the norms are those of the change as strong as it is
 
     def __init__(self, inner: Method[Any]) -> None:
         self.inner = inner
@@ -128,7 +129,7 @@ class Dora(Method[LowRankConfig]):
     def _change(self, site: Site, params: Mapping[str, Tensor], shared: Shared) -> LowRank:
         change = self.inner.delta(site, params, shared)
         assert isinstance(change, LowRank)
-        return change
+        return change if site.strength == 1.0 else change.times(site.strength)
 
     # -- the norms, kept where they cannot have changed --------------------------------------------
 
@@ -173,7 +174,9 @@ class _Stamp:
     Those that are trained are held against a copy too: a fused optimizer does not raise their versions.
     """
 
-    def __init__(self, place: tuple[torch.dtype, torch.device], seen: list[tuple[weakref.ref[Tensor], int, int]]):
+    def __init__(
+        self, place: tuple[torch.dtype, torch.device, float], seen: list[tuple[weakref.ref[Tensor], int, int]]
+    ):
         self.place, self.seen = place, seen
         self.values: list[Tensor | None] = [None] * len(seen)
 
@@ -193,7 +196,7 @@ class _Stamp:
                 seen.append((weakref.ref(owner), owner._version, tensor.data_ptr()))
             except RuntimeError:  # a tensor without storage
                 return None
-        return cls((site.dtype(), site.device()), seen)
+        return cls((site.dtype(), site.device(), site.strength), seen)
 
     def with_values(self) -> _Stamp:
         """With the copies, which are made only where something is kept."""

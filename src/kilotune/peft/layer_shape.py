@@ -22,7 +22,7 @@ from ..layers.outside import Outside
 from ..layers.saved_module import SavedModule
 from ..layers.slot import BIAS, Slot
 
-__all__ = ["LAYER", "SAVED", "Scaling", "adapters_in", "key_in_layer", "low_rank"]
+__all__ = ["LAYER", "SAVED", "TUNER", "Scaling", "adapters_in", "key_in_layer", "low_rank"]
 
 MAGNITUDE = "lora_magnitude_vector"  # in a file without the ".weight" that it has in a model
 DROPOUT = "lora_dropout"
@@ -311,5 +311,33 @@ class _SavedShape(Outside):
         return {}
 
 
+@final
+class _TunerShape(Outside):
+    """Of a whole model with adapters: its vectors under the names that PEFT has for them."""
+
+    def attribute(self, wrapper: nn.Module, name: str) -> Any:
+        raise AttributeError(name)
+
+    def parts(self, wrapper: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        own = wrapper._modules
+        yield from ((name, part) for name, part in own.items() if part is not None and name != "shared_parameters")
+        found: dict[str, nn.ParameterDict] = {}
+        for key, name, parameter in _vectors(wrapper):
+            found.setdefault(name, nn.ParameterDict()).register_parameter(key, parameter)
+        yield from found.items()
+
+    def names(self, wrapper: nn.Module) -> Mapping[str, str]:
+        return {f"shared_parameters.{key}.{name}": f"{name}.{key}" for key, name, _ in _vectors(wrapper)}
+
+
+def _vectors(tuner: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
+    """(adapter's key, name, parameter) of what adapters train once for a whole model."""
+    for key, held in cast(nn.Module, tuner._modules["shared_parameters"])._modules.items():
+        for name, parameter in () if held is None else held._parameters.items():
+            if parameter is not None:
+                yield key, name, parameter
+
+
+TUNER: Outside = _TunerShape()
 LAYER: Outside = _LayerShape()
 SAVED: Outside = _SavedShape()

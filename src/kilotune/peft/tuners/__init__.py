@@ -1,4 +1,7 @@
-"""As ``peft.tuners``: the methods that PEFT and kilotune both have."""
+"""As ``peft.tuners``: the methods that PEFT and kilotune both have.
+
+Begin in ``tuners_utils.py``: all of PEFT's models and layers are one there. A method has a folder, as in PEFT.
+"""
 
 from .ia3 import IA3Config, IA3Model
 from .lora import LoraConfig, LoraModel, LoraRuntimeConfig

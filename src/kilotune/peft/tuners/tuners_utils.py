@@ -6,7 +6,7 @@ import warnings
 from abc import ABC, ABCMeta
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, final
 
 from torch import Tensor, nn
 
@@ -15,10 +15,11 @@ from ...errors import AdapterError, ConfigError, MergeError, did_you_mean, type_
 from ...injection import inject
 from ...injection.tree import every_wrapper
 from ...layers.adapted import AdaptedLayer
+from ...layers.outside import Outside, Shown
 from ...layers.saved_module import SavedModule
 from ...model.adapter_model import DEFAULT, AdapterModel
 from ..config import PeftConfig
-from ..layer_shape import LAYER, SAVED, adapters_in
+from ..layer_shape import LAYER, SAVED, TUNER, adapters_in
 from ..utils.warning import PeftWarning
 
 __all__ = ["BaseTuner", "BaseTunerLayer"]
@@ -26,7 +27,7 @@ __all__ = ["BaseTuner", "BaseTunerLayer"]
 CHOSEN = ("target_modules", "modules_to_save", "feedforward_modules")  # what a model fills in
 
 
-class BaseTuner(AdapterModel, ABC):
+class BaseTuner(Shown, AdapterModel, ABC):
     """What PEFT keeps in ``model.base_model``: the base in ``.model``, and the adapters in it.
 
     Args:
@@ -38,6 +39,7 @@ class BaseTuner(AdapterModel, ABC):
 
     """
 
+    outside: Outside | None = TUNER
     prefix: ClassVar[str]  # what the names of a method's tensors begin with
     uses_shared_state: ClassVar[bool] = False  # whether layers need more than themselves: none here do
 
@@ -217,6 +219,7 @@ class BaseTuner(AdapterModel, ABC):
         return super()._release()
 
 
+@final
 class _LayerNames(ABCMeta):
     """Classes of PEFT's layers: which of our wrappers are of them is asked, not inherited."""
 

@@ -1,4 +1,7 @@
-"""As ``peft.tuners.lora``."""
+"""As ``peft.tuners.lora``.
+
+The method itself is in ``methods/lora.py``; here are its options and its layers under PEFT's names.
+"""
 
 from .config import LoraConfig, LoraRuntimeConfig
 from .layer import Conv2d, Embedding, Linear, LoraLayer
