@@ -15,17 +15,19 @@ import kilotune.peft as ours
 from kilotune.peft.vocabulary import Absent, absent
 
 PAGE = Path(__file__).parent.parent / "docs" / "peft.md"
+FOR_QUESTIONS = ("PrefixTuningConfig", "PromptLearningConfig")
 BEGIN, END = "<!-- names: begin -->", "<!-- names: end -->"
 
 
 def table() -> str:
     """The table: what is here, and what is not, why, and what to use."""
-    here = [name for name in peft.__all__ if name in ours.__all__]
+    here = [name for name in peft.__all__ if name in ours.__all__ and name not in FOR_QUESTIONS]
     missing: dict[Absent, list[str]] = defaultdict(list)
     for name in peft.__all__:
-        if name not in here and (found := absent(name)) is not None:
+        if name not in ours.__all__ and (found := absent(name)) is not None:
             missing[found].append(name)
-    lines = ["| PEFT's names | here |", "|---|---|", f"| {_listed(here)} | yes |"]
+    asked = f"| {_listed(list(FOR_QUESTIONS))} | to be asked for by `isinstance`; none can be made |"
+    lines = ["| PEFT's names | here |", "|---|---|", f"| {_listed(here)} | yes |", asked]
     for found, names in sorted(missing.items()):
         lines.append(f"| {_listed(names)} | no: {found.why}{f'; {found.instead}' if found.instead else ''} |")
     return "\n".join(lines)

@@ -108,6 +108,7 @@ BY_NAME = {
     "kilotune.cli._app": "a verb, when it is asked for",
     "kilotune.cli.doctor": "optional packages, to see whether they are there",
     "kilotune.peft.auto": "the class of transformers that an adapter's file names",
+    "kilotune.peft.in_place": "kilotune.peft's own modules, under PEFT's names",
     "kilotune.train.results.report": "optional packages, to see whether they are there",
     "kilotune.vllm.plugin": "a module of vLLM",
 }

@@ -27,8 +27,10 @@ if TYPE_CHECKING:
     )
     from .config import (
         PeftConfig,
+        PrefixTuningConfig,
         PromptLearningConfig,
     )
+    from .in_place import install
     from .mapping import (
         PEFT_TYPE_TO_CONFIG_MAPPING,
         PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
@@ -113,6 +115,7 @@ __all__ = [
     "PeftModelForTokenClassification",
     "PeftType",
     "PeftWarning",
+    "PrefixTuningConfig",
     "PromptLearningConfig",
     "TaskType",
     "UniLoraConfig",
@@ -128,6 +131,7 @@ __all__ = [
     "get_peft_model_state_dict",
     "infer_device",
     "inject_adapter_in_model",
+    "install",
     "load_peft_weights",
     "prepare_model_for_kbit_training",
     "set_base_model_state_dict",
@@ -150,8 +154,10 @@ _find, __dir__ = lazy(
         ),
         "config": (
             "PeftConfig",
+            "PrefixTuningConfig",
             "PromptLearningConfig",
         ),
+        "in_place": ("install",),
         "mapping": (
             "PEFT_TYPE_TO_CONFIG_MAPPING",
             "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",

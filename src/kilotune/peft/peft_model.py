@@ -24,6 +24,7 @@ from ..adapter_files.reading import AdapterFile, open_adapter, parse
 from ..adapter_files.writing import DEFAULT, check_safe, folders
 from ..errors import ConfigError, type_name
 from ..model.adapter_model import ASKED_BY_TRAINERS
+from . import in_place
 from .config import PeftConfig
 from .hub import push_to_hub, write_card
 from .status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
@@ -249,9 +250,17 @@ class PeftModel(nn.Module, ABC):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base_model" or name in ASKED_BY_TRAINERS:
+            if name == "base_model":
                 raise
-            return getattr(self.base_model, name)
+            if name not in ASKED_BY_TRAINERS:
+                return getattr(self.base_model, name)
+        if not in_place.installed():
+            raise ConfigError(
+                "a Trainer takes this for a plain model, of which it saves the whole base: call "
+                "kilotune.peft.install() before transformers is imported, or use kilotune.train.for_trainer() with "
+                "kilotune.get_peft_model()"
+            )
+        return getattr(self.get_base_model(), name)
 
     # -- running ---------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from ...layers.outside import Outside, Shown
 from ...layers.saved_module import SavedModule
 from ...model.adapter_model import DEFAULT, AdapterModel
 from ..config import PeftConfig
-from ..layer_shape import LAYER, SAVED, TUNER, adapters_in
+from ..layer_shape import LAYER, SAVED, TUNER, active, adapters_in, is_off, switch
 from ..utils.warning import PeftWarning
 
 __all__ = ["BaseTuner", "BaseTunerLayer"]
@@ -53,7 +53,6 @@ class BaseTuner(Shown, AdapterModel, ABC):
     ) -> None:
         nn.Module.__init__(self)
         self._configs: dict[str, PeftConfig] = {}
-        self._switched_off: tuple[str, ...] | None = None
         self._take(model)
         given = peft_config if isinstance(peft_config, dict) else {adapter_name: peft_config}
         for name, config in given.items():
@@ -65,7 +64,7 @@ class BaseTuner(Shown, AdapterModel, ABC):
         """A model without adapters so far."""
         made = cls.__new__(cls)
         nn.Module.__init__(made)
-        made._configs, made._switched_off = {}, None
+        made._configs = {}
         made._take(model)
         return made
 
@@ -129,7 +128,7 @@ class BaseTuner(Shown, AdapterModel, ABC):
         if self.merged_adapters:
             warnings.warn("adapters are merged: they are taken out before others are set", PeftWarning, stacklevel=2)
             self.unmerge_adapter()
-        self._switched_off = None
+        switch(self._state, on=True)
         super().set_adapter(names, inference_mode)
 
     # -- on and off ------------------------------------------------------------------------------
@@ -139,25 +138,21 @@ class BaseTuner(Shown, AdapterModel, ABC):
         if self.merged_adapters:
             warnings.warn("adapters are merged: they are taken out before all are disabled", PeftWarning, stacklevel=2)
             self.unmerge_adapter()
-        if self._switched_off is None:
-            self._switched_off = self._state.active
-            self._state.change(active=())
+        switch(self._state, on=False)
 
     def enable_adapter_layers(self) -> None:
         """What was active before :meth:`disable_adapter_layers` is so again."""
-        if self._switched_off is not None:
-            self._state.change(active=tuple(name for name in self._switched_off if name in self._installed))
-            self._switched_off = None
+        switch(self._state, on=True)
 
     @property
     def active_adapters(self) -> list[str]:
         """The names of the active adapters, whether they are disabled or not."""
-        return list(self._state.active if self._switched_off is None else self._switched_off)
+        return active(self._state)
 
     @property
     def enabled(self) -> bool:
         """Whether adapters run, here and now."""
-        return self._switched_off is None and not self._state.now().disabled
+        return not is_off(self._state)
 
     def _known(self, name: str) -> str:
         if not isinstance(name, str) or name not in self._installed:
