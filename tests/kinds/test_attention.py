@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 from torch.func import functional_call
 
 from kilotune import (
@@ -556,7 +556,12 @@ def test_an_adapter_acts_where_fsdp_puts_plain_tensors_in_the_place_of_parameter
             with model.disable_adapter():
                 plain = model(x, x, x)[0]
             assert not torch.allclose(before, plain)
-            sharded = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+            sharded = FullyShardedDataParallel(
+                model,
+                use_orig_params=True,
+                device_id=torch.device("cpu"),
+                sharding_strategy=ShardingStrategy.NO_SHARD,
+            )
             assert torch.equal(sharded(x, x, x)[0], before)
     finally:
         dist.destroy_process_group()
