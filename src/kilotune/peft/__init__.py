@@ -63,6 +63,8 @@ if TYPE_CHECKING:
         UniLoraModel,
         VeraConfig,
         VeraModel,
+        convert_to_lora,
+        save_as_lora,
     )
     from .utils import (
         NoMatchingPeftModuleError,
@@ -120,6 +122,7 @@ __all__ = [
     "VeraConfig",
     "VeraModel",
     "cast_mixed_precision_params",
+    "convert_to_lora",
     "get_base_model_state_dict",
     "get_layer_status",
     "get_model_status",
@@ -130,6 +133,7 @@ __all__ = [
     "inject_adapter_in_model",
     "load_peft_weights",
     "prepare_model_for_kbit_training",
+    "save_as_lora",
     "set_base_model_state_dict",
     "set_peft_model_state_dict",
     "shift_tokens_right",
@@ -182,6 +186,8 @@ _find, __dir__ = lazy(
             "UniLoraModel",
             "VeraConfig",
             "VeraModel",
+            "convert_to_lora",
+            "save_as_lora",
         ),
         "utils": (
             "NoMatchingPeftModuleError",

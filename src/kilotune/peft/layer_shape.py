@@ -13,7 +13,8 @@ from typing import Any, cast, final
 import torch
 from torch import Tensor, nn
 
-from ..deltas import LowRank, Rescale
+from ..adapter_files.writing import DEFAULT
+from ..deltas import Full, LowRank, Rescale
 from ..errors import AdapterError
 from ..layers.active_adapters import ActiveState
 from ..layers.adapted import AdaptedLayer
@@ -22,7 +23,7 @@ from ..layers.outside import Outside
 from ..layers.saved_module import SavedModule
 from ..layers.slot import BIAS, Slot
 
-__all__ = ["LAYER", "SAVED", "TUNER", "Scaling", "adapters_in", "key_in_layer", "low_rank"]
+__all__ = ["LAYER", "SAVED", "TUNER", "Scaling", "adapters_in", "becomes_lora", "key_in_layer", "low_rank"]
 
 MAGNITUDE = "lora_magnitude_vector"  # in a file without the ".weight" that it has in a model
 DROPOUT = "lora_dropout"
@@ -169,6 +170,18 @@ def _unscale_layer(layer: AdaptedLayer, scale: float | None = None) -> None:
             scaling[name] = whole if scale is None else scaling[name] / scale
 
 
+def becomes_lora(layer: AdaptedLayer, slot: Slot) -> bool:
+    """Whether a LoRA adapter can stand for an adapter in a layer: it adds to a weight that is one matrix."""
+    kind, method = layer.kind, slot.method
+    adds = method is not None and (method.makes in (LowRank, Full) or method.name == "dora")
+    return adds and kind.parameter is None and not kind.substitutes and kind.groups(layer.base_layer) == 1
+
+
+def _supports_lora_conversion(layer: AdaptedLayer, adapter_name: str = DEFAULT) -> bool:
+    slot = layer.slot(adapter_name)
+    return slot is not None and becomes_lora(layer, slot)
+
+
 @torch.no_grad()
 def _delta_weight(layer: AdaptedLayer, adapter: str) -> Tensor:
     """What merging an adapter would add to the weight, in its layout and dtype."""
@@ -235,6 +248,7 @@ ATTRIBUTES: dict[str, Callable[[AdaptedLayer], Any]] = {
     "scaling": Scaling,
     "set_adapter": lambda layer: partial(_set_adapter, layer),
     "set_scale": lambda layer: partial(_set_scale, layer),
+    "supports_lora_conversion": lambda layer: partial(_supports_lora_conversion, layer),
     "unscale_layer": lambda layer: partial(_unscale_layer, layer),
     "use_dora": lambda layer: _options(layer, "use_dora"),
     "use_rslora": lambda layer: _options(layer, "use_rslora"),

@@ -242,8 +242,8 @@ class PeftModel(nn.Module, ABC):
         return get_model_status(self)
 
     def supports_lora_conversion(self, adapter_name: str = DEFAULT) -> bool:
-        """Whether the adapter's change is of a weight, so that a LoRA can stand for it."""
-        return self.base_model.installed(adapter_name).method.makes.mergeable
+        """Whether a LoRA can stand for the adapter; see :func:`kilotune.peft.convert_to_lora`."""
+        return self.base_model.supports_lora_conversion(adapter_name)
 
     def __getattr__(self, name: str) -> Any:
         try:
