@@ -69,8 +69,10 @@ class Delta(ABC):
         """The change of the bias (out,); None for no change."""
         return None
 
-    def times(self, strength: float) -> Delta:
+    def times(self, strength: float | Tensor) -> Delta:
         """The same change, so many times as strong; of one in DoRA what is inside, as its alpha would.
+
+        strength: a number, or a tensor () whose value may change while compiled code stays.
 
         Raises:
             UnsupportedError: for a change that has no such number.
@@ -95,7 +97,10 @@ class LowRank(Delta):
     def weight_change(self, weight: Tensor) -> Tensor:
         return low_rank_matrix(self.a, self.b, self.mid, self.out, self.scale, weight.dtype)
 
-    def times(self, strength: float) -> LowRank:
+    def times(self, strength: float | Tensor) -> LowRank:
+        if isinstance(strength, Tensor):  # among the vectors, which kernels read as they run
+            mid = self.a.new_ones(self.a.shape[:-1], dtype=strength.dtype) if self.mid is None else self.mid
+            return replace(self, mid=mid * strength.to(mid.device))
         return replace(self, scale=self.scale * strength)
 
 
@@ -115,7 +120,7 @@ class Full(Delta):
     def weight_change(self, weight: Tensor) -> Tensor:
         return self.delta.to(weight.dtype)
 
-    def times(self, strength: float) -> Full:
+    def times(self, strength: float | Tensor) -> Full:
         return Full(self.delta * strength)
 
 
@@ -148,7 +153,7 @@ class Rescale(Delta):
             return None
         return (self.rows.to(bias.dtype) - 1) * bias
 
-    def times(self, strength: float) -> Delta:
+    def times(self, strength: float | Tensor) -> Delta:
         return super().times(strength) if self.inner is None else replace(self, inner=self.inner.times(strength))
 
 

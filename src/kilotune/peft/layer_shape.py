@@ -7,6 +7,7 @@ the same parameter, so that what is written there is what runs. The wrappers the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast, final
 
@@ -99,12 +100,17 @@ def low_rank(slot: Slot) -> LowRank | None:
     """What an adapter makes of its layer, where that is of a low rank; in DoRA, what is inside."""
     delta = slot.delta()
     inner = delta.inner if isinstance(delta, Rescale) else delta
+    if isinstance(inner, LowRank) and isinstance(slot.strength, Tensor):  # LoRA's: its vector is the strength alone
+        return replace(inner, mid=None, scale=inner.scale * float(slot.strength))
     return inner if isinstance(inner, LowRank) else None
 
 
 @final
-class Scaling(MutableMapping[str, float]):
-    """What each adapter's product is multiplied by in a layer; setting one holds until it is set again, in no file."""
+class Scaling(MutableMapping[str, Any]):
+    """What each adapter's product is multiplied by in a layer; setting one holds until it is set again, in no file.
+
+    A number, or a tensor () after ``prepare_model_for_compiled_hotswap``.
+    """
 
     def __init__(self, layer: AdaptedLayer) -> None:
         self._layer = layer
@@ -114,16 +120,22 @@ class Scaling(MutableMapping[str, float]):
             raise KeyError(name)
         return own[name]
 
-    def __getitem__(self, name: str) -> float:
+    def __getitem__(self, name: str) -> Any:
+        strength = self._slot(name).strength
+        if isinstance(strength, Tensor):
+            return strength
         delta = low_rank(self._slot(name))
         if delta is None:
             raise KeyError(name)
         return delta.scale
 
-    def __setitem__(self, name: str, value: float) -> None:
+    def __setitem__(self, name: str, value: Any) -> None:
         slot, now = self._slot(name), self[name]
         if self._layer.state.open_routes():
             raise AdapterError("cannot change an adapter's scaling while a route is open; leave its context first")
+        if isinstance(slot.strength, Tensor):
+            slot.strength = slot.strength.new_tensor(float(value))
+            return
         whole = now / slot.strength if slot.strength else low_rank_scale(slot)
         slot.strength = float(value) / whole
 
@@ -142,6 +154,8 @@ class Scaling(MutableMapping[str, float]):
 
 def low_rank_scale(slot: Slot) -> float:
     """The scale that a low-rank adapter's options say."""
+    if isinstance(slot.strength, Tensor):
+        return slot.said
     before, slot.strength = slot.strength, 1.0
     try:
         delta = low_rank(slot)

@@ -134,7 +134,7 @@ class PeftModel(nn.Module, ABC):
             CheckpointError: the files are damaged or unsafe, or do not fit.
 
         """
-        file = _opened(model_id, config, key_mapping, kwargs)
+        file = opened(model_id, config, key_mapping, kwargs)
         known = PeftConfig.from_peft_type(**_file_values(file)) if config is None else config
         known.inference_mode = not is_trainable
         tuner = tuner_of(known).empty(model)
@@ -165,7 +165,7 @@ class PeftModel(nn.Module, ABC):
             CheckpointError: the files are damaged or unsafe, or do not fit.
 
         """
-        file = _opened(model_id, kwargs.pop("config", None), key_mapping, kwargs)
+        file = opened(model_id, kwargs.pop("config", None), key_mapping, kwargs)
         if adapter_name in self.peft_config:
             return LoadResult(*set_peft_model_state_dict(self, file.files.tensors, adapter_name))
         known = PeftConfig.from_peft_type(**_file_values(file))
@@ -364,7 +364,7 @@ class PeftModel(nn.Module, ABC):
         return push_to_hub(self, repo_id, **kwargs)
 
 
-def _opened(
+def opened(
     model_id: str | os.PathLike[str],
     config: PeftConfig | None,
     key_mapping: Mapping[str, str] | None,
