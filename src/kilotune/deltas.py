@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .errors import MergeError, UnsupportedError
-from .kernels.lowrank import low_rank_matrix
+from .kernels.lowrank import accumulate_dtype, low_rank_matrix
 
 __all__ = ["Delta", "Full", "LowRank", "Need", "Rescale", "Residual", "Role", "Shift"]
 
@@ -98,9 +98,9 @@ class LowRank(Delta):
         return low_rank_matrix(self.a, self.b, self.mid, self.out, self.scale, weight.dtype)
 
     def times(self, strength: float | Tensor) -> LowRank:
-        if isinstance(strength, Tensor):  # among the vectors, which kernels read as they run
-            mid = self.a.new_ones(self.a.shape[:-1], dtype=strength.dtype) if self.mid is None else self.mid
-            return replace(self, mid=mid * strength.to(mid.device))
+        if isinstance(strength, Tensor):  # into b, which costs out * r and is rounded as a number's product is
+            wide = self.b.to(accumulate_dtype(self.b.dtype)) * strength.to(self.b.device)
+            return replace(self, b=wide.to(self.b.dtype))
         return replace(self, scale=self.scale * strength)
 
 

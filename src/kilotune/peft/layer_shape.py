@@ -7,7 +7,7 @@ the same parameter, so that what is written there is what runs. The wrappers the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import replace
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast, final
 
@@ -98,11 +98,23 @@ def _heads(layer: AdaptedLayer) -> dict[str, nn.Module]:
 
 def low_rank(slot: Slot) -> LowRank | None:
     """What an adapter makes of its layer, where that is of a low rank; in DoRA, what is inside."""
+    strength = slot.strength
+    if isinstance(strength, Tensor):
+        with _of_strength(slot, 1.0):
+            whole = low_rank(slot)
+        return None if whole is None else whole.times(float(strength))
     delta = slot.delta()
     inner = delta.inner if isinstance(delta, Rescale) else delta
-    if isinstance(inner, LowRank) and isinstance(slot.strength, Tensor):  # LoRA's: its vector is the strength alone
-        return replace(inner, mid=None, scale=inner.scale * float(slot.strength))
     return inner if isinstance(inner, LowRank) else None
+
+
+@contextmanager
+def _of_strength(slot: Slot, strength: float) -> Iterator[None]:
+    before, slot.strength = slot.strength, strength
+    try:
+        yield
+    finally:
+        slot.strength = before
 
 
 @final
@@ -156,11 +168,8 @@ def low_rank_scale(slot: Slot) -> float:
     """The scale that a low-rank adapter's options say."""
     if isinstance(slot.strength, Tensor):
         return slot.said
-    before, slot.strength = slot.strength, 1.0
-    try:
+    with _of_strength(slot, 1.0):
         delta = low_rank(slot)
-    finally:
-        slot.strength = before
     return 1.0 if delta is None else delta.scale
 
 

@@ -166,14 +166,14 @@ def _config_of(model: nn.Module, adapter_name: str) -> PeftConfig | None:
 
 
 def _check_config(config: PeftConfig | None, layers: Mapping[str, tuple[AdaptedLayer, Slot]]) -> None:
-    if all(slot.method is not None and slot.method.config.peft_type == "LORA" for _, slot in layers.values()):
-        told = "Converting a PEFT adapter to LoRA that is already a LoRA adapter. There is typically no need for that."
-        warnings.warn(told, stacklevel=3)
     bias = getattr(config, "bias", "none")
     if bias == "none" and any(slot.trained_bias is not None for _, slot in layers.values()):
         bias = "all"
     if bias != "none":
         raise ConfigError(f"The adapter's config sets bias={bias}, this is not supported right now.")
+    if all(slot.method is not None and slot.method.config.peft_type == "LORA" for _, slot in layers.values()):
+        told = "Converting a PEFT adapter to LoRA that is already a LoRA adapter. There is typically no need for that."
+        warnings.warn(told, stacklevel=3)
 
 
 # -- numbers ---------------------------------------------------------------------------------------
@@ -191,9 +191,10 @@ def _factors(
     """A (r, in) and B (out, r) of one layer."""
     delta = slot.delta()
     assert delta is not None
-    found = parts(*_as_product(layer, delta))
-    if not bool(torch.isfinite(found.s).all()):
+    left, right = _as_product(layer, delta)
+    if not all(bool(torch.isfinite(one).all()) for one in (left, right) if one is not None):
         raise CheckpointError(f"{name}: the adapter's change is not finite (a training that diverged?)")
+    found = parts(left, right)
     kept = rank if isinstance(rank, int) else _cutoff(found.s, rank)
     if kept > (full := min(found.u.shape[0], found.v.shape[1])):
         raise ConfigError(
