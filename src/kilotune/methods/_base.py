@@ -57,7 +57,7 @@ class Site:
     output: int = 0
     input: int = -1
     gather: Callable[[], Tensor] | None = field(default=None, repr=False)
-    strength: float = 1.0
+    strength: float | Tensor = 1.0
 
     def __post_init__(self) -> None:
         if self.pattern_name == "":

@@ -129,7 +129,8 @@ class Dora(Method[LowRankConfig]):
     def _change(self, site: Site, params: Mapping[str, Tensor], shared: Shared) -> LowRank:
         change = self.inner.delta(site, params, shared)
         assert isinstance(change, LowRank)
-        return change if site.strength == 1.0 else change.times(site.strength)
+        strength = site.strength
+        return change if not isinstance(strength, Tensor) and strength == 1.0 else change.times(strength)
 
     # -- the norms, kept where they cannot have changed --------------------------------------------
 
@@ -196,7 +197,7 @@ class _Stamp:
                 seen.append((weakref.ref(owner), owner._version, tensor.data_ptr()))
             except RuntimeError:  # a tensor without storage
                 return None
-        return cls((site.dtype(), site.device(), site.strength), seen)
+        return cls((site.dtype(), site.device(), float(site.strength)), seen)
 
     def with_values(self) -> _Stamp:
         """With the copies, which are made only where something is kept."""

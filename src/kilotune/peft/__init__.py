@@ -65,6 +65,8 @@ if TYPE_CHECKING:
         UniLoraModel,
         VeraConfig,
         VeraModel,
+        convert_to_lora,
+        save_as_lora,
     )
     from .utils import (
         NoMatchingPeftModuleError,
@@ -123,6 +125,7 @@ __all__ = [
     "VeraConfig",
     "VeraModel",
     "cast_mixed_precision_params",
+    "convert_to_lora",
     "get_base_model_state_dict",
     "get_layer_status",
     "get_model_status",
@@ -134,6 +137,7 @@ __all__ = [
     "install",
     "load_peft_weights",
     "prepare_model_for_kbit_training",
+    "save_as_lora",
     "set_base_model_state_dict",
     "set_peft_model_state_dict",
     "shift_tokens_right",
@@ -188,6 +192,8 @@ _find, __dir__ = lazy(
             "UniLoraModel",
             "VeraConfig",
             "VeraModel",
+            "convert_to_lora",
+            "save_as_lora",
         ),
         "utils": (
             "NoMatchingPeftModuleError",

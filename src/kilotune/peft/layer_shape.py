@@ -7,6 +7,7 @@ the same parameter, so that what is written there is what runs. The wrappers the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast, final
 from weakref import WeakKeyDictionary
@@ -14,7 +15,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from ..deltas import LowRank, Rescale
+from ..adapter_files.writing import DEFAULT
+from ..deltas import Full, LowRank, Rescale
 from ..errors import AdapterError
 from ..layers.active_adapters import ActiveState
 from ..layers.adapted import AdaptedLayer
@@ -30,6 +32,7 @@ __all__ = [
     "Scaling",
     "active",
     "adapters_in",
+    "becomes_lora",
     "is_off",
     "key_in_layer",
     "low_rank",
@@ -129,14 +132,31 @@ def _heads(layer: AdaptedLayer) -> dict[str, nn.Module]:
 
 def low_rank(slot: Slot) -> LowRank | None:
     """What an adapter makes of its layer, where that is of a low rank; in DoRA, what is inside."""
+    strength = slot.strength
+    if isinstance(strength, Tensor):
+        with _of_strength(slot, 1.0):
+            whole = low_rank(slot)
+        return None if whole is None else whole.times(float(strength))
     delta = slot.delta()
     inner = delta.inner if isinstance(delta, Rescale) else delta
     return inner if isinstance(inner, LowRank) else None
 
 
+@contextmanager
+def _of_strength(slot: Slot, strength: float) -> Iterator[None]:
+    before, slot.strength = slot.strength, strength
+    try:
+        yield
+    finally:
+        slot.strength = before
+
+
 @final
-class Scaling(MutableMapping[str, float]):
-    """What each adapter's product is multiplied by in a layer; setting one holds until it is set again, in no file."""
+class Scaling(MutableMapping[str, Any]):
+    """What each adapter's product is multiplied by in a layer; setting one holds until it is set again, in no file.
+
+    A number, or a tensor () after ``prepare_model_for_compiled_hotswap``.
+    """
 
     def __init__(self, layer: AdaptedLayer) -> None:
         self._layer = layer
@@ -146,16 +166,22 @@ class Scaling(MutableMapping[str, float]):
             raise KeyError(name)
         return own[name]
 
-    def __getitem__(self, name: str) -> float:
+    def __getitem__(self, name: str) -> Any:
+        strength = self._slot(name).strength
+        if isinstance(strength, Tensor):
+            return strength
         delta = low_rank(self._slot(name))
         if delta is None:
             raise KeyError(name)
         return delta.scale
 
-    def __setitem__(self, name: str, value: float) -> None:
+    def __setitem__(self, name: str, value: Any) -> None:
         slot, now = self._slot(name), self[name]
         if self._layer.state.open_routes():
             raise AdapterError("cannot change an adapter's scaling while a route is open; leave its context first")
+        if isinstance(slot.strength, Tensor):
+            slot.strength = slot.strength.new_tensor(float(value))
+            return
         whole = now / slot.strength if slot.strength else low_rank_scale(slot)
         slot.strength = float(value) / whole
 
@@ -174,11 +200,10 @@ class Scaling(MutableMapping[str, float]):
 
 def low_rank_scale(slot: Slot) -> float:
     """The scale that a low-rank adapter's options say."""
-    before, slot.strength = slot.strength, 1.0
-    try:
+    if isinstance(slot.strength, Tensor):
+        return slot.said
+    with _of_strength(slot, 1.0):
         delta = low_rank(slot)
-    finally:
-        slot.strength = before
     return 1.0 if delta is None else delta.scale
 
 
@@ -200,6 +225,18 @@ def _unscale_layer(layer: AdaptedLayer, scale: float | None = None) -> None:
         if name in (scaling := Scaling(layer)):
             whole = low_rank_scale(adapters_in(layer)[name])
             scaling[name] = whole if scale is None else scaling[name] / scale
+
+
+def becomes_lora(layer: AdaptedLayer, slot: Slot) -> bool:
+    """Whether a LoRA adapter can stand for an adapter in a layer: it adds to a weight that is one matrix."""
+    kind, method = layer.kind, slot.method
+    adds = method is not None and (method.makes in (LowRank, Full) or method.name == "dora")
+    return adds and kind.parameter is None and not kind.substitutes and kind.groups(layer.base_layer) == 1
+
+
+def _supports_lora_conversion(layer: AdaptedLayer, adapter_name: str = DEFAULT) -> bool:
+    slot = layer.slot(adapter_name)
+    return slot is not None and becomes_lora(layer, slot)
 
 
 @torch.no_grad()
@@ -302,6 +339,7 @@ ATTRIBUTES: dict[str, Callable[[AdaptedLayer], Any]] = {
     "scaling": Scaling,
     "set_adapter": lambda layer: partial(_set_adapter, layer),
     "set_scale": lambda layer: partial(_set_scale, layer),
+    "supports_lora_conversion": lambda layer: partial(_supports_lora_conversion, layer),
     "unscale_layer": lambda layer: partial(_unscale_layer, layer),
     "use_dora": lambda layer: _options(layer, "use_dora"),
     "use_rslora": lambda layer: _options(layer, "use_rslora"),

@@ -135,7 +135,7 @@ class PeftModel(nn.Module, ABC):
             CheckpointError: the files are damaged or unsafe, or do not fit.
 
         """
-        file = _opened(model_id, config, key_mapping, kwargs)
+        file = opened(model_id, config, key_mapping, kwargs)
         known = PeftConfig.from_peft_type(**_file_values(file)) if config is None else config
         known.inference_mode = not is_trainable
         tuner = tuner_of(known).empty(model)
@@ -166,7 +166,7 @@ class PeftModel(nn.Module, ABC):
             CheckpointError: the files are damaged or unsafe, or do not fit.
 
         """
-        file = _opened(model_id, kwargs.pop("config", None), key_mapping, kwargs)
+        file = opened(model_id, kwargs.pop("config", None), key_mapping, kwargs)
         if adapter_name in self.peft_config:
             return LoadResult(*set_peft_model_state_dict(self, file.files.tensors, adapter_name))
         known = PeftConfig.from_peft_type(**_file_values(file))
@@ -243,8 +243,8 @@ class PeftModel(nn.Module, ABC):
         return get_model_status(self)
 
     def supports_lora_conversion(self, adapter_name: str = DEFAULT) -> bool:
-        """Whether the adapter's change is of a weight, so that a LoRA can stand for it."""
-        return self.base_model.installed(adapter_name).method.makes.mergeable
+        """Whether a LoRA can stand for the adapter; see :func:`kilotune.peft.convert_to_lora`."""
+        return self.base_model.supports_lora_conversion(adapter_name)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -373,7 +373,7 @@ class PeftModel(nn.Module, ABC):
         return push_to_hub(self, repo_id, **kwargs)
 
 
-def _opened(
+def opened(
     model_id: str | os.PathLike[str],
     config: PeftConfig | None,
     key_mapping: Mapping[str, str] | None,

@@ -59,8 +59,6 @@ _ABSENT: Mapping[str, Absent] = {
         ),
         Absent("a start of LoRA that kilotune lacks", 'LoraConfig with init_lora_weights=True or "gaussian"'),
     ),
-    "convert_to_lora": Absent("not there yet", "kilotune convert --to lora, for a VeRA file"),
-    "save_as_lora": Absent("not there yet", "kilotune convert --to lora, for a VeRA file"),
     "find_kappa": Absent("a choice of targets by condition numbers", 'target_modules="all-linear"'),
 }
 

@@ -4,7 +4,7 @@ Begin in ``tuners_utils.py``: all of PEFT's models and layers are one there. A m
 """
 
 from .ia3 import IA3Config, IA3Model
-from .lora import LoraConfig, LoraModel, LoraRuntimeConfig
+from .lora import LoraConfig, LoraModel, LoraRuntimeConfig, convert_to_lora, save_as_lora
 from .unilora import UniLoraConfig, UniLoraModel
 from .vera import VeraConfig, VeraModel
 
@@ -18,4 +18,6 @@ __all__ = [
     "UniLoraModel",
     "VeraConfig",
     "VeraModel",
+    "convert_to_lora",
+    "save_as_lora",
 ]

@@ -19,7 +19,7 @@ from ...layers.outside import Outside, Shown
 from ...layers.saved_module import SavedModule
 from ...model.adapter_model import DEFAULT, AdapterModel
 from ..config import PeftConfig
-from ..layer_shape import LAYER, SAVED, TUNER, active, adapters_in, is_off, switch
+from ..layer_shape import LAYER, SAVED, TUNER, active, adapters_in, becomes_lora, is_off, switch
 from ..utils.warning import PeftWarning
 
 __all__ = ["BaseTuner", "BaseTunerLayer"]
@@ -179,6 +179,11 @@ class BaseTuner(Shown, AdapterModel, ABC):
             warnings.warn("no adapter is merged; there is nothing to take out", PeftWarning, stacklevel=2)
             return
         super().unmerge_adapter()
+
+    def supports_lora_conversion(self, adapter_name: str = DEFAULT) -> bool:
+        """Whether a LoRA can stand for an adapter: it adds to weights, each of which is one matrix."""
+        installed = self.installed(adapter_name)
+        return all(becomes_lora(installed.layers[name], slot) for name, slot in installed.slots().items())
 
     # -- other names -----------------------------------------------------------------------------
 
