@@ -59,9 +59,21 @@ WRONG: list[tuple[type[AdapterConfig], dict[str, Any], str]] = [
     (VeraConfig, {"generator": "numpy"}, "generator: expected one of ['portable', 'peft', 'stored'], got 'numpy'"),
     (VeraConfig, {"sharing": "all"}, "sharing: expected one of ['nested', 'shape'], got 'all'"),
     (VeraConfig, {"sharing": "shape", "generator": "peft"}, "sharing='shape' needs generator='portable', got 'peft'"),
-    (LoraConfig, {"init_lora_weights": "pissa"}, "init_lora_weights: expected True, False or 'gaussian', got 'pissa'"),
-    (LoraConfig, {"init_lora_weights": 0}, "init_lora_weights: expected True, False or 'gaussian', got 0"),
-    (LoraConfig, {"init_lora_weights": None}, "init_lora_weights: expected True, False or 'gaussian', got None"),
+    (
+        LoraConfig,
+        {"init_lora_weights": "corda"},
+        "init_lora_weights: expected True, False, 'gaussian' or 'orthogonal', got 'corda'",
+    ),
+    (
+        LoraConfig,
+        {"init_lora_weights": 0},
+        "init_lora_weights: expected True, False, 'gaussian' or 'orthogonal', got 0",
+    ),
+    (
+        LoraConfig,
+        {"init_lora_weights": None},
+        "init_lora_weights: expected True, False, 'gaussian' or 'orthogonal', got None",
+    ),
     (
         LoraConfig,
         {"target_parameters": "w1"},

@@ -15,12 +15,14 @@ from torch import Tensor, nn
 
 from ..config import AdapterConfig, Names, bool_faults, number_fault, option, rate_fault, regex_faults
 from ..deltas import Delta, LowRank, Role
+from ..kernels.starts import orthogonal
 from ..name_rules import first_at_end
 from ._base import Export, LowRankConfig, Method, Shared, Site
 
 __all__ = ["Lora", "LoraConfig"]
 
-INITS = (True, False, "gaussian")
+INITS = (True, False, "gaussian", "orthogonal")
+NAMED = "'gaussian' or 'orthogonal'"
 
 
 @final
@@ -38,7 +40,8 @@ class LoraConfig(LowRankConfig):
     init_lora_weights: bool | str = option(
         True,
         "True: A Kaiming uniform with a = sqrt(5), B zero. 'gaussian': A normal with deviation 1 / r, B zero. "
-        "False: both Kaiming uniform, so the adapter changes the output from the start.",
+        "False: both Kaiming uniform, so the adapter changes the output from the start. 'orthogonal': neither is zero, "
+        "their product is; r must be even. At an embedding the last one is as True, as in PEFT.",
     )
     use_dora: bool = option(False, LowRankConfig.help_of("use_dora"))
     lora_fa: bool = option(
@@ -59,7 +62,7 @@ class LoraConfig(LowRankConfig):
     @classmethod
     def from_file(cls, values: Mapping[str, Any], section: Mapping[str, Any]) -> LoraConfig:
         """PEFT's starts that leave the base's weights alone do not matter any more: the file has what came of them."""
-        if values.get("init_lora_weights") in ("eva", "orthogonal"):
+        if values.get("init_lora_weights") == "eva":
             values = {**{k: v for k, v in values.items() if k != "eva_config"}, "init_lora_weights": True}
         return cls.from_dict({**values, **section})
 
@@ -70,8 +73,17 @@ class LoraConfig(LowRankConfig):
         faults += bool_faults(self, "use_rslora", "lora_fa")
         # By type too: 0 == False, but a 0 here is a mistake.
         if not any(type(self.init_lora_weights) is type(v) and self.init_lora_weights == v for v in INITS):
-            faults.append(f"init_lora_weights: expected True, False or 'gaussian', got {self.init_lora_weights!r}")
-        return faults + self._pattern_faults()
+            faults.append(f"init_lora_weights: expected True, False, {NAMED}, got {self.init_lora_weights!r}")
+        faults += self._pattern_faults()
+        return faults or self._start_faults()
+
+    def _start_faults(self) -> list[str]:
+        """What the start asks of the other options, which are right by themselves."""
+        ranks = {"r": self.r, **{f"rank_pattern[{key!r}]": rank for key, rank in self.rank_pattern.items()}}
+        odd = [f"{name} = {rank}" for name, rank in ranks.items() if rank % 2]
+        if self.init_lora_weights == "orthogonal" and odd:
+            return [f"init_lora_weights='orthogonal': needs even ranks, got {', '.join(odd)}"]
+        return []
 
     def _pattern_faults(self) -> list[str]:
         faults = []
@@ -139,7 +151,9 @@ class Lora(Method[LoraConfig]):
             if self.config.lora_fa:  # a frozen A of zeros would do nothing for ever, so B starts at zero
                 return {"lora_A": nn.init.normal_(a), "lora_B": nn.init.normal_(b) if kind is False else b}
             return {"lora_A": nn.init.normal_(a) if kind is False else a.zero_(), "lora_B": nn.init.normal_(b)}
-        if kind == "gaussian":
+        if kind == "orthogonal":
+            a, b = orthogonal(rank, site.out, site.inn, device)
+        elif kind == "gaussian":
             nn.init.normal_(a, std=1 / rank)
         else:
             nn.init.kaiming_uniform_(a, a=math.sqrt(5))
