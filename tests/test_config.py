@@ -11,6 +11,7 @@ import pytest
 
 from kilotune import METHODS, AdapterConfig, ConfigError, KilotuneError, LoraConfig, TaskType, VeraConfig, get_config
 from kilotune.config import FORMAT_VERSION, HARMLESS_KEYS
+from kilotune.methods.lora import NAMED
 
 BOTH: list[type[AdapterConfig]] = [VeraConfig, LoraConfig]
 both = pytest.mark.parametrize("cls", BOTH)
@@ -62,17 +63,17 @@ WRONG: list[tuple[type[AdapterConfig], dict[str, Any], str]] = [
     (
         LoraConfig,
         {"init_lora_weights": "corda"},
-        "init_lora_weights: expected True, False, 'gaussian' or 'orthogonal', got 'corda'",
+        "init_lora_weights: expected True, False, " + NAMED + ", got 'corda'",
     ),
     (
         LoraConfig,
         {"init_lora_weights": 0},
-        "init_lora_weights: expected True, False, 'gaussian' or 'orthogonal', got 0",
+        "init_lora_weights: expected True, False, " + NAMED + ", got 0",
     ),
     (
         LoraConfig,
         {"init_lora_weights": None},
-        "init_lora_weights: expected True, False, 'gaussian' or 'orthogonal', got None",
+        "init_lora_weights: expected True, False, " + NAMED + ", got None",
     ),
     (
         LoraConfig,

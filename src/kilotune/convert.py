@@ -148,7 +148,8 @@ def to_lora(
     Raises:
         ConfigError: ``rank`` is not below the adapter's own.
         CheckpointError: values that are not finite.
-        UnsupportedError: the adapter is a LoRA already (and no rank is given), or not of low rank.
+        UnsupportedError: the adapter is a LoRA already (and no rank is given, nor does it count its change from a part
+            of the base, as PiSSA's), or not of low rank.
 
     """
     installed = model.installed(adapter_name)
@@ -172,7 +173,7 @@ def to_lora(
 
 def _check_rank(rank: int | None, full: int, installed: Installed) -> None:
     if rank is None:
-        if isinstance(installed.config, LoraConfig):
+        if isinstance(installed.config, LoraConfig) and not installed.config.from_base:
             raise UnsupportedError("the adapter is a LoRA adapter already; give a smaller rank to approximate it")
         return
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
@@ -294,8 +295,9 @@ def _lora_state(
         slots = new.slots()
         for name, (a, b) in factors.items():
             own = slots[name].own()
-            own["lora_A"].data.copy_(a)
-            own["lora_B"].data.copy_(b)
+            for key, value in (("lora_A", a), ("lora_B", b)):  # an embedding beside PiSSA's layers has half the rank
+                own[key].data.zero_()
+                own[key].data[: value.shape[0], : value.shape[1]] = value
         return writing.state_of(new)
 
 
