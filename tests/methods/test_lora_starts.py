@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from kilotune import ConfigError, LoraConfig, PeftModel, UnsupportedError, get_peft_model
+from kilotune import ConfigError, LoraConfig, PeftModel, UnsupportedError, get_peft_model, peft
+from kilotune.adapter_files.content import content_sha256, file_of
 from kilotune.convert import to_lora
 from kilotune.deltas import LowRank
+from kilotune.fleet import AdapterBank
 from kilotune.kernels.starts import orthogonal, principal, triangular
 from kilotune.train.finished.lora_export import export_lora
 from tests.support.models import mlp
@@ -291,3 +294,42 @@ def test_a_weight_without_values_has_no_part(start: str, value: float, what: str
 def test_unknown_starts_are_named(start: str) -> None:
     with pytest.raises(ConfigError, match="'pissa', 'pissa_niter_<number>' or 'olora'"):
         LoraConfig(init_lora_weights=start)
+
+
+def test_a_bank_refuses_a_start_that_is_in_no_row() -> None:
+    plain = LoraConfig(r=2, target_modules="all-linear")
+    started_from = plain.replace(init_lora_weights="pissa")
+    with pytest.raises(UnsupportedError, match=r"a part of the base \('pissa'\), which is in no row of a bank"):
+        AdapterBank(get_peft_model(mlp(), plain), started_from)
+
+
+def test_the_content_of_a_file_says_from_where_its_change_is_counted() -> None:
+    model = get_peft_model(mlp(), LoraConfig(r=2, target_modules="all-linear"))
+    file = file_of(model.installed("default"))
+    told = [content_sha256(replace(file, config=file.config.replace(init_lora_weights=s))) for s in (True, "gaussian")]
+    assert told[0] == told[1]
+    assert content_sha256(replace(file, config=file.config.replace(init_lora_weights="olora"))) != told[0]
+
+
+def test_pefts_names_in_any_case() -> None:
+    assert LoraConfig.from_dict({"init_lora_weights": "OLoRA"}).init_lora_weights == "olora"
+    with pytest.raises(ConfigError, match="'pissa_niter_4': PEFT took a part"):
+        LoraConfig.from_file({"peft_type": "LORA", "init_lora_weights": "PiSSA_niter_4"}, {})
+
+
+def test_the_shim_writes_a_plain_lora_and_shows_no_start(tmp_path: Path) -> None:
+    model = peft.get_peft_model(mlp(), peft.LoraConfig(r=2, target_modules=["0", "2"], init_lora_weights="OLoRA"))
+    with torch.no_grad():
+        model.base_model.model[0].lora_B["default"].weight.mul_(2.0)
+    assert model.base_model.model[0].r == {"default": 2}
+    assert not [name for name in model.state_dict() if "lora_start" in name and ".adapters." not in name]
+    state = peft.get_peft_model_state_dict(model)
+    assert sorted(state) == [f"base_model.model.{i}.lora_{f}.weight" for i in (0, 2) for f in "AB"]
+    with pytest.raises(ConfigError, match="count their change from a part of the base"):
+        model.add_weighted_adapter(["default"], [1.0], "new")
+    model.save_pretrained(tmp_path, path_initial_model_for_weight_conversion=str(tmp_path))
+    loaded = peft.PeftModel.from_pretrained(mlp(), tmp_path)
+    assert loaded.peft_config["default"].r == 4
+    torch.testing.assert_close(loaded(X), model(X), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ConfigError, match="start with no part of the base"):
+        loaded.save_pretrained(tmp_path, path_initial_model_for_weight_conversion=str(tmp_path))

@@ -78,8 +78,11 @@ class LoraConfig(LowRankConfig):
         """PEFT's starts that leave the base's weights alone do not matter any more: the file has what came of them."""
         if values.get("init_lora_weights") == "eva":
             values = {**{k: v for k, v in values.items() if k != "eva_config"}, "init_lora_weights": True}
-        start, closed = values.get("init_lora_weights"), str(values.get("peft_type")).upper().startswith(CLOSED)
-        if not closed and isinstance(start, str) and start.startswith("pissa_niter_"):
+        start, closed = (
+            str(values.get("init_lora_weights")).lower(),
+            str(values.get("peft_type")).upper().startswith(CLOSED),
+        )
+        if not closed and start.startswith("pissa_niter_"):
             raise ConfigError(
                 f"init_lora_weights={start!r}: PEFT took a part of the base's weights away that it drew at random, and "
                 "that is not in the file; save the adapter with PEFT's path_initial_model_for_weight_conversion, which "
@@ -92,11 +95,22 @@ class LoraConfig(LowRankConfig):
             )
         return cls.from_dict({**values, **section})
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LoraConfig:
+        """As for every method; PEFT takes the names of starts in any case."""
+        start = values.get("init_lora_weights")
+        return super().from_dict({**values, "init_lora_weights": start.lower()} if isinstance(start, str) else values)
+
+    @property
+    def part_of_base(self) -> str | None:
+        start = self.init_lora_weights
+        counted = isinstance(start, str) and (start in ("pissa", "olora") or ITERATED.fullmatch(start) is not None)
+        return str(start) if counted else None
+
     @property
     def from_base(self) -> bool:
         """Whether it starts with a part of the layer's weight, from which its change is counted."""
-        start = self.init_lora_weights
-        return isinstance(start, str) and (start in ("pissa", "olora") or ITERATED.fullmatch(start) is not None)
+        return self.part_of_base is not None
 
     def faults(self) -> list[str]:
         faults = number_fault("r", self.r, low=1, whole=True)
