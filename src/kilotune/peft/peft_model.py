@@ -336,8 +336,8 @@ class PeftModel(nn.Module, ABC):
             save_embedding_layers: "auto" and False: an embedding's base weight is not written. True is refused:
                 name the embedding in modules_to_save.
             is_main_process: False writes nothing.
-            path_initial_model_for_weight_conversion: anything: write adapters that start with a part of the base (PiSSA,
-                OLoRA) as plain LoRA of twice the rank; where they began is known without what is there.
+            path_initial_model_for_weight_conversion: anything: write adapters that start with a part of the base
+                (PiSSA, OLoRA) as plain LoRA of twice the rank; where they began is known without what is there.
             state_dict: the model's state in place of its own, as where it was gathered.
 
         Raises:
