@@ -292,7 +292,7 @@ def test_a_weight_without_values_has_no_part(start: str, value: float, what: str
 
 @pytest.mark.parametrize("start", ["pissa_niter_", "pissa_niter_0", "pissa_niter_x", "pissa_3", "PISSA", "corda"])
 def test_unknown_starts_are_named(start: str) -> None:
-    with pytest.raises(ConfigError, match="'pissa', 'pissa_niter_<number>' or 'olora'"):
+    with pytest.raises(ConfigError, match="'pissa', 'pissa_niter_<number>', 'olora' or 'eva'"):
         LoraConfig(init_lora_weights=start)
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import kilotune
+from kilotune import peft as shim
 from kilotune.convert import to_lora
 from tests.peft_parity.files import check_acts, check_outputs, files, peft_load, scrambled
 from tests.peft_parity.oracle import (
@@ -201,3 +202,150 @@ def test_pefts_conversion_is_a_plain_lora(tmp_path: Path) -> None:
     loaded = kilotune.PeftModel.from_pretrained(base("mlp"), tmp_path / "plain")
     check_acts(loaded)
     check_outputs(loaded, theirs)
+
+
+# -- EVA -------------------------------------------------------------------------------------------
+
+
+def plain_batches(count: int = 4, rows: int = 64) -> list[torch.Tensor]:
+    """Inputs of the MLP whose directions vary by very different amounts."""
+    generator = torch.Generator().manual_seed(3)
+    mix = torch.linalg.qr(torch.randn(12, 12, generator=generator)).Q * 0.6 ** torch.arange(12.0)[:, None]
+    return [torch.randn(rows, 12, generator=generator) @ mix + 0.5 for _ in range(count)]
+
+
+PLAIN: dict[str, Any] = {
+    "forward_fn": lambda model, batch: model(batch),
+    "prepare_model_inputs_fn": None,
+    "prepare_layer_inputs_fn": None,
+    "show_progress_bar": False,
+}
+TARGETS = ["first", "blocks.0.1", "blocks.1.3", "head"]
+
+
+def eva_pair(name: str = "mlp", **options: Any) -> tuple[Any, Any]:
+    settings = options.pop("eva", {})
+    given = {"r": 2, "lora_alpha": 6, "init_lora_weights": "eva", "target_modules": TARGETS, **options}
+    with quiet():
+        theirs = peft.get_peft_model(
+            base(name), peft.LoraConfig(**given, eva_config=peft.EvaConfig(**settings)), low_cpu_mem_usage=True
+        )
+    ours = shim.get_peft_model(base(name), shim.LoraConfig(**given, eva_config=shim.EvaConfig(**settings)))
+    return ours, theirs
+
+
+EVA: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"rho": 1.0}, {}),
+    ({"rho": 2.0}, {"use_rslora": True}),
+    ({"rho": 2.0, "whiten": True}, {"rank_pattern": {"head": 3}}),
+    ({"rho": 2.0, "adjust_scaling_factors": False}, {}),
+]
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(("settings", "options"), EVA, ids=str)
+def test_eva_gives_the_ranks_and_factors_of_pefts(
+    settings: dict[str, Any], options: dict[str, Any], tmp_path: Path
+) -> None:
+    ours, theirs = eva_pair(eva={**settings, "tau": 0.999}, **options)
+    batches = plain_batches()
+    with quiet():
+        peft.initialize_lora_eva_weights(theirs, batches, **PLAIN)
+    shim.initialize_lora_eva_weights(ours, batches, **PLAIN)
+    told, expected = ours.peft_config["default"], theirs.peft_config["default"]
+    assert told.rank_pattern == expected.rank_pattern
+    assert told.alpha_pattern == pytest.approx(expected.alpha_pattern)
+    mine, other = peft_like(ours), {k: p.detach() for k, p in peft_parameters(theirs).items()}
+    assert sorted(mine) == sorted(other)
+    for name, value in mine.items():
+        if name.endswith("lora_A"):
+            alike = torch.nn.functional.cosine_similarity(value.detach(), other[name], dim=1)
+            assert float(alike.min()) > 0.995, name
+            torch.testing.assert_close(value.detach().norm(dim=1), other[name].norm(dim=1), rtol=0.02, atol=0)
+        else:
+            assert not value.any()
+    check_outputs(ours, base("mlp"))
+    with torch.no_grad():
+        for parameter in mine.values():
+            parameter.add_(0.1)
+    ours.save_pretrained(tmp_path)
+    check_outputs(peft_load(tmp_path, base("mlp")), ours)
+    check_outputs(kilotune.PeftModel.from_pretrained(base("mlp"), tmp_path), ours)
+
+
+def peft_like(model: Any) -> dict[str, torch.nn.Parameter]:
+    return dict(model.base_model.adapter_parameters())
+
+
+@pytest.mark.heavy
+def test_eva_on_a_language_model_leaves_out_padding_and_masked_labels() -> None:
+    """The default functions; layers that read one tensor get the same components."""
+    options = {"target_modules": ["q_proj", "k_proj", "o_proj"], "r": 2, "eva": {"rho": 1.0}}
+    ours, theirs = eva_pair("llama", **options)
+    generator = torch.Generator().manual_seed(4)
+    batches = []
+    for _ in range(3):
+        ids = torch.randint(0, 40, (6, 10), generator=generator)
+        mask = torch.ones_like(ids)
+        mask[:3, 7:] = 0
+        labels = ids.masked_fill(torch.rand(6, 10, generator=generator) < 0.3, -100)
+        batches.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
+    state = shim.get_eva_state_dict(ours, batches)
+    with quiet():
+        expected = peft.get_eva_state_dict(theirs, batches, show_progress_bar=False)
+    assert sorted(state) == sorted(expected)
+    for name, value in state.items():
+        ratio = torch.linalg.svdvals(value @ expected[name].float().T)  # one subspace, whatever the order in it
+        assert value.shape == expected[name].shape
+        assert float(ratio.min()) > 0.97, name
+    layer = "base_model.model.model.layers.0.self_attn"
+    assert torch.equal(state[f"{layer}.q_proj"], state[f"{layer}.k_proj"])
+    shim.initialize_lora_eva_weights(ours, eva_state_dict=state)
+    given = ours.base_model.model.model.layers[0].self_attn.q_proj.lora_A["default"].weight
+    assert torch.equal(given, state[f"{layer}.q_proj"])
+
+
+def test_a_layer_without_a_rank_has_no_adapter_any_more() -> None:
+    ours, _ = eva_pair()
+    rows = {"first": 3, "blocks.0.1": 0, "blocks.1.3": 2, "head": 3}
+    layers = {name: ours.get_submodule(f"base_model.model.{name}") for name in rows}
+    state = {
+        f"base_model.model.{name}": torch.linalg.qr(torch.randn(layers[name].in_features, n)).Q.T
+        for name, n in rows.items()
+    }
+    shim.initialize_lora_eva_weights(ours, eva_state_dict=state)
+    config = ours.peft_config["default"]
+    assert config.rank_pattern == {"first": 3, "head": 3}
+    assert config.alpha_pattern == {"first": 9.0, "head": 9.0}
+    assert sorted(ours.base_model.installed("default").layers) == ["blocks.1.3", "first", "head"]
+    assert isinstance(ours.base_model.model.blocks[0][1], torch.nn.Linear)
+    assert all(parameter.requires_grad for parameter in peft_like(ours).values())
+
+
+def test_what_eva_cannot_do_is_told() -> None:
+    ours, _ = eva_pair()
+    with pytest.raises(kilotune.ConfigError, match="needs a dataloader"):
+        shim.initialize_lora_eva_weights(ours)
+    with pytest.raises(kilotune.ConfigError, match="there are no batches"):
+        shim.initialize_lora_eva_weights(ours, [], **PLAIN)
+    with pytest.raises(kilotune.ConfigError, match=r"4 components need 4 inputs \(tokens\) in a batch"):
+        shim.initialize_lora_eva_weights(ours, plain_batches(rows=3), **PLAIN)
+    with pytest.raises(kilotune.ConfigError, match="no layers of such shapes: base"):
+        shim.initialize_lora_eva_weights(ours, eva_state_dict={"base": torch.zeros(2, 2)})
+    with pytest.raises(kilotune.ConfigError, match="no layers other"):
+        shim.get_eva_state_dict(ours, plain_batches(), **{**PLAIN, "prepare_layer_inputs_fn": {"other": None}})
+    plain = shim.get_peft_model(base("mlp"), shim.LoraConfig(r=2, target_modules=["first"]))
+    with pytest.raises(kilotune.ConfigError, match="init_lora_weights='eva'"):
+        shim.initialize_lora_eva_weights(plain, plain_batches(), **PLAIN)
+    with pytest.raises(kilotune.ConfigError, match="which layers of a model without adapters"):
+        shim.get_eva_state_dict(base("mlp"), plain_batches(), **PLAIN)
+    of_base = shim.get_eva_state_dict(base("mlp"), plain_batches(), ours.peft_config["default"], **PLAIN)
+    assert sorted(of_base) == sorted(TARGETS)
+    ours.add_adapter("other", shim.LoraConfig(r=2, target_modules=["first"]))
+    ours.base_model.set_adapter(["default", "other"])
+    with pytest.raises(kilotune.AdapterError, match="only 'default' may be active"):
+        shim.initialize_lora_eva_weights(ours, plain_batches(), **PLAIN)
+    with pytest.raises(kilotune.ConfigError, match="`rho` must be >= 1.0"):
+        shim.EvaConfig(rho=0.5)
+    with pytest.warns(UserWarning, match="eva_config: has no effect"):
+        shim.LoraConfig(eva_config=shim.EvaConfig())

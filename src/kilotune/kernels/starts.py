@@ -8,7 +8,7 @@ from torch import Tensor
 from ..projections.matrices import MATRIX_A, unit_rows
 from .lowrank import accumulate_dtype, no_autocast
 
-__all__ = ["orthogonal", "principal", "triangular"]
+__all__ = ["orthogonal", "principal", "top_svd", "triangular"]
 
 OVERSAMPLING = 10
 
@@ -47,12 +47,13 @@ def principal(weight: Tensor, rank: int, iterations: int = 0) -> tuple[Tensor, T
 
     """
     with no_autocast(weight.device):
-        u, s, vh = _svd(weight.to(accumulate_dtype(weight.dtype)), rank, iterations)
+        u, s, vh = top_svd(weight.to(accumulate_dtype(weight.dtype)), rank, iterations)
     root = s[:rank].sqrt()
     return (root.unsqueeze(-1) * vh[:rank]).contiguous(), (u[:, :rank] * root).contiguous()
 
 
-def _svd(matrix: Tensor, rank: int, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
+def top_svd(matrix: Tensor, rank: int, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
+    """U, S, V^T of a matrix, at least ``rank`` of them; ``iterations`` as for :func:`principal`."""
     if iterations == 0 or rank + OVERSAMPLING >= min(matrix.shape):
         return tuple(torch.linalg.svd(matrix, full_matrices=False))
     first = torch.from_numpy(unit_rows(0, MATRIX_A, rank + OVERSAMPLING, matrix.shape[1])).to(matrix)

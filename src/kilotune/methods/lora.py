@@ -30,8 +30,8 @@ from ._base import Export, LowRankConfig, Method, Shared, Site
 
 __all__ = ["Lora", "LoraConfig"]
 
-INITS = (True, False, "gaussian", "orthogonal", "pissa", "olora")
-NAMED = "'gaussian', 'orthogonal', 'pissa', 'pissa_niter_<number>' or 'olora'"
+INITS = (True, False, "gaussian", "orthogonal", "pissa", "olora", "eva")
+NAMED = "'gaussian', 'orthogonal', 'pissa', 'pissa_niter_<number>', 'olora' or 'eva'"
 ITERATED = re.compile(r"pissa_niter_([1-9]\d{0,3})")
 START_A, START_B = "lora_start_A", "lora_start_B"
 
@@ -55,6 +55,7 @@ class LoraConfig(LowRankConfig):
         "their product is; r must be even. 'pissa', 'olora': the largest singular values of the layer's weight, or the "
         "first columns of its QR; the change is that from this start, so the base stays as it is, for the memory and "
         "time of twice the rank. 'pissa_niter_<number>': the SVD by so many power iterations, faster for large layers. "
+        "'eva': as True, until kilotune.peft.initialize_lora_eva_weights makes A of the layers' inputs. "
         "At an embedding all but False are as True, as in PEFT.",
     )
     use_dora: bool = option(False, LowRankConfig.help_of("use_dora"))
@@ -270,6 +271,8 @@ class Lora(Method[LoraConfig]):
         """
         iterated = ITERATED.fullmatch(str(self.config.init_lora_weights)) is not None
         made = replace(super().export(sites, params, shared), peft=not iterated)
+        if self.config.init_lora_weights == "eva":  # what came of it is in the file; PEFT would miss its eva_config
+            made = replace(made, config={"init_lora_weights": True})
         return replace(made, header={"lora_fa": True}) if self.config.lora_fa else made
 
     def delta(self, site: Site, params: Mapping[str, Tensor], shared: Shared) -> LowRank:

@@ -31,6 +31,7 @@ HOMES: Mapping[str, tuple[str, ...]] = {
         *("get_layer_status", "get_model_status"),
     ),
     "tuners": (
+        *("EvaConfig", "get_eva_state_dict", "initialize_lora_eva_weights"),
         *("IA3Config", "IA3Model", "LoraConfig", "LoraModel", "LoraRuntimeConfig"),
         *("UniLoraConfig", "UniLoraModel", "VeraConfig", "VeraModel"),
     ),
@@ -79,15 +80,12 @@ _ABSENT: Mapping[str, Absent] = {
     ),
     **dict.fromkeys(
         (
-            "EvaConfig",
             "LoftQConfig",
             "LoraGAConfig",
-            "get_eva",
-            "initialize_lora_eva",
             "preprocess_loraga",
             "replace_lora_weights",
         ),
-        Absent("a start of LoRA that kilotune lacks", 'LoraConfig with init_lora_weights=True or "gaussian"'),
+        Absent("a start of LoRA that kilotune lacks", 'LoraConfig with init_lora_weights="pissa" or "eva"'),
     ),
     "convert_to_lora": Absent("not there yet", "kilotune convert --to lora, for a VeRA file"),
     "save_as_lora": Absent("not there yet", "kilotune convert --to lora, for a VeRA file"),
