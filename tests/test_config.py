@@ -11,6 +11,7 @@ import pytest
 
 from kilotune import METHODS, AdapterConfig, ConfigError, KilotuneError, LoraConfig, TaskType, VeraConfig, get_config
 from kilotune.config import FORMAT_VERSION, HARMLESS_KEYS
+from kilotune.methods.lora import NAMED
 
 BOTH: list[type[AdapterConfig]] = [VeraConfig, LoraConfig]
 both = pytest.mark.parametrize("cls", BOTH)
@@ -59,9 +60,21 @@ WRONG: list[tuple[type[AdapterConfig], dict[str, Any], str]] = [
     (VeraConfig, {"generator": "numpy"}, "generator: expected one of ['portable', 'peft', 'stored'], got 'numpy'"),
     (VeraConfig, {"sharing": "all"}, "sharing: expected one of ['nested', 'shape'], got 'all'"),
     (VeraConfig, {"sharing": "shape", "generator": "peft"}, "sharing='shape' needs generator='portable', got 'peft'"),
-    (LoraConfig, {"init_lora_weights": "pissa"}, "init_lora_weights: expected True, False or 'gaussian', got 'pissa'"),
-    (LoraConfig, {"init_lora_weights": 0}, "init_lora_weights: expected True, False or 'gaussian', got 0"),
-    (LoraConfig, {"init_lora_weights": None}, "init_lora_weights: expected True, False or 'gaussian', got None"),
+    (
+        LoraConfig,
+        {"init_lora_weights": "corda"},
+        "init_lora_weights: expected True, False, " + NAMED + ", got 'corda'",
+    ),
+    (
+        LoraConfig,
+        {"init_lora_weights": 0},
+        "init_lora_weights: expected True, False, " + NAMED + ", got 0",
+    ),
+    (
+        LoraConfig,
+        {"init_lora_weights": None},
+        "init_lora_weights: expected True, False, " + NAMED + ", got None",
+    ),
     (
         LoraConfig,
         {"target_parameters": "w1"},

@@ -177,6 +177,11 @@ class AdapterConfig(ABC):
         return 0.0
 
     @property
+    def part_of_base(self) -> str | None:
+        """From which part of the base's weights the change is counted; None: from nothing, so it is in the file."""
+        return None
+
+    @property
     def block_indices(self) -> tuple[int, ...] | None:
         """``layers_to_transform``, as the tuple that it is once the configuration is built."""
         return cast("tuple[int, ...] | None", self.layers_to_transform)

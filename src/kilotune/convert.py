@@ -38,6 +38,7 @@ from .methods import LoraConfig, Site, UniLoraConfig, VeraConfig
 from .methods.lora import Lora
 from .methods.unilora import UniLora
 from .methods.vera import Vera
+from .model.adapter_model import AdapterModel
 from .model.peft_model import PeftModel
 from .name_rules import ends
 from .projections.matrices import Extent, PeftSource, PortableSource, Projections, StoredSource
@@ -105,7 +106,7 @@ def _sites(installed: Installed) -> dict[str, Site]:
 
 
 @contextmanager
-def _beside(model: PeftModel, config: AdapterConfig, old: Installed) -> Iterator[Installed]:
+def _beside(model: AdapterModel, config: AdapterConfig, old: Installed) -> Iterator[Installed]:
     """A second adapter of the same layers under another config, with ``old``'s biases and whole modules in it.
 
     It is gone again at the end. Names that match nothing are no errors, as for every loaded adapter.
@@ -135,7 +136,7 @@ def _beside(model: PeftModel, config: AdapterConfig, old: Installed) -> Iterator
 
 
 def to_lora(
-    model: PeftModel, adapter_name: str = "default", rank: int | None = None, progressbar: bool = False
+    model: AdapterModel, adapter_name: str = "default", rank: int | None = None, progressbar: bool = False
 ) -> Conversion:
     """Any low-rank adapter of ``model`` as a LoRA adapter of the same layers.
 
@@ -149,7 +150,8 @@ def to_lora(
     Raises:
         ConfigError: ``rank`` is not below the adapter's own.
         CheckpointError: values that are not finite.
-        UnsupportedError: the adapter is a LoRA already (and no rank is given), or not of low rank.
+        UnsupportedError: the adapter is a LoRA already (and no rank is given, nor does it count its change from a part
+            of the base, as PiSSA's), or not of low rank.
 
     """
     installed = model.installed(adapter_name)
@@ -173,7 +175,7 @@ def to_lora(
 
 def _check_rank(rank: int | None, full: int, installed: Installed) -> None:
     if rank is None:
-        if isinstance(installed.config, LoraConfig):
+        if isinstance(installed.config, LoraConfig) and not installed.config.from_base:
             raise UnsupportedError("the adapter is a LoRA adapter already; give a smaller rank to approximate it")
         return
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
@@ -254,7 +256,7 @@ def truncate(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
     return new_a, new_b, float(s[kept:].norm()) / whole if whole > 0 else 0.0
 
 
-def _lora_config(model: PeftModel, installed: Installed, rank: int) -> LoraConfig:
+def _lora_config(model: AdapterModel, installed: Installed, rank: int) -> LoraConfig:
     """LoRA's config with everything that the adapter's own config shares with it."""
     old = installed.config
     return LoraConfig(
@@ -271,7 +273,7 @@ def _lora_config(model: PeftModel, installed: Installed, rank: int) -> LoraConfi
     )
 
 
-def _targets(model: PeftModel, installed: Installed) -> tuple[str, ...] | str:
+def _targets(model: AdapterModel, installed: Installed) -> tuple[str, ...] | str:
     """Exactly the adapted layers: their own short list of names where it is one, else their whole names."""
     old, layers = installed.config, list(_sites(installed))
     if isinstance(old.target_modules, tuple) and not old.exclude_modules and old.layers_to_transform is None:
@@ -280,7 +282,7 @@ def _targets(model: PeftModel, installed: Installed) -> tuple[str, ...] | str:
     return exact_targets(model, layers)
 
 
-def exact_targets(model: PeftModel, layers: Sequence[str]) -> tuple[str, ...] | str:
+def exact_targets(model: AdapterModel, layers: Sequence[str]) -> tuple[str, ...] | str:
     """What a config names so that it takes these layers, by whole names, and no others."""
     others = [name for name, _, _ in inject.walk(model.model) if name and name not in layers]
     if any(other.endswith(f".{name}") for other in others for name in layers):
@@ -289,14 +291,15 @@ def exact_targets(model: PeftModel, layers: Sequence[str]) -> tuple[str, ...] | 
 
 
 def _lora_state(
-    model: PeftModel, installed: Installed, config: LoraConfig, factors: Mapping[str, tuple[Tensor, Tensor]]
+    model: AdapterModel, installed: Installed, config: LoraConfig, factors: Mapping[str, tuple[Tensor, Tensor]]
 ) -> State:
     with _beside(model, config, installed) as new:
         slots = new.slots()
         for name, (a, b) in factors.items():
             own = slots[name].own()
-            own["lora_A"].data.copy_(a)
-            own["lora_B"].data.copy_(b)
+            for key, value in (("lora_A", a), ("lora_B", b)):  # an embedding beside PiSSA's layers has half the rank
+                own[key].data.zero_()
+                own[key].data[: value.shape[0], : value.shape[1]] = value
         return writing.state_of(new)
 
 

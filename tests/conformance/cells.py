@@ -78,9 +78,12 @@ def vera(params: Params, config: Any, weight: Array, bias: Array | None) -> Laye
 
 
 def lora(params: Params, config: Any, weight: Array, bias: Array | None) -> Layer:
-    """alpha / r (or sqrt(r)) B A."""
+    """alpha / r (or sqrt(r)) B A, less that of a start from the base."""
     scale = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
-    return weight + scale * np.einsum("or,ri->oi", params["lora_B"], params["lora_A"]), bias
+    change = np.einsum("or,ri->oi", params["lora_B"], params["lora_A"])
+    if "lora_start_A" in params:
+        change = change - params["lora_start_B"] @ params["lora_start_A"]
+    return weight + scale * change, bias
 
 
 def bitfit(params: Params, config: Any, weight: Array, bias: Array | None) -> Layer:
@@ -128,6 +131,7 @@ METHOD_CASES: dict[str, list[MethodCase]] = {
         MethodCase("lora", {"r": 2, "lora_alpha": 16}),
         MethodCase("lora", {"r": 4, "use_rslora": True, "init_lora_weights": "gaussian"}),
         MethodCase("lora", {"r": 3, "init_lora_weights": False, "bias": "lora_only"}, "moved"),
+        MethodCase("lora", {"r": 2, "init_lora_weights": "pissa"}),
     ],
     "intrinsic": [
         MethodCase("intrinsic", {"d": 13}),

@@ -38,10 +38,12 @@ def content_sha256(file: AdapterFile) -> str:
     """SHA-256 (hexadecimal) of the method, the options that decide what it computes, and all tensors as float32.
 
     An adapter that was saved, put into a store in float32, or loaded into a model has the same. What training alone
-    asks for (dropout, starts) does not matter, and neither does the base.
+    asks for (dropout, starts) does not matter, nor does the base. A start from which the change is counted does.
     """
     names = [name for name in file.config.option_names() if name not in FREE and not name.endswith("dropout")]
     options = {name: _plain(getattr(file.config, name)) for name in names}
+    if file.config.part_of_base is not None:
+        options["part_of_base"] = file.config.part_of_base
     wide = {key: value.float() if value.is_floating_point() else value for key, value in file.files.tensors.items()}
     text = json.dumps([type(file.config).__name__, options, tensors_checksum(wide)], sort_keys=True, default=repr)
     return hashlib.sha256(text.encode()).hexdigest()

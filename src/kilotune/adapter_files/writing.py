@@ -164,12 +164,13 @@ def bias_place(name: str, installed: Installed) -> str:
 def _lost_in_peft(installed: Installed, layers: Sequence[str]) -> bool:
     """Whether PEFT would leave out a part of what its method can do, without a word.
 
-    That are target parameters of a method for which it has no such option, and an out_proj without its attention,
-    which it would put into a wrapper that is never called.
+    That are target parameters of a method for which it has no such option, an out_proj without its attention, which it
+    would put into a wrapper that is never called, and what it makes of weights that are stored as (in, out).
     """
     config = installed.config
     parameters = bool(config.target_parameters) and "target_parameters" in config.ours()
-    return parameters or any(_never_called(name, installed) for name in layers)
+    turned = installed.method.needs_out_in and any(installed.layers[name].kind.stores_in_out for name in layers)
+    return parameters or turned or any(_never_called(name, installed) for name in layers)
 
 
 def _never_called(name: str, installed: Installed) -> bool:

@@ -96,6 +96,7 @@ def _faults(installed: Installed) -> list[str]:
         f"bias={config.bias!r}": config.bias != "none",
         "modules_to_save": bool(installed.saved),
         "target_parameters": bool(config.target_parameters),
+        f"init_lora_weights={config.init_lora_weights!r} (convert.to_lora makes a plain LoRA of it)": config.from_base,
         "a shared adapter that it stands on, without which it is another one": bool(installed.marks),
     }
     faults = [f"{what}: has no place in it" for what, there in more.items() if there]

@@ -411,7 +411,7 @@ def _start(
         values = {k: t.to(device, accumulate_dtype(t.dtype), copy=True) for k, t in given.items()}
         if made.method.rebuilt and name in made.layers:
             own = start(made.method, site_in(made, name, base), shared)
-            values.update({key: own[key] for key in made.method.rebuilt})
+            values.update({key: own[key] for key in made.method.rebuilt if key in own})
     else:
         values = start(made.method, site_in(made, name, base), shared) if name in made.layers else {}
         bias = base.base_bias()

@@ -165,8 +165,13 @@ class Method(ABC, Generic[C]):
 
     @property
     def rebuilt(self) -> frozenset[str]:
-        """The names of frozen parameters that no file holds, because :meth:`init` makes them again."""
+        """The names of frozen parameters that no file holds, because :meth:`init` makes them again, where they are."""
         return frozenset()
+
+    @property
+    def needs_out_in(self) -> bool:
+        """Whether PEFT makes of a file what the method does only in layers whose weights are stored as (out, in)."""
+        return False
 
     def completed(self, config: C, model_type: str | None) -> C:
         """The config with what an architecture decides filled in, where the method has rules of its own for it.

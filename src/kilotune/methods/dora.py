@@ -95,6 +95,10 @@ class Dora(Method[LowRankConfig]):
     def rebuilt(self) -> frozenset[str]:
         return self.inner.rebuilt
 
+    @property
+    def needs_out_in(self) -> bool:
+        return self.inner.needs_out_in
+
     def completed(self, config: LowRankConfig, model_type: str | None) -> LowRankConfig:
         filled: LowRankConfig = self.inner.completed(config, model_type)
         return filled

@@ -1,11 +1,18 @@
 """LoRA (Hu et al. 2021, arXiv 2106.09685): W + (alpha / r) B A, both factors trained.
 
 With ``use_rslora`` the scale is alpha / sqrt(r) (Kalajdzievski 2023, arXiv 2312.03732).
+
+PiSSA (Meng et al. 2024, arXiv 2404.02948) and OLoRA (Büyükakyüz 2024, arXiv 2406.01775) start with a part of the weight
+itself, A0 and B0, and the papers take that part away from the weight. Here the weight stays as it is and the change is
+(alpha / r) (B A - B0 A0), which is the same matrix, so that other adapters, disable_adapter() and unload() have the
+base's own bits. A0 and B0 are kept beside A and B, frozen: as much memory again, but no gradient and nothing of an
+optimizer; and a forward costs that of twice the rank. Files do not hold them: they are made again from the base.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, final
@@ -13,14 +20,20 @@ from typing import Any, ClassVar, final
 import torch
 from torch import Tensor, nn
 
-from ..config import AdapterConfig, Names, bool_faults, number_fault, option, rate_fault, regex_faults
+from ..config import CLOSED, AdapterConfig, Names, bool_faults, number_fault, option, rate_fault, regex_faults
 from ..deltas import Delta, LowRank, Role
+from ..errors import ConfigError, gather
+from ..kernels.starts import orthogonal, principal, triangular
 from ..name_rules import first_at_end
+from ..projections.matrices import Projections
 from ._base import Export, LowRankConfig, Method, Shared, Site
 
 __all__ = ["Lora", "LoraConfig"]
 
-INITS = (True, False, "gaussian")
+INITS = (True, False, "gaussian", "orthogonal", "pissa", "olora", "eva")
+NAMED = "'gaussian', 'orthogonal', 'pissa', 'pissa_niter_<number>', 'olora' or 'eva'"
+ITERATED = re.compile(r"pissa_niter_([1-9]\d{0,3})")
+START_A, START_B = "lora_start_A", "lora_start_B"
 
 
 @final
@@ -38,7 +51,12 @@ class LoraConfig(LowRankConfig):
     init_lora_weights: bool | str = option(
         True,
         "True: A Kaiming uniform with a = sqrt(5), B zero. 'gaussian': A normal with deviation 1 / r, B zero. "
-        "False: both Kaiming uniform, so the adapter changes the output from the start.",
+        "False: both Kaiming uniform, so the adapter changes the output from the start. 'orthogonal': neither is zero, "
+        "their product is; r must be even. 'pissa', 'olora': the largest singular values of the layer's weight, or the "
+        "first columns of its QR; the change is that from this start, so the base stays as it is, for the memory and "
+        "time of twice the rank. 'pissa_niter_<number>': the SVD by so many power iterations, faster for large layers. "
+        "'eva': as True, until kilotune.peft.initialize_lora_eva_weights makes A of the layers' inputs. "
+        "At an embedding all but False are as True, as in PEFT.",
     )
     use_dora: bool = option(False, LowRankConfig.help_of("use_dora"))
     lora_fa: bool = option(
@@ -59,9 +77,41 @@ class LoraConfig(LowRankConfig):
     @classmethod
     def from_file(cls, values: Mapping[str, Any], section: Mapping[str, Any]) -> LoraConfig:
         """PEFT's starts that leave the base's weights alone do not matter any more: the file has what came of them."""
-        if values.get("init_lora_weights") in ("eva", "orthogonal"):
+        if values.get("init_lora_weights") == "eva":
             values = {**{k: v for k, v in values.items() if k != "eva_config"}, "init_lora_weights": True}
+        start, closed = (
+            str(values.get("init_lora_weights")).lower(),
+            str(values.get("peft_type")).upper().startswith(CLOSED),
+        )
+        if not closed and start.startswith("pissa_niter_"):
+            raise ConfigError(
+                f"init_lora_weights={start!r}: PEFT took a part of the base's weights away that it drew at random, and "
+                "that is not in the file; save the adapter with PEFT's path_initial_model_for_weight_conversion, which "
+                "makes a LoRA of it that needs none"
+            )
+        if not closed and start == "olora" and values.get("fan_in_fan_out") is True:
+            raise ConfigError(
+                "init_lora_weights='olora' with fan_in_fan_out=True: PEFT takes the QR of the transposed weight there, "
+                "whose factors are no part of it, so this adapter runs in PEFT only"
+            )
         return cls.from_dict({**values, **section})
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LoraConfig:
+        """As for every method; PEFT takes the names of starts in any case."""
+        start = values.get("init_lora_weights")
+        return super().from_dict({**values, "init_lora_weights": start.lower()} if isinstance(start, str) else values)
+
+    @property
+    def part_of_base(self) -> str | None:
+        start = self.init_lora_weights
+        counted = isinstance(start, str) and (start in ("pissa", "olora") or ITERATED.fullmatch(start) is not None)
+        return str(start) if counted else None
+
+    @property
+    def from_base(self) -> bool:
+        """Whether it starts with a part of the layer's weight, from which its change is counted."""
+        return self.part_of_base is not None
 
     def faults(self) -> list[str]:
         faults = number_fault("r", self.r, low=1, whole=True)
@@ -69,9 +119,23 @@ class LoraConfig(LowRankConfig):
         faults += rate_fault("lora_dropout", self.lora_dropout)
         faults += bool_faults(self, "use_rslora", "lora_fa")
         # By type too: 0 == False, but a 0 here is a mistake.
-        if not any(type(self.init_lora_weights) is type(v) and self.init_lora_weights == v for v in INITS):
-            faults.append(f"init_lora_weights: expected True, False or 'gaussian', got {self.init_lora_weights!r}")
-        return faults + self._pattern_faults()
+        known = any(type(self.init_lora_weights) is type(v) and self.init_lora_weights == v for v in INITS)
+        if not known and not self.from_base:
+            faults.append(f"init_lora_weights: expected True, False, {NAMED}, got {self.init_lora_weights!r}")
+        faults += self._pattern_faults()
+        return faults or self._start_faults()
+
+    def _start_faults(self) -> list[str]:
+        """What the start asks of the other options, which are right by themselves."""
+        ranks = {"r": self.r, **{f"rank_pattern[{key!r}]": rank for key, rank in self.rank_pattern.items()}}
+        odd = [f"{name} = {rank}" for name, rank in ranks.items() if rank % 2]
+        if self.init_lora_weights == "orthogonal" and odd:
+            return [f"init_lora_weights='orthogonal': needs even ranks, got {', '.join(odd)}"]
+        alphas = {"lora_alpha": self.lora_alpha, **{f"alpha_pattern[{k!r}]": v for k, v in self.alpha_pattern.items()}}
+        none = [name for name, alpha in alphas.items() if alpha == 0]
+        if self.from_base and none:
+            return [f"init_lora_weights={self.init_lora_weights!r}: needs a scale above 0, got {', '.join(none)} = 0"]
+        return []
 
     def _pattern_faults(self) -> list[str]:
         faults = []
@@ -90,13 +154,21 @@ class LoraConfig(LowRankConfig):
 
 @final
 class Lora(Method[LoraConfig]):
-    """Parameters per layer: lora_A (r, in) and lora_B (out, r)."""
+    """Parameters per layer: lora_A (r, in) and lora_B (out, r).
+
+    With a start from the base also lora_start_A and lora_start_B, frozen and in no file, which A and B start as.
+    """
 
     name: ClassVar[str] = "lora"
     config_cls: ClassVar[type[AdapterConfig]] = LoraConfig
     makes: type[Delta] = LowRank
     stacks: bool = True
-    keys: Mapping[str, str] = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
+    keys: Mapping[str, str] = {
+        "lora_A": "lora_A.weight",
+        "lora_B": "lora_B.weight",
+        START_A: f"{START_A}.weight",
+        START_B: f"{START_B}.weight",
+    }
     roles: Mapping[str, Role] = {"lora_A": Role.FIRST, "lora_B": Role.SECOND}
     default_targets: Mapping[str, Sequence[str]] = {"phi": ("q_proj", "v_proj", "fc1", "fc2")}
 
@@ -104,11 +176,22 @@ class Lora(Method[LoraConfig]):
         super().__init__(config)
         self._ranks: dict[str, int] = {}  # by name, where there are patterns
         self._alphas: dict[str, float] = {}
+        # Rows of a bank are what files hold, in which there is no start.
+        self.stacks = not config.from_base
 
     @property
     def frozen(self) -> frozenset[str]:
-        """With lora_fa, the first factor (Zhang et al. 2023, arXiv 2308.03303)."""
-        return frozenset({"lora_A"} if self.config.lora_fa else ())
+        """The start, and with lora_fa the first factor (Zhang et al. 2023, arXiv 2308.03303)."""
+        return self.rebuilt | frozenset({"lora_A"} if self.config.lora_fa else ())
+
+    @property
+    def rebuilt(self) -> frozenset[str]:
+        return frozenset({START_A, START_B} if self.config.from_base else ())
+
+    @property
+    def needs_out_in(self) -> bool:
+        """PEFT takes OLoRA's QR of the weight as it is stored."""
+        return self.config.init_lora_weights == "olora"
 
     def rank(self, site: Site) -> int:
         """The layer's rank: the first of rank_pattern that fits its name, else r."""
@@ -131,6 +214,18 @@ class Lora(Method[LoraConfig]):
             known[name] = first_at_end(field, patterns, name, default)
         return known[name]
 
+    def prepare(self, adapter: str, sites: Sequence[Site], projections: Projections) -> Shared:
+        over = [site for site in sites if self._from_base(site) and self.rank(site) > min(site.out, site.inn)]
+        if over:
+            faults = [f"{site.name!r}: r = {self.rank(site)} of ({site.out}, {site.inn})" for site in over]
+            raise ConfigError(
+                gather(f"init_lora_weights={self.config.init_lora_weights!r}: the weight has no such rank:", faults)
+            )
+        return Shared()
+
+    def _from_base(self, site: Site) -> bool:
+        return self.config.from_base and site.fan_in == site.inn  # in an embedding PEFT leaves these starts out
+
     def init(self, site: Site, shared: Shared) -> dict[str, Tensor]:
         rank, device, kind = self.rank(site), site.device(), self.config.init_lora_weights
         a = torch.empty(rank, site.inn, device=device, dtype=torch.float32)
@@ -139,7 +234,11 @@ class Lora(Method[LoraConfig]):
             if self.config.lora_fa:  # a frozen A of zeros would do nothing for ever, so B starts at zero
                 return {"lora_A": nn.init.normal_(a), "lora_B": nn.init.normal_(b) if kind is False else b}
             return {"lora_A": nn.init.normal_(a) if kind is False else a.zero_(), "lora_B": nn.init.normal_(b)}
-        if kind == "gaussian":
+        if self._from_base(site):
+            return self._start(site, a, b)
+        if kind == "orthogonal":
+            a, b = orthogonal(rank, site.out, site.inn, device)
+        elif kind == "gaussian":
             nn.init.normal_(a, std=1 / rank)
         else:
             nn.init.kaiming_uniform_(a, a=math.sqrt(5))
@@ -147,11 +246,40 @@ class Lora(Method[LoraConfig]):
             nn.init.kaiming_uniform_(b, a=math.sqrt(5))
         return {"lora_A": a, "lora_B": b}
 
+    def _start(self, site: Site, a: Tensor, b: Tensor) -> dict[str, Tensor]:
+        """The factors of the part of the weight that the adapter starts as, twice, in the shapes of ``a`` and ``b``."""
+        if a.device.type != "meta":
+            weight, kind, rank = site.whole().detach(), str(self.config.init_lora_weights), self.rank(site)
+            finite = bool(torch.isfinite(weight).all())
+            if not finite or not bool(weight.any()):
+                what = "is all zeros" if finite else "holds values that are not finite"
+                raise ConfigError(f"init_lora_weights={kind!r}: the weight of {site.name!r} {what}, so it has no part")
+            if kind == "olora":
+                first, second = triangular(weight, rank)
+            else:
+                found = ITERATED.fullmatch(kind)
+                first, second = principal(weight, rank, int(found.group(1)) if found else 0)
+                root = math.sqrt(self.scale(site))
+                first, second = first / root, second / root
+            a, b = first.to(a), second.to(b)
+        return {"lora_A": a, "lora_B": b, START_A: a.clone(), START_B: b.clone()}
+
     def export(self, sites: Mapping[str, Site], params: Mapping[str, Mapping[str, Tensor]], shared: Shared) -> Export:
-        """PEFT reads the file as plain LoRA: that A was frozen changes nothing that a trained adapter does."""
-        made = replace(super().export(sites, params, shared), peft=True)
+        """PEFT reads the file as plain LoRA: that A was frozen changes nothing that a trained adapter does.
+
+        It makes a start from the base again, as we do; but not the random one of power iterations.
+        """
+        iterated = ITERATED.fullmatch(str(self.config.init_lora_weights)) is not None
+        made = replace(super().export(sites, params, shared), peft=not iterated)
+        if self.config.init_lora_weights == "eva":  # what came of it is in the file; PEFT would miss its eva_config
+            made = replace(made, config={"init_lora_weights": True})
         return replace(made, header={"lora_fa": True}) if self.config.lora_fa else made
 
     def delta(self, site: Site, params: Mapping[str, Tensor], shared: Shared) -> LowRank:
         dtype = site.dtype()  # a 16-bit base never runs float32 products
-        return LowRank(a=params["lora_A"].to(dtype), b=params["lora_B"].to(dtype), scale=self.scale(site))
+        a, b = params["lora_A"], params["lora_B"]
+        if self._from_base(site):
+            # B A - B0 A0 from the differences, before they are rounded: zero at the start, and small steps stay.
+            first, second = params[START_A], params[START_B]
+            a, b = torch.cat([a, a - first], dim=-2), torch.cat([b - second, second], dim=-1)
+        return LowRank(a=a.to(dtype), b=b.to(dtype), scale=self.scale(site))

@@ -56,6 +56,7 @@ if TYPE_CHECKING:
         get_model_status,
     )
     from .tuners import (
+        EvaConfig,
         IA3Config,
         IA3Model,
         LoraConfig,
@@ -66,6 +67,8 @@ if TYPE_CHECKING:
         VeraConfig,
         VeraModel,
         convert_to_lora,
+        get_eva_state_dict,
+        initialize_lora_eva_weights,
         save_as_lora,
     )
     from .utils import (
@@ -99,6 +102,7 @@ __all__ = [
     "AutoPeftModelForSeq2SeqLM",
     "AutoPeftModelForSequenceClassification",
     "AutoPeftModelForTokenClassification",
+    "EvaConfig",
     "IA3Config",
     "IA3Model",
     "LoraConfig",
@@ -127,12 +131,14 @@ __all__ = [
     "cast_mixed_precision_params",
     "convert_to_lora",
     "get_base_model_state_dict",
+    "get_eva_state_dict",
     "get_layer_status",
     "get_model_status",
     "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",
     "infer_device",
+    "initialize_lora_eva_weights",
     "inject_adapter_in_model",
     "install",
     "load_peft_weights",
@@ -183,6 +189,9 @@ _find, __dir__ = lazy(
             "get_model_status",
         ),
         "tuners": (
+            "EvaConfig",
+            "get_eva_state_dict",
+            "initialize_lora_eva_weights",
             "IA3Config",
             "IA3Model",
             "LoraConfig",

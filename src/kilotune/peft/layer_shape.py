@@ -68,10 +68,13 @@ def key_in_layer(layer: AdaptedLayer, slot: Slot, parameter: str) -> tuple[str, 
 
 
 def _shown(layer: AdaptedLayer) -> Iterator[tuple[str, str, str, str, nn.Parameter]]:
-    """(key of the slot, own name there, head, rest, parameter) of all trained tensors of a layer."""
+    """(key of the slot, own name there, head, rest, parameter) of all tensors of a layer that PEFT has too."""
     for key, slot in layer.adapters._modules.items():
         assert isinstance(slot, Slot)
+        hidden = frozenset() if slot.method is None else slot.method.rebuilt
         for name, parameter in slot.values().items():
+            if name in hidden:
+                continue
             yield key, name, *key_in_layer(layer, slot, name), parameter
 
 
@@ -260,7 +263,9 @@ def _options(layer: AdaptedLayer, name: str) -> dict[str, Any]:
 
 def _ranks(layer: AdaptedLayer) -> dict[str, int]:
     found = {name: low_rank(slot) for name, slot in adapters_in(layer).items()}
-    return {name: delta.a.shape[-2] for name, delta in found.items() if delta is not None}
+    held = {name: slot.own().get("lora_A") for name, slot in adapters_in(layer).items()}  # a start's change has twice r
+    ranks = {name: delta.a if (a := held[name]) is None else a for name, delta in found.items() if delta is not None}
+    return {name: a.shape[-2] for name, a in ranks.items()}
 
 
 def _one_or_all(names: list[str]) -> str | list[str]:

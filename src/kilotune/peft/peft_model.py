@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..adapter_files.reading import AdapterFile, open_adapter, parse
 from ..adapter_files.writing import DEFAULT, check_safe, folders
+from ..convert import to_lora
 from ..errors import ConfigError, type_name
 from ..model.adapter_model import ASKED_BY_TRAINERS
 from . import in_place
@@ -344,7 +345,8 @@ class PeftModel(nn.Module, ABC):
             save_embedding_layers: "auto" and False: an embedding's base weight is not written. True is refused:
                 name the embedding in modules_to_save.
             is_main_process: False writes nothing.
-            path_initial_model_for_weight_conversion: refused: no start here changes the base's weights.
+            path_initial_model_for_weight_conversion: anything: write adapters that start with a part of the base
+                (PiSSA, OLoRA) as plain LoRA of twice the rank; where they began is known without what is there.
             state_dict: the model's state in place of its own, as where it was gathered.
 
         Raises:
@@ -354,12 +356,20 @@ class PeftModel(nn.Module, ABC):
         check_safe(safe_serialization)
         if save_embedding_layers is True:
             raise ConfigError("save_embedding_layers=True: name the embedding in modules_to_save, which trains it too")
-        if path_initial_model_for_weight_conversion is not None:
-            raise ConfigError("path_initial_model_for_weight_conversion: no start here changes the base's weights")
         names = list(self.peft_config) if selected_adapters is None else self.base_model._named(selected_adapters)
         root = Path(save_directory)
         places = folders(root, {name: self.base_model.installed(name) for name in names})
+        plain = path_initial_model_for_weight_conversion is not None
+        if plain and (
+            others := [name for name in names if self.base_model.installed(name).config.part_of_base is None]
+        ):
+            raise ConfigError(f"path_initial_model_for_weight_conversion: {others} start with no part of the base")
         for folder, installed in places.items():
+            if plain:
+                made = to_lora(self.base_model, installed.adapter)
+                if is_main_process:
+                    made.save(folder)
+                continue
             save_adapter(self, installed.adapter, folder, state_dict, is_main_process)
         if is_main_process:
             write_card(self, root)

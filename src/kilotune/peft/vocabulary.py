@@ -49,15 +49,12 @@ _ABSENT: Mapping[str, Absent] = {
     ),
     **dict.fromkeys(
         (
-            "EvaConfig",
             "LoftQConfig",
             "LoraGAConfig",
-            "get_eva",
-            "initialize_lora_eva",
             "preprocess_loraga",
             "replace_lora_weights",
         ),
-        Absent("a start of LoRA that kilotune lacks", 'LoraConfig with init_lora_weights=True or "gaussian"'),
+        Absent("a start of LoRA that kilotune lacks", 'LoraConfig with init_lora_weights="pissa" or "eva"'),
     ),
     "find_kappa": Absent("a choice of targets by condition numbers", 'target_modules="all-linear"'),
 }

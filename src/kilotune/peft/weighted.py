@@ -36,6 +36,11 @@ def configuration(tuner: BaseTuner, adapters: Sequence[str], way: str, svd_rank:
         if c.peft_type != "LORA" or getattr(c, "use_dora", False)
     ]:
         raise ConfigError(f"add_weighted_adapter: {wrong} are no plain LoRA adapters; only such are a sum of factors")
+    if started := [name for name in adapters if tuner.installed(name).method.rebuilt]:
+        raise ConfigError(
+            f"add_weighted_adapter: {started} count their change from a part of the base (init_lora_weights), so no "
+            "sum of their factors is meant; kilotune.convert.to_lora makes plain LoRA adapters of them"
+        )
     ranks = [_rank(tuner, name) for name in adapters]
     if way == "cat":
         rank = sum(ranks)
@@ -49,7 +54,13 @@ def configuration(tuner: BaseTuner, adapters: Sequence[str], way: str, svd_rank:
     _refuse_shared_heads(tuner, adapters)
     targets = sorted({name for one in adapters for name in tuner.installed(one).slots()})
     return configs[0].copy(
-        r=rank, lora_alpha=rank, use_rslora=False, target_modules=targets, alpha_pattern={}, rank_pattern={}
+        r=rank,
+        lora_alpha=rank,
+        use_rslora=False,
+        target_modules=targets,
+        alpha_pattern={},
+        rank_pattern={},
+        init_lora_weights=True,
     )
 
 

@@ -267,6 +267,8 @@ def check_bankable(file: AdapterFile, what: str) -> None:
 
 def numbers_in_a_bank(installed: Installed) -> int | None:
     """How many numbers a row of a bank of such adapters has; None where they cannot be in one."""
+    if installed.config.part_of_base is not None:
+        return None
     if installed.method.makes is Full or installed.saved or installed.shared.trained or unroutable(installed):
         return None
     return sum(p.numel() for slot in installed.slots().values() for p in slot._parameters.values() if p is not None)
@@ -287,6 +289,11 @@ def _plain(value: Any) -> Any:
 
 
 def _check_form(made: Plan) -> None:
+    if (part := made.config.part_of_base) is not None:
+        raise UnsupportedError(
+            f"{made.method.name} that counts its change from a part of the base ({part!r}), which is in no row of a "
+            "bank; convert such adapters (kilotune convert --to lora), or add them to the model one by one"
+        )
     if made.method.makes is Full:
         sizes = [f"{name}: {c.kind.features(c.module)}" for name, c in made.layers.items() if c.kind is not None]
         raise UnsupportedError(

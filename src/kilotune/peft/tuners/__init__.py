@@ -4,11 +4,21 @@ Begin in ``tuners_utils.py``: all of PEFT's models and layers are one there. A m
 """
 
 from .ia3 import IA3Config, IA3Model
-from .lora import LoraConfig, LoraModel, LoraRuntimeConfig, convert_to_lora, save_as_lora
+from .lora import (
+    EvaConfig,
+    LoraConfig,
+    LoraModel,
+    LoraRuntimeConfig,
+    convert_to_lora,
+    get_eva_state_dict,
+    initialize_lora_eva_weights,
+    save_as_lora,
+)
 from .unilora import UniLoraConfig, UniLoraModel
 from .vera import VeraConfig, VeraModel
 
 __all__ = [
+    "EvaConfig",
     "IA3Config",
     "IA3Model",
     "LoraConfig",
@@ -19,5 +29,7 @@ __all__ = [
     "VeraConfig",
     "VeraModel",
     "convert_to_lora",
+    "get_eva_state_dict",
+    "initialize_lora_eva_weights",
     "save_as_lora",
 ]

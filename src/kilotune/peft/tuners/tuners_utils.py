@@ -119,7 +119,7 @@ class BaseTuner(Shown, AdapterModel, ABC):
                 f"Cannot delete adapter(s) ['{adapter_name}'] while they are merged. Please unmerge them first."
             )
         super().delete_adapter(adapter_name)
-        del self._configs[adapter_name]
+        self._configs.pop(adapter_name, None)  # one that a conversion puts beside others has none
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make one adapter, or several at once, the active ones. Merged ones are taken out first, as in PEFT."""

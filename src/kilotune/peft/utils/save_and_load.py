@@ -107,7 +107,8 @@ def _live(installed: Installed) -> dict[str, dict[str, str]]:
     found: dict[str, dict[str, str]] = {}
     for name, slot in installed.slots().items():
         shown = LAYER.names(installed.layers[name])
-        found[name] = {own: f"{name}.{shown[f'adapters.{installed.key}.{own}']}" for own in slot.values()}
+        keys = {own: f"adapters.{installed.key}.{own}" for own in slot.values()}
+        found[name] = {own: f"{name}.{shown[key]}" for own, key in keys.items() if key in shown}
     return found
 
 

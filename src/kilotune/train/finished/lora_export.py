@@ -81,7 +81,7 @@ def export_lora(model: PeftModel, adapter_name: str = "default", rank: int | Non
     """
     installed = model.installed(adapter_name)
     check_low_rank(installed)
-    is_lora = isinstance(installed.config, LoraConfig)
+    is_lora = isinstance(installed.config, LoraConfig) and not installed.config.from_base
     conversion = to_peft(model, adapter_name) if is_lora and rank is None else to_lora(model, adapter_name, rank)
     config = conversion.state[0]
     highest = max([int(config["r"]), *map(int, config.get("rank_pattern", {}).values())])

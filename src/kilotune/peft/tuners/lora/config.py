@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import warnings
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, final
 
 from ....config import AdapterConfig
+from ....errors import ConfigError
 from ....methods import LoraConfig as OurConfig
 from ...config import CONFIGS, OURS, PeftConfig
 
-__all__ = ["LoraConfig", "LoraRuntimeConfig"]
+__all__ = ["EvaConfig", "LoraConfig", "LoraRuntimeConfig"]
 
 
 @final
@@ -18,6 +20,37 @@ class LoraRuntimeConfig:
     """As in PEFT: what holds of one run. Only its default is here."""
 
     ephemeral_gpu_offload: bool = False
+
+
+@final
+@dataclass
+class EvaConfig:
+    """How EVA starts a LoRA (``kilotune.peft.initialize_lora_eva_weights``), as in PEFT.
+
+    Attributes:
+        rho: a layer gets at most this many times its rank; 1: ranks stay.
+        tau: how alike components have to be from batch to batch before the batches end, a cosine.
+        use_label_mask, label_mask_value: leave out tokens whose label is that value.
+        whiten: divide the components by the roots of their singular values.
+        adjust_scaling_factors: where a rank changes, lora_alpha changes with it, so that the scale stays.
+
+    Raises:
+        ConfigError: rho below 1, tau outside of [0, 1].
+
+    """
+
+    rho: float = 2.0
+    tau: float = 0.99
+    use_label_mask: bool = True
+    label_mask_value: int = -100
+    whiten: bool = False
+    adjust_scaling_factors: bool = True
+
+    def __post_init__(self) -> None:
+        if self.rho < 1.0:
+            raise ConfigError(f"eva_config: `rho` must be >= 1.0, got {self.rho!r}")
+        if not 0.0 <= self.tau <= 1.0:
+            raise ConfigError(f"eva_config: `tau` must be between 0.0 and 1.0., got {self.tau!r}")
 
 
 @final
@@ -70,11 +103,25 @@ class LoraConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         self.runtime_config = LoraRuntimeConfig() if self.runtime_config is None else self.runtime_config
+        if isinstance(self.eva_config, dict):
+            self.eva_config = EvaConfig(**self.eva_config)
+        if self.eva_config is not None and self.init_lora_weights != "eva":
+            warnings.warn("eva_config: has no effect without init_lora_weights='eva'", stacklevel=2)
+            self.eva_config = None
         super().__post_init__()
+
+    def translated(self) -> AdapterConfig:
+        """As for every method; ``eva_config`` says how a start is made, and is none of the adapter's options."""
+        held, self.eva_config = self.eva_config, None
+        try:
+            return super().translated()
+        finally:
+            self.eva_config = held
 
     def to_dict(self) -> dict[str, Any]:
         """All options but ``runtime_config``, which holds of one run."""
-        return {key: value for key, value in super().to_dict().items() if key != "runtime_config"}
+        values = {key: value for key, value in super().to_dict().items() if key != "runtime_config"}
+        return {**values, "eva_config": asdict(self.eva_config)} if isinstance(self.eva_config, EvaConfig) else values
 
 
 CONFIGS["LORA"] = LoraConfig
