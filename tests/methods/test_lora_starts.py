@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -248,9 +249,9 @@ def test_as_a_plain_lora_of_twice_the_rank(start: str, tmp_path: Path) -> None:
     assert exported.rank == 4
 
 
-def test_an_embedding_starts_plain_beside_layers_that_do_not() -> None:
+def test_an_embedding_starts_plain_beside_layers_that_do_not(tmp_path: Path) -> None:
     net = nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 5))
-    ids = torch.arange(9)
+    ids, twin = torch.arange(9), copy.deepcopy(net)
     before = net(ids).detach()
     model = get_peft_model(net, LoraConfig(r=2, target_modules=["0", "1"], init_lora_weights="pissa"))
     assert torch.equal(model(ids), before)
@@ -262,6 +263,16 @@ def test_an_embedding_starts_plain_beside_layers_that_do_not() -> None:
     made = to_lora(model)
     factors = {key: value for key, value in made.state[1].items() if "embedding" in key}
     assert {value.shape for value in factors.values()} == {(4, 9), (6, 4)}
+    move(model)
+    made = to_lora(model)  # with zeros in the place of the ranks that the embedding lacks
+    first, second = (made.state[1][key] for key in sorted(factors))
+    assert first[:2].any()
+    assert not first[2:].any()
+    assert second[:, :2].any()
+    assert not second[:, 2:].any()
+    made.save(tmp_path)
+    plain = PeftModel.from_pretrained(twin, tmp_path)
+    torch.testing.assert_close(plain(ids), model(ids), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
