@@ -297,3 +297,21 @@ def test_a_prepared_adapter_trains_as_one_that_is_not() -> None:
     grads = [{n: p.grad for n, p in model.named_parameters() if p.grad is not None} for model in models]
     assert grads[0]
     check_same(grads[0], grads[1], 1e-6)
+
+
+def test_a_start_from_the_base_makes_way_for_the_same_start_alone(tmp_path: Path) -> None:
+    """PiSSA's adapter is the difference from its start, which is of its rank and in no file."""
+    options = {"init_lora_weights": "pissa", "r": 4}
+    folders = [saved(tmp_path / str(seed), seed, **options) for seed in (1, 2)]
+    model = loaded(folders[0])
+    hotswap.hotswap_adapter(model, folders[1], "default")
+    check_same(logits(model), logits(loaded(folders[1])), 1e-6)
+    plain = saved(tmp_path / "plain", r=4)
+    for there, comes in ((folders[0], plain), (plain, folders[0]), (folders[0], saved(tmp_path / "6", r=6))):
+        model = loaded(there)
+        before = logits(model)
+        with pytest.raises(ConfigError, match="of the same start, rank and alpha only"):
+            hotswap.hotswap_adapter(model, comes, "default")
+        assert torch.equal(logits(model), before)
+    with pytest.raises(ConfigError, match="starts with a part of the base"):
+        hotswap.prepare_model_for_compiled_hotswap(loaded(folders[0]), target_rank=6)

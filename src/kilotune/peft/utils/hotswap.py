@@ -216,6 +216,11 @@ def _lora_adapters(model: nn.Module) -> list[Installed]:
         found = [one for name in tuner.peft_config if isinstance((one := tuner.installed(name)).config, OurConfig)]
         for one in found:
             _check_idle(one)
+            if one.config.from_base:  # type: ignore[attr-defined]
+                raise ConfigError(
+                    f"adapter {one.adapter!r} starts with a part of the base's weights, of its rank and alpha; "
+                    "prepare a model with a LoRA adapter of another init_lora_weights"
+                )
     if not found:
         raise ConfigError(
             "No adapter layers found on the model, of LoRA; call `prepare_model_for_compiled_hotswap` after loading "
@@ -242,6 +247,17 @@ def _check_target_rank(adapters: list[Installed], target_rank: int) -> None:
                     f"Trying to pad the adapter to the target rank {target_rank}, but the original rank is larger "
                     f"({rank}). This is not possible."
                 )
+
+
+def _check_starts(old: OurConfig, asked: OurConfig, new: OurConfig) -> None:
+    """An adapter that is the difference from a start of the base's makes way for ones with the same start alone."""
+    if not (old.from_base or new.from_base):
+        return
+    if old.init_lora_weights != new.init_lora_weights or asked != old:
+        raise ConfigError(
+            f"Configs are incompatible: init_lora_weights={old.init_lora_weights!r} and {new.init_lora_weights!r}; "
+            "what starts with a part of the base's weights is replaced by ones of the same start, rank and alpha only"
+        )
 
 
 def _check_idle(installed: Installed) -> None:
@@ -339,7 +355,7 @@ def _places(tuner: BaseTuner, adapter_name: str) -> Places:
     files = {target: key for key, (target, _) in wanted_of(made).items()}
     found: dict[str, str] = {}
     for name, slot in installed.slots().items():
-        for own in slot.values():
+        for own in slot.values().keys() - installed.method.rebuilt:
             key = files[f"{name}.{own}"]
             head, rest = key_in_layer(installed.layers[name], slot, own)
             found[f"{name}.{head}.{adapter_name}.{rest}".removesuffix(".")] = key
@@ -386,13 +402,14 @@ def _swap(
     )
     if new.use_dora != asked.use_dora:
         raise ConfigError(f"Configs are incompatible: for use_dora, {asked.use_dora} != {new.use_dora}")
+    _check_starts(cast(OurConfig, installed.config), asked, new)
     given = {places[key]: value for key, value in tensors.items()}
     values = _matched(tuner, installed, asked, given, doubled)
     method = _lora(make_method(asked))
     scales = {name: method.scale(slot.site) for name, slot in _slots(installed).items()}
     for name, slot in installed.slots().items():
-        for key, parameter in slot.values().items():
-            _put(slot, key, parameter, values[f"{name}.{key}"])
+        for key in slot.values().keys() - installed.method.rebuilt:
+            _put(slot, key, slot.get_parameter(key), values[f"{name}.{key}"])
     for name, saved in installed.saved.items():
         twin = saved.modules_to_save[installed.key]
         twin.load_state_dict({key: values[f"{name}.{key}"] for key in twin.state_dict()})
