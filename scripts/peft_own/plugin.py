@@ -1,0 +1,134 @@
+"""The pytest plugin of the child process that runs PEFT's tests: ``-p peft_own.plugin``.
+
+``--peft-own-on kilotune`` (the default) puts the alias in; ``--peft-own-on peft`` runs PEFT itself, for making the lists.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from . import alias, rule
+from .source import Source
+from .standins import Hub
+from .trace import Trace
+
+HOME = Source(Path(os.environ["PEFT_OWN_HOME"]))
+ON = os.environ.get("PEFT_OWN_ON", "kilotune")
+if ON == "kilotune":
+    alias.install(HOME.package)
+TRACE = Trace()
+HUB = Hub()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Ours."""
+    parser.addoption("--peft-own-ids", metavar="FILE", help="only the node ids in this file")
+    parser.addoption("--peft-own-results", metavar="FILE", help="a line of JSON for each test is added to this file")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """No network."""
+    HUB.close()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[Any]:
+    """A file that is collected may make configs that kilotune.peft lacks."""
+    with alias.inert_stubs():
+        return (yield)
+
+
+def short(nodeid: str) -> str:
+    """A node id without the folder."""
+    return nodeid.removeprefix("tests/")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep what is listed; for the lists, what can be ours by its parameters."""
+    path = config.getoption("--peft-own-ids")
+    if path is not None:
+        wanted = set(Path(path).read_text(encoding="utf-8").splitlines())
+        keep = [item for item in items if short(item.nodeid) in wanted]
+    elif ON == "peft":
+        keep = [item for item in items if not parameters(item) - rule.HAD_CONFIGS]
+    else:
+        return
+    chosen = set(map(id, keep))
+    config.hook.pytest_deselected(items=[item for item in items if id(item) not in chosen])
+    items[:] = keep
+    if ON == "peft":
+        TRACE.watch_all()
+
+
+def parameters(item: pytest.Item) -> frozenset[str]:
+    """The classes of configs among a test's parameters."""
+    spec = getattr(item, "callspec", None)
+    return rule.config_classes(spec.params.values()) if spec else frozenset()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Seeds, and what the hub was asked for."""
+    import torch
+
+    torch.manual_seed(0)
+    TRACE.taken()
+    HUB.asked.clear()
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[Any]) -> Iterator[Any]:
+    """Add to a report what the test made, where lists are made."""
+    report: pytest.TestReport = yield
+    if ON == "peft" and report.when == "teardown":
+        seen = {
+            "parameters": sorted(parameters(item)),
+            "made": TRACE.taken(),
+            "names": sorted(rule.peft_names(inspect.unwrap(item.function)))
+            if isinstance(item, pytest.Function)
+            else [],
+            "asked": sorted(HUB.asked),
+        }
+        report.user_properties.append(("seen", json.dumps(seen)))
+    return report
+
+
+class Results:
+    """Writes outcomes: the worst of a test's three phases, and the last line of what went wrong."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.open: dict[str, dict[str, Any]] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """A phase ended."""
+        line = self.open.setdefault(report.nodeid, {"id": short(report.nodeid), "outcome": "passed", "why": ""})
+        line["seconds"] = round(line.get("seconds", 0.0) + report.duration, 2)
+        if report.outcome != "passed" and line["outcome"] == "passed":
+            line["outcome"] = "xfailed" if hasattr(report, "wasxfail") else report.outcome
+            line["why"] = reason(report)
+        line.update({key: json.loads(str(value)) for key, value in report.user_properties if key == "seen"})
+        if report.when == "teardown" or report.when == "???":
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(self.open.pop(report.nodeid)) + "\n")
+
+
+def reason(report: pytest.TestReport) -> str:
+    """One line that says why a test did not pass."""
+    text = getattr(getattr(report.longrepr, "reprcrash", None), "message", "") or report.longreprtext
+    return " ".join(text.split())[:300]
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Outcomes are written by the process that hears of all of them."""
+    path = session.config.getoption("--peft-own-results")
+    if path is not None and not hasattr(session.config, "workerinput"):
+        session.config.pluginmanager.register(Results(Path(path)))
