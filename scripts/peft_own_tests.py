@@ -50,14 +50,14 @@ def child(source: Source, on: str, src: Path, arguments: Sequence[str]) -> int:
 
 def files_of(names: Sequence[str]) -> list[str]:
     """The files among arguments, as pytest is to be given them."""
-    return [f"tests/{name.removeprefix('tests/')}" for name in names if name.startswith(("test_", "tests/"))]
+    return [f"tests/{Path(name).name}" for name in names if name.endswith(".py")]
 
 
 def run(options: argparse.Namespace, others: Sequence[str]) -> int:
     """Listed tests, as one develops."""
     source = fetch(options.cache)
     files = files_of(others)
-    arguments = [word for word in others if not word.startswith(("test_", "tests/"))]
+    arguments = [word for word in others if not word.endswith(".py")]
     listed = [*node_ids.read(LISTED), *(node_ids.read(HUB) if options.hub else [])]
     if not files:
         files = sorted({f"tests/{node_ids.split(nodeid)[0]}" for nodeid in listed})

@@ -1,6 +1,7 @@
 """The pytest plugin of the child process that runs PEFT's tests: ``-p peft_own.plugin``.
 
-``--peft-own-on kilotune`` (the default) puts the alias in; ``--peft-own-on peft`` runs PEFT itself, for making the lists.
+PEFT_OWN_ON=kilotune (the default) puts the alias in; PEFT_OWN_ON=peft runs PEFT itself, for making the lists.
+PEFT_OWN_HOME is the cache that ``source.py`` makes.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ ON = os.environ.get("PEFT_OWN_ON", "kilotune")
 if ON == "kilotune":
     alias.install(HOME.package)
 TRACE = Trace()
-HUB = Hub()
+HUB = Hub(HOME.models)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -35,7 +36,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """No network."""
-    HUB.close()
+    HUB.install()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -7,6 +7,7 @@ that its tests import beside ours, and what is made for them: tiny models. It is
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent.parent
 LISTS = ROOT / "tests" / "peft_own"
 PINS = LISTS / "requirements.txt"
+MODELS = Path(__file__).with_name("models.py")
 CACHE = Path(sys.prefix) / "share" / "peft_own"
 INI = """[pytest]
 addopts = --strict-markers --disable-warnings -p no:cacheprovider -p no:schemathesis -p no:anyio
@@ -52,12 +54,20 @@ class Source(NamedTuple):
 
     @property
     def models(self) -> Path:
-        """Tiny models in the place of those of the hub."""
-        return self.home / "models"
+        """Tiny models in the place of those of the hub: what HF_HOME says."""
+        return self.home / f"models-{digest_of(MODELS)}"
 
 
 class FetchError(Exception):
     """pip could not fetch or install; the text is for the user."""
+
+
+def digest_of(*paths: Path) -> str:
+    """What a part of the cache depends on."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def pins() -> tuple[str, list[str]]:
@@ -87,10 +97,28 @@ def unpack(archive: Path, home: Path) -> None:
     (home / "pytest.ini").write_text(INI, encoding="utf-8")
 
 
+def make_models(source: Source) -> None:
+    """Make the stand-ins for the hub's models, with PEFT itself, in processes of their own."""
+    with tempfile.TemporaryDirectory(dir=source.home) as name:
+        made = Path(name) / "made"
+        env = {
+            **os.environ,
+            "HF_HOME": str(made),
+            "HF_HUB_OFFLINE": "1",
+            "PYTHONPATH": f"{ROOT / 'scripts'}:{source.packages}",
+        }
+        for step in ("models", "adapters", "pipelines"):
+            command = [sys.executable, "-m", "peft_own.models", step, str(made)]
+            done = subprocess.run(command, env=env, capture_output=True, text=True)
+            if done.returncode:
+                raise FetchError(f"no stand-ins for the hub's models:\n{done.stderr[-2000:]}")
+        if not source.models.exists():
+            made.rename(source.models)
+
+
 def fetch(cache: Path = CACHE) -> Source:
     """The cache, made where it is not there; for these pins, so another PEFT has another folder."""
-    digest = hashlib.sha256(PINS.read_bytes() + Path(__file__).read_bytes()).hexdigest()[:12]
-    home = cache / digest
+    home = cache / digest_of(PINS, Path(__file__))
     if not home.exists():
         peft, others = pins()
         cache.mkdir(parents=True, exist_ok=True)
@@ -102,4 +130,7 @@ def fetch(cache: Path = CACHE) -> Source:
             pip("install", "--no-deps", "--target", str(made / "packages"), *others)
             if not home.exists():
                 made.rename(home)
-    return Source(home)
+    source = Source(home)
+    if not source.models.exists():
+        make_models(source)
+    return source
