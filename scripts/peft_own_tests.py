@@ -75,7 +75,10 @@ def make_list(options: argparse.Namespace, others: Sequence[str]) -> int:
     results = options.results or Path(tempfile.mkdtemp()) / "results.jsonl"
     if not options.keep:
         results.unlink(missing_ok=True)
-        child(source, "peft", options.src, ["-q", "--tb=no", "-r", "N", f"--peft-own-results={results}", *files])
+        arguments = ["-q", "--tb=no", "-r", "N", f"--peft-own-results={results}", *files]
+        if (code := child(source, "peft", options.src, arguments)) not in (0, 1):  # 1: tests failed
+            print(f"error: pytest ended with {code}; the lists are as they were", file=sys.stderr)
+            return 1
     lists = report.judge(report.read(results))
     names = {Path(file).name for file in files}
     for folder, fresh in ((LISTED, lists.listed), (HUB, lists.hub)):
@@ -100,7 +103,7 @@ def check(options: argparse.Namespace, others: Sequence[str]) -> int:
         child(source, options.on, options.src, [*arguments, *files])
         expected = report.read_expected(EXPECTED.read_text(encoding="utf-8"))
         verdict = report.compare(listed, report.read(results), expected)
-    print(report.check_table(verdict))
+    print(report.check_table(verdict), flush=True)
     print("\n".join(verdict.faults))
     return 1 if verdict.faults else 0
 

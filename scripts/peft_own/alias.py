@@ -34,7 +34,8 @@ class _Stub(type):
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         if _Stub.inert:
-            return object.__new__(cls)
+            made: Any = cls
+            return made.__new__(made)
         raise LeftOut(f"{ALIAS}.{cls.__name__} is left out of kilotune.peft")
 
     def __getattr__(cls, name: str) -> Any:

@@ -11,6 +11,7 @@ drawn from one seed. What PEFT's tests want of a model is its architecture, the 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -314,10 +315,10 @@ def write_adapters(home: Path) -> Iterator[str]:
 
 def write_pipelines(home: Path) -> Iterator[str]:
     """Write a pipeline of diffusers."""
-    import diffusers
     import torch
     import transformers
 
+    diffusers: Any = importlib.import_module("diffusers")  # in the cache, not in every environment
     torch.manual_seed(0)
     sizes = {"block_out_channels": (32, 64), "sample_size": 32}
     unet = diffusers.UNet2DConditionModel(

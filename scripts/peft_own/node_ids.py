@@ -26,8 +26,8 @@ def blocks(nodeids: Iterable[str]) -> Iterator[str]:
     """The text of one file's node ids."""
     by_test: dict[str, list[str]] = {}
     for nodeid in nodeids:
-        _, test, parameters = split(nodeid)
-        by_test.setdefault(test, []).append(parameters)
+        _, test, own = split(nodeid)
+        by_test.setdefault(test, []).append(own)
     by_parameters: dict[tuple[str, ...], list[str]] = {}
     for test, parameters in by_test.items():
         by_parameters.setdefault(tuple(sorted(parameters)), []).append(test)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[Any]:
+def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, Any, Any]:
     """A file that is collected may make configs that kilotune.peft lacks."""
     with alias.inert_stubs():
         return (yield)
@@ -75,8 +75,8 @@ def parameters(item: pytest.Item) -> frozenset[str]:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Seeds, and what the hub was asked for."""
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
+    """Seeds, and nothing noted yet."""
     import torch
 
     torch.manual_seed(0)
@@ -86,7 +86,9 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[Any]) -> Iterator[Any]:
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[Any]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Add to a report what the test made, where lists are made."""
     report: pytest.TestReport = yield
     if ON == "peft" and report.when == "teardown":
@@ -117,7 +119,7 @@ class Results:
             line["outcome"] = "xfailed" if hasattr(report, "wasxfail") else report.outcome
             line["why"] = reason(report)
         line.update({key: json.loads(str(value)) for key, value in report.user_properties if key == "seen"})
-        if report.when == "teardown" or report.when == "???":
+        if report.when not in ("setup", "call"):  # the end, or what xdist says of a worker that is gone
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(self.open.pop(report.nodeid)) + "\n")
 

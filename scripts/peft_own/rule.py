@@ -15,7 +15,6 @@ what is left of these is counted apart.
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -47,7 +46,7 @@ HAD_CONFIGS = frozenset(OPTIONS) - {"PromptLearningConfig"}
 # Starts of LoRA's factors that kilotune lacks: CorDA, LoRA-GA, MiCA, and those of variants with options of their own.
 LEFT_OUT_VALUES: Mapping[str, tuple[str, ...]] = {"init_lora_weights": ("corda", "lora_ga", "mica", "monteclora")}
 
-# Modules of PEFT (patterns) that concern something kilotune lacks; all others are common, or of a method that it has.
+# How the names of PEFT begin that concern something kilotune lacks; the others are common, or of a method that it has.
 LEFT_OUT_MODULES: Mapping[str, str] = {
     "peft.optimizers.riemannian": "another optimizer",
     "peft.tuners.lora.arrow": "Arrow",
@@ -57,6 +56,11 @@ LEFT_OUT_MODULES: Mapping[str, str] = {
     "peft.tuners.lora.monteclora": "MonteCLoRA",
     "peft.tuners.lora.velora": "VeLoRA",
     "peft.tuners.lora.tp_layer": "Megatron",
+    "peft.tuners.lora.variants.ALora": "activated LoRA",
+    "peft.tuners.lora.variants.calculate_alora": "activated LoRA",
+    "peft.tuners.lora.variants.get_alora": "activated LoRA",
+    "peft.tuners.lora.variants.BlockDiagonal": "BD-LoRA",
+    "peft.tuners.lora.variants.Kasa": "KaSA",
     "peft.tuners.lycoris_utils": "LoHa and LoKr",
 }
 HAD_TUNERS = frozenset({"lora", "vera", "ia3", "unilora", "tuners_utils", "_buffer_dict", "mixed"})
@@ -80,7 +84,7 @@ class Seen(NamedTuple):
 def left_out_module(name: str) -> bool:
     """Whether a dotted name of PEFT belongs to what kilotune lacks."""
     words = name.split(".")
-    if any(fnmatch.fnmatch(name, f"{module}*") for module in LEFT_OUT_MODULES):
+    if name.startswith(tuple(LEFT_OUT_MODULES)):
         return True
     return words[:2] == ["peft", "tuners"] and len(words) > 3 and words[2] not in HAD_TUNERS
 
@@ -148,7 +152,7 @@ def codes(code: types.CodeType) -> Iterator[types.CodeType]:
 def peft_names(function: Any) -> frozenset[str]:
     """The dotted names of PEFT that a function's own code uses, by its globals and its own imports."""
     found = set()
-    for code in codes(function.__code__):
+    for code in codes(function.__code__) if hasattr(function, "__code__") else ():
         found |= {name for name in code.co_names if name.startswith("peft.")}
         for name in code.co_names:
             value = function.__globals__.get(name)

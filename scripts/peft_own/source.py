@@ -22,7 +22,7 @@ PINS = LISTS / "requirements.txt"
 MODELS = Path(__file__).with_name("models.py")
 CACHE = Path(sys.prefix) / "share" / "peft_own"
 INI = """[pytest]
-addopts = --strict-markers --disable-warnings -p no:cacheprovider -p no:schemathesis -p no:anyio
+addopts = --strict-markers --disable-warnings -p no:cacheprovider -p no:schemathesis -p no:anyio -p no:hypothesispytest
 markers =
     single_gpu_tests: of PEFT
     multi_gpu_tests: of PEFT

@@ -39,11 +39,12 @@ class Trace:
         """Note the configs of all classes that PEFT has by now."""
         from peft.config import PeftConfigMixin
 
-        todo: list[type] = [PeftConfigMixin]
+        todo: list[type[Any]] = [PeftConfigMixin]
         while todo:
             cls = todo.pop()
             self.watch(cls)
-            todo += [sub for sub in cls.__subclasses__() if sub.__module__.startswith("peft.")]
+            below: list[type[Any]] = cls.__subclasses__()
+            todo += [one for one in below if one.__module__.startswith("peft.")]
 
     def taken(self) -> tuple[Made, ...]:
         """What was noted since the last time, each once."""

@@ -179,7 +179,7 @@ def comparison_holds() -> None:
 
 
 def test_a_run_is_held_to_what_is_expected(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "LEAST", 0.5)
+    monkeypatch.setattr(report, "LEAST", 0.4)
     comparison_holds()
 
 
@@ -195,7 +195,7 @@ def test_a_run_is_held_to_what_is_expected(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_planted_fault_in_the_comparison_is_told(
     name: str, fault: Callable[..., bool] | float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(report, "LEAST", 0.5)
+    monkeypatch.setattr(report, "LEAST", 0.4)
     monkeypatch.setattr(report, name, fault)
     with pytest.raises(AssertionError):
         comparison_holds()
