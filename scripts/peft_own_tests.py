@@ -53,6 +53,11 @@ def files_of(names: Sequence[str]) -> list[str]:
     return [f"tests/{Path(name).name}" for name in names if name.endswith(".py")]
 
 
+def processes(options: argparse.Namespace) -> list[str]:
+    """In how many processes."""
+    return ["-n", str(options.workers), "--dist", "worksteal"] if options.workers else []
+
+
 def run(options: argparse.Namespace, others: Sequence[str]) -> int:
     """Listed tests, as one develops."""
     source = fetch(options.cache)
@@ -65,7 +70,7 @@ def run(options: argparse.Namespace, others: Sequence[str]) -> int:
         ids = Path(folder) / "ids"
         ids.write_text("\n".join(listed), encoding="utf-8")
         chosen = [] if options.all else [f"--peft-own-ids={ids}"]
-        return child(source, options.on, options.src, [*chosen, *arguments, *files])
+        return child(source, options.on, options.src, [*chosen, *processes(options), *arguments, *files])
 
 
 def make_list(options: argparse.Namespace, others: Sequence[str]) -> int:
@@ -99,13 +104,11 @@ def check(options: argparse.Namespace, others: Sequence[str]) -> int:
         results.unlink(missing_ok=True)
         arguments = ["-q", "--tb=no", "-r", "N", f"--peft-own-ids={ids}", f"--peft-own-results={results}", *others]
         arguments += ["--continue-on-collection-errors"]  # the tests of such a file count as not run
-        if options.workers:
-            arguments += ["-n", str(options.workers), "--dist", "worksteal"]
-        child(source, options.on, options.src, [*arguments, *files])
+        child(source, options.on, options.src, [*arguments, *processes(options), *files])
         expected = report.read_expected(EXPECTED.read_text(encoding="utf-8"))
         verdict = report.compare(listed, report.read(results), expected)
     print(report.check_table(verdict), flush=True)
-    print("\n".join(verdict.faults))
+    print("\n".join(report.in_short(verdict.faults)))
     return 1 if verdict.faults else 0
 
 
@@ -118,7 +121,7 @@ def main() -> int:
     parser.add_argument("--cache", type=Path, default=CACHE, help="where PEFT's source package is unpacked")
     parser.add_argument("--all", action="store_true", help="run: what is not listed, too")
     parser.add_argument("--hub", action="store_true", help="run: what needs the hub, too")
-    parser.add_argument("-n", dest="workers", type=int, default=0, help="check: processes")
+    parser.add_argument("-n", dest="workers", type=int, default=0, help="check, run: processes")
     parser.add_argument("--results", type=Path, help="check, list: keep each test's outcome in this file")
     parser.add_argument("--keep", action="store_true", help="list: judge the outcomes in --results, without a run")
     options, others = parser.parse_known_args()

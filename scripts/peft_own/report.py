@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -128,6 +129,20 @@ def compare(listed: Sequence[str], results: Mapping[str, Mapping[str, Any]], exp
         share = len(verdict.passed) / len(listed)
         verdict.faults.append(f"{share:.1%} of what is listed passes; {LEAST:.0%} is the least")
     return verdict
+
+
+def in_short(faults: Sequence[str], most: int = 60) -> list[str]:
+    """Faults as lines; where there are very many, one of each reason, and how many there are of it."""
+    if len(faults) <= most:
+        return list(faults)
+    groups: dict[str, list[str]] = {}
+    for fault in faults:
+        what, _, rest = fault.partition(": ")
+        reason = re.sub(r"\d+|0x[0-9a-f]+", "#", rest.partition(": ")[2])[:80]
+        groups.setdefault(f"{what}: {reason}", []).append(fault)
+    ordered = sorted(groups.values(), key=len, reverse=True)
+    lines = [f"{len(group):6} x {group[0][:400]}" for group in ordered[:most]]
+    return [*lines, *([f"and {len(ordered) - most} reasons more"] if len(ordered) > most else [])]
 
 
 def by_file(nodeids: Iterable[str]) -> Counter[str]:

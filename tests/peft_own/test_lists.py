@@ -212,6 +212,14 @@ def test_nine_of_ten_have_to_pass() -> None:
         assert report.compare(names, lines, expected[:failing]).faults == fault
 
 
+def test_very_many_faults_are_told_in_short() -> None:
+    faults = [f"failed: a.py::t{n}: Error: no {n}" for n in range(70)] + ["failed: a.py::u: Error: else", "80% pass"]
+    assert report.in_short(faults[:2]) == faults[:2]
+    assert report.in_short(faults)[0] == "    70 x failed: a.py::t0: Error: no 0"
+    assert len(report.in_short(faults)) == 3
+    assert report.in_short(faults, most=1)[1:] == ["and 2 reasons more"]
+
+
 def test_a_pattern_without_a_reason_is_an_error() -> None:
     with pytest.raises(ValueError, match="no reason stands above 'test_b'"):
         report.read_expected("# So.\ntest_a\n\ntest_b\n")
