@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -39,6 +40,7 @@ _BART = {
     "decoder_ffn_dim": 4,
 }
 _CLIP = {**_BLOCK, "model_type": "clip_vision_model", "image_size": 16, "patch_size": 8}
+_IMAGES = {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 32}, "crop_pct": 0.875}
 _EXPERTS = {**_GROUPED, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 _DEBERTA = {
     **_BERT,
@@ -292,6 +294,8 @@ def write_models(home: Path) -> Iterator[str]:
             files = place(home, name, one.revision)
             model.save_pretrained(files)
             words.save_pretrained(files)
+            if one.kind == "resnet":
+                (files / "preprocessor_config.json").write_text(json.dumps(_IMAGES), encoding="utf-8")
             yield name
 
 

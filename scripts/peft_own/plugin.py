@@ -74,6 +74,14 @@ def parameters(item: pytest.Item) -> frozenset[str]:
     return rule.config_classes(spec.params.values()) if spec else frozenset()
 
 
+def names(item: pytest.Item) -> set[str]:
+    """The names of PEFT in a test's own code and that of its fixtures."""
+    if not isinstance(item, pytest.Function):
+        return set()
+    fixtures = [one.func for found in item._fixtureinfo.name2fixturedefs.values() for one in found]
+    return {name for function in [item.function, *fixtures] for name in rule.peft_names(inspect.unwrap(function))}
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
     """Seeds, and nothing noted yet."""
@@ -95,9 +103,7 @@ def pytest_runtest_makereport(
         seen = {
             "parameters": sorted(parameters(item)),
             "made": TRACE.taken(),
-            "names": sorted(rule.peft_names(inspect.unwrap(item.function)))
-            if isinstance(item, pytest.Function)
-            else [],
+            "names": sorted(names(item)),
             "asked": sorted(HUB.asked),
         }
         report.user_properties.append(("seen", json.dumps(seen)))

@@ -47,7 +47,7 @@ def judge(results: Mapping[str, Mapping[str, Any]]) -> Lists:
         why = rule.why_not(seen_of(line)) if "seen" in line else "crashed on PEFT"
         if why is None and line["outcome"] == "passed":
             lists.listed.append(nodeid)
-        elif why is None and line["outcome"] == "failed" and line["seen"]["asked"]:
+        elif why is None and (nodeid in rule.WANTS_THE_HUBS or (line["outcome"] == "failed" and line["seen"]["asked"])):
             lists.hub.append(nodeid)
         else:
             lists.rest[nodeid] = why or f"{line['outcome']} on PEFT: {line['why'][:100]}"
