@@ -40,7 +40,7 @@ _BART = {
     "decoder_ffn_dim": 4,
 }
 _CLIP = {**_BLOCK, "model_type": "clip_vision_model", "image_size": 16, "patch_size": 8}
-_IMAGES = {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 32}, "crop_pct": 0.875}
+_IMAGES = {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 96}, "crop_pct": 0.875}
 _EXPERTS = {**_GROUPED, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 _DEBERTA = {
     **_BERT,

@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Generator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ ON = os.environ.get("PEFT_OWN_ON", "kilotune")
 if ON == "kilotune":
     alias.install(HOME.package)
 TRACE = Trace()
+NONE = SimpleNamespace(params={})  # in the place of the parameters of a test that has none
 HUB = Hub(HOME.models)
 
 
@@ -70,8 +72,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def parameters(item: pytest.Item) -> frozenset[str]:
     """The classes of configs among a test's parameters."""
-    spec = getattr(item, "callspec", None)
-    return rule.config_classes(spec.params.values()) if spec else frozenset()
+    return rule.config_classes(getattr(item, "callspec", NONE).params.values())
 
 
 def names(item: pytest.Item) -> set[str]:
@@ -102,7 +103,7 @@ def pytest_runtest_makereport(
     if ON == "peft" and report.when == "teardown":
         seen = {
             "parameters": sorted(parameters(item)),
-            "made": TRACE.taken(),
+            "made": [*TRACE.taken(), *rule.ready_made(getattr(item, "callspec", NONE).params.values())],
             "names": sorted(names(item)),
             "asked": sorted(HUB.asked),
         }

@@ -3,7 +3,8 @@
 It is asked of a test that ran, and passed, on PEFT itself:
 
 1. Every class of configs among its parameters is one that kilotune has.
-2. Every config that it made is of such a class, and sets only options that kilotune has, to values that it has.
+2. Every config that it made, or found ready-made there, is of such a class, and sets only options that kilotune has,
+   to values that it has.
 3. Where there was no config at all, its own code, or that of its fixtures, uses a name of PEFT.
 4. No such name is of a module of another method, unless its parameters say its configs: a test of many methods names
    those that it passes over.
@@ -145,6 +146,12 @@ def config_classes(values: Iterable[Any]) -> frozenset[str]:
     found = [deep for value in values for deep in inner(value)]
     classes = [value if isinstance(value, type) else type(value) for value in found]
     return frozenset(cls.__name__ for cls in classes if is_config(cls))
+
+
+def ready_made(values: Iterable[Any]) -> list[Made]:
+    """The configs that are there ready-made in parameters."""
+    found = [deep for value in values for deep in inner(value) if is_config(type(deep))]
+    return [Made(type(one).__name__, options_set(type(one), vars(one))) for one in found]
 
 
 def codes(code: types.CodeType) -> Iterator[types.CodeType]:

@@ -63,14 +63,14 @@ class Hub:
     def answer(self, path: str) -> Answer:
         """What the hub says to a path, of those that the tests come to."""
         file = re.fullmatch(r"/((?:[\w.-]+/)?[\w.-]+)/resolve/([\w.-]+)/(.+)", path)
-        about = re.fullmatch(r"/api/models/((?:[\w.-]+/)?[\w.-]+?)(?:/(revision|tree)/([\w.-]+))?", path)
+        about = re.fullmatch(r"/api/models/((?:[\w.-]+/)?[\w.-]+?)(?:/(revision|tree)/([\w.-]+)(/.+)?)?", path)
         name, revision = (file[1], file[2]) if file else (about[1], about[3] or "main") if about else (path, "")
         found = self.files(name, revision)
         if found is None:
             self.asked.add(name)
             raise ConnectionRefusedError(f"{path}: PEFT's tests run without the hub")
         commit, folder = found
-        if file and not (folder / file[3]).is_file():
+        if (file and not (folder / file[3]).is_file()) or (about and about[4]):  # no folders of chat templates, say
             return Answer(404, {"X-Error-Code": "EntryNotFound"}, b"")
         if file:
             content = (folder / file[3]).read_bytes()

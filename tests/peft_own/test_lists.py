@@ -82,6 +82,10 @@ def test_what_a_test_has_in_its_parameters_and_its_code() -> None:
     exec(code, names)
     assert rule.peft_names(names["f"]) == {"peft.tuners.lora.config.LoraConfig", "peft.tuners.vera"}
     assert rule.config_classes(["r", {"a": [peft.LoraConfig()]}, (peft.IA3Config, int)]) == {"LoraConfig", "IA3Config"}
+    made = rule.ready_made([{"a": [peft.LoraConfig(r=3, lora_bias=True)]}, peft.IA3Config])
+    assert [(one.name, {*one.options} & {"r", "lora_bias", "lora_alpha"}) for one in made] == [
+        ("LoraConfig", {"r", "lora_bias"})
+    ]
     set_here = rule.options_set(peft.LoraConfig, {"r": 8, "lora_alpha": 3, "target_modules": None, "use_dora": True})
     assert set_here == {"lora_alpha": "3", "use_dora": "True"}
 
