@@ -80,7 +80,7 @@ def make_list(options: argparse.Namespace, others: Sequence[str]) -> int:
     results = options.results or Path(tempfile.mkdtemp()) / "results.jsonl"
     if not options.keep:
         results.unlink(missing_ok=True)
-        arguments = ["-q", "--tb=no", "-r", "N", f"--peft-own-results={results}", *files]
+        arguments = ["-q", "--tb=no", "-r", "N", f"--peft-own-results={results}", *processes(options), *files]
         if (code := child(source, "peft", options.src, arguments)) not in (0, 1):  # 1: tests failed
             print(f"error: pytest ended with {code}; the lists are as they were", file=sys.stderr)
             return 1
@@ -121,7 +121,7 @@ def main() -> int:
     parser.add_argument("--cache", type=Path, default=CACHE, help="where PEFT's source package is unpacked")
     parser.add_argument("--all", action="store_true", help="run: what is not listed, too")
     parser.add_argument("--hub", action="store_true", help="run: what needs the hub, too")
-    parser.add_argument("-n", dest="workers", type=int, default=0, help="check, run: processes")
+    parser.add_argument("-n", dest="workers", type=int, default=0, help="processes")
     parser.add_argument("--results", type=Path, help="check, list: keep each test's outcome in this file")
     parser.add_argument("--keep", action="store_true", help="list: judge the outcomes in --results, without a run")
     options, others = parser.parse_known_args()

@@ -10,7 +10,9 @@ says four node ids: the tests of a block have all of the parameters beneath them
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -20,6 +22,25 @@ def split(nodeid: str) -> tuple[str, str, str]:
     file, _, rest = nodeid.partition("::")
     test, bracket, parameters = rest.partition("[")
     return file, test, bracket + parameters
+
+
+def unnumbered(nodeid: str) -> str:
+    """A node id without the numbers that pytest gives to configs and their options, which have no name."""
+    return re.sub(r"(kwargs|config)[0-9]+(?=[-\]])", r"\1", nodeid)
+
+
+def found(listed: Iterable[str], collected: Sequence[str]) -> dict[str, str]:
+    """Collected node ids, and what the list calls them.
+
+    Where PEFT makes cases of all of its classes that have something, kilotune.peft has fewer, and pytest numbers them
+    otherwise: then what is left of a name without its number has to be the only one on both sides.
+    """
+    names = set(listed)
+    same = {nodeid: nodeid for nodeid in collected if nodeid in names}
+    gone, fresh = Counter(map(unnumbered, names - same.keys())), Counter(map(unnumbered, collected))
+    left = {unnumbered(name): name for name in names - same.keys() if gone[unnumbered(name)] == 1}
+    others = (nodeid for nodeid in collected if nodeid not in same and fresh[unnumbered(nodeid)] == 1)
+    return same | {nodeid: left[unnumbered(nodeid)] for nodeid in others if unnumbered(nodeid) in left}
 
 
 def blocks(nodeids: Iterable[str]) -> Iterator[str]:

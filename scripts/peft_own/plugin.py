@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from . import alias, rule
+from . import alias, node_ids, rule
 from .source import Source
 from .standins import Hub
 from .trace import Trace
@@ -57,8 +57,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Keep what is listed; for the lists, what can be ours by its parameters."""
     path = config.getoption("--peft-own-ids")
     if path is not None:
-        wanted = set(Path(path).read_text(encoding="utf-8").splitlines())
-        keep = [item for item in items if short(item.nodeid) in wanted]
+        wanted = Path(path).read_text(encoding="utf-8").splitlines()
+        listed = node_ids.found(wanted, [short(item.nodeid) for item in items])
+        for item in items:
+            item._nodeid = f"tests/{listed.get(short(item.nodeid), short(item.nodeid))}"
+        keep = [item for item in items if short(item.nodeid) in listed.values()]
     elif ON == "peft":
         keep = [item for item in items if not parameters(item) - rule.HAD_CONFIGS]
     else:

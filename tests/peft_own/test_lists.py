@@ -133,6 +133,34 @@ def test_a_planted_fault_in_the_files_is_told(tmp_path: Path, monkeypatch: pytes
     assert kept(tmp_path) != sorted(IDS)
 
 
+def numbering_holds() -> None:
+    listed = ["a.py::t[LoraConfig-kwargs12]", "a.py::t[IA3Config-kwargs13]", "a.py::u[x-kwargs1]", "a.py::u[x-kwargs2]"]
+    assert node_ids.found(listed, listed) == {one: one for one in listed}
+    renumbered = ["a.py::t[LoHaConfig-kwargs0]", "a.py::t[LoraConfig-kwargs1]", "a.py::t[IA3Config-kwargs2]"]
+    assert node_ids.found(listed, renumbered) == {renumbered[1]: listed[0], renumbered[2]: listed[1]}
+    # Two that only their numbers tell apart are not taken for one another.
+    assert node_ids.found(listed, ["a.py::u[x-kwargs3]", "a.py::u[x-kwargs4]"]) == {}
+    assert node_ids.found(listed[:3], ["a.py::u[x-kwargs0]", "a.py::u[x-kwargs3]"]) == {}
+    assert node_ids.found(["a.py::v[r8-3]"], ["a.py::v[r16-3]", "a.py::v[r8-4]"]) == {}
+
+
+def test_cases_that_are_numbered_otherwise_are_found() -> None:
+    numbering_holds()
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        lambda nodeid: nodeid,
+        lambda nodeid: nodeid.partition("[")[0],
+    ],
+)
+def test_a_planted_fault_in_the_numbering_is_told(fault: Callable[[str], str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(node_ids, "unnumbered", fault)
+    with pytest.raises(AssertionError):
+        numbering_holds()
+
+
 def test_the_lists_are_in_order() -> None:
     """What is in the repository is what the script would write, and nothing is in both lists."""
     for name in ("node_ids", "hub"):
