@@ -59,7 +59,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if path is not None:
         wanted = Path(path).read_text(encoding="utf-8").splitlines()
         listed = node_ids.found(wanted, [short(item.nodeid) for item in items])
-        for item in items:
+        nodes: list[Any] = [*items]
+        for item in nodes:
             item._nodeid = f"tests/{listed.get(short(item.nodeid), short(item.nodeid))}"
         keep = [item for item in items if short(item.nodeid) in listed.values()]
     elif ON == "peft":
