@@ -268,16 +268,17 @@ def test_a_run_on_peft_is_sorted(tmp_path: Path) -> None:
         {"id": "a.py::ours", "outcome": "passed", "why": "", "seen": ours},
         {"id": "a.py::fails", "outcome": "failed", "why": "no", "seen": ours},
         {"id": "a.py::hub", "outcome": "failed", "why": "no", "seen": {**ours, "asked": ["a/b"]}},
+        {"id": "a.py::data", "outcome": "failed", "why": "Couldn't reach 'a/b' on the Hub", "seen": ours},
         {"id": "a.py::other", "outcome": "passed", "why": "", "seen": {**ours, "parameters": ["OFTConfig"]}},
         {"id": "a.py::gone", "outcome": "failed", "why": ""},
     ]
     path = tmp_path / "results"
     path.write_text("\n".join(map(json.dumps, lines)))
     lists = report.judge(report.read(path))
-    assert (lists.listed, lists.hub) == (["a.py::ours"], ["a.py::hub"])
+    assert (lists.listed, lists.hub) == (["a.py::ours"], ["a.py::hub", "a.py::data"])
     assert lists.rest == {
         "a.py::fails": "failed on PEFT: no",
         "a.py::other": "config: OFTConfig",
         "a.py::gone": "crashed on PEFT",
     }
-    assert report.list_table(lists).splitlines()[-1].split() == ["all", "1", "1", "3"]
+    assert report.list_table(lists).splitlines()[-1].split() == ["all", "1", "2", "3"]
