@@ -24,7 +24,7 @@ from ..name_rules import ends, group
 from ..patterns import matching, members
 from ..storage import STORAGES
 
-__all__ = ["DEFAULT_TARGETS", "Verdict", "explain", "read_by_parent", "resolve_targets", "select"]
+__all__ = ["DEFAULT_TARGETS", "Verdict", "explain", "in_layers", "read_by_parent", "resolve_targets", "select"]
 
 HEADS = {
     "SEQ_CLS": ("classifier", "score"),
@@ -189,7 +189,7 @@ def _verdict(c: Candidate, config: AdapterConfig, needs: frozenset[Need], heads:
         return Verdict(c.name, False, True, "left out by exclude_modules")
     if inside(config.modules_to_save, c.name):
         return Verdict(c.name, False, True, "trained whole by modules_to_save")
-    if not _in_layers(c.name, config):
+    if not in_layers(c.name, config):
         return Verdict(c.name, False, True, "its block is not in layers_to_transform")
     refusal = _refusal(c, needs)
     if refusal is None:
@@ -269,7 +269,7 @@ def read_by_parent(c: Candidate) -> bool:
     return any(part in c.parent.__name__ and own in names for part, names in READ_BY_PARENT.items())
 
 
-def _in_layers(name: str, config: AdapterConfig) -> bool:
+def in_layers(name: str, config: AdapterConfig) -> bool:
     """Whether the block that ``name`` lies in is wanted."""
     return config.block_indices is None or _block_of(name, config) in members(config.block_indices)
 

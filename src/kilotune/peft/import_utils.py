@@ -52,4 +52,8 @@ def _at_least(package: str, *wanted: int) -> bool:
 is_transformers_ge_v5 = _at_least("transformers", 5)
 is_transformers_ge_v5_1_0 = _at_least("transformers", 5, 1, 0)
 is_transformers_ge_v5_6_0 = _at_least("transformers", 5, 6, 0)
-is_torchao_ge_v0_18_0 = _at_least("torchao", 0, 18, 0)
+
+
+def is_torchao_ge_v0_18_0() -> bool:
+    """Whether torchao is installed in this version or a later one."""
+    return _at_least("torchao", 0, 18, 0)

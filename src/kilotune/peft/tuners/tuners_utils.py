@@ -8,11 +8,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, final
 
+import torch
 from torch import Tensor, nn
 
 from ...adapter_files.reading import AdapterFile
+from ...candidates import inside, matches_names
 from ...errors import AdapterError, ConfigError, MergeError, did_you_mean, type_name
 from ...injection import inject
+from ...injection.targets import in_layers
 from ...injection.tree import every_wrapper
 from ...layers.adapted import AdaptedLayer
 from ...layers.outside import Outside, Shown
@@ -22,7 +25,7 @@ from ..config import PeftConfig
 from ..layer_shape import LAYER, SAVED, TUNER, active, adapters_in, becomes_lora, is_off, switch
 from ..utils.warning import PeftWarning
 
-__all__ = ["BaseTuner", "BaseTunerLayer"]
+__all__ = ["BaseTuner", "BaseTunerLayer", "check_target_module_exists"]
 
 CHOSEN = ("target_modules", "modules_to_save", "feedforward_modules")  # what a model fills in
 
@@ -169,9 +172,23 @@ class BaseTuner(Shown, AdapterModel, ABC):
         names = self.active_adapters if adapter_names is None else self._named(adapter_names)
         again = [name for name in names if name in self.merged_adapters]
         if new := [name for name in names if name not in again]:
-            super().merge_adapter(new, safe_merge)
+            with _pefts_words(new):
+                super().merge_adapter(new, safe_merge)
         else:
             warnings.warn("All adapters are already merged, nothing to do", PeftWarning, stacklevel=2)
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: Sequence[str] | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        requantize: bool = False,
+    ) -> nn.Module:
+        """Merge for good; see :meth:`kilotune.PeftModel.merge_and_unload`."""
+        with _pefts_words(self.active_adapters if adapter_names is None else adapter_names):
+            return super().merge_and_unload(progressbar, safe_merge, adapter_names, dtype=dtype, requantize=requantize)
 
     def unmerge_adapter(self) -> None:
         """Take all merged adapters out; where none are merged, a warning says so."""
@@ -217,6 +234,32 @@ class BaseTuner(Shown, AdapterModel, ABC):
     def _release(self) -> nn.Module:
         self._configs = {}
         return super()._release()
+
+
+@contextmanager
+def _pefts_words(names: Sequence[str]) -> Iterator[None]:
+    """Say of values that are not finite what PEFT's users look for, before what we say."""
+    try:
+        yield
+    except MergeError as error:
+        if "not finite" not in str(error):
+            raise
+        seems = f"The adapter {names[0] if len(names) == 1 else list(names)} seems to be broken"
+        raise MergeError(f"NaNs detected in the merged weights. {seems}.\n{error}") from None
+
+
+def check_target_module_exists(config: PeftConfig, key: str) -> bool:
+    """Whether a configuration's targets take a module of this dotted name, as far as names alone say.
+
+    Args:
+        config: of the adapter.
+        key: the module's name.
+
+    """
+    ours = config.translated()
+    if matches_names(ours.exclude_modules, key, "exclude_modules") or inside(ours.modules_to_save, key):
+        return False
+    return bool(ours.target_modules) and matches_names(ours.target_modules, key) and in_layers(key, ours)
 
 
 @final
