@@ -45,6 +45,7 @@ from .projections.matrices import Extent, PeftSource, PortableSource, Projection
 
 __all__ = [
     "Conversion",
+    "factors_of_low_rank",
     "hollow",
     "rewrite",
     "to_kilotune",
@@ -189,7 +190,7 @@ def _check_rank(rank: int | None, full: int, installed: Installed) -> None:
 
 def low_rank_factors(installed: Installed) -> dict[str, tuple[Tensor, Tensor]]:
     """Per layer (A (r, in), B (out, r)), float64, such that the layer's change is B A; raises as the next one."""
-    return {name: _split(delta) for name, delta in low_rank_deltas(installed).items()}
+    return {name: factors_of_low_rank(delta) for name, delta in low_rank_deltas(installed).items()}
 
 
 def low_rank_deltas(installed: Installed) -> dict[str, LowRank]:
@@ -220,14 +221,14 @@ def low_rank_deltas(installed: Installed) -> dict[str, LowRank]:
     return found
 
 
-def _split(delta: LowRank) -> tuple[Tensor, Tensor]:
-    """The delta as two factors; its scale goes in equal parts to both."""
-    a, b = delta.a.detach().double(), delta.b.detach().double()
+def factors_of_low_rank(delta: LowRank, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """A (r, in) and B (out, r), whose product the change is; its scale goes in equal parts to both."""
+    a, b = delta.a.detach().to(dtype), delta.b.detach().to(dtype)
     root = math.sqrt(abs(delta.scale))
     if delta.mid is not None:
-        a = delta.mid.double().unsqueeze(-1) * a
+        a = delta.mid.detach().to(dtype).unsqueeze(-1) * a
     if delta.out is not None:
-        b = delta.out.double().unsqueeze(-1) * b
+        b = delta.out.detach().to(dtype).unsqueeze(-1) * b
     return a * math.copysign(root, delta.scale), b * root
 
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .errors import MergeError, UnsupportedError
-from .kernels.lowrank import low_rank_matrix
+from .kernels.lowrank import accumulate_dtype, low_rank_matrix
 
 __all__ = ["Delta", "Full", "LowRank", "Need", "Rescale", "Residual", "Role", "Shift"]
 
@@ -69,8 +69,10 @@ class Delta(ABC):
         """The change of the bias (out,); None for no change."""
         return None
 
-    def times(self, strength: float) -> Delta:
+    def times(self, strength: float | Tensor) -> Delta:
         """The same change, so many times as strong; of one in DoRA what is inside, as its alpha would.
+
+        strength: a number, or a tensor () whose value may change while compiled code stays.
 
         Raises:
             UnsupportedError: for a change that has no such number.
@@ -95,7 +97,10 @@ class LowRank(Delta):
     def weight_change(self, weight: Tensor) -> Tensor:
         return low_rank_matrix(self.a, self.b, self.mid, self.out, self.scale, weight.dtype)
 
-    def times(self, strength: float) -> LowRank:
+    def times(self, strength: float | Tensor) -> LowRank:
+        if isinstance(strength, Tensor):  # into b, which costs out * r and is rounded as a number's product is
+            wide = self.b.to(accumulate_dtype(self.b.dtype)) * strength.to(self.b.device)
+            return replace(self, b=wide.to(self.b.dtype))
         return replace(self, scale=self.scale * strength)
 
 
@@ -115,7 +120,7 @@ class Full(Delta):
     def weight_change(self, weight: Tensor) -> Tensor:
         return self.delta.to(weight.dtype)
 
-    def times(self, strength: float) -> Full:
+    def times(self, strength: float | Tensor) -> Full:
         return Full(self.delta * strength)
 
 
@@ -148,7 +153,7 @@ class Rescale(Delta):
             return None
         return (self.rows.to(bias.dtype) - 1) * bias
 
-    def times(self, strength: float) -> Delta:
+    def times(self, strength: float | Tensor) -> Delta:
         return super().times(strength) if self.inner is None else replace(self, inner=self.inner.times(strength))
 
 

@@ -15,6 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 from torch.func import functional_call
 
 from kilotune import (
@@ -539,3 +541,27 @@ def test_mamba_hands_the_weights_of_its_layers_to_kernels(make: Callable[[], Any
     assert torch.equal(tokens.sequences, merged.sequences)
     for one, two in zip(tokens.logits, merged.logits, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_acts_where_fsdp_puts_plain_tensors_in_the_place_of_parameters() -> None:
+    """FSDP1 with ``use_orig_params``: within a forward the module's parameters are attributes of the same names."""
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=["attn"], init_lora_weights=False)
+    model = get_peft_model(Attended(), config).eval()
+    x = torch.randn(3, 2, WIDTH)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with torch.no_grad():
+            before = model(x, x, x)[0]
+            with model.disable_adapter():
+                plain = model(x, x, x)[0]
+            assert not torch.allclose(before, plain)
+            sharded = FullyShardedDataParallel(
+                model,
+                use_orig_params=True,
+                device_id=torch.device("cpu"),
+                sharding_strategy=ShardingStrategy.NO_SHARD,
+            )
+            assert torch.equal(sharded(x, x, x)[0], before)
+    finally:
+        dist.destroy_process_group()

@@ -38,7 +38,9 @@ def beside(module: nn.Module, values: Mapping[str, Tensor | None]) -> nn.Module:
     """
     made = type(module).__new__(type(module))
     own = {name: value for name, value in values.items() if "." not in name}
-    made.__dict__ = {**module.__dict__, "_parameters": {**module._parameters, **own}}
+    # A plain tensor may stand in a parameter's place, as in FSDP's forward, and would be found first.
+    rest_of = {name: value for name, value in module.__dict__.items() if name not in own}
+    made.__dict__ = {**rest_of, "_parameters": {**module._parameters, **own}}
     inner: dict[str, dict[str, Tensor | None]] = {}
     for name in values.keys() - own.keys():
         child, _, rest = name.partition(".")

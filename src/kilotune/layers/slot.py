@@ -35,7 +35,7 @@ class Slot(nn.Module):
     as PEFT writes it; its delta is the difference to the base's. ``inputs``: with whom the layer may share the
     product of its input and the first factor, and its place there. ``dropout``: a module, as in PEFT, so that what
     turns a model's dropout off, as TRL does, finds it. ``dropper``: what drops from an input in its place, where it is
-    to draw from streams of its own.
+    to draw from streams of its own. ``said``: what the adapter's options say of ``strength`` where that is a tensor.
     """
 
     def __init__(self, site: Site, method: Method[Any] | None, shared: Shared, params: Mapping[str, nn.Parameter]):
@@ -43,11 +43,20 @@ class Slot(nn.Module):
         self.site, self.method, self.shared = site, method, shared
         self.inputs: tuple[SharedInput, int] | None = None
         self.dropper: Callable[[Tensor], Tensor] | None = None
-        self.strength = 1.0
+        self.said = 1.0
         dropout = 0.0 if method is None else method.config.dropout
         self.dropout = nn.Dropout(dropout) if dropout > 0.0 else None
         for name, parameter in params.items():
             self.register_parameter(name, parameter)
+
+    @property
+    def strength(self) -> float | Tensor:
+        """How strongly the delta acts; a tensor (), where compiled code is to read it anew each time."""
+        return self.site.strength
+
+    @strength.setter
+    def strength(self, value: float | Tensor) -> None:
+        self.site = replace(self.site, strength=value)
 
     @property
     def trained_bias(self) -> Tensor | None:
@@ -76,7 +85,9 @@ class Slot(nn.Module):
         if self.method is None:
             return None
         delta = delta_of(self.method, self.site, params, self.shared)
-        return delta if self.strength == 1.0 else delta.times(self.strength)
+        strength = self.strength
+        plain = self.method.minds_strength or (not isinstance(strength, Tensor) and strength == 1.0)
+        return delta if plain else delta.times(strength)
 
     def first_product(self, x: Tensor, a: Tensor, make: Callable[[], Tensor]) -> Tensor:
         """Z = a x as ``make`` computes it, or as it was made for another layer with the same input and ``a``."""

@@ -39,6 +39,7 @@ class Site:
     output: how many features the layer's output has (out, where it is not said; attention's matrix has more rows);
     input: how many its input has for each place of the output (inn, where it is not said); 0: it has none such;
     gather: read, where the matrix may be sharded over processes, all of which have to call it (see :meth:`whole`).
+    strength: how strongly the change is to act, 1.0 as it was trained.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Site:
     output: int = 0
     input: int = -1
     gather: Callable[[], Tensor] | None = field(default=None, repr=False)
+    strength: float | Tensor = 1.0
 
     def __post_init__(self) -> None:
         if self.pattern_name == "":
@@ -148,6 +150,8 @@ class Method(ABC, Generic[C]):
     keys: Mapping[str, str]
     roles: Mapping[str, Role] = {}
     default_targets: Mapping[str, Sequence[str]] = {}
+    # Whether delta() takes the site's strength into account; otherwise what it gives is multiplied by that.
+    minds_strength: bool = False
     # Whether delta() carries a leading dimension of its parameters along (the experts of one parameter).
     stacks: bool = False
 

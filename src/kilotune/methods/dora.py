@@ -68,6 +68,7 @@ class Dora(Method[LowRankConfig]):
 
     name: ClassVar[str] = "dora"
     makes: type[Delta] = Rescale
+    minds_strength: bool = True  # the norms are those of the change as strong as it is
 
     def __init__(self, inner: Method[Any]) -> None:
         self.inner = inner
@@ -132,7 +133,8 @@ class Dora(Method[LowRankConfig]):
     def _change(self, site: Site, params: Mapping[str, Tensor], shared: Shared) -> LowRank:
         change = self.inner.delta(site, params, shared)
         assert isinstance(change, LowRank)
-        return change
+        strength = site.strength
+        return change if not isinstance(strength, Tensor) and strength == 1.0 else change.times(strength)
 
     # -- the norms, kept where they cannot have changed --------------------------------------------
 
@@ -177,7 +179,9 @@ class _Stamp:
     Those that are trained are held against a copy too: a fused optimizer does not raise their versions.
     """
 
-    def __init__(self, place: tuple[torch.dtype, torch.device], seen: list[tuple[weakref.ref[Tensor], int, int]]):
+    def __init__(
+        self, place: tuple[torch.dtype, torch.device, float], seen: list[tuple[weakref.ref[Tensor], int, int]]
+    ):
         self.place, self.seen = place, seen
         self.values: list[Tensor | None] = [None] * len(seen)
 
@@ -197,7 +201,7 @@ class _Stamp:
                 seen.append((weakref.ref(owner), owner._version, tensor.data_ptr()))
             except RuntimeError:  # a tensor without storage
                 return None
-        return cls((site.dtype(), site.device()), seen)
+        return cls((site.dtype(), site.device(), float(site.strength)), seen)
 
     def with_values(self) -> _Stamp:
         """With the copies, which are made only where something is kept."""

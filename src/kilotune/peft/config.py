@@ -17,17 +17,17 @@ from abc import ABC
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, final
 
 from ..adapter_files.files import locate
 from ..adapter_files.names import CONFIG_NAME
 from ..config import SECTION, AdapterConfig, TaskType
-from ..errors import CheckpointError, ConfigError, check_one_of, did_you_mean, gather
+from ..errors import CheckpointError, ConfigError, UnsupportedError, check_one_of, did_you_mean, gather
 from ..methods import method_of_file
 from ..whole_file import replacing
 from .utils.peft_types import PeftType
 
-__all__ = ["CONFIGS", "OURS", "PeftConfig", "PromptLearningConfig"]
+__all__ = ["CONFIGS", "OURS", "PeftConfig", "PrefixTuningConfig", "PromptLearningConfig"]
 
 # Of PEFT's files, beside the options of a method.
 BOOKKEEPING = ("auto_mapping", "peft_type", "peft_version")
@@ -211,6 +211,15 @@ class PeftConfig(ABC):  # noqa: B024, as the others' base; it is made to load an
 @dataclass
 class PromptLearningConfig(PeftConfig, ABC):
     """As in PEFT, for code that asks whether a configuration is one; no method here is."""
+
+
+@final
+@dataclass
+class PrefixTuningConfig(PromptLearningConfig):
+    """As in PEFT, for libraries that ask whether a configuration is one. None can be made."""
+
+    def __post_init__(self) -> None:
+        raise UnsupportedError("PrefixTuningConfig: kilotune trains no prompts; use LoraConfig or VeraConfig")
 
 
 def _plain(value: Any) -> Any:

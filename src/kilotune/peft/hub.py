@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import tempfile
 from pathlib import Path
@@ -24,8 +25,6 @@ def write_card(model: Any, folder: Path) -> None:
         folder: where its adapters are.
 
     """
-    from .. import __version__
-
     path = folder / CARD
     front, body = _parts(path.read_text(encoding="utf-8")) if path.exists() else ([], "")
     base = model.get_base_model()
@@ -44,7 +43,7 @@ def write_card(model: Any, folder: Path) -> None:
     if any(c.task_type == "CAUSAL_LM" for c in model.peft_config.values()) and not _has(front, "pipeline_tag"):
         told["pipeline_tag"] = "text-generation"
     kept = _without(front, told)
-    line = f"- kilotune {__version__}"
+    line = f"- kilotune {importlib.metadata.version('kilotune')}"
     if line not in body.splitlines():
         body = body.rstrip("\n")
         body = body.replace(HEADING, f"{HEADING}\n\n{line}", 1) if HEADING in body else f"{body}\n\n{HEADING}\n\n{line}"

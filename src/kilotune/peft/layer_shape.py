@@ -7,22 +7,39 @@ the same parameter, so that what is written there is what runs. The wrappers the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast, final
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from ..deltas import LowRank, Rescale
+from ..adapter_files.writing import DEFAULT
+from ..deltas import Full, LowRank, Rescale
 from ..errors import AdapterError
 from ..layers.active_adapters import ActiveState
 from ..layers.adapted import AdaptedLayer
 from ..layers.in_order import weight_with
 from ..layers.outside import Outside
 from ..layers.saved_module import SavedModule
-from ..layers.slot import BIAS, Slot
+from ..layers.slot import BIAS, Slot, slot_key
 
-__all__ = ["LAYER", "SAVED", "Scaling", "adapters_in", "key_in_layer", "low_rank"]
+__all__ = [
+    "LAYER",
+    "SAVED",
+    "TUNER",
+    "Scaling",
+    "active",
+    "adapters_in",
+    "becomes_lora",
+    "is_off",
+    "key_in_layer",
+    "low_rank",
+    "set_active",
+    "slot_name",
+    "switch",
+]
 
 MAGNITUDE = "lora_magnitude_vector"  # in a file without the ".weight" that it has in a model
 DROPOUT = "lora_dropout"
@@ -61,37 +78,56 @@ def _shown(layer: AdaptedLayer) -> Iterator[tuple[str, str, str, str, nn.Paramet
             yield key, name, *key_in_layer(layer, slot, name), parameter
 
 
-def _part(parameter: nn.Parameter) -> nn.Module:
-    """A module that holds a factor: a linear layer, where its shape is one."""
-    part = nn.Linear.__new__(nn.Linear) if parameter.ndim == 2 else nn.Module()
-    if isinstance(part, nn.Linear):
-        nn.Module.__init__(part)
-        part.out_features, part.in_features = parameter.shape
-        part.register_parameter("bias", None)
-    part.register_parameter("weight", parameter)
-    return part
+@final
+class _Factor(nn.Linear):
+    """A factor as a linear layer without bias; another parameter that is put into it comes into the slot."""
+
+    def __init__(self, slot: Slot, name: str, parameter: nn.Parameter) -> None:
+        nn.Module.__init__(self)
+        self.__dict__["held"] = (slot, name)
+        self.out_features, self.in_features = parameter.shape[0], parameter.shape[-1]
+        self._parameters["weight"], self._parameters["bias"] = parameter, None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "weight" and isinstance(value, nn.Parameter):
+            slot, own = self.__dict__["held"]
+            slot.register_parameter(own, value)
+
+
+@final
+class _Held(nn.ParameterDict):
+    """Tensors that PEFT keeps in a list; another parameter that is put there comes into the slot."""
+
+    def __init__(self, slots: Mapping[str, tuple[nn.Module, str, nn.Parameter]]) -> None:
+        super().__init__()
+        self.__dict__["held"] = {key: (slot, name) for key, (slot, name, _) in slots.items()}
+        for key, (_, _, parameter) in slots.items():
+            self._parameters[key] = parameter
+            self._keys[key] = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if isinstance(value, nn.Parameter) and name in self.__dict__["held"]:
+            slot, own = self.__dict__["held"][name]
+            slot.register_parameter(own, value)
 
 
 def _heads(layer: AdaptedLayer) -> dict[str, nn.Module]:
     """The containers that PEFT has in such a layer, by name, made anew."""
     modules: dict[str, dict[str, nn.Module]] = {}
-    parameters: dict[str, dict[str, nn.Parameter]] = {}
-    for key, _, head, rest, parameter in _shown(layer):
+    tensors: dict[str, dict[str, tuple[nn.Module, str, nn.Parameter]]] = {}
+    for key, name, head, rest, parameter in _shown(layer):
+        slot = cast(Slot, layer.adapters._modules[key])
         if rest:
-            modules.setdefault(head, {})[key] = _part(parameter)
+            modules.setdefault(head, {})[key] = _Factor(slot, name, parameter)
         else:
-            parameters.setdefault(head, {})[key] = parameter
+            tensors.setdefault(head, {})[key] = (slot, name, parameter)
     for adapter, slot in adapters_in(layer).items():
         if (held_under := DROPOUTS.get(slot.method.name if slot.method else "")) is not None:
             modules.setdefault(held_under, {})[adapter] = slot.dropout or nn.Identity()
     found: dict[str, nn.Module] = {head: nn.ModuleDict(own) for head, own in modules.items()}
-    for head, tensors in parameters.items():
-        held = nn.ParameterDict()
-        for key, parameter in tensors.items():
-            held.register_parameter(key, parameter)
-            held._keys[key] = None
-        found[head] = held
-    return found
+    return {**found, **{head: _Held(own) for head, own in tensors.items()}}
 
 
 # -- numbers of a low-rank adapter -----------------------------------------------------------------------
@@ -99,14 +135,31 @@ def _heads(layer: AdaptedLayer) -> dict[str, nn.Module]:
 
 def low_rank(slot: Slot) -> LowRank | None:
     """What an adapter makes of its layer, where that is of a low rank; in DoRA, what is inside."""
+    strength = slot.strength
+    if isinstance(strength, Tensor):
+        with _of_strength(slot, 1.0):
+            whole = low_rank(slot)
+        return None if whole is None else whole.times(float(strength))
     delta = slot.delta()
     inner = delta.inner if isinstance(delta, Rescale) else delta
     return inner if isinstance(inner, LowRank) else None
 
 
+@contextmanager
+def _of_strength(slot: Slot, strength: float) -> Iterator[None]:
+    before, slot.strength = slot.strength, strength
+    try:
+        yield
+    finally:
+        slot.strength = before
+
+
 @final
-class Scaling(MutableMapping[str, float]):
-    """What each adapter's product is multiplied by in a layer; setting one holds until it is set again, in no file."""
+class Scaling(MutableMapping[str, Any]):
+    """What each adapter's product is multiplied by in a layer; setting one holds until it is set again, in no file.
+
+    A number, or a tensor () after ``prepare_model_for_compiled_hotswap``.
+    """
 
     def __init__(self, layer: AdaptedLayer) -> None:
         self._layer = layer
@@ -116,16 +169,22 @@ class Scaling(MutableMapping[str, float]):
             raise KeyError(name)
         return own[name]
 
-    def __getitem__(self, name: str) -> float:
+    def __getitem__(self, name: str) -> Any:
+        strength = self._slot(name).strength
+        if isinstance(strength, Tensor):
+            return strength
         delta = low_rank(self._slot(name))
         if delta is None:
             raise KeyError(name)
         return delta.scale
 
-    def __setitem__(self, name: str, value: float) -> None:
+    def __setitem__(self, name: str, value: Any) -> None:
         slot, now = self._slot(name), self[name]
         if self._layer.state.open_routes():
             raise AdapterError("cannot change an adapter's scaling while a route is open; leave its context first")
+        if isinstance(slot.strength, Tensor):
+            slot.strength = slot.strength.new_tensor(float(value))
+            return
         whole = now / slot.strength if slot.strength else low_rank_scale(slot)
         slot.strength = float(value) / whole
 
@@ -144,11 +203,10 @@ class Scaling(MutableMapping[str, float]):
 
 def low_rank_scale(slot: Slot) -> float:
     """The scale that a low-rank adapter's options say."""
-    before, slot.strength = slot.strength, 1.0
-    try:
+    if isinstance(slot.strength, Tensor):
+        return slot.said
+    with _of_strength(slot, 1.0):
         delta = low_rank(slot)
-    finally:
-        slot.strength = before
     return 1.0 if delta is None else delta.scale
 
 
@@ -170,6 +228,18 @@ def _unscale_layer(layer: AdaptedLayer, scale: float | None = None) -> None:
         if name in (scaling := Scaling(layer)):
             whole = low_rank_scale(adapters_in(layer)[name])
             scaling[name] = whole if scale is None else scaling[name] / scale
+
+
+def becomes_lora(layer: AdaptedLayer, slot: Slot) -> bool:
+    """Whether a LoRA adapter can stand for an adapter in a layer: it adds to a weight that is one matrix."""
+    kind, method = layer.kind, slot.method
+    adds = method is not None and (method.makes in (LowRank, Full) or method.name == "dora")
+    return adds and kind.parameter is None and not kind.substitutes and kind.groups(layer.base_layer) == 1
+
+
+def _supports_lora_conversion(layer: AdaptedLayer, adapter_name: str = DEFAULT) -> bool:
+    slot = layer.slot(adapter_name)
+    return slot is not None and becomes_lora(layer, slot)
 
 
 @torch.no_grad()
@@ -206,28 +276,62 @@ def _positions(layer: AdaptedLayer) -> int:
     return layer.kind.kernel_positions(layer.base_layer)
 
 
-def _off(state: ActiveState) -> bool:
-    return state.now().disabled or not state.active
-
-
 def _trained_heads(layer: AdaptedLayer) -> list[str]:
     return [head for head in _heads(layer) if head not in DROPOUTS.values()]
 
 
-def _set_adapter(layer: AdaptedLayer, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+_SWITCHED_OFF: WeakKeyDictionary[ActiveState, tuple[str, ...]] = WeakKeyDictionary()
+
+
+def switch(state: ActiveState, on: bool) -> None:
+    """Switch all adapters of a model off, for all threads, or on again: those that were active."""
+    if on and state in _SWITCHED_OFF:
+        state.change(active=_SWITCHED_OFF.pop(state))
+    elif not on and state not in _SWITCHED_OFF:
+        _SWITCHED_OFF[state] = state.active
+        state.change(active=())
+
+
+def active(state: ActiveState) -> list[str]:
+    """The names of the active adapters, whether they are switched off or not."""
+    return list(_SWITCHED_OFF.get(state, state.active))
+
+
+def is_off(state: ActiveState) -> bool:
+    """Whether adapters are switched off, or disabled here."""
+    return state in _SWITCHED_OFF or state.now().disabled
+
+
+def set_active(state: ActiveState, names: Sequence[str]) -> None:
+    """Make other adapters the active ones, on."""
+    _SWITCHED_OFF.pop(state, None)
+    state.change(active=tuple(names))
+
+
+def _set_adapter(
+    wrapper: AdaptedLayer | SavedModule, adapter_names: str | Sequence[str], inference_mode: bool = False
+) -> None:
     """Make adapters the active ones; as all layers of a model have one state, in all of them."""
     names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-    layer.state.change(active=tuple(names))
-    for name, slot in adapters_in(layer).items():
-        slot.requires_grad_(name in names and not inference_mode)
+    set_active(wrapper.state, names)
+    held = wrapper.adapters if isinstance(wrapper, AdaptedLayer) else wrapper.modules_to_save
+    for key, part in held._modules.items():
+        if part is not None:
+            part.requires_grad_(slot_name(key) in names and not inference_mode)
+
+
+def _enable_adapters(wrapper: AdaptedLayer | SavedModule, enabled: bool) -> None:
+    """Switch adapters on or off; as all layers of a model have one state, in all of them."""
+    switch(wrapper.state, enabled)
 
 
 ATTRIBUTES: dict[str, Callable[[AdaptedLayer], Any]] = {
     "_all_available_adapter_names": lambda layer: lambda: sorted(adapters_in(layer)),
-    "active_adapter": lambda layer: _one_or_all(list(layer.state.active)),
-    "active_adapters": lambda layer: list(layer.state.active),
+    "active_adapter": lambda layer: _one_or_all(active(layer.state)),
+    "active_adapters": lambda layer: active(layer.state),
     "adapter_layer_names": _trained_heads,
-    "disable_adapters": lambda layer: _off(layer.state),
+    "disable_adapters": lambda layer: is_off(layer.state),
+    "enable_adapters": lambda layer: partial(_enable_adapters, layer),
     "get_base_layer": lambda layer: lambda: layer.base_layer,
     "get_delta_weight": lambda layer: partial(_delta_weight, layer),
     "in_features": lambda layer: layer.kind.features(layer.base_layer)[1] // _positions(layer),
@@ -240,6 +344,7 @@ ATTRIBUTES: dict[str, Callable[[AdaptedLayer], Any]] = {
     "scaling": Scaling,
     "set_adapter": lambda layer: partial(_set_adapter, layer),
     "set_scale": lambda layer: partial(_set_scale, layer),
+    "supports_lora_conversion": lambda layer: partial(_supports_lora_conversion, layer),
     "unscale_layer": lambda layer: partial(_unscale_layer, layer),
     "use_dora": lambda layer: _options(layer, "use_dora"),
     "use_rslora": lambda layer: _options(layer, "use_rslora"),
@@ -292,12 +397,26 @@ def _is_lora(layer: AdaptedLayer) -> bool:
     return any(slot.method is not None and slot.method.name == "lora" for slot in adapters_in(layer).values())
 
 
+def _load_map(saved: SavedModule, adapter_name: str) -> dict[str, str]:
+    """Key of a module in a file -> its name in the wrapper."""
+    key = slot_key(adapter_name)
+    twin = saved.modules_to_save._modules.get(key)
+    return {} if twin is None else {name: f"modules_to_save.{key}.{name}" for name in twin.state_dict()}
+
+
+def _its_active(saved: SavedModule) -> list[str]:
+    return [name for name in active(saved.state) if slot_key(name) in saved.modules_to_save]
+
+
 SAVED_ATTRIBUTES: dict[str, Callable[[SavedModule], Any]] = {
     "_adapters": lambda saved: set(map(slot_name, saved.modules_to_save)),
     "adapter_layer_names": lambda saved: ["modules_to_save"],
-    "active_adapters": lambda saved: [n for n in saved.state.active if n in saved.modules_to_save],
-    "active_adapter": lambda saved: _one_or_all([n for n in saved.state.active if n in saved.modules_to_save]),
-    "disable_adapters": lambda saved: _off(saved.state),
+    "adapter_state_dict_load_map": lambda saved: partial(_load_map, saved),
+    "active_adapters": lambda saved: _its_active(saved),
+    "active_adapter": lambda saved: _one_or_all(_its_active(saved)),
+    "enable_adapters": lambda saved: partial(_enable_adapters, saved),
+    "set_adapter": lambda saved: partial(_set_adapter, saved),
+    "disable_adapters": lambda saved: is_off(saved.state),
 }
 
 
@@ -316,5 +435,34 @@ class _SavedShape(Outside):
         return {}
 
 
+@final
+class _TunerShape(Outside):
+    """Of a whole model with adapters: its vectors under the names that PEFT has for them."""
+
+    def attribute(self, wrapper: nn.Module, name: str) -> Any:
+        raise AttributeError(name)
+
+    def parts(self, wrapper: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        own = wrapper._modules
+        yield from ((name, part) for name, part in own.items() if part is not None and name != "shared_parameters")
+        found: dict[str, dict[str, tuple[nn.Module, str, nn.Parameter]]] = {}
+        for key, name, parameter in _vectors(wrapper):
+            held = cast(nn.Module, cast(nn.Module, own["shared_parameters"])._modules[key])
+            found.setdefault(name, {})[key] = (held, name, parameter)
+        yield from ((name, _Held(vectors)) for name, vectors in found.items())
+
+    def names(self, wrapper: nn.Module) -> Mapping[str, str]:
+        return {f"shared_parameters.{key}.{name}": f"{name}.{key}" for key, name, _ in _vectors(wrapper)}
+
+
+def _vectors(tuner: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
+    """(adapter's key, name, parameter) of what adapters train once for a whole model."""
+    for key, held in cast(nn.Module, tuner._modules["shared_parameters"])._modules.items():
+        for name, parameter in () if held is None else held._parameters.items():
+            if parameter is not None:
+                yield key, name, parameter
+
+
+TUNER: Outside = _TunerShape()
 LAYER: Outside = _LayerShape()
 SAVED: Outside = _SavedShape()

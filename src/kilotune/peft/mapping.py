@@ -63,6 +63,7 @@ def inject_adapter_in_model(
     if held is None:
         held = tuner_of(peft_config)(model, peft_config, adapter_name, low_cpu_mem_usage)
         model.__dict__[INJECTED] = held
+        model.peft_config = held.peft_config  # type: ignore[assignment]  # where transformers and PEFT look for it
     else:
         held.inject(adapter_name, peft_config, low_cpu_mem_usage)
         held._activate((adapter_name,), train=not peft_config.inference_mode)

@@ -25,6 +25,7 @@ from ..adapter_files.writing import DEFAULT, check_safe, folders
 from ..convert import to_lora
 from ..errors import ConfigError, type_name
 from ..model.adapter_model import ASKED_BY_TRAINERS
+from . import in_place
 from .config import PeftConfig
 from .hub import push_to_hub, write_card
 from .status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
@@ -135,7 +136,7 @@ class PeftModel(nn.Module, ABC):
             CheckpointError: the files are damaged or unsafe, or do not fit.
 
         """
-        file = _opened(model_id, config, key_mapping, kwargs)
+        file = opened(model_id, config, key_mapping, kwargs)
         known = PeftConfig.from_peft_type(**_file_values(file)) if config is None else config
         known.inference_mode = not is_trainable
         tuner = tuner_of(known).empty(model)
@@ -166,7 +167,7 @@ class PeftModel(nn.Module, ABC):
             CheckpointError: the files are damaged or unsafe, or do not fit.
 
         """
-        file = _opened(model_id, kwargs.pop("config", None), key_mapping, kwargs)
+        file = opened(model_id, kwargs.pop("config", None), key_mapping, kwargs)
         if adapter_name in self.peft_config:
             return LoadResult(*set_peft_model_state_dict(self, file.files.tensors, adapter_name))
         known = PeftConfig.from_peft_type(**_file_values(file))
@@ -243,16 +244,24 @@ class PeftModel(nn.Module, ABC):
         return get_model_status(self)
 
     def supports_lora_conversion(self, adapter_name: str = DEFAULT) -> bool:
-        """Whether the adapter's change is of a weight, so that a LoRA can stand for it."""
-        return self.base_model.installed(adapter_name).method.makes.mergeable
+        """Whether a LoRA can stand for the adapter; see :func:`kilotune.peft.convert_to_lora`."""
+        return self.base_model.supports_lora_conversion(adapter_name)
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base_model" or name in ASKED_BY_TRAINERS:
+            if name == "base_model":
                 raise
-            return getattr(self.base_model, name)
+            if name not in ASKED_BY_TRAINERS:
+                return getattr(self.base_model, name)
+        if not in_place.installed():
+            raise ConfigError(
+                "a Trainer takes this for a plain model, of which it saves the whole base: call "
+                "kilotune.peft.install() before transformers is imported, or use kilotune.train.for_trainer() with "
+                "kilotune.get_peft_model()"
+            )
+        return getattr(self.get_base_model(), name)
 
     # -- running ---------------------------------------------------------------------------------
 
@@ -374,7 +383,7 @@ class PeftModel(nn.Module, ABC):
         return push_to_hub(self, repo_id, **kwargs)
 
 
-def _opened(
+def opened(
     model_id: str | os.PathLike[str],
     config: PeftConfig | None,
     key_mapping: Mapping[str, str] | None,

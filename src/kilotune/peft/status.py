@@ -12,7 +12,7 @@ from ..added_modules import base_modules
 from ..injection.tree import AroundBase, walk, wrappers
 from ..layers.adapted import AdaptedLayer
 from ..layers.saved_module import SavedModule
-from .layer_shape import slot_name
+from .layer_shape import active, is_off, slot_name
 
 __all__ = ["TunerLayerStatus", "TunerModelStatus", "get_layer_status", "get_model_status"]
 
@@ -86,8 +86,8 @@ def _of_wrapper(name: str, wrapper: AdaptedLayer | SavedModule) -> TunerLayerSta
     return TunerLayerStatus(
         name=name,
         module_type=_words(base) if isinstance(wrapper, AdaptedLayer) else "ModulesToSaveWrapper",
-        enabled=not state.now().disabled and bool(state.active),
-        active_adapters=list(state.active),
+        enabled=not is_off(state),
+        active_adapters=active(state),
         merged_adapters=list(wrapper.merged) if isinstance(wrapper, AdaptedLayer) else [],
         requires_grad={key: _one({p.requires_grad for p in own}) for key, own in parameters.items() if own},
         available_adapters=sorted(parameters),

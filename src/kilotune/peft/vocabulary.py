@@ -1,6 +1,6 @@
 """PEFT's public names, and what becomes of each here. docs/peft.md is made from this; a test holds it to PEFT's own.
 
-A name is here (its home in this package), or another name does it (what), or it is not here (why).
+A name is here (``kilotune.peft.__all__``), or it is not: why, and what does it instead.
 """
 
 from __future__ import annotations
@@ -8,40 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple, final
 
-__all__ = ["HOMES", "PEFT", "Absent", "absent", "advice"]
+__all__ = ["PEFT", "Absent", "absent", "advice"]
 
 PEFT = "0.21.2"  # whose names these are
-
-HOMES: Mapping[str, tuple[str, ...]] = {
-    "auto": (
-        *("MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "AutoPeftModel", "AutoPeftModelForCausalLM"),
-        *("AutoPeftModelForFeatureExtraction", "AutoPeftModelForQuestionAnswering", "AutoPeftModelForSeq2SeqLM"),
-        *("AutoPeftModelForSequenceClassification", "AutoPeftModelForTokenClassification"),
-    ),
-    "config": ("PeftConfig", "PromptLearningConfig"),
-    "mapping": (
-        *("PEFT_TYPE_TO_CONFIG_MAPPING", "PEFT_TYPE_TO_MIXED_MODEL_MAPPING", "PEFT_TYPE_TO_TUNER_MAPPING"),
-        *("get_peft_config", "inject_adapter_in_model"),
-    ),
-    "mapping_func": ("get_peft_model",),
-    "mixed_model": ("PeftMixedModel",),
-    "peft_model": (
-        *("PeftModel", "PeftModelForCausalLM", "PeftModelForFeatureExtraction", "PeftModelForQuestionAnswering"),
-        *("PeftModelForSeq2SeqLM", "PeftModelForSequenceClassification", "PeftModelForTokenClassification"),
-        *("get_layer_status", "get_model_status"),
-    ),
-    "tuners": (
-        *("EvaConfig", "get_eva_state_dict", "initialize_lora_eva_weights"),
-        *("IA3Config", "IA3Model", "LoraConfig", "LoraModel", "LoraRuntimeConfig"),
-        *("UniLoraConfig", "UniLoraModel", "VeraConfig", "VeraModel"),
-    ),
-    "utils": (
-        *("NoMatchingPeftModuleError", "PeftError", "PeftType", "PeftWarning", "TaskType"),
-        *("cast_mixed_precision_params", "get_base_model_state_dict", "get_peft_model_state_dict"),
-        *("load_peft_weights", "prepare_model_for_kbit_training", "set_base_model_state_dict"),
-        *("set_peft_model_state_dict", "shift_tokens_right", "infer_device"),
-    ),
-}
 
 
 @final
@@ -87,8 +56,6 @@ _ABSENT: Mapping[str, Absent] = {
         ),
         Absent("a start of LoRA that kilotune lacks", 'LoraConfig with init_lora_weights="pissa" or "eva"'),
     ),
-    "convert_to_lora": Absent("not there yet", "kilotune convert --to lora, for a VeRA file"),
-    "save_as_lora": Absent("not there yet", "kilotune convert --to lora, for a VeRA file"),
     "find_kappa": Absent("a choice of targets by condition numbers", 'target_modules="all-linear"'),
 }
 

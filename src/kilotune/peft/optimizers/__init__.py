@@ -1,4 +1,7 @@
-"""As ``peft.optimizers``: LoRA+'s groups (arXiv 2402.12354)."""
+"""As ``peft.optimizers``: LoRA+'s groups (arXiv 2402.12354).
+
+What it does is in ``model/optimizer_groups.py``; here it has PEFT's names.
+"""
 
 from __future__ import annotations
 

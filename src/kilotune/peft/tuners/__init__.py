@@ -1,4 +1,7 @@
-"""As ``peft.tuners``: the methods that PEFT and kilotune both have."""
+"""As ``peft.tuners``: the methods that PEFT and kilotune both have.
+
+Begin in ``tuners_utils.py``: all of PEFT's models and layers are one there. A method has a folder, as in PEFT.
+"""
 
 from .ia3 import IA3Config, IA3Model
 from .lora import (
@@ -6,8 +9,10 @@ from .lora import (
     LoraConfig,
     LoraModel,
     LoraRuntimeConfig,
+    convert_to_lora,
     get_eva_state_dict,
     initialize_lora_eva_weights,
+    save_as_lora,
 )
 from .unilora import UniLoraConfig, UniLoraModel
 from .vera import VeraConfig, VeraModel
@@ -23,6 +28,8 @@ __all__ = [
     "UniLoraModel",
     "VeraConfig",
     "VeraModel",
+    "convert_to_lora",
     "get_eva_state_dict",
     "initialize_lora_eva_weights",
+    "save_as_lora",
 ]

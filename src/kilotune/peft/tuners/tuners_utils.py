@@ -6,7 +6,7 @@ import warnings
 from abc import ABC, ABCMeta
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, final
 
 from torch import Tensor, nn
 
@@ -15,10 +15,11 @@ from ...errors import AdapterError, ConfigError, MergeError, did_you_mean, type_
 from ...injection import inject
 from ...injection.tree import every_wrapper
 from ...layers.adapted import AdaptedLayer
+from ...layers.outside import Outside, Shown
 from ...layers.saved_module import SavedModule
 from ...model.adapter_model import DEFAULT, AdapterModel
 from ..config import PeftConfig
-from ..layer_shape import LAYER, SAVED, adapters_in
+from ..layer_shape import LAYER, SAVED, TUNER, active, adapters_in, becomes_lora, is_off, switch
 from ..utils.warning import PeftWarning
 
 __all__ = ["BaseTuner", "BaseTunerLayer"]
@@ -26,7 +27,7 @@ __all__ = ["BaseTuner", "BaseTunerLayer"]
 CHOSEN = ("target_modules", "modules_to_save", "feedforward_modules")  # what a model fills in
 
 
-class BaseTuner(AdapterModel, ABC):
+class BaseTuner(Shown, AdapterModel, ABC):
     """What PEFT keeps in ``model.base_model``: the base in ``.model``, and the adapters in it.
 
     Args:
@@ -38,6 +39,7 @@ class BaseTuner(AdapterModel, ABC):
 
     """
 
+    outside: Outside | None = TUNER
     prefix: ClassVar[str]  # what the names of a method's tensors begin with
     uses_shared_state: ClassVar[bool] = False  # whether layers need more than themselves: none here do
 
@@ -51,7 +53,6 @@ class BaseTuner(AdapterModel, ABC):
     ) -> None:
         nn.Module.__init__(self)
         self._configs: dict[str, PeftConfig] = {}
-        self._switched_off: tuple[str, ...] | None = None
         self._take(model)
         given = peft_config if isinstance(peft_config, dict) else {adapter_name: peft_config}
         for name, config in given.items():
@@ -63,7 +64,7 @@ class BaseTuner(AdapterModel, ABC):
         """A model without adapters so far."""
         made = cls.__new__(cls)
         nn.Module.__init__(made)
-        made._configs, made._switched_off = {}, None
+        made._configs = {}
         made._take(model)
         return made
 
@@ -127,7 +128,7 @@ class BaseTuner(AdapterModel, ABC):
         if self.merged_adapters:
             warnings.warn("adapters are merged: they are taken out before others are set", PeftWarning, stacklevel=2)
             self.unmerge_adapter()
-        self._switched_off = None
+        switch(self._state, on=True)
         super().set_adapter(names, inference_mode)
 
     # -- on and off ------------------------------------------------------------------------------
@@ -137,25 +138,21 @@ class BaseTuner(AdapterModel, ABC):
         if self.merged_adapters:
             warnings.warn("adapters are merged: they are taken out before all are disabled", PeftWarning, stacklevel=2)
             self.unmerge_adapter()
-        if self._switched_off is None:
-            self._switched_off = self._state.active
-            self._state.change(active=())
+        switch(self._state, on=False)
 
     def enable_adapter_layers(self) -> None:
         """What was active before :meth:`disable_adapter_layers` is so again."""
-        if self._switched_off is not None:
-            self._state.change(active=tuple(name for name in self._switched_off if name in self._installed))
-            self._switched_off = None
+        switch(self._state, on=True)
 
     @property
     def active_adapters(self) -> list[str]:
         """The names of the active adapters, whether they are disabled or not."""
-        return list(self._state.active if self._switched_off is None else self._switched_off)
+        return active(self._state)
 
     @property
     def enabled(self) -> bool:
         """Whether adapters run, here and now."""
-        return self._switched_off is None and not self._state.now().disabled
+        return not is_off(self._state)
 
     def _known(self, name: str) -> str:
         if not isinstance(name, str) or name not in self._installed:
@@ -182,6 +179,11 @@ class BaseTuner(AdapterModel, ABC):
             warnings.warn("no adapter is merged; there is nothing to take out", PeftWarning, stacklevel=2)
             return
         super().unmerge_adapter()
+
+    def supports_lora_conversion(self, adapter_name: str = DEFAULT) -> bool:
+        """Whether a LoRA can stand for an adapter: it adds to weights, each of which is one matrix."""
+        installed = self.installed(adapter_name)
+        return all(becomes_lora(installed.layers[name], slot) for name, slot in installed.slots().items())
 
     # -- other names -----------------------------------------------------------------------------
 
@@ -217,6 +219,7 @@ class BaseTuner(AdapterModel, ABC):
         return super()._release()
 
 
+@final
 class _LayerNames(ABCMeta):
     """Classes of PEFT's layers: which of our wrappers are of them is asked, not inherited."""
 

@@ -1,4 +1,7 @@
-"""As ``peft.utils``."""
+"""As ``peft.utils``.
+
+Begin in ``save_and_load.py``: an adapter's numbers out of a model and into it.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ if TYPE_CHECKING:
     from .other import (
         AuxiliaryTrainingWrapper,
         ModulesToSaveWrapper,
+        _get_submodules,
         cast_mixed_precision_params,
         infer_device,
         prepare_model_for_kbit_training,
@@ -40,6 +44,7 @@ __all__ = [
     "PeftType",
     "PeftWarning",
     "TaskType",
+    "_get_submodules",
     "cast_mixed_precision_params",
     "get_base_model_state_dict",
     "get_peft_model_state_dict",

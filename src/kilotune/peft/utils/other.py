@@ -31,6 +31,7 @@ __all__ = [
 QUANTISED = ("is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized")
 
 
+@final
 class _SavedNames(type):
     def __instancecheck__(cls, instance: object) -> bool:
         return isinstance(instance, SavedModule)

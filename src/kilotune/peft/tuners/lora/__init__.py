@@ -1,6 +1,10 @@
-"""As ``peft.tuners.lora``."""
+"""As ``peft.tuners.lora``.
+
+The method itself is in ``methods/lora.py``; here are its options and its layers under PEFT's names.
+"""
 
 from .config import EvaConfig, LoraConfig, LoraRuntimeConfig
+from .conversion import convert_to_lora, save_as_lora
 from .eva import get_eva_state_dict, initialize_lora_eva_weights
 from .layer import Conv2d, Embedding, Linear, LoraLayer
 from .model import LoraModel
@@ -14,6 +18,8 @@ __all__ = [
     "LoraLayer",
     "LoraModel",
     "LoraRuntimeConfig",
+    "convert_to_lora",
     "get_eva_state_dict",
     "initialize_lora_eva_weights",
+    "save_as_lora",
 ]

@@ -1,4 +1,7 @@
-"""As ``peft.tuners.unilora``."""
+"""As ``peft.tuners.unilora``.
+
+The method itself is in ``methods/unilora.py``; here are its options and its layers under PEFT's names.
+"""
 
 from .config import UniLoraConfig
 from .layer import UniLoraLayer

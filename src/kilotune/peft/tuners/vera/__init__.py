@@ -1,4 +1,7 @@
-"""As ``peft.tuners.vera``."""
+"""As ``peft.tuners.vera``.
+
+The method itself is in ``methods/vera.py``; here are its options and its layers under PEFT's names.
+"""
 
 from .config import VeraConfig
 from .layer import VeraLayer
