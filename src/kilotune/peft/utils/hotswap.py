@@ -24,6 +24,7 @@ from ...adapter_files.fitting import match_tensors, wanted_of
 from ...adapter_files.peft_layout import PREFIX
 from ...adapter_files.reading import parse
 from ...adapter_files.writing import bias_place
+from ...config import AdapterConfig
 from ...errors import AdapterError, ConfigError, check_one_of, type_name
 from ...injection import inject
 from ...injection.installed_adapter import Installed
@@ -216,6 +217,7 @@ def _lora_adapters(model: nn.Module) -> list[Installed]:
         found = [one for name in tuner.peft_config if isinstance((one := tuner.installed(name)).config, OurConfig)]
         for one in found:
             _check_idle(one)
+            _check_whole(one.config)
     if not found:
         raise ConfigError(
             "No adapter layers found on the model, of LoRA; call `prepare_model_for_compiled_hotswap` after loading "
@@ -247,6 +249,15 @@ def _check_target_rank(adapters: list[Installed], target_rank: int) -> None:
 def _check_idle(installed: Installed) -> None:
     if any(layer.state.open_routes() for layer in installed.layers.values()):
         raise AdapterError("an adapter cannot be replaced while a route is open; leave its context first")
+
+
+def _check_whole(config: AdapterConfig) -> None:
+    """Refuse an adapter whose tensors are not all that it is."""
+    if config.part_of_base is not None:
+        raise ConfigError(
+            f"hotswap: an adapter with init_lora_weights={config.part_of_base!r} counts its change from a part of the "
+            "base; kilotune.convert.to_lora makes one of it that does not"
+        )
 
 
 def _check_unmerged(installed: Installed) -> None:
@@ -377,6 +388,8 @@ def _swap(
         shown = ", ".join(_with_name(key, adapter_name) for key in unexpected)
         raise RuntimeError(f"Hot swapping the adapter did not succeed, unexpected keys found: {shown}.")
     new = cast(OurConfig, config.translated())
+    _check_whole(installed.config)
+    _check_whole(new)
     asked = cast(OurConfig, installed.config).replace(
         r=new.r,
         lora_alpha=new.lora_alpha,
