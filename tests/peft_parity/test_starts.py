@@ -220,6 +220,14 @@ PLAIN: dict[str, Any] = {
     "prepare_layer_inputs_fn": None,
     "show_progress_bar": False,
 }
+
+
+def uneven(inputs: Any, batch: Any, name: str) -> torch.Tensor:
+    """The head's inputs vary in one direction more than in all others, so its ranks go to other layers."""
+    rows = inputs[0] if isinstance(inputs, tuple) else inputs
+    return rows * 0.2 ** torch.arange(rows.shape[-1]) if name.endswith("head") else rows
+
+
 TARGETS = ["first", "blocks.0.1", "blocks.1.3", "head"]
 
 
@@ -247,20 +255,22 @@ EVA: list[tuple[dict[str, Any], dict[str, Any]]] = [
 def test_eva_gives_the_ranks_and_factors_of_pefts(
     settings: dict[str, Any], options: dict[str, Any], tmp_path: Path
 ) -> None:
-    ours, theirs = eva_pair(eva={**settings, "tau": 0.999}, **options)
+    ours, theirs = eva_pair(eva=settings, **options)
     batches = plain_batches()
+    how = {**PLAIN, "prepare_layer_inputs_fn": uneven}
     with quiet():
-        peft.initialize_lora_eva_weights(theirs, batches, **PLAIN)
-    shim.initialize_lora_eva_weights(ours, batches, **PLAIN)
+        peft.initialize_lora_eva_weights(theirs, batches, **how)
+    shim.initialize_lora_eva_weights(ours, batches, **how)
     told, expected = ours.peft_config["default"], theirs.peft_config["default"]
     assert told.rank_pattern == expected.rank_pattern
+    assert bool(told.rank_pattern) == (settings["rho"] > 1 or bool(options.get("rank_pattern")))
     assert told.alpha_pattern == pytest.approx(expected.alpha_pattern)
     mine, other = peft_like(ours), {k: p.detach() for k, p in peft_parameters(theirs).items()}
     assert sorted(mine) == sorted(other)
     for name, value in mine.items():
         if name.endswith("lora_A"):
             alike = torch.nn.functional.cosine_similarity(value.detach(), other[name], dim=1)
-            assert float(alike.min()) > 0.995, name
+            assert float(alike.min()) > 0.98, name
             torch.testing.assert_close(value.detach().norm(dim=1), other[name].norm(dim=1), rtol=0.02, atol=0)
         else:
             assert not value.any()
@@ -288,7 +298,7 @@ def test_eva_on_a_language_model_leaves_out_padding_and_masked_labels() -> None:
         ids = torch.randint(0, 40, (6, 10), generator=generator)
         mask = torch.ones_like(ids)
         mask[:3, 7:] = 0
-        labels = ids.masked_fill(torch.rand(6, 10, generator=generator) < 0.3, -100)
+        labels = ids.masked_fill(ids < 25, -100)
         batches.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
     state = shim.get_eva_state_dict(ours, batches)
     with quiet():
