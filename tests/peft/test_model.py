@@ -248,7 +248,7 @@ def test_a_base_is_prepared_for_training_in_few_bits() -> None:
         assert prepared is base
         assert not any(p.requires_grad for p in base.parameters())
         assert {p.dtype for p in base.parameters()} == {torch.float32 if quantised else torch.bfloat16}
-        assert base.is_gradient_checkpointing is quantised
+        assert base.model.gradient_checkpointing is quantised
     module = nn.Sequential(nn.Linear(2, 2))
     module.is_loaded_in_8bit = True
     with pytest.raises(ConfigError, match="a Sequential has none; set it to False"):

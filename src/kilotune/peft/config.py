@@ -115,7 +115,8 @@ class PeftConfig(ABC):  # noqa: B024, as the others' base; it is made to load an
         if folder.is_file():
             raise CheckpointError(f"save_pretrained: expected a folder, got the file {folder}")
         folder.mkdir(parents=True, exist_ok=True)
-        values = {one.name: getattr(self, one.name) for one in fields(self) if not one.metadata.get("ours")}
+        theirs = [one.name for one in fields(self) if not one.metadata.get("ours")]
+        values = {name: getattr(self, name) for name in theirs if name != "runtime_config"}  # which holds of one run
         ours = [one for one in fields(self) if one.metadata.get("ours") and one.name != "strict_targets"]
         more = {one.name: getattr(self, one.name) for one in ours if getattr(self, one.name) != one.default}
         if auto_mapping_dict is not None:

@@ -110,5 +110,7 @@ def _take(model: Any, name: str) -> None:
     update_wrapper(
         runs, getattr(type(model.get_base_model()), name), assigned=("__doc__", "__name__", "__annotations__")
     )
-    runs.__signature__ = inspect.signature(base)  # type: ignore[attr-defined]
+    own_place = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)  # which binding takes away again
+    found = inspect.signature(base).parameters.values()
+    runs.__signature__ = inspect.Signature([own_place, *found])  # type: ignore[attr-defined]
     model.__dict__[name] = MethodType(runs, model)

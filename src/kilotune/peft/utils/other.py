@@ -79,10 +79,11 @@ def prepare_model_for_kbit_training(
         options = dict(gradient_checkpointing_kwargs or {})
         if options.get("use_reentrant", True):
             let_inputs_have_gradients(model)
-        enable = getattr(model, "gradient_checkpointing_enable", None)
+        named = ("activation_checkpointing_enable", "gradient_checkpointing_enable")  # the latter before 5.23
+        enable = next((found for name in named if (found := getattr(model, name, None)) is not None), None)
         if enable is None:
             raise ConfigError(f"use_gradient_checkpointing: a {type(model).__name__} has none; set it to False")
-        enable(**({"gradient_checkpointing_kwargs": options} if options else {}))
+        enable(*([options] if options else []))
     return model
 
 
