@@ -230,7 +230,8 @@ class Residents:
     def _planned(self, file: AdapterFile, strict: bool = False) -> inject.Plan:
         """What the adapter would be in the model, its shapes checked; nothing is made for it, and nobody waits."""
         base = self.model.get_base_model()
-        made = inject.plan(base, "trial", file.config.replace(inference_mode=True), file.method, strict=strict)
+        config = file.config.replace(inference_mode=True, strict_targets=True)  # a warning would be told to nobody
+        made = inject.plan(base, "trial", config, file.method, strict=strict)
         match_tensors(file, made, type(base).__name__)
         check_base(file, made, inject.base_name(base) or type(base).__name__, strict=True)
         return made
