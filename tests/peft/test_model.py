@@ -206,7 +206,7 @@ def test_a_card_is_made_and_one_that_is_there_keeps_its_text(tmp_path: Path) -> 
     for _ in range(2):  # the second changes nothing
         model.create_or_update_model_card(tmp_path)
         text = (tmp_path / "README.md").read_text()
-        for line in ("license: mit", 'library_name: "peft"', 'base_model: "owner/base"', "# My model", "Some words."):
+        for line in ("license: mit", "library_name: peft", 'base_model: "owner/base"', "# My model", "Some words."):
             assert text.count(line) == 1, line
         assert '"mine"' in text
         assert '"lora"' in text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ __all__ = ["push_to_hub", "write_card"]
 
 CARD = "README.md"
 HEADING = "### Framework versions"
+WORD = re.compile(r"[A-Za-z][A-Za-z-]*[A-Za-z]")
 
 
 def write_card(model: Any, folder: Path) -> None:
@@ -47,11 +49,16 @@ def write_card(model: Any, folder: Path) -> None:
     if line not in body.splitlines():
         body = body.rstrip("\n")
         body = body.replace(HEADING, f"{HEADING}\n\n{line}", 1) if HEADING in body else f"{body}\n\n{HEADING}\n\n{line}"
-    lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in told.items()]
+    lines = [f"{key}: {_yaml(value)}" for key, value in told.items()]
     text = "\n".join(["---", *kept, *lines, "---", body.lstrip("\n"), ""])
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(path) as fresh:
         fresh.write_text(text, encoding="utf-8")
+
+
+def _yaml(value: Any) -> str:
+    """A value as YAML has it: plain where it is a word, else as JSON, which YAML reads too."""
+    return value if isinstance(value, str) and WORD.fullmatch(value) else json.dumps(value, ensure_ascii=False)
 
 
 def _parts(text: str) -> tuple[list[str], str]:
