@@ -45,12 +45,13 @@ def loaded(folder: Path, library: Any = ours) -> Any:
         return library.PeftModel.from_pretrained(tiny_llama(), folder)
 
 
+# DoRA in fewer layers is refused, see below.
+SWAPS = [(other, form) for other in OTHERS for form in FORMS if (other, form) != ("fewer layers", "dora")]
+
+
 @pytest.mark.parametrize("prepared", [None, False, 9])
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("other", OTHERS)
+@pytest.mark.parametrize(("other", "form"), SWAPS)
 def test_it_is_the_adapter_freshly_loaded(other: str, form: str, prepared: int | None, tmp_path: Path) -> None:
-    if (form, other) == ("dora", "fewer layers"):
-        pytest.skip("is refused, see below")
     first = saved(tmp_path / "first", r=4, lora_alpha=8, **FORMS[form])
     second = saved(tmp_path / "second", 2, **FORMS[form], **OTHERS[other])
     model = loaded(first)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -286,3 +287,50 @@ def test_signatures_are_those_of_the_base() -> None:
     assert torch.equal(logits(model), logits(made(ours, "LoraConfig")))
     with pytest.raises(ConfigError, match="method"):
         ours.helpers.update_signature(model, "backward")
+
+
+def test_no_option_is_passed_over(tmp_path: Path) -> None:
+    model = made(ours, "LoraConfig")
+    model.save_pretrained(tmp_path)
+    for option, words in (
+        ({"ephemeral_gpu_offload": True}, "computes where its layers are"),
+        ({"use_safetensors": False}, "pickles are not read"),
+    ):
+        with pytest.raises((ConfigError, UnsupportedError), match=words):
+            ours.PeftModel.from_pretrained(tiny_llama(), tmp_path, **option)
+        with pytest.raises((ConfigError, UnsupportedError), match=words):
+            model.load_adapter(tmp_path, "more", **option)
+    with pytest.raises(UnsupportedError, match="computes where its layers are"):
+        ours.LoraRuntimeConfig(ephemeral_gpu_offload=True)
+    with pytest.raises(ConfigError, match="name the embedding in modules_to_save"):
+        ours.get_peft_model_state_dict(model, save_embedding_layers=True)
+    with pytest.raises(ConfigError, match="task_ids: for adapters that train prompts"):
+        model(input_ids=IDS, task_ids=torch.zeros(2))
+
+
+# -- on and off ----------------------------------------------------------------------------------------------
+
+
+def test_switched_off_adapters_come_back_also_in_a_copy_and_without_one_that_went() -> None:
+    model = made(ours, "LoraConfig", "one")
+    model.add_adapter("two", ours.LoraConfig(r=2, target_modules=["q_proj"]))
+    filled(ours, model, "two")
+    model.set_adapter(["one", "two"])
+    on = logits(model)
+    model.base_model.disable_adapter_layers()
+    off = logits(model)
+    assert torch.equal(off, logits(tiny_llama()))
+    assert (model.active_adapters, model.has_active_enabled_adapter) == (["one", "two"], False)
+    twin = copy.deepcopy(model)
+    twin.base_model.enable_adapter_layers()
+    assert torch.equal(logits(twin), on)
+    assert torch.equal(logits(model), off)
+    model.delete_adapter("one")
+    model.base_model.enable_adapter_layers()
+    assert model.active_adapters == ["two"]
+    assert not torch.equal(logits(model), off)
+    model.base_model.disable_adapter_layers()
+    model.set_adapter("two")  # which switches them on
+    assert model.has_active_enabled_adapter
+    with pytest.raises(AdapterError, match="of the PeftModel around this"):
+        model.base_model.load_adapter("nowhere", "x")

@@ -146,6 +146,7 @@ class ActiveState:
         self._thread = threading.local()  # .disabled: what a compiler can ask for
         self.watch: Watch | None = None  # until the first forward with gradients is over
         self.watched: set[str] = set()  # the adapters of which that is so
+        self.switched_off: tuple[str, ...] | None = None  # those that are active again when all are switched on
 
     @property
     def active(self) -> tuple[str, ...]:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequenc
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast, final
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -280,31 +279,29 @@ def _trained_heads(layer: AdaptedLayer) -> list[str]:
     return [head for head in _heads(layer) if head not in DROPOUTS.values()]
 
 
-_SWITCHED_OFF: WeakKeyDictionary[ActiveState, tuple[str, ...]] = WeakKeyDictionary()
-
-
 def switch(state: ActiveState, on: bool) -> None:
     """Switch all adapters of a model off, for all threads, or on again: those that were active."""
-    if on and state in _SWITCHED_OFF:
-        state.change(active=_SWITCHED_OFF.pop(state))
-    elif not on and state not in _SWITCHED_OFF:
-        _SWITCHED_OFF[state] = state.active
+    if on and state.switched_off is not None:
+        names, state.switched_off = state.switched_off, None
+        state.change(active=names)
+    elif not on and state.switched_off is None:
+        state.switched_off = state.active
         state.change(active=())
 
 
 def active(state: ActiveState) -> list[str]:
     """The names of the active adapters, whether they are switched off or not."""
-    return list(_SWITCHED_OFF.get(state, state.active))
+    return list(state.active if state.switched_off is None else state.switched_off)
 
 
 def is_off(state: ActiveState) -> bool:
     """Whether adapters are switched off, or disabled here."""
-    return state in _SWITCHED_OFF or state.now().disabled
+    return state.switched_off is not None or state.now().disabled
 
 
 def set_active(state: ActiveState, names: Sequence[str]) -> None:
     """Make other adapters the active ones, on."""
-    _SWITCHED_OFF.pop(state, None)
+    state.switched_off = None
     state.change(active=tuple(names))
 
 

@@ -47,7 +47,7 @@ def inject_adapter_in_model(
 ) -> nn.Module:
     """Put an adapter into a model, and give back the model itself: no object is around it.
 
-    A second one goes into the same model; all that are in it are active.
+    A second one goes into the same model; the new one is the active one.
 
     Args:
         peft_config: of the adapter.

@@ -29,10 +29,11 @@ from . import in_place
 from .config import PeftConfig
 from .hub import push_to_hub, write_card
 from .status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
+from .tuners.lora.config import refuse_offload
 from .tuners.mixed import tuner_of
 from .tuners.tuners_utils import BaseTuner
 from .utils.other import QUANTISED, let_inputs_have_gradients
-from .utils.save_and_load import renamed, save_adapter, set_peft_model_state_dict
+from .utils.save_and_load import refuse_embedding_layers, renamed, save_adapter, set_peft_model_state_dict
 
 __all__ = [
     "PeftModel",
@@ -127,7 +128,8 @@ class PeftModel(nn.Module, ABC):
             is_trainable: False: it is frozen.
             config: in place of that in the folder.
             autocast_adapter_dtype: False: its numbers are kept in the base's dtype.
-            ephemeral_gpu_offload, low_cpu_mem_usage: as in PEFT; no adapter is big here.
+            ephemeral_gpu_offload: refused where it is True.
+            low_cpu_mem_usage: as in PEFT; an adapter is read once in any case.
             key_mapping: pattern -> replacement for keys of the file, without their prefix.
             kwargs: revision, subfolder, token, cache_dir, local_files_only; PEFT's options for devices, which have no
                 effect: an adapter is put where its layers are.
@@ -136,6 +138,7 @@ class PeftModel(nn.Module, ABC):
             CheckpointError: the files are damaged or unsafe, or do not fit.
 
         """
+        refuse_offload(ephemeral_gpu_offload)
         file = opened(model_id, config, key_mapping, kwargs)
         known = PeftConfig.from_peft_type(**_file_values(file)) if config is None else config
         known.inference_mode = not is_trainable
@@ -167,6 +170,7 @@ class PeftModel(nn.Module, ABC):
             CheckpointError: the files are damaged or unsafe, or do not fit.
 
         """
+        refuse_offload(ephemeral_gpu_offload)
         file = opened(model_id, kwargs.pop("config", None), key_mapping, kwargs)
         if adapter_name in self.peft_config:
             return LoadResult(*set_peft_model_state_dict(self, file.files.tensors, adapter_name))
@@ -267,7 +271,8 @@ class PeftModel(nn.Module, ABC):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base's forward, with the active adapters; ``adapter_names``: one for each row of the batch."""
-        kwargs.pop("task_ids", None)
+        if kwargs.pop("task_ids", None) is not None:
+            raise ConfigError("task_ids: for adapters that train prompts, which are not here")
         if (names := kwargs.get("adapter_names")) is not None and self.training:
             raise ConfigError(f"adapter_names={list(names)!r:.200}: for a model in eval mode; call eval() first")
         return self.base_model(*args, **kwargs)
@@ -354,8 +359,7 @@ class PeftModel(nn.Module, ABC):
 
         """
         check_safe(safe_serialization)
-        if save_embedding_layers is True:
-            raise ConfigError("save_embedding_layers=True: name the embedding in modules_to_save, which trains it too")
+        refuse_embedding_layers(save_embedding_layers)
         names = list(self.peft_config) if selected_adapters is None else self.base_model._named(selected_adapters)
         root = Path(save_directory)
         places = folders(root, {name: self.base_model.installed(name) for name in names})
@@ -392,6 +396,8 @@ def opened(
     """An adapter's files, with another configuration or other keys where that is asked for."""
     if unknown := [key for key in options if key not in (*HUB, *ACCEPTED)]:
         raise TypeError(f"unexpected options: {', '.join(unknown)}; known: {', '.join((*HUB, *ACCEPTED))}")
+    if options.get("use_safetensors") is False:
+        raise ConfigError("use_safetensors=False: pickles are not read, which can run any code")
     file = open_adapter(model_id, **{key: options[key] for key in HUB if key in options})
     if config is None and not key_mapping:
         return file

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any, ClassVar, final
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ...adapter_files.reading import AdapterFile
 from ...candidates import inside, matches_names
@@ -38,7 +38,6 @@ class BaseTuner(Shown, AdapterModel, ABC):
         peft_config: of the first adapter, or of several by name.
         adapter_name: the first adapter's.
         low_cpu_mem_usage: on the meta device, without numbers, until the adapter is loaded.
-        state_dict: as in PEFT.
 
     """
 
@@ -52,7 +51,6 @@ class BaseTuner(Shown, AdapterModel, ABC):
         peft_config: PeftConfig | dict[str, PeftConfig],
         adapter_name: str = DEFAULT,
         low_cpu_mem_usage: bool = False,
-        state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         nn.Module.__init__(self)
         self._configs: dict[str, PeftConfig] = {}
@@ -90,8 +88,16 @@ class BaseTuner(Shown, AdapterModel, ABC):
 
     def take_file(self, file: AdapterFile, adapter_name: str, peft_config: PeftConfig, is_trainable: bool) -> None:
         """Add an adapter that was read."""
-        super().load_adapter(file, adapter_name, is_trainable)
+        AdapterModel.load_adapter(self, file, adapter_name, is_trainable)
         self._note(adapter_name, peft_config)
+
+    def add_adapter(self, adapter_name: str, peft_config: PeftConfig) -> None:  # type: ignore[override]
+        """Add an adapter; not active until it is set."""
+        self.inject(adapter_name, peft_config)
+
+    def load_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: the model around this one loads adapters."""
+        raise AdapterError("load_adapter() is of the PeftModel around this, or of kilotune.PeftModel")
 
     def _note(self, adapter_name: str, peft_config: PeftConfig) -> None:
         """Keep the configuration as PEFT has it, filled in, and show new wrappers under PEFT's names."""
@@ -123,6 +129,9 @@ class BaseTuner(Shown, AdapterModel, ABC):
             )
         super().delete_adapter(adapter_name)
         self._configs.pop(adapter_name, None)  # one that a conversion puts beside others has none
+        if (off := self._state.switched_off) is not None:
+            left = tuple(name for name in off if name != adapter_name)
+            self._state.switched_off = left or tuple(self._installed)[:1]
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make one adapter, or several at once, the active ones. Merged ones are taken out first, as in PEFT."""
@@ -224,12 +233,6 @@ class BaseTuner(Shown, AdapterModel, ABC):
         """The base's configuration as a dictionary; that of a plain module says that it is custom."""
         config = getattr(model, "config", {"model_type": "custom"})
         return dict(config) if isinstance(config, dict) else dict(config.to_dict())
-
-    @contextmanager
-    def off(self) -> Iterator[None]:
-        """The base alone runs inside, in this thread; see :meth:`kilotune.PeftModel.disable_adapter`."""
-        with self.disable_adapter():
-            yield
 
     def _release(self) -> nn.Module:
         self._configs = {}

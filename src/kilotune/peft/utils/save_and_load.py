@@ -19,7 +19,7 @@ from ...adapter_files.names import CONFIG_NAME
 from ...adapter_files.peft_layout import PREFIX
 from ...adapter_files.reading import parse
 from ...adapter_files.writing import DEFAULT, state_of
-from ...errors import AdapterError, CheckpointError, type_name
+from ...errors import AdapterError, CheckpointError, ConfigError, type_name
 from ...injection import inject
 from ...injection.installed_adapter import Installed
 from ...injection.tree import bare_state
@@ -30,6 +30,7 @@ __all__ = [
     "get_base_model_state_dict",
     "get_peft_model_state_dict",
     "load_peft_weights",
+    "refuse_embedding_layers",
     "renamed",
     "save_adapter",
     "set_base_model_state_dict",
@@ -80,11 +81,21 @@ def get_peft_model_state_dict(
         state_dict: the model's state in place of its own, as where it was gathered.
         adapter_name: which adapter.
         unwrap_compiled: the model is compiled; what it was made of is asked.
-        save_embedding_layers: as in PEFT; an embedding's base weight is never among them.
+        save_embedding_layers: "auto" and False: an embedding's base weight is not among them. True is refused.
+
+    Raises:
+        ConfigError: save_embedding_layers=True.
 
     """
+    refuse_embedding_layers(save_embedding_layers)
     tuner = tuner_in(getattr(model, "_orig_mod", model) if unwrap_compiled else model)
     return _state(tuner.installed(adapter_name), state_dict)[1]
+
+
+def refuse_embedding_layers(asked: str | bool) -> None:
+    """Refuse to write the base's own embedding beside an adapter, which PEFT's option of that name asks for."""
+    if asked is True:
+        raise ConfigError("save_embedding_layers=True: name the embedding in modules_to_save, which trains it too")
 
 
 def _state(

@@ -7,19 +7,28 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, final
 
 from ....config import AdapterConfig
-from ....errors import ConfigError
+from ....errors import ConfigError, UnsupportedError
 from ....methods import LoraConfig as OurConfig
 from ...config import CONFIGS, OURS, PeftConfig
 
-__all__ = ["EvaConfig", "LoraConfig", "LoraRuntimeConfig"]
+__all__ = ["EvaConfig", "LoraConfig", "LoraRuntimeConfig", "refuse_offload"]
 
 
 @final
 @dataclass
 class LoraRuntimeConfig:
-    """As in PEFT: what holds of one run. Only its default is here."""
+    """As in PEFT: what holds of one run. Only its default is here; anything else is an UnsupportedError."""
 
     ephemeral_gpu_offload: bool = False
+
+    def __post_init__(self) -> None:
+        refuse_offload(self.ephemeral_gpu_offload)
+
+
+def refuse_offload(asked: bool) -> None:
+    """Refuse PEFT's option to compute on a GPU what is kept on the CPU."""
+    if asked:
+        raise UnsupportedError("ephemeral_gpu_offload=True: an adapter computes where its layers are; leave it out")
 
 
 @final
