@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -241,15 +242,24 @@ def test_a_model_is_uploaded_as_it_is_saved(monkeypatch: pytest.MonkeyPatch) -> 
 # -- running -------------------------------------------------------------------------------------------------
 
 
-def test_a_base_is_prepared_for_training_in_few_bits() -> None:
-    for quantised in (False, True):
+@pytest.mark.parametrize("marks", [{}, {"is_loaded_in_4bit": True}, {"quantization_method": "torchao"}])
+def test_a_base_is_prepared_for_training_as_peft_prepares_it(marks: dict[str, Any]) -> None:
+    import peft
+
+    found = []
+    for library in (ours, peft):
         base = tiny_llama().bfloat16()
-        base.is_loaded_in_4bit = quantised
-        prepared = ours.prepare_model_for_kbit_training(base)
-        assert prepared is base
-        assert not any(p.requires_grad for p in base.parameters())
-        assert {p.dtype for p in base.parameters()} == {torch.float32 if quantised else torch.bfloat16}
-        assert base.model.gradient_checkpointing is quantised
+        for name, value in marks.items():
+            setattr(base, name, value)
+        with quiet(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # transformers': of the name that PEFT calls
+            assert library.prepare_model_for_kbit_training(base) is base
+        state = {(p.dtype, p.requires_grad) for p in base.parameters()}
+        found.append((state, base.model.gradient_checkpointing))
+    assert found[0] == found[1]
+
+
+def test_a_base_without_gradient_checkpointing_is_told() -> None:
     module = nn.Sequential(nn.Linear(2, 2))
     module.is_loaded_in_8bit = True
     with pytest.raises(ConfigError, match="a Sequential has none; set it to False"):

@@ -22,7 +22,7 @@ Mixed = Literal["irregular"]
 @final
 @dataclass
 class TunerLayerStatus:
-    """Of one adapted layer: its name, its class in PEFT's words, and each adapter's state there."""
+    """Of one adapted layer: its name, what it adapts (``adapted.Linear``), and each adapter's state there."""
 
     name: str
     module_type: str

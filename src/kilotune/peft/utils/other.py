@@ -29,6 +29,8 @@ __all__ = [
 ]
 
 QUANTISED = ("is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized")
+# Of these PEFT leaves what is in 16 bits as it is.
+KEPT_AS_THEY_ARE = ("gptq", "aqlm", "eetq", "hqq", "torchao")
 
 
 @final
@@ -58,23 +60,35 @@ def prepare_model_for_kbit_training(
     model: nn.Module,
     use_gradient_checkpointing: bool = True,
     gradient_checkpointing_kwargs: Mapping[str, Any] | None = None,
+    auto_clear_cache: bool = True,
 ) -> nn.Module:
-    """Make a quantised base ready: all frozen, what is left in 16 bits in float32, and gradient checkpointing.
+    """Make a base ready for adapters: all frozen, what is in 16 bits in float32, and gradient checkpointing.
+
+    As in PEFT a dense base is raised to float32 as well, and gets no gradient checkpointing.
 
     Args:
         model: the base, quantised or not; changed in place.
-        use_gradient_checkpointing: keep no activations of its blocks, and compute them again in the backward.
-        gradient_checkpointing_kwargs: for ``model.gradient_checkpointing_enable``; by default ``use_reentrant=True``.
+        use_gradient_checkpointing: of a quantised base: keep no activations of its blocks, and compute them again in
+            the backward.
+        gradient_checkpointing_kwargs: for the model's own method; by default ``use_reentrant=True``.
+        auto_clear_cache: give a GPU's memory back that the 16 bits had.
 
     Returns: the model.
 
+    Raises:
+        ConfigError: a quantised model that has no gradient checkpointing.
+
     """
-    quantised = any(getattr(model, name, False) for name in QUANTISED)
+    method = getattr(model, "quantization_method", None)
+    method = str(getattr(method, "value", method))
     for parameter in model.parameters():
         parameter.requires_grad_(False)
         plain = type(parameter.data) is Tensor and type(parameter).__name__ == "Parameter"
-        if quantised and plain and parameter.dtype in (torch.float16, torch.bfloat16):
+        if method not in KEPT_AS_THEY_ARE and plain and parameter.dtype in (torch.float16, torch.bfloat16):
             parameter.data = parameter.data.to(torch.float32)
+    if auto_clear_cache and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    quantised = any(getattr(model, name, False) for name in QUANTISED) or method in KEPT_AS_THEY_ARE
     if use_gradient_checkpointing and quantised:
         options = dict(gradient_checkpointing_kwargs or {})
         if options.get("use_reentrant", True):
