@@ -18,7 +18,7 @@ from ..deltas import Delta, Role
 from ..errors import CheckpointError
 from ..projections.matrices import Projections
 
-__all__ = ["Export", "Kept", "LowRankConfig", "Method", "Shared", "Site"]
+__all__ = ["Export", "Kept", "LowRankConfig", "Method", "Rate", "Shared", "Site"]
 
 C = TypeVar("C", bound=AdapterConfig)
 
@@ -108,6 +108,19 @@ class Export:
 
 
 @final
+@dataclass(frozen=True)
+class Rate:
+    """The usual learning rate of a method.
+
+    at_100: for a training of 100 steps. power: of (100 / steps), by which shorter trainings get more and longer ones
+    less (train/settings/rates.py has the rule).
+    """
+
+    at_100: float
+    power: float = 0.45
+
+
+@final
 class Kept(Enum):
     """What one of a method's tensors in a file is.
 
@@ -141,7 +154,9 @@ class Method(ABC, Generic[C]):
     name: as users pick it. makes: the delta class, whose needs decide which layers fit. keys: parameter
     name -> the key PEFT uses for it below the module's name. roles: what each parameter is to the layer's
     matrix, where that decides its form in a file. default_targets: exceptions to the table of known architectures.
-    What the tensors of a file are, :meth:`kept` says.
+    What the tensors of a file are, :meth:`kept` says. usual_rate: what it is trained with where nobody says another
+    rate; a place to start from, where the class says none. example: options of a small adapter, of a rank that layers
+    of 4 features have; the conformance tests run on it.
     """
 
     name: ClassVar[str]
@@ -150,6 +165,8 @@ class Method(ABC, Generic[C]):
     keys: Mapping[str, str]
     roles: Mapping[str, Role] = {}
     default_targets: Mapping[str, Sequence[str]] = {}
+    usual_rate: ClassVar[Rate] = Rate(1e-2)
+    example: ClassVar[Mapping[str, Any]] = {}
     # Whether delta() takes the site's strength into account; otherwise what it gives is multiplied by that.
     minds_strength: bool = False
     # Whether delta() carries a leading dimension of its parameters along (the experts of one parameter).
@@ -188,6 +205,17 @@ class Method(ABC, Generic[C]):
 
     def verify(self, shared: Shared) -> None:
         """Compare what :meth:`prepare` made with what a checkpoint promised; raises CheckpointError."""
+
+    @abstractmethod
+    def count(self, sites: Sequence[Site]) -> int:
+        """How many numbers the method trains in these layers, by its formula: of shapes alone, nothing is made or read.
+
+        What is trained beside it (biases, a head) is not counted.
+
+        Args:
+            sites: one for each matrix, so that of the experts of one parameter each is there.
+
+        """
 
     @abstractmethod
     def init(self, site: Site, shared: Shared) -> dict[str, Tensor]:

@@ -109,6 +109,9 @@ class Dora(Method[LowRankConfig]):
     def verify(self, shared: Shared) -> None:
         self.inner.verify(shared)
 
+    def count(self, sites: Sequence[Site]) -> int:
+        return self.inner.count(sites) + sum(site.out for site in sites)
+
     def init(self, site: Site, shared: Shared) -> dict[str, Tensor]:
         params = self.inner.init(site, shared)
         if site.device().type == "meta":  # a plan: no weight may be read

@@ -28,7 +28,7 @@ from ..errors import CheckpointError, ConfigError, did_you_mean
 from ..kernels.lowrank import accumulate_dtype
 from ..kernels.projected import Held, Projection, padded
 from ..projections.matrices import SEED_LIMIT, Projections
-from ._base import Export, Kept, Method, Shared, Site
+from ._base import Export, Kept, Method, Rate, Shared, Site
 from ._order import in_order, order_faults, order_option
 
 __all__ = ["Intrinsic", "IntrinsicConfig"]
@@ -113,6 +113,8 @@ class Intrinsic(Method[IntrinsicConfig]):
     name: ClassVar[str] = "intrinsic"
     config_cls: ClassVar[type[AdapterConfig]] = IntrinsicConfig
     makes: type[Delta] = Full
+    usual_rate: ClassVar[Rate] = Rate(5e-2)
+    example: ClassVar[Mapping[str, Any]] = {"d": 13}
     keys: Mapping[str, str] = {}
 
     def __init__(self, config: IntrinsicConfig, vector: Tensor | None = None, checksum: str | None = None) -> None:
@@ -164,6 +166,9 @@ class Intrinsic(Method[IntrinsicConfig]):
             f"the projection does not match the checkpoint: expected SHA-256 {self.expected_checksum}, got {actual}; "
             "the seed, d, the layers' order or the base model's shapes differ from those at training"
         )
+
+    def count(self, sites: Sequence[Site]) -> int:
+        return self.config.d
 
     def init(self, site: Site, shared: Shared) -> dict[str, Tensor]:
         return {}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from ..config import AdapterConfig, Names, bool_faults, number_fault, option, ra
 from ..deltas import Delta, LowRank, Role
 from ..errors import CheckpointError, ConfigError, did_you_mean, gather
 from ..projections.matrices import MATRIX_A, SEED_LIMIT, Extent, PortableSource, Projections, unit_rows
-from ._base import Export, LowRankConfig, Method, Shared, Site
+from ._base import Export, LowRankConfig, Method, Rate, Shared, Site
 
 __all__ = ["LoraXs", "LoraXsConfig", "frozen_factors"]
 
@@ -105,6 +105,8 @@ class LoraXs(Method[LoraXsConfig]):
     name: ClassVar[str] = "loraxs"
     config_cls: ClassVar[type[AdapterConfig]] = LoraXsConfig
     makes: type[Delta] = LowRank
+    usual_rate: ClassVar[Rate] = Rate(2e-2)
+    example: ClassVar[Mapping[str, Any]] = {"r": 2}
     keys: Mapping[str, str] = {name: name for name in (CORE, FIRST, SECOND)}
     roles: Mapping[str, Role] = {FIRST: Role.FIRST, SECOND: Role.SECOND}
 
@@ -160,6 +162,9 @@ class LoraXs(Method[LoraXsConfig]):
                 f"{self.expected_checksum}, got {actual}): other weights, another dtype or quantisation of them, or "
                 "another SVD. Load the adapter where it was trained, and save it with save_factors=True"
             )
+
+    def count(self, sites: Sequence[Site]) -> int:
+        return self.config.r**2 * len(sites)
 
     def init(self, site: Site, shared: Shared) -> dict[str, Tensor]:
         assert isinstance(shared, _XsShared)

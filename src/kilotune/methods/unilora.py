@@ -26,7 +26,7 @@ from ..errors import CheckpointError, ConfigError, gather
 from ..kernels.lowrank import accumulate_dtype
 from ..projections.matrices import SEED_LIMIT, Projections
 from ..projections.streams import balanced_indices
-from ._base import Export, Kept, LowRankConfig, Method, Shared, Site
+from ._base import Export, Kept, LowRankConfig, Method, Rate, Shared, Site
 from ._order import in_order, order_faults, order_option
 
 __all__ = ["UniLora", "UniLoraConfig"]
@@ -220,6 +220,8 @@ class UniLora(Method[UniLoraConfig]):
     name: ClassVar[str] = "unilora"
     config_cls: ClassVar[type[AdapterConfig]] = UniLoraConfig
     makes: type[Delta] = LowRank
+    usual_rate: ClassVar[Rate] = Rate(0.15)
+    example: ClassVar[Mapping[str, Any]] = {"r": 2, "theta_d_length": 11}
     keys: Mapping[str, str] = {}
     default_targets: Mapping[str, Sequence[str]] = {"phi": ("q_proj", "v_proj", "fc1", "fc2")}
 
@@ -263,6 +265,9 @@ class UniLora(Method[UniLoraConfig]):
             f"the indices do not match the checkpoint: expected SHA-256 {self.expected_checksum}, got {actual}; the "
             "seed, the rank, the layers' order or the base model's shapes differ from those at training"
         )
+
+    def count(self, sites: Sequence[Site]) -> int:
+        return self.config.theta_d_length
 
     def init(self, site: Site, shared: Shared) -> dict[str, Tensor]:
         return {}
