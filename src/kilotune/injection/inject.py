@@ -33,7 +33,7 @@ from ..layers.adapted_parameters import (
 from ..layers.saved_module import SavedModule, check_trainable
 from ..layers.shared_inputs import join
 from ..layers.slot import BIAS, Slot, slot_key, weakly
-from ..layers.stacked_sites import members, start
+from ..layers.stacked_sites import prepare, start
 from ..methods import Method, Shared, Site, make_method
 from ..patterns import matching
 from ..projections.matrices import Projections
@@ -73,6 +73,7 @@ class Plan:
     bias_only: dict[str, Candidate]
     saved: dict[str, nn.Module]
     shapes: dict[str, dict[str, tuple[int, ...]]] = field(default_factory=dict)
+    of_model: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of what is trained once for all layers
     tied: dict[str, str] = field(default_factory=dict)  # module -> the one inside it that has the same bias
     base: str | None = None  # the base's mark (base_mark.py), None where it cannot be told
 
@@ -130,7 +131,7 @@ def _planned(root: nn.Module, adapter: str, config: AdapterConfig, method: Metho
         check_dropout(config, chosen, needs)
     method.config = config
     result = Plan(adapter, config, method, layers, bias_only, saved, tied=tied, base=mark_of(root, saved))
-    result.shapes = _expected_shapes(root, result)
+    result.shapes, result.of_model = _expected_shapes(root, result)
     check_patterns(config, layers, strict)
     if strict:
         warn_of_untrained(modules, config, layers)
@@ -270,17 +271,19 @@ def _bias_only(
     return chosen
 
 
-def _expected_shapes(root: nn.Module, made: Plan) -> dict[str, dict[str, tuple[int, ...]]]:
-    """The shapes of all trained tensors by layer, found on the meta device."""
+def _expected_shapes(
+    root: nn.Module, made: Plan
+) -> tuple[dict[str, dict[str, tuple[int, ...]]], dict[str, tuple[int, ...]]]:
+    """The shapes of all trained tensors, by layer and of the whole model, found on the meta device."""
     sites = {name: _sketch(site_in(made, name, _layer_at(root, c, ActiveState()))) for name, c in made.layers.items()}
-    shared = made.method.prepare(made.adapter, members(sites.values()), Projections())
+    shared = prepare(made.method, made.adapter, sites.values(), Projections())
     shapes = {
         name: {k: tuple(v.shape) for k, v in start(made.method, site, shared).items()} for name, site in sites.items()
     }
     for name, c in {**made.layers, **made.bias_only}.items():
         if made.config.bias != "none" and _has_bias(c) and trains_bias(c, made.config):
             shapes.setdefault(name, {})[BIAS] = tuple(cast(Tensor, _bias(c)).shape)
-    return shapes
+    return shapes, {key: tuple(value.shape) for key, value in shared.trained.items()}
 
 
 def _bias(c: Candidate) -> Tensor | None:
@@ -339,7 +342,7 @@ def apply(
     layers = {name: _layer_at(root, c, state) for name, c in {**made.layers, **made.bias_only}.items()}
     sites = {name: site_in(made, name, layers[name]) for name in made.layers}
     try:
-        shared = made.method.prepare(made.adapter, members(sites.values()), projections)
+        shared = prepare(made.method, made.adapter, sites.values(), projections)
         made.method.verify(shared)
         starts = {name: _start(made, name, layer, shared, tensors) for name, layer in layers.items()}
         twins = {name: _twin(root, name, tensors) for name in made.saved}

@@ -4,6 +4,7 @@ Knows nothing of the kind of layer and of how weights are stored.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -78,11 +79,21 @@ class Site:
 class Shared:
     """What one adapter has once for all its layers.
 
-    trained: model-wide trained parameters by name. Once the adapter is in a model it is the model's own
-    ``nn.ParameterDict``, so that read from here they are what ``.to_empty()`` or ``functional_call`` put there.
+    trained: model-wide trained parameters by name, as :meth:`Method.init_model` starts them. Once the adapter is in a
+    model it is the model's own ``nn.ParameterDict``, so that read from here they are what ``.to_empty()`` or
+    ``functional_call`` put there.
+    common: equal for adapters whose frozen parts are the same, where equal configurations and layers do not say so.
     """
 
     trained: dict[str, nn.Parameter] | nn.ParameterDict = field(default_factory=dict)
+    common: Hashable = None
+
+    def holding(self, trained: Mapping[str, Tensor]) -> Shared:
+        """The same with other values of what is trained: another adapter's, or those of many, stacked in front."""
+        made: Any = copy.copy(self)
+        made.trained = dict(trained)
+        found: Shared = made
+        return found
 
 
 @final
@@ -169,7 +180,8 @@ class Method(ABC, Generic[C]):
     example: ClassVar[Mapping[str, Any]] = {}
     # Whether delta() takes the site's strength into account; otherwise what it gives is multiplied by that.
     minds_strength: bool = False
-    # Whether delta() carries a leading dimension of its parameters along (the experts of one parameter).
+    # Whether delta() carries a leading dimension of its parameters along (the adapters of a batch, the experts of one
+    # parameter). Model-wide ones have it where the layer's do: with them, experts are asked one by one.
     stacks: bool = False
 
     def __init__(self, config: C) -> None:
@@ -200,8 +212,15 @@ class Method(ABC, Generic[C]):
         return config
 
     def prepare(self, adapter: str, sites: Sequence[Site], projections: Projections) -> Shared:
-        """Once per adapter, before any layer: claim projections, make model-wide parameters."""
+        """Once per adapter, before any layer: claim projections, make what is frozen for all layers."""
         return Shared()
+
+    def init_model(self, sites: Sequence[Site]) -> dict[str, Tensor]:
+        """The model-wide trained tensors at their start, after :meth:`prepare` and before any :meth:`init`.
+
+        They go under these names into the file and into a bank's rows, and :meth:`delta` finds them in ``shared``.
+        """
+        return {}
 
     def verify(self, shared: Shared) -> None:
         """Compare what :meth:`prepare` made with what a checkpoint promised; raises CheckpointError."""

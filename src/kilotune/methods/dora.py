@@ -106,6 +106,9 @@ class Dora(Method[LowRankConfig]):
     def prepare(self, adapter: str, sites: Sequence[Site], projections: Projections) -> Shared:
         return self.inner.prepare(adapter, sites, projections)
 
+    def init_model(self, sites: Sequence[Site]) -> dict[str, Tensor]:
+        return self.inner.init_model(sites)
+
     def verify(self, shared: Shared) -> None:
         self.inner.verify(shared)
 
