@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..deltas import Delta, LowRank, Rescale, Residual, Role, Shift
+from ..deltas import Delta, Full, LowRank, Rescale, Residual, Role, Shift
 from ..errors import UnsupportedError
 from ..kernels.banked import Owners, lift_own, lift_shared, per_row
 from ..kinds import hooked
@@ -161,6 +161,9 @@ def _changed(layer: RoutedLayer, cohort: Cohort, owners: Owners, x: Tensor, y: T
         changed = _stacked(layer, *_change(layer, cohort, None), owners, x, y)
         if changed is not None:
             return changed
+    if len(cohort.names) > 1 and method is not None and method.by_rows:
+        if layer.kind.is_plain(layer.base_layer, x, y):
+            return _by_rows(layer, slot, cohort, owners, x, y)
     pieces, places = [], []
     for which in range(len(cohort.names)):
         rows = None if len(cohort.names) == 1 else (owners.index == which).nonzero().squeeze(1)
@@ -186,6 +189,23 @@ def _changed_by_one(layer: RoutedLayer, cohort: Cohort, which: int, x: Tensor, y
         wide = shift.to(y.dtype).expand_as(kind.features_last(module, y))
         y = y + kind.features_back(module, wide)
     return y if delta is None else layer.run_deltas([(slot, delta)], x, base, y)
+
+
+def _by_rows(layer: RoutedLayer, slot: Slot, cohort: Cohort, owners: Owners, x: Tensor, y: Tensor) -> Tensor:
+    """All rows in one pass, by a change that acts on each with the row's own numbers."""
+
+    def own(value: Tensor) -> Tensor:
+        """Of (adapters, ...) each row's own, so that it broadcasts: (M, 1..., ...)."""
+        return value.index_select(0, owners.index).view(x.shape[0], *(1,) * (x.ndim - 2), *value.shape[1:])
+
+    params, shared = cohort.params(layer), cohort.shared(layer)
+    bias = params.pop(BIAS, None)
+    held = shared.holding({name: own(value) for name, value in shared.trained.items()}) if shared.trained else shared
+    delta = slot.delta_with({name: own(value) for name, value in params.items()}, held)
+    assert isinstance(delta, Full)
+    assert delta.act is not None
+    y = y + delta.act(slot.drop(x) if layer.kind.takes_dropout else x).to(y.dtype)
+    return y if bias is None else y + per_row(owners.take(bias_difference(layer, bias)), y, -1).to(y.dtype)
 
 
 def bias_difference(layer: RoutedLayer, bias: Tensor) -> Tensor:

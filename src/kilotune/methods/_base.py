@@ -183,6 +183,9 @@ class Method(ABC, Generic[C]):
     # Whether delta() carries a leading dimension of its parameters along (the adapters of a batch, the experts of one
     # parameter). Model-wide ones have it where the layer's do: with them, experts are asked one by one.
     stacks: bool = False
+    # Whether the delta is a Full whose ``act`` takes each row of its input with numbers of its own, where parameters
+    # have as many leading dimensions as the input.
+    by_rows: bool = False
 
     def __init__(self, config: C) -> None:
         self.config = config

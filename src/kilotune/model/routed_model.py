@@ -273,7 +273,7 @@ def _alike(adapters: Mapping[str, Installed]) -> list[list[str]]:
 
 def _form(name: str, installed: Installed) -> Hashable:
     method = installed.method
-    if not method.stacks or installed.saved:
+    if not (method.stacks or method.by_rows) or installed.saved:
         return name
     slots = installed.slots()
     if any(slot.strength != 1.0 for slot in slots.values()):
