@@ -108,7 +108,8 @@ def state_of(
     # A clone each: views and tied tensors cannot be written, and what is written must not change meanwhile.
     tensors = {key: value if id(value) in given else _copied(value) for key, value in sorted(tensors.items())}
     config = {**installed.config.to_dict(), **export.config}
-    config["fan_in_fan_out"] = any(layer.kind.stores_in_out for layer in installed.layers.values())
+    if "fan_in_fan_out" in config:  # PEFT has it for most methods
+        config["fan_in_fan_out"] = any(layer.kind.stores_in_out for layer in installed.layers.values())
     ours = installed.config.ours()
     if not export.peft or _lost_in_peft(installed, list(params)):
         config["peft_type"] = CLOSED + installed.config.peft_type
