@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         LoraConfig,
         LoraXsConfig,
         UniLoraConfig,
+        VbLoraConfig,
         VeraConfig,
         get_config,
     )
@@ -73,6 +74,7 @@ __all__ = [
     "UnsupportedError",
     "UntrainedExpertsWarning",
     "UnusedLayersWarning",
+    "VbLoraConfig",
     "VeraConfig",
     "VeraModel",
     "count_parameters",
@@ -113,6 +115,7 @@ if not TYPE_CHECKING:  # type checkers have the imports above, and no name besid
                 "LoraConfig",
                 "LoraXsConfig",
                 "UniLoraConfig",
+                "VbLoraConfig",
                 "VeraConfig",
                 "get_config",
             ),

@@ -26,7 +26,7 @@ from kilotune.storage import STORAGES
 from tests.conformance import residuals
 from tests.conformance.cases import Array, KindCase, Layer, MethodCase, Params
 from tests.conformance.kind_cases import KIND_CASES
-from tests.conformance.one_vector import one_intrinsic, unilora
+from tests.conformance.one_vector import one_intrinsic, unilora, vblora
 from tests.conformance.rescaled import dora, ia3, loraxs
 from tests.conformance.toys import TOYS
 
@@ -143,6 +143,11 @@ METHOD_CASES: dict[str, list[MethodCase]] = {
         MethodCase("unilora", {"r": 2, "theta_d_length": 7, "generator": "peft", "init_weights": False}, "moved"),
         MethodCase("unilora", {"theta_d_length": 3, "save_indices": True, "bias": "unilora_only"}, "moved"),
     ],
+    "vblora": [  # each piece takes all vectors, so that all logits have gradients; test_vblora.py has the rest
+        MethodCase("vblora", {"r": 2, "num_vectors": 2, "vector_length": 1, "init_vector_bank_bound": 1.0}, "moved"),
+        MethodCase("vblora", {"num_vectors": 3, "topk": 3, "vector_length": 1, "init_logits_std": 1}, "moved"),
+        MethodCase("vblora", {"r": 3, "num_vectors": 2, "vector_length": 1, "bias": "vblora_only"}, "moved"),
+    ],
     "bitfit": [MethodCase("bitfit")],
     "dora": [
         MethodCase("dora", {"r": 2, "lora_alpha": 16}, exact_gradient=LENGTHS),
@@ -188,6 +193,7 @@ FORMULAS: dict[str, Callable[[Params, Any, Array, Array | None], Layer]] = {
     "lora_fa": lora,
     "intrinsic": one_intrinsic,
     "unilora": unilora,
+    "vblora": vblora,
     "toy_full": toy_full,
     "toy_rescale": toy_rescale,
     "toy_shift": toy_shift,
@@ -203,6 +209,7 @@ COUNTS: dict[str, Callable[[Any, int, int], int]] = {
     "lora": lambda config, out, inn: config.r * (out + inn),
     "intrinsic": lambda config, out, inn: config.d,
     "unilora": lambda config, out, inn: config.theta_d_length,
+    "vblora": lambda config, out, inn: config.num_vectors * config.r * (out + inn) // config.vector_length,
     "bitfit": lambda config, out, inn: out,
     "dora": lambda config, out, inn: config.r * (out + inn) + out,
     "dvora": lambda config, out, inn: config.r + 2 * out,
@@ -217,6 +224,8 @@ COUNTS: dict[str, Callable[[Any, int, int], int]] = {
     "toy_shift": lambda config, out, inn: out,
     "toy_residual": lambda config, out, inn: 3 * out + 3 * (out if config.source == "output" else inn),
 }
+# What is trained once for the whole model beside the layers' numbers.
+MODEL_COUNTS: dict[str, Callable[[Any], int]] = {"vblora": lambda config: config.num_vectors * config.vector_length}
 
 # Cells that are left out, each with its reason: patterns (method, kind[:variant], storage[:variant], test's name).
 _NO_FEATURES = "no input to read: ids, or a window, in place of the features of one place of the output"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from kilotune.layers.adapted import AdaptedLayer
 from kilotune.model.adapter_model import AdapterModel
 from tests.conformance.cases import Array, Layer, Params
-from tests.conformance.cells import COUNTS, FORMULAS, ON_OUTPUT, Cell
+from tests.conformance.cells import COUNTS, FORMULAS, MODEL_COUNTS, ON_OUTPUT, Cell
 from tests.support.models import is_base, plain_name
 
 __all__ = ["EPSILON", "adapted", "bound", "count", "data", "dense", "far", "forms", "layer_of", "layers_of"]
@@ -87,11 +87,13 @@ def count(cell: Cell, model: AdapterModel) -> int:
     if cell.case.name in case.counts:
         return case.counts[cell.case.name](config) + trained
     formula = COUNTS[cell.case.name]
-    if model_wide(model):
+    if model_wide(model) and cell.case.name not in MODEL_COUNTS:
         return formula(config, *case.features) + trained
     shapes = [matrix.shape[-2:] for matrix, _ in plain_layers(cell, model).values()]
     shapes = [shape if len(shape) == 2 and cell.part.name != "norm" else case.features for shape in shapes]
-    return sum(formula(config, *shape) for shape in shapes) * (case.matrices or 1) + trained
+    of_layers = sum(formula(config, *shape) for shape in shapes) * (case.matrices or 1)
+    of_model = MODEL_COUNTS[cell.case.name](config) if cell.case.name in MODEL_COUNTS else 0
+    return of_layers + of_model + trained
 
 
 def _array(value: Tensor) -> Array:

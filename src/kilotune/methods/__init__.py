@@ -23,6 +23,7 @@ from .intrinsic import Intrinsic, IntrinsicConfig
 from .lora import Lora, LoraConfig
 from .loraxs import LoraXs, LoraXsConfig
 from .unilora import UniLora, UniLoraConfig
+from .vblora import VbLora, VbLoraConfig
 from .vera import Vera, VeraConfig
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "Shared",
     "Site",
     "UniLoraConfig",
+    "VbLoraConfig",
     "VeraConfig",
     "get_config",
     "load_method",
@@ -53,7 +55,7 @@ __all__ = [
 OLD_DORA = "DORA_"  # before a peft_type in older files
 
 METHODS: dict[str, type[Method[Any]]] = {
-    method.name: method for method in (Lora, Vera, Intrinsic, UniLora, Bitfit, Ia3, LoraXs, Bottleneck)
+    method.name: method for method in (Lora, Vera, Intrinsic, UniLora, VbLora, Bitfit, Ia3, LoraXs, Bottleneck)
 }
 
 # Other names that a method can be picked by: the method, and the options that the name stands for.

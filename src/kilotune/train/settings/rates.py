@@ -37,6 +37,7 @@ RATES: Mapping[str, Rate] = {
     "bitfit": Rate(1e-2),
     "loraxs": Rate(2e-2),
     "unilora": Rate(0.15),
+    "vblora": Rate(2e-2),
     "bottleneck": Rate(3e-3),
     "intrinsic": Rate(5e-2),
     "full": Rate(1e-4),
