@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         LoraXsConfig,
         MissConfig,
         UniLoraConfig,
+        VbLoraConfig,
         VeraConfig,
         get_config,
     )
@@ -79,6 +80,7 @@ __all__ = [
     "UnsupportedError",
     "UntrainedExpertsWarning",
     "UnusedLayersWarning",
+    "VbLoraConfig",
     "VeraConfig",
     "VeraModel",
     "count_parameters",
@@ -122,6 +124,7 @@ if not TYPE_CHECKING:  # type checkers have the imports above, and no name besid
                 "LoraXsConfig",
                 "MissConfig",
                 "UniLoraConfig",
+                "VbLoraConfig",
                 "VeraConfig",
                 "get_config",
             ),

@@ -26,6 +26,7 @@ from .lora import Lora, LoraConfig
 from .loraxs import LoraXs, LoraXsConfig
 from .miss import Miss, MissConfig
 from .unilora import UniLora, UniLoraConfig
+from .vblora import VbLora, VbLoraConfig
 from .vera import Vera, VeraConfig
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "Shared",
     "Site",
     "UniLoraConfig",
+    "VbLoraConfig",
     "VeraConfig",
     "get_config",
     "load_method",
@@ -65,6 +67,7 @@ METHODS: dict[str, type[Method[Any]]] = {
         Vera,
         Intrinsic,
         UniLora,
+        VbLora,
         Bitfit,
         Ia3,
         LoraXs,

@@ -43,7 +43,7 @@ __all__ = [
 MAGNITUDE = "lora_magnitude_vector"  # in a file without the ".weight" that it has in a model
 DROPOUT = "lora_dropout"
 # What each method calls the dropout on its input.
-DROPOUTS = {"lora": DROPOUT, "vera": "vera_dropout", "unilora": "unilora_dropout"}
+DROPOUTS = {"lora": DROPOUT, "vera": "vera_dropout", "unilora": "unilora_dropout", "vblora": "vblora_dropout"}
 
 
 def adapters_in(layer: AdaptedLayer) -> dict[str, Slot]:
@@ -347,7 +347,7 @@ ATTRIBUTES: dict[str, Callable[[AdaptedLayer], Any]] = {
     "use_rslora": lambda layer: _options(layer, "use_rslora"),
 }
 MATRICES = ("vera_A", "vera_B")
-CONTAINERS = ("lora_", "vera_", "ia3_", "unilora_", "trained_bias")
+CONTAINERS = ("lora_", "vera_", "ia3_", "unilora_", "vblora_", "trained_bias")
 
 
 @final

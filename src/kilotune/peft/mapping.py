@@ -30,6 +30,7 @@ PEFT_TYPE_TO_PREFIX_MAPPING: Mapping[str, str] = {
     "VERA": "vera_lambda_",
     "IA3": "ia3_",
     "UNILORA": "unilora_",
+    "VBLORA": "vblora_",
 }
 
 

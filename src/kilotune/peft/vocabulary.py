@@ -36,7 +36,7 @@ _ABSENT: Mapping[str, Absent] = {
             *("AdaLora", "Adamss", "Arrow", "BdLora", "Beft", "BOFT", "C3A", "Deft", "Delora", "FourierFT", "Frod"),
             *("Glora", "Gralora", "HRA", "Hira", "Kasa", "LNTuning", "Lily", "LoHa", "LoKr", "Miss", "Montecl", "OFT"),
             *("OSF", "Peanut", "Poly", "Psoft", "Pvera", "RandLora", "Road", "Shadow", "Shira", "Supertuning"),
-            *("TinyLora", "TrainableTokens", "VBLoRA", "Velora", "WaveFT", "XLora", "create_arrow_model"),
+            *("TinyLora", "TrainableTokens", "Velora", "WaveFT", "XLora", "create_arrow_model"),
         ),
         _LARGE,
     ),

@@ -82,6 +82,7 @@ def test_the_table_of_methods_is_true() -> None:
         "VeRA": ("vera", {}),
         "LoRA-XS": ("loraxs", {"r": 2}),
         "Uni-LoRA": ("unilora", {}),
+        "VB-LoRA": ("vblora", {"vector_length": 2}),
         "DoRA": ("dora", {}),
         "DVoRA": ("dvora", {}),
         "IA3": ("ia3", {}),

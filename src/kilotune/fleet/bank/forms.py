@@ -11,7 +11,7 @@ says what method, site and frozen factors there are. The numbers of an adapter a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
@@ -27,7 +27,7 @@ from ...injection.installed_adapter import MODEL, Installed
 from ...injection.tree import own_modules
 from ...layers.route import RoutedLayer
 from ...layers.slot import Slot
-from ...methods import Shared
+from ...methods import Shared, Site
 from ...model.adapter_model import AdapterModel
 from ...model.routed_model import unroutable
 
@@ -226,7 +226,8 @@ class ResidentForm:
             self._in_file = wanted_of(self.made)
         found = match_tensors(file, self.made, type(base).__name__, self._in_file)
         check_base(file, self.made, base_name(base) or type(base).__name__, strict_base)
-        found.update({p.name: file.extra[p.key] for p in self.places[MODEL] if p.key in file.extra})
+        if self.places[MODEL]:
+            found.update(file.method.init_model(self._sites()))
         return self.row(found, what)
 
     def _check_config(self, file: AdapterFile, what: str, whose: tuple[str, str]) -> None:
@@ -247,7 +248,12 @@ class ResidentForm:
         """With the order of the layers said, where no other is."""
         if ORDER not in values or values[ORDER] is not None:
             return values
-        return {**values, ORDER: [slot.site.name for slot in self.slots.values() if slot.method is not None]}
+        return {**values, ORDER: [site.name for site in self._sites()]}
+
+    def _sites(self) -> list[Site]:
+        """The layers that the method adapts, for numbers that are to come to the CPU."""
+        own = (slot.site for slot in self.slots.values() if slot.method is not None)
+        return [replace(site, device=_cpu) for site in own]
 
     def release(self) -> None:
         """Take the form out of the model; layers without other adapters become what they were."""
@@ -287,6 +293,10 @@ def numbers_in_a_bank(installed: Installed) -> int | None:
         return None
     held = [installed.shared.trained, *(slot.values() for slot in installed.slots().values())]
     return sum(int(parameter.numel()) for own in held for parameter in own.values())
+
+
+def _cpu() -> torch.device:
+    return torch.device("cpu")
 
 
 def _no_numbers(given: Any) -> str | None:

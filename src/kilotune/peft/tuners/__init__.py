@@ -15,6 +15,7 @@ from .lora import (
     save_as_lora,
 )
 from .unilora import UniLoraConfig, UniLoraModel
+from .vblora import VBLoRAConfig, VBLoRAModel
 from .vera import VeraConfig, VeraModel
 
 __all__ = [
@@ -26,6 +27,8 @@ __all__ = [
     "LoraRuntimeConfig",
     "UniLoraConfig",
     "UniLoraModel",
+    "VBLoRAConfig",
+    "VBLoRAModel",
     "VeraConfig",
     "VeraModel",
     "convert_to_lora",

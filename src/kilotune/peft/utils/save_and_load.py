@@ -180,7 +180,9 @@ def set_peft_model_state_dict(
     file = parse(TwoFiles(Path(adapter_name), config, {**own, **fits}, {"kilotune_format": "1"}))
     made = inject.plan(tuner.model, adapter_name, installed.config, file.method, strict=False)
     tensors = match_tensors(file, made, type(tuner.model).__name__)
-    told = {target for key, (target, _) in wanted_of(made).items() if f"{PREFIX}{key}" in fits}
+    layered = {key.removeprefix(PREFIX): value for key, value in fits.items() if key.startswith(PREFIX)}
+    known = file.method.from_layers(file.method.config, layered)
+    told = {target for key, (target, _) in wanted_of(made).items() if key in known}
     _put(installed, {key: value for key, value in tensors.items() if key in told or key not in _of_layers(installed)})
     for key, shared in installed.shared.trained.items():
         if (value := fits.get(f"base_model.{key}")) is not None:
