@@ -37,8 +37,8 @@ def test_a_configuration_may_be_changed_until_it_is_used() -> None:
 
 
 def test_an_option_that_is_not_here_is_refused_where_it_is_on() -> None:
-    with pytest.raises(ConfigError, match="layer_replication"):
-        ours.LoraConfig(layer_replication=[(0, 1)])
+    with pytest.raises(ConfigError, match="trainable_token_indices"):
+        ours.LoraConfig(trainable_token_indices=[1])
     with pytest.raises(ConfigError, match="lora_bias.*\n.*use_qalora|use_qalora.*\n.*lora_bias"):
         ours.LoraConfig(lora_bias=True, use_qalora=True)
     with pytest.raises(TypeError, match="rank"):
