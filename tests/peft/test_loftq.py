@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 import kilotune.peft as ours
 from kilotune.errors import AdapterError, CheckpointError, ConfigError
@@ -69,6 +70,31 @@ def test_the_factors_are_those_of_pefts_decomposition(name: str, files: Path) ->
     wanted = _low_rank_decomposition(lost(name), reduced_rank=4)
     torch.testing.assert_close(layer.lora_A["default"].weight.detach(), wanted["R"], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(layer.lora_B["default"].weight.detach(), wanted["L"], atol=1e-5, rtol=1e-4)
+
+
+class OnTheCpu(TorchFunctionMode):
+    """PEFT's function asks for a GPU by name."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if kwargs.get("device") == "cuda":
+            kwargs["device"] = "cpu"
+        return func(*args, **kwargs)
+
+
+def test_the_state_is_that_of_pefts_function(files: Path) -> None:
+    import peft
+
+    with quiet(), OnTheCpu():
+        base = quantised(tiny_llama())
+        base.is_loaded_in_4bit = True  # by which PEFT tells such a model
+        theirs = peft.get_peft_model(base, peft.LoraConfig(**OPTIONS))
+        peft.replace_lora_weights_loftq(theirs, str(files / "model.safetensors"))
+        wanted = peft.get_peft_model_state_dict(theirs)
+    own = ours.get_peft_model_state_dict(started(files))
+    assert set(own) == set(wanted)
+    for key, value in wanted.items():
+        torch.testing.assert_close(own[key], value, atol=1e-5, rtol=1e-4, msg=key)
 
 
 @pytest.mark.parametrize("options", [{"lora_alpha": 8}, {"use_rslora": True}, {"r": 8, "rank_pattern": {"q_proj": 4}}])
