@@ -21,6 +21,7 @@ from .utils.save_and_load import tuner_in
 
 __all__ = [
     "check_if_peft_model",
+    "disable_input_dtype_casting",
     "rescale_adapter_scale",
     "update_forward_signature",
     "update_generate_signature",
@@ -68,6 +69,20 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
     finally:
         for scaling, name, value in before:
             scaling[name] = value
+
+
+@contextmanager
+def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterator[None]:
+    """As in PEFT, where adapted layers do not cast their inputs inside; here they never do, so it changes nothing.
+
+    An adapter's numbers are cast to the dtype in which its layer computes.
+
+    Args:
+        model: with adapters.
+        active: as in PEFT.
+
+    """
+    yield
 
 
 def _layers(root: nn.Module) -> list[AdaptedLayer]:

@@ -49,10 +49,8 @@ _ABSENT: Mapping[str, Absent] = {
     ),
     **dict.fromkeys(
         (
-            "LoftQConfig",
             "LoraGAConfig",
             "preprocess_loraga",
-            "replace_lora_weights",
         ),
         Absent("a start of LoRA that kilotune lacks", 'LoraConfig with init_lora_weights="pissa" or "eva"'),
     ),

@@ -6,6 +6,7 @@ Begin in ``tuners_utils.py``: all of PEFT's models and layers are one there. A m
 from .ia3 import IA3Config, IA3Model
 from .lora import (
     EvaConfig,
+    LoftQConfig,
     LoraConfig,
     LoraModel,
     LoraRuntimeConfig,
@@ -22,6 +23,7 @@ __all__ = [
     "EvaConfig",
     "IA3Config",
     "IA3Model",
+    "LoftQConfig",
     "LoraConfig",
     "LoraModel",
     "LoraRuntimeConfig",

@@ -23,6 +23,7 @@ from ...layers.saved_module import SavedModule
 from ...model.adapter_model import DEFAULT, AdapterModel
 from ..config import PeftConfig
 from ..layer_shape import LAYER, SAVED, TUNER, active, adapters_in, becomes_lora, is_off, switch
+from ..replication import replicate
 from ..utils.warning import PeftWarning
 
 __all__ = ["BaseTuner", "BaseTunerLayer", "check_target_module_exists"]
@@ -81,15 +82,29 @@ class BaseTuner(Shown, AdapterModel, ABC):
             )
         self._check_new_name(adapter_name)
         config = inject.with_base_name(self.model, peft_config.translated())
-        self._install(inject.plan(self.model, adapter_name, config), None)
+        with self._replicated(peft_config):
+            self._install(inject.plan(self.model, adapter_name, config), None)
         self._note(adapter_name, peft_config)
         for slot in self._installed[adapter_name].slots().values() if low_cpu_mem_usage else ():
             slot.to("meta")
 
     def take_file(self, file: AdapterFile, adapter_name: str, peft_config: PeftConfig, is_trainable: bool) -> None:
         """Add an adapter that was read."""
-        AdapterModel.load_adapter(self, file, adapter_name, is_trainable)
+        with self._replicated(peft_config):
+            AdapterModel.load_adapter(self, file, adapter_name, is_trainable)
         self._note(adapter_name, peft_config)
+
+    @contextmanager
+    def _replicated(self, peft_config: PeftConfig) -> Iterator[None]:
+        """Blocks as ``layer_replication`` asks for them; as they were, where the adapter cannot be added."""
+        ranges = getattr(peft_config, "layer_replication", None)
+        done = replicate(self.model, ranges, bool(self._installed)) if ranges else None
+        try:
+            yield
+        except BaseException:
+            if done is not None:
+                done.undo()
+            raise
 
     def add_adapter(self, adapter_name: str, peft_config: PeftConfig) -> None:  # type: ignore[override]
         """Add an adapter; not active until it is set."""

@@ -137,10 +137,12 @@ def save_adapter(
     """Write one adapter into a folder, from the model's numbers or from a state of them."""
     tuner = tuner_in(model)
     installed = tuner.installed(adapter_name)
-    if state is None:
+    replication = getattr(tuner.peft_config.get(adapter_name), "layer_replication", None)
+    if state is None and not replication:
         writing.save({folder: installed}, is_main_process)
     elif is_main_process:
-        write(folder, *_state(installed, state))
+        config, tensors, header = _state(installed, state)
+        write(folder, {**config, "layer_replication": replication} if replication else config, tensors, header)
 
 
 # -- into a model ------------------------------------------------------------------------------------------
