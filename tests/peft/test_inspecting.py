@@ -122,3 +122,12 @@ def test_each_module_can_be_the_first_that_is_imported() -> None:
         "    importlib.import_module(name)\n"
     )
     subprocess.run([sys.executable, "-c", script, *names], check=True, timeout=120)
+
+
+def test_numbers_of_a_base_into_which_adapters_were_injected_are_all_counted() -> None:
+    def script(library: Any) -> Any:
+        config = library.LoraConfig(r=2, target_modules=["q_proj"])
+        status = library.get_model_status(library.inject_adapter_in_model(config, tiny_llama()))
+        return [status.trainable_params, status.total_params, status.num_adapter_layers]
+
+    alike(script)

@@ -8,7 +8,6 @@ from typing import Any, Literal, final
 
 from torch import nn
 
-from ..added_modules import base_modules
 from ..injection.tree import AroundBase, walk, wrappers
 from ..layers.adapted import AdaptedLayer
 from ..layers.saved_module import SavedModule
@@ -112,7 +111,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     layers = get_layer_status(model)
     base: Any = model._modules.get("base_model") if _is_peft_model(model) else None
     root = model if base is None else base.model
-    counted = [p for module in base_modules(model) for p in module.parameters(recurse=False)] if base is None else []
+    counted = list(model.parameters()) if base is None else []
     numbers = (
         (sum(p.numel() for p in counted if p.requires_grad), sum(p.numel() for p in counted))
         if base is None
