@@ -34,7 +34,13 @@ from .tuners.lora.config import refuse_offload
 from .tuners.mixed import tuner_of
 from .tuners.tuners_utils import BaseTuner
 from .utils.other import QUANTISED, let_inputs_have_gradients
-from .utils.save_and_load import refuse_embedding_layers, renamed, save_adapter, set_peft_model_state_dict
+from .utils.save_and_load import (
+    refuse_embedding_layers,
+    renamed,
+    save_adapter,
+    set_peft_model_state_dict,
+    write_auto_mapping,
+)
 
 __all__ = [
     "PeftModel",
@@ -374,8 +380,10 @@ class PeftModel(nn.Module, ABC):
                 made = to_lora(self.base_model, installed.adapter)
                 if is_main_process:
                     made.save(folder)
-                continue
-            save_adapter(self, installed.adapter, folder, state_dict, is_main_process)
+            else:
+                save_adapter(self, installed.adapter, folder, state_dict, is_main_process)
+            if is_main_process:
+                write_auto_mapping(folder, self.get_base_model())
         if is_main_process:
             write_card(self, root)
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from ...errors import ConfigError
 from ...layers.saved_module import SavedModule
+from ..inspecting import no_split_modules as _get_no_split_modules
+from ..inspecting import tied_to_embedding as _get_module_names_tied_with_embedding
 from .constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 __all__ = [
@@ -21,6 +23,8 @@ __all__ = [
     "WEIGHTS_NAME",
     "AuxiliaryTrainingWrapper",
     "ModulesToSaveWrapper",
+    "_get_module_names_tied_with_embedding",
+    "_get_no_split_modules",
     "_get_submodules",
     "cast_mixed_precision_params",
     "fsdp_auto_wrap_policy",
