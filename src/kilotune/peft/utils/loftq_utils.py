@@ -18,7 +18,7 @@ from ...injection import inject
 from ...kernels.starts import principal
 from ...layers.adapted import AdaptedLayer
 from ...methods.lora import Lora
-from .save_and_load import tuner_in
+from ..tuners.inside import tuner_in
 
 __all__ = ["replace_lora_weights_loftq"]
 
