@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         UniLoraConfig,
         VbLoraConfig,
         VeraConfig,
+        WaveFtConfig,
         get_config,
     )
     from .model.merging import MergePrecisionWarning
@@ -83,6 +84,7 @@ __all__ = [
     "VbLoraConfig",
     "VeraConfig",
     "VeraModel",
+    "WaveFtConfig",
     "count_parameters",
     "get_config",
     "get_peft_model",
@@ -126,6 +128,7 @@ if not TYPE_CHECKING:  # type checkers have the imports above, and no name besid
                 "UniLoraConfig",
                 "VbLoraConfig",
                 "VeraConfig",
+                "WaveFtConfig",
                 "get_config",
             ),
             "model.optimizer_groups": ("optimizer_groups",),

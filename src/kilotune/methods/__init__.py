@@ -28,6 +28,7 @@ from .miss import Miss, MissConfig
 from .unilora import UniLora, UniLoraConfig
 from .vblora import VbLora, VbLoraConfig
 from .vera import Vera, VeraConfig
+from .waveft import WaveFt, WaveFtConfig
 
 __all__ = [
     "METHODS",
@@ -50,6 +51,7 @@ __all__ = [
     "UniLoraConfig",
     "VbLoraConfig",
     "VeraConfig",
+    "WaveFtConfig",
     "get_config",
     "load_method",
     "make_method",
@@ -75,6 +77,7 @@ METHODS: dict[str, type[Method[Any]]] = {
         C3a,
         FourierFt,
         Miss,
+        WaveFt,
     )
 }
 
