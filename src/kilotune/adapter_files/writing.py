@@ -140,7 +140,7 @@ def in_file_form(
     names = _names_in_file(installed)
     for name, own in params.items():
         layer, method = installed.layers[name], installed.method
-        for parameter in own:
+        for parameter in (*own, *method.carried):
             key = method.keys[parameter]
             if (value := result.pop(f"{PREFIX}{name}.{key}", None)) is not None:
                 role = method.roles.get(parameter, Role.OTHER)

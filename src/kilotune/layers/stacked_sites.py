@@ -17,7 +17,7 @@ from ..deltas import Delta, Full, LowRank, Rescale, Shift
 from ..errors import UnsupportedError
 from ..methods import Export, Method, Shared, Site
 
-__all__ = ["delta_of", "export", "members", "start"]
+__all__ = ["by_member", "delta_of", "export", "members", "start"]
 
 
 def members(sites: Iterable[Site]) -> list[Site]:
@@ -36,7 +36,17 @@ def _member(site: Site, index: int) -> Site:
     def gather() -> Tensor:
         return site.whole()[index]
 
-    return replace(site, name=f"{site.name}.{index}", read=read, gather=gather, matrices=0, stack=site.name)
+    brought = {key: value[index] for key, value in site.brought.items()}
+    alone = replace(site, name=f"{site.name}.{index}", read=read, gather=gather, matrices=0, stack=site.name)
+    return replace(alone, brought=brought)
+
+
+def by_member(site: Site, values: Mapping[str, Tensor]) -> list[tuple[str, dict[str, Tensor]]]:
+    """Tensors of a site, by the names of its matrices."""
+    if not site.matrices:
+        return [(site.name, dict(values))]
+    own = _split(replace(site, brought=values))
+    return [(one.name, dict(one.brought)) for one in own]
 
 
 def start(method: Method[Any], site: Site, shared: Shared) -> dict[str, Tensor]:
