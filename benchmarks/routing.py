@@ -10,7 +10,8 @@ The model is Llama-shaped and all its linear layers but the prediction are adapt
 - **one**: kilotune, one active VeRA adapter, no route. **one, routed**: all rows named for one adapter of a bank.
 - **mixed**: a different adapter of a bank for each row, 4 more resident. **mixed, resident**: ``--resident`` adapters
   are in the bank. The route is entered anew for each forward.
-- **mixed LoRA 8**: kilotune's LoRA r 8 from a bank. **peft LoRA 8**: PEFT's ``adapter_names``.
+- **mixed LoRA 8**: kilotune's LoRA r 8 from a bank. **mixed Uni-LoRA 4**: Uni-LoRA r 4, whose factors
+  each layer picks out of the rows' vectors of 256 numbers. **peft LoRA 8**: PEFT's ``adapter_names``.
 
 Beside it: putting one adapter into a bank of a 12-layer, 768-wide model from tensors in memory, with few and with many
 resident, and the bytes of an adapter against the formula.
@@ -47,6 +48,8 @@ def config_of(method: str, rank: int) -> Any:
     """All linear layers but the prediction."""
     if method == "vera":
         return kilotune.VeraConfig(r=rank, target_modules="all-linear")
+    if method == "unilora":
+        return kilotune.UniLoraConfig(r=rank, theta_d_length=256, target_modules="all-linear")
     return kilotune.LoraConfig(r=rank, target_modules="all-linear")
 
 
@@ -99,8 +102,10 @@ def forwards(chosen: argparse.Namespace, progress: Progress) -> dict[str, Callab
     few = bank_with(base, vera, chosen.rows + FEW, chosen.rows + FEW)
     many = bank_with(base, vera, max(chosen.resident, chosen.rows), max(chosen.resident, chosen.rows))
     stacked = bank_with(base, lora, chosen.rows, chosen.rows)
+    vectors = bank_with(base, config_of("unilora", 4), chosen.rows, chosen.rows)
     theirs = peft_with(base, chosen.rows)
     check(few, ids, names)
+    check(vectors, ids, names)
     return {
         "base": lambda: base(input_ids=ids),
         f"one VeRA {chosen.rank}": lambda: one(input_ids=ids),
@@ -108,6 +113,7 @@ def forwards(chosen: argparse.Namespace, progress: Progress) -> dict[str, Callab
         "mixed": lambda: few.model(input_ids=ids, adapter_names=names),
         "mixed, resident": lambda: many.model(input_ids=ids, adapter_names=names),
         "mixed LoRA 8": lambda: stacked.model(input_ids=ids, adapter_names=names),
+        "mixed Uni-LoRA 4": lambda: vectors.model(input_ids=ids, adapter_names=names),
         PEFT: lambda: theirs(input_ids=ids, adapter_names=names),
     }
 

@@ -2,7 +2,7 @@
 
 ==============================================  =====================================================
 ``LowRank(a, b, mid, out, scale)``              W + scale * diag(out) b diag(mid) a
-``Full(delta)``                                 W + delta
+``Full(change, act)``                           W + change, or by how the change acts on an input
 ``Rescale(inner, rows, cols, scale_bias)``      diag(rows) (W + inner) diag(cols)
 ``Shift(bias)``                                 bias + delta
 ``Residual(down, up, activation, source)``      y + up act(down s), s the layer's output or input
@@ -107,21 +107,31 @@ class LowRank(Delta):
 @final
 @dataclass(frozen=True, eq=False)
 class Full(Delta):
-    """A dense change (out, in), built anew in each forward.
+    """A change (out, in) that is not of low rank, built anew where it is needed.
 
-    It costs out * in numbers a layer while the forward runs; with gradients, until the backward, and its own gradient
-    as many again.
+    Built, it costs out * in numbers a layer while the forward runs; with gradients, until the backward, and its own
+    gradient as many again. One that says how it acts (a transform, a circulant matrix) is not built in a forward of
+    layers that multiply by their weight and do no more; it is for merging, and in layers of other kinds.
+
+    change: the matrix, or what makes it. act: x (..., in) -> change x (..., out), in the dtype of x.
     """
 
-    delta: Tensor
+    change: Tensor | Callable[[], Tensor]
+    act: Callable[[Tensor], Tensor] | None = None
 
     needs: ClassVar[frozenset[Need]] = frozenset({Need.LINEAR})
+
+    @property
+    def delta(self) -> Tensor:
+        """The matrix (out, in)."""
+        return self.change if isinstance(self.change, Tensor) else self.change()
 
     def weight_change(self, weight: Tensor) -> Tensor:
         return self.delta.to(weight.dtype)
 
     def times(self, strength: float | Tensor) -> Full:
-        return Full(self.delta * strength)
+        act = self.act
+        return Full(lambda: self.delta * strength, None if act is None else lambda x: act(x) * strength)
 
 
 @final

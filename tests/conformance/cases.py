@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from kilotune.deltas import Need
 from kilotune.kinds import LayerKind
 
-__all__ = ["INN", "OUT", "Array", "KindCase", "Layer", "MethodCase", "Net", "Params"]
+__all__ = ["INN", "OUT", "Array", "Formula", "KindCase", "Layer", "MethodCase", "Net", "OnOutput", "Params"]
 
 OUT, INN = 5, 6
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -47,6 +47,12 @@ class Params(dict[str, Array]):
         return other
 
 
+# (parameters, config, canonical matrix, bias) -> the adapted matrix and bias.
+Formula = Callable[[Params, Any, Array, Array | None], Layer]
+# (parameters, config, input, output) -> the adapted output, for what does not act on the weight.
+OnOutput = Callable[[Params, Any, Array, Array], Array]
+
+
 @dataclass(frozen=True)
 class MethodCase:
     """One way to configure a method; ``name`` is what :func:`kilotune.get_config` takes, presets included.
@@ -54,6 +60,8 @@ class MethodCase:
     start: 'exact' (the output is the base's bits), 'near' (up to rounding) or 'moved' until it is trained.
     kinds: the names of the kinds to run it on; all that fit where left out. exact_gradient: whether its gradients
     are those of its formula; those of DoRA take a norm for a constant (the parameters named so are still exact).
+    least_in_experts: how much random numbers change the outputs of experts at least. rounded: how far frozen numbers
+    that are read from the weight may be from the formula's, relative to them.
     """
 
     name: str
@@ -61,6 +69,8 @@ class MethodCase:
     start: str = "exact"
     kinds: tuple[str, ...] = ()
     exact_gradient: tuple[str, ...] = ("*",)
+    least_in_experts: float = 1e-2
+    rounded: float = 0.0
 
     @property
     def id(self) -> str:
@@ -87,12 +97,11 @@ class KindCase:
     sample: the shape of one input without its leading dimensions; by default (in,). ids: inputs are whole numbers
     below this. forms: how many of the input forms of checks.forms it takes at least. fan_in, kernel_positions: as in
     ``Site``. matrices: the number of experts. net: puts the layer, as ``layer``, into a module of one input and output.
-    targets: the config's options that take the layer. counts: method -> (config) -> numbers, where it is not what
-    the method's formula says. whole: instead of ``dense``, where several layers are adapted or the net holds other
-    weights: (base net, x, {name of an adapted layer: (matrix, bias)}) -> y. kind: where no module is of it.
-    bias_merges: a changed bias can be merged. layers: the names of the adapted layers. deep: it takes several leading
-    dimensions. lacks: what this example does not have of what its kind offers. scale: how large the random values of
-    an adapter are. axes: those of the output that are its features.
+    targets: the config's options that take the layer. whole: instead of ``dense``, where several layers are adapted
+    or the net holds other weights: (base net, x, {name of an adapted layer: (matrix, bias)}) -> y. kind: where no
+    module is of it. bias_merges: a changed bias can be merged. layers: the names of the adapted layers. deep: it
+    takes several leading dimensions. lacks: what this example does not have of what its kind offers. scale: how large
+    the random values of an adapter are. axes: those of the output that are its features.
     """
 
     make: Callable[[bool], nn.Module]
@@ -111,7 +120,6 @@ class KindCase:
     matrices: int = 0
     net: Callable[[nn.Module], nn.Module] = Net
     targets: Mapping[str, Any] = field(default_factory=lambda: {"target_modules": ["layer"]})
-    counts: Mapping[str, Callable[[Any], int]] = field(default_factory=dict)
     whole: Callable[[nn.Module, Array, Mapping[str, Layer]], Array] | None = None
     kind: LayerKind | None = None
     bias_merges: bool = True

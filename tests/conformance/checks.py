@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from kilotune.layers.adapted import AdaptedLayer
 from kilotune.model.adapter_model import AdapterModel
 from tests.conformance.cases import Array, Layer, Params
-from tests.conformance.cells import COUNTS, FORMULAS, ON_OUTPUT, Cell
+from tests.conformance.cells import FORMULAS, ON_OUTPUT, Cell
 from tests.support.models import is_base, plain_name
 
 __all__ = ["EPSILON", "adapted", "bound", "count", "data", "dense", "far", "forms", "layer_of", "layers_of"]
@@ -78,20 +78,16 @@ def far(a: Tensor, b: Tensor) -> float:
 
 def count(cell: Cell, model: AdapterModel) -> int:
     """How many numbers the adapter trains, by the method's formula, biases included."""
-    config, case = cell.config(), cell.kind_case
+    config = cell.config()
     layers = layers_of(model).values()
     # The option ``bias`` reaches what is called so: not attention's in_proj_bias, not the biases of experts.
     called_so = [layer for layer in layers if "bias" in layer.base_layer._parameters]
     biases = [bias for layer in called_so if (bias := layer.base_bias()) is not None]
     trained = sum(bias.numel() for bias in biases) if config.bias != "none" else 0
-    if cell.case.name in case.counts:
-        return case.counts[cell.case.name](config) + trained
-    formula = COUNTS[cell.case.name]
-    if model_wide(model):
-        return formula(config, *case.features) + trained
-    shapes = [matrix.shape[-2:] for matrix, _ in plain_layers(cell, model).values()]
-    shapes = [shape if len(shape) == 2 and cell.part.name != "norm" else case.features for shape in shapes]
-    return sum(formula(config, *shape) for shape in shapes) * (case.matrices or 1) + trained
+    installed = model.installed("default")
+    sites = [slot.site for slot in installed.slots().values()]
+    each = [site for site in sites for _ in range(site.matrices or 1)]
+    return installed.method.count(each) + trained
 
 
 def _array(value: Tensor) -> Array:
@@ -103,7 +99,7 @@ def dense(cell: Cell, model: AdapterModel, x: Tensor) -> Tensor:
     """The output of the plain net with the formula's weights and the trained biases, in numpy's float64."""
     case, name, config = cell.kind_case, cell.case.name, cell.config()
     layers = plain_layers(cell, model)
-    if name in FORMULAS:
+    if name not in ON_OUTPUT:
         layers = changed(cell, model, layers)
     if case.whole is not None:
         y = case.whole(_plain(cell, model), _input(x), layers)
@@ -155,7 +151,9 @@ def plain_layers(cell: Cell, model: AdapterModel) -> dict[str, Layer]:
 
 
 def changed(cell: Cell, model: AdapterModel, layers: Mapping[str, Layer]) -> dict[str, Layer]:
-    """The same, changed by the method's formula; experts one by one."""
+    """The same, changed by the method's formula; experts one by one. Without a formula: by the method's own delta."""
+    if cell.case.name not in FORMULAS:
+        return {name: _by_delta(model, name, layer) for name, layer in layers.items()}
     config, case, formula = cell.config(), cell.kind_case, FORMULAS[cell.case.name]
     shapes = [matrix.shape[-2:] for matrix, _ in layers.values() for _ in range(case.matrices or 1)]
     found, index = {}, 0
@@ -175,6 +173,19 @@ def changed(cell: Cell, model: AdapterModel, layers: Mapping[str, Layer]) -> dic
         biases = [b for _, b in parts if b is not None]
         found[name] = (np.stack([m for m, _ in parts]), np.stack(biases) if biases else None)
     return found
+
+
+def _by_delta(model: AdapterModel, name: str, layer: Layer) -> Layer:
+    """Matrix and bias changed as the layer's delta says, in float64."""
+    matrix, bias = layer
+    slot = layers_of(model)[name].slot("default")
+    assert slot is not None
+    delta = slot.delta()
+    change = delta.weight_change(torch.from_numpy(matrix))
+    moved = delta.bias_change(None if bias is None else torch.from_numpy(bias))
+    if moved is not None:
+        bias = _array(moved) if bias is None else bias + _array(moved)
+    return (matrix if change is None else matrix + _array(change)), bias
 
 
 def model_wide(model: AdapterModel) -> set[str]:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from kilotune.deltas import Need
 from kilotune.kinds.experts import Experts
 from tests.conformance.cases import INN, OUT, Array, KindCase, Layer
-from tests.conformance.residuals import attention_counts
 from tests.support import moe
 
 __all__ = ["KIND_CASES"]
@@ -103,7 +102,6 @@ def _convolution(
         kernel_positions=kernel_positions,
         deep=False,
         axes=(-1 - dims,),
-        counts={"ia3": lambda config: inn // groups if config.feedforward_modules else out},
     )
 
 
@@ -295,7 +293,6 @@ _ATTENTION: dict[str, Any] = {
     "scale": 0.3,
     "deep": False,
     "layers": ("layer", "layer.out_proj"),
-    "counts": {**attention_counts(_WIDTH), "toy_residual": lambda config: 6 * _WIDTH},
 }
 
 

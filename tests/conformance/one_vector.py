@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from tests.conformance.references._numbers import philox
+
 __all__ = [
     "dense_matrix",
     "fastfood_matrix",
@@ -28,8 +30,6 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 
 def words(seed: int, matrix: int, site: int, count: int) -> list[int]:
     """The first words of a site's stream."""
-    from tests.conformance.cells import philox  # cells.py imports this file
-
     found: list[int] = []
     while len(found) < count:
         found += philox((seed, matrix), (len(found) // 4 + 1, 0, 0, 1 + site))

@@ -6,7 +6,7 @@ so they are held to the dense layer with the dequantised weight, which the other
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kilotune import AdapterConfig, PeftModel, get_peft_model
+from kilotune.deltas import Delta
 from kilotune.kinds import KINDS
 from kilotune.storage import Storage, storage_of
 from tests.conformance.cases import MethodCase
@@ -224,3 +225,9 @@ def _cells() -> list[Cell]:
 
 
 QUANTISED = _cells()
+
+
+def first_of_each_delta(cells: Sequence[Cell]) -> list[Cell]:
+    """Those of the first method of each delta, in its first configuration."""
+    first: dict[type[Delta], MethodCase] = {}
+    return [cell for cell in cells if first.setdefault(delta_of(cell.case), cell.case) is cell.case]

@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import nn
 
-from kilotune import LoraConfig, VeraConfig, get_peft_model
+from kilotune import VeraConfig, get_peft_model
 from kilotune.config import AdapterConfig
+from kilotune.deltas import LowRank
 from kilotune.kernels import banked, lowrank
 from kilotune.model.adapter_model import AdapterModel
-from tests.conformance.cells import CELLS, Cell
+from tests.conformance.cells import CELLS, METHOD_CASES, Cell, config_of, delta_of
 from tests.conformance.checks import adapted, data
 from tests.conformance.consumers import CONSUMERS, behind, results
 from tests.conformance.declared import every_cell, every_quantised_cell
@@ -26,10 +27,11 @@ from tests.conformance.test_routed import NAMES, ROUTED, two
 from tests.support.models import randomize
 
 LEADS = ((4,), (2, 3), (2, 1, 3))
+# The first way to configure each method whose factors run with the layer.
 SHARING: dict[str, AdapterConfig] = {
-    "vera": VeraConfig(r=6, target_modules=["q", "k", "v"]),
-    "lora-fa": LoraConfig(r=3, target_modules=["q", "k", "v"], lora_fa=True),
-    "lora": LoraConfig(r=3, target_modules=["q", "k", "v"]),
+    name: config_of(cases[0], target_modules=["q", "k", "v"])
+    for name, cases in METHOD_CASES.items()
+    if delta_of(cases[0]) is LowRank
 }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from kilotune import PeftModel, get_config, get_peft_model
+from kilotune import AdapterConfig, PeftModel, get_config, get_peft_model
 from kilotune.adapter_files import writing
 from kilotune.config import CLOSED
 from kilotune.methods import METHODS
@@ -67,7 +68,8 @@ def test_peft_refuses_a_file_or_does_what_we_do(cell: Cell, tmp_path: Path) -> N
         assert read is not says_closed(tmp_path)
 
 
-DRAWN = {"vera": {"r": 3, "projection_prng_key": 5}, "unilora": {"r": 2, "theta_d_length": 9, "init_weights": False}}
+# Methods whose numbers may be those that PEFT draws.
+DRAWN = [name for name, method in METHODS.items() if "generator" in {f.name for f in fields(method.config_cls)}]
 TARGETS: dict[str, dict[str, Any]] = {
     "all": {"target_modules": "all-linear"},
     "names": {"target_modules": ["down", "stem"]},
@@ -78,12 +80,16 @@ TARGETS: dict[str, dict[str, Any]] = {
 }
 
 
+def config(method: str, generator: str, targets: str) -> AdapterConfig:
+    return get_config(method, **{**METHODS[method].example, "generator": generator, **TARGETS[targets]})
+
+
 @pytest.mark.parametrize("targets", TARGETS)
 @pytest.mark.parametrize("generator", ["peft", "portable"])
 @pytest.mark.parametrize("method", DRAWN)
 def test_numbers_drawn_for_several_layers(method: str, generator: str, targets: str, tmp_path: Path) -> None:
     """Which numbers PEFT draws depends on the layers, their order and the largest of them."""
-    model = get_peft_model(Nested(), get_config(method, generator=generator, **DRAWN[method], **TARGETS[targets]))
+    model = get_peft_model(Nested(), config(method, generator, targets))
     randomize(model)
     model.eval().save_pretrained(tmp_path)
     assert check(model, Nested(), X, tmp_path) is (generator == "peft")
@@ -116,7 +122,9 @@ def test_a_method_that_is_wrong_about_peft_is_noticed(monkeypatch: pytest.Monkey
     model.save_pretrained(tmp_path / "tiny")
     with pytest.raises(AssertionError, match="not close"):
         check(model, Nested(), X, tmp_path / "tiny")
-    model = get_peft_model(Nested(), get_config("unilora", **DRAWN["unilora"], **TARGETS["all"])).eval()
-    model.save_pretrained(tmp_path / "unilora")
-    with pytest.raises(AssertionError, match="not close"):
-        check(model, Nested(), X, tmp_path / "unilora")
+    for method in DRAWN:
+        model = get_peft_model(Nested(), config(method, "portable", "all"))
+        randomize(model)
+        model.eval().save_pretrained(tmp_path / method)
+        with pytest.raises(AssertionError, match="not close"):
+            check(model, Nested(), X, tmp_path / method)

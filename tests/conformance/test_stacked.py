@@ -15,7 +15,7 @@ from kilotune.model.adapter_model import AdapterModel
 from tests.conformance.cells import CELLS, METHOD_CASES, Cell, config_of, delta_of
 from tests.conformance.checks import EPSILON, adapted, bound, data
 from tests.conformance.declared import every_cell, every_quantised_cell
-from tests.conformance.quantised import INN, QUANTISED
+from tests.conformance.quantised import INN, QUANTISED, first_of_each_delta
 from tests.conformance.quantised import Cell as QuantisedCell
 from tests.conformance.test_routed import _refused
 from tests.support.models import Nested, randomize
@@ -89,7 +89,7 @@ def test_two_that_are_not_linear_are_refused_as_in_a_model(cell: Cell) -> None:
             attempt()
 
 
-@every_quantised_cell([cell for cell in QUANTISED if cell.case.name in ("lora", "vera", "dora", "ia3")])
+@every_quantised_cell(first_of_each_delta([cell for cell in QUANTISED if delta_of(cell.case).mergeable]))
 def test_a_stack_on_a_quantised_layer(cell: QuantisedCell) -> None:
     model, _ = cell.models()
     model.add_adapter("other", cell.config())

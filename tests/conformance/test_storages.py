@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from kilotune import MergeError, MergePrecisionWarning, PeftModel, get_peft_model
-from kilotune.deltas import Residual
+from kilotune.deltas import LowRank, Residual
 from kilotune.layers.adapted import AdaptedLayer
 from kilotune.storage import STORAGES, storage_of
 from tests.conformance.cases import Params
 from tests.conformance.cells import FORMULAS, METHOD_CASES, PLAIN_STORAGES, delta_of
 from tests.conformance.checks import far
 from tests.conformance.declared import every_quantised_cell
-from tests.conformance.quantised import INN, OUT, QUANTISED, STORAGE_SCHEMES, Cell, weight_of
+from tests.conformance.quantised import INN, OUT, QUANTISED, STORAGE_SCHEMES, Cell, first_of_each_delta, weight_of
 from tests.support.models import disk, freed_at_once
 
 NEAR = 1e-5
@@ -60,11 +60,6 @@ def wanted(cell: Cell, model: PeftModel) -> tuple[Tensor, Tensor | None]:
     trained = params.get("bias", bias)
     weight, new = FORMULAS[cell.case.name](params, cell.config(), weight_of(layer).double().numpy(), trained)
     return torch.from_numpy(np.ascontiguousarray(weight)), None if new is None else torch.from_numpy(new)
-
-
-def slack(cell: Cell) -> float:
-    """LoRA-XS keeps its factors with 12 binary digits, and the last of them may fall to either side."""
-    return 2.0**-9 if cell.case.name == "loraxs" and "start" not in cell.case.options else 0.0
 
 
 # -- training --------------------------------------------------------------------------------------
@@ -164,7 +159,7 @@ def test_it_compiles_as_one_graph(cell: Cell) -> None:
 def test_merging_rounds_the_formula_in_the_same_scheme_and_unmerging_gives_the_bits_back(cell: Cell) -> None:
     model, _ = cell.models()
     layer, x = layer_of(model), data(4)
-    near = max(cell.scheme.forward, 1e-6, 100 * slack(cell))
+    near = max(cell.scheme.forward, 1e-6, 100 * cell.case.rounded)
     y, before, held = model(x), bits(layer.base_layer), layer.base_layer.get_parameter("weight")
     with model.disable_adapter():
         alone = model(x)
@@ -182,7 +177,7 @@ def test_merging_rounds_the_formula_in_the_same_scheme_and_unmerging_gives_the_b
         # The vendor's own quantisation of the same weight; a sum at the edge of a step may fall to either side.
         vendor = weight_of(cell.scheme.quantise(plain)).double()
         off = (got - weight).norm()
-        rough = 10 * slack(cell) + (
+        rough = 10 * cell.case.rounded + (
             1e-3 if cell.scheme.storage == "bnb-int8" else 1e-6
         )  # float16 moves even exact sums
         assert (got - vendor).norm() <= cell.scheme.vendor * off + rough * weight.norm()
@@ -217,7 +212,7 @@ def test_merging_for_good_asks_which_way_and_goes_both(cell: Cell) -> None:
     with pytest.raises(MergeError, match="you must choose: dtype=torch.bfloat16 .*; requantize=True"):
         model.merge_and_unload()
     assert bits(layer_of(model).base_layer) == before
-    near = cell.scheme.forward + slack(cell)
+    near = cell.scheme.forward + cell.case.rounded
     for dtype, bound in ((torch.float32, near), (torch.bfloat16, 3e-3 + near)):
         dense = copy.deepcopy(model).merge_and_unload(dtype=dtype).layer
         assert type(dense) is nn.Linear
@@ -249,7 +244,7 @@ def test_saved_and_loaded_is_bit_identical_and_fits_the_dense_base(cell: Cell, t
     assert far(dense(x), twin(x)) < NEAR
 
 
-@every_quantised_cell([c for c in MERGEABLE if c.bias and c.case.name in ("lora", "vera", "toy_full")])
+@every_quantised_cell([c for c in first_of_each_delta(MERGEABLE) if c.bias and delta_of(c.case).additive])
 def test_several_adapters_switch_add_up_merge_and_go(cell: Cell) -> None:
     model, twin = cell.models()
     before = bits(layer_of(model).base_layer)
@@ -294,7 +289,7 @@ def test_every_storage_has_its_cases() -> None:
 
 
 def test_requantising_warns_and_names_the_worst_layer() -> None:
-    cell = next(c for c in QUANTISED if c.case.name == "lora" and c.scheme.name == "nf4")
+    cell = next(c for c in QUANTISED if delta_of(c.case) is LowRank and c.scheme.name == "nf4")
     model, _ = cell.models()
     with warnings.catch_warnings():
         warnings.simplefilter("error")

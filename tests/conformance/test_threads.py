@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from kilotune import AdapterConfig, BitfitConfig, LoraConfig, MergeError, get_peft_model
+from kilotune.deltas import LowRank
 from kilotune.kinds import attention, biased, embedding, norm
 from kilotune.layers import active_adapters
 from kilotune.layers.bare import Bare
@@ -282,7 +283,7 @@ def test_a_layer_that_runs_with_other_weights_shows_them_to_nobody(kind: str, mo
 
 # -- planted faults ------------------------------------------------------------------------------------
 
-LINEAR = next(cell for cell in MERGEABLE if cell.case.name == "vera" and cell.kind == "linear")
+LINEAR = next(cell for cell in MERGEABLE if cell.makes is LowRank and cell.kind == "linear")
 
 
 def test_a_planted_switch_for_all_threads_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ They are in METHODS while a conformance test runs (see conftest.py), so the whol
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, final
 
@@ -36,6 +36,9 @@ class ToyFull(Method[FullConfig]):
     makes: ClassVar[type[Delta]] = Full
     keys: ClassVar[dict[str, str]] = {"change": "toy_change"}
 
+    def count(self, sites: Sequence[Site]) -> int:
+        return sum(site.out * site.inn for site in sites)
+
     def init(self, site: Site, shared: Shared) -> dict[str, Tensor]:
         return {"change": torch.zeros(site.out, site.inn, device=site.device())}
 
@@ -63,6 +66,12 @@ class ToyRescale(Method[RescaleConfig]):
     config_cls: ClassVar[type[AdapterConfig]] = RescaleConfig
     makes: ClassVar[type[Delta]] = Rescale
     keys: ClassVar[dict[str, str]] = {name: f"toy_{name}" for name in ("rows", "cols", "a", "b", "change")}
+
+    def count(self, sites: Sequence[Site]) -> int:
+        config = self.config
+        inner = {"": lambda site: 0, "full": lambda site: site.out * site.inn}
+        of_inner = inner.get(config.inner, lambda site: WIDTH * (site.out + site.inn))
+        return sum(site.out * config.rows + site.inn * config.cols + of_inner(site) for site in sites)
 
     def init(self, site: Site, shared: Shared) -> dict[str, Tensor]:
         device, made = site.device(), {}
@@ -103,6 +112,9 @@ class ToyShift(Method[ShiftConfig]):
     makes: ClassVar[type[Delta]] = Shift
     keys: ClassVar[dict[str, str]] = {"shift": "toy_shift"}
 
+    def count(self, sites: Sequence[Site]) -> int:
+        return sum(site.out for site in sites)
+
     def init(self, site: Site, shared: Shared) -> dict[str, Tensor]:
         return {"shift": torch.zeros(site.out, device=site.device())}
 
@@ -127,6 +139,11 @@ class ToyResidual(Method[ResidualConfig]):
     config_cls: ClassVar[type[AdapterConfig]] = ResidualConfig
     makes: ClassVar[type[Delta]] = Residual
     keys: ClassVar[dict[str, str]] = {"down": "toy_down.weight", "up": "toy_up.weight"}
+
+    def count(self, sites: Sequence[Site]) -> int:
+        return sum(
+            WIDTH * (site.output + (site.output if self.config.source == "output" else site.inn)) for site in sites
+        )
 
     def init(self, site: Site, shared: Shared) -> dict[str, Tensor]:
         features = site.output if self.config.source == "output" else site.inn

@@ -51,7 +51,7 @@ def test_a_plan_is_what_a_store_and_a_bank_take(method: str, options: dict[str, 
         taken = {packing: store.put("a", model, packing=packing).size for packing in PACKINGS}
     assert {packing: size // 3 for packing, size in planned.store.items()} == taken
     assert planned.numbers * 4 == taken["float32"]
-    if method in ("unilora", "intrinsic") or "modules_to_save" in options:
+    if "modules_to_save" in options:
         assert planned.resident is None, "no bank takes such adapters"
         return
     each = AdapterBank(wrap(base()), config, slots=1).bytes_per_adapter
@@ -60,7 +60,8 @@ def test_a_plan_is_what_a_store_and_a_bank_take(method: str, options: dict[str, 
 
 def test_a_plan_says_what_is_not_in_a_bank(tmp_path: Path) -> None:
     llama().config.save_pretrained(tmp_path)
-    words = ("plan", tmp_path, "-m", "intrinsic", "-m", "vera", "--memory", "1MiB")
+    head = ("--set", 'modules_to_save=["norm"]')
+    words = ("plan", tmp_path, "-m", "vera", "-m", "lora", "--memory", "1MiB", *head)
     assert "not in a bank" in kilotune(*words).stdout
     assert json.loads(kilotune(*words, "--json").stdout)["plans"][0]["scale"]["resident"] is None
 

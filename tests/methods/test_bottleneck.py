@@ -28,7 +28,7 @@ from kilotune import (
     get_peft_model,
 )
 from kilotune.methods.bottleneck import _BLOCKS, ACTIVATIONS
-from tests.conformance.residuals import FUNCTIONS, bottleneck
+from tests.conformance.references.bottleneck import FUNCTIONS, bottleneck
 from tests.support.guards import adapters_act
 from tests.support.models import Snapshot, bits, randomize
 

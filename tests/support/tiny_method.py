@@ -85,6 +85,9 @@ class Tiny(Method[TinyConfig]):
         trained = {f"{VECTOR}_{i}": nn.Parameter(v.clone(), requires_grad=False) for i, v in enumerate(found)}
         return _TinyShared(trained, {site.name: i for i, site in enumerate(sites)})
 
+    def count(self, sites: Sequence[Site]) -> int:
+        return self.config.u * -(-len(sites) // GROUP)
+
     def init(self, site: Site, shared: Shared) -> dict[str, Tensor]:
         rank, device = self.config.r, site.device()
         return {A: torch.randn(rank, site.inn, device=device), B: torch.randn(site.out, rank, device=device)}

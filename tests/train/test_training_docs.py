@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from kilotune.methods import METHODS
 from kilotune.train.settings.config_file import starting_text
-from kilotune.train.settings.rates import RATES, method_behind
+from kilotune.train.settings.rates import WITHOUT_ADAPTER, usual
 from tests.support.cli_helpers import kilotune
 from tests.support.paths import ROOT
 from tests.support.train_support import model_folder, prompts, write_jsonl
@@ -83,8 +84,8 @@ def test_the_table_of_rates_is_the_library_s() -> None:
     found = {}
     for names, rate, power in re.findall(r"^\| ([^|]*`[^|]*) \| ([^|]*) \| ([^|]*) \|", table, re.MULTILINE):
         found |= {name: (float(rate), float(power)) for name in re.findall(r"`(\w+)`", names)}
-    assert found == {name: (RATES[method_behind(name)].at_100, RATES[method_behind(name)].power) for name in found}
-    assert set(RATES) <= set(found)
+    assert found == {name: usual(name) for name in found}
+    assert {*METHODS, *WITHOUT_ADAPTER} <= set(found)
 
 
 def test_a_starting_file_for_every_reader() -> None:

@@ -15,6 +15,7 @@ from ..config import ALL_LINEAR, CLOSED, FORMAT_VERSION, SECTION, AdapterConfig
 from ..deltas import Role
 from ..errors import AdapterError, ConfigError
 from ..injection.inject import Installed
+from ..injection.installed_adapter import MODEL
 from ..injection.option_checks import part_of
 from ..layers import stacked_sites as stacks
 from ..layers.adapted_parameters import file_names
@@ -83,21 +84,23 @@ def state_of(
 ) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
     """(adapter_config.json, tensors under PEFT's keys, header metadata) of an adapter in a model.
 
-    values: its parameters by layer, on the CPU, where its slots do not hold them; they are taken as they are.
+    values: its parameters by layer, on the CPU, where its slots do not hold them, and under MODEL those of the whole
+    model; they are taken as they are.
     """
     sites = {name: layer.site(name) for name, layer in installed.layers.items()}
     slots = installed.slots()
     given = {id(value) for each in (values or {}).values() for value in each.values()}
+    shared = installed.shared if values is None else installed.shared.holding(values.get(MODEL, {}))
     values = {name: slot.values() for name, slot in slots.items()} if values is None else values
     params = {
         name: {key: value for key, value in values[name].items() if key != BIAS}
         for name, slot in slots.items()
         if slot.method is not None
     }
-    export = stacks.export(installed.method, sites, params, installed.shared)
+    export = stacks.export(installed.method, sites, params, shared)
     tensors = in_file_form(export.tensors, installed, params)
     for name, each in values.items():
-        if BIAS in each:
+        if name != MODEL and BIAS in each:
             tensors[bias_place(name, installed)] = each[BIAS]
     for name, saved in installed.saved.items():
         twin = saved.modules_to_save[installed.key]

@@ -33,7 +33,7 @@ from ..layers.adapted_parameters import (
 from ..layers.saved_module import SavedModule, check_trainable
 from ..layers.shared_inputs import join
 from ..layers.slot import BIAS, Slot, slot_key, weakly
-from ..layers.stacked_sites import members, start
+from ..layers.stacked_sites import prepare, start
 from ..methods import Method, Shared, Site, make_method
 from ..patterns import matching
 from ..projections.matrices import Projections
@@ -73,6 +73,7 @@ class Plan:
     bias_only: dict[str, Candidate]
     saved: dict[str, nn.Module]
     shapes: dict[str, dict[str, tuple[int, ...]]] = field(default_factory=dict)
+    of_model: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of what is trained once for all layers
     carries: dict[str, dict[str, tuple[int, ...]]] = field(default_factory=dict)  # what files may have besides
     tied: dict[str, str] = field(default_factory=dict)  # module -> the one inside it that has the same bias
     base: str | None = None  # the base's mark (base_mark.py), None where it cannot be told
@@ -131,7 +132,7 @@ def _planned(root: nn.Module, adapter: str, config: AdapterConfig, method: Metho
         check_dropout(config, chosen, needs)
     method.config = config
     result = Plan(adapter, config, method, layers, bias_only, saved, tied=tied, base=mark_of(root, saved))
-    result.shapes, result.carries = _expected_shapes(root, result)
+    result.shapes, result.of_model, result.carries = _expected_shapes(root, result)
     check_patterns(config, layers, strict)
     if strict:
         warn_of_untrained(modules, config, layers)
@@ -274,10 +275,11 @@ def _bias_only(
 Shapes = dict[str, dict[str, tuple[int, ...]]]
 
 
-def _expected_shapes(root: nn.Module, made: Plan) -> tuple[Shapes, Shapes]:
-    """The shapes of all trained tensors by layer, found on the meta device; and of what files may have besides."""
+def _expected_shapes(root: nn.Module, made: Plan) -> tuple[Shapes, dict[str, tuple[int, ...]], Shapes]:
+    """The shapes of all trained tensors, by layer and of the whole model, found on the meta device; and of what files
+    may have of layers besides."""
     sites = {name: _sketch(site_in(made, name, _layer_at(root, c, ActiveState()))) for name, c in made.layers.items()}
-    shared = made.method.prepare(made.adapter, members(sites.values()), Projections())
+    shared = prepare(made.method, made.adapter, sites.values(), Projections())
     shapes = {
         name: {k: tuple(v.shape) for k, v in start(made.method, site, shared).items()} for name, site in sites.items()
     }
@@ -289,7 +291,7 @@ def _expected_shapes(root: nn.Module, made: Plan) -> tuple[Shapes, Shapes]:
         name: {key: (*front[name], *shape) for key, shape in made.method.carries(site).items()}
         for name, site in sites.items()
     }
-    return shapes, carries
+    return shapes, {key: tuple(value.shape) for key, value in shared.trained.items()}, carries
 
 
 def brought_by(made: Plan, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -358,7 +360,7 @@ def apply(
     try:
         brought = brought_by(made, tensors or {})
         bringing = [replace(site, brought=brought[name]) for name, site in sites.items()]
-        shared = made.method.prepare(made.adapter, members(bringing), projections)
+        shared = prepare(made.method, made.adapter, bringing, projections)
         made.method.verify(shared)
         starts = {name: _start(made, name, layer, shared, tensors) for name, layer in layers.items()}
         twins = {name: _twin(root, name, tensors) for name in made.saved}

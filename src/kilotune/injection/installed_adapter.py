@@ -17,7 +17,10 @@ from ..layers.saved_module import SavedModule
 from ..layers.slot import Slot, slot_key
 from ..methods import Method, Shared
 
-__all__ = ["Installed", "check_compatible", "conflicts", "let_train", "set_requires_grad"]
+__all__ = ["MODEL", "Installed", "check_compatible", "conflicts", "let_train", "set_requires_grad"]
+
+MODEL = ""
+"""In the place of a layer's name: of what an adapter trains once for the whole model."""
 
 
 @final
@@ -96,7 +99,7 @@ def set_requires_grad(
 
 
 def let_train(installed: Installed, train: bool) -> None:
-    """Let one adapter train, or freeze it and drop its gradients."""
+    """Let one adapter train or freeze it and drop its gradients."""
     for _, parameter in installed.parameters():
         parameter.requires_grad_(train)
         if not train:

@@ -185,6 +185,12 @@ class LayerKind(ABC):
         """Where :meth:`lift` finds the features, -1 or 1, if it is a plain product along that axis; else None."""
         return None
 
+    def is_plain(self, module: nn.Module, x: Tensor, y: Tensor) -> bool:
+        """Whether the layer's own part of y is W x along the last axis, so that a change may act on x itself."""
+        inn = self.features(module)[1]
+        whole = x.is_floating_point() and self.input_features(module) == inn == x.shape[-1]
+        return whole and not self.substitutes and self.feature_axis(module, y) == -1
+
     @abstractmethod
     def lift(self, module: nn.Module, h: Tensor, matrix: Tensor) -> Tensor:
         """Run (..., r) through a second factor (out, r) -> (..., out)."""

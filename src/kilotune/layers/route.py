@@ -23,6 +23,7 @@ from ..deltas import Delta
 from ..errors import UnsupportedError
 from ..kernels.banked import Owners
 from ..kinds import LayerKind
+from ..methods import Shared
 from .slot import Slot
 
 __all__ = ["Chain", "Cohort", "Route", "RoutedLayer", "Stacked", "levels_of"]
@@ -82,6 +83,10 @@ class Cohort(ABC):
     def params(self, layer: RoutedLayer, which: int | None = None) -> dict[str, Tensor]:
         """The parameters in ``layer`` of adapter ``which``, or with None those of all, stacked in front."""
 
+    @abstractmethod
+    def shared(self, layer: RoutedLayer, which: int | None = None) -> Shared:
+        """What adapter ``which`` has once for all its layers; with None what it trains of that is all's, stacked."""
+
 
 @final
 class Stacked(Cohort):
@@ -98,6 +103,12 @@ class Stacked(Cohort):
         if len(held) == 1:
             return {key: value.unsqueeze(0) for key, value in held[0].items()}
         return {key: torch.stack([one[key] for one in held]) for key in held[0]}
+
+    def shared(self, layer: RoutedLayer, which: int | None = None) -> Shared:
+        found = [slot.shared for name in self.names if (slot := layer.slot(name)) is not None]
+        if which is not None or not found[0].trained:
+            return found[which or 0]
+        return found[0].holding({key: torch.stack([one.trained[key] for one in found]) for key in found[0].trained})
 
 
 def _held(slot: Slot) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..deltas import Delta, LowRank, Rescale, Residual, Role, Shift
+from ..deltas import Delta, Full, LowRank, Rescale, Residual, Role, Shift
 from ..errors import UnsupportedError
 from ..kernels.banked import Owners, lift_own, lift_shared, per_row
 from ..kinds import hooked
@@ -94,7 +94,7 @@ def _scales_output(layer: RoutedLayer, cohort: Cohort) -> bool:
     params = cohort.params(layer, 0)
     if any(slot.method.roles.get(key) is not Role.ROWS for key in params):
         return False  # to ask for the delta could cost much, too
-    delta = slot.delta_with(params)
+    delta = slot.delta_with(params, cohort.shared(layer, 0))
     return isinstance(delta, Rescale) and delta.inner is None is delta.cols and delta.scale_bias
 
 
@@ -125,20 +125,23 @@ def _stack(layer: OrderedLayer, parts: list[tuple[Cohort, int]], x: Tensor, y: T
     """The rows of one stack."""
     if len(parts) == 1 or not _as_one(layer, [[cohort] for cohort, _ in parts]):
         for cohort, which in parts:
-            y = _changed_by_one(layer, _slot(layer, cohort, which), cohort.params(layer, which), x, y)
+            y = _changed_by_one(layer, cohort, which, x, y)
         return y
     changes, trained = [], []
     for cohort, which in parts:
-        slot, params = _slot(layer, cohort, which), cohort.params(layer, which)
-        trained.append(params.pop(BIAS, None))
-        changes.append((slot, slot.delta_with(params)))
+        slot, delta, bias = _change(layer, cohort, which)
+        trained.append(bias)
+        changes.append((slot, delta))
     return in_order.changed(layer, changes, x, y.dtype, trained)
 
 
-def _slot(layer: RoutedLayer, cohort: Cohort, which: int) -> Slot:
+def _change(layer: RoutedLayer, cohort: Cohort, which: int | None) -> tuple[Slot, Delta | None, Tensor | None]:
+    """(slot, delta, trained bias) of adapter ``which``, or with None those of all, stacked in front."""
     slot = cohort.slot(layer, which) or cohort.slot(layer)
     assert slot is not None
-    return slot
+    params = cohort.params(layer, which)
+    bias = params.pop(BIAS, None)
+    return slot, slot.delta_with(params, cohort.shared(layer, which)), bias
 
 
 # -- a cohort ------------------------------------------------------------------------------------------
@@ -155,17 +158,17 @@ def _changed(layer: RoutedLayer, cohort: Cohort, owners: Owners, x: Tensor, y: T
     assert slot is not None
     method = slot.method
     if len(cohort.names) > 1 and (method is None or method.stacks):
-        params = cohort.params(layer)
-        bias = params.pop(BIAS, None)
-        delta = None if method is None else method.delta(slot.site, params, slot.shared)
-        changed = _stacked(layer, slot, delta, bias, owners, x, y)
+        changed = _stacked(layer, *_change(layer, cohort, None), owners, x, y)
         if changed is not None:
             return changed
+    if len(cohort.names) > 1 and method is not None and method.by_rows:
+        if layer.kind.is_plain(layer.base_layer, x, y):
+            return _by_rows(layer, slot, cohort, owners, x, y)
     pieces, places = [], []
     for which in range(len(cohort.names)):
         rows = None if len(cohort.names) == 1 else (owners.index == which).nonzero().squeeze(1)
         own_x, own_y = (x, y) if rows is None else (x.index_select(0, rows), y.index_select(0, rows))
-        new = _changed_by_one(layer, _slot(layer, cohort, which), cohort.params(layer, which), own_x, own_y)
+        new = _changed_by_one(layer, cohort, which, own_x, own_y)
         if rows is None:
             return new
         pieces.append(new)
@@ -173,11 +176,10 @@ def _changed(layer: RoutedLayer, cohort: Cohort, owners: Owners, x: Tensor, y: T
     return torch.empty_like(y).index_copy(0, torch.cat(places), torch.cat(pieces))
 
 
-def _changed_by_one(layer: RoutedLayer, slot: Slot, params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+def _changed_by_one(layer: RoutedLayer, cohort: Cohort, which: int, x: Tensor, y: Tensor) -> Tensor:
     """The rows of one adapter."""
     kind, module = layer.kind, layer.base_layer
-    bias = params.pop(BIAS, None)
-    delta = slot.delta_with(params)
+    slot, delta, bias = _change(layer, cohort, which)
     base = None if hooked(module) else y  # a hook may have made something else of it
     shifts = [] if bias is None else [bias_difference(layer, bias)]
     if isinstance(delta, Shift):
@@ -187,6 +189,23 @@ def _changed_by_one(layer: RoutedLayer, slot: Slot, params: dict[str, Tensor], x
         wide = shift.to(y.dtype).expand_as(kind.features_last(module, y))
         y = y + kind.features_back(module, wide)
     return y if delta is None else layer.run_deltas([(slot, delta)], x, base, y)
+
+
+def _by_rows(layer: RoutedLayer, slot: Slot, cohort: Cohort, owners: Owners, x: Tensor, y: Tensor) -> Tensor:
+    """All rows in one pass, by a change that acts on each with the row's own numbers."""
+
+    def own(value: Tensor) -> Tensor:
+        """Of (adapters, ...) each row's own, so that it broadcasts: (M, 1..., ...)."""
+        return value.index_select(0, owners.index).view(x.shape[0], *(1,) * (x.ndim - 2), *value.shape[1:])
+
+    params, shared = cohort.params(layer), cohort.shared(layer)
+    bias = params.pop(BIAS, None)
+    held = shared.holding({name: own(value) for name, value in shared.trained.items()}) if shared.trained else shared
+    delta = slot.delta_with({name: own(value) for name, value in params.items()}, held)
+    assert isinstance(delta, Full)
+    assert delta.act is not None
+    y = y + delta.act(slot.drop(x) if layer.kind.takes_dropout else x).to(y.dtype)
+    return y if bias is None else y + per_row(owners.take(bias_difference(layer, bias)), y, -1).to(y.dtype)
 
 
 def bias_difference(layer: RoutedLayer, bias: Tensor) -> Tensor:

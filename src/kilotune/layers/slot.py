@@ -78,13 +78,13 @@ class Slot(nn.Module):
         return makes not in (None, Shift)
 
     def delta(self) -> Delta | None:
-        return self.delta_with(self.own())
+        return self.delta_with(self.own(), self.shared)
 
-    def delta_with(self, params: Mapping[str, Tensor]) -> Delta | None:
-        """Its delta, with other values of its parameters; None where only the bias is trained."""
+    def delta_with(self, params: Mapping[str, Tensor], shared: Shared) -> Delta | None:
+        """Its delta, with other values of its parameters and of the model's; None where only the bias is trained."""
         if self.method is None:
             return None
-        delta = delta_of(self.method, self.site, params, self.shared)
+        delta = delta_of(self.method, self.site, params, shared)
         strength = self.strength
         plain = self.method.minds_strength or (not isinstance(strength, Tensor) and strength == 1.0)
         return delta if plain else delta.times(strength)

@@ -1,7 +1,8 @@
 """Sites that hold several matrices (the experts of one parameter): a method sees each as a layer of its own.
 
 A method's tensors for such a site have one dimension more, the experts, in front: LoRA's A is (E, r, in). A method
-that ``stacks`` makes the deltas of all experts in one go from these; any other is asked for each expert.
+that ``stacks`` makes the deltas of all experts in one go from these; any other is asked for each expert, and so is one
+with numbers of the whole model, which are one for all experts.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..deltas import Delta, Full, LowRank, Rescale, Shift
 from ..errors import UnsupportedError
 from ..methods import Export, Method, Shared, Site
+from ..projections.matrices import Projections
 
-__all__ = ["by_member", "delta_of", "export", "members", "start"]
+__all__ = ["by_member", "delta_of", "export", "members", "prepare", "start"]
 
 
 def members(sites: Iterable[Site]) -> list[Site]:
@@ -49,6 +51,15 @@ def by_member(site: Site, values: Mapping[str, Tensor]) -> list[tuple[str, dict[
     return [(one.name, dict(one.brought)) for one in own]
 
 
+def prepare(method: Method[Any], adapter: str, sites: Iterable[Site], projections: Projections) -> Shared:
+    """What an adapter has once for all its layers; what it trains of that, at its start."""
+    own = members(sites)
+    shared = method.prepare(adapter, own, projections)
+    started = method.init_model(own)
+    shared.trained = {key: nn.Parameter(value.detach(), requires_grad=False) for key, value in started.items()}
+    return shared
+
+
 def start(method: Method[Any], site: Site, shared: Shared) -> dict[str, Tensor]:
     """A site's trained tensors at their start."""
     if not site.matrices:
@@ -59,7 +70,7 @@ def start(method: Method[Any], site: Site, shared: Shared) -> dict[str, Tensor]:
 
 def delta_of(method: Method[Any], site: Site, params: Mapping[str, Tensor], shared: Shared) -> Delta:
     """What the parameters make of a site's matrix, or of all its matrices."""
-    if not site.matrices or method.stacks:
+    if not site.matrices or (method.stacks and not shared.trained):
         return method.delta(site, params, shared)
     deltas = []  # plain loops: torch.compile follows them
     for index, one in enumerate(_split(site)):

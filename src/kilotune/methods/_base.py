@@ -4,6 +4,7 @@ Knows nothing of the kind of layer and of how weights are stored.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from ..deltas import Delta, Role
 from ..errors import CheckpointError
 from ..projections.matrices import Projections
 
-__all__ = ["Export", "Kept", "LowRankConfig", "Method", "Shared", "Site"]
+__all__ = ["Export", "Kept", "LowRankConfig", "Method", "Rate", "Shared", "Site"]
 
 C = TypeVar("C", bound=AdapterConfig)
 
@@ -80,11 +81,21 @@ class Site:
 class Shared:
     """What one adapter has once for all its layers.
 
-    trained: model-wide trained parameters by name. Once the adapter is in a model it is the model's own
-    ``nn.ParameterDict``, so that read from here they are what ``.to_empty()`` or ``functional_call`` put there.
+    trained: model-wide trained parameters by name, as :meth:`Method.init_model` starts them. Once the adapter is in a
+    model it is the model's own ``nn.ParameterDict``, so that read from here they are what ``.to_empty()`` or
+    ``functional_call`` put there.
+    common: equal for adapters whose frozen parts are the same, where equal configurations and layers do not say so.
     """
 
     trained: dict[str, nn.Parameter] | nn.ParameterDict = field(default_factory=dict)
+    common: Hashable = None
+
+    def holding(self, trained: Mapping[str, Tensor]) -> Shared:
+        """The same with other values of what is trained: another adapter's, or those of many, stacked in front."""
+        made: Any = copy.copy(self)
+        made.trained = dict(trained)
+        found: Shared = made
+        return found
 
 
 @final
@@ -107,6 +118,19 @@ class Export:
     section: dict[str, Any] = field(default_factory=dict)
     checksum: str | None = None
     header: dict[str, Any] = field(default_factory=dict)
+
+
+@final
+@dataclass(frozen=True)
+class Rate:
+    """The usual learning rate of a method.
+
+    at_100: for a training of 100 steps. power: of (100 / steps), by which shorter trainings get more and longer ones
+    less (train/settings/rates.py has the rule).
+    """
+
+    at_100: float
+    power: float = 0.45
 
 
 @final
@@ -143,7 +167,9 @@ class Method(ABC, Generic[C]):
     name: as users pick it. makes: the delta class, whose needs decide which layers fit. keys: parameter
     name -> the key PEFT uses for it below the module's name. roles: what each parameter is to the layer's
     matrix, where that decides its form in a file. default_targets: exceptions to the table of known architectures.
-    What the tensors of a file are, :meth:`kept` says.
+    What the tensors of a file are, :meth:`kept` says. usual_rate: what it is trained with where nobody says another
+    rate; a place to start from, where the class says none. example: options of a small adapter, of a rank that layers
+    of 4 features have; the conformance tests run on it.
     """
 
     name: ClassVar[str]
@@ -152,10 +178,16 @@ class Method(ABC, Generic[C]):
     keys: Mapping[str, str]
     roles: Mapping[str, Role] = {}
     default_targets: Mapping[str, Sequence[str]] = {}
+    usual_rate: ClassVar[Rate] = Rate(1e-2)
+    example: ClassVar[Mapping[str, Any]] = {}
     # Whether delta() takes the site's strength into account; otherwise what it gives is multiplied by that.
     minds_strength: bool = False
-    # Whether delta() carries a leading dimension of its parameters along (the experts of one parameter).
+    # Whether delta() carries a leading dimension of its parameters along (the adapters of a batch, the experts of one
+    # parameter). Model-wide ones have it where the layer's do: with them, experts are asked one by one.
     stacks: bool = False
+    # Whether the delta is a Full whose ``act`` takes each row of its input with numbers of its own, where parameters
+    # have as many leading dimensions as the input.
+    by_rows: bool = False
 
     def __init__(self, config: C) -> None:
         self.config = config
@@ -206,11 +238,29 @@ class Method(ABC, Generic[C]):
         return config
 
     def prepare(self, adapter: str, sites: Sequence[Site], projections: Projections) -> Shared:
-        """Once per adapter, before any layer: claim projections, make model-wide parameters."""
+        """Once per adapter, before any layer: claim projections, make what is frozen for all layers."""
         return Shared()
+
+    def init_model(self, sites: Sequence[Site]) -> dict[str, Tensor]:
+        """The model-wide trained tensors at their start, after :meth:`prepare` and before any :meth:`init`.
+
+        They go under these names into the file and into a bank's rows, and :meth:`delta` finds them in ``shared``.
+        """
+        return {}
 
     def verify(self, shared: Shared) -> None:
         """Compare what :meth:`prepare` made with what a checkpoint promised; raises CheckpointError."""
+
+    @abstractmethod
+    def count(self, sites: Sequence[Site]) -> int:
+        """How many numbers the method trains in these layers, by its formula: of shapes alone, nothing is made or read.
+
+        What is trained beside it (biases, a head) is not counted.
+
+        Args:
+            sites: one for each matrix, so that of the experts of one parameter each is there.
+
+        """
 
     @abstractmethod
     def init(self, site: Site, shared: Shared) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..config import ALL_BIASED, ALL_LINEAR, AdapterConfig, Names, option
 from ..deltas import Delta, Shift
-from ._base import Method, Shared, Site
+from ._base import Method, Rate, Shared, Site
 
 __all__ = ["Bitfit", "BitfitConfig"]
 
@@ -49,7 +49,11 @@ class Bitfit(Method[BitfitConfig]):
     config_cls: ClassVar[type[AdapterConfig]] = BitfitConfig
     makes: type[Delta] = Shift
     stacks: bool = True
+    usual_rate: ClassVar[Rate] = Rate(1e-2)
     keys: Mapping[str, str] = {"bitfit_delta": "bitfit_delta"}
+
+    def count(self, sites: Sequence[Site]) -> int:
+        return sum(site.out for site in sites)
 
     def init(self, site: Site, shared: Shared) -> dict[str, Tensor]:
         return {"bitfit_delta": torch.zeros(site.out, device=site.device(), dtype=torch.float32)}

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from ..config import AdapterConfig, number_fault, option, rate_fault
 from ..deltas import Delta, Residual
 from ..errors import ConfigError, did_you_mean
-from ._base import Method, Shared, Site
+from ._base import Method, Rate, Shared, Site
 
 __all__ = ["Bottleneck", "BottleneckConfig"]
 
@@ -159,6 +159,8 @@ class Bottleneck(Method[BottleneckConfig]):
     name: ClassVar[str] = "bottleneck"
     config_cls: ClassVar[type[AdapterConfig]] = BottleneckConfig
     makes: type[Delta] = Residual
+    usual_rate: ClassVar[Rate] = Rate(3e-3)
+    example: ClassVar[Mapping[str, Any]] = {"width": 2}
     keys: Mapping[str, str] = {
         "down": "bottleneck_down.weight",
         "down_bias": "bottleneck_down.bias",
@@ -196,6 +198,11 @@ class Bottleneck(Method[BottleneckConfig]):
         if projection.startswith(".*"):  # BERT: the one name is the end of the other
             return config.replace(target_modules=("output.dense",))
         return config.replace(target_modules=(*attention, projection))
+
+    def count(self, sites: Sequence[Site]) -> int:
+        width = self.config.width
+        reads = [site.input if self.config.reads_input else site.output for site in sites]
+        return sum(width * n + width + (width + 1) * site.output for n, site in zip(reads, sites, strict=True))
 
     def init(self, site: Site, shared: Shared) -> dict[str, Tensor]:
         width, device = self.config.width, site.device()

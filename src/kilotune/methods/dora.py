@@ -116,8 +116,14 @@ class Dora(Method[LowRankConfig]):
     def prepare(self, adapter: str, sites: Sequence[Site], projections: Projections) -> Shared:
         return self.inner.prepare(adapter, sites, projections)
 
+    def init_model(self, sites: Sequence[Site]) -> dict[str, Tensor]:
+        return self.inner.init_model(sites)
+
     def verify(self, shared: Shared) -> None:
         self.inner.verify(shared)
+
+    def count(self, sites: Sequence[Site]) -> int:
+        return self.inner.count(sites) + sum(site.out for site in sites)
 
     def init(self, site: Site, shared: Shared) -> dict[str, Tensor]:
         params = self.inner.init(site, shared)

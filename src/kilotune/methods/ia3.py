@@ -19,7 +19,7 @@ from ..deltas import Delta, Rescale, Role
 from ..errors import ConfigError, did_you_mean
 from ..name_rules import ends_so, fits
 from ..projections.matrices import Projections
-from ._base import Export, Method, Shared, Site
+from ._base import Export, Method, Rate, Shared, Site
 
 __all__ = ["Ia3", "Ia3Config"]
 
@@ -124,6 +124,8 @@ class Ia3(Method[Ia3Config]):
     name: ClassVar[str] = "ia3"
     config_cls: ClassVar[type[AdapterConfig]] = Ia3Config
     makes: type[Delta] = Rescale
+    usual_rate: ClassVar[Rate] = Rate(2e-2)
+    example: ClassVar[Mapping[str, Any]] = {"feedforward_modules": ()}
     keys: Mapping[str, str] = {ROWS: "ia3_l", COLS: "ia3_l"}
     roles: Mapping[str, Role] = {ROWS: Role.ROWS, COLS: Role.COLS}
 
@@ -171,6 +173,9 @@ class Ia3(Method[Ia3Config]):
         if isinstance(names, str):
             return fits("feedforward_modules", names, name)
         return ends_so(names or (), name)
+
+    def count(self, sites: Sequence[Site]) -> int:
+        return sum(site.inn // site.kernel_positions if self.is_feedforward(site) else site.out for site in sites)
 
     def init(self, site: Site, shared: Shared) -> dict[str, Tensor]:
         inputs = self.is_feedforward(site)

@@ -20,7 +20,7 @@ from typing import Any, ClassVar, final
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config import AdapterConfig, Names, number_fault, option
 from ..deltas import Delta, Full, Role
@@ -28,7 +28,7 @@ from ..errors import CheckpointError, ConfigError, did_you_mean
 from ..kernels.lowrank import accumulate_dtype
 from ..kernels.projected import Held, Projection, padded
 from ..projections.matrices import SEED_LIMIT, Projections
-from ._base import Export, Kept, Method, Shared, Site
+from ._base import Export, Kept, Method, Rate, Shared, Site
 from ._order import in_order, order_faults, order_option
 
 __all__ = ["Intrinsic", "IntrinsicConfig"]
@@ -79,10 +79,10 @@ class IntrinsicConfig(AdapterConfig):
 
 @final
 class _IntrinsicShared(Shared):
-    """The vector, and for each layer its projection; ``gain`` makes the columns of P of unit length."""
+    """For each layer its projection; ``gain`` makes the columns of P of unit length."""
 
-    def __init__(self, vector: nn.Parameter, sites: Sequence[Site], projections: Sequence[Projection], gain: float):
-        super().__init__({VECTOR: vector})
+    def __init__(self, sites: Sequence[Site], projections: Sequence[Projection], gain: float):
+        super().__init__()
         self.sites, self.gain = tuple((site.name, site.out, site.inn) for site in sites), gain
         self.by_name = {site.name: projection for site, projection in zip(sites, projections)}
         self.held = Held(projections)
@@ -113,6 +113,8 @@ class Intrinsic(Method[IntrinsicConfig]):
     name: ClassVar[str] = "intrinsic"
     config_cls: ClassVar[type[AdapterConfig]] = IntrinsicConfig
     makes: type[Delta] = Full
+    usual_rate: ClassVar[Rate] = Rate(5e-2)
+    example: ClassVar[Mapping[str, Any]] = {"d": 13}
     keys: Mapping[str, str] = {}
 
     def __init__(self, config: IntrinsicConfig, vector: Tensor | None = None, checksum: str | None = None) -> None:
@@ -135,7 +137,7 @@ class Intrinsic(Method[IntrinsicConfig]):
         made = [Projection(seed, i, site.out * site.inn, size, dense) for i, site in enumerate(ordered)]
         # The entries of P before the gain have mean square 1/3 (uniform), or n (rows of H G Pi H B, up to 2^-32).
         gain = (3.0 / total) ** 0.5 if dense else (total * padded(size)) ** -0.5
-        return _IntrinsicShared(self._vector(sites[0].device(), size), ordered, made, gain)
+        return _IntrinsicShared(ordered, made, gain)
 
     def _projected_size(self, layers: int) -> int:
         """How many of the d numbers are projected: all, or those that are no scales."""
@@ -148,13 +150,13 @@ class Intrinsic(Method[IntrinsicConfig]):
             )
         return self.config.d - layers
 
-    def _vector(self, device: torch.device, size: int) -> nn.Parameter:
+    def init_model(self, sites: Sequence[Site]) -> dict[str, Tensor]:
+        device = sites[0].device()
         if self.loaded is not None:
-            wide = accumulate_dtype(self.loaded.dtype)
-            return nn.Parameter(self.loaded.to(device, wide, copy=True), requires_grad=False)
+            return {VECTOR: self.loaded.to(device, accumulate_dtype(self.loaded.dtype), copy=True)}
         vector = torch.zeros(self.config.d, device=device, dtype=torch.float32)
-        vector[size:] = 1.0
-        return nn.Parameter(vector, requires_grad=False)
+        vector[self._projected_size(len(sites)) :] = 1.0
+        return {VECTOR: vector}
 
     def verify(self, shared: Shared) -> None:
         assert isinstance(shared, _IntrinsicShared)
@@ -164,6 +166,9 @@ class Intrinsic(Method[IntrinsicConfig]):
             f"the projection does not match the checkpoint: expected SHA-256 {self.expected_checksum}, got {actual}; "
             "the seed, d, the layers' order or the base model's shapes differ from those at training"
         )
+
+    def count(self, sites: Sequence[Site]) -> int:
+        return self.config.d
 
     def init(self, site: Site, shared: Shared) -> dict[str, Tensor]:
         return {}

@@ -26,7 +26,7 @@ from ..errors import ConfigError, gather
 from ..kernels.starts import orthogonal, principal, triangular
 from ..name_rules import first_at_end
 from ..projections.matrices import Projections
-from ._base import Export, LowRankConfig, Method, Shared, Site
+from ._base import Export, LowRankConfig, Method, Rate, Shared, Site
 
 __all__ = ["Lora", "LoraConfig"]
 
@@ -163,6 +163,8 @@ class Lora(Method[LoraConfig]):
     config_cls: ClassVar[type[AdapterConfig]] = LoraConfig
     makes: type[Delta] = LowRank
     stacks: bool = True
+    usual_rate: ClassVar[Rate] = Rate(7e-3)
+    example: ClassVar[Mapping[str, Any]] = {"r": 2}
     keys: Mapping[str, str] = {
         "lora_A": "lora_A.weight",
         "lora_B": "lora_B.weight",
@@ -225,6 +227,10 @@ class Lora(Method[LoraConfig]):
 
     def _from_base(self, site: Site) -> bool:
         return self.config.from_base and site.fan_in == site.inn  # in an embedding PEFT leaves these starts out
+
+    def count(self, sites: Sequence[Site]) -> int:
+        first = 0 if self.config.lora_fa else 1
+        return sum(self.rank(site) * (first * site.inn + site.out) for site in sites)
 
     def init(self, site: Site, shared: Shared) -> dict[str, Tensor]:
         rank, device, kind = self.rank(site), site.device(), self.config.init_lora_weights

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from ..errors import CheckpointError, did_you_mean
 from ..kernels.lowrank import accumulate_dtype
 from ..projections.matrices import SEED_LIMIT, Extent, PortableSource, Projections, Source
 from . import _svd
-from ._base import Export, Kept, LowRankConfig, Method, Shared, Site
+from ._base import Export, Kept, LowRankConfig, Method, Rate, Shared, Site
 
 __all__ = ["LoraXs", "LoraXsConfig"]
 
@@ -103,6 +103,8 @@ class LoraXs(Method[LoraXsConfig]):
     name: ClassVar[str] = "loraxs"
     config_cls: ClassVar[type[AdapterConfig]] = LoraXsConfig
     makes: type[Delta] = LowRank
+    usual_rate: ClassVar[Rate] = Rate(2e-2)
+    example: ClassVar[Mapping[str, Any]] = {"r": 2}
     keys: Mapping[str, str] = {name: name for name in (CORE, FIRST, SECOND)}
     roles: Mapping[str, Role] = {FIRST: Role.FIRST, SECOND: Role.SECOND}
 
@@ -158,6 +160,9 @@ class LoraXs(Method[LoraXsConfig]):
         for name, own in brought.items():
             if own:
                 _svd.check_close(own[FIRST], own[SECOND], _svd.pair_of(shared.sources[name]), name)
+
+    def count(self, sites: Sequence[Site]) -> int:
+        return self.config.r**2 * len(sites)
 
     def init(self, site: Site, shared: Shared) -> dict[str, Tensor]:
         rank = self.config.r

@@ -26,7 +26,7 @@ from ..errors import CheckpointError, ConfigError, gather
 from ..kernels.lowrank import accumulate_dtype
 from ..projections.matrices import SEED_LIMIT, Projections
 from ..projections.streams import balanced_indices
-from ._base import Export, Kept, LowRankConfig, Method, Shared, Site
+from ._base import Export, Kept, LowRankConfig, Method, Rate, Shared, Site
 from ._order import in_order, order_faults, order_option
 
 __all__ = ["UniLora", "UniLoraConfig"]
@@ -206,10 +206,10 @@ def _peft_indices(seed: int, sizes: Sequence[int], d: int) -> list[np.ndarray[An
 
 @final
 class _UniShared(Shared):
-    """The vector, and where its numbers stand."""
+    """Where the vector's numbers stand."""
 
-    def __init__(self, vector: nn.Parameter, layout: Layout) -> None:
-        super().__init__({VECTOR: vector})
+    def __init__(self, layout: Layout, brought: bool) -> None:
+        super().__init__(common=layout if brought else None)  # what is drawn is the same for one configuration
         self.layout = layout
 
 
@@ -220,6 +220,9 @@ class UniLora(Method[UniLoraConfig]):
     name: ClassVar[str] = "unilora"
     config_cls: ClassVar[type[AdapterConfig]] = UniLoraConfig
     makes: type[Delta] = LowRank
+    stacks: bool = True
+    usual_rate: ClassVar[Rate] = Rate(0.15)
+    example: ClassVar[Mapping[str, Any]] = {"r": 2, "theta_d_length": 11}
     keys: Mapping[str, str] = {}
     default_targets: Mapping[str, Sequence[str]] = {"phi": ("q_proj", "v_proj", "fc1", "fc2")}
 
@@ -240,20 +243,19 @@ class UniLora(Method[UniLoraConfig]):
         for site in sites:  # now, so that a compiled forward never draws them
             layout.places(site.name, site.device())
             layout.norms(site.device(), torch.float32)
-        return _UniShared(self._vector(sites[0].device()), layout)
+        return _UniShared(layout, stored is not None)
 
-    def _vector(self, device: torch.device) -> nn.Parameter:
-        given, d = self.brought.get(VECTOR), self.config.theta_d_length
+    def init_model(self, sites: Sequence[Site]) -> dict[str, Tensor]:
+        given, d, device = self.brought.get(VECTOR), self.config.theta_d_length, sites[0].device()
         if given is not None:
-            wide = accumulate_dtype(given.dtype)
-            return nn.Parameter(given.to(device, wide, copy=True), requires_grad=False)
+            return {VECTOR: given.to(device, accumulate_dtype(given.dtype), copy=True)}
         # On the CPU, as PEFT draws it: the same seed of torch gives the same start.
         vector = torch.empty(d, dtype=torch.float32, device="meta" if device.type == "meta" else "cpu")
         if self.config.init_weights:
             nn.init.uniform_(vector, -self.config.init_theta_d_bound, self.config.init_theta_d_bound)
         else:
             nn.init.normal_(vector)
-        return nn.Parameter(vector.to(device), requires_grad=False)
+        return {VECTOR: vector.to(device)}
 
     def verify(self, shared: Shared) -> None:
         assert isinstance(shared, _UniShared)
@@ -264,6 +266,9 @@ class UniLora(Method[UniLoraConfig]):
             "seed, the rank, the layers' order or the base model's shapes differ from those at training"
         )
 
+    def count(self, sites: Sequence[Site]) -> int:
+        return self.config.theta_d_length
+
     def init(self, site: Site, shared: Shared) -> dict[str, Tensor]:
         return {}
 
@@ -271,14 +276,13 @@ class UniLora(Method[UniLoraConfig]):
         assert isinstance(shared, _UniShared)
         device, dtype = site.device(), site.dtype()
         places = shared.layout.places(site.name, device)
-        theta = shared.trained[VECTOR].to(device)  # (d,)
+        theta = shared.trained[VECTOR].to(device)  # (..., d), of each of the adapters in front
         if places.scale_a is None or places.scale_b is None:
             theta = theta * shared.layout.norms(device, theta.dtype)
-        a = theta.index_select(0, places.a.view(-1)).view(places.a.shape)  # (r, in)
-        b = theta.index_select(0, places.b.view(-1)).view(places.b.shape)  # (out, r)
+        a, b = (theta.index_select(-1, p.view(-1)).view(*theta.shape[:-1], *p.shape) for p in places[:2])
         if places.scale_a is not None and places.scale_b is not None:
             a, b = a * places.scale_a, b * places.scale_b
-        return LowRank(a=a.to(dtype), b=b.to(dtype))
+        return LowRank(a=a.to(dtype), b=b.to(dtype))  # (..., r, in), (..., out, r)
 
     # -- files -----------------------------------------------------------------------------------
 

@@ -28,7 +28,7 @@ from ..projections.matrices import (
     StoredSource,
     pair_checksum,
 )
-from ._base import Export, Kept, LowRankConfig, Method, Shared, Site
+from ._base import Export, Kept, LowRankConfig, Method, Rate, Shared, Site
 
 __all__ = ["Vera", "VeraConfig"]
 
@@ -132,6 +132,8 @@ class Vera(Method[VeraConfig]):
     config_cls: ClassVar[type[AdapterConfig]] = VeraConfig
     makes: type[Delta] = LowRank
     stacks: bool = True
+    usual_rate: ClassVar[Rate] = Rate(8e-2)
+    example: ClassVar[Mapping[str, Any]] = {"r": 4}
     keys: Mapping[str, str] = {"vera_lambda_b": "vera_lambda_b", "vera_lambda_d": "vera_lambda_d"}
 
     def __init__(self, config: VeraConfig, stored: StoredSource | None = None, checksum: str | None = None) -> None:
@@ -171,6 +173,9 @@ class Vera(Method[VeraConfig]):
         if self.config.generator == "peft":
             return PeftSource(seed, largest)
         return PortableSource(seed, (site.out, site.inn) if self.config.sharing == "shape" else None)
+
+    def count(self, sites: Sequence[Site]) -> int:
+        return sum(self.config.r + site.out for site in sites)
 
     def init(self, site: Site, shared: Shared) -> dict[str, Tensor]:
         b = torch.zeros(site.out, device=site.device(), dtype=torch.float32)

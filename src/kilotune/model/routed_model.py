@@ -273,15 +273,16 @@ def _alike(adapters: Mapping[str, Installed]) -> list[list[str]]:
 
 def _form(name: str, installed: Installed) -> Hashable:
     method = installed.method
-    if not method.stacks or installed.shared.trained or installed.saved:
+    if not (method.stacks or method.by_rows) or installed.saved:
         return name
     slots = installed.slots()
     if any(slot.strength != 1.0 for slot in slots.values()):
         return name
     firsts = tuple(None if s.method is None else method.first_factor(s.site, s.shared) for s in slots.values())
     config = installed.config.replace(inference_mode=False, base_model_name_or_path=None, revision=None)
-    shapes = tuple((key, tuple(p.shape), p.dtype) for s in slots.values() for key, p in s.named_parameters())
-    return type(method), repr(config), tuple(slots), firsts, shapes
+    numbers = [*(item for s in slots.values() for item in s.named_parameters()), *installed.shared.trained.items()]
+    shapes = tuple((key, tuple(p.shape), p.dtype) for key, p in numbers)
+    return type(method), repr(config), tuple(slots), firsts, installed.shared.common, shapes
 
 
 def unroutable(installed: Installed) -> list[str]:

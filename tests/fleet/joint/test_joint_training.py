@@ -30,7 +30,12 @@ METHODS: dict[str, AdapterConfig] = {
     "ia3": get_config("ia3", target_modules=["up", "down"], feedforward_modules=["down"]),
     "bitfit": get_config("bitfit", target_modules=["stem", "up", "head"]),
     "bottleneck": get_config("bottleneck", target_modules=["mix.up", "mix.down"]),
+    "unilora": get_config("unilora", r=3, theta_d_length=32, target_modules=ALL),
+    "unilora-dora": get_config("unilora", r=3, theta_d_length=32, target_modules=ALL, use_dora=True),
+    "intrinsic": get_config("intrinsic", d=32, target_modules=ALL),
+    "intrinsic-said": get_config("intrinsic", d=32, target_modules=ALL, structure="said"),
 }
+UNI = METHODS["unilora"]
 TIGHT = 1e-9  # in float64
 SETTINGS = FleetSettings(
     batch_size=3,
@@ -89,7 +94,7 @@ def test_settings_mean_what_they_mean_alone(schedule: str, changes: dict[str, An
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2], ids=["llama", "gpt2"])
-@pytest.mark.parametrize("config", [VERA, LoraConfig(r=2, target_modules=ALL)], ids=["vera", "lora"])
+@pytest.mark.parametrize("config", [VERA, LoraConfig(r=2, target_modules=ALL), UNI], ids=["vera", "lora", "unilora"])
 def test_language_models_with_padding(make: Any, config: AdapterConfig) -> None:
     users = [User(f"u{i}", token_rows(4 + i, i, longest=4 + 3 * i), seed=i) for i in range(3)]
     kept = Kept()
@@ -135,10 +140,10 @@ def mask_again(x: Tensor, seed: int, step: int, layer: int, p: float) -> Tensor:
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("config", [VERA, METHODS["dora"], METHODS["bottleneck"]], ids=["vera", "dora", "bottleneck"])
-def test_dropout_does_not_depend_on_company(config: AdapterConfig) -> None:
-    name = next(key for key in config.to_dict() if key.endswith("dropout"))
-    config = config.replace(**{name: 0.3})
+@pytest.mark.parametrize("name", ["vera", "dora", "bottleneck", "unilora"])
+def test_dropout_does_not_depend_on_company(name: str) -> None:
+    option = next(key for key in METHODS[name].to_dict() if key.endswith("dropout"))
+    config = METHODS[name].replace(**{option: 0.3})
     kept, users = Kept(), group(3)
     fit(double(Nested()), config, users, SETTINGS, collate=stacked, loss="classification", sink=kept)
 
@@ -230,10 +235,9 @@ def test_faults_of_settings_come_together() -> None:
 @pytest.mark.parametrize(
     ("config", "why"),
     [
-        (get_config("intrinsic", target_modules="all-linear"), "whole matrix"),
         (VeraConfig(r=2, target_modules=["stem"], modules_to_save=["head"]), "whole modules"),
     ],
-    ids=["full", "head"],
+    ids=["head"],
 )
 def test_what_does_not_stack_is_refused(config: AdapterConfig, why: str) -> None:
     base = Nested()

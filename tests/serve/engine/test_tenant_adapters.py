@@ -221,20 +221,9 @@ def test_large_adapters_get_fewer_slots_and_too_large_ones_none(tmp_path: Path, 
     made.close()
 
 
-def test_a_head_and_a_whole_vector_are_served_from_the_model(tmp_path: Path) -> None:
+def test_heads_are_served_from_the_model(tmp_path: Path) -> None:
     base = base_model()
-    own: list[PeftModel] = []
-    from kilotune import get_config
-
-    for config in (
-        VeraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"]),
-        get_config("unilora", r=2, theta_d_length=32, target_modules=["q_proj", "down_proj"]),
-    ):
-        import copy
-
-        model = get_peft_model(copy.deepcopy(base), config)
-        randomize(model, seed=3, scale=0.3)
-        own.append(model.eval())
+    own = [adapter_with_head(base, seed) for seed in (3, 4)]
     with Served(tmp_path, count=1, whole=2) as served:
         keys = [key_of("t", served.registry.put("t", f"w{i}", model)) for i, model in enumerate(own)]
         asked = [(prompt_of(i), greedy(6), key, "t") for i, key in enumerate([*keys, served.keys[0], None])]

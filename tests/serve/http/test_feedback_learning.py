@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,10 +16,10 @@ from tests.support.learning_support import TOY, WIDE
 from tests.support.training_support import said
 
 
-@pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    folder = tmp_path_factory.mktemp("learned")
-    with feedback_serving(folder, limits=TrainingLimits(pace=TOY, bounds=WIDE)) as (made, _):
+@pytest.fixture
+def running(tmp_path: Path) -> Iterator[Running]:
+    """One for each test: what one of them had learned would be another's start, in whatever order they run."""
+    with feedback_serving(tmp_path, limits=TrainingLimits(pace=TOY, bounds=WIDE)) as (made, _):
         rules(made, pause_seconds=0)
         yield made
 

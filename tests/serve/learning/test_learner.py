@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from kilotune import AdapterConfig, LoraConfig, VeraConfig, get_config
-from kilotune.errors import AdapterError, ConfigError, ResourceError, StoreError, UnsupportedError
+from kilotune.errors import AdapterError, ConfigError, ResourceError, StoreError
 from kilotune.fleet.stepper.adam import Adam
 from kilotune.fleet.stepper.mixed_pass import Passes
 from kilotune.fleet.stepper.operations import Forward, ForwardBackward, OptimStep
@@ -33,7 +33,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "bitfit": {"target_modules": ["q_proj", "up_proj"]},
     "bottleneck": {"target_modules": ["mlp"]},
 }
-ALONE = ("unilora", "intrinsic")  # one vector for all layers; a whole matrix of each layer
 HOW = Adam(rate=3e-2)
 
 
@@ -94,10 +93,6 @@ def both(tmp_path: Path) -> Any:
 def test_trainer_and_sampler_agree(method: str, both: Both) -> None:
     """Bar 4 of the service that learns: log-probabilities within 1e-4, for every method that stacks."""
     config = get_config(method, **OPTIONS.get(method, {"target_modules": ALL}))
-    if method in ALONE:
-        with pytest.raises(UnsupportedError, match="do not stack|cannot stand side by side"):
-            both.learner.open("m", "ann", config)
-        return
     both.learner.open("m", "ann", config)
     losses = both.learn("m", rows(1), 4)
     assert losses[-1] < losses[0]

@@ -31,6 +31,7 @@ from ...config import AdapterConfig
 from ...errors import AdapterError, ConfigError, ResourceError, did_you_mean
 from ...layers.route import Cohort, RoutedLayer
 from ...layers.slot import Slot
+from ...methods import Shared
 from ...model.adapter_model import AdapterModel
 from ...model.parameter_report import readable_bytes
 from ...model.routed_model import Group, Source
@@ -69,6 +70,11 @@ class Resident(Cohort):
             return self.form.params(layer, self.values)
         one = self.form.params(layer, self.values[which : which + 1])
         return {key: value[0] for key, value in one.items()}
+
+    def shared(self, layer: RoutedLayer, which: int | None = None) -> Shared:
+        if which is None:
+            return self.form.shared(self.values)
+        return self.form.shared(self.values[which])
 
 
 @final
@@ -165,7 +171,7 @@ class AdapterBank(Source):
         return self.form.length * self.arena.element_size()
 
     def get(self, name: str) -> dict[str, Tensor]:
-        """An adapter's tensors by ``<layer>.<parameter>``, float32 copies on the CPU.
+        """An adapter's tensors by :attr:`Place.name`, float32 copies on the CPU.
 
         Raises:
             AdapterError: it is not here (and is not loaded for this).
@@ -186,7 +192,7 @@ class AdapterBank(Source):
         Args:
             name: the name to route to.
             adapter: a folder, an adapter that was read (:class:`AdapterFile`, as ``record.file()`` gives), or its
-                tensors by ``<layer>.<parameter>``.
+                tensors by ``<layer>.<parameter>``, those of the whole model by ``<parameter>``.
 
         Raises:
             CheckpointError, ConfigError: it is not of the bank's form, or broken; nothing has changed then.

@@ -3,7 +3,9 @@
 A form's layers are wrapped in the model as those of an adapter are, with a slot that has no parameters of its own: it
 says what method, site and frozen factors there are. The numbers of an adapter are one row::
 
-    [ layer 0: vera_lambda_b | vera_lambda_d | layer 1: ... ]        Place: layer, parameter, shape, where it begins
+    [ the model's: unilora_theta_d | layer 0: vera_lambda_b | vera_lambda_d | layer 1: ... ]
+
+    Place: layer (MODEL: of all), parameter, shape, where it begins
 """
 
 from __future__ import annotations
@@ -19,15 +21,14 @@ from ... import storage
 from ...adapter_files.fitting import Wanted, check_base, match_tensors, wanted_of
 from ...adapter_files.reading import AdapterFile
 from ...config import AdapterConfig
-from ...deltas import Full
 from ...errors import CheckpointError, ConfigError, UnsupportedError, gather, type_name
 from ...injection.inject import Plan, apply, base_name, brought_by, plan, remove, with_base_name
-from ...injection.installed_adapter import Installed
+from ...injection.installed_adapter import MODEL, Installed
 from ...injection.tree import own_modules
 from ...layers.route import RoutedLayer
 from ...layers.slot import Slot
 from ...layers.stacked_sites import by_member
-from ...methods import Method
+from ...methods import Method, Shared
 from ...model.adapter_model import AdapterModel
 from ...model.routed_model import unroutable
 
@@ -48,11 +49,13 @@ NO_MATTER = frozenset(
     }
 )
 
+ORDER = "site_order"  # of the layers, where they share one vector; None: the model's
+
 
 @final
 @dataclass(frozen=True)
 class Place:
-    """One parameter of one layer in an adapter's row."""
+    """One parameter of one layer, or of the whole model (MODEL), in an adapter's row."""
 
     layer: str
     key: str
@@ -66,13 +69,13 @@ class Place:
 
     @property
     def name(self) -> str:
-        """``<layer>.<parameter>``."""
-        return f"{self.layer}.{self.key}"
+        """``<layer>.<parameter>``; of the whole model ``<parameter>``."""
+        return self.key if self.layer == MODEL else f"{self.layer}.{self.key}"
 
     def of(self, rows: Tensor) -> Tensor:
-        """The parameter in each of ``rows`` (n, row length): (n, *shape); a view."""
-        part = rows[:, self.begin : self.end]
-        return part if len(self.shape) == 1 else part.view(rows.shape[0], *self.shape)
+        """The parameter in each of ``rows`` (..., row length): (..., *shape); a view."""
+        part = rows[..., self.begin : self.end]
+        return part if len(self.shape) == 1 else part.view(*rows.shape[:-1], *self.shape)
 
 
 @final
@@ -85,11 +88,11 @@ class ResidentForm:
         key: an adapter name that nobody else takes.
 
     Attributes:
-        places: by layer, the parameters in their order in a row. length: how many numbers a row has.
+        places: by layer, the model first, the parameters in their order in a row. length: how many numbers a row has.
 
     Raises:
         TargetError, ConfigError: as for adding such an adapter.
-        UnsupportedError: adapters of this form are not a row of numbers for each layer, or cannot be routed; with why.
+        UnsupportedError: adapters of this form are not a row of numbers, or cannot be routed; with why.
 
     """
 
@@ -103,26 +106,23 @@ class ResidentForm:
         try:
             if faults := unroutable(self.installed):
                 raise UnsupportedError(gather("such adapters cannot be in a bank:", faults))
-            if self.installed.shared.trained:
-                names = sorted(self.installed.shared.trained)
-                raise UnsupportedError(
-                    f"{self.made.method.name} trains numbers for the whole model at once ({', '.join(names)}), which "
-                    "do not stack; add such adapters to the model one by one"
-                )
         except BaseException:
             self.release()
             raise
         self.slots = self.installed.slots()
+        held = {MODEL: dict(self.installed.shared.trained)}
+        held.update((layer, dict(slot.named_parameters())) for layer, slot in self.slots.items())
         self.places: dict[str, list[Place]] = {}
         at = 0
-        for layer, slot in self.slots.items():
-            own = []
-            for name, parameter in slot.named_parameters():
-                own.append(Place(layer, name, tuple(parameter.shape), at))
-                at = own[-1].end
-            self.places[layer] = own
-            slot._parameters.clear()  # a row brings them
+        for layer, parameters in held.items():
+            self.places[layer] = []
+            for name, parameter in parameters.items():
+                self.places[layer].append(Place(layer, name, tuple(parameter.shape), at))
+                at = self.places[layer][-1].end
         self.length = at
+        self.installed.shared.trained = {}  # a row brings them
+        for slot in self.slots.values():
+            slot._parameters.clear()
         self._wanted = {place.name: place.shape for own in self.places.values() for place in own}
         self._by_layer: dict[RoutedLayer, str] = {layer: name for name, layer in self.installed.layers.items()}
         self._verified: set[str] = set()
@@ -142,6 +142,12 @@ class ResidentForm:
         """The parameters in ``layer`` of the adapters whose rows (n, length) these are, stacked in front; views."""
         return {place.key: place.of(rows) for place in self.places[self._by_layer[layer]]}
 
+    def shared(self, rows: Tensor) -> Shared:
+        """What the adapters whose rows (..., length) these are have once for all their layers; views, stacked alike."""
+        if not self.places[MODEL]:
+            return self.installed.shared
+        return self.installed.shared.holding({place.key: place.of(rows) for place in self.places[MODEL]})
+
     def all_places(self) -> list[Place]:
         """All parameters, in their order in a row."""
         return [place for own in self.places.values() for place in own]
@@ -152,7 +158,7 @@ class ResidentForm:
         """An adapter's numbers as one float32 row (length,) on the CPU.
 
         Args:
-            tensors: by ``<layer>.<parameter>``.
+            tensors: by :attr:`Place.name`.
             what: the adapter, for the error.
 
         Raises:
@@ -187,8 +193,8 @@ class ResidentForm:
         raise CheckpointError(gather(f"{what} holds values that are not finite:", wrong))
 
     def tensors(self, row: Tensor) -> dict[str, Tensor]:
-        """The inverse of :meth:`row`: copies, by ``<layer>.<parameter>``."""
-        return {place.name: place.of(row.unsqueeze(0))[0].clone() for place in self.all_places()}
+        """The inverse of :meth:`row`: copies, by :attr:`Place.name`."""
+        return {place.name: place.of(row).clone() for place in self.all_places()}
 
     def row_of_file(
         self,
@@ -224,6 +230,7 @@ class ResidentForm:
         found = match_tensors(file, self.made, type(base).__name__, self._in_file[carried])
         self._check_brought(method, found, what)
         check_base(file, self.made, base_name(base) or type(base).__name__, strict_base)
+        found.update({p.name: file.extra[p.key] for p in self.places[MODEL] if p.key in file.extra})
         return self.row(found, what)
 
     def _check_brought(self, method: Method[Any], found: dict[str, Tensor], what: str) -> None:
@@ -243,7 +250,7 @@ class ResidentForm:
                 found.pop(f"{name}.{key}", None)
 
     def _check_config(self, file: AdapterFile, what: str, whose: tuple[str, str]) -> None:
-        mine, theirs = form_values(self.config), form_values(file.config)
+        mine, theirs = (self._in_order(form_values(config)) for config in (self.config, file.config))
         faults = (
             []
             if type(self.config) is type(file.config)
@@ -256,6 +263,12 @@ class ResidentForm:
         if faults:
             raise ConfigError(gather(f"{what} is of another configuration than {whose[0]}:", faults))
 
+    def _in_order(self, values: dict[str, Any]) -> dict[str, Any]:
+        """With the order of the layers said, where no other is."""
+        if ORDER not in values or values[ORDER] is not None:
+            return values
+        return {**values, ORDER: [slot.site.name for slot in self.slots.values() if slot.method is not None]}
+
     def release(self) -> None:
         """Take the form out of the model; layers without other adapters become what they were."""
         remove(self._model.get_base_model(), self._key, self.installed, self._model.projections)
@@ -264,7 +277,7 @@ class ResidentForm:
 def form_values(config: AdapterConfig) -> dict[str, Any]:
     """The options that decide what an adapter computes, by name."""
     names = [name for name in config.option_names() if name not in NO_MATTER and not name.endswith("dropout")]
-    return {name: _plain(getattr(config, name)) for name in names}
+    return {name: _plain(getattr(config, name), name == ORDER) for name in names}
 
 
 def check_bankable(file: AdapterFile, what: str) -> None:
@@ -294,9 +307,10 @@ def numbers_in_a_bank(installed: Installed) -> int | None:
     """How many numbers a row of a bank of such adapters has; None where they cannot be in one."""
     if installed.config.part_of_base is not None:
         return None
-    if installed.method.makes is Full or installed.saved or installed.shared.trained or unroutable(installed):
+    if installed.saved or unroutable(installed):
         return None
-    return sum(p.numel() for slot in installed.slots().values() for p in slot._parameters.values() if p is not None)
+    held = [installed.shared.trained, *(slot.values() for slot in installed.slots().values())]
+    return sum(int(parameter.numel()) for own in held for parameter in own.values())
 
 
 def _no_numbers(given: Any) -> str | None:
@@ -309,8 +323,11 @@ def _no_numbers(given: Any) -> str | None:
     return "one without data (meta)" if given.is_meta else None
 
 
-def _plain(value: Any) -> Any:
-    return sorted(value) if isinstance(value, (list, tuple, set, frozenset)) else value
+def _plain(value: Any, ordered: bool) -> Any:
+    """ordered: the order of a list says something."""
+    if not isinstance(value, (list, tuple, set, frozenset)):
+        return value
+    return list(value) if ordered else sorted(value)
 
 
 def _check_form(made: Plan) -> None:
@@ -318,15 +335,6 @@ def _check_form(made: Plan) -> None:
         raise UnsupportedError(
             f"{made.method.name} that counts its change from a part of the base ({part!r}), which is in no row of a "
             "bank; convert such adapters (kilotune convert --to lora), or add them to the model one by one"
-        )
-    if made.method.makes is Full:
-        sizes = [f"{name}: {c.kind.features(c.module)}" for name, c in made.layers.items() if c.kind is not None]
-        raise UnsupportedError(
-            gather(
-                f"{made.method.name} makes a whole matrix of each layer for each adapter, which cannot stand side by "
-                "side in a batch; run such adapters one at a time. The matrices:",
-                sizes,
-            )
         )
     if made.saved:
         raise UnsupportedError(

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ...deltas import Role
 from ...errors import ConfigError
+from ...injection.installed_adapter import MODEL
 from ...layers.slot import BIAS
 from ...layers.stacked_sites import start
 from ..bank.forms import ResidentForm
@@ -41,8 +42,12 @@ def start_row(form: ResidentForm, seed: int, dtype: torch.dtype) -> Tensor:
         # torch.manual_seed notes for each kind of device that there could be what has called it, which takes long.
         alone = all(layer.compute_device().type == "cpu" for layer in layers.values())
         (torch.default_generator.manual_seed if alone else torch.manual_seed)(seed)
+        sites = [slot.site for slot in form.slots.values() if slot.method is not None]
+        model = form.made.method.init_model(sites) if form.places[MODEL] else {}
+        shared = form.installed.shared.holding(model)
+        parts += [model[place.key].reshape(-1).to(dtype) for place in form.places[MODEL]]
         for layer, slot in form.slots.items():
-            values = {} if slot.method is None else start(slot.method, slot.site, slot.shared)
+            values = {} if slot.method is None else start(slot.method, slot.site, shared)
             bias = layers[layer].base_bias()
             if bias is not None and BIAS not in values:
                 values[BIAS] = bias

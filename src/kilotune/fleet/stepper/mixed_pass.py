@@ -24,8 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import ResourceError, UnsupportedError, first_line, is_out_of_memory
+from ...injection.installed_adapter import MODEL
 from ...layers.route import Cohort, Route, RoutedLayer
 from ...layers.slot import Slot
+from ...methods import Shared
 from ...model.adapter_model import AdapterModel
 from ..bank.forms import ResidentForm
 from .adapter_rows import Rows
@@ -113,7 +115,7 @@ class Trained(Cohort):
         places = form.all_places()
         # One split: its backward joins the parts' gradients once, where slices would each make a whole row of zeros.
         parts = torch.split(values, [place.end - place.begin for place in places], 1)
-        self._params: dict[str, dict[str, Tensor]] = {layer: {} for layer in form.slots}
+        self._params: dict[str, dict[str, Tensor]] = {layer: {} for layer in form.places}
         for place, part in zip(places, parts):
             self._params[place.layer][place.key] = part.view(len(names), *place.shape)
 
@@ -133,6 +135,12 @@ class Trained(Cohort):
         assert slot is not None
         own = self._params[slot.site.name]
         return dict(own) if which is None else {key: value[which] for key, value in own.items()}
+
+    def shared(self, layer: RoutedLayer, which: int | None = None) -> Shared:
+        if not (own := self._params[MODEL]):
+            return self.form.installed.shared
+        picked = own if which is None else {key: value[which] for key, value in own.items()}
+        return self.form.installed.shared.holding(picked)
 
     @staticmethod
     def _dropout(slot: Slot) -> float:

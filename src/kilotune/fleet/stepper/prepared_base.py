@@ -74,7 +74,7 @@ def contents_of(form: ResidentForm, row: Tensor, base: Fingerprint, on: StandsOn
     """A row (length,) as the adapter that ``save_pretrained`` would write; its header says what it stands on."""
     places = form.all_places()
     parts = torch.split(row.detach().cpu().clone(), [place.end - place.begin for place in places])
-    values: dict[str, dict[str, Tensor]] = {layer: {} for layer in form.slots}
+    values: dict[str, dict[str, Tensor]] = {layer: {} for layer in form.places}
     for place, part in zip(places, parts, strict=True):
         values[place.layer][place.key] = part if len(place.shape) == 1 else part.view(place.shape)
     config, tensors, header = state_of(form.installed, values)

@@ -10,8 +10,8 @@ A personal adapter stands on a shared one: its row and what is held for it have 
 is on the device once, for as long as one that stands on it is.
 
 Adapters of one form (method, options, layers) are rows of one bank; how many forms there are at once is bounded, and a
-form that nobody uses makes way. What cannot be a row (a head that is trained whole, a vector for the whole model) is
-put into the model itself, and of those only few.
+form that nobody uses makes way. What cannot be a row (a head that is trained whole) is put into the model itself, and
+of those only few.
 
 The model's modules change only between steps: :class:`Turns`.
 """
@@ -37,7 +37,7 @@ from ...errors import AdapterError, CheckpointError, ConfigError, ResourceError,
 from ...fleet.bank.adapter_bank import AdapterBank, Resident
 from ...fleet.bank.forms import ResidentForm, check_bankable, form_values
 from ...injection import inject
-from ...injection.installed_adapter import Installed, conflicts
+from ...injection.installed_adapter import MODEL, Installed, conflicts
 from ...layers.route import Cohort, Route, Stacked, levels_of
 from ...model.parameter_report import readable_bytes
 from ...model.peft_model import PeftModel
@@ -246,7 +246,7 @@ class Residents:
     def _slots_of(self, file: AdapterFile, what: str) -> int:
         """How many rows the bank of a new form gets; its file is seen to fit before memory is taken for it."""
         planned = self._planned(file, strict=True)  # as a bank does, while the model waits
-        shapes = [shape for own in planned.shapes.values() for shape in own.values()]
+        shapes = [shape for own in (*planned.shapes.values(), planned.of_model) for shape in own.values()]
         size = sum(torch.Size(shape).numel() for shape in shapes) * self.dtype.itemsize
         slots = min(self.slots, self.form_bytes // max(size, 1))
         if slots < 1:
@@ -475,8 +475,9 @@ class Residents:
         bank = home.bank
         count = rows.shape[0]
         distinct = {slot: i for i, slot in enumerate(dict.fromkeys(held.slot for held, _, _ in own))}
-        stacks = bank.form.made.method.stacks and count * bank.form.length * 4 <= GATHERED
-        if stacks and len(distinct) > 1:  # one alone is nothing to gather
+        # Not where factors are made of the model's numbers: they would be made for each token.
+        stacks = bank.form.made.method.stacks and not bank.form.places[MODEL]
+        if stacks and count * bank.form.length * 4 <= GATHERED and len(distinct) > 1:  # one alone is nothing to gather
             slots = torch.tensor([held.slot for held, begin, end in own for _ in range(end - begin)], device=device)
             values = bank.arena.index_select(0, slots).float()
             names = tuple(held.row.name for held, begin, end in own for _ in range(end - begin))

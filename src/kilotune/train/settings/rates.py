@@ -5,9 +5,9 @@
     rate_for("vera", steps=160)     # what `kilotune train` takes for 160 steps without --learning-rate
 
 A training of few steps needs a larger rate than one of many: with Adam every number moves by about the rate in each
-step, so what it can come to is steps times rate. The rule is a power of the number of steps, with a rate
-and a power for each method. VeRA's, LoRA's, IA3's and Uni-LoRA's were held against a grid on SmolLM2, the others are
-places to start from (benchmarks/defaults.py; the table is in docs/training.md).
+step, so what it can come to is steps times rate. The rule is a power of the number of steps, with a rate and a power
+that each method says of itself (``Method.usual_rate``). VeRA's, LoRA's, IA3's and Uni-LoRA's were held against a grid
+on SmolLM2, the others are places to start from (benchmarks/defaults.py; the table is in docs/training.md).
 """
 
 from __future__ import annotations
@@ -16,32 +16,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, final
 
-__all__ = ["RATES", "Rate", "TakenRate", "method_behind", "rate_for"]
+__all__ = ["WITHOUT_ADAPTER", "TakenRate", "method_behind", "rate_for", "usual"]
 
 SHORT, LONG = 20, 10_000  # steps between which the rule holds; outside, it stays what it is at the end
 
 
-@final
-@dataclass(frozen=True)
-class Rate:
-    """at_100: for 100 steps. power: of (100 / steps), by which shorter trainings get more and longer ones less."""
-
-    at_100: float
-    power: float = 0.45
-
-
-RATES: Mapping[str, Rate] = {
-    "lora": Rate(7e-3),
-    "vera": Rate(8e-2),
-    "ia3": Rate(2e-2),
-    "bitfit": Rate(1e-2),
-    "loraxs": Rate(2e-2),
-    "unilora": Rate(0.15),
-    "bottleneck": Rate(3e-3),
-    "intrinsic": Rate(5e-2),
-    "full": Rate(1e-4),
-    "head": Rate(1e-2),
-}
+# As a method's usual_rate: for 100 steps, and the power of (100 / steps).
+WITHOUT_ADAPTER: Mapping[str, tuple[float, float]] = {"full": (1e-4, 0.45), "head": (1e-2, 0.45)}
 
 
 @final
@@ -66,9 +47,20 @@ def rate_for(method: str, steps: int) -> float:
         steps: of the optimizer, in all.
 
     """
-    rate = RATES[method_behind(method)]
-    value = rate.at_100 * (100 / min(max(steps, SHORT), LONG)) ** rate.power
+    at_100, power = usual(method)
+    value = at_100 * (100 / min(max(steps, SHORT), LONG)) ** power
     return float(f"{value:.2g}")
+
+
+def usual(method: str) -> tuple[float, float]:
+    """The rate for 100 steps, and the power by which it goes with their number."""
+    from ...methods import METHODS
+
+    name = method_behind(method)
+    if name in WITHOUT_ADAPTER:
+        return WITHOUT_ADAPTER[name]
+    rate = METHODS[name].usual_rate
+    return rate.at_100, rate.power
 
 
 def method_behind(method: str) -> str:

@@ -1,4 +1,4 @@
-"""Bottleneck adapters in numpy: the rows of the method and of its presets."""
+"""Bottleneck adapters and their presets in numpy."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.conformance.cases import Array, MethodCase, Params
-
-__all__ = ["CASES", "COUNTS", "attention_counts", "bottleneck"]
+from tests.conformance.cases import Array, MethodCase, OnOutput, Params
 
 FUNCTIONS: dict[str, Callable[[Array], Array]] = {
     "relu": lambda x: np.where(x > 0, x, 0.0),
@@ -37,6 +35,11 @@ CASES: dict[str, list[MethodCase]] = {
     "parallel": [MethodCase("parallel", {"width": 2, "activation": "softplus"})],
 }
 
+_NO_FEATURES = "no input to read: ids, or a window, in place of the features of one place of the output"
+EXCEPTIONS: dict[tuple[str, str, str, str], str] = {
+    ("parallel", kind, "*", "*"): _NO_FEATURES for kind in ("conv?d", "conv?d:*", "embedding*")
+}
+
 
 def bottleneck(params: Params, config: Any, x: Array, y: Array) -> Array:
     """The output and, times 4 beside the feed-forward, the small network of the input; else of the output."""
@@ -48,14 +51,4 @@ def bottleneck(params: Params, config: Any, x: Array, y: Array) -> Array:
     return result
 
 
-def _count(config: Any, out: int, inn: int) -> int:
-    reads = inn if config.placement == "parallel" else out
-    return int(config.width * reads + config.width + out * config.width + out)
-
-
-COUNTS: dict[str, Callable[[Any, int, int], int]] = dict.fromkeys(CASES, _count)
-
-
-def attention_counts(width: int) -> dict[str, Callable[[Any], int]]:
-    """In attention, whose output has ``width`` features and whose matrix has three times as many rows."""
-    return dict.fromkeys(CASES, lambda config: _count(config, width, width))
+ON_OUTPUT: dict[str, OnOutput] = dict.fromkeys(CASES, bottleneck)
