@@ -355,7 +355,7 @@ def test_the_fingerprint_of_the_training_stays_however_often_a_file_is_rewritten
     assert one == two
     shared: Any = again.installed("default").shared
     assert _svd.fingerprint_of(shared.sources) not in one
-    assert '"projections_sha256": "svd1:' in one
+    assert '"factors":"svd1:' in one
 
 
 @pytest.mark.filterwarnings("ignore::kilotune.OtherBaseWarning")  # the error says more

@@ -2,7 +2,7 @@
 
 A method's tensors for such a site have one dimension more, the experts, in front: LoRA's A is (E, r, in). A method
 that ``stacks`` makes the deltas of all experts in one go from these; any other is asked for each expert, and so is one
-with numbers of the whole model, which are one for all experts.
+with numbers of the whole model, which are one for all experts, or with frozen factors of each matrix.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def start(method: Method[Any], site: Site, shared: Shared) -> dict[str, Tensor]:
 
 def delta_of(method: Method[Any], site: Site, params: Mapping[str, Tensor], shared: Shared) -> Delta:
     """What the parameters make of a site's matrix, or of all its matrices."""
-    if not site.matrices or (method.stacks and not shared.trained):
+    if not site.matrices or (method.stacks and not shared.trained and not method.carries(site)):
         return method.delta(site, params, shared)
     deltas = []  # plain loops: torch.compile follows them
     for index, one in enumerate(_split(site)):

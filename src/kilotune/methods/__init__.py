@@ -22,6 +22,7 @@ from .ia3 import Ia3, Ia3Config
 from .intrinsic import Intrinsic, IntrinsicConfig
 from .lora import Lora, LoraConfig
 from .loraxs import LoraXs, LoraXsConfig
+from .tinylora import TinyLora, TinyLoraConfig
 from .unilora import UniLora, UniLoraConfig
 from .vera import Vera, VeraConfig
 
@@ -40,6 +41,7 @@ __all__ = [
     "Method",
     "Shared",
     "Site",
+    "TinyLoraConfig",
     "UniLoraConfig",
     "VeraConfig",
     "get_config",
@@ -53,7 +55,7 @@ __all__ = [
 OLD_DORA = "DORA_"  # before a peft_type in older files
 
 METHODS: dict[str, type[Method[Any]]] = {
-    method.name: method for method in (Lora, Vera, Intrinsic, UniLora, Bitfit, Ia3, LoraXs, Bottleneck)
+    method.name: method for method in (Lora, Vera, Intrinsic, UniLora, Bitfit, Ia3, LoraXs, TinyLora, Bottleneck)
 }
 
 # Other names that a method can be picked by: the method, and the options that the name stands for.

@@ -108,8 +108,9 @@ class Export:
     those which say so are read right is tested against PEFT (tests/conformance/test_read_by_peft.py). config: values
     that differ in the file. section: what a closed file says over the options that PEFT lacks, all of which it has;
     None: nothing is said of it.
-    checksum: of the projections, or a fingerprint of factors (_svd.py), where they are not in the file. header: options
-    that PEFT has no key for and can do without, because they change no result; they go into the weights' header.
+    checksum: of the projections, where they are not in the file. fingerprint: of frozen factors of the weights, in its
+    place (_svd.py). header: options that PEFT has no key for and can do without, because they change no result; they go
+    into the weights' header.
     """
 
     tensors: dict[str, Tensor]
@@ -117,6 +118,7 @@ class Export:
     config: dict[str, Any] = field(default_factory=dict)
     section: dict[str, Any] = field(default_factory=dict)
     checksum: str | None = None
+    fingerprint: str | None = None
     header: dict[str, Any] = field(default_factory=dict)
 
 
@@ -302,7 +304,7 @@ class Method(ABC, Generic[C]):
             config: from adapter_config.json.
             extra: the file's tensors that belong to no layer, keys without the ``base_model.`` prefix, and those of
                 layers (``<module>.<key>``) that are brought along.
-            checksum: of the projections, where the file carries one.
+            checksum: of the projections, or the fingerprint of factors, where the file carries one.
 
         """
         if extra:

@@ -55,6 +55,7 @@ __all__ = [
     "fingerprint_of",
     "in_file",
     "pair_of",
+    "to_be_known",
     "top_svd",
 ]
 
@@ -365,6 +366,17 @@ def fingerprint_of(sources: Mapping[str, Source]) -> str:
     if not all(source.known for source in sources.values()):
         return Fingerprint((0.0,) * SKETCHES).write()
     return Fingerprint.of([pair_of(source) for source in sources.values()]).write()
+
+
+def to_be_known(expected: str | None, sources: Mapping[str, Source]) -> tuple[str | None, str | None]:
+    """An older file's checksum, or the fingerprint, of factors that are not in the file that is written.
+
+    An adapter that was loaded keeps what its file said (``expected``), so that it cannot drift from its training,
+    however often it is rewritten.
+    """
+    if expected is not None and Fingerprint.read(expected) is None:
+        return expected, None
+    return None, expected or fingerprint_of(sources)
 
 
 def check_known_again(method: str, expected: str, sources: Mapping[str, Source]) -> None:

@@ -89,7 +89,7 @@ class _XsShared(Shared):
     """The holder of the factors, and by site which they are."""
 
     def __init__(self, projections: Projections, sources: Mapping[str, Source]) -> None:
-        super().__init__()
+        super().__init__(common=tuple(sources.values()))
         self.projections, self.sources = projections, dict(sources)
 
 
@@ -103,6 +103,7 @@ class LoraXs(Method[LoraXsConfig]):
     name: ClassVar[str] = "loraxs"
     config_cls: ClassVar[type[AdapterConfig]] = LoraXsConfig
     makes: type[Delta] = LowRank
+    stacks: bool = True
     usual_rate: ClassVar[Rate] = Rate(2e-2)
     example: ClassVar[Mapping[str, Any]] = {"r": 2}
     keys: Mapping[str, str] = {name: name for name in (CORE, FIRST, SECOND)}
@@ -119,7 +120,7 @@ class LoraXs(Method[LoraXsConfig]):
 
     def carries(self, site: Site) -> dict[str, tuple[int, ...]]:
         rank = self.config.r
-        return {FIRST: (rank, site.inn), SECOND: (site.out, rank)} if self.config.start == "svd" else {}
+        return {FIRST: (rank, site.inn), SECOND: (site.out, rank)}
 
     def prepare(self, adapter: str, sites: Sequence[Site], projections: Projections) -> Shared:
         config = self.config
@@ -208,4 +209,5 @@ class LoraXs(Method[LoraXsConfig]):
             return Export(
                 {**plain.tensors, **_svd.in_file([sites[name] for name in params], shared.sources, FIRST, SECOND)}
             )
-        return Export(plain.tensors, checksum=self.expected_checksum or _svd.fingerprint_of(shared.sources))
+        checksum, fingerprint = _svd.to_be_known(self.expected_checksum, shared.sources)
+        return Export(plain.tensors, checksum=checksum, fingerprint=fingerprint)

@@ -36,7 +36,7 @@ _ABSENT: Mapping[str, Absent] = {
             *("AdaLora", "Adamss", "Arrow", "BdLora", "Beft", "BOFT", "C3A", "Deft", "Delora", "FourierFT", "Frod"),
             *("Glora", "Gralora", "HRA", "Hira", "Kasa", "LNTuning", "Lily", "LoHa", "LoKr", "Miss", "Montecl", "OFT"),
             *("OSF", "Peanut", "Poly", "Psoft", "Pvera", "RandLora", "Road", "Shadow", "Shira", "Supertuning"),
-            *("TinyLora", "TrainableTokens", "VBLoRA", "Velora", "WaveFT", "XLora", "create_arrow_model"),
+            *("TrainableTokens", "VBLoRA", "Velora", "WaveFT", "XLora", "create_arrow_model"),
         ),
         _LARGE,
     ),
@@ -56,6 +56,7 @@ _ABSENT: Mapping[str, Absent] = {
         ),
         Absent("a start of LoRA that kilotune lacks", 'LoraConfig with init_lora_weights="pissa" or "eva"'),
     ),
+    "TinyLora": Absent("a method under our own names only", "kilotune.TinyLoraConfig"),
     "find_kappa": Absent("a choice of targets by condition numbers", 'target_modules="all-linear"'),
 }
 
