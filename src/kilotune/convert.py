@@ -12,6 +12,7 @@ of each layer's change (Eckart and Young 1936), found from the factors and never
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -41,7 +42,7 @@ from .methods.vera import Vera
 from .model.adapter_model import AdapterModel
 from .model.peft_model import PeftModel
 from .name_rules import ends
-from .projections.matrices import Extent, PeftSource, PortableSource, Projections, StoredSource
+from .projections.matrices import Extent, PeftSource, PortableSource, StoredSource
 
 __all__ = [
     "Conversion",
@@ -203,13 +204,12 @@ def low_rank_deltas(installed: Installed) -> dict[str, LowRank]:
     if stacked := [name for name in _sites(installed) if installed.layers[name].kind.parameter is not None]:
         what = "turning an adapter on parameters (target_parameters) into LoRA is not there; merge it instead"
         raise UnsupportedError(gather(f"{what}:", stacked, 3))
-    # In float32 on the CPU, whatever the base is in; with a holder of its own, freed at once.
+    # In float32 on the CPU, whatever the base is in; with a copy of the holder, freed at once.
     sites = {
         name: replace(site, dtype=lambda: torch.float32, device=lambda: torch.device("cpu"))
         for name, site in _sites(installed).items()
     }
-    shared = installed.method.prepare(installed.adapter, list(sites.values()), Projections())
-    shared.trained.update(installed.shared.trained)
+    shared = copy.deepcopy(installed.shared)
     slots = installed.slots()
     found = {}
     for name, site in sites.items():

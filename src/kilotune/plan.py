@@ -461,8 +461,7 @@ def in_file(adapted: PeftModel) -> InFile:
     for name, saved in installed.saved.items():
         twin = saved.modules_to_save[installed.key]
         whole.update({f"{PREFIX}{name}.{key}": value for key, value in twin.state_dict().items()})
-    projections = None if export.checksum is None else CHECKSUM
-    metadata = header_metadata(CHECKSUM, CHECKSUM, projections, export.header, installed.base or "1" * LETTERS)
+    metadata = header_metadata(CHECKSUM, CHECKSUM, export.checksum, export.header, installed.base or "1" * LETTERS)
     return InFile({**tensors, **whole}, frozenset(whole), metadata)
 
 

@@ -47,6 +47,9 @@ PEFT_WARNINGS = {
     # its notices that a seed-only VeRA file relies on torch's generator: that is what is tested
     "Specified to not save vera_A and vera_B within the state dictionary": UserWarning,
     "Specified to not load vera_A and vera_B from state dictionary": UserWarning,
+    # the same of TinyLoRA's tables
+    "Specified to not save projection tensors P within the state dictionary": UserWarning,
+    "Specified to not load tinylora_P from state dictionary": UserWarning,
     # merging the bias is not undone by PEFT; our tests of bias modes know
     "Careful, disabling adapter layers with bias configured": UserWarning,
     # it writes the base's own embedding beside an adapter on "embed_tokens"; ours does not, see docs/peft.md

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-from ..config import FORMAT_VERSION, SECTION
+from ..config import CLOSED, FORMAT_VERSION, SECTION
 from ..errors import CheckpointError, MissingExtraError, without_network
 from .names import CONFIG_NAME, REPO_ID, WEIGHTS_NAME, adapter_place, refuse_empty
 from .own_files import OWN_FILES
@@ -108,7 +108,7 @@ def write(
             fresh.mkdir()
             save_file(dict(tensors), fresh / WEIGHTS_NAME, metadata=dict(metadata))
             sort_metadata(fresh / WEIGHTS_NAME)
-            (fresh / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            (fresh / CONFIG_NAME).write_text(_config_text(config), encoding="utf-8")
             shutil.copymode(fresh / CONFIG_NAME, fresh / WEIGHTS_NAME)  # safetensors makes files that only we can read
             for file, data in (own or {}).items():
                 (fresh / file).write_bytes(data)
@@ -132,6 +132,13 @@ def sort_metadata(path: Path) -> None:
         if len(text) <= length:  # the rest was padding
             file.seek(8)
             file.write(text.ljust(length))
+
+
+def _config_text(config: Mapping[str, Any]) -> str:
+    """A file that PEFT is to read as PEFT writes it; ours on one line, for an adapter may be a few numbers."""
+    if str(config.get("peft_type", "")).startswith(CLOSED):
+        return json.dumps(config, sort_keys=True, separators=(",", ":")) + "\n"
+    return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
 
 def _flush(folder: Path) -> None:

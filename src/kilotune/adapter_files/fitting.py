@@ -69,10 +69,11 @@ def match_tensors(file: AdapterFile, made: Plan, base_name: str, of_layers: Want
 
     of_layers: what :func:`wanted_of` says of ``made``, from who reads many adapters of one plan.
     """
-    wanted = dict(wanted_of(made) if of_layers is None else of_layers)
+    wanted = dict(wanted_of(made, file.method.carried) if of_layers is None else of_layers)
     for name, module in made.saved.items():
         wanted.update({f"{name}.{k}": (f"{name}.{k}", tuple(v.shape)) for k, v in bare_state(module).items()})
     given = {k: v for k, v in file.tensors.items() if not (_redundant(k, made) or _repeats(k, file, made))}
+    given.update({key: file.extra[key] for key in wanted if key in file.extra})
     bases = {key: weight for key in given if (weight := _base_weight(key, made)) is not None}
     tables = {key: _is_base_weight(given[key], weight) for key, weight in bases.items()}
     given = {key: value for key, value in given.items() if key not in tables}
@@ -114,12 +115,14 @@ def _is_second_of_part(target: str, made: Plan) -> bool:
     return made.method.roles.get(key) is Role.SECOND and bool(part_of(name, made.layers))
 
 
-def wanted_of(made: Plan) -> Wanted:
-    """All that the layers of a plan need of a file."""
+def wanted_of(made: Plan, carried: frozenset[str] = frozenset()) -> Wanted:
+    """All that the layers of a plan need of a file. carried: what it has of ``made.carries``."""
     wanted: dict[str, tuple[str, tuple[int, ...]]] = {}
     everything = {**made.bias_only, **made.layers}
     names = file_names({name: (cast(LayerKind, c.kind), c.module) for name, c in everything.items()}, made.config)
-    for name, shapes in made.shapes.items():
+    for name, own_shapes in made.shapes.items():
+        besides = {key: shape for key, shape in made.carries.get(name, {}).items() if key in carried}
+        shapes = {**own_shapes, **besides}
         candidate = made.layers.get(name) or made.bias_only[name]
         kind, storage = cast(LayerKind, candidate.kind), cast(Storage, candidate.storage)
         for key, shape in shapes.items():
@@ -147,7 +150,7 @@ def _from_file(made: Plan, target: str, tensor: Tensor) -> Tensor:
             return kind.from_blocks(candidate.module, role, tensor)
         except CheckpointError as error:
             raise CheckpointError(f"{target}: {error}") from None
-    found, shape = kind.from_file(candidate.module, role, tensor), made.shapes[name][key]
+    found, shape = kind.from_file(candidate.module, role, tensor), _shape(made, name, key)
     return found if found.shape == shape else found.reshape(shape)
 
 
@@ -157,7 +160,12 @@ def _peft_shape(made: Plan, target: str) -> tuple[int, ...] | None:
     if name not in made.layers or key == BIAS:
         return None
     candidate, role = made.layers[name], made.method.roles.get(key, Role.OTHER)
-    return cast(LayerKind, candidate.kind).peft_shape(candidate.module, role, made.shapes[name][key])
+    return cast(LayerKind, candidate.kind).peft_shape(candidate.module, role, _shape(made, name, key))
+
+
+def _shape(made: Plan, name: str, key: str) -> tuple[int, ...]:
+    own = made.shapes[name]
+    return own[key] if key in own else made.carries[name][key]
 
 
 def _base_weight(key: str, made: Plan) -> Tensor | None:

@@ -26,6 +26,7 @@ __all__ = [
     "BASE",
     "BOOKKEEPING",
     "EXTRA_PREFIX",
+    "FACTORS",
     "PREFIX",
     "PROJECTIONS",
     "SELECTION",
@@ -46,6 +47,7 @@ SELECTION = frozenset({"exclude_modules", "layers_to_transform", "layers_pattern
 OPTIONS = "kilotune_options"  # in the weights' header
 BASE = "kilotune_base"  # in the weights' header
 PROJECTIONS = "projections_sha256"  # in the config's section of ours; in the weights' header with kilotune_ before it
+FACTORS = "factors"  # there too: a fingerprint of factors of the base's weights
 # Options that may be edited in a file, for they change no result.
 BOOKKEEPING = frozenset({"base_model_name_or_path", "inference_mode", "revision", "task_type"})
 

@@ -23,7 +23,7 @@ from ..config import CLOSED, SECTION, AdapterConfig
 from ..errors import CheckpointError, ConfigError, gather
 from ..methods import Kept, Method, load_method, make_method, method_of_file
 from .files import CONFIG_NAME, TwoFiles, locate, read_files, weights_of
-from .peft_layout import EXTRA_PREFIX, PREFIX, PROJECTIONS, Said, config_checksum, header_options, said_of
+from .peft_layout import EXTRA_PREFIX, FACTORS, PREFIX, PROJECTIONS, Said, config_checksum, header_options, said_of
 
 __all__ = ["AdapterFile", "open_adapter", "parse"]
 
@@ -40,8 +40,8 @@ class AdapterFile:
 
     files: what its two files say. tensors: PEFT's keys without prefix (``fc1.vera_lambda_b``); extra: those that belong
     to no layer, or are brought along. section: our part of the config. doubled: see :func:`_doubled`.
-    checksum: of projections that are not in it (SHA-256, hexadecimal), or None. said: what the method says of each key
-    of the files.
+    checksum: of projections that are not in it (SHA-256, hexadecimal), the fingerprint of factors, or None. said: what
+    the method says of each key of the files.
     """
 
     files: TwoFiles
@@ -97,7 +97,7 @@ def parse(files: TwoFiles) -> AdapterFile:
     folder, whole, tensors, metadata = files.folder, files.config, files.tensors, files.header
     values, weights = dict(whole), weights_of(folder, whole)
     section = values.pop(SECTION, {})
-    ours = {key: value for key, value in section.items() if key not in ("format", "weights", PROJECTIONS)}
+    ours = {key: value for key, value in section.items() if key not in ("format", "weights", PROJECTIONS, FACTORS)}
     ours.update(header_options(weights, metadata))
     try:
         method_cls = method_of_file(str(values.get("peft_type")))
@@ -122,7 +122,7 @@ def parse(files: TwoFiles) -> AdapterFile:
     brought = [k.removeprefix(PREFIX) for k, s in said.items() if s.layer and s.kept is Kept.BROUGHT]
     extra.update({key: layered.pop(key) for key in brought})
     layered = method_cls.from_layers(config, layered)
-    checksum = metadata.get(f"kilotune_{PROJECTIONS}", section.get(PROJECTIONS))
+    checksum = metadata.get(f"kilotune_{PROJECTIONS}", section.get(PROJECTIONS, section.get(FACTORS)))
     if not isinstance(checksum, str | None):
         raise CheckpointError(f"{folder / CONFIG_NAME}: {PROJECTIONS}: expected a checksum, got {checksum!r}")
     method = load_method(config, extra, checksum)

@@ -24,6 +24,7 @@ from ..patterns import matching
 from ..storage.sharded import gathered, is_sharded
 from .files import tensors_checksum, write
 from .peft_layout import (
+    FACTORS,
     PREFIX,
     PROJECTIONS,
     SELECTION,
@@ -113,10 +114,11 @@ def state_of(
     ours = installed.config.ours()
     if not export.peft or _lost_in_peft(installed, list(params)):
         config["peft_type"] = CLOSED + installed.config.peft_type
-        checksum = {} if export.checksum is None else {PROJECTIONS: export.checksum}  # a header may get lost
+        checks = {PROJECTIONS: export.checksum, FACTORS: export.fingerprint}  # here too: a header may get lost
         left_out = {key for key, value in export.section.items() if value is None}
         said = {key: value for key, value in {**ours, **export.section}.items() if key not in left_out}
-        config[SECTION] = {"format": FORMAT_VERSION, **said, **checksum}
+        config[SECTION] = {"format": FORMAT_VERSION, **said, **{k: v for k, v in checks.items() if v is not None}}
+        config = {key: value for key, value in config.items() if value is not None}  # PEFT alone asks for those
     elif SELECTION & set(ours) or _taken_otherwise(installed, list(params)):
         # PEFT lacks the key for this method, or would take others: name the layers themselves.
         own = [name for name in params if not part_of(name, installed.layers)]  # it adds the parts by itself
@@ -144,7 +146,7 @@ def in_file_form(
     names = _names_in_file(installed)
     for name, own in params.items():
         layer, method = installed.layers[name], installed.method
-        for parameter in own:
+        for parameter in (*own, *method.carried):
             key = method.keys[parameter]
             if (value := result.pop(f"{PREFIX}{name}.{key}", None)) is not None:
                 role = method.roles.get(parameter, Role.OTHER)

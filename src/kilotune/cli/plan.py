@@ -274,7 +274,7 @@ def _rows(results: list[AdapterCosts]) -> list[tuple[str, ...]]:
         row("one adapter's file", [readable_bytes(result.file_bytes) for result in results]),
         row("training, without activations", [readable_bytes(result.training_bytes) for result in results]),
     ]
-    if any(report.frozen_adapters for report in reports):  # LoRA-FA's A, LoRA-XS's factors
+    if any(report.frozen_adapters for report in reports):  # LoRA-FA's A
         rows.insert(4, row("frozen in the adapter", [f"{report.frozen_adapters:,}" for report in reports]))
     users = results[0].users
     if users > 1:

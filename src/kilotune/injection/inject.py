@@ -74,6 +74,7 @@ class Plan:
     saved: dict[str, nn.Module]
     shapes: dict[str, dict[str, tuple[int, ...]]] = field(default_factory=dict)
     of_model: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of what is trained once for all layers
+    carries: dict[str, dict[str, tuple[int, ...]]] = field(default_factory=dict)  # what files may have besides
     tied: dict[str, str] = field(default_factory=dict)  # module -> the one inside it that has the same bias
     base: str | None = None  # the base's mark (base_mark.py), None where it cannot be told
 
@@ -131,7 +132,7 @@ def _planned(root: nn.Module, adapter: str, config: AdapterConfig, method: Metho
         check_dropout(config, chosen, needs)
     method.config = config
     result = Plan(adapter, config, method, layers, bias_only, saved, tied=tied, base=mark_of(root, saved))
-    result.shapes, result.of_model = _expected_shapes(root, result)
+    result.shapes, result.of_model, result.carries = _expected_shapes(root, result)
     check_patterns(config, layers, strict)
     if strict:
         warn_of_untrained(modules, config, layers)
@@ -271,10 +272,12 @@ def _bias_only(
     return chosen
 
 
-def _expected_shapes(
-    root: nn.Module, made: Plan
-) -> tuple[dict[str, dict[str, tuple[int, ...]]], dict[str, tuple[int, ...]]]:
-    """The shapes of all trained tensors, by layer and of the whole model, found on the meta device."""
+Shapes = dict[str, dict[str, tuple[int, ...]]]
+
+
+def _expected_shapes(root: nn.Module, made: Plan) -> tuple[Shapes, dict[str, tuple[int, ...]], Shapes]:
+    """The shapes of all trained tensors, by layer and of the whole model, found on the meta device; and of what files
+    may have of layers besides."""
     sites = {name: _sketch(site_in(made, name, _layer_at(root, c, ActiveState()))) for name, c in made.layers.items()}
     shared = prepare(made.method, made.adapter, sites.values(), Projections())
     shapes = {
@@ -283,7 +286,20 @@ def _expected_shapes(
     for name, c in {**made.layers, **made.bias_only}.items():
         if made.config.bias != "none" and _has_bias(c) and trains_bias(c, made.config):
             shapes.setdefault(name, {})[BIAS] = tuple(cast(Tensor, _bias(c)).shape)
-    return shapes, {key: tuple(value.shape) for key, value in shared.trained.items()}
+    front = {name: (site.matrices,) if site.matrices else () for name, site in sites.items()}
+    carries = {
+        name: {key: (*front[name], *shape) for key, shape in made.method.carries(site).items()}
+        for name, site in sites.items()
+    }
+    return shapes, {key: tuple(value.shape) for key, value in shared.trained.items()}, carries
+
+
+def brought_by(made: Plan, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """What ``tensors``, by ``<layer>.<name>``, have of what files may have besides parameters, by layer and name."""
+    return {
+        name: {key: tensors[f"{name}.{key}"] for key in own if f"{name}.{key}" in tensors}
+        for name, own in made.carries.items()
+    }
 
 
 def _bias(c: Candidate) -> Tensor | None:
@@ -342,7 +358,9 @@ def apply(
     layers = {name: _layer_at(root, c, state) for name, c in {**made.layers, **made.bias_only}.items()}
     sites = {name: site_in(made, name, layers[name]) for name in made.layers}
     try:
-        shared = prepare(made.method, made.adapter, sites.values(), projections)
+        brought = brought_by(made, tensors or {})
+        bringing = [replace(site, brought=brought[name]) for name, site in sites.items()]
+        shared = prepare(made.method, made.adapter, bringing, projections)
         made.method.verify(shared)
         starts = {name: _start(made, name, layer, shared, tensors) for name, layer in layers.items()}
         twins = {name: _twin(root, name, tensors) for name in made.saved}

@@ -2,7 +2,7 @@
 
 A method's tensors for such a site have one dimension more, the experts, in front: LoRA's A is (E, r, in). A method
 that ``stacks`` makes the deltas of all experts in one go from these; any other is asked for each expert, and so is one
-with numbers of the whole model, which are one for all experts.
+with numbers of the whole model, which are one for all experts, or with frozen factors of each matrix.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..errors import UnsupportedError
 from ..methods import Export, Method, Shared, Site
 from ..projections.matrices import Projections
 
-__all__ = ["delta_of", "export", "members", "prepare", "start"]
+__all__ = ["by_member", "delta_of", "export", "members", "prepare", "start"]
 
 
 def members(sites: Iterable[Site]) -> list[Site]:
@@ -38,7 +38,17 @@ def _member(site: Site, index: int) -> Site:
     def gather() -> Tensor:
         return site.whole()[index]
 
-    return replace(site, name=f"{site.name}.{index}", read=read, gather=gather, matrices=0, stack=site.name)
+    brought = {key: value[index] for key, value in site.brought.items()}
+    alone = replace(site, name=f"{site.name}.{index}", read=read, gather=gather, matrices=0, stack=site.name)
+    return replace(alone, brought=brought)
+
+
+def by_member(site: Site, values: Mapping[str, Tensor]) -> list[tuple[str, dict[str, Tensor]]]:
+    """Tensors of a site, by the names of its matrices."""
+    if not site.matrices:
+        return [(site.name, dict(values))]
+    own = _split(replace(site, brought=values))
+    return [(one.name, dict(one.brought)) for one in own]
 
 
 def prepare(method: Method[Any], adapter: str, sites: Iterable[Site], projections: Projections) -> Shared:
@@ -60,7 +70,7 @@ def start(method: Method[Any], site: Site, shared: Shared) -> dict[str, Tensor]:
 
 def delta_of(method: Method[Any], site: Site, params: Mapping[str, Tensor], shared: Shared) -> Delta:
     """What the parameters make of a site's matrix, or of all its matrices."""
-    if not site.matrices or (method.stacks and not shared.trained):
+    if not site.matrices or (method.stacks and not shared.trained and not method.carries(site)):
         return method.delta(site, params, shared)
     deltas = []  # plain loops: torch.compile follows them
     for index, one in enumerate(_split(site)):

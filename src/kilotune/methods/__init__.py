@@ -25,6 +25,7 @@ from .intrinsic import Intrinsic, IntrinsicConfig
 from .lora import Lora, LoraConfig
 from .loraxs import LoraXs, LoraXsConfig
 from .miss import Miss, MissConfig
+from .tinylora import TinyLora, TinyLoraConfig
 from .unilora import UniLora, UniLoraConfig
 from .vblora import VbLora, VbLoraConfig
 from .vera import Vera, VeraConfig
@@ -48,6 +49,7 @@ __all__ = [
     "MissConfig",
     "Shared",
     "Site",
+    "TinyLoraConfig",
     "UniLoraConfig",
     "VbLoraConfig",
     "VeraConfig",
@@ -73,6 +75,7 @@ METHODS: dict[str, type[Method[Any]]] = {
         Bitfit,
         Ia3,
         LoraXs,
+        TinyLora,
         Bottleneck,
         C3a,
         FourierFt,

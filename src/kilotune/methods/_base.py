@@ -41,6 +41,7 @@ class Site:
     input: how many its input has for each place of the output (inn, where it is not said); 0: it has none such;
     gather: read, where the matrix may be sharded over processes, all of which have to call it (see :meth:`whole`).
     strength: how strongly the change is to act, 1.0 as it was trained.
+    brought: in :meth:`Method.prepare`, what an adapter's file has of :meth:`Method.carries`, by name.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Site:
     input: int = -1
     gather: Callable[[], Tensor] | None = field(default=None, repr=False)
     strength: float | Tensor = 1.0
+    brought: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if self.pattern_name == "":
@@ -106,8 +108,9 @@ class Export:
     those which say so are read right is tested against PEFT (tests/conformance/test_read_by_peft.py). config: values
     that differ in the file. section: what a closed file says over the options that PEFT lacks, all of which it has;
     None: nothing is said of it.
-    checksum: of the projections, where they are not in the file. header: options that PEFT has no key for and can do
-    without, because they change no result; they go into the weights' header.
+    checksum: of the projections, where they are not in the file. fingerprint: of frozen factors of the weights, in its
+    place (_svd.py). header: options that PEFT has no key for and can do without, because they change no result; they go
+    into the weights' header.
     """
 
     tensors: dict[str, Tensor]
@@ -115,6 +118,7 @@ class Export:
     config: dict[str, Any] = field(default_factory=dict)
     section: dict[str, Any] = field(default_factory=dict)
     checksum: str | None = None
+    fingerprint: str | None = None
     header: dict[str, Any] = field(default_factory=dict)
 
 
@@ -136,8 +140,8 @@ class Kept(Enum):
     """What one of a method's tensors in a file is.
 
     TRAINED: numbers of the adapter's own that training changes. FROZEN: numbers of its own that stay as they started
-    (LoRA-FA's A). BROUGHT: frozen numbers that the adapters of one seed have in common, brought along for who cannot
-    draw them (VeRA's matrices).
+    (LoRA-FA's A). BROUGHT: frozen numbers that the adapters of one seed or base have in common, brought along for who
+    cannot make them (VeRA's matrices, the factors of a weight).
     """
 
     TRAINED = "trained"
@@ -199,6 +203,27 @@ class Method(ABC, Generic[C]):
     def rebuilt(self) -> frozenset[str]:
         """The names of frozen parameters that no file holds, because :meth:`init` makes them again, where they are."""
         return frozenset()
+
+    @property
+    def carried(self) -> frozenset[str]:
+        """The names of those of :meth:`carries` that a file of this configuration has, as :meth:`kept` says too."""
+        return frozenset()
+
+    def carries(self, site: Site) -> dict[str, tuple[int, ...]]:
+        """What a file may have of a layer that is in no slot, by name with its shape, under keys as in ``keys``.
+
+        It is frozen and shared by the adapters of a model: :meth:`prepare` finds it in ``site.brought``, and claims it
+        of the projections.
+        """
+        return {}
+
+    def check_brought(self, shared: Shared, brought: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Refuse what a file brought of :meth:`carries`, by site and name, where ``shared`` has something else.
+
+        Raises:
+            CheckpointError: an adapter trained with the one cannot run with the other.
+
+        """
 
     @property
     def needs_out_in(self) -> bool:
@@ -295,7 +320,7 @@ class Method(ABC, Generic[C]):
             config: from adapter_config.json.
             extra: the file's tensors that belong to no layer, keys without the ``base_model.`` prefix, and those of
                 layers (``<module>.<key>``) that are brought along.
-            checksum: of the projections, where the file carries one.
+            checksum: of the projections, or the fingerprint of factors, where the file carries one.
 
         """
         if extra:

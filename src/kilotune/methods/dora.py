@@ -96,6 +96,16 @@ class Dora(Method[LowRankConfig]):
         return self.inner.rebuilt
 
     @property
+    def carried(self) -> frozenset[str]:
+        return self.inner.carried
+
+    def carries(self, site: Site) -> dict[str, tuple[int, ...]]:
+        return self.inner.carries(site)
+
+    def check_brought(self, shared: Shared, brought: Mapping[str, Mapping[str, Tensor]]) -> None:
+        self.inner.check_brought(shared, brought)
+
+    @property
     def needs_out_in(self) -> bool:
         return self.inner.needs_out_in
 

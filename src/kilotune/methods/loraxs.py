@@ -2,33 +2,31 @@
 
 A (r, in) and B (out, r) are frozen: A the top r right singular vectors of the layer's own weight, B the left ones
 times the singular values (the paper), or random matrices from a seed, which all layers share (``start="random"``).
+Either way they are held once for all the adapters of a model (_svd.py), and an adapter has R alone.
 R starts normal with deviation 1e-5, as in the paper's code, so that it gets a gradient wherever B and A do.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..config import AdapterConfig, Names, bool_faults, number_fault, option, rate_fault
 from ..deltas import Delta, LowRank, Role
-from ..errors import CheckpointError, ConfigError, did_you_mean, gather
-from ..projections.matrices import MATRIX_A, SEED_LIMIT, Extent, PortableSource, Projections, unit_rows
-from ._base import Export, LowRankConfig, Method, Rate, Shared, Site
+from ..errors import CheckpointError, did_you_mean
+from ..kernels.lowrank import accumulate_dtype
+from ..projections.matrices import SEED_LIMIT, Extent, PortableSource, Projections, Source
+from . import _svd
+from ._base import Export, Kept, LowRankConfig, Method, Rate, Shared, Site
 
-__all__ = ["LoraXs", "LoraXsConfig", "frozen_factors"]
+__all__ = ["LoraXs", "LoraXsConfig"]
 
 STARTS = ("svd", "random")
 SPREAD = 1e-5  # of R at its start
-OVERSAMPLING = 10
-# Factors keep this many binary digits, so that machines whose arithmetic differs in the last ones get the same bits.
-DIGITS = 12
 FIRST, SECOND, CORE = "loraxs_A", "loraxs_B", "loraxs_R"
 
 
@@ -88,16 +86,16 @@ class LoraXsConfig(LowRankConfig):
 
 @final
 class _XsShared(Shared):
-    """The holder of the random factors; those of the weights while an adapter is being loaded."""
+    """The holder of the factors, and by site which they are."""
 
-    def __init__(self, projections: Projections, made: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        super().__init__()
-        self.projections, self.made = projections, dict(made)
+    def __init__(self, projections: Projections, sources: Mapping[str, Source]) -> None:
+        super().__init__(common=tuple(sources.values()))
+        self.projections, self.sources = projections, dict(sources)
 
 
 @final
 class LoraXs(Method[LoraXsConfig]):
-    """Parameters per layer: loraxs_R (r, r); with start='svd' also loraxs_A (r, in), loraxs_B (out, r), frozen.
+    """Parameters per layer: loraxs_R (r, r). A file may have loraxs_A (r, in) and loraxs_B (out, r), frozen, as well.
 
     A forward first multiplies R into the shorter of A and B, r r min(in, out) products, and then costs what LoRA does.
     """
@@ -105,6 +103,7 @@ class LoraXs(Method[LoraXsConfig]):
     name: ClassVar[str] = "loraxs"
     config_cls: ClassVar[type[AdapterConfig]] = LoraXsConfig
     makes: type[Delta] = LowRank
+    stacks: bool = True
     usual_rate: ClassVar[Rate] = Rate(2e-2)
     example: ClassVar[Mapping[str, Any]] = {"r": 2}
     keys: Mapping[str, str] = {name: name for name in (CORE, FIRST, SECOND)}
@@ -115,80 +114,68 @@ class LoraXs(Method[LoraXsConfig]):
         self.expected_checksum = checksum
 
     @property
-    def frozen(self) -> frozenset[str]:
-        return frozenset({FIRST, SECOND} if self.config.start == "svd" else ())
+    def carried(self) -> frozenset[str]:
+        config = self.config
+        return frozenset({FIRST, SECOND} if config.start == "svd" and config.save_factors else ())
 
-    @property
-    def rebuilt(self) -> frozenset[str]:
-        return frozenset() if self.config.save_factors else self.frozen
+    def carries(self, site: Site) -> dict[str, tuple[int, ...]]:
+        rank = self.config.r
+        return {FIRST: (rank, site.inn), SECOND: (site.out, rank)}
 
     def prepare(self, adapter: str, sites: Sequence[Site], projections: Projections) -> Shared:
-        rank = self.config.r
-        if self.config.start == "random":
-            extent = Extent(rank, max(site.inn for site in sites), max(site.out for site in sites))
-            projections.require(adapter, {self._source(): extent})
-            for site in sites:  # now: a compiled forward cannot draw them
-                projections.pair(self._source(), site.device(), site.dtype())
-            return _XsShared(projections, {})
-        faults = [f"{site.name!r}: ({site.out}, {site.inn})" for site in sites if rank > min(site.out, site.inn)]
-        if faults:
-            raise ConfigError(
-                gather(f"r = {rank} is more than the SVD of these layers has; lower r, or use start='random':", faults)
-            )
-        made = {}
-        if self.expected_checksum is not None and self.rebuilt and sites[0].device().type != "meta":
-            made = {site.name: self._factors(site) for site in sites}
-        return _XsShared(projections, made)
+        config = self.config
+        if config.start == "random":
+            extent = Extent(config.r, max(site.inn for site in sites), max(site.out for site in sites))
+            random = self._random
+            sources: dict[str, Source] = {site.name: random for site in sites}
+            projections.require(adapter, {random: extent})
+        else:
+            _svd.check_rank(config.r, sites, "lower r, or use start='random'")
+            seed, split = config.projection_prng_key, _svd.Split.SECOND
+            like = _svd.WeightSource(config.r, config.svd_iterations, seed, split)
+            sources = _svd.claim(sites, lambda site: like, projections, (FIRST, SECOND), "use start='random'")
+            if not config.save_factors and self.expected_checksum is None:
+                _svd.check_ties(sources, "use save_factors=True, which keeps them in the file")
+            projections.require(adapter, _svd.extents(sites, sources, lambda site: config.r))
+        for site in sites:  # now: a compiled forward cannot make them
+            projections.pair(sources[site.name], site.device(), self._held_in(site))
+        return _XsShared(projections, sources)
 
-    def _source(self) -> PortableSource:
+    @property
+    def _random(self) -> PortableSource:
         return PortableSource(self.config.projection_prng_key)
 
-    def _factors(self, site: Site) -> tuple[Tensor, Tensor]:
-        config, weight = self.config, site.whole().detach()
-        if not bool(torch.isfinite(weight).all()) or not bool(weight.any()):
-            what = "is all zeros" if bool(torch.isfinite(weight).all()) else "holds values that are not finite"
-            raise ConfigError(f"{site.name!r}: the weight {what}, so its SVD gives no factors; use start='random'")
-        return frozen_factors(weight, config.r, config.svd_iterations, config.projection_prng_key)
+    def _held_in(self, site: Site) -> torch.dtype:
+        """Those of a weight in the width of R, so that their product is rounded once."""
+        return site.dtype() if self.config.start == "random" else accumulate_dtype(site.dtype())
 
     def verify(self, shared: Shared) -> None:
         assert isinstance(shared, _XsShared)
-        if self.expected_checksum is None or not self.rebuilt:
+        expected = self.expected_checksum
+        if expected is None or self.config.start == "random" or self.config.save_factors:
             return
-        if not shared.made:
-            raise CheckpointError("loraxs: the file holds no factors, and a base on the meta device has none to make")
-        if (actual := _checksum(shared.made)) != self.expected_checksum:
-            raise CheckpointError(
-                f"loraxs: the factors made from this base are not those of the training (expected SHA-256 "
-                f"{self.expected_checksum}, got {actual}): other weights, another dtype or quantisation of them, or "
-                "another SVD. Load the adapter where it was trained, and save it with save_factors=True"
-            )
+        _svd.check_known_again(self.name, expected, shared.sources)
+
+    def check_brought(self, shared: Shared, brought: Mapping[str, Mapping[str, Tensor]]) -> None:
+        assert isinstance(shared, _XsShared)
+        for name, own in brought.items():
+            if own:
+                _svd.check_close(own[FIRST], own[SECOND], _svd.pair_of(shared.sources[name]), name)
 
     def count(self, sites: Sequence[Site]) -> int:
         return self.config.r**2 * len(sites)
 
     def init(self, site: Site, shared: Shared) -> dict[str, Tensor]:
-        assert isinstance(shared, _XsShared)
-        rank, device = self.config.r, site.device()
-        core = torch.empty(rank, rank, device=device, dtype=torch.float32).normal_(std=SPREAD)
-        if self.config.start == "random":
-            return {CORE: core}
-        if device.type == "meta":
-            a = torch.empty(rank, site.inn, device=device, dtype=torch.float32)
-            b = torch.empty(site.out, rank, device=device, dtype=torch.float32)
-        else:
-            a, b = shared.made.pop(site.name) if site.name in shared.made else self._factors(site)
-        return {CORE: core, FIRST: a.to(device), SECOND: b.to(device)}
+        rank = self.config.r
+        return {CORE: torch.empty(rank, rank, device=site.device(), dtype=torch.float32).normal_(std=SPREAD)}
 
     def delta(self, site: Site, params: Mapping[str, Tensor], shared: Shared) -> LowRank:
         assert isinstance(shared, _XsShared)
-        config, dtype, core = self.config, site.dtype(), params[CORE]
-        scale = config.lora_alpha / config.r
-        if config.start == "random":
-            pair = shared.projections.pair(self._source(), site.device(), dtype)
-            a, b = pair.a[: config.r, : site.inn], pair.b[: config.r, : site.out].T
-            scale *= self._source().gain(config.r, site.fan_in) * 2.0**pair.exponent
-        else:
-            a, b = params[FIRST], params[SECOND]
+        rank, dtype, core = self.config.r, site.dtype(), params[CORE]
+        source = shared.sources[site.name]
+        pair = shared.projections.pair(source, site.device(), self._held_in(site))
+        a, b = pair.a[:rank, : site.inn], pair.b[:rank, : site.out].T
+        scale = self.config.lora_alpha / rank * source.gain(rank, site.fan_in) * 2.0**pair.exponent
         if site.inn < site.out:  # in the width of R, rounded once: a 16-bit base runs no float32 products of its input
             a = core @ a.to(core.dtype)  # (r, in)
         else:
@@ -197,66 +184,30 @@ class LoraXs(Method[LoraXsConfig]):
 
     # -- files -------------------------------------------------------------------------------------
 
+    def kept(self, key: str) -> Kept | None:
+        return Kept.BROUGHT if key in (FIRST, SECOND) else super().kept(key)
+
     @classmethod
     def from_file(cls, config: LoraXsConfig, extra: Mapping[str, Tensor], checksum: str | None) -> LoraXs:
-        if extra:
-            raise CheckpointError(f"loraxs: tensors that belong to no layer: {sorted(extra)}")
+        made = cls(config, checksum)
+        if strange := sorted(key for key in extra if key.rpartition(".")[2] not in made.carried):
+            why = "frozen factors, but its config says that it has none" if strange[0].endswith((FIRST, SECOND)) else ""
+            raise CheckpointError(f"loraxs: the file holds {why or 'tensors that belong to no layer'}: {strange}")
         if config.start == "svd" and not config.save_factors and checksum is None:
             raise CheckpointError(
-                "loraxs: the file holds neither the factors (save_factors=False) nor their checksum, so it cannot be "
-                "told whether this base gives them back"
+                "loraxs: the file holds neither the factors (save_factors=False) nor their fingerprint, so it cannot "
+                "be told whether this base gives them back"
             )
-        return cls(config, checksum)
+        return made
 
     def export(self, sites: Mapping[str, Site], params: Mapping[str, Mapping[str, Tensor]], shared: Shared) -> Export:
-        tensors = super().export(sites, params, shared).tensors
-        checksum = None
-        if self.config.start == "svd":
-            checksum = _checksum({name: (own[FIRST], own[SECOND]) for name, own in params.items()})
-        return Export(tensors, checksum=checksum)
-
-
-def _checksum(factors: Mapping[str, tuple[Tensor, Tensor]]) -> str:
-    """SHA-256 over the layers' names and the float32 bytes of their factors, in the order of the names."""
-    digest = hashlib.sha256()
-    for name in sorted(factors):
-        for tensor in factors[name]:
-            digest.update(f"{name} {tuple(tensor.shape)};".encode())
-            digest.update(np.ascontiguousarray(tensor.detach().cpu().float().numpy(), dtype="<f4").tobytes())
-    return digest.hexdigest()
-
-
-def frozen_factors(weight: Tensor, rank: int, iterations: int, seed: int) -> tuple[Tensor, Tensor]:
-    """A (rank, in) = V_r^T and B (out, rank) = U_r S_r of W = U S V^T; float32 on the CPU.
-
-    Computed in float64 on the CPU. Of each pair of singular vectors the largest entry of the right one is positive,
-    and the entries keep 12 binary digits: so the bits do not depend on the last digits of a machine's arithmetic
-    (but for singular values that are equal, or entries on the edge between two, in about one of 10^9).
-
-    Args:
-        weight: (out, in).
-        rank: at most min(out, in).
-        iterations: power iterations of the randomised SVD (Halko et al. 2011, arXiv 0909.4061, algorithm 4.4),
-            started from rows of the portable matrix U_A; 0: the exact SVD.
-        seed: of those rows.
-
-    """
-    matrix = weight.detach().to("cpu", torch.float64)
-    out, inn = matrix.shape
-    if iterations == 0 or rank + OVERSAMPLING >= min(out, inn) // 2:
-        u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-    else:
-        start = unit_rows(seed, MATRIX_A, rank + OVERSAMPLING, inn)
-        basis = torch.linalg.qr(matrix @ torch.from_numpy(start).double().T).Q  # (out, rank + 10)
-        for _ in range(iterations):
-            basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis).Q).Q
-        small, s, vh = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
-        u = basis @ small
-    u, s, vh = u[:, :rank], s[:rank], vh[:rank]
-    largest = vh.gather(1, vh.abs().argmax(1, keepdim=True)).sign()  # (rank, 1)
-    return _rounded(vh * largest), _rounded(u * s * largest.T)
-
-
-def _rounded(values: Tensor) -> Tensor:
-    mantissa, exponent = torch.frexp(values)
-    return torch.ldexp((mantissa * 2.0**DIGITS).round() * 2.0**-DIGITS, exponent).float().contiguous()
+        assert isinstance(shared, _XsShared)
+        plain = super().export(sites, params, shared)
+        if self.config.start == "random":
+            return plain
+        if self.config.save_factors:
+            return Export(
+                {**plain.tensors, **_svd.in_file([sites[name] for name in params], shared.sources, FIRST, SECOND)}
+            )
+        checksum, fingerprint = _svd.to_be_known(self.expected_checksum, shared.sources)
+        return Export(plain.tensors, checksum=checksum, fingerprint=fingerprint)

@@ -23,7 +23,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, final
+from typing import Any, NamedTuple, TypeVar, final
 
 import numpy as np
 import torch
@@ -137,6 +137,11 @@ class Source(ABC):
         """The power of two by which A is held smaller; 0 where the matrices have their gains in them."""
         return 0
 
+    @property
+    def known(self) -> bool:
+        """Whether :meth:`build` can give them; False where they were to be made of a weight that was not there."""
+        return True
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Source:
         return self  # frozen, and a stored one holds its matrices
 
@@ -227,6 +232,9 @@ class StoredSource(Source):
         return 1.0
 
 
+S = TypeVar("S", bound=Source)
+
+
 def pair_checksum(pairs: Iterable[Pair]) -> str:
     """SHA-256 (hex) over the float32 little-endian bytes of the pairs' a and b, in order."""
     digest = hashlib.sha256()
@@ -276,6 +284,7 @@ class Projections(nn.Module):
         super().__init__()
         self._needs: dict[str, dict[Source, Extent]] = {}
         self._extents: dict[Source, Extent] = {}
+        self._held: dict[Source, Source] = {}  # the first of those that are equal
         self._wanted: dict[Source, _Wanted] = {}  # follows from _needs
         self._copies: dict[tuple[Source, torch.device, torch.dtype], Pair] = {}
         self._places: set[tuple[torch.device, torch.dtype]] = set()  # where copies are, or have been
@@ -297,6 +306,14 @@ class Projections(nn.Module):
         """
         pair = self._copies.get((source, device, dtype))
         return pair if pair is not None else self._derive(source, device, dtype)
+
+    def held(self, source: S) -> S | None:
+        """The source equal to ``source`` that some adapter needs, with all that it has; None where there is none.
+
+        So what takes long to make (factors of a weight) is made once for all the adapters of a model.
+        """
+        found = self._held.get(source)
+        return found if isinstance(found, type(source)) else None
 
     def owners(self) -> list[str]:
         """The adapters that need something."""
@@ -329,9 +346,10 @@ class Projections(nn.Module):
         if extent == self._extents.get(source):
             return []
         if extent is None:
-            del self._wanted[source], self._extents[source]
+            del self._wanted[source], self._extents[source], self._held[source]
         else:
             self._extents[source] = extent
+            self._held.setdefault(source, source)
         held = [(source, *place) for place in self._places if (source, *place) in self._copies]
         for key in held:
             del self._copies[key]
@@ -363,7 +381,8 @@ class Projections(nn.Module):
         self._copies = {key: pair for key, pair in self._copies.items() if key in wanted}
         self._places = {key[1:] for key in wanted}
         for key in sorted(wanted, key=str):
-            self.pair(*key)
+            if key[0].known or key[1].type == "meta":  # whose use says what is wrong; the rest of a model may move
+                self.pair(*key)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -376,7 +395,7 @@ class Projections(nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._wanted, self._places = _by_source(self._needs.values()), set()
         for source, device, dtype in copies:  # the rest is derived at its first use
-            if _available(device):
+            if _available(device) and (source.known or device.type == "meta"):
                 self.pair(source, device, dtype)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Projections:
@@ -384,7 +403,7 @@ class Projections(nn.Module):
         twin = Projections()
         memo[id(self)] = twin
         twin._needs = {owner: dict(needs) for owner, needs in self._needs.items()}
-        twin._extents = dict(self._extents)
+        twin._extents, twin._held = dict(self._extents), dict(self._held)
         twin._wanted = _by_source(twin._needs.values())
         twin._copies, twin._places = dict(self._copies), set(self._places)
         return twin

@@ -22,12 +22,13 @@ from ...adapter_files.fitting import Wanted, check_base, match_tensors, wanted_o
 from ...adapter_files.reading import AdapterFile
 from ...config import AdapterConfig
 from ...errors import CheckpointError, ConfigError, UnsupportedError, gather, type_name
-from ...injection.inject import Plan, apply, base_name, plan, remove, with_base_name
+from ...injection.inject import Plan, apply, base_name, brought_by, plan, remove, with_base_name
 from ...injection.installed_adapter import MODEL, Installed
 from ...injection.tree import own_modules
 from ...layers.route import RoutedLayer
 from ...layers.slot import Slot
-from ...methods import Shared, Site
+from ...layers.stacked_sites import by_member
+from ...methods import Method, Shared, Site
 from ...model.adapter_model import AdapterModel
 from ...model.routed_model import unroutable
 
@@ -42,6 +43,7 @@ NO_MATTER = frozenset(
         "init_weights",
         "lora_fa",
         "revision",
+        "save_factors",
         "save_projection",
         "task_type",
     }
@@ -124,7 +126,7 @@ class ResidentForm:
         self._wanted = {place.name: place.shape for own in self.places.values() for place in own}
         self._by_layer: dict[RoutedLayer, str] = {layer: name for name, layer in self.installed.layers.items()}
         self._verified: set[str] = set()
-        self._in_file: Wanted | None = None
+        self._in_file: dict[frozenset[str], Wanted] = {}  # by what a file has besides an adapter's own numbers
 
     @property
     def config(self) -> AdapterConfig:
@@ -222,13 +224,31 @@ class ResidentForm:
             method.verify(self.installed.shared)
             self._verified.add(expected)
         base = self._model.get_base_model()
-        if self._in_file is None:
-            self._in_file = wanted_of(self.made)
-        found = match_tensors(file, self.made, type(base).__name__, self._in_file)
+        carried = file.method.carried
+        if carried not in self._in_file:
+            self._in_file[carried] = wanted_of(self.made, carried)
+        found = match_tensors(file, self.made, type(base).__name__, self._in_file[carried])
+        self._check_brought(method, found, what)
         check_base(file, self.made, base_name(base) or type(base).__name__, strict_base)
         if self.places[MODEL]:
             found.update(file.method.init_model(self._sites()))
         return self.row(found, what)
+
+    def _check_brought(self, method: Method[Any], found: dict[str, Tensor], what: str) -> None:
+        """Hold what a file brought of the frozen tensors that a bank's adapters share against those of the bank, and
+        take it out of ``found``."""
+        brought = {
+            place: values
+            for name, own in brought_by(self.made, found).items()
+            for place, values in by_member(self.slots[name].site, own)
+        }
+        try:
+            method.check_brought(self.installed.shared, brought)
+        except CheckpointError as error:
+            raise CheckpointError(f"{what} cannot be in a bank: {error}") from None
+        for name, own in self.made.carries.items():
+            for key in own:
+                found.pop(f"{name}.{key}", None)
 
     def _check_config(self, file: AdapterFile, what: str, whose: tuple[str, str]) -> None:
         mine, theirs = (self._in_order(form_values(config)) for config in (self.config, file.config))
@@ -269,12 +289,16 @@ def form_values(config: AdapterConfig) -> dict[str, Any]:
 def check_bankable(file: AdapterFile, what: str) -> None:
     """Refuse an adapter that brings its frozen tensors along: a row has no place for them, and a bank has its own.
 
+    Those that can be held against the bank's are not refused here.
+
     Raises:
         UnsupportedError: which they are.
 
     """
-    if brought := file.brought:
-        name = file.method.name
+    method = file.method
+    compared = tuple(f".{method.keys[name]}" for name in method.carried)
+    if brought := [key for key in file.brought if not key.endswith(compared)]:
+        name = method.name
         raise UnsupportedError(
             gather(
                 f"{what} brings frozen tensors of its own along, and the adapters of a bank share one {name}'s; add "
