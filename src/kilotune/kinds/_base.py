@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules import module as torch_modules
 
-from ..deltas import Delta, Need, Role
+from ..deltas import Delta, Full, Need, Role
 from ..errors import UnsupportedError
+from ..kernels.lowrank import scale_features
 
 __all__ = ["LayerKind", "NoMatrix", "beside", "hooked", "run_with"]
 
@@ -190,6 +191,14 @@ class LayerKind(ABC):
         inn = self.features(module)[1]
         whole = x.is_floating_point() and self.input_features(module) == inn == x.shape[-1]
         return whole and not self.substitutes and self.feature_axis(module, y) == -1
+
+    def run_full(
+        self, module: nn.Module, delta: Full, x: Tensor, cols: Tensor | None, y: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        """The change (or it times diag(cols)) times x (..., out): as it acts, or by its matrix in ``dtype``."""
+        if delta.act is not None and self.is_plain(module, x, y):
+            return delta.act(x if cols is None else scale_features(x, cols, 1.0))
+        return self.run(module, x, delta.delta.to(dtype), cols)
 
     @abstractmethod
     def lift(self, module: nn.Module, h: Tensor, matrix: Tensor) -> Tensor:

@@ -288,9 +288,7 @@ class AdaptedLayer(Shown):
         """Y and the change's matrix (or it times diag(cols)) times x (..., out); a low rank stays factored."""
         kind, module = self._kind, self.base_layer
         if isinstance(delta, Full):
-            if delta.act is not None and kind.is_plain(module, x, y):
-                return y + delta.act(x if cols is None else scale_features(x, cols, 1.0)).to(y.dtype)
-            return y + kind.run(module, x, delta.delta.to(self.compute_dtype()), cols).to(y.dtype)
+            return y + kind.run_full(module, delta, x, cols, y, self.compute_dtype()).to(y.dtype)
         if cols is not None:
             h = kind.project_scaled(module, x, delta.a, cols)  # (..., r)
         else:
