@@ -22,6 +22,7 @@ __all__ = [
     "intrinsic",
     "one_intrinsic",
     "unilora",
+    "vblora",
     "words",
 ]
 
@@ -132,3 +133,19 @@ def _peft_indices(total: int, d: int, seed: int) -> list[int]:
     data = np.array(dealt, dtype=np.int64)
     generator.shuffle(data)
     return [int(i) for i in data]
+
+
+def vblora(params: Any, config: Any, weight: Array, bias: Array | None) -> tuple[Array, Array | None]:
+    """B A, each piece of a row of A and of a column of B a mean of bank vectors, weighted by its k largest logits."""
+    bank = params["vblora_vector_bank"]
+
+    def piece(logits: Array) -> Array:
+        best = sorted(range(len(logits)), key=lambda j: -logits[j])[: config.topk]
+        powers = [math.exp(logits[j] - logits[best[0]]) for j in best]
+        found: Array = sum(power / sum(powers) * bank[j] for power, j in zip(powers, best))
+        return found
+
+    a = np.array([np.concatenate([piece(one) for one in row]) for row in params["vblora_logits_A"]])
+    columns = np.swapaxes(params["vblora_logits_B"], 0, 1)
+    b = np.array([np.concatenate([piece(one) for one in column]) for column in columns]).T
+    return weight + (b @ a).reshape(weight.shape), bias

@@ -27,6 +27,9 @@ CONFIGS: dict[str, AdapterConfig] = {
     "ia3": get_config("ia3", target_modules=["up", "down"], feedforward_modules=["down"]),
     "loraxs": get_config("loraxs", r=3, target_modules=ALL),
     "unilora": get_config("unilora", target_modules=ALL),
+    "vblora": get_config(
+        "vblora", r=2, num_vectors=5, vector_length=2, init_vector_bank_bound=1.0, target_modules=["stem"]
+    ),
     "bitfit": get_config("bitfit", target_modules=["stem", "up", "head"]),
     "bottleneck": get_config("bottleneck", target_modules=["mix.up", "mix.down"]),
     "intrinsic": get_config("intrinsic", target_modules=ALL),
@@ -78,7 +81,9 @@ def test_methods_and_ranks_mix() -> None:
     rows_equal(model, [*names, None, *reversed(names)], torch.randn(2 * len(mixed) + 1, 3, 6))
 
 
-@pytest.mark.parametrize("name", ["vera", "lora", "dora", "ia3", "bitfit", "bottleneck", "unilora", "vera-bias"])
+@pytest.mark.parametrize(
+    "name", ["vera", "lora", "dora", "ia3", "bitfit", "bottleneck", "unilora", "vblora", "vera-bias"]
+)
 def test_gradients_are_those_of_each_adapter_alone(name: str) -> None:
     names: list[str | None] = ["a1", "a0", None, "a1"]
     x, g = torch.randn(4, 5, 6, dtype=torch.float64), torch.randn(4, 5, 3, dtype=torch.float64)

@@ -9,8 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
-from kilotune import PeftModel, UnsupportedError, get_peft_model
+from kilotune import PeftModel, get_peft_model
 from kilotune.adapter_files.reading import open_adapter
 from kilotune.fleet import AdapterBank, open_store, wrap
 from kilotune.fleet.scale import scale
@@ -82,6 +83,14 @@ def test_what_many_users_cost() -> None:
     assert scale(Nested(), CONFIG, 10).numbers == TRAINED + FROZEN
 
 
-def test_a_bank_says_that_they_are_trained_for_the_whole_model() -> None:
-    with pytest.raises(UnsupportedError, match=r"trains numbers for the whole model .*tinylora_v_0, tinylora_v_1"):
-        AdapterBank(wrap(Nested()).eval(), CONFIG)
+def test_a_bank_takes_them_under_other_keys_of_a_file(tmp_path: Path) -> None:
+    bank = AdapterBank(wrap(Nested()).eval(), CONFIG, slots=2)
+    assert bank.form.length == TRAINED + FROZEN
+    model = get_peft_model(Nested(), CONFIG)
+    randomize(model)
+    model.eval().save_pretrained(tmp_path)
+    bank.put("ann", tmp_path)
+    x = torch.randn(2, 6)
+    with torch.no_grad():
+        assert torch.allclose(bank.model(x, adapter_names=["ann", None])[0], model(x)[0], atol=1e-5)
+        assert not torch.allclose(model(x), Nested()(x), atol=1e-3)

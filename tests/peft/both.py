@@ -18,6 +18,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "VeraConfig": {"r": 8, "target_modules": ["q_proj", "o_proj"]},
     "IA3Config": {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
     "UniLoraConfig": {"r": 2, "target_modules": ["q_proj", "v_proj"], "theta_d_length": 32},
+    "VBLoRAConfig": {"r": 2, "target_modules": ["q_proj", "v_proj"], "num_vectors": 9, "vector_length": 2},
 }
 
 

@@ -33,7 +33,7 @@ def products(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: state[key.replace("lora_A", "lora_B")].double() @ state[key].double() for key in firsts}
 
 
-@pytest.mark.parametrize("name", ["LoraConfig", "VeraConfig", "UniLoraConfig"])
+@pytest.mark.parametrize("name", ["LoraConfig", "VeraConfig", "UniLoraConfig", "VBLoRAConfig"])
 @pytest.mark.parametrize("rank", [1, 3, 10, 0.3, 0.9, 1.0])
 def test_it_is_pefts_conversion(name: str, rank: float) -> None:
     def script(library: Any) -> Any:

@@ -37,8 +37,8 @@ def test_a_configuration_may_be_changed_until_it_is_used() -> None:
 
 
 def test_an_option_that_is_not_here_is_refused_where_it_is_on() -> None:
-    with pytest.raises(ConfigError, match="layer_replication"):
-        ours.LoraConfig(layer_replication=[(0, 1)])
+    with pytest.raises(ConfigError, match="trainable_token_indices"):
+        ours.LoraConfig(trainable_token_indices=[1])
     with pytest.raises(ConfigError, match="lora_bias.*\n.*use_qalora|use_qalora.*\n.*lora_bias"):
         ours.LoraConfig(lora_bias=True, use_qalora=True)
     with pytest.raises(TypeError, match="rank"):
@@ -344,3 +344,42 @@ def test_switched_off_adapters_come_back_also_in_a_copy_and_without_one_that_wen
     assert model.has_active_enabled_adapter
     with pytest.raises(AdapterError, match="of the PeftModel around this"):
         model.base_model.load_adapter("nowhere", "x")
+
+
+# -- what libraries ask for ----------------------------------------------------------------------------------
+
+
+def test_fsdp_is_to_wrap_blocks_and_trained_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    import peft
+    from peft.utils.other import fsdp_auto_wrap_policy as theirs
+
+    from kilotune.peft.utils.other import fsdp_auto_wrap_policy as own
+
+    def wrapped(library: Any, policy: Any) -> set[str]:
+        config = library.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
+        with quiet():
+            model = library.get_peft_model(tiny_llama(), config)
+            asked = policy(model)
+        named = [(name, m) for name, m in model.named_modules() if asked(module=m, recurse=False, nonwrapped_numel=0)]
+        return {name for name, _ in named}
+
+    assert wrapped(ours, own) == wrapped(peft, theirs) > {"base_model.model.model.layers.1"}
+    monkeypatch.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", "LlamaMLP")
+    found = wrapped(ours, own)
+    assert found == wrapped(peft, theirs) > {"base_model.model.model.layers.1.mlp"}
+    assert "base_model.model.model.layers.1" not in found
+    monkeypatch.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", "LlamaMLP,NoSuchBlock")
+    with pytest.raises(ConfigError, match="the model has no NoSuchBlock"):
+        wrapped(ours, own)
+    monkeypatch.delenv("FSDP_TRANSFORMER_CLS_TO_WRAP")
+    assert own(mlp()).keywords["policies"][1].keywords["transformer_layer_cls"] == set()
+
+
+def test_inputs_are_never_cast_to_an_adapters_dtype() -> None:
+    from kilotune.peft.helpers import disable_input_dtype_casting
+
+    model = made(ours, "LoraConfig")
+    wanted = logits(model)
+    for active in (True, False):
+        with disable_input_dtype_casting(model, active):
+            assert torch.equal(logits(model), wanted)

@@ -51,6 +51,7 @@ def test_a_name_that_is_not_here_is_an_import_error_that_names_what_to_use() -> 
         ("tuners.vera", "VeraConfig VeraLayer VeraModel"),
         ("tuners.ia3", "IA3Config IA3Layer IA3Model"),
         ("tuners.unilora", "UniLoraConfig UniLoraModel"),
+        ("tuners.vblora", "VBLoRAConfig VBLoRAModel"),
         ("tuners.tuners_utils", "BaseTuner BaseTunerLayer"),
         ("utils", "ModulesToSaveWrapper get_peft_model_state_dict set_peft_model_state_dict PeftType transpose"),
         ("utils.other", "prepare_model_for_kbit_training ModulesToSaveWrapper WEIGHTS_NAME CONFIG_NAME"),

@@ -23,7 +23,7 @@ SEEDS = st.integers(0, LAST_SEED)
 @settings(max_examples=30, deadline=None)
 @given(
     seed=SEEDS,
-    matrix=st.integers(2, 6),
+    matrix=st.integers(2, 7),
     site=st.integers(0, 2**32 - 1),
     first=st.integers(0, 30),
     count=st.integers(0, 20),
@@ -129,11 +129,24 @@ def test_a_wrong_seed_or_site_is_refused() -> None:
             streams.raw_words(0, 2, site, 0, 1)
 
 
+@settings(max_examples=30, deadline=None)
+@given(seed=SEEDS, total=st.integers(1, 200), part=st.integers(0, 100))
+def test_places_are_those_of_the_stream_each_once(seed: int, total: int, part: int) -> None:
+    count = total * part // 100
+    found = streams.distinct_places(seed, total, count).tolist()
+    assert len(set(found)) == len(found) == count
+    assert all(0 <= place < total for place in found)
+    less = total - count if 2 * count > total else count
+    drawn = list(dict.fromkeys(word % total for word in words(seed, 7, 0, 4 * total + 40)))[:less]
+    assert found == (sorted(set(range(total)) - set(drawn)) if 2 * count > total else drawn)
+
+
 # -- the numbers in the documentation -----------------------------------------------------------------
 
 LINE = re.compile(
     r"seed (?P<seed>\d+) +(?:site (?P<site>\d+) +(?:(?P<kind>signs|gaussians|dense)\[(?P<first>\d+):(?P<last>\d+)\]"
-    r"|permutation (?P<block>\d+) of (?P<size>\d+))|places (?P<sizes>[\d ]+?) +of (?P<d>\d+) +indices) = (?P<values>.+)"
+    r"|permutation (?P<block>\d+) of (?P<size>\d+))|places (?P<sizes>[\d ]+?) +of (?P<d>\d+) +indices"
+    r"|of (?P<total>\d+) +(?P<count>\d+) different places) = (?P<values>.+)"
 )
 
 
@@ -143,6 +156,8 @@ def library(got: dict[str, Any]) -> list[float]:
     if got["sizes"]:
         sizes = [int(size) for size in got["sizes"].split()]
         return np.concatenate(streams.balanced_indices(seed, sizes, int(got["d"]))).tolist()
+    if got["total"]:
+        return streams.distinct_places(seed, int(got["total"]), int(got["count"])).tolist()
     site = int(got["site"])
     if got["block"]:
         return streams.permutations(seed, site, int(got["size"]), int(got["block"]), 1)[0].tolist()

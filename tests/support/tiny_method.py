@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kilotune import AdapterConfig
 from kilotune.config import option
@@ -55,8 +55,8 @@ def spread(seed: int, index: int, u: int, r: int) -> Tensor:
 
 @final
 class _TinyShared(Shared):
-    def __init__(self, trained: dict[str, nn.Parameter], index: Mapping[str, int]) -> None:
-        super().__init__(trained)
+    def __init__(self, index: Mapping[str, int]) -> None:
+        super().__init__()
         self.index = index
 
 
@@ -79,11 +79,12 @@ class Tiny(Method[TinyConfig]):
         return frozenset({A, B})
 
     def prepare(self, adapter: str, sites: Sequence[Site], projections: Projections) -> Shared:
-        device = sites[0].device()
-        start = torch.zeros(self.config.u, device=device)
+        return _TinyShared({site.name: i for i, site in enumerate(sites)})
+
+    def init_model(self, sites: Sequence[Site]) -> dict[str, Tensor]:
+        start = torch.zeros(self.config.u, device=sites[0].device())
         found = [self.loaded.get(f"{VECTOR}.{group}", start) for group in range(-(-len(sites) // GROUP))]
-        trained = {f"{VECTOR}_{i}": nn.Parameter(v.clone(), requires_grad=False) for i, v in enumerate(found)}
-        return _TinyShared(trained, {site.name: i for i, site in enumerate(sites)})
+        return {f"{VECTOR}_{i}": v.clone() for i, v in enumerate(found)}
 
     def count(self, sites: Sequence[Site]) -> int:
         return self.config.u * -(-len(sites) // GROUP)

@@ -265,6 +265,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "lora": {"r": 2},
     "loraxs": {"r": 2},
     "unilora": {"theta_d_length": 64},
+    "vblora": {"vector_length": 2, "num_vectors": 8},
     "intrinsic": {"d": 32},
 }
 

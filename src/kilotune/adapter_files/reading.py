@@ -121,6 +121,7 @@ def parse(files: TwoFiles) -> AdapterFile:
     said = said_of(make_method(config), tensors)
     brought = [k.removeprefix(PREFIX) for k, s in said.items() if s.layer and s.kept is Kept.BROUGHT]
     extra.update({key: layered.pop(key) for key in brought})
+    layered = method_cls.from_layers(config, layered)
     checksum = metadata.get(f"kilotune_{PROJECTIONS}", section.get(PROJECTIONS, section.get(FACTORS)))
     if not isinstance(checksum, str | None):
         raise CheckpointError(f"{folder / CONFIG_NAME}: {PROJECTIONS}: expected a checksum, got {checksum!r}")

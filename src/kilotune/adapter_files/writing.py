@@ -86,12 +86,12 @@ def state_of(
     """(adapter_config.json, tensors under PEFT's keys, header metadata) of an adapter in a model.
 
     values: its parameters by layer, on the CPU, where its slots do not hold them, and under MODEL those of the whole
-    model; they are taken as they are.
+    model where these are others too; they are taken as they are.
     """
     sites = {name: layer.site(name) for name, layer in installed.layers.items()}
     slots = installed.slots()
     given = {id(value) for each in (values or {}).values() for value in each.values()}
-    shared = installed.shared if values is None else installed.shared.holding(values.get(MODEL, {}))
+    shared = installed.shared.holding(values[MODEL]) if values is not None and MODEL in values else installed.shared
     values = {name: slot.values() for name, slot in slots.items()} if values is None else values
     params = {
         name: {key: value for key, value in values[name].items() if key != BIAS}
@@ -109,7 +109,8 @@ def state_of(
     # A clone each: views and tied tensors cannot be written, and what is written must not change meanwhile.
     tensors = {key: value if id(value) in given else _copied(value) for key, value in sorted(tensors.items())}
     config = {**installed.config.to_dict(), **export.config}
-    config["fan_in_fan_out"] = any(layer.kind.stores_in_out for layer in installed.layers.values())
+    if "fan_in_fan_out" in config:  # PEFT has it for most methods
+        config["fan_in_fan_out"] = any(layer.kind.stores_in_out for layer in installed.layers.values())
     ours = installed.config.ours()
     if not export.peft or _lost_in_peft(installed, list(params)):
         config["peft_type"] = CLOSED + installed.config.peft_type

@@ -99,7 +99,8 @@ def set_requires_grad(
 
 
 def let_train(installed: Installed, train: bool) -> None:
-    """Let one adapter train or freeze it and drop its gradients."""
+    """Let one adapter train, unless it cannot, or freeze it and drop its gradients."""
+    train = train and installed.method.untrainable is None
     for _, parameter in installed.parameters():
         parameter.requires_grad_(train)
         if not train:

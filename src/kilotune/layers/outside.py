@@ -6,6 +6,7 @@ A wrapper shows its own names where nothing else is said. What gives it others i
 
 from __future__ import annotations
 
+import textwrap
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -32,6 +33,10 @@ class Outside(ABC):
     def names(self, wrapper: nn.Module) -> Mapping[str, str]:
         """Own name -> shown name of each of its parameters that has another, both from the wrapper."""
 
+    @abstractmethod
+    def title(self, wrapper: nn.Module) -> str:
+        """What the wrapper is called where it is printed."""
+
 
 class Shown(nn.Module, ABC):
     """A wrapper that may be shown under other names: in loops over its parameters and modules, and in state dicts."""
@@ -46,6 +51,13 @@ class Shown(nn.Module, ABC):
             except AttributeError:
                 pass
         return getattr(inner, name)
+
+    def __repr__(self) -> str:
+        """As of any module, with the names that are shown."""
+        if self.outside is None:
+            return super().__repr__()
+        parts = [f"({name}): {part!r}" for name, part in self.outside.parts(self)]
+        return "\n".join([f"{self.outside.title(self)}(", *(textwrap.indent(part, "  ") for part in parts), ")"])
 
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True

@@ -161,9 +161,9 @@ def _changed(layer: RoutedLayer, cohort: Cohort, owners: Owners, x: Tensor, y: T
         changed = _stacked(layer, *_change(layer, cohort, None), owners, x, y)
         if changed is not None:
             return changed
-    if len(cohort.names) > 1 and method is not None and method.by_rows:
-        if layer.kind.is_plain(layer.base_layer, x, y):
-            return _by_rows(layer, slot, cohort, owners, x, y)
+    rows_alike = len(cohort.names) > 1 and method is not None and method.by_rows
+    if rows_alike and layer.kind.is_plain(layer.base_layer, x, y):
+        return _by_rows(layer, slot, cohort, owners, x, y)
     pieces, places = [], []
     for which in range(len(cohort.names)):
         rows = None if len(cohort.names) == 1 else (owners.index == which).nonzero().squeeze(1)

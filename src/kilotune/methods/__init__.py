@@ -17,13 +17,17 @@ from ..errors import ConfigError, did_you_mean
 from ._base import Export, Kept, LowRankConfig, Method, Shared, Site
 from .bitfit import Bitfit, BitfitConfig
 from .bottleneck import Bottleneck, BottleneckConfig
+from .c3a import C3a, C3aConfig
 from .dora import Dora
+from .fourierft import FourierFt, FourierFtConfig
 from .ia3 import Ia3, Ia3Config
 from .intrinsic import Intrinsic, IntrinsicConfig
 from .lora import Lora, LoraConfig
 from .loraxs import LoraXs, LoraXsConfig
+from .miss import Miss, MissConfig
 from .tinylora import TinyLora, TinyLoraConfig
 from .unilora import UniLora, UniLoraConfig
+from .vblora import VbLora, VbLoraConfig
 from .vera import Vera, VeraConfig
 
 __all__ = [
@@ -31,7 +35,9 @@ __all__ = [
     "PRESETS",
     "BitfitConfig",
     "BottleneckConfig",
+    "C3aConfig",
     "Export",
+    "FourierFtConfig",
     "Ia3Config",
     "IntrinsicConfig",
     "Kept",
@@ -39,10 +45,12 @@ __all__ = [
     "LoraXsConfig",
     "LowRankConfig",
     "Method",
+    "MissConfig",
     "Shared",
     "Site",
     "TinyLoraConfig",
     "UniLoraConfig",
+    "VbLoraConfig",
     "VeraConfig",
     "get_config",
     "load_method",
@@ -55,7 +63,22 @@ __all__ = [
 OLD_DORA = "DORA_"  # before a peft_type in older files
 
 METHODS: dict[str, type[Method[Any]]] = {
-    method.name: method for method in (Lora, Vera, Intrinsic, UniLora, Bitfit, Ia3, LoraXs, TinyLora, Bottleneck)
+    method.name: method
+    for method in (
+        Lora,
+        Vera,
+        Intrinsic,
+        UniLora,
+        VbLora,
+        Bitfit,
+        Ia3,
+        LoraXs,
+        TinyLora,
+        Bottleneck,
+        C3a,
+        FourierFt,
+        Miss,
+    )
 }
 
 # Other names that a method can be picked by: the method, and the options that the name stands for.

@@ -230,6 +230,11 @@ class Method(ABC, Generic[C]):
         """Whether PEFT makes of a file what the method does only in layers whose weights are stored as (out, in)."""
         return False
 
+    @property
+    def untrainable(self) -> str | None:
+        """Why an adapter that was loaded cannot be trained on; None: it can."""
+        return None
+
     def completed(self, config: C, model_type: str | None) -> C:
         """The config with what an architecture decides filled in, where the method has rules of its own for it.
 
@@ -246,7 +251,8 @@ class Method(ABC, Generic[C]):
     def init_model(self, sites: Sequence[Site]) -> dict[str, Tensor]:
         """The model-wide trained tensors at their start, after :meth:`prepare` and before any :meth:`init`.
 
-        They go under these names into the file and into a bank's rows, and :meth:`delta` finds them in ``shared``.
+        Of a method that was loaded (:meth:`from_file`) they are the file's. :meth:`delta` finds them under these names
+        in ``shared``, a file and a bank's rows have them too.
         """
         return {}
 
@@ -295,6 +301,16 @@ class Method(ABC, Generic[C]):
         if not names:
             return None
         return Kept.FROZEN if names <= self.frozen else Kept.TRAINED
+
+    @classmethod
+    def from_layers(cls, config: C, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A file's tensors of layers (``<module>.<key>``) under the keys in ``keys``, where a file may have others.
+
+        Raises:
+            CheckpointError: they are none of these.
+
+        """
+        return dict(tensors)
 
     @classmethod
     def from_file(cls, config: C, extra: Mapping[str, Tensor], checksum: str | None) -> Method[C]:

@@ -109,6 +109,10 @@ class Dora(Method[LowRankConfig]):
     def needs_out_in(self) -> bool:
         return self.inner.needs_out_in
 
+    @property
+    def untrainable(self) -> str | None:
+        return self.inner.untrainable
+
     def completed(self, config: LowRankConfig, model_type: str | None) -> LowRankConfig:
         filled: LowRankConfig = self.inner.completed(config, model_type)
         return filled

@@ -83,6 +83,11 @@ class LoraConfig(LowRankConfig):
             str(values.get("init_lora_weights")).lower(),
             str(values.get("peft_type")).upper().startswith(CLOSED),
         )
+        if start == "loftq":
+            raise ConfigError(
+                "init_lora_weights='loftq': PEFT puts quantised weights in the place of the base's each time that it "
+                "loads this; save the adapter with init_lora_weights=True, beside the base that it had quantised"
+            )
         if not closed and start.startswith("pissa_niter_"):
             raise ConfigError(
                 f"init_lora_weights={start!r}: PEFT took a part of the base's weights away that it drew at random, and "

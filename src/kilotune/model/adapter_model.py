@@ -24,7 +24,7 @@ from ..adapter_files.stands_on import StandsOn
 from ..adapter_files.writing import DEFAULT
 from ..added_modules import Added, base_modules
 from ..config import AdapterConfig
-from ..errors import AdapterError, ConfigError, MergeError, type_name
+from ..errors import AdapterError, ConfigError, MergeError, UnsupportedError, type_name
 from ..injection import inject
 from ..injection.installed_adapter import Installed
 from ..injection.tree import layer_around, own_modules
@@ -215,7 +215,7 @@ class AdapterModel(ActiveModel, ABC):
 
         Raises:
             CheckpointError: the files are damaged or unsafe, or do not fit the model (all misfits listed), or its base
-                (``strict_base``).
+                (``strict_base``). UnsupportedError: ``is_trainable``, and it cannot be trained on.
 
         """
         self._check_new_name(adapter_name)
@@ -224,6 +224,8 @@ class AdapterModel(ActiveModel, ABC):
             raise ConfigError(
                 f"{type(self).__name__} cannot load a {type(file.config).__name__} adapter; use PeftModel"
             )
+        if is_trainable and (why := file.method.untrainable) is not None:
+            raise UnsupportedError(f"is_trainable: the adapter in {file.folder} cannot be trained on: {why}")
         config = file.config.replace(inference_mode=not is_trainable)
         made = inject.plan(self.model, adapter_name, config, file.method, strict=False)
         tensors = match_tensors(file, made, type(self.model).__name__)

@@ -15,7 +15,7 @@ import json
 import os
 from abc import ABC
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import Field, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self, final
 
@@ -31,6 +31,8 @@ __all__ = ["CONFIGS", "OURS", "PeftConfig", "PrefixTuningConfig", "PromptLearnin
 
 # Of PEFT's files, beside the options of a method.
 BOOKKEEPING = ("auto_mapping", "peft_type", "peft_version")
+# Of transformers' downloads. The commit is that of the revision, which is given too.
+PASSED_ON = ("force_download", "proxies", "resume_download", "commit_hash", "tqdm_class")
 CONFIGS: dict[str, type[PeftConfig]] = {}  # peft_type -> its class; each class lists itself
 OURS: Mapping[str, bool] = {"ours": True}  # metadata of an option that PEFT does not have
 
@@ -94,13 +96,15 @@ class PeftConfig(ABC):  # noqa: B024, as the others' base; it is made to load an
                 f"{type(self).__name__}: no method; take {', '.join(c.__name__ for c in CONFIGS.values())}"
             )
         values = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in BOOKKEEPING}
+        if "layers_pattern" in values:  # an empty one means the usual names, as None does
+            values["layers_pattern"] = values["layers_pattern"] or None
         return self.ours.from_dict({key: value for key, value in values.items() if value is not None})
 
     # -- files -----------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
-        """All options, in plain types but for sets."""
-        return {one.name: getattr(self, one.name) for one in fields(self)}
+        """All options of PEFT's, in plain types but for sets, and those of ours that are set."""
+        return {one.name: getattr(self, one.name) for one in fields(self) if not _unset(one, getattr(self, one.name))}
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], auto_mapping_dict: dict[str, Any] | None = None
@@ -136,17 +140,26 @@ class PeftConfig(ABC):  # noqa: B024, as the others' base; it is made to load an
         token: str | None = None,
         cache_dir: str | None = None,
         local_files_only: bool = False,
+        **kwargs: Any,
     ) -> PeftConfig:
         """The configuration in a folder or under a hub id, of the class that its method has.
+
+        Args:
+            pretrained_model_name_or_path, subfolder, revision, token, cache_dir, local_files_only: where it is.
+            kwargs: what transformers hands over beside these (``force_download``), as long as it is off.
 
         Raises:
             CheckpointError: there is none. ConfigError: a method, or an option, that is not here.
 
         """
+        if unknown := [key for key in kwargs if key not in PASSED_ON]:
+            raise TypeError(f"unexpected options: {', '.join(unknown)}; known: {', '.join(PASSED_ON)}")
+        if on := [f"{key}={value!r:.100}" for key, value in kwargs.items() if value and key != "commit_hash"]:
+            raise ConfigError(f"{', '.join(on)}: not here; take another cache_dir for a fresh download")
         folder = locate(
             pretrained_model_name_or_path,
             revision=revision,
-            subfolder=subfolder,
+            subfolder=subfolder or None,
             token=token,
             cache_dir=cache_dir,
             local_files_only=local_files_only,
@@ -221,6 +234,11 @@ class PrefixTuningConfig(PromptLearningConfig):
 
     def __post_init__(self) -> None:
         raise UnsupportedError("PrefixTuningConfig: kilotune trains no prompts; use LoraConfig or VeraConfig")
+
+
+def _unset(option: Field[Any], value: Any) -> bool:
+    """Whether an option of ours has the value that it has where nobody has set it, or that files are read with."""
+    return bool(option.metadata.get("ours")) and value in (option.default, option.metadata.get("read", option.default))
 
 
 def _plain(value: Any) -> Any:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from torch import nn
 
 from .mapping import inject_adapter_in_model
-from .utils.save_and_load import get_peft_model_state_dict, set_peft_model_state_dict, tuner_in
+from .tuners.inside import tuner_in
+from .utils.save_and_load import get_peft_model_state_dict, set_peft_model_state_dict
 
 __all__ = [
     "delete_adapter",

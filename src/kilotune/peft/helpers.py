@@ -12,15 +12,17 @@ from typing import Any
 
 from torch import nn
 
-from ..adapter_files.files import locate
+from ..adapter_files.files import locate, read_config
+from ..adapter_files.names import CONFIG_NAME
 from ..errors import CheckpointError, ConfigError, check_one_of
 from ..injection.tree import layer_around, walk
 from ..layers.adapted import AdaptedLayer
 from .layer_shape import Scaling
-from .utils.save_and_load import tuner_in
+from .tuners.inside import tuner_in
 
 __all__ = [
     "check_if_peft_model",
+    "disable_input_dtype_casting",
     "rescale_adapter_scale",
     "update_forward_signature",
     "update_generate_signature",
@@ -29,12 +31,11 @@ __all__ = [
 
 
 def check_if_peft_model(model_name_or_path: str | os.PathLike[str]) -> bool:
-    """Whether a folder or a hub id holds an adapter."""
+    """Whether a folder or a hub id holds an adapter: one with a configuration that says its method."""
     try:
-        locate(model_name_or_path)
+        return "peft_type" in read_config(locate(model_name_or_path) / CONFIG_NAME)
     except CheckpointError:
         return False
-    return True
 
 
 @contextmanager
@@ -68,6 +69,20 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
     finally:
         for scaling, name, value in before:
             scaling[name] = value
+
+
+@contextmanager
+def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterator[None]:
+    """As in PEFT, where adapted layers do not cast their inputs inside; here they never do, so it changes nothing.
+
+    An adapter's numbers are cast to the dtype in which its layer computes.
+
+    Args:
+        model: with adapters.
+        active: as in PEFT.
+
+    """
+    yield
 
 
 def _layers(root: nn.Module) -> list[AdaptedLayer]:

@@ -17,33 +17,31 @@ from torch import Tensor, nn
 from ..adapter_files.writing import DEFAULT
 from ..deltas import Full, LowRank, Rescale
 from ..errors import AdapterError
-from ..layers.active_adapters import ActiveState
 from ..layers.adapted import AdaptedLayer
 from ..layers.in_order import weight_with
 from ..layers.outside import Outside
 from ..layers.saved_module import SavedModule
 from ..layers.slot import BIAS, Slot, slot_key
+from ..methods.ia3 import Ia3
+from .on_off import active, is_off, set_active, switch
 
 __all__ = [
     "LAYER",
     "SAVED",
     "TUNER",
     "Scaling",
-    "active",
     "adapters_in",
     "becomes_lora",
-    "is_off",
     "key_in_layer",
     "low_rank",
-    "set_active",
     "slot_name",
-    "switch",
+    "title",
 ]
 
 MAGNITUDE = "lora_magnitude_vector"  # in a file without the ".weight" that it has in a model
 DROPOUT = "lora_dropout"
 # What each method calls the dropout on its input.
-DROPOUTS = {"lora": DROPOUT, "vera": "vera_dropout", "unilora": "unilora_dropout"}
+DROPOUTS = {"lora": DROPOUT, "vera": "vera_dropout", "unilora": "unilora_dropout", "vblora": "vblora_dropout"}
 
 
 def adapters_in(layer: AdaptedLayer) -> dict[str, Slot]:
@@ -86,6 +84,9 @@ class _Factor(nn.Linear):
         self.__dict__["held"] = (slot, name)
         self.out_features, self.in_features = parameter.shape[0], parameter.shape[-1]
         self._parameters["weight"], self._parameters["bias"] = parameter, None
+
+    def _get_name(self) -> str:
+        return "Linear"
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -271,38 +272,26 @@ def _one_or_all(names: list[str]) -> str | list[str]:
     return names[0] if len(names) == 1 else names
 
 
+def _is_feedforward(layer: AdaptedLayer) -> bool:
+    """Whether IA3 scales the layer's input, and not its output."""
+    for slot in adapters_in(layer).values():
+        if isinstance(slot.method, Ia3):
+            return slot.method.is_feedforward(slot.site)
+    raise AttributeError("is_feedforward")
+
+
+def _parameter_name(layer: AdaptedLayer) -> str:
+    if layer.kind.parameter is None:
+        raise AttributeError("parameter_name")
+    return layer.kind.parameter
+
+
 def _positions(layer: AdaptedLayer) -> int:
     return layer.kind.kernel_positions(layer.base_layer)
 
 
 def _trained_heads(layer: AdaptedLayer) -> list[str]:
     return [head for head in _heads(layer) if head not in DROPOUTS.values()]
-
-
-def switch(state: ActiveState, on: bool) -> None:
-    """Switch all adapters of a model off, for all threads, or on again: those that were active."""
-    if on and state.switched_off is not None:
-        names, state.switched_off = state.switched_off, None
-        state.change(active=names)
-    elif not on and state.switched_off is None:
-        state.switched_off = state.active
-        state.change(active=())
-
-
-def active(state: ActiveState) -> list[str]:
-    """The names of the active adapters, whether they are switched off or not."""
-    return list(state.active if state.switched_off is None else state.switched_off)
-
-
-def is_off(state: ActiveState) -> bool:
-    """Whether adapters are switched off, or disabled here."""
-    return state.switched_off is not None or state.now().disabled
-
-
-def set_active(state: ActiveState, names: Sequence[str]) -> None:
-    """Make other adapters the active ones, on."""
-    state.switched_off = None
-    state.change(active=tuple(names))
 
 
 def _set_adapter(
@@ -332,10 +321,13 @@ ATTRIBUTES: dict[str, Callable[[AdaptedLayer], Any]] = {
     "get_base_layer": lambda layer: lambda: layer.base_layer,
     "get_delta_weight": lambda layer: partial(_delta_weight, layer),
     "in_features": lambda layer: layer.kind.features(layer.base_layer)[1] // _positions(layer),
+    "is_feedforward": _is_feedforward,
     "lora_alpha": lambda layer: _options(layer, "lora_alpha"),
     "merged_adapters": lambda layer: list(layer.merged),
     "other_param_names": lambda layer: ["scaling", "lora_alpha", "r"] if _is_lora(layer) else [],
     "out_features": lambda layer: layer.kind.features(layer.base_layer)[0],
+    "parameter_name": _parameter_name,
+    "quantization_backend": lambda layer: None if layer.storage.lossless else layer.storage.name,
     "r": _ranks,
     "scale_layer": lambda layer: partial(_scale_layer, layer),
     "scaling": Scaling,
@@ -347,11 +339,23 @@ ATTRIBUTES: dict[str, Callable[[AdaptedLayer], Any]] = {
     "use_rslora": lambda layer: _options(layer, "use_rslora"),
 }
 MATRICES = ("vera_A", "vera_B")
-CONTAINERS = ("lora_", "vera_", "ia3_", "unilora_", "trained_bias")
+CONTAINERS = ("lora_", "vera_", "ia3_", "unilora_", "vblora_", "trained_bias")
+
+
+def title(layer: AdaptedLayer) -> str:
+    """The method and what it adapts, as PEFT calls its layers; ``adapted`` where adapters of several methods meet."""
+    methods = {slot.method.name for slot in adapters_in(layer).values() if slot.method is not None}
+    own = "ParamWrapper" if layer.kind.parameter is not None else type(layer.base_layer).__name__
+    return f"{methods.pop() if len(methods) == 1 else 'adapted'}.{'Linear' if own == 'Conv1D' else own}"
 
 
 @final
 class _LayerShape(Outside):
+    def title(self, wrapper: nn.Module) -> str:
+        assert isinstance(wrapper, AdaptedLayer)
+        backend = ATTRIBUTES["quantization_backend"](wrapper)
+        return title(wrapper) if backend is None else f"{title(wrapper)}[quantization_backend={backend!r}]"
+
     def attribute(self, wrapper: nn.Module, name: str) -> Any:
         assert isinstance(wrapper, AdaptedLayer)
         if (found := ATTRIBUTES.get(name)) is not None:
@@ -419,6 +423,9 @@ SAVED_ATTRIBUTES: dict[str, Callable[[SavedModule], Any]] = {
 
 @final
 class _SavedShape(Outside):
+    def title(self, wrapper: nn.Module) -> str:
+        return "ModulesToSaveWrapper"
+
     def attribute(self, wrapper: nn.Module, name: str) -> Any:
         assert isinstance(wrapper, SavedModule)
         if (found := SAVED_ATTRIBUTES.get(name)) is not None:
@@ -435,6 +442,9 @@ class _SavedShape(Outside):
 @final
 class _TunerShape(Outside):
     """Of a whole model with adapters: its vectors under the names that PEFT has for them."""
+
+    def title(self, wrapper: nn.Module) -> str:
+        return type(wrapper).__name__
 
     def attribute(self, wrapper: nn.Module, name: str) -> Any:
         raise AttributeError(name)

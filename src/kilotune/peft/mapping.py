@@ -8,10 +8,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..adapter_files.writing import DEFAULT
+from ..candidates import matches_names
+from ..errors import ConfigError
 from .config import CONFIGS, PeftConfig
+from .tuners.inside import INJECTED
 from .tuners.mixed import TUNERS, tuner_of
 from .tuners.tuners_utils import BaseTuner
-from .utils.save_and_load import INJECTED
 
 __all__ = [
     "PEFT_TYPE_TO_CONFIG_MAPPING",
@@ -30,6 +32,7 @@ PEFT_TYPE_TO_PREFIX_MAPPING: Mapping[str, str] = {
     "VERA": "vera_lambda_",
     "IA3": "ia3_",
     "UNILORA": "unilora_",
+    "VBLORA": "vblora_",
 }
 
 
@@ -58,7 +61,7 @@ def inject_adapter_in_model(
 
     """
     if state_dict is not None:
-        peft_config = peft_config.copy(target_modules=sorted(_layers_of(state_dict)))
+        peft_config = _of_state(peft_config, sorted(_layers_of(state_dict)))
     held = model.__dict__.get(INJECTED)
     if held is None:
         held = tuner_of(peft_config)(model, peft_config, adapter_name, low_cpu_mem_usage)
@@ -68,6 +71,17 @@ def inject_adapter_in_model(
         held.inject(adapter_name, peft_config, low_cpu_mem_usage)
         held._activate((adapter_name,), train=not peft_config.inference_mode)
     return model
+
+
+def _of_state(config: PeftConfig, layers: list[str]) -> PeftConfig:
+    """A configuration for the layers that a state has."""
+    if getattr(config, "target_parameters", None):
+        raise ConfigError("state_dict: its keys do not tell parameters of modules from layers; leave it out here")
+    changes: dict[str, Any] = {"target_modules": layers}
+    if (forward := getattr(config, "feedforward_modules", None)) is not None:
+        names = forward if isinstance(forward, str) else sorted(forward)
+        changes["feedforward_modules"] = [name for name in layers if matches_names(names, name, "feedforward_modules")]
+    return config.copy(**changes)
 
 
 def _layers_of(state_dict: Mapping[str, Tensor]) -> set[str]:

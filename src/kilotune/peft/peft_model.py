@@ -20,7 +20,8 @@ from typing import Any, ClassVar, NamedTuple, final
 import torch
 from torch import Tensor, nn
 
-from ..adapter_files.reading import AdapterFile, open_adapter, parse
+from ..adapter_files.files import TwoFiles, locate, read_files
+from ..adapter_files.reading import AdapterFile, parse
 from ..adapter_files.writing import DEFAULT, check_safe, folders
 from ..convert import to_lora
 from ..errors import ConfigError, type_name
@@ -33,7 +34,13 @@ from .tuners.lora.config import refuse_offload
 from .tuners.mixed import tuner_of
 from .tuners.tuners_utils import BaseTuner
 from .utils.other import QUANTISED, let_inputs_have_gradients
-from .utils.save_and_load import refuse_embedding_layers, renamed, save_adapter, set_peft_model_state_dict
+from .utils.save_and_load import (
+    refuse_embedding_layers,
+    renamed,
+    save_adapter,
+    set_peft_model_state_dict,
+    write_auto_mapping,
+)
 
 __all__ = [
     "PeftModel",
@@ -373,8 +380,10 @@ class PeftModel(nn.Module, ABC):
                 made = to_lora(self.base_model, installed.adapter)
                 if is_main_process:
                     made.save(folder)
-                continue
-            save_adapter(self, installed.adapter, folder, state_dict, is_main_process)
+            else:
+                save_adapter(self, installed.adapter, folder, state_dict, is_main_process)
+            if is_main_process:
+                write_auto_mapping(folder, self.get_base_model())
         if is_main_process:
             write_card(self, root)
 
@@ -398,17 +407,25 @@ def opened(
         raise TypeError(f"unexpected options: {', '.join(unknown)}; known: {', '.join((*HUB, *ACCEPTED))}")
     if options.get("use_safetensors") is False:
         raise ConfigError("use_safetensors=False: pickles are not read, which can run any code")
-    file = open_adapter(model_id, **{key: options[key] for key in HUB if key in options})
+    files = read_files(locate(model_id, **{key: options[key] for key in HUB if key in options}))
+    file = _parsed(files)
     if config is None and not key_mapping:
         return file
     said, header = dict(file.files.config), dict(file.metadata)
     if config is not None:
         if not isinstance(config, PeftConfig):
             raise ConfigError(f"config: expected a configuration of kilotune.peft, got {type_name(config)}")
+        said.pop("layer_replication", None)  # the configuration's own counts
         said.update(config.translated().to_dict())
         header.pop("kilotune_config_sha256", None)
     tensors = renamed(file.files.tensors, key_mapping)
-    return parse(replace(file.files, config=said, tensors=tensors, header=header))
+    return _parsed(replace(file.files, config=said, tensors=tensors, header=header))
+
+
+def _parsed(files: TwoFiles) -> AdapterFile:
+    """What files hold; ``layer_replication`` is of the base that they are for, and stays in what they say."""
+    config = {key: value for key, value in files.config.items() if key != "layer_replication"}
+    return replace(parse(replace(files, config=config)), files=files)
 
 
 def _file_values(file: AdapterFile) -> dict[str, Any]:

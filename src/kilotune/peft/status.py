@@ -8,11 +8,11 @@ from typing import Any, Literal, final
 
 from torch import nn
 
-from ..added_modules import base_modules
 from ..injection.tree import AroundBase, walk, wrappers
 from ..layers.adapted import AdaptedLayer
 from ..layers.saved_module import SavedModule
-from .layer_shape import active, is_off, slot_name
+from .layer_shape import slot_name, title
+from .on_off import active, is_off
 
 __all__ = ["TunerLayerStatus", "TunerModelStatus", "get_layer_status", "get_model_status"]
 
@@ -22,7 +22,7 @@ Mixed = Literal["irregular"]
 @final
 @dataclass
 class TunerLayerStatus:
-    """Of one adapted layer: its name, what it adapts (``adapted.Linear``), and each adapter's state there."""
+    """Of one adapted layer: its name, what it is (``lora.Linear``), and each adapter's state there."""
 
     name: str
     module_type: str
@@ -80,12 +80,11 @@ def _is_peft_model(model: nn.Module) -> bool:
 def _of_wrapper(name: str, wrapper: AdaptedLayer | SavedModule) -> TunerLayerStatus:
     held = wrapper.adapters if isinstance(wrapper, AdaptedLayer) else wrapper.modules_to_save
     parameters = {slot_name(key): list(part.parameters()) for key, part in held._modules.items() if part is not None}
-    base = wrapper.base_layer if isinstance(wrapper, AdaptedLayer) else wrapper.original_module
     state = wrapper.state
-    scheme = wrapper.storage.name if isinstance(wrapper, AdaptedLayer) and not wrapper.storage.lossless else None
+    scheme = getattr(wrapper, "quantization_backend", None) if isinstance(wrapper, AdaptedLayer) else None
     return TunerLayerStatus(
         name=name,
-        module_type=_words(base) if isinstance(wrapper, AdaptedLayer) else "ModulesToSaveWrapper",
+        module_type=title(wrapper) if isinstance(wrapper, AdaptedLayer) else "ModulesToSaveWrapper",
         enabled=not is_off(state),
         active_adapters=active(state),
         merged_adapters=list(wrapper.merged) if isinstance(wrapper, AdaptedLayer) else [],
@@ -94,10 +93,6 @@ def _of_wrapper(name: str, wrapper: AdaptedLayer | SavedModule) -> TunerLayerSta
         devices={key: sorted({p.device.type for p in own}) for key, own in parameters.items()},
         quantization_backend=scheme,
     )
-
-
-def _words(base: nn.Module) -> str:
-    return f"adapted.{type(base).__name__}"
 
 
 def _one(values: Iterable[Any]) -> Any:
@@ -116,7 +111,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     layers = get_layer_status(model)
     base: Any = model._modules.get("base_model") if _is_peft_model(model) else None
     root = model if base is None else base.model
-    counted = [p for module in base_modules(model) for p in module.parameters(recurse=False)] if base is None else []
+    counted = list(model.parameters()) if base is None else []
     numbers = (
         (sum(p.numel() for p in counted if p.requires_grad), sum(p.numel() for p in counted))
         if base is None

@@ -36,7 +36,7 @@ _ABSENT: Mapping[str, Absent] = {
             *("AdaLora", "Adamss", "Arrow", "BdLora", "Beft", "BOFT", "C3A", "Deft", "Delora", "FourierFT", "Frod"),
             *("Glora", "Gralora", "HRA", "Hira", "Kasa", "LNTuning", "Lily", "LoHa", "LoKr", "Miss", "Montecl", "OFT"),
             *("OSF", "Peanut", "Poly", "Psoft", "Pvera", "RandLora", "Road", "Shadow", "Shira", "Supertuning"),
-            *("TrainableTokens", "VBLoRA", "Velora", "WaveFT", "XLora", "create_arrow_model"),
+            *("TrainableTokens", "Velora", "WaveFT", "XLora", "create_arrow_model"),
         ),
         _LARGE,
     ),
@@ -49,10 +49,8 @@ _ABSENT: Mapping[str, Absent] = {
     ),
     **dict.fromkeys(
         (
-            "LoftQConfig",
             "LoraGAConfig",
             "preprocess_loraga",
-            "replace_lora_weights",
         ),
         Absent("a start of LoRA that kilotune lacks", 'LoraConfig with init_lora_weights="pissa" or "eva"'),
     ),

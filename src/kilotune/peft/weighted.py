@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,11 +13,14 @@ from ..errors import ConfigError, check_one_of
 from ..kernels.combining import WAYS, combined, factors
 from ..kernels.lowrank import accumulate_dtype
 from ..layers.slot import Slot
+from ..methods.ia3 import Ia3
 from .config import PeftConfig
 from .layer_shape import low_rank
-from .tuners.tuners_utils import BaseTuner
 
-__all__ = ["COMBINATIONS", "combine", "configuration"]
+if TYPE_CHECKING:
+    from .tuners.tuners_utils import BaseTuner
+
+__all__ = ["COMBINATIONS", "add_scales", "combine", "configuration"]
 
 COMBINATIONS = (*WAYS, "cat", "svd", *(f"{way}_svd" for way in WAYS if way != "linear"))
 
@@ -120,3 +124,40 @@ def _made(
     roots = [math.sqrt(abs(value)) for value in scaled]
     signed = [math.copysign(root, value) for root, value in zip(roots, scaled, strict=True)]
     return combined(way, firsts, signed, density, sign), combined(way, seconds, roots, density, sign)
+
+
+# -- IA3 -------------------------------------------------------------------------------------------------------
+
+
+def add_scales(tuner: BaseTuner, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
+    """Add an IA3 adapter whose vectors are the weighted sums of others'; a layer that one lacks gets nothing from it.
+
+    Raises:
+        ConfigError: other methods than IA3, modules that several train whole, or a layer of which one scales the input
+            and another the output.
+
+    """
+    configs = [tuner.peft_config[name] for name in tuner._named(list(adapters))]
+    if wrong := [name for name, c in zip(adapters, configs, strict=True) if c.peft_type != "IA3"]:
+        raise ConfigError(f"add_weighted_adapter: {wrong} are no IA3 adapters, and this model's first one is")
+    _refuse_shared_heads(tuner, adapters)
+    slots = {one: tuner.installed(one).slots() for one in adapters}
+    targets = list(dict.fromkeys(name for own in slots.values() for name in own))
+    inputs: dict[str, set[bool]] = {name: set() for name in targets}
+    for own in slots.values():
+        for name, slot in own.items():
+            assert isinstance(slot.method, Ia3)
+            inputs[name].add(slot.method.is_feedforward(slot.site))
+    if mixed := [name for name, ways in inputs.items() if len(ways) > 1]:
+        raise ConfigError(f"add_weighted_adapter: of {mixed} one adapter scales the input, and another the output")
+    forward = [name for name, ways in inputs.items() if ways == {True}]
+    tuner.inject(adapter_name, configs[0].copy(target_modules=targets, feedforward_modules=forward))
+    with torch.no_grad():
+        for name, slot in tuner.installed(adapter_name).slots().items():
+            (made,) = slot.own().values()
+            made.zero_()
+            for one, weight in zip(adapters, weights, strict=True):
+                if (found := slots[one].get(name)) is not None:
+                    (scales,) = found.own().values()
+                    made.add_(scales, alpha=weight)
+    tuner.set_requires_grad(adapter_name, False)

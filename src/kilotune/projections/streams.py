@@ -9,6 +9,7 @@
     m = 4  Gaussians     the twelve 16-bit parts of three words            (sum - 393210) / 65536
     m = 5  dense         32-bit half w of a word, the low half first       (w >> 8) * 2^-23 - 1
     m = 6  indices       one word for each number of all factors           rank in the order by their upper bits, mod d
+    m = 7  places        words mod N, each value where it comes first      0 ... N - 1, no two alike
 
 Only integers, and floats that are exact, so all of it is the same bits everywhere. Site i is the i-th adapted layer.
 Each site has streams of its own, and any part of a stream can be made without the rest.
@@ -24,9 +25,9 @@ import numpy as np
 from ..errors import ConfigError
 from .matrices import check_seed
 
-__all__ = ["balanced_indices", "dense_rows", "gaussians", "permutations", "raw_words", "signs"]
+__all__ = ["balanced_indices", "dense_rows", "distinct_places", "gaussians", "permutations", "raw_words", "signs"]
 
-SIGNS, PERMUTATION, GAUSS, DENSE, INDICES = 2, 3, 4, 5, 6
+SIGNS, PERMUTATION, GAUSS, DENSE, INDICES, PLACES = 2, 3, 4, 5, 6, 7
 SUM_OF_MEANS = 393210  # 12 * 65535 / 2: the mean of the sum of twelve 16-bit numbers
 SITE_LIMIT = 2**32  # counter word 3 of larger ones belongs to VeRA's pairs by shape
 
@@ -149,3 +150,24 @@ def balanced_indices(seed: int, sizes: Sequence[int], d: int) -> list[Indices]:
     flat[keys.astype(np.int64)] = (np.arange(total, dtype=np.int64) % d).astype(np.int32)
     ends = np.cumsum(np.asarray(sizes, dtype=np.int64))
     return [flat[end - size : end] for size, end in zip(sizes, ends)]
+
+
+def distinct_places(seed: int, total: int, count: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """``count`` of the numbers 0 ... total - 1, no two alike: int64 (count,).
+
+    The words of the stream of site 0, modulo ``total``; a value that has been there is passed over. So the first places
+    of a larger ``count`` are those of a smaller one. Where more than half of all are asked for, those that are left out
+    are drawn so, and the rest are in rising order.
+    """
+    if 2 * count > total:
+        left = distinct_places(seed, total, total - count)
+        return np.setdiff1d(np.arange(total, dtype=np.int64), left)
+    found = np.empty(0, dtype=np.int64)
+    first = 0
+    while len(found) < count:
+        words = raw_words(seed, PLACES, 0, first, 2 * count + 8)
+        first += len(words)
+        values = np.concatenate([found, (words % np.uint64(total)).astype(np.int64)])
+        _, places = np.unique(values, return_index=True)
+        found = values[np.sort(places)]
+    return found[:count]

@@ -32,6 +32,7 @@ METHODS: dict[str, AdapterConfig] = {
     "bottleneck": get_config("bottleneck", target_modules=["mix.up", "mix.down"]),
     "unilora": get_config("unilora", r=3, theta_d_length=32, target_modules=ALL),
     "unilora-dora": get_config("unilora", r=3, theta_d_length=32, target_modules=ALL, use_dora=True),
+    "vblora": get_config("vblora", r=2, num_vectors=5, vector_length=2, target_modules=["stem", "up"]),
     "intrinsic": get_config("intrinsic", d=32, target_modules=ALL),
     "intrinsic-said": get_config("intrinsic", d=32, target_modules=ALL, structure="said"),
 }

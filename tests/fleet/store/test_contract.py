@@ -26,6 +26,7 @@ from kilotune import (
     LoraXsConfig,
     PeftModel,
     UniLoraConfig,
+    VbLoraConfig,
     VeraConfig,
 )
 from kilotune.errors import StoreError
@@ -89,6 +90,7 @@ METHODS = {
     "ia3": Ia3Config(target_modules=["0", "2"], feedforward_modules=["2"]),
     "loraxs": LoraXsConfig(r=2, target_modules="all-linear"),
     "unilora": UniLoraConfig(r=2, target_modules="all-linear"),
+    "vblora": VbLoraConfig(r=2, vector_length=1, num_vectors=4, target_modules="all-linear"),
     "bitfit": BitfitConfig(),
     "intrinsic": IntrinsicConfig(d=8, target_modules="all-linear"),
     "bottleneck": BottleneckConfig(target_modules=["0"]),

@@ -32,6 +32,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ia3": {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
     "bitfit": {"target_modules": ["q_proj", "up_proj"]},
     "bottleneck": {"target_modules": ["mlp"]},
+    "vblora": {"target_modules": ALL, "vector_length": 4, "num_vectors": 8},
 }
 HOW = Adam(rate=3e-2)
 

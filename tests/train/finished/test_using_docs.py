@@ -83,6 +83,7 @@ def test_the_table_of_methods_is_true() -> None:
         "LoRA-XS": ("loraxs", {"r": 2}),
         "TinyLoRA": ("tinylora", {}),
         "Uni-LoRA": ("unilora", {}),
+        "VB-LoRA": ("vblora", {"vector_length": 2}),
         "DoRA": ("dora", {}),
         "DVoRA": ("dvora", {}),
         "IA3": ("ia3", {}),

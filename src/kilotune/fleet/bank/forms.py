@@ -11,7 +11,7 @@ says what method, site and frozen factors there are. The numbers of an adapter a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
@@ -28,7 +28,7 @@ from ...injection.tree import own_modules
 from ...layers.route import RoutedLayer
 from ...layers.slot import Slot
 from ...layers.stacked_sites import by_member
-from ...methods import Method, Shared
+from ...methods import Method, Shared, Site
 from ...model.adapter_model import AdapterModel
 from ...model.routed_model import unroutable
 
@@ -230,7 +230,8 @@ class ResidentForm:
         found = match_tensors(file, self.made, type(base).__name__, self._in_file[carried])
         self._check_brought(method, found, what)
         check_base(file, self.made, base_name(base) or type(base).__name__, strict_base)
-        found.update({p.name: file.extra[p.key] for p in self.places[MODEL] if p.key in file.extra})
+        if self.places[MODEL]:
+            found.update(file.method.init_model(self._sites()))
         return self.row(found, what)
 
     def _check_brought(self, method: Method[Any], found: dict[str, Tensor], what: str) -> None:
@@ -267,7 +268,12 @@ class ResidentForm:
         """With the order of the layers said, where no other is."""
         if ORDER not in values or values[ORDER] is not None:
             return values
-        return {**values, ORDER: [slot.site.name for slot in self.slots.values() if slot.method is not None]}
+        return {**values, ORDER: [site.name for site in self._sites()]}
+
+    def _sites(self) -> list[Site]:
+        """The layers that the method adapts, for numbers that are to come to the CPU."""
+        own = (slot.site for slot in self.slots.values() if slot.method is not None)
+        return [replace(site, device=_cpu) for site in own]
 
     def release(self) -> None:
         """Take the form out of the model; layers without other adapters become what they were."""
@@ -311,6 +317,10 @@ def numbers_in_a_bank(installed: Installed) -> int | None:
         return None
     held = [installed.shared.trained, *(slot.values() for slot in installed.slots().values())]
     return sum(int(parameter.numel()) for own in held for parameter in own.values())
+
+
+def _cpu() -> torch.device:
+    return torch.device("cpu")
 
 
 def _no_numbers(given: Any) -> str | None:

@@ -172,7 +172,7 @@ def start_of(
 
     Raises:
         ConfigError: there is none, or it is of another method or configuration, or stands on something else.
-        CheckpointError: its files are damaged, or do not fit the model.
+        CheckpointError: its files are damaged, or do not fit the model. UnsupportedError: it cannot be trained on.
 
     """
     given = existing(model, start, "start", store)
@@ -184,4 +184,6 @@ def start_of(
             "start from an adapter that stands on nothing"
         )
     what = f"start: the adapter {given.known.name!r}"
+    if (why := given.file.method.untrainable) is not None:
+        raise UnsupportedError(f"{what} cannot be trained on: {why}")
     return form.row_of_file(given.file, what, whose=("the users' adapters", "theirs have")), given.known

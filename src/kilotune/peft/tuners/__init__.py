@@ -6,6 +6,7 @@ Begin in ``tuners_utils.py``: all of PEFT's models and layers are one there. A m
 from .ia3 import IA3Config, IA3Model
 from .lora import (
     EvaConfig,
+    LoftQConfig,
     LoraConfig,
     LoraModel,
     LoraRuntimeConfig,
@@ -15,17 +16,21 @@ from .lora import (
     save_as_lora,
 )
 from .unilora import UniLoraConfig, UniLoraModel
+from .vblora import VBLoRAConfig, VBLoRAModel
 from .vera import VeraConfig, VeraModel
 
 __all__ = [
     "EvaConfig",
     "IA3Config",
     "IA3Model",
+    "LoftQConfig",
     "LoraConfig",
     "LoraModel",
     "LoraRuntimeConfig",
     "UniLoraConfig",
     "UniLoraModel",
+    "VBLoRAConfig",
+    "VBLoRAModel",
     "VeraConfig",
     "VeraModel",
     "convert_to_lora",

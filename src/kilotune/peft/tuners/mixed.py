@@ -9,6 +9,7 @@ from .ia3.model import IA3Model
 from .lora.model import LoraModel
 from .tuners_utils import BaseTuner
 from .unilora.model import UniLoraModel
+from .vblora.model import VBLoRAModel
 from .vera.model import VeraModel
 
 __all__ = ["TUNERS", "tuner_of"]
@@ -21,6 +22,7 @@ TUNERS: Mapping[str, type[BaseTuner]] = {
     "VERA": VeraModel,
     "IA3": IA3Model,
     "UNILORA": UniLoraModel,
+    "VBLORA": VBLoRAModel,
 }
 
 

@@ -6,6 +6,7 @@ import warnings
 from abc import ABC, ABCMeta
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
 from typing import Any, ClassVar, final
 
 import torch
@@ -22,10 +23,28 @@ from ...layers.outside import Outside, Shown
 from ...layers.saved_module import SavedModule
 from ...model.adapter_model import DEFAULT, AdapterModel
 from ..config import PeftConfig
-from ..layer_shape import LAYER, SAVED, TUNER, active, adapters_in, becomes_lora, is_off, switch
+from ..inspecting import all_linear as _maybe_include_all_linear_layers
+from ..inspecting import keys_under as _filter_state_dict_by_key_prefixes
+from ..inspecting import matched_modules as inspect_matched_modules
+from ..inspecting import state_prefixes as _get_tuner_state_dict_key_prefixes
+from ..inspecting import tied_to_embedding
+from ..layer_shape import LAYER, SAVED, TUNER, adapters_in, becomes_lora
+from ..on_off import active, is_off, switch
+from ..replication import replicate
+from ..targets import minimal as _find_minimal_target_modules
+from ..targets import settled, settled_file
 from ..utils.warning import PeftWarning
 
-__all__ = ["BaseTuner", "BaseTunerLayer", "check_target_module_exists"]
+__all__ = [
+    "BaseTuner",
+    "BaseTunerLayer",
+    "_filter_state_dict_by_key_prefixes",
+    "_find_minimal_target_modules",
+    "_get_tuner_state_dict_key_prefixes",
+    "_maybe_include_all_linear_layers",
+    "check_target_module_exists",
+    "inspect_matched_modules",
+]
 
 CHOSEN = ("target_modules", "modules_to_save", "feedforward_modules")  # what a model fills in
 
@@ -54,6 +73,7 @@ class BaseTuner(Shown, AdapterModel, ABC):
     ) -> None:
         nn.Module.__init__(self)
         self._configs: dict[str, PeftConfig] = {}
+        self._own_weights: dict[str, list[str]] = {}
         self._take(model)
         given = peft_config if isinstance(peft_config, dict) else {adapter_name: peft_config}
         for name, config in given.items():
@@ -65,7 +85,7 @@ class BaseTuner(Shown, AdapterModel, ABC):
         """A model without adapters so far."""
         made = cls.__new__(cls)
         nn.Module.__init__(made)
-        made._configs = {}
+        made._configs, made._own_weights = {}, {}
         made._take(model)
         return made
 
@@ -77,19 +97,34 @@ class BaseTuner(Shown, AdapterModel, ABC):
             raise ConfigError(f"expected a configuration of kilotune.peft, got {type_name(peft_config)}")
         if adapter_name in self._installed:
             raise AdapterError(
-                f"Adapter with name '{adapter_name}' already exists; delete_adapter() first, or take another"
+                f"an adapter {adapter_name!r} is in the model; delete_adapter() first, or take another name"
             )
         self._check_new_name(adapter_name)
-        config = inject.with_base_name(self.model, peft_config.translated())
-        self._install(inject.plan(self.model, adapter_name, config), None)
-        self._note(adapter_name, peft_config)
+        config, weights = settled(self.model, inject.with_base_name(self.model, peft_config.translated()))
+        with self._replicated(peft_config):
+            self._install(inject.plan(self.model, adapter_name, config), None)
+        self._note(adapter_name, peft_config, weights)
         for slot in self._installed[adapter_name].slots().values() if low_cpu_mem_usage else ():
             slot.to("meta")
 
     def take_file(self, file: AdapterFile, adapter_name: str, peft_config: PeftConfig, is_trainable: bool) -> None:
         """Add an adapter that was read."""
-        AdapterModel.load_adapter(self, file, adapter_name, is_trainable)
-        self._note(adapter_name, peft_config)
+        file, weights = settled_file(self.model, file)
+        with self._replicated(peft_config):
+            AdapterModel.load_adapter(self, file, adapter_name, is_trainable)
+        self._note(adapter_name, peft_config, weights)
+
+    @contextmanager
+    def _replicated(self, peft_config: PeftConfig) -> Iterator[None]:
+        """Blocks as ``layer_replication`` asks for them; as they were, where the adapter cannot be added."""
+        ranges = getattr(peft_config, "layer_replication", None)
+        done = replicate(self.model, ranges, bool(self._installed)) if ranges else None
+        try:
+            yield
+        except BaseException:
+            if done is not None:
+                done.undo()
+            raise
 
     def add_adapter(self, adapter_name: str, peft_config: PeftConfig) -> None:  # type: ignore[override]
         """Add an adapter; not active until it is set."""
@@ -99,11 +134,15 @@ class BaseTuner(Shown, AdapterModel, ABC):
         """Refused: the model around this one loads adapters."""
         raise AdapterError("load_adapter() is of the PeftModel around this, or of kilotune.PeftModel")
 
-    def _note(self, adapter_name: str, peft_config: PeftConfig) -> None:
-        """Keep the configuration as PEFT has it, filled in, and show new wrappers under PEFT's names."""
+    def _note(self, adapter_name: str, peft_config: PeftConfig, weights: Sequence[str] = ()) -> None:
+        """Keep the configuration as PEFT has it, filled in, and show new wrappers under PEFT's names.
+
+        weights: layers' own weights, which stand in ``target_parameters`` and are not among the targets that are shown.
+        """
         found = self._installed[adapter_name].config
         changes: dict[str, Any] = {"base_model_name_or_path": found.base_model_name_or_path}
-        for name in CHOSEN:
+        self._own_weights[adapter_name] = list(weights)
+        for name in CHOSEN[1:] if weights else CHOSEN:
             if (value := getattr(found, name, None)) is not None and name in peft_config.known():
                 changes[name] = value if isinstance(value, str) else set(value)
                 changes[name] = list(value) if name == "modules_to_save" else changes[name]
@@ -128,6 +167,7 @@ class BaseTuner(Shown, AdapterModel, ABC):
                 f"Cannot delete adapter(s) ['{adapter_name}'] while they are merged. Please unmerge them first."
             )
         super().delete_adapter(adapter_name)
+        self._own_weights.pop(adapter_name, None)
         self._configs.pop(adapter_name, None)  # one that a conversion puts beside others has none
         if (off := self._state.switched_off) is not None:
             left = tuple(name for name in off if name != adapter_name)
@@ -226,16 +266,31 @@ class BaseTuner(Shown, AdapterModel, ABC):
     def targeted_module_names(self) -> list[str]:
         """The names of the adapted layers."""
         found = (name for installed in self._installed.values() for name in installed.slots())
-        return list(dict.fromkeys(found))
+        weights = self.targeted_parameter_names
+        return [name for name in dict.fromkeys(found) if name not in weights and f"{name}.weight" not in weights]
+
+    @property
+    def targeted_parameter_names(self) -> list[str]:
+        """The names of the parameters that ``target_parameters`` took."""
+        found: dict[str, None] = {}
+        for adapter, installed in self._installed.items():
+            experts = [name for name in installed.slots() if installed.layers[name].kind.parameter is not None]
+            found.update(dict.fromkeys([*self._own_weights.get(adapter, ()), *experts]))
+        return list(found)
+
+    def _get_module_names_tied_with_embedding(self) -> list[str]:
+        return tied_to_embedding(self)
 
     @staticmethod
     def get_model_config(model: nn.Module) -> dict[str, Any]:
         """The base's configuration as a dictionary; that of a plain module says that it is custom."""
-        config = getattr(model, "config", {"model_type": "custom"})
+        config: Any = getattr(model, "config", {"model_type": "custom"})
+        if is_dataclass(config) and not isinstance(config, type):
+            return asdict(config)
         return dict(config) if isinstance(config, dict) else dict(config.to_dict())
 
     def _release(self) -> nn.Module:
-        self._configs = {}
+        self._configs, self._own_weights = {}, {}
         return super()._release()
 
 
@@ -271,6 +326,7 @@ class _LayerNames(ABCMeta):
 
     method: str
     bases: tuple[str, ...]
+    of_parameters: bool
 
     def __instancecheck__(cls, instance: object) -> bool:
         if not isinstance(instance, AdaptedLayer):
@@ -278,6 +334,8 @@ class _LayerNames(ABCMeta):
         slots = adapters_in(instance).values()
         methods = {slot.method.name for slot in slots if slot.method is not None}
         named = not cls.method or cls.method in methods
+        if cls.of_parameters:
+            return named and instance.kind.parameter is not None
         return named and (not cls.bases or type(instance.base_layer).__name__ in cls.bases)
 
 
@@ -286,3 +344,4 @@ class BaseTunerLayer(metaclass=_LayerNames):
 
     method: ClassVar[str] = ""
     bases: ClassVar[tuple[str, ...]] = ()
+    of_parameters: ClassVar[bool] = False  # only what adapts a parameter of a module, such as its experts

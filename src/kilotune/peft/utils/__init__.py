@@ -12,6 +12,7 @@ from ..._lazy import lazy
 if TYPE_CHECKING:
     from .constants import CONFIG_NAME, INCLUDE_LINEAR_LAYERS_SHORTHAND, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
     from .error import NoMatchingPeftModuleError, PeftError
+    from .loftq_utils import replace_lora_weights_loftq
     from .other import (
         AuxiliaryTrainingWrapper,
         ModulesToSaveWrapper,
@@ -51,6 +52,7 @@ __all__ = [
     "infer_device",
     "load_peft_weights",
     "prepare_model_for_kbit_training",
+    "replace_lora_weights_loftq",
     "set_base_model_state_dict",
     "set_peft_model_state_dict",
     "shift_tokens_right",
@@ -73,6 +75,7 @@ if not TYPE_CHECKING:  # configurations stand on one of these files, and others 
                 "shift_tokens_right",
                 "transpose",
             ),
+            "loftq_utils": ("replace_lora_weights_loftq",),
             "peft_types": ("PeftType", "TaskType"),
             "save_and_load": (
                 "get_base_model_state_dict",

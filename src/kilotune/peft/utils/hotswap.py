@@ -36,10 +36,10 @@ from ...methods.lora import Lora
 from ..config import PeftConfig
 from ..layer_shape import key_in_layer
 from ..peft_model import HUB, opened
+from ..tuners.inside import tuner_in
 from ..tuners.lora.config import LoraConfig
 from ..tuners.tuners_utils import BaseTuner
 from .peft_types import PeftType
-from .save_and_load import tuner_in
 
 __all__ = [
     "check_hotswap_configs_compatible",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import os
+from collections.abc import Callable, Mapping
 from typing import Any, final
 
 import torch
@@ -10,6 +12,8 @@ from torch import Tensor, nn
 
 from ...errors import ConfigError
 from ...layers.saved_module import SavedModule
+from ..inspecting import no_split_modules as _get_no_split_modules
+from ..inspecting import tied_to_embedding as _get_module_names_tied_with_embedding
 from .constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 __all__ = [
@@ -19,8 +23,11 @@ __all__ = [
     "WEIGHTS_NAME",
     "AuxiliaryTrainingWrapper",
     "ModulesToSaveWrapper",
+    "_get_module_names_tied_with_embedding",
+    "_get_no_split_modules",
     "_get_submodules",
     "cast_mixed_precision_params",
+    "fsdp_auto_wrap_policy",
     "infer_device",
     "let_inputs_have_gradients",
     "prepare_model_for_kbit_training",
@@ -121,6 +128,35 @@ def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
+
+
+def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
+    """What torch's ``FullyShardedDataParallel`` is to wrap by itself: blocks, and heads that are trained.
+
+    It needs ``use_orig_params=True``, for a block has frozen and trained numbers. Blocks are the classes that the
+    environment's ``FSDP_TRANSFORMER_CLS_TO_WRAP`` names, else those that transformers does not split.
+
+    Raises:
+        ConfigError: a class that the model has no module of.
+
+    """
+    from torch.distributed.fsdp.wrap import _or_policy, lambda_auto_wrap_policy, transformer_auto_wrap_policy
+
+    unsplit = getattr(model, "_no_split_modules", None) or ()
+    told = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP")
+    wanted = {name.strip() for name in told.split(",")} - {""} if told is not None else set(unsplit)
+    classes = {type(module) for module in model.modules() if type(module).__name__ in wanted}
+    # transformers names blocks of all sizes of an architecture, of which a model may lack some.
+    if told is not None and (missing := wanted - {cls.__name__ for cls in classes}):
+        raise ConfigError(f"FSDP_TRANSFORMER_CLS_TO_WRAP: the model has no {', '.join(sorted(missing))}")
+    leaves = functools.partial(lambda_auto_wrap_policy, lambda_fn=_trained_leaf)
+    blocks = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls=classes)
+    return functools.partial(_or_policy, policies=[leaves, blocks])
+
+
+def _trained_leaf(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return not any(True for _ in module.children()) and isinstance(weight, Tensor) and weight.requires_grad
 
 
 def shift_tokens_right(input_ids: Tensor, pad_token_id: int, decoder_start_token_id: int) -> Tensor:

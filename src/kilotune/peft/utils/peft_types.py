@@ -18,3 +18,4 @@ class PeftType(StrEnum):
     VERA = "VERA"
     IA3 = "IA3"
     UNILORA = "UNILORA"
+    VBLORA = "VBLORA"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import warnings
@@ -19,12 +20,13 @@ from ...adapter_files.names import CONFIG_NAME
 from ...adapter_files.peft_layout import PREFIX
 from ...adapter_files.reading import parse
 from ...adapter_files.writing import DEFAULT, state_of
-from ...errors import AdapterError, CheckpointError, ConfigError, type_name
+from ...errors import CheckpointError, ConfigError
 from ...injection import inject
 from ...injection.installed_adapter import Installed
 from ...injection.tree import bare_state
+from ...whole_file import replacing
 from ..layer_shape import LAYER
-from ..tuners.tuners_utils import BaseTuner
+from ..tuners.inside import is_injected, tuner_in
 
 __all__ = [
     "get_base_model_state_dict",
@@ -35,11 +37,8 @@ __all__ = [
     "save_adapter",
     "set_base_model_state_dict",
     "set_peft_model_state_dict",
-    "tuner_in",
+    "write_auto_mapping",
 ]
-
-WRAPPERS = ("_fsdp_wrapped_module", "_orig_mod", "module")
-INJECTED = "_kilotune_tuner"  # on a base into which adapters were injected
 
 
 class LoadedKeys(NamedTuple):
@@ -47,24 +46,6 @@ class LoadedKeys(NamedTuple):
 
     missing_keys: list[str]
     unexpected_keys: list[str]
-
-
-def tuner_in(model: nn.Module) -> BaseTuner:
-    """What holds the adapters of a PeftModel, or of a base into which they were injected.
-
-    Raises:
-        AdapterError: there are none.
-
-    """
-    around: nn.Module | None = model
-    while around is not None:  # what wraps whole models keeps them under one of these names
-        for found in (around, around._modules.get("base_model"), around.__dict__.get(INJECTED)):
-            if isinstance(found, BaseTuner):
-                return found
-        around = next((around._modules[name] for name in WRAPPERS if around._modules.get(name) is not None), None)
-    raise AdapterError(
-        f"{type_name(model)} has no adapters; expected a PeftModel, or a base that inject_adapter_in_model() took"
-    )
 
 
 def get_peft_model_state_dict(
@@ -75,6 +56,9 @@ def get_peft_model_state_dict(
     save_embedding_layers: str | bool = "auto",
 ) -> dict[str, Tensor]:
     """An adapter's tensors under the keys of PEFT's files: no adapter's name in them. Copies, on the CPU.
+
+    Those of a base into which it was injected have the base's own names, without ``base_model.model.``, as in PEFT.
+    Of an adapter that has no numbers yet they are on the meta device.
 
     Args:
         model: a PeftModel, or a base into which adapters were injected.
@@ -88,8 +72,12 @@ def get_peft_model_state_dict(
 
     """
     refuse_embedding_layers(save_embedding_layers)
-    tuner = tuner_in(getattr(model, "_orig_mod", model) if unwrap_compiled else model)
-    return _state(tuner.installed(adapter_name), state_dict)[1]
+    whole = getattr(model, "_orig_mod", model) if unwrap_compiled else model
+    installed = tuner_in(whole).installed(adapter_name)
+    empty = state_dict is None and any(p.is_meta for slot in installed.slots().values() for p in slot.parameters())
+    found = state_of(installed, _values(installed))[1] if empty else _state(installed, state_dict)[1]
+    found = {key: value.to("meta") if empty else value for key, value in found.items()}
+    return {key.removeprefix(PREFIX): value for key, value in found.items()} if is_injected(whole) else found
 
 
 def refuse_embedding_layers(asked: str | bool) -> None:
@@ -137,10 +125,26 @@ def save_adapter(
     """Write one adapter into a folder, from the model's numbers or from a state of them."""
     tuner = tuner_in(model)
     installed = tuner.installed(adapter_name)
-    if state is None:
+    replication = getattr(tuner.peft_config.get(adapter_name), "layer_replication", None)
+    if state is None and not replication:
         writing.save({folder: installed}, is_main_process)
     elif is_main_process:
-        write(folder, *_state(installed, state))
+        config, tensors, header = _state(installed, state)
+        write(folder, {**config, "layer_replication": replication} if replication else config, tensors, header)
+
+
+def write_auto_mapping(folder: Path, base: nn.Module) -> None:
+    """Say the base's class in the configuration of an adapter without a task, for ``AutoPeftModel``.
+
+    Only of transformers' models: no other class is loaded by its name.
+    """
+    path = folder / CONFIG_NAME
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if config.get("task_type") is not None or not type(base).__module__.startswith("transformers."):
+        return
+    config["auto_mapping"] = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
+    with replacing(path) as fresh:
+        fresh.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 # -- into a model ------------------------------------------------------------------------------------------
@@ -180,7 +184,9 @@ def set_peft_model_state_dict(
     file = parse(TwoFiles(Path(adapter_name), config, {**own, **fits}, {"kilotune_format": "1"}))
     made = inject.plan(tuner.model, adapter_name, installed.config, file.method, strict=False)
     tensors = match_tensors(file, made, type(tuner.model).__name__)
-    told = {target for key, (target, _) in wanted_of(made).items() if f"{PREFIX}{key}" in fits}
+    layered = {key.removeprefix(PREFIX): value for key, value in fits.items() if key.startswith(PREFIX)}
+    known = file.method.from_layers(file.method.config, layered)
+    told = {target for key, (target, _) in wanted_of(made).items() if key in known}
     _put(installed, {key: value for key, value in tensors.items() if key in told or key not in _of_layers(installed)})
     for key, shared in installed.shared.trained.items():
         if (value := fits.get(f"base_model.{key}")) is not None:

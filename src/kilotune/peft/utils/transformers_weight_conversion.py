@@ -11,7 +11,7 @@ from ...errors import UnsupportedError
 
 __all__ = ["build_peft_weight_mapping"]
 
-HEADS = ("lora_", "vera_lambda_", "ia3_", "unilora_")
+HEADS = ("lora_", "vera_lambda_", "ia3_", "unilora_", "vblora_")
 
 
 def build_peft_weight_mapping(

@@ -3,7 +3,7 @@
 The method itself is in ``methods/lora.py``; here are its options and its layers under PEFT's names.
 """
 
-from .config import EvaConfig, LoraConfig, LoraRuntimeConfig
+from .config import EvaConfig, LoftQConfig, LoraConfig, LoraRuntimeConfig
 from .conversion import convert_to_lora, save_as_lora
 from .eva import get_eva_state_dict, initialize_lora_eva_weights
 from .layer import Conv2d, Embedding, Linear, LoraLayer
@@ -14,6 +14,7 @@ __all__ = [
     "Embedding",
     "EvaConfig",
     "Linear",
+    "LoftQConfig",
     "LoraConfig",
     "LoraLayer",
     "LoraModel",

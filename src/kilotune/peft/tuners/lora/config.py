@@ -10,8 +10,15 @@ from ....config import AdapterConfig
 from ....errors import ConfigError, UnsupportedError
 from ....methods import LoraConfig as OurConfig
 from ...config import CONFIGS, OURS, PeftConfig
+from ...replication import fault_of
 
-__all__ = ["EvaConfig", "LoraConfig", "LoraRuntimeConfig", "refuse_offload"]
+__all__ = ["EvaConfig", "LoftQConfig", "LoraConfig", "LoraRuntimeConfig", "refuse_offload"]
+
+
+LOFTQ = (
+    "init_lora_weights='loftq' puts quantised weights in the place of the base's, which stay as they are here: load "
+    "the base in 4 bits, and call replace_lora_weights_loftq() when the adapter is in it"
+)
 
 
 @final
@@ -60,6 +67,18 @@ class EvaConfig:
             raise ConfigError(f"eva_config: `rho` must be >= 1.0, got {self.rho!r}")
         if not 0.0 <= self.tau <= 1.0:
             raise ConfigError(f"eva_config: `tau` must be between 0.0 and 1.0., got {self.tau!r}")
+
+
+@final
+@dataclass
+class LoftQConfig:
+    """As in PEFT, for scripts that name it: how ``init_lora_weights="loftq"``, which is refused, quantises the base.
+
+    What does it here is :func:`kilotune.peft.replace_lora_weights_loftq`, over a base that is quantised already.
+    """
+
+    loftq_bits: int = 4
+    loftq_iter: int = 1
 
 
 @final
@@ -117,15 +136,22 @@ class LoraConfig(PeftConfig):
         if self.eva_config is not None and self.init_lora_weights != "eva":
             warnings.warn("eva_config: has no effect without init_lora_weights='eva'", stacklevel=2)
             self.eva_config = None
+        if isinstance(self.loftq_config, LoftQConfig):
+            self.loftq_config = asdict(self.loftq_config)
         super().__post_init__()
 
     def translated(self) -> AdapterConfig:
-        """As for every method; ``eva_config`` says how a start is made, and is none of the adapter's options."""
-        held, self.eva_config = self.eva_config, None
+        """As for every method; ``eva_config`` and ``layer_replication`` are none of the adapter's own options."""
+        if (fault := fault_of(self.layer_replication)) is not None:
+            raise ConfigError(fault)
+        if str(self.init_lora_weights).lower() == "loftq":
+            raise ConfigError(LOFTQ)
+        held = self.eva_config, self.layer_replication
+        self.eva_config = self.layer_replication = None
         try:
             return super().translated()
         finally:
-            self.eva_config = held
+            self.eva_config, self.layer_replication = held
 
     def to_dict(self) -> dict[str, Any]:
         """All options but ``runtime_config``, which holds of one run."""

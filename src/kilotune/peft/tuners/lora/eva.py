@@ -18,7 +18,7 @@ from ....injection.inject import plan
 from ....kinds import LayerKind
 from ....methods.lora import Lora
 from ....model.explained_variance import Component, Watched, explained
-from ...utils.save_and_load import tuner_in
+from ..inside import tuner_in
 from ..tuners_utils import BaseTuner
 from .config import EvaConfig, LoraConfig
 

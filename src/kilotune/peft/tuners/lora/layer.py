@@ -6,7 +6,7 @@ from typing import ClassVar, final
 
 from ..tuners_utils import BaseTunerLayer
 
-__all__ = ["Conv1d", "Conv2d", "Conv3d", "Embedding", "Linear", "LoraLayer"]
+__all__ = ["Conv1d", "Conv2d", "Conv3d", "Embedding", "Linear", "LoraLayer", "ParamWrapper"]
 
 
 class LoraLayer(BaseTunerLayer):
@@ -48,3 +48,10 @@ class Conv3d(LoraLayer):
     """A convolution of three dimensions with a LoRA adapter."""
 
     bases: ClassVar[tuple[str, ...]] = ("Conv3d",)
+
+
+@final
+class ParamWrapper(LoraLayer):
+    """A parameter with a LoRA adapter, such as all matrices of a block's experts; ``parameter_name`` says which."""
+
+    of_parameters: ClassVar[bool] = True

@@ -36,7 +36,7 @@ class VeraConfig(PeftConfig):
     init_weights: bool = True
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
-    generator: str = field(default="peft", metadata=OURS)
+    generator: str = field(default="peft", metadata={**OURS, "read": "stored"})
     sharing: str = field(default="nested", metadata=OURS)
     use_dora: bool = field(default=False, metadata=OURS)
     exclude_modules: list[str] | set[str] | str | None = field(default=None, metadata=OURS)
