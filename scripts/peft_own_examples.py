@@ -3,7 +3,8 @@
     python scripts/peft_own_examples.py                         all of them
     python scripts/peft_own_examples.py olora unilora           those whose path has one of these words
     python scripts/peft_own_examples.py --with peft             the same on PEFT itself
-    python scripts/peft_own_examples.py --peft FOLDER           from a checkout of PEFT's repository that is there
+    python scripts/peft_own_examples.py --peft FOLDER           from a checkout of PEFT's repository that is there;
+                                                                also PEFT_CHECKOUT=FOLDER
 
 PEFT's source package has no examples. They are fetched by git from its repository, at one commit, into a cache, when
 they are first needed; nothing of them is kept here. ``peft_own/example_list.py`` says which are run, and what stands
@@ -93,12 +94,14 @@ def run(chosen: Sequence[Example], examples: Path, on: str, folder: Path) -> lis
 
 
 def fetch(cache: Path = CACHE) -> Path:
-    """A checkout of PEFT's repository at the commit, in the cache.
+    """A checkout of PEFT's repository: that which ``PEFT_CHECKOUT`` names, else at the commit, in the cache.
 
     Raises:
         FetchError: git is not there, or cannot reach the repository.
 
     """
+    if given := os.environ.get("PEFT_CHECKOUT"):
+        return Path(given)
     home = cache / f"repository-{COMMIT[:12]}"
     if not home.exists():
         cache.mkdir(parents=True, exist_ok=True)

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         UniLoraConfig,
         VbLoraConfig,
         VeraConfig,
+        WaveFtConfig,
         get_config,
     )
     from .model.merging import MergePrecisionWarning
@@ -85,6 +86,7 @@ __all__ = [
     "VbLoraConfig",
     "VeraConfig",
     "VeraModel",
+    "WaveFtConfig",
     "count_parameters",
     "get_config",
     "get_peft_model",
@@ -129,6 +131,7 @@ if not TYPE_CHECKING:  # type checkers have the imports above, and no name besid
                 "UniLoraConfig",
                 "VbLoraConfig",
                 "VeraConfig",
+                "WaveFtConfig",
                 "get_config",
             ),
             "model.optimizer_groups": ("optimizer_groups",),

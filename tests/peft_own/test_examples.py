@@ -132,7 +132,7 @@ def test_a_planted_fault_in_the_runner_is_told(name: str, right: str, wrong: str
 @pytest.mark.full
 @pytest.mark.timeout(MINUTES * 60)
 def test_pefts_example_scripts_run_to_their_end_on_both(tmp_path: Path) -> None:
-    """On kilotune.peft and on PEFT, which write adapters with the same tensors."""
+    """On kilotune.peft and on PEFT, which write adapters with the same tensors; PEFT_CHECKOUT=... saves fetching."""
     sys.path.insert(0, str(ROOT / "scripts"))
     try:
         import peft_own_examples as runner  # type: ignore[import-not-found, unused-ignore]

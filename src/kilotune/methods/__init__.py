@@ -29,6 +29,7 @@ from .tinylora import TinyLora, TinyLoraConfig
 from .unilora import UniLora, UniLoraConfig
 from .vblora import VbLora, VbLoraConfig
 from .vera import Vera, VeraConfig
+from .waveft import WaveFt, WaveFtConfig
 
 __all__ = [
     "METHODS",
@@ -52,6 +53,7 @@ __all__ = [
     "UniLoraConfig",
     "VbLoraConfig",
     "VeraConfig",
+    "WaveFtConfig",
     "get_config",
     "load_method",
     "make_method",
@@ -78,6 +80,7 @@ METHODS: dict[str, type[Method[Any]]] = {
         C3a,
         FourierFt,
         Miss,
+        WaveFt,
     )
 }
 

@@ -20,17 +20,16 @@ from torch import Tensor, nn
 
 from ..config import CLOSED, AdapterConfig, Names, bool_faults, number_fault, option, regex_faults
 from ..deltas import Delta, Full
-from ..errors import ConfigError, did_you_mean, gather
+from ..errors import ConfigError, gather
 from ..kernels.lowrank import accumulate_dtype, no_autocast
 from ..name_rules import first_at_end
-from ..projections.matrices import SEED_LIMIT, Projections
-from ..projections.streams import distinct_places
+from ..projections.matrices import Projections
 from ._base import Export, Method, Rate, Shared, Site
+from ._places import Places, generator_option, place_faults
 
 __all__ = ["FourierFt", "FourierFtConfig"]
 
 SPECTRUM = "fourierft_spectrum"
-GENERATORS = ("portable", "peft")
 
 
 @final
@@ -46,12 +45,7 @@ class FourierFtConfig(AdapterConfig):
     scaling: float = option(150.0, "What the change is multiplied by (the paper's alpha).")
     random_loc_seed: int = option(777, "The seed of the places, 0 ... 2**64 - 1.")
     init_weights: bool = option(False, "True: the spectrum starts at zero, so at the base; False: normal, as in PEFT.")
-    generator: str = option(
-        "portable",
-        "Where the places come from: 'portable' (the same everywhere), or 'peft' (those that PEFT draws for this "
-        "seed, so that it reads the file).",
-        ours=True,
-    )
+    generator: str = generator_option()
     exclude_modules: Sequence[str] | str | None = option(None, AdapterConfig.help_of("exclude_modules"))
 
     @classmethod
@@ -70,49 +64,7 @@ class FourierFtConfig(AdapterConfig):
             for pattern, count in self.n_frequency_pattern.items():
                 faults += number_fault(f"n_frequency_pattern[{pattern!r}]", count, low=1, whole=True)
                 faults += regex_faults("n_frequency_pattern", pattern)
-        if type(self.random_loc_seed) is not int or not 0 <= self.random_loc_seed < SEED_LIMIT:
-            faults.append(f"random_loc_seed: expected a whole number in 0 ... 2**64 - 1, got {self.random_loc_seed!r}")
-        if self.generator not in GENERATORS:
-            faults.append(
-                f"generator: expected one of {list(GENERATORS)}, got {self.generator!r}."
-                f"{did_you_mean(str(self.generator), GENERATORS)}"
-            )
-        return faults
-
-
-@final
-class _Places(Shared):
-    """The places by shape and n, and their copies on devices: int64 rows (n,) and columns (n,)."""
-
-    def __init__(self, draw: _Draw) -> None:
-        super().__init__()
-        self.draw = draw
-        self._made: dict[tuple[int, int, int, torch.device], tuple[Tensor, Tensor]] = {}
-
-    @torch.inference_mode(False)  # tensors made in inference mode could never serve a training step
-    def at(self, out: int, inn: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        key = (out, inn, count, device)
-        if key not in self._made:
-            if device.type == "meta":
-                flat = torch.empty(count, dtype=torch.int64, device=device)
-            else:
-                flat = self.draw.places(out * inn, count).to(device)
-            self._made[key] = flat // inn, flat % inn
-        return self._made[key]
-
-
-@final
-@dataclass(frozen=True)
-class _Draw:
-    seed: int
-    generator: str
-
-    def places(self, total: int, count: int) -> Tensor:
-        """``count`` of ``total`` places, no two alike: int64 (count,) on the CPU."""
-        if self.generator == "portable":
-            return torch.from_numpy(distinct_places(self.seed, total, count))
-        drawn = torch.Generator().manual_seed(self.seed)
-        return torch.randperm(total, generator=drawn, device="cpu")[:count].clone()
+        return faults + place_faults(self.random_loc_seed, self.generator)
 
 
 @final
@@ -137,7 +89,7 @@ class FourierFt(Method[FourierFtConfig]):
         faults = [f"{s.name!r}: {n} of {s.out} x {s.inn}" for s, n in counted if n > s.out * s.inn]
         if faults:
             raise ConfigError(gather("n_frequency: more than the layer's matrix has places:", faults))
-        shared = _Places(_Draw(self.config.random_loc_seed, self.config.generator))
+        shared = Places(self.config.random_loc_seed, self.config.generator)
         for site, count in counted:  # now: a compiled forward cannot draw them
             shared.at(site.out, site.inn, count, site.device())
         return shared
@@ -150,7 +102,7 @@ class FourierFt(Method[FourierFtConfig]):
         return {SPECTRUM: spectrum if self.config.init_weights else nn.init.normal_(spectrum)}
 
     def delta(self, site: Site, params: Mapping[str, Tensor], shared: Shared) -> Full:
-        assert isinstance(shared, _Places)
+        assert isinstance(shared, Places)
         spectrum, gain = params[SPECTRUM], self.config.scaling
         rows, columns = shared.at(site.out, site.inn, spectrum.shape[-1], spectrum.device)
 

@@ -26,6 +26,7 @@ class Absent(NamedTuple):
 
 _METHOD = "a method that kilotune lacks"
 _PROMPT = "trains a prompt, which is part of the input and no change of the base"
+_OURS = "a method under our own names only"
 _LARGE = Absent(_METHOD, "LoraConfig, or VeraConfig and UniLoraConfig for kilobytes")
 _TOKENS = Absent(_PROMPT, "LoraConfig or VeraConfig")
 
@@ -33,10 +34,10 @@ _TOKENS = Absent(_PROMPT, "LoraConfig or VeraConfig")
 _ABSENT: Mapping[str, Absent] = {
     **dict.fromkeys(
         (
-            *("AdaLora", "Adamss", "Arrow", "BdLora", "Beft", "BOFT", "C3A", "Deft", "Delora", "FourierFT", "Frod"),
-            *("Glora", "Gralora", "HRA", "Hira", "Kasa", "LNTuning", "Lily", "LoHa", "LoKr", "Miss", "Montecl", "OFT"),
+            *("AdaLora", "Adamss", "Arrow", "BdLora", "Beft", "BOFT", "Deft", "Delora", "Frod"),
+            *("Glora", "Gralora", "HRA", "Hira", "Kasa", "LNTuning", "Lily", "LoHa", "LoKr", "Montecl", "OFT"),
             *("OSF", "Peanut", "Poly", "Psoft", "Pvera", "RandLora", "Road", "Shadow", "Shira", "Supertuning"),
-            *("TrainableTokens", "Velora", "WaveFT", "XLora", "create_arrow_model"),
+            *("TrainableTokens", "Velora", "XLora", "create_arrow_model"),
         ),
         _LARGE,
     ),
@@ -54,7 +55,11 @@ _ABSENT: Mapping[str, Absent] = {
         ),
         Absent("a start of LoRA that kilotune lacks", 'LoraConfig with init_lora_weights="pissa" or "eva"'),
     ),
-    "TinyLora": Absent("a method under our own names only", "kilotune.TinyLoraConfig"),
+    "C3A": Absent(_OURS, "kilotune.C3aConfig"),
+    "FourierFT": Absent(_OURS, "kilotune.FourierFtConfig"),
+    "Miss": Absent(_OURS, "kilotune.MissConfig"),
+    "TinyLora": Absent(_OURS, "kilotune.TinyLoraConfig"),
+    "WaveFT": Absent(_OURS, "kilotune.WaveFtConfig"),
     "find_kappa": Absent("a choice of targets by condition numbers", 'target_modules="all-linear"'),
 }
 
