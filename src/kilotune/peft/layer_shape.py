@@ -339,6 +339,7 @@ ATTRIBUTES: dict[str, Callable[[AdaptedLayer], Any]] = {
     "use_rslora": lambda layer: _options(layer, "use_rslora"),
 }
 MATRICES = ("vera_A", "vera_B")
+MODEL_WIDE = ("unilora_theta_d", "vblora_vector_bank")
 CONTAINERS = ("lora_", "vera_", "ia3_", "unilora_", "vblora_", "trained_bias")
 
 
@@ -362,6 +363,8 @@ class _LayerShape(Outside):
             return found(wrapper)
         if name in MATRICES:
             return _matrices(wrapper, name)
+        if name in MODEL_WIDE:
+            return _model_wide(wrapper, name)
         if name.startswith(CONTAINERS) and (head := _heads(wrapper).get(name)) is not None:
             return head
         if name in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", MAGNITUDE) and _is_lora(wrapper):
@@ -392,6 +395,14 @@ def _matrices(layer: AdaptedLayer, name: str) -> dict[str, Tensor]:
     if not found:
         raise AttributeError(name)
     return {adapter: delta.a if name == "vera_A" else delta.b for adapter, delta in found.items() if delta is not None}
+
+
+def _model_wide(layer: AdaptedLayer, name: str) -> dict[str, Tensor]:
+    """What adapters train once for the whole model, by adapter; PEFT shows it in each layer too."""
+    held = {adapter: slot.shared.trained for adapter, slot in adapters_in(layer).items()}
+    if not (found := {adapter: own[name] for adapter, own in held.items() if name in own}):
+        raise AttributeError(name)
+    return dict(found)
 
 
 def _is_lora(layer: AdaptedLayer) -> bool:
