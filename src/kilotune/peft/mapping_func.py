@@ -35,8 +35,5 @@ def get_peft_model(
     """
     if revision is not None:
         peft_config.revision = revision
-    if mixed:
-        return PeftMixedModel(model, peft_config, adapter_name)
-    return model_class(peft_config, PeftModel)(
-        model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage
-    )
+    made = PeftMixedModel if mixed else model_class(peft_config, PeftModel)
+    return made(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)

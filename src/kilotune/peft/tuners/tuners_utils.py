@@ -161,11 +161,26 @@ class BaseTuner(Shown, AdapterModel, ABC):
         return self._configs
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter; see :meth:`kilotune.PeftModel.delete_adapter`."""
+        """Remove an adapter. Where it was the only active one, the first of the others by name is so now, with a
+        warning; see :meth:`kilotune.PeftModel.delete_adapter`."""
         if self._known(adapter_name) in self.merged_adapters:
             raise MergeError(
                 f"Cannot delete adapter(s) ['{adapter_name}'] while they are merged. Please unmerge them first."
             )
+        alone = self.active_adapters == [adapter_name]
+        self._remove(adapter_name)
+        if not alone or not self._installed:
+            return
+        if not self.merged_adapters:
+            self._activate((min(self._installed),), train=True)
+        warnings.warn(
+            f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to "
+            f"{', '.join(self.active_adapters)}.",
+            PeftWarning,
+            stacklevel=3,
+        )
+
+    def _remove(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self._own_weights.pop(adapter_name, None)
         self._configs.pop(adapter_name, None)  # one that a conversion puts beside others has none
@@ -174,14 +189,22 @@ class BaseTuner(Shown, AdapterModel, ABC):
             self._state.switched_off = left or tuple(self._installed)[:1]
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Make one adapter, or several at once, the active ones. Merged ones are taken out first, as in PEFT."""
+        """Make one adapter, or several at once, the active ones. Merged ones are taken out first, as in PEFT; where all
+        are switched off they stay so until :meth:`enable_adapter_layers`."""
         names = self._named(adapter_name)
         self._perhaps_trained.update(self._installed)  # a layer's own set_adapter() is not seen here
         if self.merged_adapters:
             warnings.warn("adapters are merged: they are taken out before others are set", PeftWarning, stacklevel=2)
             self.unmerge_adapter()
-        switch(self._state, on=True)
         super().set_adapter(names, inference_mode)
+
+    def _activate(self, names: tuple[str, ...], train: bool) -> None:
+        on = self._state.switched_off is None
+        switch(self._state, on=True)
+        try:
+            super()._activate(names, train)
+        finally:
+            switch(self._state, on)
 
     # -- on and off ------------------------------------------------------------------------------
 
