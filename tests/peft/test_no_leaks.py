@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import kilotune.peft as ours
-from kilotune.errors import CheckpointError, ConfigError, MergeError
+from kilotune.errors import AdapterError, CheckpointError, ConfigError, MergeError
 from kilotune.peft.utils import hotswap
 from tests.peft.both import METHODS, alike, check_same, filled, logits, made
 from tests.peft_parity.oracle import quiet
@@ -177,6 +177,40 @@ def test_the_base_gets_no_other_numbers_while_an_adapter_is_merged() -> None:
     model.unmerge_adapter()
     ours.set_base_model_state_dict(model, state)
     assert not any(value.any() for value in ours.get_base_model_state_dict(model).values())
+
+
+def test_an_adapter_whose_alpha_is_zero_can_be_rescaled_and_not_set_on() -> None:
+    def script(library: Any) -> Any:
+        model = made(library, "LoraConfig", lora_alpha=0)
+        with importlib.import_module(f"{library.__name__}.helpers").rescale_adapter_scale(model, 0.5):
+            return logits(model)
+
+    alike(script)
+    scaling = made(ours, "LoraConfig", lora_alpha=0).base_model.model.model.layers[0].self_attn.q_proj.scaling
+    with pytest.raises(AdapterError, match="its lora_alpha is 0"):
+        scaling["default"] = 2.0
+    assert scaling["default"] == 0
+
+
+def test_a_weighted_sum_with_rslora_is_the_sum() -> None:
+    model = made(ours, "LoraConfig", use_rslora=True)
+    alone = logits(model)
+    model.add_adapter("two", ours.LoraConfig(**{**METHODS["LoraConfig"], "use_rslora": True}))
+    for way in ("linear", "cat", "svd"):
+        model.add_weighted_adapter(["default", "two"], [1.0, 0.0], way, combination_type=way)
+        model.set_adapter(way)
+        check_same(logits(model), alone, 1e-5)
+
+
+def test_unloading_gives_the_base_back_as_it_was() -> None:
+    base = tiny_llama()
+    base.lm_head.requires_grad_(False)
+    before = logits(base), [p.requires_grad for p in base.parameters()]
+    model = ours.get_peft_model(base, ours.LoraConfig(**METHODS["LoraConfig"], modules_to_save=["lm_head"]))
+    filled(ours, model, "default")
+    back = model.unload()
+    assert torch.equal(logits(back), before[0])
+    assert [p.requires_grad for p in back.parameters()] == before[1]
 
 
 def test_a_mixed_model_takes_all_options() -> None:
