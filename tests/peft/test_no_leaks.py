@@ -258,6 +258,22 @@ def test_a_base_class_that_is_none_is_refused(said: Any, words: str, tmp_path: P
         ours.AutoPeftModel.from_pretrained(tmp_path)
 
 
+def test_another_librarys_configuration_is_told() -> None:
+    """As in a script of which half the imports were changed."""
+    import peft
+
+    for wrong in (peft.LoraConfig(target_modules=["q_proj"]), {"r": 4}, None):
+        calls = (
+            lambda: ours.get_peft_model(tiny_llama(), wrong),  # noqa: B023
+            lambda: ours.get_peft_model(tiny_llama(), wrong, mixed=True),  # noqa: B023
+            lambda: ours.inject_adapter_in_model(wrong, tiny_llama()),  # noqa: B023
+            lambda: made(ours, "LoraConfig").add_adapter("two", wrong),  # noqa: B023
+        )
+        for call in calls:
+            with pytest.raises(ConfigError, match="expected a configuration of kilotune.peft, got"):
+                call()
+
+
 def test_evas_options_are_looked_at() -> None:
     for wrong, words in (({"rho": 2.0, "rhoo": 1}, "unknown options \\['rhoo'\\]"), (5, "expected an EvaConfig")):
         with pytest.raises(ConfigError, match=words):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from ..adapter_files.writing import DEFAULT
-from .config import PeftConfig
+from .config import PeftConfig, check_config
 from .mixed_model import PeftMixedModel
 from .peft_model import PeftModel, model_class
 
@@ -33,6 +33,7 @@ def get_peft_model(
         low_cpu_mem_usage: without numbers, on the meta device, until the adapter is loaded.
 
     """
+    check_config(peft_config)
     if revision is not None:
         peft_config.revision = revision
     made = PeftMixedModel if mixed else model_class(peft_config, PeftModel)

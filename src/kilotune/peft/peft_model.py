@@ -24,10 +24,10 @@ from ..adapter_files.files import TwoFiles, locate, read_files
 from ..adapter_files.reading import AdapterFile, parse
 from ..adapter_files.writing import DEFAULT, check_safe, folders
 from ..convert import to_lora
-from ..errors import ConfigError, type_name
+from ..errors import ConfigError
 from ..model.adapter_model import ASKED_BY_TRAINERS
 from . import in_place
-from .config import PeftConfig
+from .config import PeftConfig, check_config
 from .hub import push_to_hub, write_card
 from .status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from .tuners.lora.config import refuse_offload
@@ -417,8 +417,7 @@ def opened(
         return file
     said, header = dict(file.files.config), dict(file.metadata)
     if config is not None:
-        if not isinstance(config, PeftConfig):
-            raise ConfigError(f"config: expected a configuration of kilotune.peft, got {type_name(config)}")
+        check_config(config)
         said.pop("layer_replication", None)  # the configuration's own counts
         said.update(config.translated().to_dict())
         header.pop("kilotune_config_sha256", None)

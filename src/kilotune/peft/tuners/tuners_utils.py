@@ -14,7 +14,7 @@ from torch import nn
 
 from ...adapter_files.reading import AdapterFile
 from ...candidates import inside, matches_names
-from ...errors import AdapterError, ConfigError, MergeError, did_you_mean, type_name
+from ...errors import AdapterError, MergeError, did_you_mean
 from ...injection import inject
 from ...injection.targets import in_layers
 from ...injection.tree import every_wrapper
@@ -22,7 +22,7 @@ from ...layers.adapted import AdaptedLayer
 from ...layers.outside import Outside, Shown
 from ...layers.saved_module import SavedModule
 from ...model.adapter_model import DEFAULT, AdapterModel
-from ..config import PeftConfig
+from ..config import PeftConfig, check_config
 from ..inspecting import all_linear as _maybe_include_all_linear_layers
 from ..inspecting import keys_under as _filter_state_dict_by_key_prefixes
 from ..inspecting import matched_modules as inspect_matched_modules
@@ -93,8 +93,7 @@ class BaseTuner(Shown, AdapterModel, ABC):
 
     def inject(self, adapter_name: str, peft_config: PeftConfig, low_cpu_mem_usage: bool = False) -> None:
         """Add an adapter; not active until it is set. low_cpu_mem_usage: without numbers, until it is loaded."""
-        if not isinstance(peft_config, PeftConfig):
-            raise ConfigError(f"expected a configuration of kilotune.peft, got {type_name(peft_config)}")
+        check_config(peft_config)
         if adapter_name in self._installed:
             raise AdapterError(
                 f"an adapter {adapter_name!r} is in the model; delete_adapter() first, or take another name"
