@@ -179,6 +179,17 @@ def test_the_base_gets_no_other_numbers_while_an_adapter_is_merged() -> None:
     assert not any(value.any() for value in ours.get_base_model_state_dict(model).values())
 
 
+def test_a_merged_adapter_gets_no_other_numbers(tmp_path: Path) -> None:
+    model = made(ours, "LoraConfig")
+    model.save_pretrained(tmp_path)
+    state = ours.get_peft_model_state_dict(model)
+    model.merge_adapter()
+    with pytest.raises(MergeError, match="would act as before"):
+        ours.set_peft_model_state_dict(model, state)
+    with pytest.raises(MergeError, match="would act as before"):
+        model.load_adapter(tmp_path, "default")
+
+
 def test_an_adapter_whose_alpha_is_zero_can_be_rescaled_and_not_set_on() -> None:
     def script(library: Any) -> Any:
         model = made(library, "LoraConfig", lora_alpha=0)

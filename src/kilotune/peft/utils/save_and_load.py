@@ -179,7 +179,7 @@ def set_peft_model_state_dict(
 
     Raises:
         CheckpointError: shapes differ, values are not finite, or frozen matrices are others than the adapter's; nothing
-            is changed then.
+            is changed then. MergeError: the adapter is merged.
 
     """
     return _take(tuner_in(model), peft_model_state_dict, adapter_name, ignore_mismatched_sizes)
@@ -246,6 +246,8 @@ def _take(
     doubled: bool | None = False,
 ) -> LoadedKeys:
     installed = tuner.installed(adapter_name)
+    if adapter_name in tuner.merged_adapters:
+        raise MergeError(f"adapter {adapter_name!r} is merged, and would act as before; call unmerge_adapter() first")
     config, own, _ = state_of(installed, _values(installed))
     given = {key if key.startswith("base_model.") else f"{PREFIX}{key}": value for key, value in state.items()}
     fits = {key: value for key, value in given.items() if key in own}
