@@ -186,7 +186,10 @@ class Scaling(MutableMapping[str, Any]):
             slot.strength = slot.strength.new_tensor(float(value))
             return
         whole = now / slot.strength if slot.strength else low_rank_scale(slot)
-        slot.strength = float(value) / whole
+        if whole:
+            slot.strength = float(value) / whole
+        elif value:
+            raise AdapterError(f"scaling[{name!r}]: its lora_alpha is 0, so it acts at no strength; train another one")
 
     def __delitem__(self, name: str) -> None:
         raise AdapterError(f"scaling[{name!r}] is the adapter's as long as it is there; delete_adapter() instead")
