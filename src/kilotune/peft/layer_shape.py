@@ -68,10 +68,7 @@ def _shown(layer: AdaptedLayer) -> Iterator[tuple[str, str, str, str, nn.Paramet
     """(key of the slot, own name there, head, rest, parameter) of all tensors of a layer that PEFT has too."""
     for key, slot in layer.adapters._modules.items():
         assert isinstance(slot, Slot)
-        hidden = frozenset() if slot.method is None else slot.method.rebuilt
         for name, parameter in slot.values().items():
-            if name in hidden:
-                continue
             yield key, name, *key_in_layer(layer, slot, name), parameter
 
 

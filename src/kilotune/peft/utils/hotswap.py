@@ -355,7 +355,7 @@ def _places(tuner: BaseTuner, adapter_name: str) -> Places:
     files = {target: key for key, (target, _) in wanted_of(made).items()}
     found: dict[str, str] = {}
     for name, slot in installed.slots().items():
-        for own in slot.values().keys() - installed.method.rebuilt:
+        for own in slot.values():
             key = files[f"{name}.{own}"]
             head, rest = key_in_layer(installed.layers[name], slot, own)
             found[f"{name}.{head}.{adapter_name}.{rest}".removesuffix(".")] = key
@@ -409,7 +409,7 @@ def _swap(
     method = _lora(make_method(asked))
     scales = {name: method.scale(slot.site) for name, slot in _slots(installed).items()}
     for name, slot in installed.slots().items():
-        for key in slot.values().keys() - installed.method.rebuilt:
+        for key in slot.values():
             _put(slot, key, slot.get_parameter(key), values[f"{name}.{key}"])
     for name, saved in installed.saved.items():
         twin = saved.modules_to_save[installed.key]
