@@ -80,8 +80,12 @@ TARGETS: dict[str, dict[str, Any]] = {
 }
 
 
+OPTIONS: dict[str, dict[str, Any]] = {"randlora": {"sparse": True}}  # PEFT's dense ones depend on the machine
+
+
 def config(method: str, generator: str, targets: str) -> AdapterConfig:
-    return get_config(method, **{**METHODS[method].example, "generator": generator, **TARGETS[targets]})
+    options = {**METHODS[method].example, **OPTIONS.get(method, {})}
+    return get_config(method, **{**options, "generator": generator, **TARGETS[targets]})
 
 
 @pytest.mark.parametrize("targets", TARGETS)

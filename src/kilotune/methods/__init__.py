@@ -25,6 +25,7 @@ from .intrinsic import Intrinsic, IntrinsicConfig
 from .lora import Lora, LoraConfig
 from .loraxs import LoraXs, LoraXsConfig
 from .miss import Miss, MissConfig
+from .randlora import RandLora, RandLoraConfig
 from .tinylora import TinyLora, TinyLoraConfig
 from .unilora import UniLora, UniLoraConfig
 from .vblora import VbLora, VbLoraConfig
@@ -47,6 +48,7 @@ __all__ = [
     "LowRankConfig",
     "Method",
     "MissConfig",
+    "RandLoraConfig",
     "Shared",
     "Site",
     "TinyLoraConfig",
@@ -80,6 +82,7 @@ METHODS: dict[str, type[Method[Any]]] = {
         C3a,
         FourierFt,
         Miss,
+        RandLora,
         WaveFt,
     )
 }

@@ -16,6 +16,7 @@ from ..errors import ConfigError, type_name
 
 __all__ = ["Replicated", "fault_of", "replicate"]
 
+MOST = 1024  # blocks that a file may ask for; the deepest models have some 130
 DONE = "_kilotune_replication"  # on the module that has the list
 # Where architectures keep their blocks, from the innermost ``.model`` on: (inside, its list).
 PLACES = (("", "layers"), ("bert.encoder", "layer"), ("encoder", "layer"), ("", "h"))
@@ -51,7 +52,10 @@ def fault_of(ranges: Any) -> str | None:
         and 0 <= pair[0] < pair[1]
         for pair in pairs
     )
-    return None if good else f"layer_replication: expected pairs [first, end] of numbers of blocks, got {ranges!r}"
+    if not good:
+        return f"layer_replication: expected pairs [first, end] of numbers of blocks, got {ranges!r:.200}"
+    total = sum(end - first for first, end in pairs)
+    return None if total <= MOST else f"layer_replication: {total} blocks are more than the {MOST} that there may be"
 
 
 def replicate(model: nn.Module, ranges: Sequence[Sequence[int]], with_adapters: bool) -> Replicated | None:

@@ -36,7 +36,7 @@ _ABSENT: Mapping[str, Absent] = {
         (
             *("AdaLora", "Adamss", "Arrow", "BdLora", "Beft", "BOFT", "Deft", "Delora", "Frod"),
             *("Glora", "Gralora", "HRA", "Hira", "Kasa", "LNTuning", "Lily", "LoHa", "LoKr", "Montecl", "OFT"),
-            *("OSF", "Peanut", "Poly", "Psoft", "Pvera", "RandLora", "Road", "Shadow", "Shira", "Supertuning"),
+            *("OSF", "Peanut", "Poly", "Psoft", "Pvera", "Road", "Shadow", "Shira", "Supertuning"),
             *("TrainableTokens", "Velora", "XLora", "create_arrow_model"),
         ),
         _LARGE,
@@ -58,6 +58,7 @@ _ABSENT: Mapping[str, Absent] = {
     "C3A": Absent(_OURS, "kilotune.C3aConfig"),
     "FourierFT": Absent(_OURS, "kilotune.FourierFtConfig"),
     "Miss": Absent(_OURS, "kilotune.MissConfig"),
+    "RandLora": Absent(_OURS, "kilotune.RandLoraConfig"),
     "TinyLora": Absent(_OURS, "kilotune.TinyLoraConfig"),
     "WaveFT": Absent(_OURS, "kilotune.WaveFtConfig"),
     "find_kappa": Absent("a choice of targets by condition numbers", 'target_modules="all-linear"'),
