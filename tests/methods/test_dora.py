@@ -17,7 +17,7 @@ import kilotune
 from kilotune import ConfigError, LoraConfig, PeftModel, UnsupportedError, VeraConfig, get_config, get_peft_model
 from kilotune.convert import to_lora, to_peft
 from kilotune.deltas import LowRank
-from kilotune.methods import dora
+from kilotune.methods import METHODS, LowRankConfig, dora
 from kilotune.methods.dora import MAGNITUDE, Dora, row_norms
 from tests.support.models import mlp, randomize
 
@@ -300,3 +300,29 @@ def test_refusals() -> None:
         to_lora(model)
     with pytest.raises(UnsupportedError, match="PEFT has no form for this adapter"):
         to_peft(model)
+
+
+OVER = [name for name, method in METHODS.items() if issubclass(method.config_cls, LowRankConfig)]
+
+
+@pytest.mark.parametrize("name", OVER)
+def test_it_goes_over_every_low_rank_method(name: str) -> None:
+    """Rows of W + dW at the trained length, dW from the same method without DoRA."""
+    options = {**METHODS[name].example, "target_modules": ["0"]}
+    x, net = torch.randn(4, 6, dtype=torch.float64), nn.Sequential(nn.Linear(6, 5)).double()
+    plain, over = (
+        get_peft_model(copy.deepcopy(net), get_config(name, **options, **more)) for more in ({}, {"use_dora": True})
+    )
+    base = over.get_base_model().get_submodule("0.base_layer")
+    own = dict(over.adapter_parameters())
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for key, parameter in plain.adapter_parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / 3)
+            own[key].copy_(parameter)
+    weight = base.weight.detach()
+    change = plain.get_base_model().get_submodule("0").slot("default").delta().weight_change(weight.double())
+    moved = weight + change.detach()
+    length = own["0.lora_magnitude_vector"].detach()
+    right = x @ (moved * (length / moved.norm(dim=1)).unsqueeze(1)).T + base.bias.detach()
+    torch.testing.assert_close(over(x), right, rtol=1e-5, atol=1e-5)

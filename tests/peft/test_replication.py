@@ -153,6 +153,8 @@ def test_a_wrong_value_is_told_at_once(wrong: Any) -> None:
 
 
 def test_blocks_that_are_not_there_are_told() -> None:
+    with pytest.raises(ConfigError, match="100000 blocks are more than the 1024"):
+        ours.LoraConfig(layer_replication=[[0, 1]] * 100_000)
     with pytest.raises(ConfigError, match="there are 4 blocks, and a range ends at 5"):
         ours.get_peft_model(llama(), ours.LoraConfig(target_modules=["q_proj"], layer_replication=[[0, 5]]))
     with pytest.raises(ConfigError, match="no list of blocks"):

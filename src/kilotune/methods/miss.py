@@ -22,7 +22,7 @@ from ..config import AdapterConfig, Names, number_fault, option, rate_fault
 from ..deltas import Delta, LowRank
 from ..errors import ConfigError, did_you_mean, gather
 from ..projections.matrices import Projections
-from ._base import Export, Method, Rate, Shared, Site
+from ._base import Export, LowRankConfig, Method, Rate, Shared, Site
 
 __all__ = ["Miss", "MissConfig"]
 
@@ -32,7 +32,7 @@ STARTS = ("mini",)
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class MissConfig(AdapterConfig):
+class MissConfig(LowRankConfig):
     """MiSS's options, under PEFT's names; its ``init_weights="bat"`` is not here."""
 
     peft_type: ClassVar[str] = "MISS"

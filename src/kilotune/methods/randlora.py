@@ -30,7 +30,7 @@ from ..deltas import Delta, LowRank
 from ..errors import CheckpointError, ConfigError, did_you_mean
 from ..kernels.lowrank import accumulate_dtype
 from ..projections.matrices import SEED_LIMIT, Extent, Pair, Projections, Source, StoredSource, pair_checksum, unit_rows
-from ._base import Export, Kept, Method, Rate, Shared, Site
+from ._base import Export, Kept, LowRankConfig, Method, Rate, Shared, Site
 
 __all__ = ["RandLora", "RandLoraConfig"]
 
@@ -42,7 +42,7 @@ SPARSE = 3.0  # of a sparse matrix one number in so many is not zero
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class RandLoraConfig(AdapterConfig):
+class RandLoraConfig(LowRankConfig):
     """RandLoRA's options, under PEFT's names, and one of ours: ``generator``."""
 
     peft_type: ClassVar[str] = "RANDLORA"
