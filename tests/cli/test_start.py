@@ -231,6 +231,7 @@ AdapterSettings(method="mine", options={"r": 3})
 """
 
 
+@pytest.mark.full
 def test_what_came_since_the_list_was_written_is_taken() -> None:
     whole = "AdapterSettings(method='bitfit'); AdapterSettings(options={'d_initial': 0.2})\n"
     whole += "assert 'It is an option of the method' in _unknown(AdapterSettings, 'd_initial')\n"

@@ -126,7 +126,7 @@ def test_a_method_that_is_wrong_about_peft_is_noticed(monkeypatch: pytest.Monkey
     model.save_pretrained(tmp_path / "tiny")
     with pytest.raises(AssertionError, match="not close"):
         check(model, Nested(), X, tmp_path / "tiny")
-    for method in DRAWN:
+    for method in (name for name in DRAWN if METHODS[name] is not Tiny):
         model = get_peft_model(Nested(), config(method, "portable", "all"))
         randomize(model)
         model.eval().save_pretrained(tmp_path / method)

@@ -50,10 +50,15 @@ def _toys(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def in_layouts(layouts: Iterable[tuple[str, ...]]) -> list[Any]:
-    """(*layout, case): GPT-OSS, which has all there is, with every case; the others with the first of each
-    method that needs no bias."""
+    """(*layout, case): GPT-OSS, which has all there is, with every case (but the first of each method in full); the
+    others with the first of each method that needs no bias."""
     return [
-        pytest.param(*layout, case, id="-".join([*layout, case_id(case)]))
+        pytest.param(
+            *layout,
+            case,
+            id="-".join([*layout, case_id(case)]),
+            marks=[] if case is METHOD_CASES[case.name][0] else [pytest.mark.full],
+        )
         for layout in layouts
         for case in CASES
         if layout[0] == "gpt_oss" or (case is METHOD_CASES[case.name][0] and Need.BIAS not in delta_of(case).needs)

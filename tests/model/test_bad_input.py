@@ -118,10 +118,10 @@ def test_targets_that_match_nothing() -> None:
 
 
 def test_an_unknown_method(folder: Path) -> None:
-    change_config(folder, peft_type="VORA")
+    change_config(folder, peft_type="VERRA")
     text = rejected(folder)
     assert str(folder / CONFIG) in text
-    assert "unknown method 'VORA'. Did you mean 'vera'? Methods: " in text
+    assert "unknown method 'VERRA'. Did you mean 'vera'? Methods: " in text
 
 
 @pytest.mark.parametrize("kind", [None, 5, ["VERA"], "", "PREFIX_TUNING"])

@@ -25,6 +25,7 @@ def test_a_script_for_peft_trains_saves_resumes_and_loads(tmp_path: Path) -> Non
     assert found["added"] == {"acts": True, "off": True, "two": True, "left": ["default"], "keys": 4, "read": True}
 
 
+@pytest.mark.heavy
 def test_it_comes_first_or_not_at_all() -> None:
     early = "import peft, kilotune.peft; kilotune.peft.install()"
     done = run("-W", "ignore", "-c", early)

@@ -112,6 +112,7 @@ def test_parameters_of_modules_are_layers_of_their_own() -> None:
         _ = plain.base_model.model[0].parameter_name
 
 
+@pytest.mark.full
 def test_each_module_can_be_the_first_that_is_imported() -> None:
     names = [f"kilotune.peft.{name}" for name in ("optimizers", "helpers", "utils.save_and_load", "tuners.lora.eva")]
     script = (

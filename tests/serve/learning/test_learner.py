@@ -33,6 +33,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "bitfit": {"target_modules": ["q_proj", "up_proj"]},
     "bottleneck": {"target_modules": ["mlp"]},
     "vblora": {"target_modules": ALL, "vector_length": 4, "num_vectors": 8},
+    "unilora": {"target_modules": ALL},  # of more numbers than its example, so that it says something
 }
 HOW = Adam(rate=3e-2)
 
@@ -93,7 +94,7 @@ def both(tmp_path: Path) -> Any:
 @pytest.mark.parametrize("method", METHODS)
 def test_trainer_and_sampler_agree(method: str, both: Both) -> None:
     """Bar 4 of the service that learns: log-probabilities within 1e-4, for every method that stacks."""
-    config = get_config(method, **OPTIONS.get(method, {"target_modules": ALL}))
+    config = get_config(method, **OPTIONS.get(method, {**METHODS[method].example, "target_modules": ALL}))
     both.learner.open("m", "ann", config)
     losses = both.learn("m", rows(1), 4)
     assert losses[-1] < losses[0]
