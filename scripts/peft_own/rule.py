@@ -42,6 +42,11 @@ OPTIONS: Mapping[str, frozenset[str]] = {
     | TARGETS
     | LAYERS
     | {"r", "proj_seed", "theta_d_length", "unilora_dropout", "init_theta_d_bound", "init_weights", "save_indices"},
+    "VBLoRAConfig": COMMON
+    | TARGETS
+    | LAYERS
+    | {"r", "num_vectors", "vector_length", "topk", "exclude_modules", "save_only_topk_weights", "vblora_dropout"}
+    | {"init_vector_bank_bound", "init_logits_std"},
 }
 HAD_CONFIGS = frozenset(OPTIONS) - {"PromptLearningConfig"}
 # Starts of LoRA's factors that kilotune lacks: CorDA, LoRA-GA, MiCA, and those of variants with options of their own.
@@ -64,7 +69,7 @@ LEFT_OUT_MODULES: Mapping[str, str] = {
     "peft.tuners.lora.variants.Kasa": "KaSA",
     "peft.tuners.lycoris_utils": "LoHa and LoKr",
 }
-HAD_TUNERS = frozenset({"lora", "vera", "ia3", "unilora", "tuners_utils", "_buffer_dict", "mixed"})
+HAD_TUNERS = frozenset({"lora", "vera", "ia3", "unilora", "vblora", "tuners_utils", "_buffer_dict", "mixed"})
 
 
 # Tests that a stand-in does not serve.

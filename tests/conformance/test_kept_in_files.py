@@ -22,7 +22,7 @@ def test_the_numbers_of_a_file_are_those_of_the_model(cell: Cell, tmp_path: Path
         found[said.kept or Kept.TRAINED] += file.files.tensors[key].numel()
     installed = model.installed("default")
     trained = sum(p.numel() for _, p in model.adapter_parameters())
-    written = installed.method.frozen - installed.method.rebuilt
+    written = installed.method.frozen
     frozen = sum(slot.own()[key].numel() for slot in installed.slots().values() for key in written)
     assert (found[Kept.TRAINED], found[Kept.FROZEN]) == (trained, frozen)
     others = {key for key, said in file.said.items() if said.kept is None}

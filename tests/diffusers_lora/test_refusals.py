@@ -141,6 +141,8 @@ def said(**more: Any) -> dict[str, Any]:
         ({"lora_bias": True}, "the header: lora_bias=True: unknown option"),
         ({"peft_type": "LOHA"}, "the header's peft_type is 'LOHA', expected 'LORA'"),
         ({"bias": "all"}, "the header has bias, which such a file has no tensors for"),
+        ({"use_dora": True}, "the header has use_dora, which such a file has no tensors for"),
+        ({"init_lora_weights": "pissa"}, "the header has init_lora_weights='pissa', so its factors are no change of"),
         ({"r": "many"}, "the header: r: expected a whole number"),
     ],
 )

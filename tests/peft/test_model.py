@@ -340,8 +340,10 @@ def test_switched_off_adapters_come_back_also_in_a_copy_and_without_one_that_wen
     assert model.active_adapters == ["two"]
     assert not torch.equal(logits(model), off)
     model.base_model.disable_adapter_layers()
-    model.set_adapter("two")  # which switches them on
-    assert model.has_active_enabled_adapter
+    model.set_adapter("two")  # which leaves them off, as in PEFT
+    assert not model.has_active_enabled_adapter
+    model.base_model.enable_adapter_layers()
+    assert (model.active_adapters, model.has_active_enabled_adapter) == (["two"], True)
     with pytest.raises(AdapterError, match="of the PeftModel around this"):
         model.base_model.load_adapter("nowhere", "x")
 

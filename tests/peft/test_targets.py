@@ -63,7 +63,8 @@ def test_the_configuration_that_was_given_stays_as_it_is_and_may_be_used_again()
     assert (config.target_modules, config.target_parameters) == (set(), ["0.weight"])
     assert model.targeted_parameter_names == ["0.weight"]
     assert model.targeted_module_names == []
-    model.delete_adapter("default")
+    with pytest.warns(UserWarning, match="Setting active adapter to other"):
+        model.delete_adapter("default")
     model.delete_adapter("other")
     assert model.targeted_parameter_names == []
 

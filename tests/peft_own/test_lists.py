@@ -101,6 +101,7 @@ def test_kilotunes_options_are_the_rules() -> None:
         "VeraConfig": kilotune.VeraConfig,
         "IA3Config": kilotune.Ia3Config,
         "UniLoraConfig": kilotune.UniLoraConfig,
+        "VBLoRAConfig": kilotune.VbLoraConfig,
     }
     import peft
 

@@ -129,7 +129,7 @@ def wanted_of(made: Plan, carried: frozenset[str] = frozenset()) -> Wanted:
             if key == BIAS:
                 own = bias_key(made.method if name in made.layers else None, storage)
                 wanted[f"{bias_name_in_file(name, kind, names)}.{own}"] = (f"{name}.{key}", shape)
-            elif key not in made.method.rebuilt:
+            else:
                 own = made.method.keys[key]
                 role = made.method.roles.get(key, Role.OTHER)
                 formed = kind.to_file(candidate.module, role, torch.empty(shape, device="meta"))

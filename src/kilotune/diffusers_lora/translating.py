@@ -191,7 +191,13 @@ def _configure(header: Mapping[str, Any], made: Translation) -> None:
         return
     more = {"bias": config.bias != "none", "modules_to_save": config.modules_to_save is not None}
     more["target_parameters"] = bool(config.target_parameters)
+    more["use_dora"] = config.use_dora and not any(each.magnitude is not None for each in made.layers.values())
     made.faults += [f"the header has {name}, which such a file has no tensors for" for name, on in more.items() if on]
+    if config.from_base:
+        made.faults.append(
+            f"the header has init_lora_weights={config.init_lora_weights!r}, so its factors are no change of this base "
+            "but of what is left of it; let PEFT convert it (path_initial_model_for_weight_conversion)"
+        )
     for name, each in made.layers.items():
         rank, alpha = (_said(config, what, name, each.called) for what in ("r", "lora_alpha"))
         if rank != each.rank:

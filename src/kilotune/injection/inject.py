@@ -428,11 +428,8 @@ def _start(
     if tensors is not None:
         device = base.compute_device()
         # Float32 whatever the dtype in the file, bfloat16 rounds small steps away; contiguous for the same bits.
-        given = {k: tensors[f"{name}.{k}"].contiguous() for k in made.shapes[name] if k not in made.method.rebuilt}
+        given = {k: tensors[f"{name}.{k}"].contiguous() for k in made.shapes[name]}
         values = {k: t.to(device, accumulate_dtype(t.dtype), copy=True) for k, t in given.items()}
-        if made.method.rebuilt and name in made.layers:
-            own = start(made.method, site_in(made, name, base), shared)
-            values.update({key: own[key] for key in made.method.rebuilt if key in own})
     else:
         values = start(made.method, site_in(made, name, base), shared) if name in made.layers else {}
         bias = base.base_bias()

@@ -1,4 +1,7 @@
-"""Factors B A that a low-rank adapter may start with: of a weight, or orthogonal ones."""
+"""Factors B A that a low-rank adapter may start with: of what quantising lost, or orthogonal ones.
+
+Those of a weight itself are held for all adapters (methods/_svd.py).
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from torch import Tensor
 from ..projections.matrices import MATRIX_A, unit_rows
 from .lowrank import accumulate_dtype, no_autocast
 
-__all__ = ["orthogonal", "principal", "top_svd", "triangular"]
+__all__ = ["orthogonal", "principal", "top_svd"]
 
 OVERSAMPLING = 10
 
@@ -35,7 +38,7 @@ def orthogonal(rank: int, out: int, inn: int, device: torch.device) -> tuple[Ten
 
 
 def principal(weight: Tensor, rank: int, iterations: int = 0) -> tuple[Tensor, Tensor]:
-    """PiSSA's start: A (rank, in) = S^(1/2) V^T, B (out, rank) = U S^(1/2) of the largest singular values of U S V^T.
+    """LoftQ's start: A (rank, in) = S^(1/2) V^T, B (out, rank) = U S^(1/2) of the largest singular values of U S V^T.
 
     B A is the nearest matrix of that rank, whatever signs the vectors have. In the width of the weight, or float32.
 
@@ -62,15 +65,3 @@ def top_svd(matrix: Tensor, rank: int, iterations: int) -> tuple[Tensor, Tensor,
         basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis).Q).Q
     small, s, vh = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
     return basis @ small, s, vh
-
-
-def triangular(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """A (rank, in), the first rows of R, and B (out, rank), the first columns of Q, of ``weight = Q R``: OLoRA's start.
-
-    Args:
-        weight: (out, in); computed in its width, or float32.
-        rank: at most min(out, in).
-
-    """
-    q, r = torch.linalg.qr(weight.to(accumulate_dtype(weight.dtype)))
-    return r[:rank].contiguous(), q[:, :rank].contiguous()

@@ -70,7 +70,7 @@ def start(method: Method[Any], site: Site, shared: Shared) -> dict[str, Tensor]:
 
 def delta_of(method: Method[Any], site: Site, params: Mapping[str, Tensor], shared: Shared) -> Delta:
     """What the parameters make of a site's matrix, or of all its matrices."""
-    if not site.matrices or (method.stacks and not shared.trained and not method.carries(site)):
+    if not site.matrices or (method.stacks and not shared.trained and shared.common is None):
         return method.delta(site, params, shared)
     deltas = []  # plain loops: torch.compile follows them
     for index, one in enumerate(_split(site)):

@@ -200,11 +200,6 @@ class Method(ABC, Generic[C]):
         return frozenset()
 
     @property
-    def rebuilt(self) -> frozenset[str]:
-        """The names of frozen parameters that no file holds, because :meth:`init` makes them again, where they are."""
-        return frozenset()
-
-    @property
     def carried(self) -> frozenset[str]:
         """The names of those of :meth:`carries` that a file of this configuration has, as :meth:`kept` says too."""
         return frozenset()
@@ -333,9 +328,6 @@ class Method(ABC, Generic[C]):
         Closed to PEFT, where the method does not say otherwise.
         """
         named = {
-            f"{module}.{self.keys[name]}": tensor
-            for module, own in params.items()
-            for name, tensor in own.items()
-            if name not in self.rebuilt
+            f"{module}.{self.keys[name]}": tensor for module, own in params.items() for name, tensor in own.items()
         }
         return Export({**named, **shared.trained})

@@ -2,8 +2,8 @@
 
 ::
 
-    W = U S V^T (float64)  ──►  A (r, in), B (out, r), float32      Split: where S goes
-    claim: a WeightSource, equal for equal weights, rank and way of the SVD, is held by the model's Projections
+    W = U S V^T, or Q R (float64)  ──►  A (r, in), B (out, r), float32      Split: which, and where S goes
+    claim: a WeightSource, equal for equal weights, rank and way to the factors, is held by the model's Projections
     Fingerprint: 8 numbers of all the factors of an adapter, in the place of the factors in its file
 
 An adapter whose file has no factors has them made again from the base that it is loaded into. That gives the same
@@ -53,6 +53,7 @@ __all__ = [
     "extents",
     "factors_checksum",
     "fingerprint_of",
+    "first_qr",
     "in_file",
     "pair_of",
     "to_be_known",
@@ -127,6 +128,23 @@ def _decomposed(matrix: Tensor, rank: int, iterations: int, seed: int) -> tuple[
     return basis @ small, s, vh
 
 
+def first_qr(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The first columns of Q (out, r) and rows of R (r, in) of ``matrix = Q R``, float64 on the CPU.
+
+    Q's first columns follow from the first columns of the matrix alone. R's diagonal is not negative.
+
+    Args:
+        matrix: (out, in).
+        rank: at most min(out, in).
+
+    """
+    wide = matrix.detach().to("cpu", torch.float64)
+    q = torch.linalg.qr(wide[:, :rank]).Q
+    r = (q.T @ wide).triu()
+    sign = torch.where(r.diagonal() < 0, -1.0, 1.0).to(r)
+    return q * sign, sign.unsqueeze(-1) * r
+
+
 def _rounded(values: Tensor) -> Tensor:
     mantissa, exponent = torch.frexp(values)
     return torch.ldexp((mantissa * 2.0**DIGITS).round() * 2.0**-DIGITS, exponent).float().contiguous()
@@ -141,23 +159,25 @@ class Split(Enum):
 
     EVEN: A = S^(1/2) V^T, B = U S^(1/2). SECOND: A = V^T, B = U S, whose entries keep 12 binary digits: so the bits do
     not depend on the last digits of a machine's arithmetic (but for entries on an edge, about one in 10^9), and older
-    files have a checksum of them.
+    files have a checksum of them. TRIANGULAR: no SVD; A = the first rows of R, B = the first columns of Q, of W = Q R,
+    with no negative number on R's diagonal.
     """
 
     EVEN = "even"
     SECOND = "second"
+    TRIANGULAR = "triangular"
 
 
 @final
 @dataclass(frozen=True)
 class WeightSource(Source):
-    """Factors of a weight's SVD, in the holder of all that a model's adapters share.
+    """Factors of a weight's SVD or QR, in the holder of all that a model's adapters share.
 
     Equal for equal weights, whatever layer they are of, and whatever becomes of a weight later: an adapter keeps the
     factors that it was added with, and one that is added after a change of the weight gets those of the new one.
 
     weight: SHA-256 of the matrix; a name where there is none yet (on meta). rank, iterations, seed: see
-    :func:`top_svd`. pair: a (r, in) and b (r, out); None on meta. ties: see :meth:`Svd.ties`.
+    :func:`top_svd`; both 0 for a QR. pair: a (r, in) and b (r, out); None on meta. ties: see :meth:`Svd.ties`.
     """
 
     rank: int
@@ -174,6 +194,9 @@ class WeightSource(Source):
 
     def made(self, matrix: Tensor) -> WeightSource:
         """The same with the factors of ``matrix`` (out, in)."""
+        if self.split is Split.TRIANGULAR:
+            q, r = first_qr(matrix, self.rank)
+            return replace(self, pair=Pair(r.float().contiguous(), q.T.float().contiguous()))
         found = top_svd(matrix, self.rank, self.iterations, self.seed)
         if self.split is Split.SECOND:
             a, b = _rounded(found.vh), _rounded((found.u * found.s).T)
@@ -185,8 +208,8 @@ class WeightSource(Source):
     def build(self, extent: Extent) -> Pair:
         if self.pair is None:
             raise ConfigError(
-                f"the weight of {self.weight!r} was on the meta device when the adapter was added, so the factors of "
-                "its SVD were never made; load the base's weights first, and then add the adapter, or load it"
+                f"the weight of {self.weight!r} was on the meta device when the adapter was added, so its factors "
+                "were never made; load the base's weights first, and then add the adapter, or load it"
             )
         return self.pair
 
@@ -198,7 +221,7 @@ def claim(
     sites: Sequence[Site],
     like: Callable[[Site], WeightSource],
     projections: Projections,
-    keys: tuple[str, str],
+    keys: tuple[str, str] | None,
     otherwise: str,
 ) -> dict[str, Source]:
     """The source of each site's factors by its name: a file's, the one held for another adapter, or one made now.
@@ -207,7 +230,7 @@ def claim(
         sites: their weights are read, whole, where no file brought the factors.
         like: rank, iterations, seed and split for a site; ``weight`` is filled in here.
         projections: the model's holder; the caller requires there what is returned (:func:`extents`).
-        keys: how a file calls A (r, in) and B (out, r).
+        keys: how a file calls A (r, in) and B (out, r); None: no file has them.
         otherwise: what else there is, for the error.
 
     Raises:
@@ -217,7 +240,7 @@ def claim(
     made: dict[str, Source] = {}
     fresh: dict[WeightSource, WeightSource] = {}
     for site in sites:
-        if keys[0] in site.brought:
+        if keys is not None and keys[0] in site.brought:
             made[site.name] = StoredSource.of(*(site.brought[key] for key in keys))
             continue
         if site.device().type == "meta":
@@ -227,7 +250,7 @@ def claim(
         finite = bool(torch.isfinite(weight).all())
         if not finite or not bool(weight.any()):
             what = "is all zeros" if finite else "holds values that are not finite"
-            raise ConfigError(f"{site.name!r}: the weight {what}, so its SVD gives no factors; {otherwise}")
+            raise ConfigError(f"the weight of {site.name!r} {what}, so it gives no factors; {otherwise}")
         wanted = replace(like(site), weight=_digest(weight))
         found = fresh.get(wanted) or projections.held(wanted)
         made[site.name] = fresh[wanted] = wanted.made(weight) if found is None else found

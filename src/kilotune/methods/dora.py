@@ -92,10 +92,6 @@ class Dora(Method[LowRankConfig]):
         return self.inner.frozen
 
     @property
-    def rebuilt(self) -> frozenset[str]:
-        return self.inner.rebuilt
-
-    @property
     def carried(self) -> frozenset[str]:
         return self.inner.carried
 

@@ -5,8 +5,8 @@ With ``use_rslora`` the scale is alpha / sqrt(r) (Kalajdzievski 2023, arXiv 2312
 PiSSA (Meng et al. 2024, arXiv 2404.02948) and OLoRA (Büyükakyüz 2024, arXiv 2406.01775) start with a part of the weight
 itself, A0 and B0, and the papers take that part away from the weight. Here the weight stays as it is and the change is
 (alpha / r) (B A - B0 A0), which is the same matrix, so that other adapters, disable_adapter() and unload() have the
-base's own bits. A0 and B0 are kept beside A and B, frozen: as much memory again, but no gradient and nothing of an
-optimizer; and a forward costs that of twice the rank. Files do not hold them: they are made again from the base.
+base's own bits. A0 and B0 are held once for all the adapters of a model (_svd.py), and an adapter has A and B alone; a
+forward costs that of twice the rank. Files do not hold them: they are made again from the base.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from ..config import CLOSED, AdapterConfig, Names, bool_faults, number_fault, option, rate_fault, regex_faults
 from ..deltas import Delta, LowRank, Role
 from ..errors import ConfigError, gather
-from ..kernels.starts import orthogonal, principal, triangular
+from ..kernels.starts import orthogonal
 from ..name_rules import first_at_end
-from ..projections.matrices import Projections
+from ..projections.matrices import Projections, Source
+from . import _svd
 from ._base import Export, LowRankConfig, Method, Rate, Shared, Site
 
 __all__ = ["Lora", "LoraConfig"]
@@ -33,7 +34,7 @@ __all__ = ["Lora", "LoraConfig"]
 INITS = (True, False, "gaussian", "orthogonal", "pissa", "olora", "eva")
 NAMED = "'gaussian', 'orthogonal', 'pissa', 'pissa_niter_<number>', 'olora' or 'eva'"
 ITERATED = re.compile(r"pissa_niter_([1-9]\d{0,3})")
-START_A, START_B = "lora_start_A", "lora_start_B"
+SVD_SEED = 0  # one for all, so that adapters share the start
 
 
 @final
@@ -53,8 +54,9 @@ class LoraConfig(LowRankConfig):
         "True: A Kaiming uniform with a = sqrt(5), B zero. 'gaussian': A normal with deviation 1 / r, B zero. "
         "False: both Kaiming uniform, so the adapter changes the output from the start. 'orthogonal': neither is zero, "
         "their product is; r must be even. 'pissa', 'olora': the largest singular values of the layer's weight, or the "
-        "first columns of its QR; the change is that from this start, so the base stays as it is, for the memory and "
-        "time of twice the rank. 'pissa_niter_<number>': the SVD by so many power iterations, faster for large layers. "
+        "first columns of its QR; the change is that from this start, so the base stays as it is, for the time of "
+        "twice the rank, and memory for one start, which all adapters share. 'pissa_niter_<number>': the SVD by so "
+        "many power iterations, faster for large layers. "
         "'eva': as True, until kilotune.peft.initialize_lora_eva_weights makes A of the layers' inputs. "
         "At an embedding all but False are as True, as in PEFT.",
     )
@@ -158,11 +160,17 @@ class LoraConfig(LowRankConfig):
 
 
 @final
-class Lora(Method[LoraConfig]):
-    """Parameters per layer: lora_A (r, in) and lora_B (out, r).
+class _StartShared(Shared):
+    """The holder of the starts from the base, and by site which it is."""
 
-    With a start from the base also lora_start_A and lora_start_B, frozen and in no file, which A and B start as.
-    """
+    def __init__(self, projections: Projections, sources: Mapping[str, Source]) -> None:
+        super().__init__(common=tuple(sources.values()))
+        self.projections, self.sources = projections, dict(sources)
+
+
+@final
+class Lora(Method[LoraConfig]):
+    """Parameters per layer: lora_A (r, in) and lora_B (out, r)."""
 
     name: ClassVar[str] = "lora"
     config_cls: ClassVar[type[AdapterConfig]] = LoraConfig
@@ -170,12 +178,7 @@ class Lora(Method[LoraConfig]):
     stacks: bool = True
     usual_rate: ClassVar[Rate] = Rate(7e-3)
     example: ClassVar[Mapping[str, Any]] = {"r": 2}
-    keys: Mapping[str, str] = {
-        "lora_A": "lora_A.weight",
-        "lora_B": "lora_B.weight",
-        START_A: f"{START_A}.weight",
-        START_B: f"{START_B}.weight",
-    }
+    keys: Mapping[str, str] = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
     roles: Mapping[str, Role] = {"lora_A": Role.FIRST, "lora_B": Role.SECOND}
     default_targets: Mapping[str, Sequence[str]] = {"phi": ("q_proj", "v_proj", "fc1", "fc2")}
 
@@ -183,17 +186,11 @@ class Lora(Method[LoraConfig]):
         super().__init__(config)
         self._ranks: dict[str, int] = {}  # by name, where there are patterns
         self._alphas: dict[str, float] = {}
-        # Rows of a bank are what files hold, in which there is no start.
-        self.stacks = not config.from_base
 
     @property
     def frozen(self) -> frozenset[str]:
-        """The start, and with lora_fa the first factor (Zhang et al. 2023, arXiv 2308.03303)."""
-        return self.rebuilt | frozenset({"lora_A"} if self.config.lora_fa else ())
-
-    @property
-    def rebuilt(self) -> frozenset[str]:
-        return frozenset({START_A, START_B} if self.config.from_base else ())
+        """With lora_fa the first factor (Zhang et al. 2023, arXiv 2308.03303)."""
+        return frozenset({"lora_A"} if self.config.lora_fa else ())
 
     @property
     def needs_out_in(self) -> bool:
@@ -222,13 +219,27 @@ class Lora(Method[LoraConfig]):
         return known[name]
 
     def prepare(self, adapter: str, sites: Sequence[Site], projections: Projections) -> Shared:
-        over = [site for site in sites if self._from_base(site) and self.rank(site) > min(site.out, site.inn)]
+        kind, own = self.config.init_lora_weights, [site for site in sites if self._from_base(site)]
+        over = [site for site in own if self.rank(site) > min(site.out, site.inn)]
         if over:
             faults = [f"{site.name!r}: r = {self.rank(site)} of ({site.out}, {site.inn})" for site in over]
-            raise ConfigError(
-                gather(f"init_lora_weights={self.config.init_lora_weights!r}: the weight has no such rank:", faults)
-            )
-        return Shared()
+            raise ConfigError(gather(f"init_lora_weights={kind!r}: the weight has no such rank:", faults))
+        if not own:
+            return Shared()
+        otherwise = f"init_lora_weights={kind!r} takes a part of it: leave the layer out, or take another start"
+        sources = _svd.claim(own, self._source, projections, None, otherwise)
+        projections.require(adapter, _svd.extents(own, sources, self.rank))
+        shared = _StartShared(projections, sources)
+        for site in own:  # now: a compiled forward cannot make them
+            self._start(site, shared)
+        return shared
+
+    def _source(self, site: Site) -> _svd.WeightSource:
+        kind = str(self.config.init_lora_weights)
+        if kind == "olora":
+            return _svd.WeightSource(self.rank(site), 0, 0, _svd.Split.TRIANGULAR)
+        found = ITERATED.fullmatch(kind)
+        return _svd.WeightSource(self.rank(site), int(found.group(1)) if found else 0, SVD_SEED, _svd.Split.EVEN)
 
     def _from_base(self, site: Site) -> bool:
         return self.config.from_base and site.fan_in == site.inn  # in an embedding PEFT leaves these starts out
@@ -246,7 +257,9 @@ class Lora(Method[LoraConfig]):
                 return {"lora_A": nn.init.normal_(a), "lora_B": nn.init.normal_(b) if kind is False else b}
             return {"lora_A": nn.init.normal_(a) if kind is False else a.zero_(), "lora_B": nn.init.normal_(b)}
         if self._from_base(site):
-            return self._start(site, a, b)
+            assert isinstance(shared, _StartShared)
+            first, second = self._start(site, shared)
+            return {"lora_A": first, "lora_B": second.contiguous()}
         if kind == "orthogonal":
             a, b = orthogonal(rank, site.out, site.inn, device)
         elif kind == "gaussian":
@@ -257,23 +270,14 @@ class Lora(Method[LoraConfig]):
             nn.init.kaiming_uniform_(b, a=math.sqrt(5))
         return {"lora_A": a, "lora_B": b}
 
-    def _start(self, site: Site, a: Tensor, b: Tensor) -> dict[str, Tensor]:
-        """The factors of the part of the weight that the adapter starts as, twice, in the shapes of ``a`` and ``b``."""
-        if a.device.type != "meta":
-            weight, kind, rank = site.whole().detach(), str(self.config.init_lora_weights), self.rank(site)
-            finite = bool(torch.isfinite(weight).all())
-            if not finite or not bool(weight.any()):
-                what = "is all zeros" if finite else "holds values that are not finite"
-                raise ConfigError(f"init_lora_weights={kind!r}: the weight of {site.name!r} {what}, so it has no part")
-            if kind == "olora":
-                first, second = triangular(weight, rank)
-            else:
-                found = ITERATED.fullmatch(kind)
-                first, second = principal(weight, rank, int(found.group(1)) if found else 0)
-                root = math.sqrt(self.scale(site))
-                first, second = first / root, second / root
-            a, b = first.to(a), second.to(b)
-        return {"lora_A": a, "lora_B": b, START_A: a.clone(), START_B: b.clone()}
+    def _start(self, site: Site, shared: _StartShared) -> tuple[Tensor, Tensor]:
+        """The part of the weight that the adapter starts as, A0 (r, in) and B0 (out, r), in float32.
+
+        A multiplication, not a division: it is rounded alike on every device, and the trained A and B start as this.
+        """
+        pair = shared.projections.pair(shared.sources[site.name], site.device(), torch.float32)
+        root = 1.0 if self.config.init_lora_weights == "olora" else 1.0 / math.sqrt(self.scale(site))
+        return pair.a * root, (pair.b * root).T
 
     def export(self, sites: Mapping[str, Site], params: Mapping[str, Mapping[str, Tensor]], shared: Shared) -> Export:
         """PEFT reads the file as plain LoRA: that A was frozen changes nothing that a trained adapter does.
@@ -291,6 +295,20 @@ class Lora(Method[LoraConfig]):
         a, b = params["lora_A"], params["lora_B"]
         if self._from_base(site):
             # B A - B0 A0 from the differences, before they are rounded: zero at the start, and small steps stay.
-            first, second = params[START_A], params[START_B]
-            a, b = torch.cat([a, a - first], dim=-2), torch.cat([b - second, second], dim=-1)
+            assert isinstance(shared, _StartShared)
+            first, second = _as_held(*self._start(site, shared), a, b)
+            a, b = torch.cat([a, a - first], dim=-2), torch.cat([b - second, second.expand_as(b)], dim=-1)
         return LowRank(a=a.to(dtype), b=b.to(dtype), scale=self.scale(site))
+
+
+def _as_held(first: Tensor, second: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """A start A0 (r, in), B0 (out, r) as ``a`` (..., r, in) and ``b`` (..., out, r) had it before their training.
+
+    In their dtype: in a model that was turned to 16 bits they started rounded. With the signs of theirs: those of a
+    file from elsewhere may be others, as LAPACK gave them, which B0 A0 does not tell, and the differences would be
+    large.
+    """
+    first, second = first.to(a.dtype), second.to(b.dtype)
+    along = (a.detach() * first).sum(-1, keepdim=True)  # (..., r, 1)
+    sign = torch.where(along < 0, -1.0, 1.0).to(a.dtype)
+    return first * sign, second * sign.mT.to(b.dtype)

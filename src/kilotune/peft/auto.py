@@ -89,12 +89,19 @@ class _Auto(ABC):  # noqa: B024, what its children say is a name
             raise CheckpointError(
                 "the adapter's configuration has neither task_type nor auto_mapping, so its base's class is not known"
             )
-        library, named = config.auto_mapping["parent_library"], config.auto_mapping["base_model_class"]
+        said = config.auto_mapping if isinstance(config.auto_mapping, dict) else {}
+        library, named = said.get("parent_library"), said.get("base_model_class")
         if str(library).partition(".")[0] != "transformers":  # what a file names is run
             raise CheckpointError(
                 f"auto_mapping: the base is of {library!r}; only transformers' classes are loaded by name"
             )
-        return getattr(importlib.import_module(str(library)), str(named))
+        try:
+            found = getattr(importlib.import_module(str(library)), str(named))
+        except (ImportError, AttributeError) as error:
+            raise CheckpointError(f"auto_mapping: there is no {library}.{named}: {error}") from error
+        if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+            raise CheckpointError(f"auto_mapping: {library}.{named} is no model of transformers")
+        return found
 
 
 LOADERS = {

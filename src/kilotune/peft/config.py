@@ -22,12 +22,12 @@ from typing import Any, ClassVar, Self, final
 from ..adapter_files.files import locate
 from ..adapter_files.names import CONFIG_NAME
 from ..config import SECTION, AdapterConfig, TaskType
-from ..errors import CheckpointError, ConfigError, UnsupportedError, check_one_of, did_you_mean, gather
+from ..errors import CheckpointError, ConfigError, UnsupportedError, check_one_of, did_you_mean, gather, type_name
 from ..methods import method_of_file
 from ..whole_file import replacing
 from .utils.peft_types import PeftType
 
-__all__ = ["CONFIGS", "OURS", "PeftConfig", "PrefixTuningConfig", "PromptLearningConfig"]
+__all__ = ["CONFIGS", "OURS", "PeftConfig", "PrefixTuningConfig", "PromptLearningConfig", "check_config"]
 
 # Of PEFT's files, beside the options of a method.
 BOOKKEEPING = ("auto_mapping", "peft_type", "peft_version")
@@ -234,6 +234,17 @@ class PrefixTuningConfig(PromptLearningConfig):
 
     def __post_init__(self) -> None:
         raise UnsupportedError("PrefixTuningConfig: kilotune trains no prompts; use LoraConfig or VeraConfig")
+
+
+def check_config(config: object) -> None:
+    """Refuse what is no configuration of ours, such as one of PEFT's own in a script of which half was changed.
+
+    Raises:
+        ConfigError: it is none.
+
+    """
+    if not isinstance(config, PeftConfig):
+        raise ConfigError(f"expected a configuration of kilotune.peft, got {type_name(config)}")
 
 
 def _unset(option: Field[Any], value: Any) -> bool:

@@ -68,10 +68,7 @@ def _shown(layer: AdaptedLayer) -> Iterator[tuple[str, str, str, str, nn.Paramet
     """(key of the slot, own name there, head, rest, parameter) of all tensors of a layer that PEFT has too."""
     for key, slot in layer.adapters._modules.items():
         assert isinstance(slot, Slot)
-        hidden = frozenset() if slot.method is None else slot.method.rebuilt
         for name, parameter in slot.values().items():
-            if name in hidden:
-                continue
             yield key, name, *key_in_layer(layer, slot, name), parameter
 
 
@@ -186,7 +183,10 @@ class Scaling(MutableMapping[str, Any]):
             slot.strength = slot.strength.new_tensor(float(value))
             return
         whole = now / slot.strength if slot.strength else low_rank_scale(slot)
-        slot.strength = float(value) / whole
+        if whole:
+            slot.strength = float(value) / whole
+        elif value:
+            raise AdapterError(f"scaling[{name!r}]: its lora_alpha is 0, so it acts at no strength; train another one")
 
     def __delitem__(self, name: str) -> None:
         raise AdapterError(f"scaling[{name!r}] is the adapter's as long as it is there; delete_adapter() instead")
@@ -339,6 +339,7 @@ ATTRIBUTES: dict[str, Callable[[AdaptedLayer], Any]] = {
     "use_rslora": lambda layer: _options(layer, "use_rslora"),
 }
 MATRICES = ("vera_A", "vera_B")
+MODEL_WIDE = ("unilora_theta_d", "vblora_vector_bank")
 CONTAINERS = ("lora_", "vera_", "ia3_", "unilora_", "vblora_", "trained_bias")
 
 
@@ -362,6 +363,8 @@ class _LayerShape(Outside):
             return found(wrapper)
         if name in MATRICES:
             return _matrices(wrapper, name)
+        if name in MODEL_WIDE:
+            return _model_wide(wrapper, name)
         if name.startswith(CONTAINERS) and (head := _heads(wrapper).get(name)) is not None:
             return head
         if name in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", MAGNITUDE) and _is_lora(wrapper):
@@ -392,6 +395,14 @@ def _matrices(layer: AdaptedLayer, name: str) -> dict[str, Tensor]:
     if not found:
         raise AttributeError(name)
     return {adapter: delta.a if name == "vera_A" else delta.b for adapter, delta in found.items() if delta is not None}
+
+
+def _model_wide(layer: AdaptedLayer, name: str) -> dict[str, Tensor]:
+    """What adapters train once for the whole model, by adapter; PEFT shows it in each layer too."""
+    held = {adapter: slot.shared.trained for adapter, slot in adapters_in(layer).items()}
+    if not (found := {adapter: own[name] for adapter, own in held.items() if name in own}):
+        raise AttributeError(name)
+    return dict(found)
 
 
 def _is_lora(layer: AdaptedLayer) -> bool:

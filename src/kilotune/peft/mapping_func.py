@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from ..adapter_files.writing import DEFAULT
-from .config import PeftConfig
+from .config import PeftConfig, check_config
 from .mixed_model import PeftMixedModel
 from .peft_model import PeftModel, model_class
 
@@ -33,10 +33,8 @@ def get_peft_model(
         low_cpu_mem_usage: without numbers, on the meta device, until the adapter is loaded.
 
     """
+    check_config(peft_config)
     if revision is not None:
         peft_config.revision = revision
-    if mixed:
-        return PeftMixedModel(model, peft_config, adapter_name)
-    return model_class(peft_config, PeftModel)(
-        model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage
-    )
+    made = PeftMixedModel if mixed else model_class(peft_config, PeftModel)
+    return made(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)

@@ -30,6 +30,8 @@ def is_off(state: ActiveState) -> bool:
 
 
 def set_active(state: ActiveState, names: Sequence[str]) -> None:
-    """Make other adapters the active ones, on."""
-    state.switched_off = None
-    state.change(active=tuple(names))
+    """Make other adapters the active ones; where all are switched off, as soon as they are switched on again."""
+    if state.switched_off is None:
+        state.change(active=tuple(names))
+    else:
+        state.switched_off = tuple(names)

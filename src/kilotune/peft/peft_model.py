@@ -24,10 +24,10 @@ from ..adapter_files.files import TwoFiles, locate, read_files
 from ..adapter_files.reading import AdapterFile, parse
 from ..adapter_files.writing import DEFAULT, check_safe, folders
 from ..convert import to_lora
-from ..errors import ConfigError, type_name
+from ..errors import ConfigError
 from ..model.adapter_model import ASKED_BY_TRAINERS
 from . import in_place
-from .config import PeftConfig
+from .config import PeftConfig, check_config
 from .hub import push_to_hub, write_card
 from .status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from .tuners.lora.config import refuse_offload
@@ -37,8 +37,8 @@ from .utils.other import QUANTISED, let_inputs_have_gradients
 from .utils.save_and_load import (
     refuse_embedding_layers,
     renamed,
+    replace_numbers,
     save_adapter,
-    set_peft_model_state_dict,
     write_auto_mapping,
 )
 
@@ -171,7 +171,8 @@ class PeftModel(nn.Module, ABC):
     ) -> LoadResult:
         """Load an adapter beside those there; not active until :meth:`set_adapter`.
 
-        With the name of an adapter that is there, its numbers are replaced by those of the file.
+        With the name of an adapter that is there, its numbers are replaced by those of the file; its own options stay,
+        and those of the file have to mean the same. The model is put into eval mode where ``is_trainable`` is False.
 
         Raises:
             CheckpointError: the files are damaged or unsafe, or do not fit.
@@ -180,12 +181,15 @@ class PeftModel(nn.Module, ABC):
         refuse_offload(ephemeral_gpu_offload)
         file = opened(model_id, kwargs.pop("config", None), key_mapping, kwargs)
         if adapter_name in self.peft_config:
-            return LoadResult(*set_peft_model_state_dict(self, file.files.tensors, adapter_name))
+            result = LoadResult(*replace_numbers(self, file, adapter_name))
+            self.train(self.training and is_trainable)
+            return result
         known = PeftConfig.from_peft_type(**_file_values(file))
         known.inference_mode = not is_trainable
         self.base_model.take_file(file, adapter_name, known, is_trainable)
         if not autocast_adapter_dtype:
             self._in_base_dtype(adapter_name)
+        self.train(self.training and is_trainable)
         return LoadResult([], [])
 
     # -- looking ---------------------------------------------------------------------------------
@@ -413,8 +417,7 @@ def opened(
         return file
     said, header = dict(file.files.config), dict(file.metadata)
     if config is not None:
-        if not isinstance(config, PeftConfig):
-            raise ConfigError(f"config: expected a configuration of kilotune.peft, got {type_name(config)}")
+        check_config(config)
         said.pop("layer_replication", None)  # the configuration's own counts
         said.update(config.translated().to_dict())
         header.pop("kilotune_config_sha256", None)

@@ -40,7 +40,7 @@ def configuration(tuner: BaseTuner, adapters: Sequence[str], way: str, svd_rank:
         if c.peft_type != "LORA" or getattr(c, "use_dora", False)
     ]:
         raise ConfigError(f"add_weighted_adapter: {wrong} are no plain LoRA adapters; only such are a sum of factors")
-    if started := [name for name in adapters if tuner.installed(name).method.rebuilt]:
+    if started := [name for name in adapters if tuner.installed(name).config.part_of_base]:
         raise ConfigError(
             f"add_weighted_adapter: {started} count their change from a part of the base (init_lora_weights), so no "
             "sum of their factors is meant; kilotune.convert.to_lora makes plain LoRA adapters of them"

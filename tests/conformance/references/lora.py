@@ -49,8 +49,11 @@ def lora(params: Params, config: Any, weight: Array, bias: Array | None) -> Laye
     """alpha / r (or sqrt(r)) B A, less that of a start from the base."""
     scale = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
     change = np.einsum("or,ri->oi", params["lora_B"], params["lora_A"])
-    if "lora_start_A" in params:
-        change = change - params["lora_start_B"] @ params["lora_start_A"]
+    if config.from_base and params.fan_in in (0, weight.shape[1]):  # not in an embedding
+        u, s, vh = np.linalg.svd(weight, full_matrices=False)
+        root, unscaled = np.sqrt(s[: config.r]), np.float32(1 / math.sqrt(scale))
+        a, b = (root[:, None] * vh[: config.r]).astype(np.float32), (u[:, : config.r] * root).astype(np.float32)
+        change = change - (b * unscaled).astype(float) @ (a * unscaled).astype(float)  # both held in float32
     return weight + scale * change, bias
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kilotune import AdapterConfig, LoraConfig, VeraConfig, get_config, get_peft_model
+from kilotune import AdapterConfig, LoraConfig, VeraConfig, get_config, get_peft_model, methods
 from kilotune.errors import ConfigError, MergeError, UnsupportedError
 from kilotune.fleet import FleetSettings, JointTraining, User, fit, wrap
 from kilotune.model.last_blocks import in_last_blocks
@@ -37,6 +37,12 @@ METHODS: dict[str, AdapterConfig] = {
     "intrinsic-said": get_config("intrinsic", d=32, target_modules=ALL, structure="said"),
 }
 UNI = METHODS["unilora"]
+# Every other method that is listed, as its class says.
+METHODS |= {
+    name: get_config(name, **{**method.example, "target_modules": ALL})
+    for name, method in methods.METHODS.items()
+    if name not in METHODS
+}
 TIGHT = 1e-9  # in float64
 SETTINGS = FleetSettings(
     batch_size=3,

@@ -1,4 +1,4 @@
-"""Adapters of one vector for the whole model, served beside others in one batch."""
+"""Adapters of every method, those of one vector for the whole model too, served beside others in one batch."""
 
 from __future__ import annotations
 
@@ -11,14 +11,21 @@ import torch
 from kilotune import PeftModel, get_config, get_peft_model
 from kilotune.errors import ConfigError
 from kilotune.fleet.bank.adapter_bank import Resident
-from kilotune.methods import Shared
+from kilotune.methods import METHODS, Shared
 from kilotune.serve.engine.interface import AdapterKey
 from kilotune.serve.engine.tenant_adapters import AdapterRegistry
 from tests.support.models import randomize
 from tests.support.serve_support import Served, adapter_of, alone, answers, base_model, greedy, prompt_of
 
 UNI = get_config("unilora", r=2, theta_d_length=64, target_modules=["q_proj", "down_proj"])
-CONFIGS = {"unilora": UNI, "intrinsic": get_config("intrinsic", d=48, target_modules=["q_proj", "down_proj"])}
+# Every method that is listed, as its class says, and Uni-LoRA with more numbers.
+CONFIGS = {
+    **{
+        name: get_config(name, **{**method.example, "target_modules": ["q_proj", "down_proj"]})
+        for name, method in METHODS.items()
+    },
+    "unilora": UNI,
+}
 
 
 def vector(seed: int, name: str = "unilora") -> PeftModel:
@@ -28,7 +35,7 @@ def vector(seed: int, name: str = "unilora") -> PeftModel:
 
 
 def mixed(served: Served, name: str) -> None:
-    """Users of one vector, of VeRA, of LoRA and of the base answer at once as alone."""
+    """Users of a method, of VeRA, of LoRA and of the base answer at once as alone."""
     own = [vector(seed, name) for seed in range(3)] + [adapter_of(base_model(), 5), adapter_of(base_model(), 6, "lora")]
     keys = [AdapterKey.of("t", served.registry.put("t", f"m{i}", model)) for i, model in enumerate(own)]
     asked = [(prompt_of(i, 4 + i), greedy(6), key, "t") for i, key in enumerate([*keys, None, keys[0]])]

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from kilotune import get_config, get_peft_model
 from kilotune.cli.main import app
 from kilotune.errors import KilotuneError
+from kilotune.methods import METHODS
 from kilotune.train.finished.gguf_lora import FAMILIES, gguf_lora
 from kilotune.train.finished.lora_export import export_lora
 from kilotune.train.run import train
@@ -84,15 +85,15 @@ def test_the_table_of_methods_is_true() -> None:
         "TinyLoRA": ("tinylora", {}),
         "Uni-LoRA": ("unilora", {}),
         "VB-LoRA": ("vblora", {"vector_length": 2}),
-        "MiSS": ("miss", {"r": 2}),
-        "RandLoRA": ("randlora", {"r": 2, "randlora_alpha": 4}),
+        "MiSS": ("miss", METHODS["miss"].example),
+        "RandLoRA": ("randlora", METHODS["randlora"].example),
         "DoRA": ("dora", {}),
         "DVoRA": ("dvora", {}),
         "IA3": ("ia3", {}),
         "BitFit": ("bitfit", {"target_modules": ["q_proj"]}),
-        "C3A": ("c3a", {"block_size": 2}),
-        "FourierFT": ("fourierft", {"n_frequency": 9}),
-        "WaveFT": ("waveft", {"n_frequency": 9}),
+        "C3A": ("c3a", METHODS["c3a"].example),
+        "FourierFT": ("fourierft", METHODS["fourierft"].example),
+        "WaveFT": ("waveft", METHODS["waveft"].example),
         "intrinsic dimension": ("intrinsic", {"d": 10, "target_modules": ["q_proj"]}),
         "bottleneck adapters": ("bottleneck", {}),
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..config import PeftConfig
+from ..config import PeftConfig, check_config
 from .ia3.model import IA3Model
 from .lora.model import LoraModel
 from .tuners_utils import BaseTuner
@@ -28,5 +28,6 @@ TUNERS: Mapping[str, type[BaseTuner]] = {
 
 def tuner_of(config: PeftConfig) -> type[BaseTuner]:
     """The class for a configuration's method. Adapters of other methods may be added beside its first."""
+    check_config(config)
     config.translated()
     return TUNERS[str(config.peft_type)]

@@ -14,7 +14,7 @@ from torch import nn
 
 from ...adapter_files.reading import AdapterFile
 from ...candidates import inside, matches_names
-from ...errors import AdapterError, ConfigError, MergeError, did_you_mean, type_name
+from ...errors import AdapterError, MergeError, did_you_mean
 from ...injection import inject
 from ...injection.targets import in_layers
 from ...injection.tree import every_wrapper
@@ -22,7 +22,7 @@ from ...layers.adapted import AdaptedLayer
 from ...layers.outside import Outside, Shown
 from ...layers.saved_module import SavedModule
 from ...model.adapter_model import DEFAULT, AdapterModel
-from ..config import PeftConfig
+from ..config import PeftConfig, check_config
 from ..inspecting import all_linear as _maybe_include_all_linear_layers
 from ..inspecting import keys_under as _filter_state_dict_by_key_prefixes
 from ..inspecting import matched_modules as inspect_matched_modules
@@ -93,8 +93,7 @@ class BaseTuner(Shown, AdapterModel, ABC):
 
     def inject(self, adapter_name: str, peft_config: PeftConfig, low_cpu_mem_usage: bool = False) -> None:
         """Add an adapter; not active until it is set. low_cpu_mem_usage: without numbers, until it is loaded."""
-        if not isinstance(peft_config, PeftConfig):
-            raise ConfigError(f"expected a configuration of kilotune.peft, got {type_name(peft_config)}")
+        check_config(peft_config)
         if adapter_name in self._installed:
             raise AdapterError(
                 f"an adapter {adapter_name!r} is in the model; delete_adapter() first, or take another name"
@@ -161,11 +160,26 @@ class BaseTuner(Shown, AdapterModel, ABC):
         return self._configs
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter; see :meth:`kilotune.PeftModel.delete_adapter`."""
+        """Remove an adapter. Where it was the only active one, the first of the others by name is so now, with a
+        warning; see :meth:`kilotune.PeftModel.delete_adapter`."""
         if self._known(adapter_name) in self.merged_adapters:
             raise MergeError(
                 f"Cannot delete adapter(s) ['{adapter_name}'] while they are merged. Please unmerge them first."
             )
+        alone = self.active_adapters == [adapter_name]
+        self._remove(adapter_name)
+        if not alone or not self._installed:
+            return
+        if not self.merged_adapters:
+            self._activate((min(self._installed),), train=True)
+        warnings.warn(
+            f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to "
+            f"{', '.join(self.active_adapters)}.",
+            PeftWarning,
+            stacklevel=3,
+        )
+
+    def _remove(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self._own_weights.pop(adapter_name, None)
         self._configs.pop(adapter_name, None)  # one that a conversion puts beside others has none
@@ -174,14 +188,22 @@ class BaseTuner(Shown, AdapterModel, ABC):
             self._state.switched_off = left or tuple(self._installed)[:1]
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Make one adapter, or several at once, the active ones. Merged ones are taken out first, as in PEFT."""
+        """Make one adapter, or several at once, the active ones. Merged ones are taken out first, as in PEFT; where all
+        are switched off they stay so until :meth:`enable_adapter_layers`."""
         names = self._named(adapter_name)
         self._perhaps_trained.update(self._installed)  # a layer's own set_adapter() is not seen here
         if self.merged_adapters:
             warnings.warn("adapters are merged: they are taken out before others are set", PeftWarning, stacklevel=2)
             self.unmerge_adapter()
-        switch(self._state, on=True)
         super().set_adapter(names, inference_mode)
+
+    def _activate(self, names: tuple[str, ...], train: bool) -> None:
+        on = self._state.switched_off is None
+        switch(self._state, on=True)
+        try:
+            super()._activate(names, train)
+        finally:
+            switch(self._state, on)
 
     # -- on and off ------------------------------------------------------------------------------
 

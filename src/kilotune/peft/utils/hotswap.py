@@ -31,7 +31,6 @@ from ...kernels.lowrank import accumulate_dtype
 from ...layers.slot import BIAS, Slot
 from ...methods import LoraConfig as OurConfig
 from ...methods import Method, make_method
-from ...methods.dora import Dora
 from ...methods.lora import Lora
 from ..config import PeftConfig
 from ..layer_shape import key_in_layer
@@ -40,6 +39,7 @@ from ..tuners.inside import tuner_in
 from ..tuners.lora.config import LoraConfig
 from ..tuners.tuners_utils import BaseTuner
 from .peft_types import PeftType
+from .save_and_load import lora_of
 
 __all__ = [
     "check_hotswap_configs_compatible",
@@ -286,8 +286,8 @@ def _rank(slot: Slot) -> int:
 
 
 def _lora(method: Method[Any] | None) -> Lora:
-    inner = method.inner if isinstance(method, Dora) else method
-    assert isinstance(inner, Lora)
+    inner = None if method is None else lora_of(method)
+    assert inner is not None
     return inner
 
 
@@ -355,7 +355,7 @@ def _places(tuner: BaseTuner, adapter_name: str) -> Places:
     files = {target: key for key, (target, _) in wanted_of(made).items()}
     found: dict[str, str] = {}
     for name, slot in installed.slots().items():
-        for own in slot.values().keys() - installed.method.rebuilt:
+        for own in slot.values():
             key = files[f"{name}.{own}"]
             head, rest = key_in_layer(installed.layers[name], slot, own)
             found[f"{name}.{head}.{adapter_name}.{rest}".removesuffix(".")] = key
@@ -404,11 +404,12 @@ def _swap(
         raise ConfigError(f"Configs are incompatible: for use_dora, {asked.use_dora} != {new.use_dora}")
     _check_starts(cast(OurConfig, installed.config), asked, new)
     given = {places[key]: value for key, value in tensors.items()}
+    asked = _no_larger(tuner, installed, asked, given)
     values = _matched(tuner, installed, asked, given, doubled)
     method = _lora(make_method(asked))
     scales = {name: method.scale(slot.site) for name, slot in _slots(installed).items()}
     for name, slot in installed.slots().items():
-        for key in slot.values().keys() - installed.method.rebuilt:
+        for key in slot.values():
             _put(slot, key, slot.get_parameter(key), values[f"{name}.{key}"])
     for name, saved in installed.saved.items():
         twin = saved.modules_to_save[installed.key]
@@ -426,6 +427,17 @@ def _swap(
         else:
             slot.strength = 1.0
             slot.method = installed.method if changed else slot.method  # what is the same is not compiled anew
+
+
+def _no_larger(tuner: BaseTuner, installed: Installed, asked: OurConfig, given: Mapping[str, Tensor]) -> OurConfig:
+    """The options, with the rank that is there for layers whose factors do not come: a file may say any rank."""
+    method = _lora(make_method(asked))
+    sites = {name: slot.site for name, slot in _slots(installed).items()}
+    larger = {name for name, slot in _slots(installed).items() if method.rank(sites[name]) > _rank(slot)}
+    wanted = wanted_of(inject.plan(tuner.model, installed.adapter, asked, strict=False)) if larger else {}
+    absent = {target.rpartition(".")[0] for key, (target, _) in wanted.items() if key not in given}
+    ranks = {f"^{sites[name].pattern_name}": _rank(_slots(installed)[name]) for name in sorted(larger & absent)}
+    return asked.replace(rank_pattern={**ranks, **asked.rank_pattern}) if ranks else asked
 
 
 def _with_name(key: str, adapter_name: str) -> str:
@@ -453,7 +465,7 @@ def _matched(
         needed = [*wanted, *heads]  # a magnitude of zeros would switch the layer itself off
     if missing := [key for key in needed if key not in given]:
         raise RuntimeError(f"Hot swapping the adapter did not succeed, missing keys found: {', '.join(missing)}.")
-    filled = {**{key: torch.zeros(shape) for key, (_, shape) in wanted.items()}, **given}
+    filled = {**{key: torch.zeros(shape) for key, (_, shape) in wanted.items() if key not in given}, **given}
     tensors = {f"{PREFIX}{key}": value.detach().cpu() for key, value in filled.items()}
     file = parse(TwoFiles(Path(installed.adapter), asked.to_dict(), tensors, {"kilotune_format": "1"}))
     return match_tensors(replace(file, doubled=doubled), made, type(tuner.model).__name__)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,22 +20,28 @@ from ...adapter_files.files import TwoFiles, locate, read_config, read_weights, 
 from ...adapter_files.fitting import match_tensors, wanted_of
 from ...adapter_files.names import CONFIG_NAME
 from ...adapter_files.peft_layout import PREFIX
-from ...adapter_files.reading import parse
+from ...adapter_files.reading import AdapterFile, parse
 from ...adapter_files.writing import DEFAULT, state_of
-from ...errors import CheckpointError, ConfigError
+from ...errors import CheckpointError, ConfigError, MergeError, gather
 from ...injection import inject
 from ...injection.installed_adapter import Installed
 from ...injection.tree import bare_state
+from ...methods import Method
+from ...methods.dora import Dora
+from ...methods.lora import Lora
 from ...whole_file import replacing
 from ..layer_shape import LAYER
 from ..tuners.inside import is_injected, tuner_in
+from ..tuners.tuners_utils import BaseTuner
 
 __all__ = [
     "get_base_model_state_dict",
     "get_peft_model_state_dict",
     "load_peft_weights",
+    "lora_of",
     "refuse_embedding_layers",
     "renamed",
+    "replace_numbers",
     "save_adapter",
     "set_base_model_state_dict",
     "set_peft_model_state_dict",
@@ -170,20 +178,87 @@ def set_peft_model_state_dict(
     Returns: the adapter's keys that were not given, and the given ones that are none of its.
 
     Raises:
-        CheckpointError: shapes differ, or values are not finite; nothing is changed then.
+        CheckpointError: shapes differ, values are not finite, or frozen matrices are others than the adapter's; nothing
+            is changed then. MergeError: the adapter is merged.
+
+    """
+    return _take(tuner_in(model), peft_model_state_dict, adapter_name, ignore_mismatched_sizes)
+
+
+@torch.no_grad()
+def replace_numbers(model: nn.Module, file: AdapterFile, adapter_name: str) -> LoadedKeys:
+    """Give an adapter that is in a model the numbers of a file, whose options have to mean the same.
+
+    Raises:
+        CheckpointError: shapes or options differ, or values are not finite; nothing is changed then.
 
     """
     tuner = tuner_in(model)
+    if faults := _other_options(tuner.installed(adapter_name), file):
+        raise CheckpointError(
+            gather(
+                f"{file.folder}: its numbers mean something else with the options that adapter {adapter_name!r} has in "
+                "this model; delete_adapter() first, or load it under another name:",
+                faults,
+            )
+        )
+    return _take(tuner, file.files.tensors, adapter_name, doubled=file.doubled)
+
+
+# Options that say what an adapter's numbers mean; of LoRA there is its scale beside them.
+MEANING = ("use_dora", "part_of_base", "projection_prng_key", "sharing", "proj_seed", "topk", "feedforward_modules")
+
+
+def _other_options(installed: Installed, file: AdapterFile) -> list[str]:
+    ours, theirs = installed.config, file.config
+    if type(ours) is not type(theirs):
+        return [f"it is of {theirs.peft_type}, and {installed.adapter!r} of {ours.peft_type}"]
+    pairs = [(name, getattr(theirs, name, None), getattr(ours, name, None)) for name in MEANING]
+    faults = [f"{name}: {a!r:.100} in the file, {b!r:.100} in the model" for name, a, b in pairs if a != b]
+    here, there = lora_of(installed.method), lora_of(file.method)
+    if here is None or there is None:
+        return faults
+    sites = {name: slot.site for name, slot in installed.slots().items() if slot.method is not None}
+    scales = {name: (there.scale(site), here.scale(site)) for name, site in sites.items()}
+    other = {name: pair for name, pair in scales.items() if not math.isclose(*pair, rel_tol=1e-6)}
+    return faults + [f"{name}: a scale of {a:g} in the file, {b:g} in the model" for name, (a, b) in other.items()]
+
+
+def lora_of(method: Method[Any]) -> Lora | None:
+    """The LoRA that a method is, or that is inside of it; None where there is none."""
+    inner = method.inner if isinstance(method, Dora) else method
+    return inner if isinstance(inner, Lora) else None
+
+
+def _same(given: Tensor, own: Tensor) -> bool:
+    """Whether they are the same numbers, but for what 16 bits leave of them."""
+    wide = own.to(torch.float32)
+    return given.shape == own.shape and torch.allclose(
+        given.to(wide), wide, rtol=1e-2, atol=1e-2 * float(wide.abs().max()) if wide.numel() else 0.0
+    )
+
+
+def _take(
+    tuner: BaseTuner,
+    state: Mapping[str, Tensor],
+    adapter_name: str,
+    ignore_mismatched_sizes: bool = False,
+    doubled: bool | None = False,
+) -> LoadedKeys:
     installed = tuner.installed(adapter_name)
+    if adapter_name in tuner.merged_adapters:
+        raise MergeError(f"adapter {adapter_name!r} is merged, and would act as before; call unmerge_adapter() first")
     config, own, _ = state_of(installed, _values(installed))
-    given = {key if key.startswith("base_model.") else f"{PREFIX}{key}": v for key, v in peft_model_state_dict.items()}
+    given = {key if key.startswith("base_model.") else f"{PREFIX}{key}": value for key, value in state.items()}
     fits = {key: value for key, value in given.items() if key in own}
     if ignore_mismatched_sizes and (other := [key for key in fits if fits[key].shape != own[key].shape]):
-        warnings.warn(f"passed over, for their shapes differ: {', '.join(other)}", stacklevel=2)
+        warnings.warn(f"passed over, for their shapes differ: {', '.join(other)}", stacklevel=4)
         fits = {key: value for key, value in fits.items() if key not in other}
     file = parse(TwoFiles(Path(adapter_name), config, {**own, **fits}, {"kilotune_format": "1"}))
+    if faults := [key for key in file.brought if key in fits and not _same(fits[key], own[key])]:
+        raise CheckpointError(gather("frozen matrices that are others than the adapter has in this model:", faults))
     made = inject.plan(tuner.model, adapter_name, installed.config, file.method, strict=False)
-    tensors = match_tensors(file, made, type(tuner.model).__name__)
+    tensors = match_tensors(replace(file, doubled=doubled), made, type(tuner.model).__name__)
     layered = {key.removeprefix(PREFIX): value for key, value in fits.items() if key.startswith(PREFIX)}
     known = file.method.from_layers(file.method.config, layered)
     told = {target for key, (target, _) in wanted_of(made).items() if key in known}
@@ -278,8 +353,11 @@ def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]
 
     Raises:
         CheckpointError: with ``strict``, keys that are missing or unknown; shapes that differ.
+        MergeError: an adapter is merged, so that taking it out would bring the numbers of before back.
 
     """
+    if merged := tuner_in(model).merged_adapters:
+        raise MergeError(f"{merged} are merged into the base's numbers; call unmerge_adapter() before giving it others")
     own = get_base_model_state_dict(model)
     missing = [key for key in own if key not in state_dict]
     unknown = [key for key in state_dict if key not in own]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, final
 
 from ....config import AdapterConfig
@@ -132,7 +132,12 @@ class LoraConfig(PeftConfig):
     def __post_init__(self) -> None:
         self.runtime_config = LoraRuntimeConfig() if self.runtime_config is None else self.runtime_config
         if isinstance(self.eva_config, dict):
+            known = [one.name for one in fields(EvaConfig)]
+            if unknown := [key for key in self.eva_config if key not in known]:
+                raise ConfigError(f"eva_config: unknown options {unknown}; known: {', '.join(known)}")
             self.eva_config = EvaConfig(**self.eva_config)
+        elif self.eva_config is not None and not isinstance(self.eva_config, EvaConfig):
+            raise ConfigError(f"eva_config: expected an EvaConfig or a dictionary, got {self.eva_config!r:.100}")
         if self.eva_config is not None and self.init_lora_weights != "eva":
             warnings.warn("eva_config: has no effect without init_lora_weights='eva'", stacklevel=2)
             self.eva_config = None

@@ -278,7 +278,7 @@ def _start(tuner: BaseTuner, adapter_name: str, config: LoraConfig, state: Mappi
         alpha_pattern={name: alphas[name] for name in kept if not math.isclose(alphas[name], config.lora_alpha)},
     )
     train = any(parameter.requires_grad for _, parameter in installed.parameters())
-    tuner.delete_adapter(adapter_name)
+    tuner._remove(adapter_name)
     tuner.inject(adapter_name, changed)
     tuner.set_adapter(adapter_name, inference_mode=not train)
     for name, slot in tuner.installed(adapter_name).slots().items():
