@@ -86,7 +86,7 @@ def test_the_table_of_methods_is_true() -> None:
         "Uni-LoRA": ("unilora", {}),
         "VB-LoRA": ("vblora", {"vector_length": 2}),
         "MiSS": ("miss", METHODS["miss"].example),
-        "RandLoRA": ("randlora", {"r": 2, "randlora_alpha": 4}),
+        "RandLoRA": ("randlora", METHODS["randlora"].example),
         "DoRA": ("dora", {}),
         "DVoRA": ("dvora", {}),
         "IA3": ("ia3", {}),
