@@ -69,6 +69,10 @@ def test_a_hole_in_the_array_is_seen(wanted: set[Pair], quick: list[Instance]) -
     assert missing(wanted, [one for one in quick if one is not needed])
 
 
+# Of which nothing is in `make test`: compilers, beyond each method's first configuration.
+SLOW = {"test_lifecycle.test_inductor_compiles_it", "test_forward.test_so_it_does_in_every_other_configuration"}
+
+
 def test_nothing_is_without_a_test_in_make_test(quick: list[Instance]) -> None:
     """As the tables say it: test functions, methods with each of their options, kinds, storages."""
     ran = {value for one in quick for value in values(one)}
@@ -77,7 +81,7 @@ def test_nothing_is_without_a_test_in_make_test(quick: list[Instance]) -> None:
         for name, test in inspect.getmembers(module, inspect.isfunction):
             own = "cell" in inspect.signature(test).parameters and name.startswith("test_")
             plain = any(mark.name == "parametrize" for mark in getattr(test, "pytestmark", ()))  # all of it runs
-            if own and not plain and name != "test_inductor_compiles_it":
+            if own and not plain and f"{path.stem}.{name}" not in SLOW:
                 assert ("test", f"{path.stem}.{name}") in ran
     assert {("method", case.name, str(case.options)) for cases in METHOD_CASES.values() for case in cases} <= ran
     named = {f"{kind}:{case.name}" if case.name else kind for kind, cases in KIND_CASES.items() for case in cases}
@@ -116,7 +120,7 @@ def test_pytest_gets_the_array_or_the_whole_product() -> None:
 
 def test_what_is_slow_as_a_whole_is_marked_so() -> None:
     for name in DECLARED.keys() - {test for test, _ in chosen()}:
-        assert name == "test_lifecycle.test_inductor_compiles_it"
+        assert name in SLOW
         found = made(name, "not full")
         assert found
         assert all("full" in {mark.name for mark in one.marks} for one in found.values())
