@@ -260,23 +260,11 @@ def test_head_and_second_factor_have_rates_of_their_own(tmp_path: Path) -> None:
 # -- every method, every storage -----------------------------------------------------------------------
 
 
-OPTIONS: dict[str, dict[str, Any]] = {
-    "vera": {"r": 4},
-    "lora": {"r": 2},
-    "loraxs": {"r": 2},
-    "unilora": {"theta_d_length": 64},
-    "vblora": {"vector_length": 2, "num_vectors": 8},
-    "intrinsic": {"d": 32},
-}
-
-
 @pytest.mark.heavy
 @pytest.mark.parametrize("method", [*METHODS, *PRESETS])
 def test_every_method_trains_by_its_name(method: str, tmp_path: Path) -> None:
     whole = PRESETS.get(method, (method, {}))[0]
-    options = {
-        key: value for key, value in OPTIONS.get(whole, {}).items() if key in METHODS[whole].config_cls.option_names()
-    }
+    options = dict(METHODS[whole].example)
     chosen = settings(
         "gpt2" if method == "bitfit" else "llama",  # a Llama has no biases
         "causal-lm",
