@@ -15,22 +15,19 @@ output; its matrix is for merging. ``use_idwt=False``: S alone, a sparse change.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import CLOSED, AdapterConfig, Names, bool_faults, number_fault, option, regex_faults
+from ..config import AdapterConfig, Names, bool_faults, option
 from ..deltas import Delta, Full
-from ..errors import ConfigError, gather
 from ..kernels.lowrank import accumulate_dtype
-from ..name_rules import first_at_end
-from ..projections.matrices import Projections
-from ._base import Export, Method, Rate, Shared, Site
-from ._places import Places, generator_option, place_faults
+from ._base import Rate, Shared, Site
+from ._places import AtPlaces, Places, PlacesConfig
 
 __all__ = ["WaveFt", "WaveFtConfig"]
 
@@ -40,75 +37,38 @@ SPREAD = 0.01  # of a spectrum that does not start at zero, as in PEFT
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class WaveFtConfig(AdapterConfig):
+class WaveFtConfig(PlacesConfig):
     """WaveFT's options, under PEFT's names, and one of ours: ``generator``."""
 
     peft_type: ClassVar[str] = "WAVEFT"
     bias_modes: ClassVar[Names] = ("none", "all", "waveft_only")
 
-    n_frequency: int = option(2592, "n: how many numbers a layer trains.")
-    n_frequency_pattern: dict[str, int] = option({}, "Other n: layer name or regular expression for its end -> n.")
+    n_frequency: int = option(2592, PlacesConfig.help_of("n_frequency"))
     proportional_parameters: bool = option(False, "Kept for PEFT: False; name other n in n_frequency_pattern.")
-    scaling: float = option(25.0, "What the change is multiplied by.")
+    scaling: float = option(25.0, PlacesConfig.help_of("scaling"))
     wavelet_family: str = option("db1", "The wavelet: 'db1', which is Haar's.")
     use_idwt: bool = option(True, "False: the numbers are those of the weight itself, without a transform.")
-    random_loc_seed: int = option(777, "The seed of the places, 0 ... 2**64 - 1.")
     init_weights: bool = option(True, "True: the spectrum starts at zero, so at the base; False: normal, times 0.01.")
-    generator: str = generator_option()
-    exclude_modules: Sequence[str] | str | None = option(None, AdapterConfig.help_of("exclude_modules"))
-
-    @classmethod
-    def from_file(cls, values: Mapping[str, Any], section: Mapping[str, Any]) -> WaveFtConfig:
-        """PEFT's files mean PEFT's places, and so do ours that are open to it."""
-        closed = str(values.get("peft_type")).upper().startswith(CLOSED)
-        return cls.from_dict({"generator": "portable" if closed else "peft", **values, **section})
 
     def faults(self) -> list[str]:
-        faults = number_fault("n_frequency", self.n_frequency, low=1, whole=True)
-        faults += number_fault("scaling", self.scaling, low=0)
-        faults += bool_faults(self, "init_weights", "use_idwt", "proportional_parameters")
+        faults = bool_faults(self, "use_idwt", "proportional_parameters")
         if self.wavelet_family != "db1":
             faults.append(f"wavelet_family: expected 'db1' (Haar), the one that is here, got {self.wavelet_family!r}")
         if self.proportional_parameters is True:
             faults.append("proportional_parameters: is not here; give each layer's n in n_frequency_pattern")
-        if not isinstance(self.n_frequency_pattern, dict):
-            faults.append(f"n_frequency_pattern: expected a dictionary, got {self.n_frequency_pattern!r}")
-        else:
-            for pattern, count in self.n_frequency_pattern.items():
-                faults += number_fault(f"n_frequency_pattern[{pattern!r}]", count, low=1, whole=True)
-                faults += regex_faults("n_frequency_pattern", pattern)
-        return faults + place_faults(self.random_loc_seed, self.generator)
+        return super().faults() + faults
 
 
 @final
-class WaveFt(Method[WaveFtConfig]):
+class WaveFt(AtPlaces[WaveFtConfig]):
     """Parameters per layer: waveft_spectrum (n,)."""
 
     name: ClassVar[str] = "waveft"
     config_cls: ClassVar[type[AdapterConfig]] = WaveFtConfig
     makes: type[Delta] = Full
-    by_rows: bool = True
     usual_rate: ClassVar[Rate] = Rate(2e-2)
     example: ClassVar[Mapping[str, Any]] = {"n_frequency": 7}
     keys: Mapping[str, str] = {SPECTRUM: SPECTRUM}
-
-    def frequencies(self, site: Site) -> int:
-        """The layer's n: the first of n_frequency_pattern that fits its name, else n_frequency."""
-        patterns = self.config.n_frequency_pattern
-        return int(first_at_end("n_frequency_pattern", patterns, site.pattern_name, self.config.n_frequency))
-
-    def prepare(self, adapter: str, sites: Sequence[Site], projections: Projections) -> Shared:
-        counted = [(site, self.frequencies(site)) for site in sites]
-        faults = [f"{s.name!r}: {n} of {s.out} x {s.inn}" for s, n in counted if n > s.out * s.inn]
-        if faults:
-            raise ConfigError(gather("n_frequency: more than the layer's matrix has places:", faults))
-        shared = Places(self.config.random_loc_seed, self.config.generator)
-        for site, count in counted:  # now: a compiled forward cannot draw them
-            shared.at(site.out, site.inn, count, site.device())
-        return shared
-
-    def count(self, sites: Sequence[Site]) -> int:
-        return sum(self.frequencies(site) for site in sites)
 
     def init(self, site: Site, shared: Shared) -> dict[str, Tensor]:
         spectrum = torch.zeros(self.frequencies(site), device=site.device(), dtype=torch.float32)
@@ -137,9 +97,6 @@ class WaveFt(Method[WaveFtConfig]):
             return ((merged(outputs)[..., : site.out] if waves else outputs) * gain).to(x.dtype)
 
         return Full(build, act)
-
-    def export(self, sites: Mapping[str, Site], params: Mapping[str, Mapping[str, Tensor]], shared: Shared) -> Export:
-        return replace(super().export(sites, params, shared), peft=self.config.generator == "peft")
 
 
 def _crossed(rows: Tensor, columns: Tensor, half_out: int, half_in: int) -> tuple[Tensor, Tensor]:
